@@ -1,0 +1,58 @@
+"""Problems that a user can mend: what is wrong, where, why, and what to do.
+
+Owns the one error type that reaches a user as text instead of a traceback. Knows nothing of options or jobs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing a user has to mend.
+
+    `option` is the flag, key or file it is about, `value` what was given there, `why` what is wrong with it
+    and `fix` what to do instead.
+    """
+
+    option: str
+    value: object
+    why: str
+    fix: str
+
+    def __str__(self) -> str:
+        value = "" if self.value is None else f" = {self.value}"
+        return f"{self.option}{value}\n    why: {self.why}\n    fix: {self.fix}"
+
+
+class ProblemError(ValueError):
+    """All problems found at once. Never raised empty.
+
+    `exit_code` is that of a process which it ends. `everywhere`: every rank raises it alike, so one may speak for all.
+    """
+
+    exit_code: ClassVar[int] = 2
+
+    def __init__(self, problems: Iterable[Problem], everywhere: bool = False):
+        self.problems = list(problems)
+        self.everywhere = everywhere
+        assert self.problems, "ProblemError needs at least one problem"
+        super().__init__("\n".join(f"{n}. {problem}" for n, problem in enumerate(self.problems, 1)))
+
+    def __reduce__(self):
+        return type(self), (self.problems, self.everywhere)
+
+
+class RankLostError(ProblemError):
+    """Other ranks are gone or do not answer. The cause is theirs, so its exit code is told from that of a failure."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: the same command may work the next time
+
+
+def raise_all(problems: Iterable[Problem]) -> None:
+    """Raise `ProblemError` with all `problems` if there are any."""
+    if problems := list(problems):
+        raise ProblemError(problems)
