@@ -1,0 +1,158 @@
+"""The command line of one command: its flags, its help, and what was given.
+
+Owns the argparse parser made from a schema. argparse splits the line and prints the help; values stay text, so that
+types, choices and unknown flags are judged in one place with those of YAML files, and all at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from cordee.config.option import Option, options_of
+from cordee.config.values import Raw
+from cordee.errors import Problem
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """What a command line gives: `options` as (flag as written, text), `unknown` as (word, what follows it)."""
+
+    options: list[tuple[str, Raw]]
+    unknown: list[tuple[str, str]]
+    files: tuple[str, ...]
+    print_config: bool
+    problems: list[Problem]
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """What the help of a command says besides its options."""
+
+    prog: str = "cordee"
+    about: str = ""
+    example: str = ""
+
+
+def parse(schema: type, argv: Sequence[str], teaching: Teaching | None = None) -> CommandLine:
+    """Split `argv` by the options of `schema`. `--help` prints and raises SystemExit(0)."""
+    given = argparse.Namespace(options=[], config=[], print_config=False)
+    try:
+        given, rest = _parser(schema, teaching or Teaching()).parse_known_args(list(argv), given)
+        problems = []
+    except argparse.ArgumentError as error:
+        rest = []
+        problems = [Problem(error.argument_name or "command line", None, error.message, "see --help for its form")]
+    return CommandLine(given.options, list(_unknown(rest)), tuple(given.config), given.print_config, problems)
+
+
+class _Collect(argparse.Action):
+    """Notes the flag as it was written, and its values."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if values is None:  # a positional that was left out
+            return
+        flag = option_string or self.dest
+        namespace.options.append((flag, values if isinstance(values, str) else tuple(values)))
+
+
+def _parser(schema: type, teaching: Teaching) -> argparse.ArgumentParser:
+    options = options_of(schema)
+    positionals = [option for option in options if option.declared.positional]
+    parser = argparse.ArgumentParser(
+        prog=teaching.prog,
+        usage=" ".join([teaching.prog, *(_metavar(o) for o in positionals), "[--config run.yaml] [options]"]),
+        description=teaching.about,
+        epilog=f"example:\n  {teaching.example}" if teaching.example else None,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34),
+        allow_abbrev=False,
+        exit_on_error=False,
+        add_help=False,
+    )
+    _add_general(parser)
+    for group, members in groupby(options, key=lambda option: option.group):
+        title, _, text = group.partition(": ")
+        section = parser.add_argument_group(title, text or None)
+        for option in members:
+            _add(section, option)
+    return parser
+
+
+def _add_general(parser: argparse.ArgumentParser) -> None:
+    section = parser.add_argument_group("General")
+    section.add_argument("-h", "--help", action="help", help="show this text")
+    section.add_argument(
+        "--config", nargs="+", action="extend", metavar="FILE", help="YAML of the options below; later files win"
+    )
+    section.add_argument(
+        "--print-config", action="store_true", help="write all options and where each comes from as YAML, then stop"
+    )
+
+
+def _add(section: argparse._ArgumentGroup, option: Option) -> None:
+    form: dict[str, Any] = {"action": _Collect, "dest": option.name, "nargs": _nargs(option)}
+    if form["nargs"] != 0:
+        form["metavar"] = _metavar(option)
+    if option.declared.positional:
+        section.add_argument(**{**form, "nargs": "?", "help": _help(option)})
+        section.add_argument(*option.value_flags, **form, help=argparse.SUPPRESS)
+        return
+    shown = [option.flag]
+    if option.kind is bool and option.default is not False:
+        shown.append(option.negations[0])
+    hidden = [flag for flag in (*option.value_flags, *option.negations) if flag not in shown]
+    section.add_argument(*shown, **form, help=_help(option))
+    if hidden:
+        section.add_argument(*hidden, **form, help=argparse.SUPPRESS)
+    for flag, constant in option.declared.shorthands.items():
+        section.add_argument(flag, action=_Collect, nargs=0, help=f"the same as {option.flag} {constant}")
+
+
+def _nargs(option: Option) -> int | str | None:
+    if option.shape == "one":
+        return 0 if option.kind is bool else None
+    return option.length or "+"
+
+
+def _metavar(option: Option) -> str:
+    if option.declared.metavar:
+        return option.declared.metavar
+    if option.choices:
+        return "{" + ",".join(map(str, option.choices)) + "}"
+    return {int: "N", float: "X"}.get(option.kind, "TEXT")
+
+
+def _help(option: Option) -> str:
+    others = (*option.declared.aliases, *option.declared.negations)
+    notes = [f"also {', '.join(others)}"] if others else []
+    if option.required:
+        notes.append("required")
+    elif option.kind is bool and option.default is True:
+        notes.append("default on")
+    elif isinstance(option.default, tuple):
+        notes += [f"default {' '.join(option.default)}"] if option.default else []
+    elif isinstance(option.default, str | float) or type(option.default) is int:
+        notes.append(f"default {option.default}")
+    text = option.declared.help + (f" ({'; '.join(notes)})" if notes else "")
+    return text.replace("%", "%%")
+
+
+def _unknown(rest: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Group the words that no option took: each unknown flag with what follows it."""
+    words: list[str] = []
+    for word in rest:
+        if words and (word.startswith("-") or "=" in words[0]):
+            yield words[0], " ".join(words[1:])
+            words = []
+        words.append(word)
+    if words:
+        yield words[0], " ".join(words[1:])

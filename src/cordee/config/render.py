@@ -1,0 +1,86 @@
+"""A configuration as text: YAML that loads again, the argument table of a log, and what differs from the defaults.
+
+Owns how values are written. Reads `Loaded` only.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING, replace
+from itertools import groupby
+from typing import Any
+
+from cordee.config.load import Loaded
+from cordee.config.option import options_of, to_key
+from cordee.errors import Problem
+
+_PLAIN = re.compile(r"[A-Za-z_./][A-Za-z0-9_./+-]*")  # needs no quotes in YAML, unless it reads as one of:
+_RESERVED = {"null", "true", "false", "yes", "no", "on", "off"}
+
+
+def to_yaml(loaded: Loaded[Any]) -> str:
+    """All options by topic, each with where its value comes from; `--config` reads it back to the same run."""
+    return "\n\n".join(f"# {title}\n{_block(loaded, names)}" for title, names in _topics(loaded)) + "\n"
+
+
+def argument_table(loaded: Loaded[Any], title: str = "arguments") -> str:
+    """All options by name in the form of Megatron's log: dots up to column 48, framed."""
+    names = sorted(loaded.origins, key=str.lower)
+    lines = [f"  {name} {'.' * (48 - len(name))} {getattr(loaded.config, name)}" for name in names]
+    return "\n".join([f"{'-' * 24} {title} {'-' * 24}", *lines, f"{'-' * 20} end of {title} {'-' * 21}"])
+
+
+def changes(loaded: Loaded[Any]) -> str:
+    """The options that are not at their default, each with where its value comes from."""
+    defaults = {option.name: option.default for option in options_of(type(loaded.config))}
+    changed = [name for name, default in defaults.items() if getattr(loaded.config, name) != default]
+    return _block(loaded, [name for name in changed if defaults[name] is not MISSING or name in loaded.origins])
+
+
+def with_origins(problems: Iterable[Problem], loaded: Loaded[Any]) -> list[Problem]:
+    """The problems, naming the YAML line of an option that stands in a file."""
+    return [_with_origin(problem, loaded.origins.get(to_key(problem.option), "")) for problem in problems]
+
+
+def _with_origin(problem: Problem, origin: str) -> Problem:
+    if origin.startswith("--") or origin in ("", "default", "python"):
+        return problem
+    return replace(problem, option=f"{problem.option} ({origin})")
+
+
+def _topics(loaded: Loaded[Any]) -> Iterator[tuple[str, list[str]]]:
+    for group, options in groupby(options_of(type(loaded.config)), key=lambda option: option.group):
+        yield group.partition(": ")[0], [option.name for option in options]
+
+
+def _block(loaded: Loaded[Any], names: Iterable[str]) -> str:
+    lines = {name: f"{name}: {_value(getattr(loaded.config, name))}" for name in names}
+    width = min(max(map(len, lines.values()), default=0), 60)
+    return "\n".join(f"{line:<{width}}  # {loaded.origins[name]}" for name, line in lines.items())
+
+
+def _value(value: object) -> str:
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(_value, value))}]"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_value(key)}: {_value(item)}" for key, item in value.items()) + "}"
+    return _text(value) if isinstance(value, str) else _scalar(value)
+
+
+def _scalar(value: object) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    # YAML 1.1 reads 1e-05 as text and 1.0e-05 as a number.
+    return re.sub(r"^(-?\d+)e", r"\1.0e", repr(value))
+
+
+def _text(text: str) -> str:
+    if _PLAIN.fullmatch(text) and text.lower() not in _RESERVED:
+        return text
+    import yaml
+
+    return yaml.safe_dump(text, default_style='"', allow_unicode=True, width=sys.maxsize).rstrip("\n")

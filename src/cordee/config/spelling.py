@@ -1,0 +1,54 @@
+"""Every way to write an option, and the nearest ones to a word that is none.
+
+Owns the table from a spelling (`norm_epsilon`, `layernorm_epsilon`, `no_swiglu`, `use_distributed_optimizer`) to the
+option it sets and how. Flags and YAML keys share it: a flag is its key with dashes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from cordee.config.option import Option, options_of, to_key
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """One way to write `option`: its value follows, or writing it (or writing `true`) sets `constant`."""
+
+    option: Option
+    flag: str
+    kind: Literal["value", "negation", "shorthand"]
+    constant: object = None
+
+
+@functools.cache
+def spellings(schema: type) -> dict[str, Spelling]:
+    """All spellings of all options of `schema`, by key."""
+    table: dict[str, Spelling] = {}
+    for option in options_of(schema):
+        for spelling in _spellings_of(option):
+            known = table.setdefault(to_key(spelling.flag), spelling)
+            assert known.option is option, f"{spelling.flag} means {option.name} and {known.option.name}"
+    return table
+
+
+def _spellings_of(option: Option) -> Iterable[Spelling]:
+    for flag in option.value_flags:
+        yield Spelling(option, flag, "value")
+    for flag in option.negations:
+        yield Spelling(option, flag, "negation", False)
+    for flag, constant in option.declared.shorthands.items():
+        yield Spelling(option, flag, "shorthand", constant)
+
+
+def nearest(word: str, known: Iterable[str], count: int = 3) -> list[str]:
+    """The known words most like `word`, best first; words that contain it (`batch_size`) count as alike."""
+    import difflib
+
+    known = sorted(known)
+    alike = difflib.get_close_matches(word, known, n=count, cutoff=0.7)
+    parts = [name for name in known if len(word) > 3 and word in name]
+    return list(dict.fromkeys([*alike, *parts]))[:count]

@@ -1,0 +1,181 @@
+"""From text to a value of an option's type.
+
+Owns the one conversion that flags, YAML and Python values all go through. Everything arrives as text in one of three
+shapes (one, many, map) or as None, and the option's declaration alone decides what it becomes, so `1e-5`, `8` and
+`no` mean the same wherever they are written.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+
+from cordee.config.option import Option, to_key
+
+Raw = None | str | tuple[str, ...] | Mapping[str, str]
+
+_TRUE = ("true", "yes", "on", "1")
+_FALSE = ("false", "no", "off", "0")
+
+
+class Unfit(Exception):
+    """A value that an option cannot take: why, and what to give instead."""
+
+    def __init__(self, why: str, fix: str):
+        super().__init__(why)
+        self.why = why
+        self.fix = fix
+
+
+def convert(option: Option, raw: Raw) -> object:
+    """The value that `raw` means for `option`. Raises `Unfit`."""
+    if raw is None:
+        if option.optional:
+            return None
+        raise Unfit("it cannot be empty", f"give {describe(option)}, or leave the option out")
+    if option.shape == "map":
+        return _map(option, raw)
+    if option.shape == "many":
+        return _many(option, raw)
+    if isinstance(raw, tuple) and len(raw) == 1:
+        raw = raw[0]
+    if not isinstance(raw, str):
+        raise Unfit("it takes one value", f"give {describe(option)}")
+    return _scalar(option, raw)
+
+
+def to_raw(value: object) -> Raw:
+    """The text of a Python value: a scalar, a list or tuple of scalars, or a mapping of scalars. Raises `Unfit`."""
+    if value is None:
+        return None
+    if isinstance(value, Mapping):
+        return {_text(key): _text(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return tuple(_text(item) for item in value)
+    return _text(value)
+
+
+def describe(option: Option) -> str:
+    """The kind of value in words: "a whole number", "one of none, blocks, model"."""
+    if option.shape == "map":
+        return "pairs: key value key value ..."
+    one = f"one of {', '.join(map(str, option.choices))}" if option.choices else _KINDS[option.kind]
+    if option.shape == "one":
+        return one
+    plural = one.removeprefix("one ") if option.choices else one.removeprefix("a ") + "s"
+    return f"{option.length} {plural}" if option.length else f"one or more {plural}"
+
+
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+
+
+def _text(value: object) -> str:
+    if isinstance(value, str | int | float | os.PathLike) or hasattr(value, "item"):  # item: numpy scalars
+        return os.fspath(value) if isinstance(value, os.PathLike) else str(value)
+    raise Unfit(f"a {type(value).__name__} is not a value", "give a text, a number, true or false, or a list of them")
+
+
+def _many(option: Option, raw: Raw) -> tuple[object, ...]:
+    if isinstance(raw, Mapping):
+        raise Unfit("it takes a list, not keys and values", f"give {describe(option)}")
+    items = (raw,) if isinstance(raw, str) else tuple(raw or ())
+    if option.length not in (None, len(items)):
+        raise Unfit(f"it takes {option.length} values, not {len(items)}", f"give {describe(option)}")
+    return tuple(_scalar(option, item) for item in items)
+
+
+def _map(option: Option, raw: Raw) -> dict[str, str | int | bool]:
+    """Pairs from a mapping, from `key value key value` or from `key=value key=value`."""
+    if isinstance(raw, Mapping):
+        return {key: _loose(value) for key, value in raw.items()}
+    items = (raw,) if isinstance(raw, str) else tuple(raw or ())
+    if items and all("=" in item for item in items):
+        items = tuple(part for item in items for part in item.split("=", 1))
+    if len(items) % 2:
+        raise Unfit(f"{len(items)} values are not pairs", f"give an even number: {describe(option)}")
+    keys = items[::2]
+    if repeated := sorted({key for key in keys if keys.count(key) > 1}):
+        raise Unfit(f"{', '.join(repeated)} stands twice", "give every key once")
+    return {key: _loose(value) for key, value in zip(keys, items[1::2], strict=True)}
+
+
+def _loose(text: str) -> str | int | bool:
+    """A value whose type nobody declared: true, false, a whole number, else text."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    return int(text) if text.isascii() and text.isdigit() else text
+
+
+def _scalar(option: Option, text: str) -> object:
+    text = option.declared.synonyms.get(text, text)
+    if option.kind is str:
+        value: object = text
+    elif option.kind is bool:
+        value = to_boolean(text)
+    else:
+        value = _integer(text) if option.kind is int else _number(text)
+        _in_range(option, value)
+    if option.choices and value not in option.choices:
+        raise Unfit(f"it must be {describe(option)}", _nearest_choice(option, text))
+    return value
+
+
+def to_boolean(raw: Raw) -> bool:
+    """What a switch is set to. Raises `Unfit`."""
+    text = raw if isinstance(raw, str) else ""
+    if text.lower() in _TRUE:
+        return True
+    if text.lower() in _FALSE:
+        return False
+    raise Unfit("it is neither true nor false", "give true or false")
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise Unfit("it is not a number", "give a number such as 0.1 or 1e-5") from None
+    if not math.isfinite(value):
+        raise Unfit("it is not a finite number", "give a number such as 0.1 or 1e-5")
+    return value
+
+
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        value = float(text)
+    except ValueError:
+        raise Unfit("it is not a whole number", "give a whole number such as 8") from None
+    if not value.is_integer():
+        raise Unfit("it has a fraction, but must be a whole number", f"give {_round(value)} or another whole number")
+    return int(value)
+
+
+def _round(value: float) -> int:
+    return round(value) if math.isfinite(value) else 1
+
+
+def _in_range(option: Option, value: float) -> None:
+    d = option.declared
+    bounds = (
+        (d.at_least, lambda limit: value >= limit, "at least"),
+        (d.above, lambda limit: value > limit, "above"),
+        (d.at_most, lambda limit: value <= limit, "at most"),
+        (d.below, lambda limit: value < limit, "below"),
+    )
+    broken = [f"{word} {limit}" for limit, holds, word in bounds if limit is not None and not holds(limit)]
+    if broken:
+        allowed = " and ".join(f"{word} {limit}" for limit, _, word in bounds if limit is not None)
+        raise Unfit(f"it must be {' and '.join(broken)}", f"give a number {allowed}")
+
+
+def _nearest_choice(option: Option, text: str) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(to_key(text), [to_key(str(choice)) for choice in option.choices], n=1)
+    choices = {to_key(str(choice)): choice for choice in option.choices}
+    return f"did you mean {choices[near[0]]}?" if near else f"give {describe(option)}"

@@ -1,0 +1,86 @@
+"""YAML files as text: keys, values and the line each stands on.
+
+Owns reading a run file. Scalars stay text (the option's declaration gives them a type, see `values`), so YAML's
+surprises (`1e-5` as text, `no` as false) do not reach a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+from cordee.config.values import Raw, Unfit
+from cordee.errors import Problem
+
+_NULLS = ("", "~", "null", "Null", "NULL")
+
+
+class Entry(NamedTuple):
+    """One top-level key: its value, or why it has none that an option could take."""
+
+    key: str
+    value: Raw | Unfit
+    line: int
+
+
+def read(path: str) -> tuple[list[Entry], list[Problem]]:
+    """Entries of the file in order, and what is wrong with the file as such."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        return [], [Problem("--config", path, f"the file cannot be read: {reason}", "give a readable YAML file")]
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        return [], [_syntax_problem(path, error)]
+    if root is None:
+        return [], []
+    if not isinstance(root, yaml.MappingNode):
+        return [], [Problem("--config", path, "it does not hold `option: value` lines", "write one option per line")]
+    entries = list(_entries(root))
+    return entries, list(_repeated(path, entries))
+
+
+def _entries(root: yaml.MappingNode) -> Iterator[Entry]:
+    for key, value in root.value:
+        name = key.value if isinstance(key, yaml.ScalarNode) else "?"
+        try:
+            raw: Raw | Unfit = _raw(value)
+        except Unfit as unfit:
+            raw = unfit
+        yield Entry(name, raw, key.start_mark.line + 1)
+
+
+def _raw(node: yaml.Node) -> Raw:
+    if isinstance(node, yaml.ScalarNode):
+        return None if node.style is None and node.value in _NULLS else node.value
+    if isinstance(node, yaml.SequenceNode):
+        return tuple(_item(item) for item in node.value)
+    assert isinstance(node, yaml.MappingNode)
+    return {_item(key): _item(value) for key, value in node.value}
+
+
+def _item(node: yaml.Node) -> str:
+    if isinstance(node, yaml.ScalarNode):
+        return node.value
+    raise Unfit("it is nested, but options are flat", "write the inner options at the top level of the file")
+
+
+def _repeated(path: str, entries: list[Entry]) -> Iterator[Problem]:
+    first: dict[str, int] = {}
+    for entry in entries:
+        if entry.key in first:
+            why = f"the key stands on line {first[entry.key]} already"
+            yield Problem(f"{entry.key} ({path}:{entry.line})", None, why, "keep one of the lines")
+        first.setdefault(entry.key, entry.line)
+
+
+def _syntax_problem(path: str, error: yaml.YAMLError) -> Problem:
+    mark = getattr(error, "problem_mark", None)
+    where = f"{path}:{mark.line + 1}" if mark else path
+    why = f"it is not YAML: {getattr(error, 'problem', None) or error}"
+    return Problem("--config", where, why, "write `option: value` lines")

@@ -1,0 +1,74 @@
+"""The schema itself: every option has a type, a help text and spellings of its own."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from cordee.config import schema
+from cordee.config.option import options_of, to_key
+from cordee.config.spelling import spellings
+
+CONFIGS = [getattr(schema, name) for name in dir(schema) if name.endswith("Config")]
+
+
+def test_every_command_has_a_schema():
+    names = {config.__name__ for config in CONFIGS}
+    jobs = {"Train", "Preprocess", "Generate", "Evaluate", "Convert", "Bench", "Quickstart", "Plan"}
+    assert names == {f"{job}Config" for job in jobs}
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_options_are_declared_completely(config):
+    for option in options_of(config):
+        assert option.declared.help, option.name
+        assert option.kind in (bool, int, float, str), option.name
+        assert re.fullmatch(r"[a-z][a-z0-9_]*", option.name)
+        assert option.group, option.name
+        if option.default is None:
+            assert option.optional, f"{option.name}: None must be allowed where it is the default"
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_spelling_names_one_option(config):
+    table = spellings(config)
+    for option in options_of(config):
+        assert table[option.name].option is option
+        for flag in (*option.value_flags, *option.negations, *option.declared.shorthands):
+            assert table[to_key(flag)].option is option
+
+
+@pytest.mark.parametrize(
+    ("flag", "name", "kind"),
+    [
+        ("--layernorm-epsilon", "norm_epsilon", "value"),
+        ("--json-key", "json_keys", "value"),
+        ("--pad-vocab-size-to", "padded_vocab_size", "value"),
+        ("--override-opt_param-scheduler", "override_opt_param_scheduler", "value"),
+        ("--use-checkpoint-lr-scheduler", "use_checkpoint_opt_param_scheduler", "value"),
+        ("--use-rotary-position-embeddings", "position_embedding_type", "shorthand"),
+        ("--use-distributed-optimizer", "zero_stage", "shorthand"),
+        ("--disable-bias-linear", "add_bias_linear", "negation"),
+        ("--no-add-gate", "swiglu", "negation"),
+        ("--tokenizer-not-use-fast", "tokenizer_use_fast", "negation"),
+        ("--no-load-optim", "load_optim", "negation"),
+        ("--no-load-rng", "load_rng", "negation"),
+        ("--no-save-optim", "save_optim", "negation"),
+        ("--no-kv-cache", "use_kv_cache", "negation"),
+    ],
+)
+def test_documented_spellings(flag, name, kind):
+    tables = [spellings(config) for config in CONFIGS]
+    found = [table[to_key(flag)] for table in tables if to_key(flag) in table]
+    assert found
+    assert (name, kind) in {(spelling.option.name, spelling.kind) for spelling in found}
+
+
+def test_training_defaults_of_the_reference():
+    config = schema.TrainConfig(seq_length=8, lr=1e-3)
+    assert (config.clip_grad, config.weight_decay, config.adam_beta1, config.adam_beta2) == (1.0, 0.01, 0.9, 0.999)
+    assert (config.adam_eps, config.min_lr, config.lr_decay_style, config.split) == (1e-8, 0.0, "linear", "969, 30, 1")
+    assert (config.initial_loss_scale, config.loss_scale_window, config.hysteresis) == (2**32, 1000, 2)
+    assert (config.eval_interval, config.eval_iters, config.seed) == (1000, 100, 1234)
+    assert config.num_layers is None and config.global_batch_size is None
