@@ -1,0 +1,89 @@
+"""Everything about a run's data that can be known before the run.
+
+Owns the checks of `.bin/.idx` files against the run's options and tokenizer: all problems at once, without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from cordee.config.option import to_flag
+from cordee.config.schema import DataOptions
+from cordee.data.build import SPLITS, Part, part_problems, plan_parts
+from cordee.data.indexed import IndexedDataset
+from cordee.data.manifest import Manifest, read_manifest
+from cordee.errors import Problem, ProblemError
+
+if TYPE_CHECKING:
+    from cordee.data.tokenizer import Tokenizer
+
+_NEED_EOD = ("eod_mask_loss", "reset_position_ids", "reset_attention_mask")
+
+
+def check(
+    options: DataOptions,
+    *,
+    train_samples: int = 0,
+    valid_samples: int = 0,
+    test_samples: int = 0,
+    vocab_size: int | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> list[Problem]:
+    """All problems of the data a run asks for.
+
+    The numbers of samples say which parts are needed at all. `vocab_size` (of the model) and `tokenizer` are compared
+    with what is known of each dataset. Reads every index once, and no tokens.
+    """
+    problems = list(_eod_problems(options, tokenizer))
+    try:
+        parts = plan_parts(options)
+    except ProblemError as error:
+        return problems + error.problems
+    asked: dict[str, int] = dict(zip(SPLITS, (train_samples, valid_samples, test_samples), strict=True))
+    needed = {name: part for name, part in parts.items() if asked[name]}
+    for prefix in dict.fromkeys(prefix for part in needed.values() for prefix in part.blend.prefixes):
+        using = [part for part in needed.values() if prefix in part.blend.prefixes]
+        problems += _dataset_problems(prefix, using, vocab_size, tokenizer)
+    return problems
+
+
+def _eod_problems(options: DataOptions, tokenizer: Tokenizer | None) -> Iterator[Problem]:
+    for name in _NEED_EOD:
+        if getattr(options, name) and (tokenizer is None or tokenizer.eod is None):
+            what = "no tokenizer is given" if tokenizer is None else "the tokenizer has none"
+            why = f"it acts at the token that ends a document, and {what}"
+            yield Problem(to_flag(name), True, why, "give a tokenizer that has an end-of-sequence token")
+
+
+def _dataset_problems(
+    prefix: str, parts: list[Part], vocab_size: int | None, tokenizer: Tokenizer | None
+) -> list[Problem]:
+    try:
+        dataset = IndexedDataset(prefix)
+        if problems := dataset.problems():
+            return problems
+        manifest = read_manifest(dataset)
+    except ProblemError as error:
+        return error.problems
+    problems = [problem for part in parts for problem in part_problems(part, dataset)]
+    if manifest is not None:
+        problems += token_problems(prefix, manifest, vocab_size, tokenizer)
+    return problems
+
+
+def token_problems(
+    prefix: str, manifest: Manifest, vocab_size: int | None, tokenizer: Tokenizer | None
+) -> Iterator[Problem]:
+    """What a dataset's note says against the model's vocabulary or the tokenizer; None of them is not compared."""
+    if vocab_size is not None and manifest.max_token >= vocab_size:
+        why = f"it holds token {manifest.max_token}, but the model has only {vocab_size} tokens"
+        yield Problem("dataset", prefix, why, "take the model's own tokenizer, or a model with the data's vocabulary")
+    made_with: Any = manifest.tokenizer
+    if tokenizer is None or made_with is None or tokenizer.fingerprint() == made_with.fingerprint:
+        return
+    why = (
+        f"it was made with another tokenizer: {made_with.type} of {made_with.vocab_size} tokens; "
+        f"this one has {tokenizer.vocab_size}"
+    )
+    yield Problem("dataset", prefix, why, "give the tokenizer it was made with, or preprocess again")

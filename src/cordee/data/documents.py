@@ -1,0 +1,97 @@
+"""One chunk of text to tokens: the work that runs in parallel.
+
+Owns what becomes of each record: its tokens, or the reason why it is left out. Knows nothing of files or processes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import chain
+
+import numpy as np
+import numpy.typing as npt
+
+from cordee.data.readers.chunk import Chunk, Invalid, Row
+from cordee.data.tokenizer import Tokenizer
+
+EMPTY, TOO_LONG, INVALID = "empty text", "too long", "invalid"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """The documents of one key: all their tokens, int32, and how many each has, int32."""
+
+    tokens: npt.NDArray[np.int32]
+    lengths: npt.NDArray[np.int32]
+    max_token: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokenized:
+    """A chunk's documents by key, and what was left out. `text_bytes` counts all text as UTF-8."""
+
+    columns: dict[str, Column]
+    records: int
+    text_bytes: int
+    done: float
+    invalid: list[Invalid]
+    left_out: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """How chunks are tokenized.
+
+    An empty text is no document; with several keys the others of its record stay. A record of which any text has
+    `seq_length` tokens or more is left out under all keys. With `eod` every document ends with it.
+    """
+
+    tokenizer: Tokenizer
+    keys: tuple[str, ...]
+    eod: int | None = None
+    seq_length: int | None = None
+
+    def __call__(self, chunk: Chunk) -> Tokenized:
+        rows, invalid = chunk.rows(self.keys)
+        left_out = {INVALID: len(invalid), EMPTY: 0, TOO_LONG: 0}
+        documents = {key: self._encode([row[i] for row in rows]) for i, key in enumerate(self.keys)}
+        if self.seq_length is not None:
+            longest = [max(map(len, record), default=0) for record in zip(*documents.values(), strict=True)]
+            kept = [length < self.seq_length for length in longest]
+            left_out[TOO_LONG] = kept.count(False)
+            documents = {
+                key: [ids for ids, keep in zip(batch, kept, strict=True) if keep] for key, batch in documents.items()
+            }
+        left_out[EMPTY] = sum(not ids for batch in documents.values() for ids in batch)
+        return Tokenized(
+            columns={key: _column(batch) for key, batch in documents.items()},
+            records=len(rows) + len(invalid),
+            text_bytes=_text_bytes(rows),
+            done=chunk.done,
+            invalid=invalid,
+            left_out=left_out,
+        )
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text; none for an empty one, whatever a tokenizer would put around it."""
+        encoded = iter(self.tokenizer.encode_batch([text for text in texts if text]))
+        documents = [next(encoded) if text else [] for text in texts]
+        if self.eod is not None:
+            for ids in documents:
+                if ids:
+                    ids.append(self.eod)
+        return documents
+
+
+def _column(documents: list[list[int]]) -> Column:
+    lengths = [len(ids) for ids in documents if ids]
+    tokens = np.fromiter(chain.from_iterable(documents), np.int32, sum(lengths))
+    return Column(
+        tokens=tokens,
+        lengths=np.asarray(lengths, np.int32),
+        max_token=int(tokens.max(initial=-1)),
+    )
+
+
+def _text_bytes(rows: list[Row]) -> int:
+    return sum(len(text) if text.isascii() else len(text.encode()) for row in rows for text in row)

@@ -1,0 +1,112 @@
+"""The note beside a dataset: how it was made and what it holds.
+
+Owns `<prefix>.json`: counts, the tokenizer's fingerprint, the sources and what was left out. A dataset without it (made
+by another tool) is as good; it can only be checked less.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cordee.data.indexed import IndexedDataset
+from cordee.errors import Problem, ProblemError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerNote:
+    """What a tokenizer must share with the one that made a dataset."""
+
+    type: str
+    fingerprint: str
+    vocab_size: int
+    eod: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """`sources` are file names with their sizes in bytes (or what else the text came from); `left_out` counts records
+    by reason; `max_token` is the largest id (-1 if there is none)."""
+
+    documents: int
+    tokens: int
+    max_token: int
+    tokenizer: TokenizerNote | None = None
+    append_eod: bool = False
+    sources: dict[str, int | None] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)
+
+    def write(self, prefix: str | Path) -> None:
+        path = manifest_path(prefix)
+        temporary = path.with_name(path.name + ".incomplete")
+        text = json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=2, ensure_ascii=False)
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+
+def manifest_path(prefix: str | Path) -> Path:
+    return Path(f"{prefix}.json")
+
+
+def read_manifest(dataset: IndexedDataset) -> Manifest | None:
+    """The manifest of a dataset, or None if it has none.
+
+    Raises `ProblemError` if it cannot be read or tells of another dataset.
+    """
+    path = manifest_path(dataset.prefix)
+    if not path.is_file():
+        return None
+    try:
+        manifest = _parse(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ProblemError([_unusable(path, f"it cannot be read: {error}")]) from error
+    if (manifest.documents, manifest.tokens) != (dataset.num_documents, dataset.num_tokens):
+        why = (
+            f"it tells of {manifest.documents} documents and {manifest.tokens} tokens, "
+            f"but the dataset has {dataset.num_documents} and {dataset.num_tokens}"
+        )
+        raise ProblemError([_unusable(path, why)])
+    return manifest
+
+
+def merged(manifests: Sequence[Manifest]) -> Manifest:
+    """The manifest of datasets put one behind the other. Raises `ProblemError` if their tokenizers differ."""
+    tokenizers = {manifest.tokenizer for manifest in manifests}
+    if len(tokenizers) > 1:
+        kinds = ", ".join(sorted(f"{note.type} {note.fingerprint[:8]}" for note in tokenizers if note))
+        why = f"they were made with different tokenizers: {kinds}"
+        raise ProblemError([Problem("--merge-group-keys", None, why, "preprocess them with one tokenizer")])
+    left_out: dict[str, int] = {}
+    for manifest in manifests:
+        for reason, count in manifest.left_out.items():
+            left_out[reason] = left_out.get(reason, 0) + count
+    return Manifest(
+        documents=sum(manifest.documents for manifest in manifests),
+        tokens=sum(manifest.tokens for manifest in manifests),
+        max_token=max((manifest.max_token for manifest in manifests), default=-1),
+        tokenizer=tokenizers.pop() if tokenizers else None,
+        append_eod=all(manifest.append_eod for manifest in manifests),
+        sources={name: size for manifest in manifests for name, size in manifest.sources.items()},
+        left_out=left_out,
+    )
+
+
+def _parse(fields: dict[str, Any]) -> Manifest:
+    if fields.pop("format") != FORMAT:
+        raise ValueError("its format is of another version")
+    note = fields.pop("tokenizer")
+    return Manifest(tokenizer=None if note is None else TokenizerNote(**note), **fields)
+
+
+def _unusable(path: Path, why: str) -> Problem:
+    return Problem("dataset", path, why, "remove it (the dataset works without), or preprocess again")

@@ -1,0 +1,340 @@
+"""`cordee preprocess`: text to `.bin/.idx`, or several such pairs to one.
+
+Owns the job: from input to output names, progress, what is reported, and that a failure leaves nothing behind. Reading
+is the readers', tokenizing `documents`'s, the byte format `indexed`'s.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from cordee.config.schema import PreprocessConfig
+from cordee.data.documents import Job, Tokenized
+from cordee.data.indexed import IndexedDataset, IndexedDatasetBuilder, bin_path, idx_path
+from cordee.data.manifest import Manifest, TokenizerNote, manifest_path, merged, read_manifest
+from cordee.data.readers import hub, input_files, read_file
+from cordee.data.readers.chunk import Chunk, Invalid
+from cordee.data.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
+from cordee.data.workers import Workers
+from cordee.errors import Problem, ProblemError, raise_all
+from cordee.log import logger
+
+_SHOWN = 10  # invalid records named one by one
+_SECONDS = 1.0  # at least between two log lines
+_FRAME = 0.1  # seconds at least between two pictures of the progress bar
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where text comes from. `size` in bytes is known for files."""
+
+    name: str
+    size: int | None
+    read: Callable[[], Iterator[Chunk]]
+
+
+def run(config: PreprocessConfig) -> int:
+    """Do the job of `config` and return 0. Raises `ProblemError` for what the user can mend."""
+    with _terminable():
+        try:
+            return _merge(config) if config.merge_group_keys else _tokenize(config)
+        except OSError as error:
+            why = f"the output cannot be written: {error}"
+            fix = "make room or give another place; nothing incomplete is left under the final names"
+            raise ProblemError([Problem("--output-prefix", config.output_prefix, why, fix)]) from error
+
+
+# ---- text to tokens --------------------------------------------------------------------------------------------------
+
+
+def _tokenize(config: PreprocessConfig) -> int:
+    keys = tuple(dict.fromkeys(config.json_keys))
+    prefixes = {key: f"{config.output_prefix}_{key}_document" for key in keys}
+    problems = [*_output_problems(config, prefixes.values()), *check_tokenizer(config)]
+    sources: list[Source] = []
+    try:
+        sources = _sources(config, keys)
+    except ProblemError as error:
+        problems += error.problems
+    raise_all(problems)
+    tokenizer = load_tokenizer(config)
+    job = Job(tokenizer=tokenizer, keys=keys, eod=_eod(config, tokenizer), seq_length=config.seq_length)
+    tally = _Tally(keys, config.skip_invalid)
+    with (
+        Workers(job, config.workers * config.n_subs) as workers,
+        ExitStack() as stack,
+        _progress(tally, config.log_interval) as show,
+    ):
+        builders = {key: stack.enter_context(IndexedDatasetBuilder(prefix)) for key, prefix in prefixes.items()}
+        for result in workers.map(_chunks(sources)):
+            tally.add(result)
+            for key, column in result.columns.items():
+                builders[key].add_documents(column.tokens, column.lengths)
+            show()
+        tally.require_documents(builders)
+        for prefix in prefixes.values():
+            manifest_path(prefix).unlink(missing_ok=True)  # of the pair that is replaced now
+    for key, prefix in prefixes.items():
+        manifest = tally.manifest(key, builders[key], tokenizer, job.eod is not None, sources)
+        manifest.write(prefix)
+        logger.info("%s: %d documents, %d tokens", prefix, manifest.documents, manifest.tokens)
+    tally.report()
+    return 0
+
+
+def _output_problems(config: PreprocessConfig, prefixes: Iterable[str]) -> Iterator[Problem]:
+    parent = Path(config.output_prefix).absolute().parent
+    if not parent.is_dir():
+        yield Problem("--output-prefix", config.output_prefix, f"there is no directory {parent}", "make it first")
+    elif not os.access(parent, os.W_OK | os.X_OK):
+        yield Problem("--output-prefix", config.output_prefix, f"{parent} cannot be written to", "give another place")
+    elif not config.overwrite:
+        for prefix in prefixes:
+            if there := [path.name for path in (bin_path(prefix), idx_path(prefix)) if path.exists()]:
+                why = f"there is already {' and '.join(there)}"
+                yield Problem("--output-prefix", config.output_prefix, why, "give another prefix, or --overwrite")
+
+
+def _sources(config: PreprocessConfig, keys: Sequence[str]) -> list[Source]:
+    if config.hf_datasets_params:
+        if config.input:
+            logger.warning("--input %s is not read: --hf-datasets-params says what is.", config.input)
+        params = hub.read_params(Path(config.hf_datasets_params))
+        if config.streaming:
+            params["streaming"] = True
+        return [Source(str(params.get("path", "dataset")), None, lambda: hub.read(params, keys))]
+    if not config.input:
+        why = "there is nothing to read"
+        raise ProblemError([Problem("--input", None, why, "give a file or a directory, or --hf-datasets-params")])
+    files = input_files(Path(config.input))
+    return [Source(str(path), path.stat().st_size, lambda path=path: read_file(path, keys)) for path in files]
+
+
+def _eod(config: PreprocessConfig, tokenizer: Tokenizer) -> int | None:
+    if config.append_eod and tokenizer.eod is None:
+        why = "the tokenizer has no token that ends a document"
+        raise ProblemError([Problem("--append-eod", True, why, "name one: --tokenizer-kwargs eos_token TOKEN")])
+    return tokenizer.eod if config.append_eod else None
+
+
+def _chunks(sources: Sequence[Source]) -> Iterator[Chunk]:
+    """The chunks of all sources; `done` is the share of everything, 0 where that is not known."""
+    total = sum(source.size or 0 for source in sources)
+    before = 0
+    for source in sources:
+        size = source.size or 0
+        try:
+            for chunk in source.read():
+                yield dataclasses.replace(chunk, done=(before + chunk.done * size) / total if total else 0.0)
+        except OSError as error:
+            raise ProblemError([Problem("--input", source.name, f"it cannot be read: {error}", "mend it")]) from error
+        before += size
+
+
+class _Tally:
+    """What has come out so far."""
+
+    def __init__(self, keys: Sequence[str], skip_invalid: bool):
+        self.records = 0
+        self.text_bytes = 0
+        self.done = 0.0
+        self.left_out: Counter[str] = Counter()
+        self._max_token = dict.fromkeys(keys, -1)
+        self._invalid: list[Invalid] = []
+        self._skip_invalid = skip_invalid
+        self._start = time.perf_counter()
+
+    def add(self, result: Tokenized) -> None:
+        """Raises `ProblemError` for invalid records, unless they are to be skipped."""
+        self.records += result.records
+        self.text_bytes += result.text_bytes
+        self.done = result.done
+        self.left_out.update(result.left_out)
+        self._invalid += result.invalid[: _SHOWN - len(self._invalid)]
+        for key, column in result.columns.items():
+            self._max_token[key] = max(self._max_token[key], column.max_token)
+        if result.invalid and not self._skip_invalid:
+            count = len(result.invalid)
+            why = f"{count} of the first {self.records} records cannot be used:{self._places(count)}"
+            fix = "mend them, or leave all such records out: --skip-invalid"
+            raise ProblemError([Problem("--input", None, why, fix)])
+
+    def require_documents(self, builders: dict[str, IndexedDatasetBuilder]) -> None:
+        """Raises `ProblemError` if there are none: an empty dataset is of no use to anyone."""
+        left_out = ", ".join(f"{count} {reason}" for reason, count in self.left_out.items() if count)
+        why = (
+            f"the input has {self.records} records"
+            + (f" ({left_out})" if left_out else "")
+            + " and no document of {!r}"
+        )
+        raise_all(
+            Problem("--input", None, why.format(key), "give text, or other --json-keys")
+            for key, builder in builders.items()
+            if not builder.sequences
+        )
+
+    def line(self) -> str:
+        seconds = max(time.perf_counter() - self._start, 1e-9)
+        rate, megabytes = self.records / seconds, self.text_bytes / seconds / 1024 / 1024
+        return f"Processed {self.records} documents ({rate:.1f} docs/s, {megabytes:.2f} MB/s)."
+
+    def manifest(
+        self,
+        key: str,
+        builder: IndexedDatasetBuilder,
+        tokenizer: Tokenizer,
+        append_eod: bool,
+        sources: Sequence[Source],
+    ) -> Manifest:
+        note = TokenizerNote(
+            type=tokenizer.type,
+            fingerprint=tokenizer.fingerprint(),
+            vocab_size=tokenizer.vocab_size,
+            eod=tokenizer.eod,
+        )
+        return Manifest(
+            documents=builder.sequences,
+            tokens=builder.tokens,
+            max_token=self._max_token[key],
+            tokenizer=note,
+            append_eod=append_eod,
+            sources={source.name: source.size for source in sources},
+            left_out=dict(self.left_out),
+        )
+
+    def report(self) -> None:
+        """Say what was left out."""
+        if any(self.left_out.values()):
+            counts = ", ".join(f"{count} {reason}" for reason, count in self.left_out.items() if count)
+            logger.warning("Left out of %d records: %s", self.records, counts)
+        if self._invalid:
+            logger.warning("Invalid records:%s", self._places(self.left_out["invalid"]))
+
+    def _places(self, count: int) -> str:
+        shown = "".join(f"\n    {invalid.place}: {invalid.why}" for invalid in self._invalid)
+        return shown + (f"\n    and {count - len(self._invalid)} more" if count > len(self._invalid) else "")
+
+
+@contextmanager
+def _progress(tally: _Tally, log_interval: int) -> Iterator[Callable[[], None]]:
+    """A function to call after every step: it keeps a progress bar going on a terminal and writes log lines elsewhere,
+    one every `log_interval` documents but not more than one a second. A last line always says the whole."""
+    with _bar(tally) if sys.stderr.isatty() else _log_lines(tally, log_interval) as show:
+        yield show
+    logger.info("%s", tally.line())
+
+
+@contextmanager
+def _log_lines(tally: _Tally, log_interval: int) -> Iterator[Callable[[], None]]:
+    due = log_interval
+    last = time.perf_counter()
+
+    def show() -> None:
+        nonlocal due, last
+        if tally.records >= due and time.perf_counter() - last >= _SECONDS:
+            logger.info("%s", tally.line())
+            due = tally.records - tally.records % log_interval + log_interval
+            last = time.perf_counter()
+
+    yield show
+
+
+@contextmanager
+def _bar(tally: _Tally) -> Iterator[Callable[[], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    last = 0.0
+    # Without a thread of its own, so that nothing but this loop draws.
+    with Progress(*columns, console=Console(stderr=True), auto_refresh=False, transient=True) as progress:
+        task = progress.add_task("", total=1.0)
+
+        def show() -> None:
+            nonlocal last
+            if time.perf_counter() - last >= _FRAME:
+                # Without a known size the bar only says that something happens.
+                total = 1.0 if tally.done else None
+                progress.update(task, description=tally.line(), completed=tally.done, total=total, refresh=True)
+                last = time.perf_counter()
+
+        yield show
+
+
+# ---- pairs to one pair -----------------------------------------------------------------------------------------------
+
+
+def _merge(config: PreprocessConfig) -> int:
+    outputs = {key: f"{config.output_prefix}_{key}" for key in config.merge_group_keys}
+    problems = list(_output_problems(config, outputs.values()))
+    groups: dict[str, list[str]] = {}
+    for key, output in outputs.items():
+        try:
+            groups[key] = _pairs(Path(config.input or ""), key, output)
+        except ProblemError as error:
+            problems += error.problems
+    raise_all(dict.fromkeys(problems))
+    for key, prefixes in groups.items():
+        _merge_group(prefixes, outputs[key])
+    return 0
+
+
+def _pairs(directory: Path, key: str, output: str) -> list[str]:
+    """The prefixes in `directory` whose names hold `key`, by name; never the output itself."""
+    if not directory.is_dir():
+        raise ProblemError([Problem("--input", directory, "there is no such directory", "give that of the pairs")])
+    names = {path.stem for path in directory.iterdir() if path.suffix in (".bin", ".idx") and key in path.stem}
+    prefixes = [str(directory / name) for name in sorted(names)]
+    prefixes = [prefix for prefix in prefixes if Path(prefix).absolute() != Path(output).absolute()]
+    if not prefixes:
+        raise ProblemError([Problem("--merge-group-keys", key, f"no pair in {directory} holds it", "give another key")])
+    problems = []
+    for prefix in prefixes:
+        try:
+            IndexedDataset(prefix)
+        except ProblemError as error:
+            problems += error.problems
+    raise_all(problems)
+    return prefixes
+
+
+def _merge_group(prefixes: Sequence[str], output: str) -> None:
+    notes = {prefix: read_manifest(IndexedDataset(prefix)) for prefix in prefixes}
+    unknown = [prefix for prefix, note in notes.items() if note is None]
+    whole = merged([note for note in notes.values() if note is not None]) if not unknown else None
+    with IndexedDatasetBuilder(output, IndexedDataset(prefixes[0]).dtype) as builder:
+        for prefix in prefixes:
+            builder.add_index(prefix)
+        manifest_path(output).unlink(missing_ok=True)
+    if whole is not None:
+        whole.write(output)
+    else:
+        logger.warning("%s gets no manifest, because %s has none: no tokenizer can be checked", output, unknown[0])
+    logger.info("%s: %d pairs, %d sequences, %d tokens", output, len(prefixes), builder.sequences, builder.tokens)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end the job as an exception does, so that it cleans up."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

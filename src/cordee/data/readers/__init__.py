@@ -1,0 +1,63 @@
+"""Readers: files of text as streams of records.
+
+Owns which reader reads which file, and what is read of a directory. A module in this package that has `EXTENSIONS` and
+`read(path, keys)` is a reader; adding one adds its format.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+
+from cordee.data.readers.chunk import Chunk
+from cordee.errors import Problem, ProblemError
+from cordee.log import logger
+
+Reader = Callable[[Path, Sequence[str]], Iterator[Chunk]]
+
+
+@cache
+def readers() -> dict[str, Reader]:
+    """The reader of every file name extension."""
+    modules = (importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__))
+    return {ending: module.read for module in modules for ending in getattr(module, "EXTENSIONS", ())}
+
+
+def read_file(path: Path, keys: Sequence[str]) -> Iterator[Chunk]:
+    """The records of one file, whose extension must be known."""
+    ending = extension(path)
+    assert ending is not None
+    return readers()[ending](path, keys)
+
+
+def extension(path: Path) -> str | None:
+    """The extension that tells the format, such as `.jsonl.gz`; None if it is unknown."""
+    return next((ending for ending in sorted(readers(), key=len, reverse=True) if path.name.endswith(ending)), None)
+
+
+def input_files(path: Path) -> list[Path]:
+    """The files to read: `path`, or those in the directory `path` that have its most frequent known extension, by
+    name. Raises `ProblemError` if there are none."""
+    known = ", ".join(ending for ending in readers() if not ending.endswith(".gz"))
+    if path.is_file():
+        if extension(path) is None:
+            why = "the format of this file is unknown"
+            raise ProblemError([Problem("--input", path, why, f"give a file that ends in {known}, or such with .gz")])
+        return [path]
+    if not path.is_dir():
+        fix = "check the path; datasets of a hub are given by --hf-datasets-params"
+        raise ProblemError([Problem("--input", path, "there is no such file or directory", fix)])
+    files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+    counts = Counter(ending for file in files if (ending := extension(file)))
+    if not counts:
+        raise ProblemError([Problem("--input", path, f"it holds no file that ends in {known}", "check the path")])
+    chosen = counts.most_common(1)[0][0]
+    others = [file.name for file in files if extension(file) != chosen]
+    if others:
+        shown = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
+        logger.warning("Of %s only the files ending in %s are read; %d are not: %s", path, chosen, len(others), shown)
+    return [file for file in files if extension(file) == chosen]

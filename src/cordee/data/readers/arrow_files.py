@@ -1,0 +1,90 @@
+"""Tables of Apache Arrow: Parquet, and Arrow's own files and streams (as `datasets` saves them).
+
+Owns reading their text columns a few rows at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cordee.data.readers.chunk import Chunk, table_chunks
+from cordee.errors import Problem, ProblemError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+EXTENSIONS = (".parquet", ".arrow")
+_ROWS = 64  # read at a time
+_TEXT_TYPES = ("string", "large_string", "string_view")
+
+
+def read(path: Path, keys: Sequence[str]) -> Iterator[Chunk]:
+    """The chunks of one file. Raises `ProblemError` if it is damaged, or has no such columns of text."""
+    import pyarrow
+
+    rows = _parquet_rows if path.suffix == ".parquet" else _arrow_rows
+    try:
+        yield from table_chunks(str(path), rows(path, list(keys)))
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        why = f"it is damaged or no {path.suffix[1:]} file: {error}"
+        raise ProblemError([Problem("--input", path, why, "copy it again")]) from error
+
+
+def _parquet_rows(path: Path, keys: list[str]) -> Iterator[tuple[tuple[object, ...], float]]:
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(path) as file:
+        _check_columns(path, file.schema_arrow, keys)
+        total = max(file.metadata.num_rows, 1)
+        count = 0
+        for batch in file.iter_batches(_ROWS, columns=keys, use_threads=False):
+            count += batch.num_rows
+            yield from ((row, count / total) for row in _rows(batch, keys))
+
+
+def _arrow_rows(path: Path, keys: list[str]) -> Iterator[tuple[tuple[object, ...], float]]:
+    import pyarrow
+    from pyarrow import ipc
+
+    with pyarrow.memory_map(str(path)) as file:
+        size = max(file.size(), 1)
+        for batch in _record_batches(ipc, file, path, keys):
+            done = file.tell() / size
+            for start in range(0, batch.num_rows, _ROWS):
+                yield from ((row, done) for row in _rows(batch.slice(start, _ROWS), keys))
+
+
+def _record_batches(ipc: Any, file: pyarrow.MemoryMappedFile, path: Path, keys: list[str]) -> Iterator[Any]:
+    """The batches of an Arrow file, or of a stream: the two begin differently and share their extension."""
+    is_file = file.read(6) == b"ARROW1"
+    file.seek(0)
+    reader = ipc.open_file(file) if is_file else ipc.open_stream(file)
+    _check_columns(path, reader.schema, keys)
+    if is_file:
+        yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
+    else:
+        yield from reader
+
+
+def _rows(batch: pyarrow.RecordBatch, keys: list[str]) -> Iterator[tuple[object, ...]]:
+    return zip(*(batch.column(key).to_pylist() for key in keys), strict=True)
+
+
+def _check_columns(path: Path, schema: pyarrow.Schema, keys: list[str]) -> None:
+    import pyarrow
+
+    problems = []
+    for key in keys:
+        if schema.get_field_index(key) < 0:
+            why = f"{path} has no such column; it has {', '.join(schema.names)}"
+            problems.append(Problem("--json-keys", key, why, "give the names of its columns"))
+            continue
+        kind = schema.field(key).type
+        value = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+        if not (pyarrow.types.is_string(value) or pyarrow.types.is_large_string(value) or "string" in str(value)):
+            why = f"in {path} this column is {kind}, not text"
+            problems.append(Problem("--json-keys", key, why, "give a column of text"))
+    if problems:
+        raise ProblemError(problems)

@@ -1,0 +1,114 @@
+"""What readers hand on: pieces of a source, small enough to hold many and to send to another process.
+
+Owns the common part of all formats: what makes a record valid. Knows no format.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+CHUNK_BYTES = 1 << 18  # about a tenth of a second of tokenizing
+
+Row = tuple[str, ...]  # one text per key
+
+
+@dataclass(frozen=True)
+class Invalid:
+    """A record that cannot be used: where it is, and why."""
+
+    place: str
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk(ABC):
+    """Some records of a source. `done` is the share of the source that is read with it."""
+
+    done: float
+
+    @abstractmethod
+    def rows(self, keys: Sequence[str]) -> tuple[list[Row], list[Invalid]]:
+        """The records' texts under `keys`, and the records that have none. Parsing, the costly part of reading, is
+        done here and not by the reader, so that each worker does its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableChunk(Chunk):
+    """Records of a table: one value per key each, of whatever type the table has."""
+
+    source: str
+    first: int  # number of the first row, from 1
+    values: list[tuple[object, ...]]
+
+    def rows(self, keys: Sequence[str]) -> tuple[list[Row], list[Invalid]]:
+        return valid_rows(keys, ((f"{self.source}: row {self.first + i}", row) for i, row in enumerate(self.values)))
+
+
+class Broken:
+    """In the place of a record: it could not be parsed."""
+
+    def __init__(self, why: str):
+        self.why = why
+
+
+def valid_rows(
+    keys: Sequence[str], records: Iterable[tuple[str, Sequence[object] | Broken]]
+) -> tuple[list[Row], list[Invalid]]:
+    """Sort records, given with their places, into those of which every value is text and the others."""
+    rows: list[Row] = []
+    invalid: list[Invalid] = []
+    for place, values in records:
+        why = values.why if isinstance(values, Broken) else _why_invalid(keys, values)
+        if why:
+            invalid.append(Invalid(place, why))
+        else:
+            rows.append(tuple(values))  # type: ignore[arg-type]  # every value is a str
+    return rows, invalid
+
+
+def _why_invalid(keys: Sequence[str], values: Sequence[object]) -> str | None:
+    for key, value in zip(keys, values, strict=True):
+        if value is MISSING:
+            return f"it has no {key!r}"
+        if not isinstance(value, str):
+            return f"its {key!r} is {'null' if value is None else type(value).__name__}, not text"
+        if not _is_unicode(value):
+            return f"its {key!r} is not valid Unicode text"
+    return None
+
+
+def _is_unicode(text: str) -> bool:
+    """Lone surrogates, from JSON or from bytes that are no UTF-8, are no characters: no tokenizer takes them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+class _Missing:
+    """The value under a key that a record does not have."""
+
+    def __reduce__(self) -> str:
+        return "MISSING"
+
+
+MISSING = _Missing()
+
+
+def table_chunks(source: str, rows: Iterable[tuple[tuple[object, ...], float]]) -> Iterator[TableChunk]:
+    """Group rows, given with the share of the source that is read with each, to chunks of bounded size."""
+    group: list[tuple[object, ...]] = []
+    size = count = 0
+    done = 0.0
+    for row, done in rows:
+        group.append(row)
+        size += sum(len(value) for value in row if isinstance(value, str))
+        if size >= CHUNK_BYTES:
+            yield TableChunk(source=source, first=count + 1, values=group, done=done)
+            count += len(group)
+            group, size = [], 0
+    if group:
+        yield TableChunk(source=source, first=count + 1, values=group, done=done)

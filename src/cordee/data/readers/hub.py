@@ -1,0 +1,69 @@
+"""What `datasets.load_dataset` loads, with the user's own arguments to it.
+
+Owns `--hf-datasets-params`. The library is an extra; nothing else here needs it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from cordee.data.readers.chunk import MISSING, Chunk, table_chunks
+from cordee.errors import Problem, ProblemError
+
+_OPTION = "--hf-datasets-params"
+_ROWS = 64  # read at a time
+
+
+def read_params(path: Path) -> dict[str, Any]:
+    """The arguments in the file. Raises `ProblemError` if it holds no JSON object."""
+    try:
+        params = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        fix = 'write the arguments as JSON, for example {"path": "json", "data_files": "x.jsonl", "streaming": true}'
+        raise ProblemError([Problem(_OPTION, path, f"it cannot be read as JSON: {error}", fix)]) from error
+    if not isinstance(params, dict):
+        raise ProblemError([Problem(_OPTION, path, "it is no JSON object", "write {name: value, ...}")])
+    return params
+
+
+def read(params: dict[str, Any], keys: Sequence[str], option: str = _OPTION) -> Iterator[Chunk]:
+    """The chunks of the dataset (of its split "train", if it has several)."""
+    try:
+        import datasets
+    except ImportError as error:
+        why = "it needs the library `datasets`, which is not installed"
+        raise ProblemError([Problem(option, None, why, 'pip install "cordee[datasets]"')]) from error
+    try:
+        loaded = datasets.load_dataset(**params)
+    except Exception as error:  # what it raises hangs on the dataset
+        why = f"the dataset cannot be loaded: {type(error).__name__}: {error}"
+        raise ProblemError([Problem(option, params, why, "correct the arguments of load_dataset")]) from error
+    if isinstance(loaded, dict):
+        if "train" not in loaded:
+            why = f"it has the splits {', '.join(loaded)} and no train"
+            raise ProblemError([Problem(option, params, why, 'choose one: "split": ...')])
+        loaded = loaded["train"]
+    name = str(params.get("path", "dataset"))
+    if loaded.column_names:
+        _check_columns(name, loaded.column_names, keys)
+        loaded = loaded.select_columns(list(keys))
+    yield from table_chunks(name, _rows(loaded, keys))
+
+
+def _rows(loaded: Any, keys: Sequence[str]) -> Iterator[tuple[tuple[object, ...], float]]:
+    total = getattr(loaded, "num_rows", None)
+    count = 0
+    for batch in loaded.iter(batch_size=_ROWS):
+        size = len(next(iter(batch.values())))
+        count += size
+        columns = [batch.get(key, [MISSING] * size) for key in keys]
+        yield from ((row, count / total if total else 0.0) for row in zip(*columns, strict=True))
+
+
+def _check_columns(name: str, columns: Sequence[str], keys: Sequence[str]) -> None:
+    if missing := [key for key in keys if key not in columns]:
+        why = f"{name} has no such column; it has {', '.join(columns)}"
+        raise ProblemError([Problem("--json-keys", key, why, "give the names of its columns") for key in missing])

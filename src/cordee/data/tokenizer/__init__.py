@@ -1,0 +1,130 @@
+"""Tokenizers: one way from the options to ids, for preprocessing, training, generation and evaluation.
+
+Owns which files make which tokenizer. Each kind has its own module; no model's code is ever run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from cordee.config.option import to_flag
+from cordee.config.schema import TokenizerOptions
+from cordee.data.tokenizer import hf, special, spm, tik
+from cordee.data.tokenizer.base import Tokenizer
+from cordee.data.tokenizer.null import NullTokenizer
+from cordee.errors import Problem, raise_all
+
+__all__ = ["Tokenizer", "check_tokenizer", "holds_tokenizer", "load_tokenizer"]
+
+# The files each type cannot do without; PretrainedFromHF has a directory instead.
+_NEEDED = {
+    "GPT2BPETokenizer": ("vocab_file", "merge_file"),
+    "SentencePieceTokenizer": ("tokenizer_model",),
+    "GPTSentencePieceTokenizer": ("tokenizer_model",),
+    "Llama2Tokenizer": ("tokenizer_model",),
+    "TikTokenizer": ("tokenizer_model",),
+    "NullTokenizer": (),
+}
+_DIRECTORY = "--tokenizer-name-or-path"
+T = TypeVar("T")
+
+
+def load_tokenizer(options: TokenizerOptions, directory: str | None = None) -> Tokenizer:
+    """The tokenizer of the options; without any, that of `directory` (such as the model's).
+
+    Raises `ProblemError` if files are missing or not what they should be.
+    """
+    raise_all(check_tokenizer(options, directory))
+    match _type(options):
+        case "NullTokenizer":
+            return NullTokenizer(_given(options.vocab_size))
+        case "GPT2BPETokenizer":
+            return hf.from_vocabulary_and_merges(Path(_given(options.vocab_file)), Path(_given(options.merge_file)))
+        case "SentencePieceTokenizer":
+            return spm.sentencepiece(Path(_given(options.tokenizer_model)))
+        case "GPTSentencePieceTokenizer":
+            return spm.gpt_sentencepiece(Path(_given(options.tokenizer_model)))
+        case "Llama2Tokenizer":
+            return spm.llama2(Path(_given(options.tokenizer_model)))
+        case "TikTokenizer":
+            return tik.from_file(Path(_given(options.tokenizer_model)))
+    return _from_directory(Path(options.tokenizer_name_or_path or _given(directory)), options)
+
+
+def check_tokenizer(options: TokenizerOptions, directory: str | None = None) -> list[Problem]:
+    """What is missing for the options' tokenizer, without reading the files."""
+    kind = _type(options)
+    if kind == "PretrainedFromHF":
+        return list(_directory_problems(options, directory))
+    problems = []
+    for name in _NEEDED[kind]:
+        path = getattr(options, name)
+        if path is None:
+            problems.append(Problem(to_flag(name), None, f"{kind} needs this file", "give it"))
+        elif not Path(path).is_file():
+            problems.append(Problem(to_flag(name), path, "there is no such file", "check the path"))
+    if kind == "NullTokenizer" and options.vocab_size is None:
+        problems.append(Problem("--vocab-size", None, f"{kind} has only the vocabulary it is told", "give it"))
+    return problems
+
+
+def holds_tokenizer(directory: str | Path) -> bool:
+    """Whether a directory has the files of a tokenizer."""
+    return any(_vocabulary_files(Path(directory)))
+
+
+def _type(options: TokenizerOptions) -> str:
+    return options.tokenizer_type or "PretrainedFromHF"
+
+
+def _given(value: T | None) -> T:
+    assert value is not None, "check_tokenizer has seen to it"
+    return value
+
+
+def _directory_problems(options: TokenizerOptions, fallback: str | None) -> Iterator[Problem]:
+    directory = options.tokenizer_name_or_path or fallback
+    if directory is None:
+        yield Problem(_DIRECTORY, None, "no tokenizer is given", "give a directory with a Hugging Face tokenizer")
+    elif not Path(directory).is_dir():
+        fix = "download the tokenizer and give its directory; nothing is fetched from the network"
+        yield Problem(_DIRECTORY, directory, "there is no such directory", fix)
+    elif not holds_tokenizer(directory):
+        names = "tokenizer.json, tokenizer.model, *.tiktoken, or vocab.json and merges.txt"
+        yield Problem(_DIRECTORY, directory, "it holds no tokenizer", f"give a directory with {names}")
+    elif not options.tokenizer_use_fast and not (Path(directory) / "tokenizer.model").is_file():
+        why = "without a tokenizer.model there is only the fast tokenizer"
+        yield Problem("--tokenizer-use-fast", False, why, "leave it out")
+
+
+def _vocabulary_files(directory: Path) -> Iterator[Path]:
+    for pattern in ("tokenizer.json", "tokenizer.model", "*.tiktoken", "vocab.json", "vocab.txt"):
+        yield from directory.glob(pattern)
+
+
+def _from_directory(directory: Path, options: TokenizerOptions) -> Tokenizer:
+    """The most exact reading of what is there: the file that says everything, then the libraries that made the others,
+    then `transformers`' conversion."""
+    arguments = options.tokenizer_kwargs
+    special.raise_unknown(arguments)
+    model = directory / "tokenizer.model"
+    if (directory / "tokenizer.json").is_file() and options.tokenizer_use_fast:
+        return hf.from_tokenizer_json(directory, arguments)
+    if model.is_file():
+        # Two formats share the name: SentencePiece's is binary, tiktoken's is lines of text.
+        return (
+            tik.from_directory(directory, model, arguments)
+            if _is_text(model)
+            else spm.from_directory(directory, arguments)
+        )
+    if files := sorted(directory.glob("*.tiktoken")):
+        return tik.from_directory(directory, files[0], arguments)
+    return hf.from_transformers(directory, arguments)
+
+
+def _is_text(path: Path) -> bool:
+    with open(path, "rb") as file:
+        start = file.read(64)
+    return len(start.split(b"\n")[0].split()) == 2 and start.isascii()

@@ -1,0 +1,41 @@
+"""The tokenizer of texts that are numbers already: "17 4 99" is [17, 4, 99]."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from cordee.data.tokenizer.base import Tokenizer
+from cordee.errors import Problem, ProblemError
+
+
+class NullTokenizer(Tokenizer):
+    """`vocab_size` tokens, of which the last ends a document (Megatron up to release 0.16 counts it on top)."""
+
+    type = "NullTokenizer"
+    probes = ("0",)
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
+        self.eos = vocab_size - 1
+
+    def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+        try:
+            batch = [[int(word) for word in text.split()] for text in texts]
+        except ValueError as error:
+            fix = "give text that is numbers with spaces between them, or another tokenizer"
+            raise ProblemError([Problem("--tokenizer-type", self.type, f"the text is not: {error}", fix)]) from error
+        wrong = next((i for ids in batch for i in ids if not 0 <= i < self.vocab_size), None)
+        if wrong is not None:
+            why = f"the text holds {wrong}, which is not among 0 to {self.vocab_size - 1}"
+            raise ProblemError([Problem("--vocab-size", self.vocab_size, why, "give a larger one")])
+        return batch
+
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
+        return " ".join(str(i) for i in ids if not (skip_special_tokens and i == self.eos))
+
+    def vocabulary(self) -> dict[int, str]:
+        return {i: str(i) for i in range(self.vocab_size)}
+
+    def save(self, directory: str | Path) -> None:
+        """There is nothing to write: no Hugging Face tokenizer reads numbers."""

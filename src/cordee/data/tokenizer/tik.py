@@ -1,0 +1,229 @@
+"""Tokenizers of a tiktoken file: ranked byte strings, which the `tiktoken` library merges.
+
+Owns the two forms of such a file (lines of base64 and rank, as Llama 3 and Qwen have them; Megatron's JSON list) and
+what the files do not say: the pattern that cuts text into words, and the special tokens.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cordee.data.tokenizer.base import Tokenizer
+from cordee.data.tokenizer.special import Arguments, copy_files, read_special_tokens
+from cordee.errors import Problem, ProblemError
+from cordee.log import logger
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a file of a known number of ranks does not say itself."""
+
+    pattern: str
+    special: tuple[str, ...]  # the tokens behind the ranks
+    bos: str | None
+    eos: str
+
+
+_LLAMA3 = _Kind(
+    pattern=rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}",
+    special=(
+        "<|begin_of_text|>",
+        "<|end_of_text|>",
+        "<|reserved_special_token_0|>",
+        "<|reserved_special_token_1|>",
+        "<|reserved_special_token_2|>",
+        "<|reserved_special_token_3|>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<|reserved_special_token_4|>",
+        "<|eot_id|>",
+        *(f"<|reserved_special_token_{i}|>" for i in range(5, 251)),
+    ),
+    bos="<|begin_of_text|>",
+    eos="<|end_of_text|>",
+)
+_QWEN = _Kind(
+    pattern=rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}",
+    special=("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205))),
+    bos=None,
+    eos="<|endoftext|>",
+)
+_KINDS = {128000: _LLAMA3, 151643: _QWEN}
+
+# Megatron's own tiktoken vocabularies: the special tokens come first, then as many ranks as the vocabulary has room
+# for. (Its pattern "v2"; the numbers are its defaults.)
+_MEGATRON_PATTERN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_MEGATRON_NAMED = ("<unk>", "<s>", "</s>", "<mask>", "<pad>", "<cls>", "<sep>")
+_MEGATRON_SPECIAL = 1000
+_MEGATRON_VOCAB_SIZE = 1 << 17
+
+
+class TikTokenizer(Tokenizer):
+    """Ranked byte strings and special tokens, which stand for themselves inside a text; nothing is put around one.
+
+    `source` is the file or the Hugging Face directory it was read from.
+    """
+
+    def __init__(
+        self,
+        ranks: Mapping[bytes, int],
+        special: Mapping[str, int],
+        pattern: str,
+        *,
+        bos: int | None,
+        eos: int | None,
+        pad: int | None = None,
+        type: str,
+        source: Path,
+        said: Arguments | None = None,
+    ):
+        import tiktoken
+
+        self.type = type
+        self.bos, self.eos = bos, eos
+        self._pad = pad
+        self._ranks, self._special = dict(ranks), dict(special)
+        self._encoding = tiktoken.Encoding(
+            source.name, pat_str=pattern, mergeable_ranks=self._ranks, special_tokens=self._special
+        )
+        self._source = source
+        self._said = dict(said or {})
+        self.vocab_size = self._encoding.n_vocab
+
+    @property
+    def pad(self) -> int | None:
+        return self.eod if self._pad is None else self._pad
+
+    def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+        return [self._encoding.encode(text, allowed_special="all") for text in texts]
+
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
+        skipped = set(self._special.values()) if skip_special_tokens else set()
+        return self._encoding.decode([i for i in ids if i not in skipped])
+
+    def vocabulary(self) -> dict[int, str]:
+        letters = _byte_letters()
+        ranked = {i: "".join(letters[byte] for byte in token) for token, i in self._ranks.items()}
+        return ranked | {i: token for token, i in self._special.items()}
+
+    def save(self, directory: str | Path) -> None:
+        target = Path(directory)
+        if self._source.is_dir():
+            copy_files(self._source, target, self._said)
+            return
+        target.mkdir(parents=True, exist_ok=True)
+        if self._source.suffix == ".json":
+            shutil.copyfile(self._source, target / self._source.name)
+            logger.warning("Megatron's tiktoken vocabulary has no Hugging Face form; its own file was copied.")
+            return
+        shutil.copyfile(self._source, target / "tokenizer.model")
+        words = {i: token for token, i in self._special.items()}
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "added_tokens_decoder": {
+                str(i): {"content": token, "special": True, "normalized": False} for i, token in sorted(words.items())
+            },
+            **{name: words[i] for name, i in (("bos_token", self.bos), ("eos_token", self.eos)) if i is not None},
+        }
+        (target / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def from_file(path: Path) -> TikTokenizer:
+    """The tokenizer of a file of ranks, or of Megatron's JSON list. Raises `ProblemError` if it is neither."""
+    if path.suffix == ".json":
+        return _from_megatron(path)
+    ranks = read_ranks(path, "--tokenizer-model")
+    kind = _kind(ranks, path, "--tokenizer-model")
+    special = {token: len(ranks) + i for i, token in enumerate(kind.special)}
+    bos = None if kind.bos is None else special[kind.bos]
+    return TikTokenizer(ranks, special, kind.pattern, bos=bos, eos=special[kind.eos], type="TikTokenizer", source=path)
+
+
+def from_directory(directory: Path, path: Path, arguments: Arguments) -> TikTokenizer:
+    """The tokenizer of a Hugging Face directory whose vocabulary is the file of ranks `path`; its config names the
+    special tokens, and where it names none the known ones are taken."""
+    named = read_special_tokens(directory, arguments)
+    ranks = read_ranks(path, "--tokenizer-name-or-path")
+    kind = _kind(ranks, path, "--tokenizer-name-or-path")
+    special = {str(token["content"]): i for i, token in named.added.items()}
+    special = special or {token: len(ranks) + i for i, token in enumerate(kind.special)}
+    for token in named.all_tokens():
+        special.setdefault(token, max(len(ranks) - 1, *special.values()) + 1)
+    bos, eos = named.id("bos", special), named.id("eos", special)
+    return TikTokenizer(
+        ranks,
+        special,
+        kind.pattern,
+        bos=special.get(kind.bos or "") if bos is None else bos,
+        eos=special.get(kind.eos) if eos is None else eos,
+        pad=named.id("pad", special),
+        type="PretrainedFromHF",
+        source=directory,
+        said=named.said,
+    )
+
+
+def read_ranks(path: Path, option: str) -> dict[bytes, int]:
+    """The byte strings of a file with lines of base64 and rank. Raises `ProblemError` if it is none."""
+    ranks: dict[bytes, int] = {}
+    try:
+        for line in path.read_bytes().splitlines():
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+    except (ValueError, binascii.Error, OSError) as error:
+        why = f"it is no tiktoken file: {error}"
+        raise ProblemError([Problem(option, path, why, "give a file with lines of base64 and rank")]) from error
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        why = "its ranks are not the numbers from 0 on, so lines are missing or doubled"
+        raise ProblemError([Problem(option, path, why, "copy it again")])
+    return ranks
+
+
+def _kind(ranks: Mapping[bytes, int], path: Path, option: str) -> _Kind:
+    if len(ranks) not in _KINDS:
+        why = f"it has {len(ranks)} ranks; how it cuts text is known only for {sorted(_KINDS)} (Llama 3, Qwen)"
+        raise ProblemError([Problem(option, path, why, "give a Hugging Face directory with a tokenizer.json")])
+    return _KINDS[len(ranks)]
+
+
+def _from_megatron(path: Path) -> TikTokenizer:
+    special = [*_MEGATRON_NAMED, *(f"<SPECIAL_{i}>" for i in range(len(_MEGATRON_NAMED), _MEGATRON_SPECIAL))]
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))[: _MEGATRON_VOCAB_SIZE - len(special)]
+        ranks = {base64.b64decode(entry["token_bytes"]): len(special) + entry["rank"] for entry in entries}
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        why = f"it is no list of rank, token_bytes and token_str: {error}"
+        fix = "give Megatron's JSON vocabulary, or a file with lines of base64 and rank"
+        raise ProblemError([Problem("--tokenizer-model", path, why, fix)]) from error
+    ids = {token: i for i, token in enumerate(special)}
+    return TikTokenizer(
+        ranks,
+        ids,
+        _MEGATRON_PATTERN,
+        bos=ids["<s>"],
+        eos=ids["</s>"],
+        pad=ids["<pad>"],
+        type="TikTokenizer",
+        source=path,
+    )
+
+
+def _byte_letters() -> list[str]:
+    """How GPT-2 writes each byte: printable ones as themselves, the others as the letters from U+0100 on."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]

@@ -1,0 +1,119 @@
+"""A function applied to a stream of items by several processes, results in the order of the items.
+
+Owns the processes: how many items are under way, that none outlives its parent, and that one that dies is reported.
+Knows nothing of what the function does.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.process
+import os
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import Any, Generic, TypeVar
+
+from cordee.errors import Problem, ProblemError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_AHEAD = 3  # items per process that are waiting or done: enough that none idles, few enough to hold in memory
+_SERIAL = "TOKENIZERS_PARALLELISM"
+
+
+class Workers(Generic[Item, Result]):
+    """`processes` processes that apply `function`, which is sent to each of them once; one process is this one.
+
+    They start with the context manager, so that this program's own threads can start after them.
+    """
+
+    def __init__(self, function: Callable[[Item], Result], processes: int):
+        self.function = function
+        self.processes = processes
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Workers[Item, Result]:
+        if self.processes > 1:
+            context = multiprocessing.get_context(_start_method())
+            self._pool = ProcessPoolExecutor(self.processes, context, _prepare, (self.function,))
+            self._pool.submit(int)  # the pool starts its processes with its first task
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def map(self, items: Iterable[Item]) -> Iterator[Result]:
+        """`function(item)` for every item, in order, with a bounded number of items under way.
+
+        Raises `ProblemError` if a process dies.
+        """
+        if self._pool is None:
+            with _one_thread():
+                yield from map(self.function, items)
+            return
+        under_way: deque[Future[Any]] = deque()
+        try:
+            for item in items:
+                under_way.append(self._pool.submit(_apply, item))
+                if len(under_way) >= self.processes * _AHEAD:
+                    yield under_way.popleft().result()
+            while under_way:
+                yield under_way.popleft().result()
+        except BrokenProcessPool as error:
+            why = "one of the processes was killed or could not start, perhaps because memory ran out"
+            raise ProblemError([Problem("--workers", self.processes, why, "start again with fewer")]) from error
+
+
+def _start_method() -> str:
+    """A forked process has the function at once, without loading it again; but a fork of a program in which libraries
+    run threads can hang, so it is for programs that have not loaded such libraries."""
+    threads = threading.active_count() > 1 or any(name in sys.modules for name in ("torch", "pyarrow"))
+    return "fork" if sys.platform == "linux" and not threads else "spawn"
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The processes are the parallelism; `tokenizers` reads at every batch whether to use threads too."""
+    before = os.environ.get(_SERIAL)
+    os.environ[_SERIAL] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_SERIAL]
+        else:
+            os.environ[_SERIAL] = before
+
+
+# The pool has no other place for what belongs to a process than a global of the process.
+_function: Callable[[Any], Any] | None = None
+
+
+def _prepare(function: Callable[[Any], Any]) -> None:
+    """In a new process: keep the function, leave Ctrl-C to the parent, and end when the parent does."""
+    global _function
+    _function = function
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ[_SERIAL] = "false"
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: multiprocessing.process.BaseProcess) -> None:
+    parent.join()
+    os._exit(1)
+
+
+def _apply(item: Any) -> Any:
+    assert _function is not None
+    return _function(item)

@@ -1,0 +1,275 @@
+"""Attention cores: softmax(scores) v over what the mask shows.
+
+A core is any `core(q, k, v, mask, scores, sinks=, dropout=)` with q `[batch, heads, queries, head_dim]`,
+k `[batch, kv_heads, keys, head_dim]` and v `[batch, kv_heads, keys, value_dim]`, giving
+`[batch, heads, queries, value_dim]`. `reference_attention` is the definition, in float32; `sdpa_attention` is torch's
+fused attention; `blockwise_attention` does what that cannot, with the scores of a few queries in memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from cordee.ops.dropout import Dropout
+
+_ALL = slice(None)
+BLOCK_BYTES = 1 << 26  # float32 scores of one block of queries in `blockwise_attention`
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How a query and a key become a score: c * tanh(scale * (q . k) / c) - slope * distance, for softcap c.
+
+    Without `softcap` the scaled product is kept; without `slopes` (one a head) distance does not count. `window` and
+    `chunk` are the reach of `cordee.model.mask.AttentionMask`.
+    """
+
+    scale: float
+    window: int | None = None
+    chunk: int | None = None
+    softcap: float | None = None
+    slopes: tuple[float, ...] | None = None
+
+    @property
+    def reach(self) -> tuple[int | None, int | None]:
+        return self.window, self.chunk
+
+
+class Mask(Protocol):
+    """What a core needs to know of `cordee.model.mask.AttentionMask`."""
+
+    @property
+    def num_queries(self) -> int: ...
+
+    @property
+    def num_keys(self) -> int: ...
+
+    @property
+    def causal(self) -> bool: ...
+
+    @property
+    def in_order(self) -> bool: ...
+
+    def places(self, device: torch.device) -> tuple[Tensor, Tensor]: ...
+
+    def is_plain(self, window: int | None = None, chunk: int | None = None) -> bool: ...
+
+    def dense(self, device: torch.device, window: int | None = None, chunk: int | None = None) -> Tensor: ...
+
+    def bias(
+        self,
+        slopes: tuple[float, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        window: int | None = None,
+        chunk: int | None = None,
+    ) -> Tensor: ...
+
+
+class AttentionCore(Protocol):
+    """`sinks` `[heads]` are scores that join the softmax of every query and then drop out (GPT-OSS)."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Mask,
+        scores: Scores,
+        *,
+        sinks: Tensor | None = None,
+        dropout: Dropout | None = None,
+    ) -> Tensor: ...
+
+
+def alibi_slopes(num_heads: int) -> tuple[float, ...]:
+    """Slopes of attention with linear biases (Press et al. 2022): a geometric series from the number of heads.
+
+    Where that is no power of two: those of the next smaller power, then every second one of the next larger.
+    """
+    power = 1 << (num_heads.bit_length() - 1)
+    more = 2 * (num_heads - power)
+    slopes = [_geometric_slope(power, n) for n in range(power)]
+    return tuple(slopes + [_geometric_slope(2 * power, n) for n in range(0, more, 2)])
+
+
+def _geometric_slope(num_heads: int, head: int) -> float:
+    return 2.0 ** (-8.0 * (head + 1) / num_heads)
+
+
+def reference_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    scores: Scores,
+    *,
+    sinks: Tensor | None = None,
+    dropout: Dropout | None = None,
+) -> Tensor:
+    """The plain definition, scores and softmax in float32."""
+    visible = mask.dense(q.device, *scores.reach)
+    bias = None if scores.slopes is None else mask.bias(scores.slopes, torch.float32, q.device, *scores.reach)
+    dropped = None if dropout is None else partial(dropout.of_weights, **_places(mask, q.device))
+    return _attend(q.float(), k.float(), v.float(), visible, bias, scores, sinks, dropped).to(q.dtype)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor,
+    bias: Tensor | None,
+    scores: Scores,
+    sinks: Tensor | None,
+    dropped: Callable[[Tensor], Tensor] | None,
+) -> Tensor:
+    """Products in the type of q, scores and softmax in float32."""
+    repeat = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+    score = (q @ k.transpose(-1, -2)).float() * scores.scale
+    if scores.softcap is not None:
+        score = scores.softcap * torch.tanh(score / scores.softcap)
+    if bias is not None:
+        score = score + bias
+    score = score.masked_fill(~visible, float("-inf"))
+    if sinks is not None:
+        score = torch.cat((score, sinks.float()[None, :, None, None].expand(*score.shape[:3], 1)), -1)
+    weights = score.softmax(-1)[..., : k.shape[2]]
+    weights = weights if dropped is None else dropped(weights)
+    return weights.to(v.dtype) @ v
+
+
+def _places(mask: Mask, device: torch.device, rows: slice = _ALL, columns: slice = _ALL) -> dict[str, Tensor]:
+    queries, keys = mask.places(device)
+    return {"queries": queries[rows], "keys": keys[columns]}
+
+
+def sdpa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    scores: Scores,
+    *,
+    sinks: Tensor | None = None,
+    dropout: Dropout | None = None,
+) -> Tensor:
+    """torch's fused attention; a dense mask is made only where order and causality do not say it all.
+
+    A softcap is not among the things it can do, nor dropout by place: those go to `blockwise_attention`.
+    """
+    if scores.softcap is not None or dropout is not None:
+        return blockwise_attention(q, k, v, mask, scores, sinks=sinks, dropout=dropout)
+    window = scores.window
+    if mask.num_queries == 1 and window is not None and mask.is_plain(None, scores.chunk):
+        k, v, window = k[:, :, -window:], v[:, :, -window:], None  # one last query: its window is the last keys
+    dense, causal = _rendered_mask(q, mask, scores, window)
+    value_dim = v.shape[-1]
+    if sinks is not None:
+        q, k, v, dense = _with_sink(q, k, v, dense, causal, sinks, scores.scale)
+    if v.shape[-1] != q.shape[-1]:
+        q, k, v = of_one_dim(q, k, v)
+    y = F.scaled_dot_product_attention(
+        q, k, v, dense, 0.0, causal, scale=scores.scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    if sinks is not None and causal:
+        y = y[:, :, 1:]
+    return y if y.shape[-1] == value_dim else y[..., :value_dim]
+
+
+def of_one_dim(*tensors: Tensor) -> list[Tensor]:
+    """Filled up with zeros to the largest last dim: fused kernels want one for all."""
+    dim = max(t.shape[-1] for t in tensors)
+    return [t if t.shape[-1] == dim else F.pad(t, (0, dim - t.shape[-1])) for t in tensors]
+
+
+def _rendered_mask(q: Tensor, mask: Mask, scores: Scores, window: int | None) -> tuple[Tensor | None, bool]:
+    """What SDPA is told: a dense mask or bias, and whether it is to be causal."""
+    if scores.slopes is not None:
+        return mask.bias(scores.slopes, q.dtype, q.device, *scores.reach), False
+    if mask.is_plain(window, scores.chunk):
+        # A single last query sees every key, causal or not.
+        if mask.num_queries == 1 or not mask.causal:
+            return None, False
+        if mask.num_queries == mask.num_keys:
+            return None, True
+    return mask.dense(q.device, *scores.reach), False
+
+
+def _with_sink(
+    q: Tensor, k: Tensor, v: Tensor, dense: Tensor | None, causal: bool, sinks: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """A first key whose score is the sink and whose value is zero.
+
+    It lives in a dim of its own, where queries hold the sink and other keys zero, so that a fused kernel does the
+    rest: scores given as a mask would need memory for every pair of places, and their gradient too. A causal kernel
+    gets a first query as well, which keeps the two in step.
+    """
+    sink = (sinks / scale).to(q.dtype)[None, :, None, None].expand(*q.shape[:3], 1)
+    q = torch.cat((q, sink), -1)
+    sink_key = F.pad(k.new_zeros(k.shape[0], k.shape[1], 1, k.shape[3]), (0, 1), value=1.0)
+    k = torch.cat((sink_key, F.pad(k, (0, 1))), 2)
+    v = F.pad(v, (0, 0, 1, 0))
+    if causal:
+        q = F.pad(q, (0, 0, 1, 0))
+    if dense is not None:
+        dense = F.pad(dense, (1, 0), value=True if dense.dtype == torch.bool else 0.0)
+    return q, k, v, dense
+
+
+def blockwise_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    scores: Scores,
+    *,
+    sinks: Tensor | None = None,
+    dropout: Dropout | None = None,
+    block_size: int | None = None,
+) -> Tensor:
+    """As `reference_attention`, for `block_size` queries at a time, whose scores are made again in the backward.
+
+    Keys that order or a window hides from a whole block are left out of it.
+    """
+    per_query = 4 * q.shape[0] * q.shape[1] * k.shape[2]
+    block_size = block_size or max(1, BLOCK_BYTES // per_query)
+    visible = mask.dense(q.device, *scores.reach)
+    bias = None if scores.slopes is None else mask.bias(scores.slopes, torch.float32, q.device, *scores.reach)
+    blocks = []
+    for start in range(0, q.shape[2], block_size):
+        rows = slice(start, start + block_size)
+        keys = _visible_keys(mask, scores.window, start, min(start + block_size, q.shape[2]))
+        inputs = (
+            q[:, :, rows],
+            k[:, :, keys],
+            v[:, :, keys],
+            visible[:, :, rows, keys],
+            None if bias is None else bias[:, :, rows, keys],
+            scores,
+            sinks,
+            None if dropout is None else partial(dropout.of_weights, **_places(mask, q.device, rows, keys)),
+        )
+        if torch.is_grad_enabled():
+            blocks.append(checkpoint(_attend, *inputs, use_reentrant=False, preserve_rng_state=False))
+        else:
+            blocks.append(_attend(*inputs))
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 2)
+
+
+def _visible_keys(mask: Mask, window: int | None, start: int, stop: int) -> slice:
+    """The keys that any of the queries [start, stop) may see, as far as order and window tell."""
+    if not (mask.in_order and mask.causal):
+        return slice(0, mask.num_keys)
+    before = mask.num_keys - mask.num_queries
+    first = 0 if window is None else max(0, before + start - window + 1)
+    return slice(first, before + stop)

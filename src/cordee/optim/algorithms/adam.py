@@ -1,0 +1,22 @@
+"""AdamW: Adam (Kingma & Ba 2015) with decoupled weight decay (Loshchilov & Hutter 2019)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.optim import AdamW
+
+from cordee.config.schema import OptimizerOptions
+
+
+def build(options: OptimizerOptions, groups: list[dict[str, Any]], fused: bool) -> AdamW:
+    """One fused kernel over all parameters of a group, else torch's operators over lists of tensors."""
+    betas = (options.adam_beta1, options.adam_beta2)
+    return AdamW(groups, lr=options.lr, betas=betas, eps=options.adam_eps, fused=fused, foreach=not fused)
+
+
+ALGORITHMS = {
+    "adam": build,
+    "fused_adam": lambda options, groups, fused: build(options, groups, True),
+    "foreach_adam": lambda options, groups, fused: build(options, groups, False),
+}

@@ -1,0 +1,76 @@
+"""Optimizers from options.
+
+Owns the parameter groups and the registry of algorithms. Knows no model: a parameter's description says whether it
+decays.
+"""
+
+from __future__ import annotations
+
+import functools
+import pkgutil
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module
+from typing import Any, Protocol
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from cordee.config.schema import OptimizerOptions
+from cordee.optim import algorithms
+
+Groups = list[dict[str, Any]]
+Build = Callable[[OptimizerOptions, Groups, bool], Optimizer]
+
+
+class Described(Protocol):
+    """What the description of a parameter says here."""
+
+    @property
+    def decay(self) -> bool: ...
+
+
+def build_optimizer(
+    options: OptimizerOptions,
+    parameters: Iterable[tuple[str, Tensor]],
+    specs: Mapping[str, Described],
+    *,
+    fused: bool,
+) -> Optimizer:
+    """The optimizer of `options` over named `parameters`, plain tensors or DTensors, that take gradients.
+
+    `specs` describes each by name; `fused` says that their device has fused optimizers. Rate and weight decay of its
+    groups are set before every step by `set_rates`.
+    """
+    return registry()[options.optimizer](options, parameter_groups(parameters, specs), fused)
+
+
+def parameter_groups(parameters: Iterable[tuple[str, Tensor]], specs: Mapping[str, Described]) -> Groups:
+    """One group with weight decay and one without for each mesh that parameters lie on; an empty group is left out.
+
+    torch's operators on lists of tensors take one mesh at a time.
+    """
+    groups: dict[tuple[bool, object], list[Tensor]] = defaultdict(list)
+    for name, parameter in parameters:
+        if parameter.requires_grad:
+            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            groups[specs[name].decay, mesh].append(parameter)
+    decaying_first = sorted(groups.items(), key=lambda item: not item[0][0])
+    return [{"params": members, "decays": decay} for (decay, _), members in decaying_first]
+
+
+def set_rates(optimizer: Optimizer, learning_rate: float, weight_decay: float) -> None:
+    """Set what the next step uses; groups without decay keep a weight decay of 0."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+        group["weight_decay"] = weight_decay if group["decays"] else 0.0
+
+
+@functools.cache
+def registry() -> dict[str, Build]:
+    """Every algorithm by the value of --optimizer that asks for it."""
+    found: dict[str, Build] = {}
+    for module in pkgutil.iter_modules(algorithms.__path__, f"{algorithms.__name__}."):
+        found |= import_module(module.name).ALGORITHMS
+    return found

@@ -1,0 +1,97 @@
+"""Learning rate and weight decay as functions of one number.
+
+Owns warmup, decay and the schedule of the weight decay. The number is the position of the run, counted in samples:
+those of all steps that changed the parameters so far. Nothing is stored, so a resumed run cannot disagree with an
+uninterrupted one. Knows no optimizer.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+from cordee.config.schema import BatchOptions, OptimizerOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Linear warmup from `init_lr` to `max_lr`, then a decay to `min_lr` that ends at position `decay`.
+
+    `warmup`, `decay` and `growth` are positions in samples; `warmup` may be a fraction of a sample. Styles are those
+    of Megatron: "constant", "linear", "cosine" and, for the rate, "inverse-square-root". The weight decay goes from
+    `start_weight_decay` at 0 to `end_weight_decay` at `growth`.
+    """
+
+    max_lr: float
+    min_lr: float = 0.0
+    init_lr: float = 0.0
+    warmup: float = 0
+    decay: int
+    style: str = "linear"
+    start_weight_decay: float = 0.0
+    end_weight_decay: float = 0.0
+    growth: int
+    growth_style: str = "constant"
+
+    def effective(self) -> dict[str, float | str]:
+        """The fields that make a difference: two schedules with equal ones are the same."""
+        values = asdict(self)
+        if self.style == "constant":
+            del values["decay"], values["min_lr"]
+        if self.warmup <= 0:
+            del values["init_lr"]
+        if self.growth_style == "constant":
+            del values["growth"], values["start_weight_decay"]
+        return values
+
+    def learning_rate(self, position: int, *, max_lr: float | None = None, min_lr: float | None = None) -> float:
+        """Rate of the step taken at `position`; `max_lr` and `min_lr` stand in for those of the schedule."""
+        high = self.max_lr if max_lr is None else max_lr
+        low = self.min_lr if min_lr is None else min_lr
+        if self.warmup > 0 and position <= self.warmup:
+            return self.init_lr + (high - self.init_lr) * position / self.warmup
+        if self.style == "constant":
+            return high
+        if position > self.decay:
+            return low
+        if self.style == "inverse-square-root":
+            return max(low, high * math.sqrt(max(self.warmup, 1)) / math.sqrt(max(position, 1)))
+        done = (position - self.warmup) / (self.decay - self.warmup)
+        left = 1.0 - done if self.style == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+        return low + left * (high - low)
+
+    def weight_decay(self, position: int) -> float:
+        """Weight decay of the step taken at `position`."""
+        if self.growth_style == "constant" or position > self.growth:
+            return self.end_weight_decay
+        done = position / self.growth
+        part = done if self.growth_style == "linear" else 0.5 * (1.0 - math.cos(math.pi * done))
+        return self.start_weight_decay + part * (self.end_weight_decay - self.start_weight_decay)
+
+
+def build_schedule(options: OptimizerOptions, batch: BatchOptions, global_batch_size: int) -> Schedule:
+    """The schedule of a run; lengths in steps become samples by `global_batch_size`."""
+    if batch.train_samples is not None:
+        length = batch.train_samples
+        decay = options.lr_decay_samples or length
+        warmup = options.lr_warmup_samples
+    else:
+        length = (batch.train_iters or 1) * global_batch_size
+        decay = (options.lr_decay_iters or batch.train_iters or 1) * global_batch_size
+        warmup = options.lr_warmup_iters * global_batch_size
+    if options.lr_warmup_fraction is not None:
+        warmup = options.lr_warmup_fraction * decay
+    constant = options.weight_decay_incr_style == "constant"
+    start, end = options.start_weight_decay, options.end_weight_decay
+    return Schedule(
+        max_lr=options.lr,
+        min_lr=options.min_lr,
+        init_lr=options.lr_warmup_init,
+        warmup=warmup,
+        decay=decay,
+        style=options.lr_decay_style,
+        start_weight_decay=options.weight_decay if constant or start is None else start,
+        end_weight_decay=options.weight_decay if constant or end is None else end,
+        growth=length,
+        growth_style=options.weight_decay_incr_style,
+    )
