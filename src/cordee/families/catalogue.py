@@ -1,0 +1,72 @@
+"""What can be built, for people: the rows of `cordee models` and the page of one model. Knows no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cordee.families.count import (
+    FLOPS_FORMULA,
+    canonical_shapes,
+    count_parameters,
+    matmul_parameters,
+    training_flops_per_token,
+)
+from cordee.families.options import shape_of
+from cordee.families.registry import families, spec_from_preset
+from cordee.model.config import ModelConfig, MoEConfig
+
+
+@dataclass(frozen=True)
+class Row:
+    """One preset: its family, parameters, longest sequence in tokens, and the licence of its published weights."""
+
+    family: str
+    preset: str
+    parameters: int
+    context: int
+    licence: str
+
+
+def describe() -> list[Row]:
+    """All presets, by family and then as the family lists them."""
+    rows = []
+    for family in families().values():
+        for name, preset in family.presets.items():
+            config = spec_from_preset(name).config
+            count, context = count_parameters(config), config.max_position_embeddings
+            rows.append(Row(family.name, name, count, context, preset.licence))
+    return rows
+
+
+def show(name: str) -> list[tuple[str, str]]:
+    """What preset `name` is, as pairs of a label and a value. ProblemError if there is no such preset."""
+    spec = spec_from_preset(name)
+    config = spec.config
+    seq_length = config.max_position_embeddings
+    flops = training_flops_per_token(config, seq_length)
+    return [
+        ("family", spec.family.name),
+        ("architecture", spec.hf_config["architectures"][0]),
+        ("licence", spec.family.presets[name].licence),
+        *((key, str(value)) for key, value in vars(shape_of(config)).items()),
+        *_mixture(config),
+        ("tensors", str(len(canonical_shapes(config)))),
+        ("parameters", f"{count_parameters(config):,}"),
+        ("training FLOPs per token", f"{flops:,} at {seq_length} tokens a sample = {FLOPS_FORMULA}"),
+    ]
+
+
+def _mixture(config: ModelConfig) -> list[tuple[str, str]]:
+    """What there is to say of experts, all layers with experts being alike."""
+    mixtures = [layer.mlp for layer in config.layers if isinstance(layer.mlp, MoEConfig)]
+    if not mixtures:
+        return []
+    moe = mixtures[-1]
+    return [
+        ("layers with experts", str(len(mixtures))),
+        ("num_experts", str(moe.router.num_experts)),
+        ("moe_router_topk", str(moe.router.top_k)),
+        ("moe_ffn_hidden_size", str(moe.expert.ffn_hidden_size)),
+        ("ffn_hidden_size of shared experts", str(moe.shared.ffn_hidden_size if moe.shared else 0)),
+        ("matmul weights a token meets", f"{matmul_parameters(config):,}"),
+    ]

@@ -1,0 +1,130 @@
+"""ChatGLM 2 and 3, and GLM-4-9B in its own form.
+
+Query groups, SwiGLU, biases of q, k and v, and rotary positions of half of each head, in neighbouring pairs of dims
+(Du et al. 2022; GLM Team 2024). All q, all k and all v are one tensor, gate and up another.
+"""
+
+from __future__ import annotations
+
+from cordee.families import common
+from cordee.families.family import Family, Preset
+from cordee.families.reader import ConfigReader
+from cordee.families.rules import GATE_UP, Chain, Rule, Split, each_layer, module
+from cordee.model.config import AttentionConfig, LayerConfig, MLPConfig, ModelConfig, NormConfig, RopeConfig
+
+
+def read(hf: ConfigReader) -> ModelConfig:
+    hidden, heads, groups = (hf.integer(key) for key in ("hidden_size", "num_attention_heads", "multi_query_group_num"))
+    hf.divides("multi_query_group_num", groups, "num_attention_heads", heads)
+    head_dim = hf.integer("kv_channels")
+    if head_dim % 4:
+        hf.problem("kv_channels", "half of them cannot turn in pairs", "correct kv_channels")
+    norm = NormConfig(kind="rms", eps=hf.number("layernorm_epsilon"))
+    bias = hf.flag("add_bias_linear", False)
+    attention = AttentionConfig(
+        num_heads=heads,
+        num_kv_heads=groups,
+        head_dim=head_dim,
+        qkv_bias=hf.flag("add_qkv_bias", False) or bias,
+        out_bias=bias,
+        rope=RopeConfig(theta=10000.0 * hf.positive("rope_ratio", 1.0), rotary_dim=head_dim // 2),
+    )
+    ffn = hf.integer("ffn_hidden_size")
+    layer = LayerConfig(
+        attention=attention,
+        mlp=MLPConfig(ffn_hidden_size=ffn, activation="silu", gated=True, bias=bias),
+        norm=norm,
+        residual_from_norm=hf.flag("apply_residual_connection_post_layernorm", False),
+    )
+    return ModelConfig(
+        vocab_size=hf.integer(hf.alias("padded_vocab_size", "vocab_size")),
+        hidden_size=hidden,
+        max_position_embeddings=hf.integer("seq_length"),
+        layers=(layer,) * hf.integer(hf.alias("num_layers", "num_hidden_layers")),
+        final_norm=norm,
+        tie_word_embeddings=hf.flag("tie_word_embeddings", False),
+        attention_dropout=hf.number("attention_dropout", 0.0),
+        hidden_dropout=hf.number("hidden_dropout", 0.0),
+    )
+
+
+def weights(config: ModelConfig) -> list[Rule]:
+    return [
+        *module("embedding", "transformer.embedding.word_embeddings"),
+        *each_layer(config, layer_weights, "transformer.encoder.layers.{i}."),
+        *module("final_norm", "transformer.encoder.final_layernorm"),
+        *module("head", "transformer.output_layer"),
+    ]
+
+
+def layer_weights(layer: LayerConfig) -> list[Rule]:
+    attention = layer.attention
+    assert isinstance(attention, AttentionConfig)
+    q, kv = (count * attention.head_dim for count in (attention.num_heads, attention.num_kv_heads))
+    qkv = Chain((Split(0, (q, kv, kv)), common.paired_qkv(attention)))
+    return [
+        *module("attention_norm", "input_layernorm"),
+        *module("attention.qkv", "self_attention.query_key_value", op=qkv),
+        *module("attention.out", "self_attention.dense"),
+        *module("mlp_norm", "post_attention_layernorm"),
+        *module("mlp.gate_up", "mlp.dense_h_to_4h", op=GATE_UP),
+        *module("mlp.down", "mlp.dense_4h_to_h"),
+    ]
+
+
+def _preset(licence: str, layers: int, vocab: int, length: int, **more: object) -> Preset:
+    config = {
+        "padded_vocab_size": vocab,
+        "hidden_size": 4096,
+        "ffn_hidden_size": 13696,
+        "num_layers": layers,
+        "num_attention_heads": 32,
+        "multi_query_attention": True,
+        "multi_query_group_num": 2,
+        "kv_channels": 128,
+        "seq_length": length,
+        "layernorm_epsilon": 1e-5,
+        "add_bias_linear": False,
+        "add_qkv_bias": True,
+        "original_rope": True,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "tie_word_embeddings": False,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "torch_dtype": "float16",
+    }
+    return Preset(config={**config, **more}, licence=licence)
+
+
+_GLM4 = {
+    "layernorm_epsilon": 1.5625e-7,
+    "rope_ratio": 500,
+    "eos_token_id": [151329, 151336, 151338],
+    "pad_token_id": 151329,
+    "torch_dtype": "bfloat16",
+}
+
+FAMILY = Family(
+    name="chatglm",
+    architectures=("ChatGLMModel", "ChatGLMForConditionalGeneration"),
+    model_types=("chatglm",),
+    read=read,
+    weights=weights,
+    base_prefix="transformer.",
+    ignored=("transformer.rotary_pos_emb.inv_freq",),
+    keys={
+        **{name: name for name in ("attention_dropout", "hidden_dropout", "hidden_size", "ffn_hidden_size")},
+        **{name: name for name in ("kv_channels", "num_attention_heads", "num_layers")},
+        "max_position_embeddings": "seq_length",
+        "norm_epsilon": "layernorm_epsilon",
+        "num_query_groups": "multi_query_group_num",
+        "tied": "tie_word_embeddings",
+        "vocab_size": "padded_vocab_size",
+    },
+    presets={
+        "chatglm3-6b": _preset("ChatGLM3-6B License", 28, 65024, 8192),
+        "chatglm3-6b-32k": _preset("ChatGLM3-6B License", 28, 65024, 32768, rope_ratio=50),
+        "glm4-9b": _preset("GLM-4-9B License", 40, 151552, 131072, **_GLM4),
+    },
+)

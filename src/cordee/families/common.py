@@ -1,0 +1,224 @@
+"""What most families share: the keys of LLaMA's `config.json` and the names of its tensors.
+
+Owns small functions, each for one part of a model, which families put together and differ in. Knows no family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypedDict, TypeVar
+
+from cordee.families.family import KEYS, HFConfig
+from cordee.families.options import Shape
+from cordee.families.reader import ConfigReader
+from cordee.families.rules import (
+    IDENTITY,
+    Chain,
+    Each,
+    Op,
+    Rule,
+    each_layer,
+    module,
+    rotary_halves,
+    separate_qkv,
+    stack,
+)
+from cordee.model.config import (
+    AttentionConfig,
+    LayerConfig,
+    MLPConfig,
+    ModelConfig,
+    NormConfig,
+)
+
+T = TypeVar("T")
+
+FULL, SLIDING = "full_attention", "sliding_attention"  # types of layers
+
+# Keys that options may change where heads share the channels, and where each has keys and values of its own too.
+PLAIN_KEYS = {name: key for name, key in KEYS.items() if name != "kv_channels"}
+MULTI_HEAD_KEYS = {name: key for name, key in PLAIN_KEYS.items() if name != "num_query_groups"}
+
+# Buffers of old checkpoints, made anew from the configuration.
+FREQUENCIES = ("model.layers.{i}.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+class Heads(TypedDict):
+    """The fields of `AttentionConfig` that say its shape."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+def read_heads(hf: ConfigReader, head_dim: int | None = None) -> Heads:
+    """Query heads, groups and the size of a head, by default `head_dim` or, for None, its share of the channels."""
+    hidden, heads = hf.integer("hidden_size"), hf.integer("num_attention_heads")
+    groups = hf.integer("num_key_value_heads", heads)
+    hf.divides("num_key_value_heads", groups, "num_attention_heads", heads)
+    if head_dim is None and hf.value("head_dim", None) is None:
+        hf.divides("num_attention_heads", heads, "hidden_size", hidden)
+    return Heads(
+        num_heads=heads, num_kv_heads=groups, head_dim=hf.integer("head_dim", head_dim or max(1, hidden // heads))
+    )
+
+
+def read_plain_heads(hf: ConfigReader, grouped: bool = True) -> Heads:
+    """As `read_heads`, where heads share the channels and, unless `grouped`, each has keys and values of its own."""
+    hidden, heads = hf.integer("hidden_size"), hf.integer("num_attention_heads")
+    hf.divides("num_attention_heads", heads, "hidden_size", hidden)
+    groups = hf.integer("num_key_value_heads", heads) if grouped else heads
+    hf.divides("num_key_value_heads", groups, "num_attention_heads", heads)
+    return Heads(num_heads=heads, num_kv_heads=groups, head_dim=max(1, hidden // heads))
+
+
+def read_norm(hf: ConfigReader) -> NormConfig:
+    """Root mean square norm."""
+    return NormConfig(kind="rms", eps=hf.number("rms_norm_eps"))
+
+
+def read_swiglu(hf: ConfigReader, bias: bool = False, key: str = "intermediate_size") -> MLPConfig:
+    """A gated MLP with SiLU; `key` says how wide it is."""
+    return MLPConfig(
+        ffn_hidden_size=hf.integer(key),
+        activation=hf.choice("hidden_act", {"silu": "silu"}, "silu"),
+        gated=True,
+        bias=bias,
+    )
+
+
+def read_window(hf: ConfigReader, default: int | None = None) -> int | None:
+    """Tokens of the sliding window; null means none, and no key the family's `default`."""
+    return hf.integer("sliding_window", None if "sliding_window" in hf.hf else default)
+
+
+def read_windows(
+    hf: ConfigReader, window: int | None, sliding: Callable[[int], bool] = lambda layer: True
+) -> list[int | None]:
+    """The window of every layer: `window` in those that `layer_types` call sliding, without it in `sliding` layers."""
+    count = hf.integer("num_hidden_layers")
+    default = [SLIDING if window is not None and sliding(i) else FULL for i in range(count)]
+    types = read_of_layers(hf, "layer_types", (FULL, SLIDING), default)
+    if SLIDING in types and window is None:
+        hf.problem("layer_types", "there are sliding layers but no window", "give sliding_window, or only full layers")
+    return [window if kind == SLIDING else None for kind in types]
+
+
+def read_of_layers(hf: ConfigReader, key: str, known: tuple[T, ...], default: list[T]) -> list[T]:
+    """One of the `known` values for each layer; without a list, or with an empty one, the `default`."""
+    values = hf.value(key, []) or default
+    if isinstance(values, list) and len(values) == len(default) and all(value in known for value in values):
+        return values
+    hf.problem(key, f"not {' or '.join(map(str, known))} for each of {len(default)} layers", "correct it")
+    return default
+
+
+def read_model(hf: ConfigReader, layers: Iterable[LayerConfig], norm: NormConfig, **more: Any) -> ModelConfig:
+    """A model of `layers`; `more` are further fields of `ModelConfig`, or others than the usual keys say."""
+    dropout = hf.number("hidden_dropout", 0.0)  # not a key of transformers, which ignores it
+    values = {
+        "vocab_size": hf.integer("vocab_size"),
+        "hidden_size": hf.integer("hidden_size"),
+        "layers": tuple(layers),
+        "final_norm": norm,
+        "embedding_dropout": dropout,
+        "attention_dropout": hf.number("attention_dropout", 0.0),
+        "hidden_dropout": dropout,
+        "init_std": hf.number("initializer_range", 0.02),
+    }
+    if "tie_word_embeddings" not in more:
+        values["tie_word_embeddings"] = hf.flag("tie_word_embeddings", False)
+    if "max_position_embeddings" not in more:
+        values["max_position_embeddings"] = hf.integer("max_position_embeddings")
+    return ModelConfig(**{**values, **more})
+
+
+# ---- weights ---------------------------------------------------------------------------------------------------------
+
+
+def model_weights(config: ModelConfig, layer_weights: Callable[[LayerConfig], list[Rule]]) -> list[Rule]:
+    """Rules of a whole model, whose layers have the rules `layer_weights`."""
+    return [
+        *module("embedding", "model.embed_tokens"),
+        *each_layer(config, layer_weights, "model.layers.{i}."),
+        *module("final_norm", "model.norm"),
+        *module("head", "lm_head"),
+    ]
+
+
+def layer_weights(layer: LayerConfig) -> list[Rule]:
+    """Rules of a layer of LLaMA's form."""
+    return [
+        *module("attention_norm", "input_layernorm"),
+        *attention_weights(layer),
+        *module("mlp_norm", "post_attention_layernorm"),
+        *mlp_weights(),
+    ]
+
+
+def qkv_op(layer: LayerConfig, layout: Callable[[int, int, int], Op]) -> Op:
+    """The operation that brings q, k and v of a layer together from `layout`, such as `packed_qkv`."""
+    attention = layer.attention
+    assert isinstance(attention, AttentionConfig)
+    return layout(attention.num_kv_heads, attention.q_per_group, attention.head_dim)
+
+
+def paired_qkv(attention: AttentionConfig) -> Op:
+    """q, k and v apart, of which q and k turn in neighbouring pairs."""
+    rotary_dim = attention.rope.rotary_dim if attention.rope else None
+    halves = rotary_halves(attention.head_dim, rotary_dim or attention.head_dim)
+    qkv = separate_qkv(attention.num_kv_heads, attention.q_per_group, attention.head_dim)
+    return Chain((Each((halves, halves, IDENTITY)), qkv))
+
+
+def attention_weights(layer: LayerConfig) -> list[Rule]:
+    """Rules of attention with q, k and v apart, and norms of q and k where there are any."""
+    qkv = qkv_op(layer, separate_qkv)
+    return [
+        *module("attention.qkv", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", op=qkv),
+        *module("attention.q_norm", "self_attn.q_norm"),
+        *module("attention.k_norm", "self_attn.k_norm"),
+        *module("attention.out", "self_attn.o_proj"),
+    ]
+
+
+def mlp_weights(canonical: str = "mlp", foreign: str = "mlp") -> list[Rule]:
+    """Rules of a gated MLP with gate and up apart."""
+    return [
+        *module(f"{canonical}.gate_up", f"{foreign}.gate_proj", f"{foreign}.up_proj", op=stack(2)),
+        *module(f"{canonical}.down", f"{foreign}.down_proj"),
+    ]
+
+
+# ---- models given by options -----------------------------------------------------------------------------------------
+
+
+def from_shape(shape: Shape) -> HFConfig | None:
+    """The `config.json` of a model of LLaMA's form, biases left out; None if `shape` has another form."""
+    if (shape.position_embedding_type, shape.normalization, shape.gated) != ("rope", "RMSNorm", True):
+        return None
+    hf = {
+        "attention_dropout": shape.attention_dropout,
+        "head_dim": shape.kv_channels,
+        "hidden_act": "silu",
+        "hidden_size": shape.hidden_size,
+        "initializer_range": shape.init_method_std,
+        "intermediate_size": shape.ffn_hidden_size,
+        "max_position_embeddings": shape.max_position_embeddings,
+        "num_attention_heads": shape.num_attention_heads,
+        "num_hidden_layers": shape.num_layers,
+        "num_key_value_heads": shape.num_query_groups,
+        "rms_norm_eps": shape.norm_epsilon,
+        "rope_scaling": None,
+        "rope_theta": shape.rotary_base,
+        "tie_word_embeddings": shape.tied,
+        "vocab_size": shape.vocab_size,
+    }
+    if shape.rope_scaling:
+        hf["rope_scaling"] = {"rope_type": "llama3", **vars(shape.rope_scaling)}
+    if shape.hidden_dropout:
+        hf["hidden_dropout"] = shape.hidden_dropout
+    return hf

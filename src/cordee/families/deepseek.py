@@ -1,0 +1,132 @@
+"""What DeepSeek's models from V2 on share: latent attention, dense layers before mixtures, and the names of tensors.
+
+Owns the keys of their `config.json` and their layout in checkpoints. Routing differs: it is the families'.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from cordee.families import common
+from cordee.families.experts import Choice, expert_list_weights
+from cordee.families.reader import ConfigReader
+from cordee.families.rope import mscale, read_rope, rope_section
+from cordee.families.rules import Chain, Rearrange, Rule, module, rotary_halves
+from cordee.model.config import (
+    BalanceConfig,
+    LatentAttentionConfig,
+    LayerConfig,
+    ModelConfig,
+    MoEConfig,
+    NormConfig,
+    RopeConfig,
+    RouterConfig,
+    YarnScaling,
+)
+
+LATENT_EPS = 1e-6  # of the norms of compressed vectors, whatever `rms_norm_eps` says
+
+# Keys that options may change.
+KEYS = common.MULTI_HEAD_KEYS
+
+# Implied by others, or left from the form that the configuration was made of.
+DERIVED = ("ep_size", "head_dim", "num_key_value_heads", "qk_head_dim")
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_model(hf: ConfigReader, router: RouterConfig, balance: BalanceConfig) -> ModelConfig:
+    """A model whose layers have a mixture of experts from `first_k_dense_replace` on, every `moe_layer_freq`-th."""
+    for key in DERIVED:
+        hf.value(key, None)
+    norm, dense = common.read_norm(hf), common.read_swiglu(hf)
+    expert = common.read_swiglu(hf, key="moe_intermediate_size")
+    shared = hf.integer("n_shared_experts", None) and hf.integer("n_shared_experts") * expert.ffn_hidden_size
+    moe = MoEConfig(
+        router=router,
+        expert=expert,
+        shared=replace(expert, ffn_hidden_size=shared) if shared else None,
+        balance=balance,
+    )
+    attention = read_latent_attention(hf)
+    first, every = hf.number("first_k_dense_replace", 0), hf.integer("moe_layer_freq", 1)
+    layers = [
+        LayerConfig(attention=attention, mlp=moe if i >= first and i % every == 0 else dense, norm=norm)
+        for i in range(hf.integer("num_hidden_layers"))
+    ]
+    return common.read_model(hf, layers, norm)
+
+
+def read_groups(hf: ConfigReader, choice: Choice, groups: int = 1, top_groups: int = 1) -> tuple[int, int]:
+    """In how many groups the experts are, and from how many of them those of a token come; both by default as given."""
+    groups, top_groups = hf.integer("n_group", groups), hf.integer("topk_group", top_groups)
+    hf.divides("n_group", groups, "n_routed_experts", choice["num_experts"])
+    if top_groups > groups or choice["top_k"] > choice["num_experts"] // groups * top_groups:
+        why = f"a token's {choice['top_k']} experts are not to be found in {top_groups} of {groups} groups"
+        hf.problem("topk_group", why, "correct topk_group, n_group or num_experts_per_tok")
+    return groups, top_groups
+
+
+def read_latent_attention(hf: ConfigReader) -> LatentAttentionConfig:
+    nope_dim, rope_dim = hf.integer("qk_nope_head_dim"), hf.integer("qk_rope_head_dim")
+    rope = read_rope(hf, rope_dim)
+    return LatentAttentionConfig(
+        num_heads=hf.integer("num_attention_heads"),
+        q_lora_rank=hf.integer("q_lora_rank", None),
+        kv_lora_rank=hf.integer("kv_lora_rank"),
+        nope_head_dim=nope_dim,
+        rope_head_dim=rope_dim,
+        v_head_dim=hf.integer("v_head_dim"),
+        norm=NormConfig(kind="rms", eps=LATENT_EPS),
+        rope=rope,
+        scale=(nope_dim + rope_dim) ** -0.5 * read_mscale(hf, rope) ** 2,
+        bias=hf.flag("attention_bias", False),
+    )
+
+
+def read_mscale(hf: ConfigReader, rope: RopeConfig) -> float:
+    """By what queries and keys are multiplied where YaRN stretches positions."""
+    if not isinstance(rope.scaling, YarnScaling):
+        return 1.0
+    strength = rope_section(hf).number("mscale_all_dim", 0)
+    return mscale(rope.scaling.factor, strength) if strength else 1.0
+
+
+# ---- weights ---------------------------------------------------------------------------------------------------------
+
+
+def weights(config: ModelConfig) -> list[Rule]:
+    return common.model_weights(config, layer_weights)
+
+
+def layer_weights(layer: LayerConfig) -> list[Rule]:
+    return [
+        *module("attention_norm", "input_layernorm"),
+        *latent_attention_weights(layer),
+        *module("mlp_norm", "post_attention_layernorm"),
+        *common.mlp_weights(),
+        *module("mlp.router", "mlp.gate"),
+        Rule("mlp.router.correction_bias", ("mlp.gate.e_score_correction_bias",)),
+        *expert_list_weights(layer, "mlp.experts.{e}.", "gate_proj", "up_proj", "down_proj"),
+        *common.mlp_weights("mlp.shared", "mlp.shared_experts"),
+    ]
+
+
+def latent_attention_weights(layer: LayerConfig) -> list[Rule]:
+    """Rules of latent attention, whose rotary dims are the last of each query and of the compressed keys."""
+    attention = layer.attention
+    assert isinstance(attention, LatentAttentionConfig)
+    rope, nope, latent = attention.rope_head_dim, attention.nope_head_dim, attention.kv_lora_rank
+    heads = Rearrange("(n d) ... -> n d ...", {"n": attention.num_heads})
+    queries = Chain((rotary_halves(nope + rope, rope, nope), heads))
+    return [
+        *module("attention.q", "self_attn.q_proj", op=queries),
+        *module("attention.q_down", "self_attn.q_a_proj"),
+        *module("attention.q_norm", "self_attn.q_a_layernorm"),
+        *module("attention.q_up", "self_attn.q_b_proj", op=queries),
+        *module("attention.kv_down", "self_attn.kv_a_proj_with_mqa", op=rotary_halves(latent + rope, rope, latent)),
+        *module("attention.kv_norm", "self_attn.kv_a_layernorm"),
+        *module("attention.kv_up", "self_attn.kv_b_proj", op=heads),
+        *module("attention.out", "self_attn.o_proj"),
+    ]

@@ -1,0 +1,91 @@
+"""What families with mixtures of experts share: keys of `config.json` and the layouts of experts in checkpoints.
+
+Owns small functions, each for one part of a mixture, which families put together and differ in. Knows no family.
+"""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+from cordee.families.reader import ConfigReader
+from cordee.families.rules import Chain, Each, Rearrange, Rule, module, stack
+from cordee.model.config import BalanceConfig, LayerConfig, MoEConfig
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+class Choice(TypedDict):
+    """The fields of `RouterConfig` that say how many experts there are and how many of them a token visits."""
+
+    num_experts: int
+    top_k: int
+
+
+def read_choice(hf: ConfigReader, experts_key: str, top_k_key: str = "num_experts_per_tok") -> Choice:
+    """Two counts under these keys, the second of which cannot be larger."""
+    experts, top_k = hf.integer(experts_key), hf.integer(top_k_key)
+    if top_k > experts:
+        hf.problem(top_k_key, f"there are only {experts_key} = {experts}", f"correct {experts_key} or {top_k_key}")
+    return Choice(num_experts=experts, top_k=min(top_k, experts))
+
+
+def read_balance(hf: ConfigReader, default: float = 0.001) -> BalanceConfig:
+    """The coefficient of the auxiliary loss, taken as that of each layer's loss, which is one if experts are even.
+
+    That is how Megatron, and the scripts published for it, take the value. transformers' loss is as many times larger
+    as a token visits experts, is a mean over layers, and is off unless router logits are asked for.
+    """
+    return BalanceConfig(expert=hf.number("router_aux_loss_coef", default))
+
+
+def read_sparse_layers(hf: ConfigReader) -> list[bool]:
+    """Which layers of Qwen's mixtures have experts: every `decoder_sparse_step`-th, but none of `mlp_only_layers`."""
+    step, dense = hf.integer("decoder_sparse_step", 1), read_layer_numbers(hf, "mlp_only_layers", [])
+    return [(i + 1) % step == 0 and i not in dense for i in range(hf.integer("num_hidden_layers"))]
+
+
+def read_layer_numbers(hf: ConfigReader, key: str, default: list[int]) -> list[int]:
+    """A list of layer numbers, from 0."""
+    count = hf.integer("num_hidden_layers")
+    numbers = hf.value(key, default)
+    if isinstance(numbers, list) and all(number in range(count) for number in numbers):
+        return numbers
+    hf.problem(key, f"not a list of layer numbers from 0 to {count - 1}", "correct it")
+    return default
+
+
+# ---- weights ---------------------------------------------------------------------------------------------------------
+
+
+def expert_list_weights(layer: LayerConfig, prefix: str, gate: str | None, up: str, down: str) -> list[Rule]:
+    """Rules of experts that each have matrices of their own, named under `prefix`, in which `{e}` is the expert.
+
+    Without the name of a `gate` experts are not gated. A layer without experts has no rules.
+    """
+    if not isinstance(layer.mlp, MoEConfig):
+        return []
+    experts = [prefix.format(e=e) for e in range(layer.mlp.router.num_experts)]
+    together = stack(len(experts))
+    rules = module("mlp.experts.down", *(e + down for e in experts), op=together)
+    if gate is None:
+        return [*module("mlp.experts.up", *(e + up for e in experts), op=together), *rules]
+    pairs = Chain((Each((stack(2),) * len(experts)), together))
+    return [*module("mlp.experts.gate_up", *(e + name for e in experts for name in (gate, up)), op=pairs), *rules]
+
+
+def expert_stack_weights(prefix: str, branches: str) -> list[Rule]:
+    """Rules of gated experts stored as stacks `[expert, in, out]`.
+
+    `branches` is "two f" where gates come before ups, "f two" where they take turns.
+    """
+    two = {"two": 2}
+    return [
+        Rule(
+            "mlp.experts.gate_up.weight", (f"{prefix}.gate_up_proj",), Rearrange(f"e h ({branches}) -> e two f h", two)
+        ),
+        Rule(
+            "mlp.experts.gate_up.bias", (f"{prefix}.gate_up_proj_bias",), Rearrange(f"e ({branches}) -> e two f", two)
+        ),
+        Rule("mlp.experts.down.weight", (f"{prefix}.down_proj",), Rearrange("e f h -> e h f")),
+        Rule("mlp.experts.down.bias", (f"{prefix}.down_proj_bias",)),
+    ]

@@ -1,0 +1,89 @@
+"""Gemma.
+
+Like LLaMA, with the tanh form of GELU in the gated MLP, a tied head, embeddings scaled by the root of their size, heads
+of a size of their own, and norm weights stored as the distance from one (Gemma Team 2024).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from cordee.families import common
+from cordee.families.family import Family, HFConfig, Preset
+from cordee.families.reader import ConfigReader
+from cordee.families.rope import read_rope
+from cordee.families.rules import Rule
+from cordee.model.config import Activation, AttentionConfig, LayerConfig, MLPConfig, ModelConfig, NormConfig
+
+TANH: dict[str, Activation] = {"gelu_pytorch_tanh": "gelu_tanh"}
+
+
+def read(hf: ConfigReader) -> ModelConfig:
+    heads, bias = common.read_heads(hf, head_dim=256), hf.flag("attention_bias", False)
+    attention = AttentionConfig(**heads, qkv_bias=bias, out_bias=bias, rope=read_rope(hf, heads["head_dim"]))
+    layer = LayerConfig(attention=attention, mlp=read_mlp(hf), norm=read_norm(hf))
+    return read_model(hf, [layer] * hf.integer("num_hidden_layers"))
+
+
+def read_norm(hf: ConfigReader) -> NormConfig:
+    return replace(common.read_norm(hf), unit_offset=True)
+
+
+def read_mlp(hf: ConfigReader) -> MLPConfig:
+    activation = hf.choice("hidden_activation", TANH, "gelu_pytorch_tanh")
+    # The first files say "gelu" under the older key and mean its tanh form, with which the models were trained.
+    hf.choice("hidden_act", {**TANH, "gelu": "gelu_tanh"}, "gelu_pytorch_tanh")
+    return MLPConfig(ffn_hidden_size=hf.integer("intermediate_size"), activation=activation, gated=True)
+
+
+def read_model(hf: ConfigReader, layers: Iterable[LayerConfig], **more: Any) -> ModelConfig:
+    scale = math.sqrt(hf.integer("hidden_size"))
+    tied = hf.flag("tie_word_embeddings", True)
+    return common.read_model(hf, layers, read_norm(hf), embedding_scale=scale, tie_word_embeddings=tied, **more)
+
+
+def weights(config: ModelConfig) -> list[Rule]:
+    return common.model_weights(config, common.layer_weights)
+
+
+def preset(layers: int, hidden: int, ffn: int, heads: int, kv_heads: int, head_dim: int, **more: object) -> Preset:
+    """What all Gemmas have in common, with what one of them has of its own."""
+    config: HFConfig = {
+        "vocab_size": 256000,
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "max_position_embeddings": 8192,
+        "initializer_range": 0.02,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": True,
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+        "torch_dtype": "bfloat16",
+    }
+    return Preset(config={**config, **more}, licence="Gemma Terms of Use")
+
+
+FAMILY = Family(
+    name="gemma",
+    architectures=("GemmaForCausalLM", "GemmaModel"),
+    model_types=("gemma",),
+    read=read,
+    weights=weights,
+    base_prefix="model.",
+    presets={
+        "gemma-2b": preset(18, 2048, 16384, 8, 1, 256),
+        "gemma-7b": preset(28, 3072, 24576, 16, 16, 256),
+    },
+)

@@ -1,0 +1,72 @@
+"""Gemma 2.
+
+As `gemma.py`, with norms before and after each half of a layer, scores and logits capped by tanh, a window in every
+other layer, and scores scaled by a number of its own (Gemma Team 2024, arXiv 2408.00118).
+"""
+
+from __future__ import annotations
+
+from cordee.families import common
+from cordee.families.family import Family
+from cordee.families.gemma import preset, read_mlp, read_model, read_norm
+from cordee.families.reader import ConfigReader
+from cordee.families.rope import read_rope
+from cordee.families.rules import Rule, module
+from cordee.model.config import AttentionConfig, LayerConfig, ModelConfig
+
+
+def read(hf: ConfigReader) -> ModelConfig:
+    heads, bias = common.read_heads(hf, head_dim=256), hf.flag("attention_bias", False)
+    norm, mlp, rope = read_norm(hf), read_mlp(hf), read_rope(hf, heads["head_dim"])
+    scale = hf.positive("query_pre_attn_scalar", 256) ** -0.5
+    window = hf.integer(hf.alias("sliding_window", "sliding_window_size"), 4096)
+    softcap = read_cap(hf, "attn_logit_softcapping", 50.0)
+    layers = []
+    for reach in common.read_windows(hf, window, lambda layer: layer % 2 == 0):
+        attention = AttentionConfig(
+            **heads, qkv_bias=bias, out_bias=bias, rope=rope, scale=scale, window=reach, softcap=softcap
+        )
+        layers.append(LayerConfig(attention=attention, mlp=mlp, norm=norm, norm_placement="sandwich"))
+    return read_model(hf, layers, logit_softcap=read_cap(hf, "final_logit_softcapping", 30.0))
+
+
+def read_cap(hf: ConfigReader, key: str, default: float) -> float | None:
+    """A cap, which null switches off; `default` stands in for a missing key."""
+    return hf.positive(key, None if key in hf.hf else default)
+
+
+def weights(config: ModelConfig) -> list[Rule]:
+    return common.model_weights(config, layer_weights)
+
+
+def layer_weights(layer: LayerConfig) -> list[Rule]:
+    return [
+        *module("attention_norm", "input_layernorm"),
+        *common.attention_weights(layer),
+        *module("attention_post_norm", "post_attention_layernorm"),
+        *module("mlp_norm", "pre_feedforward_layernorm"),
+        *common.mlp_weights(),
+        *module("mlp_post_norm", "post_feedforward_layernorm"),
+    ]
+
+
+_OWN = {
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+}
+
+FAMILY = Family(
+    name="gemma2",
+    architectures=("Gemma2ForCausalLM", "Gemma2Model"),
+    model_types=("gemma2",),
+    read=read,
+    weights=weights,
+    base_prefix="model.",
+    presets={
+        "gemma2-2b": preset(26, 2304, 9216, 8, 4, 256, **_OWN),
+        "gemma2-9b": preset(42, 3584, 14336, 16, 8, 256, **_OWN),
+        "gemma2-27b": preset(46, 4608, 36864, 32, 16, 128, **_OWN | {"query_pre_attn_scalar": 144}),
+    },
+)

@@ -1,0 +1,80 @@
+"""GLM-4-9B in the form of transformers.
+
+Like LLaMA, with gate and up in one tensor, biases of q, k and v, and rotary positions of half of each head, in
+neighbouring pairs of dims (GLM Team 2024). Its own form is in `chatglm.py`.
+"""
+
+from __future__ import annotations
+
+from cordee.families import common
+from cordee.families.family import Family, Preset
+from cordee.families.reader import ConfigReader
+from cordee.families.rope import read_rope
+from cordee.families.rules import GATE_UP, Rule, module
+from cordee.model.config import AttentionConfig, LayerConfig, ModelConfig
+
+
+def read(hf: ConfigReader) -> ModelConfig:
+    norm = common.read_norm(hf)
+    layer = LayerConfig(attention=read_attention(hf), mlp=common.read_swiglu(hf), norm=norm)
+    return common.read_model(hf, [layer] * hf.integer("num_hidden_layers"), norm)
+
+
+def read_attention(hf: ConfigReader) -> AttentionConfig:
+    heads = common.read_heads(hf)
+    rope = read_rope(hf, heads["head_dim"], partial=0.5)
+    return AttentionConfig(**heads, qkv_bias=hf.flag("attention_bias", True), rope=rope)
+
+
+def weights(config: ModelConfig) -> list[Rule]:
+    return common.model_weights(config, layer_weights)
+
+
+def layer_weights(layer: LayerConfig) -> list[Rule]:
+    assert isinstance(layer.attention, AttentionConfig)
+    projections = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    return [
+        *module("attention_norm", "input_layernorm"),
+        *module("attention.qkv", *projections, op=common.paired_qkv(layer.attention)),
+        *module("attention.out", "self_attn.o_proj"),
+        *module("mlp_norm", "post_attention_layernorm"),
+        *module("mlp.gate_up", "mlp.gate_up_proj", op=GATE_UP),
+        *module("mlp.down", "mlp.down_proj"),
+    ]
+
+
+SHAPE = {
+    "vocab_size": 151552,
+    "hidden_size": 4096,
+    "intermediate_size": 13696,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1.5625e-7,
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.5,
+    "attention_bias": True,
+    "attention_dropout": 0.0,
+    "tie_word_embeddings": False,
+    "eos_token_id": [151329, 151336, 151338],
+    "pad_token_id": 151329,
+    "torch_dtype": "bfloat16",
+}
+
+FAMILY = Family(
+    name="glm",
+    architectures=("GlmForCausalLM", "GlmModel"),
+    model_types=("glm",),
+    read=read,
+    weights=weights,
+    base_prefix="model.",
+    presets={
+        "glm4-9b-hf": Preset(config={**SHAPE, "max_position_embeddings": 8192}, licence="GLM-4-9B License"),
+        "glm4-9b-chat-hf": Preset(
+            config={**SHAPE, "max_position_embeddings": 131072, "rope_theta": 5e6}, licence="GLM-4-9B License"
+        ),
+    },
+)

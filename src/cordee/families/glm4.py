@@ -1,0 +1,51 @@
+"""GLM-4-0414: as `glm.py`, with a further norm after attention and one after the MLP."""
+
+from __future__ import annotations
+
+from cordee.families import common
+from cordee.families.family import Family, Preset
+from cordee.families.glm import SHAPE, layer_weights, read_attention
+from cordee.families.reader import ConfigReader
+from cordee.families.rules import Rule, module
+from cordee.model.config import LayerConfig, ModelConfig
+
+
+def read(hf: ConfigReader) -> ModelConfig:
+    norm = common.read_norm(hf)
+    layer = LayerConfig(attention=read_attention(hf), mlp=common.read_swiglu(hf), norm=norm, norm_placement="sandwich")
+    return common.read_model(hf, [layer] * hf.integer("num_hidden_layers"), norm)
+
+
+def weights(config: ModelConfig) -> list[Rule]:
+    return common.model_weights(config, sandwich_weights)
+
+
+def sandwich_weights(layer: LayerConfig) -> list[Rule]:
+    return [
+        *layer_weights(layer),
+        *module("attention_post_norm", "post_self_attn_layernorm"),
+        *module("mlp_post_norm", "post_mlp_layernorm"),
+    ]
+
+
+_0414 = {**SHAPE, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5}
+_32B = {
+    "hidden_size": 6144,
+    "intermediate_size": 23040,
+    "num_hidden_layers": 61,
+    "num_attention_heads": 48,
+    "attention_bias": False,
+}
+
+FAMILY = Family(
+    name="glm4",
+    architectures=("Glm4ForCausalLM", "Glm4Model"),
+    model_types=("glm4",),
+    read=read,
+    weights=weights,
+    base_prefix="model.",
+    presets={
+        "glm4-9b-0414": Preset(config=_0414, licence="MIT"),
+        "glm4-32b-0414": Preset(config={**_0414, **_32B}, licence="MIT"),
+    },
+)

@@ -1,0 +1,118 @@
+"""Mixtures of experts of GPT's form: layer norms, rotary positions, experts with GELU and no gate, a tied head.
+
+The shapes known as GPT4-4x13B and 4x16B, which published scripts train on sequences of 128K tokens; weights of them, or
+a format for such, never were. So the format is our own: keys and names as Mixtral's, experts as `mlp.gate` and
+`mlp.experts.{e}.{up,down}_proj`, and of keys besides
+
+    layer_norm_eps, hidden_act        of layer norms; "gelu" or "gelu_new", its tanh form
+    attention_bias, mlp_bias          whether attention, and the experts, have biases
+    moe_expert_capacity_factor        null: every token reaches its experts; else, as Megatron has them,
+    moe_token_drop_policy             "probs" or "position", and
+    moe_pad_expert_input_to_capacity
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from cordee.families import common
+from cordee.families.experts import expert_list_weights, read_balance, read_choice
+from cordee.families.family import KEYS, Family, Preset
+from cordee.families.gpt2 import ACTIVATIONS
+from cordee.families.reader import ConfigReader
+from cordee.families.rope import read_rope
+from cordee.families.rules import Rule, module
+from cordee.model.config import (
+    AttentionConfig,
+    CapacityConfig,
+    LayerConfig,
+    MLPConfig,
+    ModelConfig,
+    MoEConfig,
+    NormConfig,
+    RouterConfig,
+)
+
+
+def read(hf: ConfigReader) -> ModelConfig:
+    heads, bias = common.read_heads(hf), hf.flag("attention_bias", True)
+    norm = NormConfig(kind="layer", eps=hf.number("layer_norm_eps"))
+    attention = AttentionConfig(**heads, qkv_bias=bias, out_bias=bias, rope=read_rope(hf, heads["head_dim"]))
+    expert = MLPConfig(
+        ffn_hidden_size=hf.integer("intermediate_size"),
+        activation=hf.choice("hidden_act", ACTIVATIONS, "gelu"),
+        gated=False,
+        bias=hf.flag("mlp_bias", True),
+    )
+    moe = MoEConfig(
+        router=RouterConfig(**read_choice(hf, "num_local_experts"), score_when="after"),
+        expert=expert,
+        balance=read_balance(hf, 0.01),
+        capacity=read_capacity(hf),
+    )
+    layer = LayerConfig(attention=attention, mlp=moe, norm=norm)
+    tied = hf.flag("tie_word_embeddings", True)
+    return common.read_model(hf, [layer] * hf.integer("num_hidden_layers"), norm, tie_word_embeddings=tied)
+
+
+DROP_POLICIES: dict[str, Literal["probs", "position"]] = {"probs": "probs", "position": "position"}
+
+
+def read_capacity(hf: ConfigReader) -> CapacityConfig | None:
+    factor = hf.positive("moe_expert_capacity_factor", None)
+    drop = hf.choice("moe_token_drop_policy", DROP_POLICIES, "probs")
+    pad = hf.flag("moe_pad_expert_input_to_capacity", False)
+    return None if factor is None else CapacityConfig(factor=factor, drop=drop, pad=pad)
+
+
+def weights(config: ModelConfig) -> list[Rule]:
+    return common.model_weights(config, layer_weights)
+
+
+def layer_weights(layer: LayerConfig) -> list[Rule]:
+    return [
+        *common.layer_weights(layer),
+        *module("mlp.router", "mlp.gate"),
+        *expert_list_weights(layer, "mlp.experts.{e}.", None, "up_proj", "down_proj"),
+    ]
+
+
+def _preset(layers: int, **more: object) -> Preset:
+    config = {
+        "vocab_size": 50257,
+        "hidden_size": 12288,
+        "intermediate_size": 49152,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 96,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "router_aux_loss_coef": 0.01,
+        "hidden_act": "gelu",
+        "max_position_embeddings": 131072,
+        "initializer_range": 0.006,
+        "layer_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "bos_token_id": 50256,
+        "eos_token_id": 50256,
+        "torch_dtype": "bfloat16",
+    }
+    return Preset(config={**config, **more}, licence="no weights published")
+
+
+_DROP = {"moe_expert_capacity_factor": 1.1, "moe_pad_expert_input_to_capacity": True}
+_NO_BIAS = {"attention_bias": False, "mlp_bias": False}
+
+FAMILY = Family(
+    name="gpt_moe",
+    architectures=("GPTMoEForCausalLM", "GPTMoEModel"),
+    model_types=("gpt_moe",),
+    read=read,
+    weights=weights,
+    base_prefix="model.",
+    keys={**KEYS, "norm_epsilon": "layer_norm_eps"},
+    presets={
+        "gpt4-4x13b": _preset(10, **_NO_BIAS, **_DROP),
+        "gpt4-4x16b": _preset(8),
+    },
+)

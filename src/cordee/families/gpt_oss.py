@@ -1,0 +1,132 @@
+"""GPT-OSS (OpenAI 2025, arXiv 2508.10925): every other layer with a window, attention sinks, clamped SwiGLU.
+
+A token's four experts are weighted by the softmax of their logits. Experts are stored as stacks `[expert, in, out]`,
+gate and up in turns along the last dim. The published files have them quantised.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from cordee.families import common
+from cordee.families.experts import expert_stack_weights, read_balance, read_choice
+from cordee.families.family import Family, Preset
+from cordee.families.reader import ConfigReader
+from cordee.families.rope import read_rope
+from cordee.families.rules import Rule, module
+from cordee.model.config import (
+    AttentionConfig,
+    BalanceConfig,
+    LayerConfig,
+    MLPConfig,
+    ModelConfig,
+    MoEConfig,
+    RouterConfig,
+)
+
+
+def read(hf: ConfigReader) -> ModelConfig:
+    refuse_quantised(hf)
+    hf.value("initial_context_length", None)  # said again among the rotary positions
+    if hf.value("rope_parameters", None) is None:
+        hf.value("rope_scaling")  # where neither is given, transformers stretches positions as the published models do
+    heads, norm, bias = common.read_heads(hf), common.read_norm(hf), hf.flag("attention_bias", True)
+    attention = AttentionConfig(
+        **heads,
+        qkv_bias=bias,
+        out_bias=bias,
+        rope=read_rope(hf, heads["head_dim"], theta=150000.0),
+        sinks=True,
+    )
+    choice = read_choice(hf, "num_local_experts", hf.alias("num_experts_per_tok", "experts_per_token"))
+    balance = read_balance(hf)
+    if not hf.flag("output_router_logits", False):
+        balance = BalanceConfig()  # published files give 0.9, which transformers uses with that flag only
+    moe = MoEConfig(
+        router=RouterConfig(**choice, score_when="after", bias=True),
+        expert=read_expert(hf),
+        balance=balance,
+    )
+    windows = common.read_windows(hf, hf.integer("sliding_window", 128), lambda i: i % 2 == 0)
+    layers = [LayerConfig(attention=replace(attention, window=window), mlp=moe, norm=norm) for window in windows]
+    return common.read_model(hf, layers, norm)
+
+
+def refuse_quantised(hf: ConfigReader) -> None:
+    quantised = hf.value("quantization_config", None)
+    if quantised is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        hf.problem(
+            "quantization_config",
+            f"experts are quantised ({method}), which is not supported",
+            "write them in bfloat16: load with transformers and Mxfp4Config(dequantize=True), then save_pretrained",
+        )
+
+
+def read_expert(hf: ConfigReader) -> MLPConfig:
+    return MLPConfig(
+        ffn_hidden_size=hf.integer("intermediate_size"),
+        activation=hf.choice("hidden_act", {"silu": "swiglu_clamped"}, "silu"),
+        gated=True,
+        bias=True,
+        limit=hf.positive("swiglu_limit", 7.0),
+    )
+
+
+def weights(config: ModelConfig) -> list[Rule]:
+    return common.model_weights(config, layer_weights)
+
+
+def layer_weights(layer: LayerConfig) -> list[Rule]:
+    return [
+        *common.layer_weights(layer),
+        Rule("attention.sinks", ("self_attn.sinks",)),
+        *module("mlp.router", "mlp.router"),
+        *expert_stack_weights("mlp.experts", branches="f two"),
+    ]
+
+
+def _preset(layers: int, experts: int) -> Preset:
+    config = {
+        "vocab_size": 201088,
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "num_local_experts": experts,
+        "num_experts_per_tok": 4,
+        "sliding_window": 128,
+        "swiglu_limit": 7.0,
+        "hidden_act": "silu",
+        "max_position_embeddings": 131072,
+        "initializer_range": 0.02,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 150000,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "original_max_position_embeddings": 4096,
+            "truncate": False,
+        },
+        "attention_bias": True,
+        "tie_word_embeddings": False,
+        "eos_token_id": 200002,
+        "pad_token_id": 199999,
+        "torch_dtype": "bfloat16",
+    }
+    return Preset(config=config, licence="Apache-2.0")
+
+
+FAMILY = Family(
+    name="gpt_oss",
+    architectures=("GptOssForCausalLM", "GptOssModel"),
+    model_types=("gpt_oss",),
+    read=read,
+    weights=weights,
+    base_prefix="model.",
+    presets={"gpt-oss-20b": _preset(24, 32), "gpt-oss-120b": _preset(36, 128)},
+)

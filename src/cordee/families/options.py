@@ -1,0 +1,248 @@
+"""Models given by options instead of a `config.json`.
+
+Owns the meaning of the architecture options: Megatron's defaults, what the options imply for each other, and how they
+change a known model. Knows no family: each turns a `Shape` into its own `config.json`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from cordee.config.schema import ModelOptions
+from cordee.errors import Problem, raise_all
+from cordee.model.config import AttentionConfig, LatentAttentionConfig, Llama3Scaling, ModelConfig, MoEConfig
+
+T = TypeVar("T")
+
+VOCAB_MULTIPLE = 128  # Megatron's default for models given by options
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A model of equal layers in the words of the options, each with a value. `vocab_size` counts rows, padded."""
+
+    vocab_size: int
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    max_position_embeddings: int
+    position_embedding_type: str
+    rotary_base: float
+    rope_scaling: Llama3Scaling | None
+    normalization: str
+    norm_epsilon: float
+    activation: str  # names of `MLPConfig`
+    gated: bool
+    qkv_bias: bool
+    dense_bias: bool
+    mlp_bias: bool
+    tied: bool
+    init_method_std: float
+    attention_dropout: float
+    hidden_dropout: float
+
+
+def shape_of(config: ModelConfig) -> Shape:
+    """`config`, all of whose layers are taken to be like the first, in the words of the options.
+
+    Of a mixture of experts it tells what one of them is like, of latent attention how large the keys are.
+    """
+    attention, mlp, norm = config.layers[0].attention, config.layers[0].mlp, config.layers[0].norm
+    latent = isinstance(attention, LatentAttentionConfig)
+    head_dim = attention.nope_head_dim + attention.rope_head_dim if latent else attention.head_dim
+    if isinstance(mlp, MoEConfig):
+        mlp = mlp.expert
+    scaling = attention.rope.scaling if attention.rope else None
+    return Shape(
+        vocab_size=config.vocab_size,
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=mlp.ffn_hidden_size,
+        num_attention_heads=attention.num_heads,
+        num_query_groups=attention.num_heads if latent else attention.num_kv_heads,
+        kv_channels=head_dim,
+        max_position_embeddings=config.max_position_embeddings,
+        position_embedding_type=_position_type(config),
+        rotary_base=attention.rope.theta if attention.rope else 10000.0,
+        rope_scaling=scaling if isinstance(scaling, Llama3Scaling) else None,
+        normalization="RMSNorm" if norm.kind == "rms" else "LayerNorm",
+        norm_epsilon=norm.eps,
+        activation=mlp.activation,
+        gated=mlp.gated,
+        qkv_bias=attention.bias if latent else attention.qkv_bias,
+        dense_bias=attention.bias if latent else attention.out_bias,
+        mlp_bias=mlp.bias,
+        tied=config.tie_word_embeddings,
+        init_method_std=config.init_std,
+        attention_dropout=config.attention_dropout,
+        hidden_dropout=config.hidden_dropout,
+    )
+
+
+def _position_type(config: ModelConfig) -> str:
+    if config.learned_positions:
+        return "learned_absolute"
+    attention = config.layers[0].attention
+    return "alibi" if isinstance(attention, AttentionConfig) and attention.alibi else "rope"
+
+
+def followers(*shapes: Shape) -> set[str]:
+    """The fields that in all `shapes` are what others make them, so that a family needs no key for them."""
+    found = set()
+    if all(shape.num_query_groups == shape.num_attention_heads for shape in shapes):
+        found.add("num_query_groups")
+    if all(shape.kv_channels * shape.num_attention_heads == shape.hidden_size for shape in shapes):
+        found.add("kv_channels")
+    if all(shape.ffn_hidden_size == 4 * shape.hidden_size for shape in shapes):
+        found.add("ffn_hidden_size")
+    return found
+
+
+def resolve(options: ModelOptions, base: Shape | None = None, vocab_size: int | None = None) -> Shape:
+    """The shape that `options` give: on top of `base`, or on Megatron's defaults.
+
+    `vocab_size` stands in where neither options nor base say how many tokens there are. ProblemError with everything
+    that is missing or cannot be together.
+    """
+    resolver = _Resolver(options, base)
+    shape = resolver.shape(vocab_size)
+    raise_all(resolver.problems)
+    return shape
+
+
+class _Resolver:
+    """Takes each value from the options, else from the base, else the default, and notes what is wrong."""
+
+    def __init__(self, options: ModelOptions, base: Shape | None):
+        self.options = options
+        self.base = base
+        self.problems: list[Problem] = []
+
+    def shape(self, tokens: int | None) -> Shape:
+        hidden, heads = self.needed("hidden_size"), self.needed("num_attention_heads")
+        activation, gated = self.activation()
+        position = self.pick("position_embedding_type", "learned_absolute")
+        bias = self.options.add_bias_linear
+        return Shape(
+            vocab_size=self.vocabulary(tokens),
+            num_layers=self.needed("num_layers"),
+            hidden_size=hidden,
+            ffn_hidden_size=self.pick("ffn_hidden_size", hidden * 8 // 3 // 64 * 64 if gated else 4 * hidden),
+            num_attention_heads=heads,
+            num_query_groups=self.groups(heads),
+            kv_channels=self.head_dim(hidden, heads),
+            max_position_embeddings=self.needed("max_position_embeddings"),
+            position_embedding_type=position,
+            rotary_base=self.pick("rotary_base", 10000.0),
+            rope_scaling=self.scaling(position),
+            normalization=self.pick("normalization", "LayerNorm"),
+            norm_epsilon=self.pick("norm_epsilon", 1e-5),
+            activation=activation,
+            gated=gated,
+            qkv_bias=self.first(self.options.add_qkv_bias, bias, self.base and self.base.qkv_bias, True),
+            dense_bias=self.first(self.options.add_dense_bias, bias, self.base and self.base.dense_bias, True),
+            mlp_bias=self.first(bias, self.base and self.base.mlp_bias, True),
+            tied=self.tied(),
+            init_method_std=self.pick("init_method_std", 0.02),
+            attention_dropout=self.pick("attention_dropout", 0.1),
+            hidden_dropout=self.pick("hidden_dropout", 0.1),
+        )
+
+    def problem(self, name: str, why: str, fix: str) -> None:
+        value = getattr(self.options, name)
+        self.problems.append(Problem("--" + name.replace("_", "-"), value, why, fix))
+
+    @staticmethod
+    def first(*values: T | None) -> T:
+        """The first value that is given."""
+        return next(value for value in values if value is not None)
+
+    def pick(self, name: str, default: Any) -> Any:
+        return self.first(getattr(self.options, name), getattr(self.base, name, None), default)
+
+    def needed(self, name: str) -> int:
+        if (value := self.pick(name, 0)) == 0:
+            self.problem(name, "nothing says how large the model is", f"give --{name.replace('_', '-')}, or --model")
+            return 1
+        return value
+
+    def head_dim(self, hidden: int, heads: int) -> int:
+        base = self.base
+        if base and base.kv_channels * base.num_attention_heads != base.hidden_size:
+            return self.pick("kv_channels", 0)  # a free choice of the base, which other options leave alone
+        if self.options.kv_channels is None and hidden % heads:
+            why = f"{hidden} hidden channels cannot be shared by {heads} heads"
+            self.problem("num_attention_heads", why, "take a divisor of --hidden-size, or give --kv-channels")
+        return self.first(self.options.kv_channels, max(1, hidden // heads))
+
+    def groups(self, heads: int) -> int:
+        given, grouped = self.options.num_query_groups, self.options.group_query_attention
+        if grouped is False and given is not None:
+            self.problem("num_query_groups", "--group-query-attention is off", "give only one of the two")
+        if given is None and grouped is None and self.base:
+            multi_head = self.base.num_query_groups == self.base.num_attention_heads
+            given = heads if multi_head else self.base.num_query_groups
+        groups = self.first(given, 1 if grouped else heads)
+        if heads % groups:
+            self.problem(
+                "num_query_groups", f"{heads} heads cannot share {groups} groups", "take a divisor of the heads"
+            )
+            return heads
+        return groups
+
+    def activation(self) -> tuple[str, bool]:
+        """Name of the activation and whether the MLP is gated."""
+        gated, tanh = self.options.swiglu, self.options.openai_gelu
+        if gated and tanh:
+            self.problem("openai_gelu", "--swiglu sets another activation", "give only one of the two")
+        if gated is None and tanh is None and self.base:
+            return self.base.activation, self.base.gated
+        if gated or (gated is None and not tanh and self.base and self.base.gated):
+            return "silu", True
+        return ("gelu_tanh" if tanh else "gelu"), False
+
+    def scaling(self, position: str) -> Llama3Scaling | None:
+        options, base = self.options, self.base.rope_scaling if self.base else None
+        given = {
+            "factor": options.rope_scaling_factor,
+            "low_freq_factor": options.low_freq_factor,
+            "high_freq_factor": options.high_freq_factor,
+            "original_max_position_embeddings": options.original_max_position_embeddings,
+        }
+        flags = {**dict(zip(given, given, strict=True)), "factor": "rope_scaling_factor"}
+        if position != "rope":
+            for name in ("rotary_base", "rope_scaling_type"):
+                if getattr(options, name) is not None:
+                    self.problem(name, "positions are not rotary", "add --position-embedding-type rope")
+        if options.rope_scaling_type is None and base is None:
+            for name, value in given.items():
+                if value is not None:
+                    self.problem(flags[name], "rotary frequencies are not scaled", "add --rope-scaling-type llama3")
+            return None
+        values = {name: self.first(value, getattr(base, name, None), 0) for name, value in given.items()}
+        for name, value in values.items():
+            if not value:
+                self.problem(flags[name], "--rope-scaling-type llama3 needs it", "give it (Llama 3.1: 8, 1, 4, 8192)")
+        return Llama3Scaling(**values)
+
+    def tied(self) -> bool:
+        untied = self.options.untie_embeddings_and_output_weights
+        return self.first(None if untied is None else not untied, self.base and self.base.tied, True)
+
+    def vocabulary(self, tokens: int | None) -> int:
+        """Rows of the embedding: tokens, rounded up or as said."""
+        options = self.options
+        base = self.base.vocab_size if self.base else None
+        tokens = self.first(options.vocab_size, base, tokens, 0)
+        if not tokens and not options.padded_vocab_size:
+            self.problem("vocab_size", "nothing says how many tokens there are", "give --vocab-size or a tokenizer")
+        if options.padded_vocab_size is None:
+            multiple = self.first(options.make_vocab_size_divisible_by, 1 if base else VOCAB_MULTIPLE)
+            return -(-tokens // multiple) * multiple
+        if options.padded_vocab_size < tokens:
+            self.problem("padded_vocab_size", f"there are {tokens} tokens", f"take at least {tokens}")
+        return options.padded_vocab_size

@@ -1,0 +1,273 @@
+"""Strict reading of a Hugging Face `config.json`.
+
+Owns what can be wrong with one: missing keys, wrong types, values that cannot be together, and keys that change the
+mathematics in a way the family does not implement. All of it is collected and reported at once. Knows no family.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+from cordee.errors import Problem, raise_all
+
+T = TypeVar("T")
+REQUIRED = object()
+
+# Keys that change what a model computes, with the values, besides null, at which they change nothing. A family that
+# implements one reads it; for the others any further value is a problem, never a silently different model.
+MATHEMATICAL: dict[str, tuple[object, ...]] = {
+    "add_cross_attention": (False,),
+    "alibi": (False,),
+    "attention_chunk_size": (),
+    "attention_multiplier": (),
+    "attn_logit_softcapping": (),
+    "embedding_multiplier": (1,),
+    "final_logit_softcapping": (),
+    "is_encoder_decoder": (False,),
+    "logit_scale": (1,),
+    "logits_scaling": (1,),
+    "multi_query_attention": (True,),
+    "moe_intermediate_size": (),
+    "n_routed_experts": (0,),
+    "num_experts": (0, 1),
+    "num_local_experts": (0, 1),
+    "original_rope": (True,),
+    "parallel_attn": (False,),
+    "partial_rotary_factor": (1,),
+    "post_layer_norm": (True,),
+    "pre_seq_len": (),
+    "prefix_lm": (False,),
+    "qk_layernorm": (False,),
+    "quantization_bit": (0,),
+    "quantization_config": (),
+    "query_pre_attn_scalar": (),
+    "residual_multiplier": (1,),
+    "rmsnorm": (True,),
+    "rope_interleave": (True,),
+    "rope_ratio": (1,),
+    "router_jitter_noise": (0,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "scale_attn_weights": (True,),
+    "scale_depth": (),
+    "scale_emb": (1,),
+    "sliding_window": (),
+    "swiglu_alpha": (1.702,),
+    "swiglu_limit": (),
+    "use_bidirectional_attention": (False,),
+    "use_cache_quantization": (False,),
+    "use_qk_norm": (False,),
+    "z_loss_weight": (0,),
+}
+
+# Keys without effect on the weights or the logits: names, token ids, outputs, generation, implementation choices.
+IRRELEVANT = frozenset(
+    {
+        "_attn_implementation",
+        "_attn_implementation_autoset",
+        "_commit_hash",
+        "_from_model_config",
+        "_name_or_path",
+        "apply_query_key_layer_scaling",
+        "architectures",
+        "attention_softmax_in_fp32",
+        "attn_implementation",
+        "auto_map",
+        "bf16",
+        "bias_dropout_fusion",
+        "bos_token_id",
+        "cache_implementation",
+        "chunk_size_feed_forward",
+        "decoder_start_token_id",
+        "do_sample",
+        "dtype",
+        "eos_token_id",
+        "finetuning_task",
+        "fp16",
+        "fp32",
+        "id2label",
+        "is_decoder",
+        "label2id",
+        "masked_softmax_fusion",
+        "max_length",
+        "model_type",
+        "n_ctx",
+        "offset_alibi",
+        "onnx_safe",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "pad_token_id",
+        "padded_vocab_size",
+        "prefix",
+        "pretraining_tp",
+        "problem_type",
+        "reorder_and_upcast_attn",
+        "return_dict",
+        "return_dict_in_generate",
+        "sep_token_id",
+        "skip_bias_add",
+        "softmax_in_fp32",
+        "task_specific_params",
+        "temperature",
+        "tie_encoder_decoder",
+        "tokenizer_class",
+        "tokenizer_type",
+        "top_k",
+        "top_p",
+        "torch_dtype",
+        "torchscript",
+        "transformers_version",
+        "typical_p",
+        "unk_token_id",
+        "use_cache",
+        "use_cache_kernel",
+        "use_flash_attn",
+    }
+)
+IRRELEVANT_PREFIXES = ("summary_",)  # the classification head of GPT-2's double-headed model
+
+
+class ConfigReader:
+    """Reads typed values from a configuration, notes every problem and goes on with a stand-in value."""
+
+    def __init__(self, hf: Mapping[str, Any], where: str = "config.json"):
+        self.hf = hf
+        self.where = where
+        self.problems: list[Problem] = []
+        self._read: set[str] = set()
+        self._stood_in: set[str] = set()  # keys without a value of their own
+
+    def problem(self, key: str, why: str, fix: str) -> None:
+        """Note a problem with the value of `key`, once however often it is read."""
+        problem = Problem(f"{self.where}: {key}", self.hf.get(key), why, fix)
+        if problem not in self.problems:
+            self.problems.append(problem)
+
+    def value(self, key: str, default: Any = REQUIRED) -> Any:
+        """The value as it stands; missing and null give the `default`."""
+        self._read.add(key)
+        if (value := self.hf.get(key)) is not None:
+            return value
+        if default is REQUIRED:
+            self._stood_in.add(key)
+            self.problem(key, "the key is missing", "take the config.json that was published with the weights")
+            return None
+        return default
+
+    def alias(self, *keys: str) -> str:
+        """Of several names of one value, the one that is there; if several are, they have to agree."""
+        self._read.update(keys)
+        given = [key for key in keys if self.hf.get(key) is not None] or [keys[0]]
+        for key in given[1:]:
+            if self.hf[key] != self.hf[given[0]]:
+                self.problem(key, f"{given[0]} says {self.hf[given[0]]}", "keep one of the two")
+        return given[0]
+
+    def integer(self, key: str, default: Any = REQUIRED) -> Any:
+        """A positive whole number."""
+        value = self.value(key, default)
+        if value is default or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+            return value
+        return self._wrong(key, value, "a positive whole number", 1)
+
+    def number(self, key: str, default: Any = REQUIRED) -> Any:
+        """A number that is not negative."""
+        value = self.value(key, default)
+        if value is default or (isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0):
+            return value
+        return self._wrong(key, value, "a number of at least 0", 1.0)
+
+    def positive(self, key: str, default: Any = REQUIRED) -> Any:
+        """A number above 0."""
+        value = self.value(key, default)
+        if value is default or (isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0):
+            return value
+        return self._wrong(key, value, "a number above 0", 1.0)
+
+    def flag(self, key: str, default: Any = REQUIRED) -> Any:
+        """True or false."""
+        value = self.value(key, default)
+        return value if isinstance(value, bool) else self._wrong(key, value, "true or false", False)
+
+    def choice(self, key: str, table: Mapping[str, T], default: Any = REQUIRED) -> T:
+        """The entry of `table` under the value, or under the name `default`."""
+        value = self.value(key, default)
+        if isinstance(value, str) and value in table:
+            return table[value]
+        return self._wrong(key, value, f"one of {', '.join(table)}", next(iter(table.values())))
+
+    def _wrong(self, key: str, value: object, expected: str, stand_in: T) -> T:
+        self._stood_in.add(key)
+        if value is not None:  # a missing key has been noted already
+            self.problem(key, f"not {expected}", f"give {expected}")
+        return stand_in
+
+    def section(self, key: str) -> Mapping[str, Any]:
+        """An object with keys of its own; without it, an empty one."""
+        value = self.value(key, {})
+        return value if isinstance(value, Mapping) else self._wrong(key, value, "an object", {})
+
+    def divides(self, divisor_key: str, divisor: int, key: str, value: int) -> None:
+        """Note a problem unless `value` of `key` is a multiple of `divisor` of `divisor_key`, or one is a stand-in."""
+        if value % divisor and not {divisor_key, key} & self._stood_in:
+            self.problem(
+                divisor_key, f"{key} = {value} is not a multiple of {divisor}", f"correct {key} or {divisor_key}"
+            )
+
+    def accept_all(self) -> None:
+        """Count every key as read."""
+        self._read |= self.hf.keys()
+
+    def unread(self) -> list[str]:
+        """Keys that carry a value, were not read and are not known to be irrelevant."""
+        return [
+            key
+            for key, value in self.hf.items()
+            if key not in self._read
+            and key not in IRRELEVANT
+            and key not in MATHEMATICAL
+            and not key.startswith(IRRELEVANT_PREFIXES)
+            and value not in (None, False, [], {}, "")
+        ]
+
+    def unimplemented(self) -> list[Problem]:
+        """Problems of the keys that change the mathematics and were not read."""
+        found = []
+        for key in self.hf.keys() & (MATHEMATICAL.keys() - self._read):
+            value = self.hf[key]
+            if value is not None and value not in MATHEMATICAL[key]:
+                found.append(_unimplemented(f"{self.where}: {key}", value))
+        layer_types = self.hf.get("layer_types", ()) if "layer_types" not in self._read else ()
+        if kinds := set(layer_types or ()) - {"full_attention"}:
+            found.append(_unimplemented(f"{self.where}: layer_types", ", ".join(sorted(kinds))))
+        return sorted(found, key=lambda problem: problem.option)
+
+    def not_understood(self) -> list[Problem]:
+        """Every unread key as a problem, for sections in which each key matters."""
+        return [_unimplemented(f"{self.where}: {key}", self.hf[key]) for key in self.unread()]
+
+    def finish(self) -> None:
+        """Raise all problems noted, and those of keys that nobody read but that matter."""
+        raise_all(self.problems + self.unimplemented())
+
+
+def _unimplemented(option: str, value: object) -> Problem:
+    if option.endswith("quantization_config"):
+        method = value.get("quant_method") if isinstance(value, Mapping) else None
+        why = "quantised weights are not supported"
+        return Problem(option, method or "...", why, "take the unquantised checkpoint")
+    return Problem(
+        option,
+        value,
+        "it changes what the model computes, and this family does not implement it",
+        "use a checkpoint without it, or add it to the family (docs/adding-a-family.md)",
+    )
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint at the known names like `name`, or all of them if none is like it."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(known)}"

@@ -1,0 +1,138 @@
+"""Self-attention with query groups: multi-head, grouped-query and multi-query attention in one form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from cordee.model.balance import Balance
+from cordee.model.boundary import Boundary
+from cordee.model.cache import KVCache
+from cordee.model.config import AttentionConfig, ModelConfig, QKNormConfig
+from cordee.model.linear import Linear, scaled_std
+from cordee.model.mask import AttentionMask
+from cordee.model.noise import Noise
+from cordee.model.norm import Norm
+from cordee.model.parameter import ParameterSpec, SpecifiedModule
+from cordee.model.rotary import Positions
+from cordee.ops.attention import AttentionCore, Scores, alibi_slopes, sdpa_attention
+from cordee.ops.dropout import Dropout
+from cordee.ops.rope import rotate, split_rotated
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What all layers of one forward share: positions, mask, in generation the cache, in training router losses."""
+
+    positions: Positions
+    mask: AttentionMask
+    cache: KVCache | None = None
+    balance: Balance | None = None
+    noise: Noise | None = None
+    places: Tensor | None = None  # int64 [1, seq]: canonical places of the tokens outside of blocks, with noise
+
+
+def weight_dropout(context: Context, rate: float, layer: int, first_head: int) -> Dropout | None:
+    """What drops attention weights; None in evaluation, where nothing is drawn."""
+    if context.noise is None or not rate:
+        return None
+    return context.noise.dropout(rate, layer, "attention weights", first_head=first_head)
+
+
+class Attention(SpecifiedModule):
+    """q, k and v leave one GEMM over `[kv_group, slot, head_dim, embed]`; the slots are the group's q heads, k, v."""
+
+    sinks: Tensor | None
+
+    def __init__(self, config: AttentionConfig, model: ModelConfig, index: int, **factory):
+        super().__init__()
+        self.config = config
+        self.index = index
+        self.dropout = model.attention_dropout
+        self.scores = Scores(
+            scale=config.head_dim**-0.5 if config.scale is None else config.scale,
+            window=config.window,
+            chunk=config.chunk,
+            softcap=config.softcap,
+            slopes=alibi_slopes(config.num_heads) if config.alibi else None,
+        )
+        self.boundary = Boundary()
+        self.core: AttentionCore = sdpa_attention
+        self.first_head = 0  # of those computed here
+        self.slots = config.q_per_group + 2  # computed here, of each group computed here
+        self.qkv = Linear(
+            (config.num_kv_heads, self.slots, config.head_dim),
+            ("kv_group", "slot", "head_dim"),
+            model.hidden_size,
+            "embed",
+            bias=config.qkv_bias,
+            std=model.init_std,
+            **factory,
+        )
+        self.out = Linear(
+            (model.hidden_size,),
+            ("embed",),
+            config.num_heads * config.head_dim,
+            "heads",
+            bias=config.out_bias,
+            std=scaled_std(model.init_std, model.num_layers),
+            **factory,
+        )
+        if config.qk_norm is not None:
+            self.q_norm = self._norm(config.qk_norm, config.num_heads, factory)
+            self.k_norm = self._norm(config.qk_norm, config.num_kv_heads, factory)
+        sinks = ParameterSpec((config.num_heads,), ("heads",), std=model.init_std, decay=False)
+        self.declare("sinks", sinks if config.sinks else None, **factory)
+
+    def _norm(self, config: QKNormConfig, num_heads: int, factory: dict) -> Norm:
+        if config.over == "head":
+            return Norm(config.norm, self.config.head_dim, "head_dim", **factory)
+        return Norm(config.norm, num_heads * self.config.head_dim, "heads", **factory)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """`[batch, seq, embed]` to the same."""
+        x = self.boundary.enter(x)
+        q, k, v = self._project(x, context)
+        if context.cache is not None:
+            k, v = context.cache.layers[self.index].append(k, v, context.cache.length)
+        dropout = weight_dropout(context, self.dropout, self.index, self.first_head)
+        y = self.core(q, k, v, context.mask, self.scores, sinks=self.local("sinks"), dropout=dropout)
+        y = y.transpose(1, 2).flatten(2)  # [batch, seq, heads * head_dim]
+        return self.boundary.exit(self.out(y))
+
+    def _project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+        """q `[batch, heads, seq, head_dim]`; k and v `[batch, kv_heads, seq, head_dim]`, turned by their positions."""
+        dim = self.config.head_dim
+        qkv = self.qkv(x).unflatten(-1, (-1, self.slots, dim))  # [batch, seq, groups, slots, head_dim]
+        if self.config.qk_norm is not None:
+            q, k = self._normed(qkv[..., :-1, :], self.config.qk_norm, context)
+            v = qkv[..., -1, :]
+        elif self.config.rope is not None:
+            q, k, v = split_rotated(qkv, *context.positions.angles(self.config.rope, dim))
+        else:
+            q, k, v = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
+        if self.config.query_scaling is not None:
+            scale = context.positions.query_scale(self.config.query_scaling)
+            q = q if scale is None else (q * scale).to(q.dtype)
+        q = q.flatten(2, 3)  # [batch, seq, heads, head_dim]
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def _rotate(self, x: Tensor, context: Context) -> Tensor:
+        """x `[batch, seq, groups, slots, head_dim]`, turned by its positions."""
+        rope = self.config.rope
+        return x if rope is None else rotate(x, *context.positions.angles(rope, self.config.head_dim))
+
+    def _normed(self, qk: Tensor, config: QKNormConfig, context: Context) -> tuple[Tensor, Tensor]:
+        """q `[batch, seq, groups, slots, head_dim]` and k `[batch, seq, groups, head_dim]`, normed and turned."""
+        if config.after_rope:
+            qk = self._rotate(qk, context)
+        q, k = qk[..., :-1, :], qk[..., -1:, :]
+        if config.over == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        else:
+            q = self.q_norm(q.flatten(2)).view(q.shape)
+            k = self.k_norm(k.flatten(2)).view(k.shape)
+        if not config.after_rope:
+            q, k = self._rotate(q, context), self._rotate(k, context)
+        return q, k.squeeze(3)

@@ -1,0 +1,309 @@
+"""What a model is: shapes and mathematics, free of torch, files and placement.
+
+A family reads its `config.json` into a `ModelConfig`; the model is built from nothing else. Whatever differs
+between layers differs in their `LayerConfig`, so no model code asks for a family or a layer number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormConfig:
+    """Root mean square norm (Zhang & Sennrich 2019) or layer norm (Ba et al. 2016), over the last dim.
+
+    With `unit_offset` the stored weight is the distance from one (Gemma); without `affine` there is no weight at all.
+    """
+
+    kind: Literal["rms", "layer"]
+    eps: float
+    unit_offset: bool = False
+    affine: bool = True
+
+
+# ---- rotary positions ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearScaling:
+    """All positions divided by `factor` (Chen et al. 2023)."""
+
+    factor: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicNTKScaling:
+    """The base grows with a sequence that is longer than `original_max_position_embeddings`."""
+
+    factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class QwenNTKScaling:
+    """Qwen's dynamic NTK: in evaluation the base grows in steps of powers of two of the training length."""
+
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class YarnScaling:
+    """Frequencies blended between kept and stretched by their number of turns (Peng et al. 2023).
+
+    `attention_factor` multiplies cos and sin. `truncate` rounds the borders of the blend to whole dims.
+    """
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0
+    truncate: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Llama3Scaling:
+    """Frequency scaling of Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, blended between."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongRopeScaling:
+    """A stretch for every pair of dims (Ding et al. 2024); the long list from the original length on."""
+
+    short_factor: tuple[float, ...]
+    long_factor: tuple[float, ...]
+    original_max_position_embeddings: int
+    attention_factor: float = 1.0
+
+
+RopeScaling = LinearScaling | DynamicNTKScaling | QwenNTKScaling | YarnScaling | Llama3Scaling | LongRopeScaling
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary positions (Su et al. 2021) on halves: of the first `rotary_dim` dims (None: all), j turns with j + half.
+
+    Families whose files pair neighbouring dims are brought into this order by their weight rules.
+    """
+
+    theta: float = 10000.0
+    rotary_dim: int | None = None
+    scaling: RopeScaling | None = None
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogNScaling:
+    """In evaluation, queries at positions past `length` are multiplied by log_length(position + 1) (Su 2021; Qwen)."""
+
+    length: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TemperatureScaling:
+    """Queries are multiplied by 1 + scale * log(1 + floor((position + 1) / floor_scale)) (Llama 4)."""
+
+    scale: float
+    floor_scale: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class QKNormConfig:
+    """Norm of queries and keys: over each head, or over `all` heads together (OLMo 2); before or after rope."""
+
+    norm: NormConfig
+    over: Literal["head", "all"] = "head"
+    after_rope: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Self-attention with query groups.
+
+    `scale` multiplies the scores (None: head_dim ** -0.5). `window` w: key j is visible to query i iff 0 <= i - j < w.
+    `chunk` c: only keys of the same c positions. `softcap` c: scores become c * tanh(score / c). `sinks`: one learned
+    score a head joins the softmax and drops out. `alibi`: scores fall by a slope a head times the distance.
+    """
+
+    num_heads: int
+    num_kv_heads: int  # groups; equal to num_heads for multi-head, 1 for multi-query attention
+    head_dim: int
+    qkv_bias: bool = False
+    out_bias: bool = False
+    rope: RopeConfig | None = None
+    alibi: bool = False
+    scale: float | None = None
+    window: int | None = None
+    chunk: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    qk_norm: QKNormConfig | None = None
+    query_scaling: LogNScaling | TemperatureScaling | None = None
+
+    @property
+    def q_per_group(self) -> int:
+        return self.num_heads // self.num_kv_heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentAttentionConfig:
+    """Multi-head latent attention (DeepSeek-V2): keys and values from one compressed vector a token.
+
+    Each head has `nope_head_dim` dims without and `rope_head_dim` dims with rotary positions; the rotary key is shared
+    by all heads. Queries are compressed too if `q_lora_rank` is given.
+    """
+
+    num_heads: int
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    nope_head_dim: int
+    rope_head_dim: int
+    v_head_dim: int
+    norm: NormConfig  # of the compressed vectors
+    rope: RopeConfig
+    scale: float
+    bias: bool = False
+
+
+# ---- feed-forward ----------------------------------------------------------------------------------------------------
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "swiglu_clamped"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLPConfig:
+    """down(act(gate(x)) * up(x)) if `gated`, else down(act(up(x))).
+
+    "swiglu_clamped" (GPT-OSS) is gated: gate <= limit, |up| <= limit, gate * sigmoid(1.702 * gate) * (up + 1).
+    """
+
+    ffn_hidden_size: int
+    activation: Activation
+    gated: bool
+    bias: bool = False
+    limit: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """How tokens choose experts.
+
+    Scores are the softmax or sigmoid of the logits, over all experts ("before") or over the chosen ones ("after" the
+    top-k). `correction_bias` is added for the choice only. With `num_groups` the choice is limited to the
+    `top_groups` groups with the largest `group_score`. Weights are normalised to sum to one, then scaled.
+    """
+
+    num_experts: int
+    top_k: int
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    score_when: Literal["before", "after"] = "before"
+    normalise: bool = False
+    scale: float = 1.0
+    bias: bool = False
+    correction_bias: bool = False
+    num_groups: int = 1
+    top_groups: int = 1
+    group_score: Literal["max", "top2_sum"] = "max"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BalanceConfig:
+    """Auxiliary losses that keep experts evenly used, each with its coefficient (0: off).
+
+    `expert` is E * sum_e f_e P_e (Fedus et al. 2021); `per_sequence` averages it over sequences (DeepSeek-V2);
+    `device` and `communication` are DeepSeek-V2's losses over `num_devices` groups of experts; `z` is the mean squared
+    logsumexp of the logits (Zoph et al. 2022).
+    """
+
+    expert: float = 0.0
+    per_sequence: bool = False
+    device: float = 0.0
+    communication: float = 0.0
+    num_devices: int = 1
+    top_devices: int = 1
+    z: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapacityConfig:
+    """In training at most ceil(tokens * top_k / experts * factor) tokens an expert; the rest is dropped, by weight or
+    position. The tokens are those of a micro-batch, so that results depend on its size.
+    """
+
+    factor: float
+    drop: Literal["probs", "position"] = "probs"
+    pad: bool = False  # every expert computes exactly its capacity
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """A mixture of experts, each an MLP, beside `shared` experts that see every token.
+
+    `weight_input`: the router's weight multiplies the expert's input instead of its output (Llama 4). `shared_gate`:
+    the shared output is multiplied by a learned sigmoid (Qwen2-MoE).
+    """
+
+    router: RouterConfig
+    expert: MLPConfig
+    shared: MLPConfig | None = None
+    shared_gate: bool = False
+    weight_input: bool = False
+    balance: BalanceConfig = BalanceConfig()
+    capacity: CapacityConfig | None = None
+
+
+# ---- layers and model ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerConfig:
+    """One layer; each half is `x + residual_scale * f(x)` with the norms where `norm_placement` says.
+
+    "pre": f(norm(x)); "post": norm(f(x)) (OLMo 2); "sandwich": norm(f(norm(x))) (Gemma 2). With `residual_from_norm`
+    the sum starts from norm(x) instead of x (Bloom's apply_residual_connection_post_layernorm).
+    """
+
+    attention: AttentionConfig | LatentAttentionConfig
+    mlp: MLPConfig | MoEConfig
+    norm: NormConfig
+    norm_placement: Literal["pre", "post", "sandwich"] = "pre"
+    residual_from_norm: bool = False
+    residual_scale: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder. `norm_head`: logits are products with the L2-normalised rows of the head (Baichuan 2)."""
+
+    vocab_size: int
+    hidden_size: int
+    max_position_embeddings: int
+    layers: tuple[LayerConfig, ...]
+    final_norm: NormConfig
+    learned_positions: bool = False
+    embedding_norm: NormConfig | None = None
+    embedding_scale: float = 1.0
+    tie_word_embeddings: bool = False
+    norm_head: bool = False
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+    embedding_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    hidden_dropout: float = 0.0
+    init_std: float = 0.02
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    def with_vocab_size(self, vocab_size: int) -> ModelConfig:
+        return replace(self, vocab_size=vocab_size)

@@ -1,0 +1,57 @@
+"""From hidden states to vocabulary: logits when asked for, the loss without them."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from cordee.model.boundary import Boundary
+from cordee.model.config import ModelConfig
+from cordee.model.parameter import ParameterSpec, SpecifiedModule
+from cordee.ops.cross_entropy import IGNORED, VocabularyPart, adjusted, chunked_cross_entropy
+from cordee.ops.gemm import linear
+
+
+class Head(SpecifiedModule):
+    """Rows of `weight` `[vocab, embed]` score the tokens. A tied head is given the embedding's parameter.
+
+    What the config asks for beyond products, scale, softcap and rows of length one, is part of both logits and loss.
+    """
+
+    weight: Tensor
+
+    def __init__(self, config: ModelConfig, **factory):
+        super().__init__()
+        self.scale = config.logit_scale
+        self.softcap = config.logit_softcap
+        self.normalised = config.norm_head
+        self.boundary = Boundary()
+        self.part: VocabularyPart | None = None  # where processes share the vocabulary out
+        spec = ParameterSpec((config.vocab_size, config.hidden_size), ("vocab", "embed"), std=config.init_std)
+        self.declare("weight", spec, **factory)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`[batch, seq, embed]` to `[batch, seq, vocab]`."""
+        logits = adjusted(linear(self.boundary.enter(hidden), self._rows()), self.scale, self.softcap)
+        return logits if self.part is None else self.part.join(logits)
+
+    def loss(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum of the cross entropy over tokens and how many tokens that is (float32 and int64 scalars).
+
+        hidden `[batch, seq, embed]`; labels int64 `[batch, seq]`: the token that follows each place, -100 where none
+        counts. The logits of the whole batch never exist together.
+        """
+        hidden = self.boundary.enter(hidden)
+        total = chunked_cross_entropy(
+            hidden.flatten(0, 1),
+            self._rows(),
+            labels.flatten(),
+            scale=self.scale,
+            softcap=self.softcap,
+            part=self.part,
+        )
+        return total, (labels != IGNORED).sum()
+
+    def _rows(self) -> Tensor:
+        weight = self.local("weight")
+        return F.normalize(weight, dim=-1) if self.normalised else weight

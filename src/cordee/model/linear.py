@@ -1,0 +1,88 @@
+"""Projections and tables: parameters with logical axes that run as one GEMM or one look-up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cordee.model.boundary import Boundary
+from cordee.model.parameter import ParameterSpec, SpecifiedModule
+from cordee.ops.gemm import linear
+
+
+class Product(Protocol):
+    """As `cordee.ops.gemm.linear`."""
+
+    def __call__(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, *, before: Callable[[Tensor], Tensor] | None
+    ) -> Tensor: ...
+
+
+class Linear(SpecifiedModule):
+    """y = x W^T + b. W keeps its logical dims `[*out_shape, in_size]` and is flattened for the GEMM only."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        out_shape: tuple[int, ...],
+        out_axes: tuple[str, ...],
+        in_size: int,
+        in_axis: str,
+        *,
+        bias: bool,
+        std: float,
+        **factory,
+    ):
+        super().__init__()
+        self.product: Product = linear
+        self.declare("weight", ParameterSpec((*out_shape, in_size), (*out_axes, in_axis), std=std), **factory)
+        self.declare("bias", ParameterSpec(out_shape, out_axes, decay=False) if bias else None, **factory)
+
+    def forward(self, x: Tensor, before: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """`[..., in_size]` to `[..., product of out_shape]`; with a cheap function `before`, of before(x)."""
+        bias = self.local("bias")
+        bias = None if bias is None else bias.flatten()
+        return self.product(x, self.local("weight").flatten(0, -2), bias, before=before)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{axis}={size}" for axis, size in self._axes())
+
+    def _axes(self) -> list[tuple[str, int]]:
+        spec = self.specs["weight"]
+        return list(zip(spec.axes, spec.shape, strict=True))
+
+
+Lookup = Callable[[Tensor, Tensor], Tensor]
+
+
+class Embedding(SpecifiedModule):
+    """A table of rows `[num_rows, hidden_size]` looked up by index: `lookup(index, rows)` with the rows held here."""
+
+    weight: Tensor
+
+    def __init__(self, num_rows: int, hidden_size: int, axis: str, std: float, **factory):
+        super().__init__()
+        self.boundary = Boundary()
+        self.lookup: Lookup = F.embedding
+        self.declare("weight", ParameterSpec((num_rows, hidden_size), (axis, "embed"), std=std), **factory)
+
+    def forward(self, index: Tensor) -> Tensor:
+        """int64 `[batch, seq]` to `[batch, seq, embed]`."""
+        return self.boundary.exit(self.lookup(index, self.local("weight")))
+
+
+def scaled_std(std: float, num_layers: int) -> float:
+    """Initial spread of projections that add to the residual, so that its size does not grow with depth (GPT-2)."""
+    return std / math.sqrt(2.0 * num_layers)
+
+
+def factory_kwargs(device: torch.device | str | None, dtype: torch.dtype) -> dict[str, Any]:
+    """How the parameters of a model are made, passed down to every module."""
+    return {"device": None if device is None else torch.device(device), "dtype": dtype}

@@ -1,0 +1,110 @@
+"""Which key a query may see, and how far apart they are: one description for every attention core.
+
+Owns order, segments, causality and reach; each core renders what it can use (nothing, a flag, a dense mask). Knows
+nothing of heads or layers: a window or chunk belongs to the layer, which passes it to the core.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionMask:
+    """Query i sees key j iff both lie in one segment, j is not later (`causal`), within the window and the chunk.
+
+    Queries are the last `num_queries` of `num_keys` places unless `query_index` and `key_index` (int64, one
+    increasing order of places over both) say otherwise. Segments are int64 `[batch, places]`; None is one segment.
+    Positions are int64 `[1 or batch, places]`; None: the positions are the places.
+
+    `window` w hides keys w or more places back; `chunk` c hides keys whose position lies in other c positions.
+    """
+
+    num_queries: int
+    num_keys: int
+    causal: bool = True
+    query_segments: Tensor | None = None
+    key_segments: Tensor | None = None
+    query_index: Tensor | None = None
+    key_index: Tensor | None = None
+    query_positions: Tensor | None = None
+    key_positions: Tensor | None = None
+    _rendered: dict[tuple, Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def in_order(self) -> bool:
+        """Whether places follow one another."""
+        return self.query_index is None
+
+    def is_plain(self, window: int | None = None, chunk: int | None = None) -> bool:
+        """Whether order alone decides: places in sequence, no segments, window and chunk reach every key."""
+        return self.in_order and self.query_segments is None and self._reach(window, chunk) == (None, None)
+
+    def dense(self, device: torch.device, window: int | None = None, chunk: int | None = None) -> Tensor:
+        """Bool mask, True where visible: `[1 or batch, 1, num_queries, num_keys]`. Made once for each reach."""
+        key = reach = self._reach(window, chunk)
+        if key not in self._rendered:
+            self._rendered[key] = self._visible(device, *reach)
+        return self._rendered[key]
+
+    def bias(
+        self,
+        slopes: tuple[float, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        window: int | None = None,
+        chunk: int | None = None,
+    ) -> Tensor:
+        """What is added to scores `[1 or batch, heads, num_queries, num_keys]`: -slope * distance, or -inf if hidden.
+
+        One slope a head. Made once for each reach.
+        """
+        key = (slopes, dtype, *self._reach(window, chunk))
+        if key not in self._rendered:
+            distance = self._distance(device).float()
+            falling = distance * -torch.tensor(slopes, device=device)[:, None, None]
+            hidden = ~self.dense(device, window, chunk)
+            self._rendered[key] = falling.to(dtype).masked_fill(hidden, float("-inf"))
+        return self._rendered[key]
+
+    def _reach(self, window: int | None, chunk: int | None) -> tuple[int | None, int | None]:
+        """`window` and `chunk`, or None where they hide nothing; positions that were given may begin anywhere."""
+        if window is not None and window >= self.num_keys and self.in_order:
+            window = None
+        if chunk is not None and chunk >= self.num_keys and self.in_order and self.key_positions is None:
+            chunk = None
+        return window, chunk
+
+    def places(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Places of queries `[num_queries]` and of keys `[num_keys]`."""
+        key = torch.arange(self.num_keys, device=device) if self.key_index is None else self.key_index
+        query = key[self.num_keys - self.num_queries :] if self.query_index is None else self.query_index
+        return query, key
+
+    def _distance(self, device: torch.device) -> Tensor:
+        """How far back from each query each key is, `[num_queries, num_keys]`."""
+        query, key = self.places(device)
+        return query[:, None] - key[None, :]
+
+    def _visible(self, device: torch.device, window: int | None, chunk: int | None) -> Tensor:
+        distance = self._distance(device)
+        visible = torch.ones_like(distance, dtype=torch.bool)
+        if self.causal:
+            visible = visible & (distance >= 0)
+        if window is not None:
+            visible = visible & (distance < window)
+        visible = visible[None, None]
+        if chunk is not None:
+            query, key = (places[:, None] for places in self.places(device))
+            key = key.T
+            if self.key_positions is not None:
+                assert self.query_positions is not None
+                query, key = self.query_positions[:, None, :, None], self.key_positions[:, None, None, :]
+            visible = visible & (query // chunk == key // chunk)
+        if self.query_segments is not None:
+            assert self.key_segments is not None
+            visible = visible & (self.query_segments[:, None, :, None] == self.key_segments[:, None, None, :])
+        return visible

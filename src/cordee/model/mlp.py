@@ -1,0 +1,43 @@
+"""The feed-forward block, gated or plain."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import Tensor
+
+from cordee.model.boundary import Boundary
+from cordee.model.config import MLPConfig, ModelConfig
+from cordee.model.linear import Linear, scaled_std
+from cordee.model.parameter import SpecifiedModule
+from cordee.ops.activation import ACTIVATIONS, gated
+
+
+class MLP(SpecifiedModule):
+    """down(act(gate(x)) * up(x)) with gate and up in one GEMM, or down(act(up(x)))."""
+
+    def __init__(self, config: MLPConfig, model: ModelConfig, **factory):
+        super().__init__()
+        self.config = config
+        self.boundary = Boundary()
+        shared = {"bias": config.bias, "std": model.init_std, **factory}
+        ffn = config.ffn_hidden_size
+        if config.gated:
+            self.gate_up = Linear((2, ffn), ("branch", "ffn"), model.hidden_size, "embed", **shared)
+        else:
+            self.up = Linear((ffn,), ("ffn",), model.hidden_size, "embed", **shared)
+        shared["std"] = scaled_std(model.init_std, model.num_layers)
+        self.down = Linear((model.hidden_size,), ("embed",), ffn, "ffn", **shared)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[batch, seq, embed]` to the same."""
+        x = self.boundary.enter(x)
+        y = self.gate_up(x) if self.config.gated else self.up(x)
+        return self.boundary.exit(self.down(y, before=partial(activate, config=self.config)))
+
+
+def activate(x: Tensor, config: MLPConfig) -> Tensor:
+    """What stands between the two projections: `[..., 2 * ffn]` to `[..., ffn]` if gated, else elementwise."""
+    if config.gated:
+        return gated(x, config.activation, config.limit)
+    return ACTIVATIONS[config.activation](x)

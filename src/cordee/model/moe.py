@@ -1,0 +1,258 @@
+"""Mixtures of experts: each token goes through a few of many MLPs.
+
+Owns the block, its experts and the local dispatch. Where experts live is decided by what replaces `MoE.dispatch`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cordee.model.balance import Balance, Reduce, balanced
+from cordee.model.boundary import Boundary
+from cordee.model.config import CapacityConfig, MLPConfig, ModelConfig, MoEConfig
+from cordee.model.linear import Linear, scaled_std
+from cordee.model.mlp import MLP, activate
+from cordee.model.parameter import ParameterSpec, SpecifiedModule
+from cordee.model.router import Router, Routing, count_by_expert, limit_to_capacity, rank_in_group
+from cordee.ops.grouped import grouped_matmul
+
+RowMap = Callable[[Tensor], Tensor]
+
+
+class StackedLinear(SpecifiedModule):
+    """A linear map for each expert: y = x W_e^T + b_e, with W `[expert, *out_shape, in_size]`."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        num_experts: int,
+        out_shape: tuple[int, ...],
+        out_axes: tuple[str, ...],
+        in_size: int,
+        in_axis: str,
+        *,
+        bias: bool,
+        std: float,
+        **factory,
+    ):
+        super().__init__()
+        shape, axes = (num_experts, *out_shape), ("expert", *out_axes)
+        self.declare("weight", ParameterSpec((*shape, in_size), (*axes, in_axis), std=std), **factory)
+        self.declare("bias", ParameterSpec(shape, axes, decay=False) if bias else None, **factory)
+
+    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """`[rows, in_size]`, counts[0] of them for the first expert and so on, to `[rows, product of out_shape]`."""
+        y = grouped_matmul(rows, self.local("weight").flatten(1, -2), counts)
+        bias = self.local("bias")
+        if bias is None:
+            return y
+        return y + bias.flatten(1).repeat_interleave(counts, 0, output_size=len(rows))
+
+    def unbind(self) -> list[RowMap]:
+        """The map of each expert by itself."""
+        weights = self.local("weight").flatten(1, -2).unbind()
+        bias = self.local("bias")
+        biases = [None] * len(weights) if bias is None else bias.flatten(1).unbind()
+        return [partial(F.linear, weight=weight, bias=bias) for weight, bias in zip(weights, biases, strict=True)]
+
+    def extra_repr(self) -> str:
+        spec = self.specs["weight"]
+        return ", ".join(f"{axis}={size}" for axis, size in zip(spec.axes, spec.shape, strict=True))
+
+
+class Experts(SpecifiedModule):
+    """MLPs of one shape, their parameters stacked. Rows are multiplied by their weight after the MLP, or before it."""
+
+    def __init__(self, config: MLPConfig, num_experts: int, model: ModelConfig, *, weight_input: bool, **factory):
+        super().__init__()
+        self.config = config
+        self.weight_input = weight_input
+        stacked = partial(StackedLinear, num_experts, bias=config.bias, **factory)
+        ffn, hidden = config.ffn_hidden_size, model.hidden_size
+        if config.gated:
+            self.gate_up = stacked((2, ffn), ("branch", "ffn"), hidden, "embed", std=model.init_std)
+        else:
+            self.up = stacked((ffn,), ("ffn",), hidden, "embed", std=model.init_std)
+        self.down = stacked((hidden,), ("embed",), ffn, "ffn", std=scaled_std(model.init_std, model.num_layers))
+
+    def forward(self, rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
+        """`[rows, embed]` to the same; `weights` float32 `[rows]`, `counts` int64 `[experts]`: rows of each expert."""
+        return self._run(rows, weights, partial(self._up, counts=counts), partial(self.down, counts=counts))
+
+    def unbind(self) -> list[Callable[[Tensor, Tensor], Tensor]]:
+        """Each expert by itself: what maps its rows `[rows, embed]` and their weights `[rows]` to its results."""
+        pairs = zip(self._up.unbind(), self.down.unbind(), strict=True)
+        return [partial(self._run, up=up, down=down) for up, down in pairs]
+
+    @property
+    def _up(self) -> StackedLinear:
+        return self.gate_up if self.config.gated else self.up
+
+    def _run(self, rows: Tensor, weights: Tensor, up: RowMap, down: RowMap) -> Tensor:
+        if self.weight_input:
+            rows = _weighted(rows, weights)
+        y = down(activate(up(rows), self.config))
+        return y if self.weight_input else _weighted(y, weights)
+
+
+def _weighted(rows: Tensor, weights: Tensor) -> Tensor:
+    """Multiplied in the float32 of the weights, rounded once."""
+    return (rows * weights[:, None]).to(rows.dtype)
+
+
+Dispatch = Callable[[Tensor, Routing, Experts], Tensor]
+Limit = Callable[[Routing, CapacityConfig, int], Routing]  # of so many sequences
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """What the experts compute: the kept routes, sorted by expert; padding has the number of tokens for its token."""
+
+    token: Tensor  # int64 [rows]: which token goes in
+    weights: Tensor  # float32 [rows]
+    counts: Tensor  # int64 [experts]
+
+    @staticmethod
+    def of(routing: Routing) -> Rows:
+        """The rows of all experts."""
+        return Rows.sorted(
+            kept_experts(routing),
+            routing.weights,
+            routing.logits.shape[1],
+            complete=routing.kept is None,
+            rows_per_expert=routing.rows_per_expert,
+        )
+
+    @staticmethod
+    def sorted(
+        experts: Tensor, weights: Tensor, num_experts: int, *, complete: bool, rows_per_expert: int | None
+    ) -> Rows:
+        """The rows of `num_experts` experts; `experts` `[tokens, top_k]` says who is chosen, `num_experts` for nobody.
+
+        `complete`: that does not occur. No loop; the host waits for the device only for routes without an expert whose
+        places are not kept by padding every expert to `rows_per_expert`.
+        """
+        top_k = experts.shape[1]
+        experts, weights = experts.flatten(), weights.flatten()
+        order = experts.argsort(stable=True)
+        counts = count_by_expert(experts, num_experts + 1)
+        if rows_per_expert is not None:
+            order = _padded(order, experts[order], counts, rows_per_expert)
+            weights = F.pad(weights, (0, 1))
+            counts = torch.full_like(counts, rows_per_expert)
+        elif not complete:
+            order = order[: int(counts[:-1].sum())]
+        return Rows(order // top_k, weights.index_select(0, order), counts[:-1])
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """The tokens of `[tokens, embed]` that go in, `[rows, embed]`."""
+        return x.index_select(0, self.token.clamp(max=len(x) - 1))
+
+    def add_up(self, y: Tensor, tokens: int) -> Tensor:
+        """The sum for each of `tokens` of the results `[rows, embed]`, `[tokens, embed]`."""
+        # Padding goes to a row of its own.
+        return y.new_zeros(tokens + 1, y.shape[1]).index_add(0, self.token, y)[:-1]
+
+
+def kept_experts(routing: Routing) -> Tensor:
+    """The chosen experts, int64 `[tokens, top_k]`; the number of experts where capacity has dropped one."""
+    if routing.kept is None:
+        return routing.experts
+    return routing.experts.masked_fill(~routing.kept, routing.logits.shape[1])  # the dropped come last
+
+
+def _padded(order: Tensor, experts: Tensor, counts: Tensor, rows_per_expert: int) -> Tensor:
+    """Each expert's routes on the first of its `rows_per_expert` places, the number of all routes on the others.
+
+    `experts` are those of the routes in `order`, sorted; the last of `counts` is of dropped routes.
+    """
+    end = (len(counts) - 1) * rows_per_expert
+    places = experts * rows_per_expert + rank_in_group(experts, counts)
+    padded = order.new_full((end + 1,), len(order))
+    # The dropped meet on one place past the end, which is cut off.
+    return padded.scatter_(0, places.clamp(max=end), order)[:-1]
+
+
+def local_dispatch(x: Tensor, routing: Routing, experts: Experts) -> Tensor:
+    """Sum over its experts of what they make of each token of `[tokens, embed]`, all experts in one grouped product."""
+    rows = Rows.of(routing)
+    return rows.add_up(experts(rows.inputs(x), rows.weights, rows.counts), len(x))
+
+
+def loop_dispatch(x: Tensor, routing: Routing, experts: Experts) -> Tensor:
+    """As `local_dispatch`, one expert after the other: the definition."""
+    y = torch.zeros_like(x)
+    for index, expert in enumerate(experts.unbind()):
+        chosen = routing.experts == index
+        if routing.kept is not None:
+            chosen = chosen & routing.kept
+        token, slot = chosen.nonzero(as_tuple=True)
+        y = y.index_add(0, token, expert(x[token], routing.weights[token, slot]))
+    return y
+
+
+class MoE(SpecifiedModule):
+    """The sum of the experts a router chooses for each token, and of the shared experts that see all tokens."""
+
+    def __init__(self, config: MoEConfig, model: ModelConfig, **factory):
+        super().__init__()
+        self.config = config
+        self.boundary = Boundary()
+        self.dispatch: Dispatch = local_dispatch
+        self.limit: Limit = _limit_alone  # capacity, where other processes may hold other tokens
+        self.reduce: Reduce = _as_it_is  # of sums over tokens, where other processes hold other tokens
+        self.balance_share = 1.0  # of the auxiliary losses' gradient; other processes with these tokens have the rest
+        self.router = Router(config.router, model, **factory)
+        self.experts = Experts(
+            config.expert, config.router.num_experts, model, weight_input=config.weight_input, **factory
+        )
+        self.shared = None if config.shared is None else MLP(config.shared, model, **factory)
+        self.shared_gate = None
+        if config.shared_gate:
+            self.shared_gate = Linear(
+                (1,), ("gate",), model.hidden_size, "embed", bias=False, std=model.init_std, **factory
+            )
+
+    def forward(self, x: Tensor, balance: Balance | None = None) -> Tensor:
+        """`[batch, seq, embed]` to the same. Capacity cuts routes in training only; auxiliary losses need `balance`."""
+        x = self.boundary.enter(x)
+        tokens = x.flatten(0, 1)
+        routing = self.router(tokens)
+        if self.training and self.config.capacity is not None:
+            routing = self.limit(routing, self.config.capacity, len(x))
+        if balance is not None:
+            routing = balanced(
+                routing,
+                self.config.router,
+                self.config.balance,
+                balance,
+                layer=self,
+                batch_size=len(x),
+                reduce=self.reduce,
+                share=self.balance_share,
+            )
+        y = self.dispatch(tokens, routing, self.experts).view_as(x)
+        if self.shared is not None:
+            y = y + self._shared(x)
+        return self.boundary.exit(y)
+
+    def _shared(self, x: Tensor) -> Tensor:
+        assert self.shared is not None
+        y = self.shared(x)
+        return y if self.shared_gate is None else self.shared_gate(x).sigmoid() * y
+
+
+def _limit_alone(routing: Routing, capacity: CapacityConfig, batch_size: int) -> Routing:
+    return limit_to_capacity(routing, capacity)
+
+
+def _as_it_is(sums: Tensor) -> Tensor:
+    return sums

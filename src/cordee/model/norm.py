@@ -1,0 +1,59 @@
+"""Norms over the last dim, computed in float32 whatever the dtype of the input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cordee.model.config import NormConfig
+from cordee.model.parameter import ParameterSpec, SpecifiedModule
+
+
+class Norm(SpecifiedModule):
+    """x / rms(x) * weight, or (x - mean) / std * weight + bias."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, config: NormConfig, size: int, axis: str = "embed", **factory):
+        super().__init__()
+        self.config = config
+        self.size = size
+        self.sum_over_parts: Callable[[Tensor], Tensor] | None = None  # where processes share the last dim out
+        fill = 0.0 if config.unit_offset else 1.0
+        weight = ParameterSpec((size,), (axis,), fill=fill, decay=False) if config.affine else None
+        self.declare("weight", weight, **factory)
+        bias = ParameterSpec((size,), (axis,), decay=False) if config.affine and config.kind == "layer" else None
+        self.declare("bias", bias, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.config.unit_offset and self.weight is not None:
+            # In float32: next to the one, a low precision would lose a small weight.
+            bias = None if self.bias is None else self.local("bias").float()
+            return self._normalise(x.float(), self.local("weight").float() + 1.0, bias).to(x.dtype)
+        return self._normalise(x, self.local("weight"), self.local("bias"))
+
+    def _normalise(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        if self.sum_over_parts is not None:
+            return self._normalise_part(x, self.sum_over_parts, weight, bias)
+        if self.config.kind == "layer":
+            return F.layer_norm(x, (self.size,), weight, bias, self.config.eps)
+        return F.rms_norm(x, (self.size,), weight, self.config.eps)
+
+    def _normalise_part(
+        self, x: Tensor, total: Callable[[Tensor], Tensor], weight: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        """As `_normalise`, of the part of the last dim that is here; `total` adds sums over all parts up."""
+        wide = x.float()
+        if self.config.kind == "layer":
+            wide = wide - total(wide.sum(-1, keepdim=True)) / self.size
+        variance = total(wide.square().sum(-1, keepdim=True)) / self.size
+        y = (wide * torch.rsqrt(variance + self.config.eps)).to(x.dtype)
+        y = y if weight is None else y * weight
+        return y if bias is None else y + bias
+
+    def extra_repr(self) -> str:
+        return f"{self.config.kind}, {self.size}, eps={self.config.eps}"

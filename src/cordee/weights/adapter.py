@@ -1,0 +1,97 @@
+"""Adapters of low rank (LoRA) merged into the weights that they were trained on.
+
+Owns the sum W + scale * B A, in float32 and by slices, so that a merge takes no more memory than a conversion. An
+adapter speaks of the tensors of a checkpoint (`q_proj`, or a tensor rank's `linear_qkv`); the operation that makes a
+canonical parameter of such tensors brings it to its slices of ours. The files that adapters come in are codecs' affair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from cordee.families.rules import Index, Leaf, Op, View, normalise
+from cordee.weights.codec import Source
+
+Change = Callable[[View, torch.dtype], View]  # what an adapter makes of a tensor of the checkpoint, in that type
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """What a user says of an adapter, None for nothing: adapters that tell it themselves must say the same."""
+
+    path: Path
+    r: int | None = None
+    alpha: float | None = None
+    modules: tuple[str, ...] | None = None
+
+
+class Adapter(Protocol):
+    """notes: what reading left out or assumed, in words."""
+
+    notes: tuple[str, ...]
+
+    def changes(self, name: str) -> tuple[Op, Sequence[Change | None]] | None:
+        """For a canonical parameter that changes: the operation that makes it, and the change of each tensor it takes,
+        None for a tensor that stays.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The product scale * B A, `[out, in]`, and transposed where the tensor it is added to is `[in, out]`.
+
+    a, b: slices of `[r, in]` and `[out, r]`, asked for by rows and columns.
+    """
+
+    a: Callable[[Index], Tensor]
+    b: Callable[[Index], Tensor]
+    r: int
+    scale: float
+    transposed: bool = False
+
+    def read(self, index: Index) -> Tensor:
+        rows, columns = reversed(index) if self.transposed else index
+        rank = slice(0, self.r)
+        product = self.scale * (self.b((rows, rank)).float() @ self.a((rank, columns)).float())
+        return product.t() if self.transposed else product
+
+    def __call__(self, view: View, dtype: torch.dtype) -> View:
+        """The sum of a tensor and this."""
+        return Leaf(view.shape, lambda index: self.read(index).add_(view.read(index)).to(dtype))
+
+
+class Merged(Source):
+    """The weights of `base` with an adapter merged in."""
+
+    exact = False
+
+    def __init__(self, base: Source, adapter: Adapter):
+        self.spec = base.spec
+        self.companions = base.companions
+        self._base = base
+        self._adapter = adapter
+        self.changed = [name for name in base.names() if adapter.changes(name) is not None]
+        merged = f"an adapter was merged into {len(self.changed)} of {len(base.names())} tensors"
+        self.notes = (*base.notes, *adapter.notes, merged)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._base.dtype(name)
+
+    def tensor(self, name: str, index: Sequence[slice] | None = None) -> Tensor:
+        return self.view(name).read(normalise(index, self.shape(name)))
+
+    def view(self, name: str) -> View:
+        base, changes = self._base.held(name), self._adapter.changes(name)
+        if changes is None:
+            return base
+        op, of_parts = changes
+        parts, dtype = zip(op.inverse.apply([base]), of_parts, strict=True), self.dtype(name)
+        (view,) = op.apply([part if change is None else change(part, dtype) for part, change in parts])
+        return view

@@ -1,0 +1,154 @@
+"""Tensors in the files of a Hugging Face directory, by the names they have there.
+
+Owns finding the files (single, sharded with an index, safetensors or `.bin`), opening them and everything that can be
+wrong with them. Knows no family and no canonical name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from cordee.errors import Problem, raise_all
+from cordee.families.rules import Index
+from cordee.weights import torch_file
+from cordee.weights.safetensors_file import NAMES_OF_TYPES
+from cordee.weights.torch_file import TorchFile
+
+SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
+BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+COPY_AGAIN = "download or copy the file again"
+
+DTYPES = {name: dtype for dtype, name in NAMES_OF_TYPES.items()}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a file says of one tensor in it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None  # None: a type of the format that is none of weights
+
+
+class TensorFile(Protocol):
+    path: Path
+    tensors: dict[str, Stored]
+
+    def read(self, name: str, index: Index) -> Tensor:
+        """A slice of a tensor, sharing memory with the file where the format allows."""
+        ...
+
+
+class SafetensorsFile:
+    """A `.safetensors` file. It is mapped anew for every read: a mapping that stays would count all that was read."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        with safe_open(path, "pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            self.tensors = {
+                name: Stored(tuple(part.get_shape()), DTYPES.get(part.get_dtype())) for name, part in slices.items()
+            }
+
+    def read(self, name: str, index: Index) -> Tensor:
+        with safe_open(self.path, "pt") as file:
+            return file.get_slice(name)[index] if index else file.get_tensor(name)
+
+
+class BinFile:
+    """A file of `torch.save`; nothing in it is run."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._file = TorchFile(path)
+        content = self._file.content
+        if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+            raise ValueError("it holds something else than tensors by name")
+        self.tensors = {name: Stored(region.shape, region.dtype) for (name,), region in self._file.tensors.items()}
+
+    def read(self, name: str, index: Index) -> Tensor:
+        return self._file.read((name,), index)
+
+
+UNREADABLE = (SafetensorError, *torch_file.UNREADABLE)
+
+
+@dataclass
+class _Directory:
+    """Opens the files of a directory and notes what is wrong with them."""
+
+    path: Path
+    problems: list[Problem] = field(default_factory=list)
+
+    def problem(self, file: str, value: object, why: str, fix: str) -> None:
+        self.problems.append(Problem(str(self.path / file), value, why, fix))
+
+    def open_all(self) -> Iterator[TensorFile]:
+        """The files with weights, safetensors before `.bin`."""
+        for single, index, kind in ((SAFETENSORS, SAFETENSORS_INDEX, SafetensorsFile), (BIN, BIN_INDEX, BinFile)):
+            if (self.path / index).is_file():
+                yield from self._open_sharded(index, kind)
+                return
+            if (self.path / single).is_file():
+                yield from self._open(single, kind)
+                return
+        if loose := sorted(path.name for path in self.path.glob("*-of-*") if path.suffix in (".safetensors", ".bin")):
+            why = f"there are shards ({', '.join(loose)}), but no {SAFETENSORS_INDEX} or {BIN_INDEX}"
+            self.problem("", None, why, "copy the index file too")
+        else:
+            why = f"there are no weights: neither {SAFETENSORS}, {BIN} nor an index of shards"
+            self.problem("", None, why, "copy the weights into the directory")
+
+    def _open(self, name: str, kind: type[SafetensorsFile] | type[BinFile]) -> Iterator[TensorFile]:
+        try:
+            yield kind(self.path / name)
+        except FileNotFoundError:
+            self.problem(name, None, "the index names this shard, but it is missing", "copy the shard too")
+        except UNREADABLE as error:
+            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+            self.problem(name, None, f"the file cannot be read: {why}", COPY_AGAIN)
+
+    def _open_sharded(self, index: str, kind: type[SafetensorsFile] | type[BinFile]) -> Iterator[TensorFile]:
+        weight_map = self._weight_map(index)
+        for shard in sorted(set(weight_map.values())):
+            for file in self._open(shard, kind):
+                self._compare(index, file, {name for name, where in weight_map.items() if where == shard})
+                yield file
+
+    def _weight_map(self, index: str) -> dict[str, str]:
+        try:
+            weight_map = json.loads((self.path / index).read_text(encoding="utf-8"))["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            self.problem(index, None, f"not an index of shards: {error!r}", COPY_AGAIN)
+            return {}
+        plain = isinstance(weight_map, dict) and all(
+            isinstance(shard, str) and Path(shard).name == shard for shard in weight_map.values()
+        )
+        if not plain or not weight_map:
+            self.problem(index, None, "weight_map does not map names to files of this directory", COPY_AGAIN)
+            return {}
+        return weight_map
+
+    def _compare(self, index: str, file: TensorFile, named: set[str]) -> None:
+        present = file.tensors.keys()
+        if absent := sorted(named - present):
+            why = f"it says these tensors are in {file.path.name}, where they are not: {', '.join(absent)}"
+            self.problem(index, None, why, "copy index and shards from the same checkpoint")
+        if extra := sorted(present - named):
+            why = f"{file.path.name} holds tensors that it does not name: {', '.join(extra)}"
+            self.problem(index, None, why, "copy index and shards from the same checkpoint")
+
+
+def open_files(path: Path) -> dict[str, TensorFile]:
+    """The file that holds each tensor of a Hugging Face directory. ProblemError with all that is wrong with them."""
+    directory = _Directory(path)
+    holders = {name: file for file in directory.open_all() for name in file.tensors}
+    raise_all(directory.problems)
+    return holders

@@ -1,0 +1,362 @@
+"""The architectures of llama.cpp that files of GGUF may have: their keys, and which models they are.
+
+Owns the table of them. A row says what of a file becomes which key of a `config.json`; the other way there is no table,
+but a proof: what is written is read again, and has to be the same model. So no family needs to be named. Knows no
+files, and never imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from cordee.errors import Problem, ProblemError
+from cordee.families.count import canonical_shapes
+from cordee.families.family import HFConfig
+from cordee.families.registry import ModelSpec, spec_from_hf
+from cordee.model.config import (
+    AttentionConfig,
+    DynamicNTKScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LogNScaling,
+    ModelConfig,
+    MoEConfig,
+    QwenNTKScaling,
+    RopeConfig,
+    YarnScaling,
+)
+from cordee.weights.gguf.tensors import rules
+
+Values = Mapping[str, Any]  # of a file, by key
+ROPE_FACTORS = "rope_freqs.weight"  # by what each pair of dims turns slower; no parameter of the model
+
+# Keys that all have, without the architecture's name before them, and what `config.json` calls them.
+_KEYS = {
+    "context_length": "max_position_embeddings",
+    "block_count": "num_hidden_layers",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "vocab_size": "vocab_size",
+}
+_TOKENS = {
+    "tokenizer.ggml.bos_token_id": "bos_token_id",
+    "tokenizer.ggml.eos_token_id": "eos_token_id",
+    "tokenizer.ggml.padding_token_id": "pad_token_id",
+}
+_EXPERTS = {"expert_used_count": "num_experts_per_tok", "expert_feed_forward_length": "moe_intermediate_size"}
+Get = Callable[[str], Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """An architecture as `name` has it, with experts or without.
+
+    hf: what its `config.json` says besides what the file tells.
+    keys: further keys of the file, and what `config.json` calls them.
+    present: keys of `config.json` that say whether there are tensors of this name.
+    derive: further keys of `config.json`, from those of the file.
+    paired: queries and keys turn in neighbouring pairs.
+    """
+
+    name: str
+    hf: HFConfig
+    keys: Mapping[str, str] = field(default_factory=dict)
+    present: Mapping[str, str] = field(default_factory=dict)
+    derive: Callable[[Get], HFConfig] = lambda get: {}
+    paired: bool = False
+
+    @property
+    def experts(self) -> bool:
+        return "expert_count" in self.keys
+
+
+def _gemma2(get: Get) -> HFConfig:
+    """llama.cpp knows the 27B model, whose scores are scaled in another way, by its layers."""
+    largest = get("block_count") == 46
+    return {"query_pre_attn_scalar": get("embedding_length") // get("attention.head_count") if largest else _head(get)}
+
+
+def _head(get: Get) -> int:
+    return get("attention.key_length") or get("embedding_length") // get("attention.head_count")
+
+
+def _model(name: str, model_type: str, activation: str = "silu", **more: Any) -> HFConfig:
+    return {"architectures": [f"{name}ForCausalLM"], "model_type": model_type, "hidden_act": activation, **more}
+
+
+_TANH = "gelu_pytorch_tanh"
+ARCHITECTURES = (
+    Architecture(
+        name="llama",
+        hf=_model("Llama", "llama"),
+        present={"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"},
+        paired=True,
+    ),
+    Architecture(
+        name="llama",
+        hf=_model("Mixtral", "mixtral", sliding_window=None),
+        keys={"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"},
+        paired=True,
+    ),
+    Architecture(name="qwen2", hf=_model("Qwen2", "qwen2")),
+    Architecture(name="qwen3", hf=_model("Qwen3", "qwen3")),
+    Architecture(name="gemma", hf=_model("Gemma", "gemma", _TANH, hidden_activation=_TANH)),
+    Architecture(
+        name="gemma2",
+        hf=_model("Gemma2", "gemma2", _TANH, hidden_activation=_TANH),
+        keys={
+            "attention.sliding_window": "sliding_window",
+            "attn_logit_softcapping": "attn_logit_softcapping",
+            "final_logit_softcapping": "final_logit_softcapping",
+        },
+        derive=_gemma2,
+    ),
+    Architecture(
+        name="qwen2moe",
+        hf=_model("Qwen2Moe", "qwen2_moe", norm_topk_prob=False),
+        keys={
+            "expert_count": "num_experts",
+            **_EXPERTS,
+            "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+        },
+        present={"qkv_bias": "blk.0.attn_q.bias"},
+    ),
+    Architecture(
+        name="qwen3moe",
+        hf=_model("Qwen3Moe", "qwen3_moe", norm_topk_prob=True),
+        keys={"expert_count": "num_experts", **_EXPERTS},
+    ),
+)
+
+
+# ---- from a file to a model ------------------------------------------------------------------------------------------
+
+
+def architecture_of(values: Values, where: str) -> Architecture:
+    """The row of a file with these values. ProblemError if there is none."""
+    name = values.get("general.architecture")
+    experts = bool(values.get(f"{name}.expert_count"))
+    for row in ARCHITECTURES:
+        if (row.name, row.experts) == (name, experts):
+            return row
+    known = ", ".join(dict.fromkeys(row.name for row in ARCHITECTURES))
+    why = f"no family reads this architecture{' with experts' * experts}; known are {known}"
+    raise ProblemError([Problem(f"{where}: general.architecture", name, why, "take the Hugging Face model")])
+
+
+def hf_config(row: Architecture, values: Values, names: Collection[str], factors: Sequence[float] | None) -> HFConfig:
+    """The `config.json` of a file with these values and tensors of these names.
+
+    factors: what `ROPE_FACTORS` holds, if it is there.
+    """
+
+    def get(key: str) -> Any:
+        value = values.get(f"{row.name}.{key}")
+        return shortest(value) if isinstance(value, float) else value
+
+    found = {name: get(key) for key, name in {**_KEYS, **row.keys}.items()}
+    found |= {name: values.get(key) for key, name in _TOKENS.items()}
+    hf = row.hf | {name: value for name, value in found.items() if value is not None}
+    hf |= {name: tensor in names for name, tensor in row.present.items()}
+    if all(isinstance(hf.get(name), int) for name in ("num_attention_heads", "hidden_size")):  # else reading tells it
+        hf |= {"head_dim": _head(get), **row.derive(get)}
+    if "head_dim" in hf and (turning := get("rope.dimension_count")) not in (None, hf["head_dim"]):
+        hf["partial_rotary_factor"] = turning / hf["head_dim"]
+    hf["rope_theta"] = get("rope.freq_base") or 10000.0
+    if (scaling := _scaling(get, factors, hf)) is not None:
+        hf["rope_scaling"] = scaling
+    hf["tie_word_embeddings"] = "output.weight" not in names
+    return hf
+
+
+def shortest(value: float) -> float:
+    """The number with the fewest digits that is `value` in float32: 1e-05 for what is stored of it."""
+    return float(str(np.float32(value)))
+
+
+def _scaling(get: Get, factors: Sequence[float] | None, hf: HFConfig) -> HFConfig | None:
+    """The `rope_scaling` of a `config.json`."""
+    original, kind = get("rope.scaling.original_context_length"), get("rope.scaling.type")
+    if factors is not None:
+        return _llama3(factors, original or _LLAMA3_LENGTH, hf)
+    factor = get("rope.scaling.factor") or get("rope.scale_linear")
+    if kind == "none" or (kind in (None, "linear") and factor in (None, 0, 1)):
+        return None
+    scaling: HFConfig = {"rope_type": kind or "linear", "factor": factor}
+    if original is not None and kind != "linear":
+        scaling["original_max_position_embeddings"] = original
+    return scaling
+
+
+_LLAMA3_LENGTH, _LLAMA3_LOW, _LLAMA3_HIGH = 8192, 1.0, 4.0  # of all models that were published
+
+
+def _llama3(factors: Sequence[float], original: int, hf: HFConfig) -> HFConfig:
+    """The scaling that makes `factors`, which a file gives one by one: seen in the pair that turns slowest."""
+    wavelength = 2 * math.pi * hf["rope_theta"] ** (1 - 1 / len(factors))
+    kept = (original / wavelength - _LLAMA3_LOW) / (_LLAMA3_HIGH - _LLAMA3_LOW)
+    kept = min(max(kept, 0.0), 1.0)
+    factor = (1 - kept) / (1 / factors[-1] - kept) if kept < 1 else 1.0
+    return {
+        "rope_type": "llama3",
+        "factor": float(f"{factor:.5g}"),
+        "low_freq_factor": _LLAMA3_LOW,
+        "high_freq_factor": _LLAMA3_HIGH,
+        "original_max_position_embeddings": original,
+    }
+
+
+# ---- from a model to a file ------------------------------------------------------------------------------------------
+
+
+def choose(spec: ModelSpec, factors: Sequence[float] | None) -> tuple[Architecture, dict[str, Any], list[str]]:
+    """The architecture that a model is written as, the values that describe it, and what is to be told of it.
+
+    factors: what `ROPE_FACTORS` will hold, if it is needed.
+    ProblemError if llama.cpp has no such model, as far as it is known here.
+    """
+    config, notes = _in_context(spec.config)
+    experts = isinstance(config.layers[0].mlp, MoEConfig)
+    tried: list[tuple[bool, int, str, list[str]]] = []
+    for row in (row for row in ARCHITECTURES if row.experts == experts):
+        values: dict[str, Any] = {"general.architecture": row.name}
+        values |= {f"{row.name}.{key}": value for key, value in _describe(config) if value is not None}
+        readable, differences = _differences(config, row, values, factors)
+        if not differences:
+            return row, values, notes
+        tried.append((not readable, len(differences), row.name, differences))
+    *_, name, differences = min(tried)
+    more = f"; and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
+    why = f"family {spec.family.name}: none of the models of llama.cpp that are known here is such a one; the nearest, "
+    why += f"{name}, differs: {'; '.join(differences[:_SHOWN])}{more}"
+    raise ProblemError([Problem("--save-model-type", "gguf", why, "choose another format")])
+
+
+_SHOWN = 6  # differences that are told
+
+
+def _in_context(config: ModelConfig) -> tuple[ModelConfig, list[str]]:
+    """A model without what it does only beyond a length, in a context that is no longer; what is to be told of it.
+
+    That is a window that all layers have, scores scaled by the logarithm of positions, and a base that grows.
+    """
+    limits, layers = set(), []
+    same_window = len({getattr(layer.attention, "window", None) for layer in config.layers}) == 1
+    for layer in config.layers:
+        attention = layer.attention
+        if isinstance(attention, AttentionConfig):
+            if attention.window is not None and same_window:
+                limits.add(attention.window)
+                attention = replace(attention, window=None)
+            if isinstance(attention.query_scaling, LogNScaling):
+                limits.add(attention.query_scaling.length)
+                attention = replace(attention, query_scaling=None)
+            if attention.rope and isinstance(attention.rope.scaling, DynamicNTKScaling | QwenNTKScaling):
+                limits.add(attention.rope.scaling.original_max_position_embeddings)
+                attention = replace(attention, rope=replace(attention.rope, scaling=None))
+        layers.append(replace(layer, attention=attention))
+    if not limits:
+        return config, []
+    length = min(*limits, config.max_position_embeddings)
+    note = f"the context is {length} tokens: llama.cpp does not know what this model does beyond them"
+    return replace(config, layers=tuple(layers), max_position_embeddings=length), [note]
+
+
+def _describe(config: ModelConfig) -> Iterator[tuple[str, Any]]:
+    """Keys of a file, without the architecture's name, and their values; None where the model has no such thing."""
+    layer = config.layers[0]
+    yield "context_length", config.max_position_embeddings
+    yield "block_count", config.num_layers
+    yield "embedding_length", config.hidden_size
+    yield "vocab_size", config.vocab_size
+    yield "attention.layer_norm_rms_epsilon", layer.norm.eps
+    yield "final_logit_softcapping", config.logit_softcap
+    if isinstance(layer.attention, AttentionConfig):
+        yield from _describe_attention(layer.attention)
+    if not isinstance(layer.mlp, MoEConfig):
+        yield "feed_forward_length", layer.mlp.ffn_hidden_size
+        return
+    yield "feed_forward_length", layer.mlp.expert.ffn_hidden_size
+    yield "expert_count", layer.mlp.router.num_experts
+    yield "expert_used_count", layer.mlp.router.top_k
+    yield "expert_feed_forward_length", layer.mlp.expert.ffn_hidden_size
+    yield "expert_shared_feed_forward_length", layer.mlp.shared and layer.mlp.shared.ffn_hidden_size
+
+
+def _describe_attention(attention: AttentionConfig) -> Iterator[tuple[str, Any]]:
+    yield "attention.head_count", attention.num_heads
+    yield "attention.head_count_kv", attention.num_kv_heads
+    yield "attention.key_length", attention.head_dim
+    yield "attention.value_length", attention.head_dim
+    yield "attention.sliding_window", attention.window
+    yield "attn_logit_softcapping", attention.softcap
+    if attention.rope is not None:
+        yield "rope.freq_base", attention.rope.theta
+        yield "rope.dimension_count", attention.rope.rotary_dim or attention.head_dim
+        yield from _describe_scaling(attention.rope)
+
+
+def _describe_scaling(rope: RopeConfig) -> Iterator[tuple[str, Any]]:
+    """The type and factor of Llama 3's are in its tensor: as keys they would turn all dims slower once more."""
+    match rope.scaling:
+        case LinearScaling(factor=factor):
+            yield from (("rope.scaling.type", "linear"), ("rope.scaling.factor", factor))
+        case YarnScaling(factor=factor):
+            yield from (("rope.scaling.type", "yarn"), ("rope.scaling.factor", factor))
+    if isinstance(rope.scaling, YarnScaling | Llama3Scaling):
+        yield "rope.scaling.original_context_length", rope.scaling.original_max_position_embeddings
+
+
+def _differences(
+    config: ModelConfig, row: Architecture, values: Values, factors: Sequence[float] | None
+) -> tuple[bool, list[str]]:
+    """Whether `values` can be read as a model at all, and in what it would be another than `config`."""
+    found = rules(config, row.paired)
+    differences = [f"it has no tensor for {_starred(name)}" for name in canonical_shapes(config) if name not in found]
+    names = {name for rule in found.values() for name in rule.foreign}
+    try:
+        read = spec_from_hf(hf_config(row, values, names, factors), row.name).config
+    except ProblemError as error:
+        return False, [*dict.fromkeys(differences), *(f"{problem.option}: {problem.why}" for problem in error.problems)]
+    ours, theirs = _facts(config), _facts(read)
+    differences += [
+        f"{_starred(name)} is {ours.get(name)}, there {theirs.get(name)}"
+        for name in ours | theirs
+        if ours.get(name) != theirs.get(name)
+    ]
+    return True, list(dict.fromkeys(differences))
+
+
+def _starred(name: str) -> str:
+    return re.sub(r"\.\d+\.", ".*.", name)
+
+
+_OF_TRAINING = {"attention_dropout", "embedding_dropout", "hidden_dropout", "init_std", "balance", "capacity"}
+
+
+def _facts(config: ModelConfig) -> dict[str, object]:
+    """What decides what a model computes when it does not train, by path, as exactly as a file holds it."""
+    facts: dict[str, object] = {}
+
+    def walk(path: str, value: object) -> None:
+        if isinstance(value, dict):
+            for key in value.keys() - _OF_TRAINING:
+                walk(f"{path}.{key}" if path else key, value[key])
+        elif isinstance(value, tuple | list):
+            for number, item in enumerate(value):
+                walk(f"{path}.{number}", item)
+        else:
+            facts[path] = shortest(value) if isinstance(value, float) else value
+
+    walk("", dataclasses.asdict(config))
+    return facts

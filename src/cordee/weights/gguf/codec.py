@@ -1,0 +1,248 @@
+"""GGUF: weights in and out, as llama.cpp has them.
+
+Owns the meeting of an architecture's rules with the tensors of a file, both ways, and what is checked then. Memory is
+the tensors asked for; when writing, some slices.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cordee.errors import Problem, ProblemError, raise_all
+from cordee.families.registry import ModelSpec, spec_from_hf
+from cordee.families.rules import Rule, Shape, View, whole
+from cordee.model.config import AttentionConfig, Llama3Scaling, ModelConfig
+from cordee.model.rotary import inverse_frequencies
+from cordee.weights.codec import PlannedFile, Sink, Source
+from cordee.weights.gguf import vocabulary
+from cordee.weights.gguf.architecture import ROPE_FACTORS, Architecture, architecture_of, choose, hf_config
+from cordee.weights.gguf.file import NAMES_OF_TYPES, GGUFFile, create
+from cordee.weights.gguf.place import FILE, file_of
+from cordee.weights.gguf.tensors import rules
+from cordee.weights.regions import Destination, contiguous
+from cordee.weights.ruled import RuledSource
+from cordee.weights.staging import TERMS, Staging
+from cordee.weights.workers import Move, Workers
+
+logger = logging.getLogger("cordee")
+
+_FILE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}  # llama.cpp's numbers for "most tensors are"
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read(path: str | Path) -> GGUFSource:
+    """The weights of a file, or of a directory with one. ProblemError with everything that is wrong with it."""
+    return GGUFSource(GGUFFile(file_of(Path(path))))
+
+
+class GGUFSource(RuledSource):
+    """Weights in a file of GGUF; packed ones are unpacked as they are read.
+
+    `companions` is a directory with the tokenizer that the file describes; it is there until the process ends.
+    """
+
+    def __init__(self, file: GGUFFile):
+        self.path = file.path
+        row, names = architecture_of(file.values, str(file.path)), file.tensors.keys()
+        factors = file.read(ROPE_FACTORS, whole(file.tensors[ROPE_FACTORS].shape)) if ROPE_FACTORS in names else None
+        hf = hf_config(row, file.values, names, None if factors is None else factors.tolist())
+        if (embedding := file.tensors.get("token_embd.weight")) is not None:
+            stored = str(embedding.dtype).removeprefix("torch.")
+            hf |= {"vocab_size": embedding.shape[0], "torch_dtype": stored}
+        self.spec = spec_from_hf(hf, str(file.path))
+        self._rules = rules(self.spec.config, row.paired)
+        self.files = dict.fromkeys(names, file)
+        raise_all([*self._check_tensors(file), *self._check_factors(factors)])
+        self._restore_tokenizer(file.values)
+
+    def _check_tensors(self, file: GGUFFile) -> Iterator[Problem]:
+        shapes, needed = self._shapes, {ROPE_FACTORS: None}
+        assert self._rules.keys() == shapes.keys(), f"no tensors for {shapes.keys() - self._rules.keys()}"
+        for name, rule in self._rules.items():
+            needed |= dict(zip(rule.foreign, rule.foreign_shapes(shapes[name]), strict=True))
+        if missing := needed.keys() - file.tensors.keys() - {ROPE_FACTORS}:
+            why = f"tensors are missing: {', '.join(sorted(missing))}"
+            yield Problem(str(self.path), None, why, "take a whole file of the model")
+        if unknown := file.tensors.keys() - needed.keys():
+            why = f"tensors that its architecture does not have: {', '.join(sorted(unknown))}"
+            yield Problem(str(self.path), None, why, "take the Hugging Face model")
+        for name, shape in needed.items():
+            stored = file.tensors.get(name)
+            if stored is not None and shape is not None and stored.shape != shape:
+                why = f"its shape is {list(stored.shape)}, but by the values of the file it is {list(shape)}"
+                yield Problem(f"{self.path}: {name}", None, why, "take another file of the model")
+
+    def _check_factors(self, factors: Tensor | None) -> Iterator[Problem]:
+        """The scaling was guessed from the factors; it has to make them."""
+        made = rope_factors(self.spec.config)
+        if factors is not None and (made is None or not torch.allclose(made, factors.float(), rtol=1e-4)):
+            why = "they are not those of Llama 3's scaling, the only one that is read from factors"
+            yield Problem(f"{self.path}: {ROPE_FACTORS}", None, why, "take the Hugging Face model")
+
+    def _restore_tokenizer(self, values: Mapping[str, Any]) -> None:
+        directory = Path(tempfile.mkdtemp(prefix="cordee-gguf-"))
+        atexit.register(shutil.rmtree, directory, ignore_errors=True)
+        why = vocabulary.restore(values, directory)
+        if why is None:
+            self.companions = directory
+        else:
+            self.notes = (*self.notes, why)
+
+
+def rope_factors(config: ModelConfig) -> Tensor | None:
+    """By what Llama 3's scaling slows each pair of dims down, float32 `[rotary_dim / 2]`; None for other models."""
+    attention = config.layers[0].attention
+    if not isinstance(attention, AttentionConfig) or attention.rope is None:
+        return None
+    rope, dim = attention.rope, attention.head_dim
+    if not isinstance(rope.scaling, Llama3Scaling):
+        return None
+    return inverse_frequencies(replace(rope, scaling=None), dim) / inverse_frequencies(rope, dim)
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A file to be written: its values, the shapes and types of its tensors, and what becomes of each parameter.
+
+    dtypes: by canonical name, what is written.
+    """
+
+    spec: ModelSpec
+    row: Architecture
+    values: dict[str, Any]
+    tensors: dict[str, tuple[Shape, torch.dtype]]
+    rules: dict[str, Rule]
+    dtypes: dict[str, torch.dtype]
+    factors: Tensor | None
+
+    @property
+    def sizes(self) -> list[int]:
+        """Bytes of each tensor."""
+        return [math.prod(shape) * dtype.itemsize for shape, dtype in self.tensors.values()]
+
+    def files(self) -> list[PlannedFile]:
+        return [PlannedFile(FILE, sum(self.sizes))]
+
+
+class Held(Source):
+    """The parameters of `source` as a file of this plan gives them back: what is stored shifted is rounded once."""
+
+    def __init__(self, plan: Plan, source: Source):
+        self.spec = plan.spec
+        self._plan, self._source = plan, source
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._plan.dtypes[name]
+
+    def tensor(self, name: str, index: Sequence[slice] | None = None) -> Tensor:
+        rule, dtype = self._plan.rules[name], self._plan.dtypes[name]
+        parts = rule.foreign_views(self._source.view(name))
+        return rule.read(lambda foreign, index: parts[foreign].read(index).to(dtype), self.shape(name), index)
+
+
+def plan(spec: ModelSpec, dtypes: Mapping[str, torch.dtype], companions: Path | None) -> Plan:
+    """Lay a file out; what has to be told is logged.
+
+    dtypes: by canonical name; what llama.cpp wants in float32 is written so all the same.
+    companions: directory with the tokenizer that goes into the file.
+    ProblemError if llama.cpp has no such model or no such tokenizer, or tensors are of another type.
+    """
+    factors = rope_factors(spec.config)
+    row, values, notes = choose(spec, None if factors is None else factors.tolist())
+    found, shapes = rules(spec.config, row.paired), spec.shapes()
+    dtypes = {
+        name: dtypes[name] if _keeps_type(name, rule, shapes[name]) else torch.float32 for name, rule in found.items()
+    }
+    if strange := {str(dtype) for dtype in dtypes.values()} - {str(dtype) for dtype in NAMES_OF_TYPES}:
+        why = f"weights are stored as {', '.join(sorted(strange))}, which llama.cpp does not compute with"
+        raise ProblemError([Problem("--params-dtype", None, why, "give float32, float16 or bfloat16")])
+    tensors: dict[str, tuple[Shape, torch.dtype]] = {}
+    if factors is not None:
+        tensors[ROPE_FACTORS] = tuple(factors.shape), torch.float32
+    for name, rule in found.items():
+        tensors |= {
+            foreign: (shape, dtypes[name])
+            for foreign, shape in zip(rule.foreign, rule.foreign_shapes(shapes[name]), strict=True)
+        }
+    values |= {
+        "general.type": "model",
+        "general.name": spec.family.name,
+        "general.file_type": _FILE_TYPES[dtypes["embedding.weight"]],
+        "general.quantization_version": 2,
+        **vocabulary.describe(companions, spec.config.vocab_size),
+    }
+    if values["tokenizer.ggml.model"] in vocabulary.NONE:
+        notes.append("no tokenizer is known for this model: the file has none, and llama.cpp will take only token ids")
+    for note in notes:
+        logger.warning(note)
+    return Plan(spec, row, values, tensors, found, dtypes, factors)
+
+
+def _keeps_type(name: str, rule: Rule, shape: Shape) -> bool:
+    """llama.cpp computes with vectors, and chooses experts, in float32."""
+    return not name.endswith("router.weight") and all(len(foreign) > 1 for foreign in rule.foreign_shapes(shape))
+
+
+class GGUFSink(Sink):
+    """A directory with a file of GGUF in the making.
+
+    companions: directory from which terms of use are copied.
+    workers: threads that write.
+    """
+
+    def __init__(self, staging: Staging, plan: Plan, companions: Path | None, workers: int = 1):
+        self.plan = plan
+        self._staging = staging
+        self._companions = companions
+        self._remaining = set(plan.rules)
+        self._workers = Workers(staging, workers)
+        self._path = staging.scratch / FILE
+        try:
+            self._offsets = create(self._path, plan.values, plan.tensors)
+            if plan.factors is not None:
+                self._place(ROPE_FACTORS).write(plan.factors)
+        except OSError as error:
+            self.abort()
+            raise staging.problem(error) from error
+
+    def _place(self, foreign: str) -> Destination:
+        return Destination(self._path, contiguous(self._offsets[foreign], *self.plan.tensors[foreign]))
+
+    def take(self, name: str, view: View) -> None:
+        assert name in self._remaining, f"{name} is unknown or was put before"
+        self._remaining.remove(name)
+        parts = self.plan.rules[name].foreign_views(view)
+        for foreign, part in parts.items():
+            assert tuple(part.shape) == self.plan.tensors[foreign][0], f"{foreign}: {tuple(part.shape)}"
+        self._workers.carry(
+            Move(part, self.plan.tensors[foreign][1], [self._place(foreign)]) for foreign, part in parts.items()
+        )
+
+    def close(self) -> None:
+        assert not self._remaining, f"never put: {sorted(self._remaining)}"
+        self._workers.close()
+        try:
+            self._staging.copy_companions(self._companions, TERMS)
+        except OSError as error:
+            raise self._staging.problem(error) from error
+        self._staging.publish()
+
+    def abort(self) -> None:
+        self._workers.close()
+        self._staging.discard()

@@ -1,0 +1,169 @@
+"""Files of GGUF: values by key, and tensors.
+
+Owns the container, through the `gguf` library, which is there only if its extra is installed. Tensors that are stored
+in blocks of few bits are read as float32, and nothing is read before it is asked for. Knows no key and no model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cordee.errors import Problem, ProblemError, raise_all
+from cordee.families.rules import Index, Shape
+from cordee.weights.files import COPY_AGAIN, Stored
+from cordee.weights.regions import contiguous
+
+CHUNK = 2**20  # elements that are unpacked at a time: unpacking takes several times their memory
+_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+NAMES_OF_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # of those to write
+_DAMAGE = (ValueError, IndexError, KeyError, OverflowError, OSError)  # what the library raises for damaged files
+
+
+def library() -> ModuleType:
+    """The `gguf` library. ProblemError if it is not installed."""
+    try:
+        import gguf
+    except ImportError as error:
+        why, fix = f"files of GGUF need this package: {error}", "pip install 'cordee[gguf]'"
+        raise ProblemError([Problem("gguf", None, why, fix)]) from error
+    return gguf
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """Where a tensor begins, in bytes, and how it is packed: blocks of so many elements and bytes."""
+
+    offset: int
+    kind: Any  # the library's name of the type
+    block: int
+    nbytes: int
+
+
+class GGUFFile:
+    """An open file. ProblemError if it is none, is cut off, or has tensors of a type that cannot be unpacked."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        reader = self._opened()
+        self.values: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
+        if self.values.get("split.count", 1) > 1:
+            why = f"it is one of {self.values['split.count']} parts"
+            raise ProblemError([Problem(str(path), None, why, "join them with llama.cpp's llama-gguf-split --merge")])
+        self.tensors: dict[str, Stored] = {}
+        self._packed: dict[str, _Packed] = {}
+        sizes = library().GGML_QUANT_SIZES
+        for tensor in reader.tensors:
+            shape, kind = tuple(int(size) for size in reversed(tensor.shape)), tensor.tensor_type
+            self.tensors[tensor.name] = Stored(shape, _PLAIN.get(kind.name, torch.float32))
+            self._packed[tensor.name] = _Packed(tensor.data_offset, kind, *sizes[kind])
+        raise_all(self._unknown_types())
+
+    def _opened(self) -> Any:
+        gguf = library()
+        if self.path.is_file() and self.path.stat().st_size == 0:
+            raise ProblemError([Problem(str(self.path), None, "the file is empty", COPY_AGAIN)])
+        try:
+            reader = gguf.GGUFReader(self.path)
+        except _DAMAGE as error:
+            why = f"it is no file of GGUF, is cut off, or has tensors of an unknown type: {error}"
+            raise ProblemError([Problem(str(self.path), None, why, COPY_AGAIN)]) from error
+        if reader.byte_order == "S":
+            why = "its numbers have their bytes in the other order"
+            raise ProblemError([Problem(str(self.path), None, why, "take the file for this kind of processor")])
+        return reader
+
+    def _unknown_types(self) -> list[Problem]:
+        """Types without a way to unpack them: integers, and what the library does not know."""
+        gguf = library()
+        by_kind: dict[Any, list[str]] = {}
+        for name, packed in self._packed.items():
+            if packed.kind.name not in _PLAIN:
+                by_kind.setdefault(packed.kind, []).append(name)
+        problems = []
+        for kind, names in by_kind.items():
+            try:
+                gguf.dequantize(np.zeros(gguf.GGML_QUANT_SIZES[kind][1], np.uint8), kind)
+            except NotImplementedError:
+                why = f"its type {kind.name} cannot be unpacked; {len(names)} tensors have it"
+                problems.append(Problem(f"{self.path}: {names[0]}", None, why, "take a file of another type"))
+        return problems
+
+    def read(self, name: str, index: Index) -> Tensor:
+        """A slice of a tensor, sharing memory with the file where it is not packed."""
+        stored, packed = self.tensors[name], self._packed[name]
+        if packed.kind.name in _PLAIN:
+            assert stored.dtype is not None
+            return contiguous(packed.offset, stored.shape, stored.dtype).read(self.path)[index]
+        *outer, size = stored.shape
+        inner = math.prod(outer[1:])  # rows of `size` elements for each place along the first dim
+        first, last = (index[0].start * inner, index[0].stop * inner) if outer else (0, 1)
+        shape = (index[0].stop - index[0].start, *outer[1:], size) if outer else (size,)
+        cuts = (slice(None), *index[1:]) if outer else index
+        return self._unpacked(packed, first, last, size).view(shape)[cuts]
+
+    def _unpacked(self, packed: _Packed, first: int, last: int, size: int) -> Tensor:
+        """Rows `first` to `last` of `size` elements each, float32 `[rows, size]`."""
+        gguf, nbytes, step = library(), size // packed.block * packed.nbytes, max(1, CHUNK // size)
+        out = torch.empty(last - first, size)
+        with self.path.open("rb") as file:
+            for start in range(first, last, step):
+                rows = min(step, last - start)
+                file.seek(packed.offset + start * nbytes)
+                data = np.fromfile(file, np.uint8, rows * nbytes).reshape(rows, nbytes)
+                out[start - first : start - first + rows] = torch.from_numpy(gguf.dequantize(data, packed.kind))
+        return out
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def create(path: Path, values: Mapping[str, Any], tensors: Mapping[str, tuple[Shape, torch.dtype]]) -> dict[str, int]:
+    """Make a file with these values and room for these tensors; where each begins, in bytes. OSError if that fails."""
+    gguf = library()
+    writer = gguf.GGUFWriter(path, values["general.architecture"])
+    for key, value in values.items():
+        if key != "general.architecture":  # which the library writes first
+            _add(writer, key, value)
+    offsets, end = {}, 0
+    for name, (shape, dtype) in tensors.items():
+        kind, nbytes = gguf.GGMLQuantizationType[NAMES_OF_TYPES[dtype]], math.prod(shape) * dtype.itemsize
+        writer.add_tensor_info(name, shape, np.dtype(f"u{dtype.itemsize}"), nbytes, raw_dtype=kind)
+        offsets[name] = end
+        end += writer.ggml_pad(nbytes, writer.data_alignment)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+    finally:
+        writer.close()
+    start = writer.ggml_pad(path.stat().st_size, writer.data_alignment)
+    with path.open("r+b") as file:
+        file.truncate(start + end)
+    return {name: start + offset for name, offset in offsets.items()}
+
+
+def _add(writer: Any, key: str, value: Any) -> None:
+    """A value as llama.cpp wants its type: numbers are 32 bits wide, and without sign."""
+    match value:
+        case bool():
+            writer.add_bool(key, value)
+        case int():
+            writer.add_uint32(key, value)
+        case float():
+            writer.add_float32(key, value)
+        case str():
+            writer.add_string(key, value)
+        case _:
+            writer.add_array(key, value)

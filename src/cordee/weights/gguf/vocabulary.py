@@ -1,0 +1,308 @@
+"""Tokenizers as files of GGUF hold them: tokens, merges or scores, special tokens, chat template.
+
+Owns both ways between the values of a file and the files of a Hugging Face tokenizer, for the two kinds that models of
+the architectures here have: byte-level BPE, and the BPE of SentencePiece. Knows no weights.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cordee.config.schema import TokenizerOptions
+from cordee.data.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
+from cordee.data.tokenizer.special import SpecialTokens, read_json, read_special_tokens
+from cordee.errors import Problem, ProblemError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+Values = Mapping[str, Any]
+NONE = ("none", "no_vocab")  # what files without a tokenizer say
+_BYTE_LEVEL, _PIECES = "gpt2", "llama"
+SPACE = "\u2581"  # how SentencePiece writes a space
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+
+
+class Kind(IntEnum):
+    """Kinds of tokens, as llama.cpp numbers them."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+# ---- how byte-level tokenizers cut text ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How text is cut into words before merging: by these patterns, one after the other.
+
+    names: what llama.cpp calls it; the first is written.
+    whole: a word that is a token is one, whatever the merges say.
+    nfc: Hugging Face's tokenizers normalise the text before, which llama.cpp leaves out.
+    """
+
+    names: tuple[str, ...]
+    patterns: tuple[str, ...]
+    whole: bool = False
+    nfc: bool = False
+
+
+_DIGIT = r"\p{N}"
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
+_CASED = (rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+", rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*")
+_CASED_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+CUTS = (
+    Cut(("gpt-2",), (_GPT2,)),
+    Cut(("smollm", "starcoder", "refact", "command-r"), (_DIGIT, _GPT2)),
+    Cut(("llama-bpe", "llama3", "llama-v3"), (rf"{_ENDING}|{_WORD}|\p{{N}}{{1,3}}{_REST}",), whole=True),
+    Cut(("qwen2", "deepseek-r1-qwen"), (rf"{_ENDING}|{_WORD}|\p{{N}}{_REST}",), nfc=True),
+    Cut(("tekken",), (rf"{_CASED[0]}|{_CASED[1]}|\p{{N}}{_CASED_REST}",), whole=True),
+    Cut(("gpt-4o",), (rf"{_CASED[0]}{_ENDING}?|{_CASED[1]}{_ENDING}?|\p{{N}}{{1,3}}{_CASED_REST}",)),
+)
+
+
+def _patterns(pre_tokenizer: Any) -> tuple[str, ...] | None:
+    """The patterns of a `pre_tokenizer` of a `tokenizer.json`; None if it does more than to cut by them into bytes."""
+    steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
+    patterns: list[str] = []
+    for step in steps:
+        match step:
+            case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}:
+                patterns.append(pattern)
+            case {"type": "Digits", "individual_digits": True}:
+                patterns.append(_DIGIT)
+            case {"type": "ByteLevel", "add_prefix_space": False, **rest}:
+                patterns += [_GPT2] if rest.get("use_regex", True) else []
+            case _:
+                return None
+    return tuple(patterns) if steps[-1]["type"] == "ByteLevel" else None
+
+
+# ---- from a directory to the values of a file ------------------------------------------------------------------------
+
+
+def describe(directory: Path | None, rows: int) -> dict[str, Any]:
+    """The values that describe the tokenizer of a directory, for a model with `rows` tokens.
+
+    Without a tokenizer they say so. ProblemError if llama.cpp has no such tokenizer.
+    """
+    if directory is None or not holds_tokenizer(directory):
+        return {"tokenizer.ggml.model": NONE[0]}
+    tokenizer, special = load_tokenizer(TokenizerOptions(), str(directory)), read_special_tokens(directory, {})
+    if tokenizer.vocab_size > rows:
+        why = f"it has {tokenizer.vocab_size} tokens, the model only {rows} rows"
+        raise ProblemError([Problem("tokenizer", directory, why, "give the model's own tokenizer")])
+    words, raw = tokenizer.vocabulary(), read_json(directory / "tokenizer.json")
+    if raw:
+        values = _of_json(raw, words, directory)
+        control = {str(token["content"]) for token in raw.get("added_tokens", []) if token.get("special")}
+        plain = {str(token["content"]) for token in raw.get("added_tokens", [])} - control
+    else:
+        values = _of_pieces(directory, words)
+        control, plain = set(special.all_tokens()), set()
+    pieces = values["tokenizer.ggml.model"] == _PIECES
+    kinds = {word: Kind.BYTE for word in words.values() if pieces and _BYTE.fullmatch(word)}
+    kinds |= dict.fromkeys(plain, Kind.USER_DEFINED) | dict.fromkeys(control | {*special.named.values()}, Kind.CONTROL)
+    if pieces and "unk_token" in special.named:
+        kinds[special.named["unk_token"]] = Kind.UNKNOWN
+    values["tokenizer.ggml.tokens"] = [words.get(i, f"[PAD{i}]") for i in range(rows)]
+    values["tokenizer.ggml.token_type"] = [
+        int(kinds.get(words[i], Kind.NORMAL) if i in words else Kind.UNUSED) for i in range(rows)
+    ]
+    if pieces:
+        values["tokenizer.ggml.scores"] += [-float(rows)] * (rows - len(values["tokenizer.ggml.scores"]))
+        first = words[tokenizer.encode("a", add_special_tokens=False)[0]]
+        values["tokenizer.ggml.add_space_prefix"] = first.startswith(SPACE)
+    return values | _roles(tokenizer, special, words) | _template(directory)
+
+
+def _of_json(raw: Mapping[str, Any], words: Mapping[int, str], directory: Path) -> dict[str, Any]:
+    """What a `tokenizer.json` says of tokens and merges."""
+    model, pre_tokenizer = raw["model"], raw.get("pre_tokenizer")
+    fix = (
+        "choose another format; this one knows byte-level BPE, cut as GPT-2, Llama 3, Qwen2, ... cut, and SentencePiece"
+    )
+    if model.get("type", "BPE") != "BPE" or "merges" not in model:
+        raise ProblemError([Problem("tokenizer", directory, f"it is {model.get('type')}, not BPE", fix)])
+    merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+    if '"ByteLevel"' not in json.dumps(pre_tokenizer):
+        ranks: dict[str, int] = {}
+        for rank, (left, right) in enumerate(merges):
+            ranks.setdefault(left + right, rank)
+        last = max(words, default=-1)
+        scores = [-float(ranks.get(words.get(i, ""), len(merges))) for i in range(last + 1)]
+        return {"tokenizer.ggml.model": _PIECES, "tokenizer.ggml.pre": "default", "tokenizer.ggml.scores": scores}
+    patterns = _patterns(pre_tokenizer)
+    cut = next((cut for cut in CUTS if cut.patterns == patterns), None)
+    if cut is None:
+        why = f"llama.cpp has no name for how it cuts text: {json.dumps(pre_tokenizer, ensure_ascii=False)}"
+        raise ProblemError([Problem("tokenizer", directory, why, fix)])
+    joined = [" ".join(merge) for merge in merges]
+    return {"tokenizer.ggml.model": _BYTE_LEVEL, "tokenizer.ggml.pre": cut.names[0], "tokenizer.ggml.merges": joined}
+
+
+def _of_pieces(directory: Path, words: Mapping[int, str]) -> dict[str, Any]:
+    """What a `tokenizer.model` of SentencePiece says of scores; those of its BPE are 0, -1, -2, ..."""
+    if not (directory / "tokenizer.model").is_file():
+        why, fix = "it has neither a tokenizer.json nor a tokenizer.model", "save it with a tokenizer.json"
+        raise ProblemError([Problem("tokenizer", directory, why, fix)])
+    from cordee.data.tokenizer.spm import read_model
+
+    model = read_model(directory / "tokenizer.model", "tokenizer")
+    scores = [float(model.get_score(i)) for i in range(model.vocab_size())]
+    if any(score != round(score) for score in scores):
+        why = "it is a unigram model, which models of this architecture do not have in llama.cpp"
+        raise ProblemError([Problem("tokenizer", directory, why, "choose another format")])
+    scores += [-float(len(scores))] * (max(words, default=-1) + 1 - len(scores))
+    return {"tokenizer.ggml.model": _PIECES, "tokenizer.ggml.pre": "default", "tokenizer.ggml.scores": scores}
+
+
+def _roles(tokenizer: Tokenizer, special: SpecialTokens, words: Mapping[int, str]) -> dict[str, Any]:
+    """Which tokens begin and end a text, and whether they are put around it."""
+    ids = {word: i for i, word in words.items()}
+    found = {
+        "bos": tokenizer.bos,
+        "eos": tokenizer.eos,
+        "unknown": special.id("unk", ids),
+        "padding": special.id("pad", ids),
+    }
+    around = tokenizer.encode("")
+    return {f"tokenizer.ggml.{role}_token_id": i for role, i in found.items() if i is not None} | {
+        "tokenizer.ggml.add_bos_token": tokenizer.bos is not None and around[:1] == [tokenizer.bos],
+        "tokenizer.ggml.add_eos_token": tokenizer.eos is not None and around[len(around) // 2 :] == [tokenizer.eos],
+    }
+
+
+def _template(directory: Path) -> dict[str, Any]:
+    file = directory / "chat_template.jinja"
+    if file.is_file():
+        return {"tokenizer.chat_template": file.read_text(encoding="utf-8")}
+    given = read_json(directory / "tokenizer_config.json").get("chat_template")
+    if isinstance(given, list):  # several, by name
+        given = next((entry["template"] for entry in given if entry.get("name") == "default"), None)
+    return {"tokenizer.chat_template": given} if given else {}
+
+
+# ---- from the values of a file to a directory ------------------------------------------------------------------------
+
+
+def restore(values: Values, directory: Path) -> str | None:
+    """Write the tokenizer that `values` describe as a Hugging Face tokenizer; why it is left out, None if it is not."""
+    model, tokens = values.get("tokenizer.ggml.model"), values.get("tokenizer.ggml.tokens", [])
+    if model is None or model in NONE:
+        return "the file has no tokenizer"
+    if model not in (_BYTE_LEVEL, _PIECES):
+        return f"the tokenizer is left out: its kind {model!r} is unknown here"
+    kinds = values.get("tokenizer.ggml.token_type") or [Kind.NORMAL] * len(tokens)
+    while tokens and kinds[len(tokens) - 1] == Kind.UNUSED:  # rows that only fill up
+        tokens = tokens[:-1]
+    if len(set(tokens)) < len(tokens):
+        return "the tokenizer is left out: some of its tokens are there twice"
+    if model == _PIECES:
+        backend = _pieces(values, tokens, kinds)
+    else:
+        pre = values.get("tokenizer.ggml.pre")
+        cut = next((cut for cut in CUTS if pre in cut.names), None)
+        if cut is None:
+            return f"the tokenizer is left out: how it cuts text, {pre!r}, is unknown here"
+        backend = _byte_level(values, tokens, cut)
+    _write(backend, values, tokens, kinds, directory)
+    return None
+
+
+def _byte_level(values: Values, tokens: list[str], cut: Cut) -> tokenizers.Tokenizer:
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    merges = [tuple(merge.split(" ")) for merge in values.get("tokenizer.ggml.merges", [])]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=cut.whole))
+    if cut.nfc:
+        backend.normalizer = normalizers.NFC()
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in cut.patterns]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _pieces(values: Values, tokens: list[str], kinds: Sequence[int]) -> tokenizers.Tokenizer:
+    """SentencePiece's BPE as `tokenizers` runs it: a token of higher score is made first, of any two parts."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    scores = values.get("tokenizer.ggml.scores") or [0.0] * len(tokens)
+    ids = {token: i for i, token in enumerate(tokens) if kinds[i] in (Kind.NORMAL, Kind.USER_DEFINED)}
+    pairs = [
+        (-scores[i], ids[token[:cut]], ids[token[cut:]])
+        for token, i in ids.items()
+        for cut in range(1, len(token))
+        if token[:cut] in ids and token[cut:] in ids
+    ]
+    unknown = values.get("tokenizer.ggml.unknown_token_id", _default(kinds, Kind.UNKNOWN))
+    model = models.BPE(
+        vocab={token: i for i, token in enumerate(tokens)},
+        merges=[(tokens[left], tokens[right]) for _, left, right in sorted(pairs)],
+        unk_token=None if unknown is None else tokens[unknown],
+        fuse_unk=True,
+        byte_fallback=Kind.BYTE in kinds,
+    )
+    backend = Tokenizer(model)
+    prefix = values.get("tokenizer.ggml.add_space_prefix", True)
+    begin, end = ([normalizers.Prepend(SPACE)], [decoders.Strip(" ", 1, 0)]) if prefix else ([], [])
+    backend.normalizer = normalizers.Sequence([*begin, normalizers.Replace(" ", SPACE)])
+    backend.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *end])
+    return backend
+
+
+def _default(kinds: Sequence[int], kind: Kind) -> int | None:
+    return kinds.index(kind) if kind in kinds else None
+
+
+def _write(
+    backend: tokenizers.Tokenizer, values: Values, tokens: list[str], kinds: Sequence[int], directory: Path
+) -> None:
+    """The files, with the tokens that stand for themselves in a text, and what goes around it."""
+    from tokenizers import AddedToken
+    from tokenizers.processors import TemplateProcessing
+
+    for i, token in enumerate(tokens):
+        if kinds[i] in (Kind.CONTROL, Kind.UNKNOWN):
+            backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
+        elif kinds[i] == Kind.USER_DEFINED:
+            backend.add_tokens([AddedToken(token, special=False, normalized=False)])
+    pieces = values["tokenizer.ggml.model"] == _PIECES
+    usual = {"bos": 1, "eos": 2} if pieces else {}  # what llama.cpp takes where a file is silent
+    ids = {
+        short: values.get(f"tokenizer.ggml.{role}_token_id", usual.get(short))
+        for short, role in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
+    }
+    named = {f"{role}_token": tokens[i] for role, i in ids.items() if i is not None and i < len(tokens)}
+    flags = {
+        f"add_{role}_token": bool(values.get(f"tokenizer.ggml.add_{role}_token", pieces and role == "bos"))
+        for role in ("bos", "eos")
+    }
+    before, after = (named.get(f"{role}_token") if flags[f"add_{role}_token"] else None for role in ("bos", "eos"))
+    if before or after:
+        around = [(token, ids[role]) for role, token in (("bos", before), ("eos", after)) if token]
+        single = [*[before] * bool(before), "$A", *[after] * bool(after)]
+        backend.post_processor = TemplateProcessing(single=single, pair=[*single, "$B"], special_tokens=around)
+    backend.save(str(directory / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **named, **flags, "clean_up_tokenization_spaces": False}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if template := values.get("tokenizer.chat_template"):
+        (directory / "chat_template.jinja").write_text(template, encoding="utf-8")

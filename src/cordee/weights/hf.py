@@ -1,0 +1,304 @@
+"""Hugging Face directories: weights in and out.
+
+Owns the meeting of a family's rules with the tensors in the files, both ways, and what travels along with weights.
+Nothing is read before it is asked for: memory is the tensors asked for, and when writing, some slices.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+
+from cordee.errors import Problem, raise_all
+from cordee.families.registry import ModelSpec, spec_from_directory
+from cordee.families.rules import Rule, Shape, View, whole
+from cordee.weights.codec import PlannedFile, Sink, type_of
+from cordee.weights.files import SAFETENSORS, SAFETENSORS_INDEX, TensorFile, open_files
+from cordee.weights.regions import Destination
+from cordee.weights.ruled import RuledSource
+from cordee.weights.safetensors_file import SafetensorsWriter, room_for
+from cordee.weights.staging import Staging
+from cordee.weights.workers import Move, Workers
+
+MAX_SHARD_SIZE = 5 * 10**9  # bytes; as transformers 4 has it, and small enough for any file system
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+Rename = Callable[[str], str]
+
+
+def read(path: str | Path, rename: Rename = str) -> HFSource:
+    """The weights of a Hugging Face directory, checked against its `config.json`.
+
+    rename: maps the family's names of tensors to those in the files, where they are others.
+    ProblemError with everything that is wrong: configuration, files, names and shapes.
+    """
+    path = Path(path)
+    spec = spec_from_directory(path)
+    return HFSource(path, spec, open_files(path), rename)
+
+
+class HFSource(RuledSource):
+    """Weights in a Hugging Face directory. `files` maps each foreign name to the file that holds it."""
+
+    def __init__(self, path: Path, spec: ModelSpec, files: dict[str, TensorFile], rename: Rename = str):
+        self.path = path
+        self.companions = path
+        self.files = files
+        self.spec = _with_prefix_of(spec, files)
+        self._leave_out()
+        self._rules = _renamed(self.spec.rules(), rename)
+        if self.spec.config.tie_word_embeddings:
+            self._take_head_for_embedding()
+        raise_all([*self._match_names(), *self._check_tensors()])
+
+    def _leave_out(self) -> None:
+        """Without the part that the family does not build, if the files have it."""
+        family = self.spec.family
+        if family.left_out is None:
+            return
+        part = family.left_out(self.spec.hf_config)
+        starts = (*part.prefixes, *(prefix.removeprefix(family.base_prefix) for prefix in part.prefixes))
+        kept = {name: file for name, file in self.files.items() if not name.startswith(starts)}
+        if count := len(self.files) - len(kept):
+            self.files = kept
+            self.spec = replace(self.spec, hf_config=self.spec.hf_config | part.config)
+            self.notes = (*self.notes, f"{part.what} are not built and left out: {count} tensors")
+
+    def _take_head_for_embedding(self) -> None:
+        """Of a tied pair some files hold only the head: transformers 4 kept whichever came first."""
+        rule, head = self._rules["embedding.weight"], _head_names(self.spec)
+        if self.files.keys().isdisjoint(rule.foreign) and head <= self.files.keys():
+            self._rules["embedding.weight"] = replace(rule, foreign=tuple(head))
+            self.notes = (*self.notes, f"{_listed(head)} read as the embedding, to which the head is tied")
+
+    def _match_names(self) -> Iterable[Problem]:
+        needed = {foreign for rule in self._rules.values() for foreign in rule.foreign}
+        found = self.files.keys()
+        ignored = {name for name in found - needed if _is_ignored(name, self.spec)}
+        if ignored:
+            self.notes = (*self.notes, f"{len(ignored)} tensors that hold no weights ignored: {_listed(ignored)}")
+        unknown = found - needed - ignored
+        if self.spec.config.tie_word_embeddings and (head := unknown & _head_names(self.spec)):
+            unknown -= head
+            yield from self._check_tied(head)
+        if missing := needed - found:
+            fix = "copy all files of the checkpoint, with the config.json that belongs to them"
+            if missing == _head_names(self.spec):
+                fix = 'if its embedding serves as head, say "tie_word_embeddings": true in config.json'
+            yield Problem(str(self.path), None, f"tensors are missing: {_listed(missing)}", fix)
+        if unknown:
+            why = f"tensors that family {self.spec.family.name} does not know: {_listed(unknown)}"
+            yield Problem(str(self.path), None, why, "take the config.json that belongs to these weights")
+
+    def _check_tied(self, head: set[str]) -> Iterable[Problem]:
+        """A stored copy of a tied head is left out if it is a copy; else the configuration is wrong."""
+        (name,) = head
+        stored = self.files[name].read(name, whole(self.files[name].tensors[name].shape))
+        (embedding,) = self._rules["embedding.weight"].foreign
+        if embedding in self.files and torch.equal(stored, self.files[embedding].read(embedding, whole(stored.shape))):
+            self.notes = (*self.notes, f"{name} ignored: it repeats the embedding, to which the head is tied")
+            return
+        why = 'it differs from the embedding, but "tie_word_embeddings" says they are one'
+        fix = 'say "tie_word_embeddings": false in config.json to keep it'
+        yield Problem(f"{self.path}: {name}", None, why, fix)
+
+    def _check_tensors(self) -> Iterable[Problem]:
+        for canonical, rule in self._rules.items():
+            for foreign, shape in zip(rule.foreign, rule.foreign_shapes(self._shapes[canonical]), strict=True):
+                if foreign not in self.files:
+                    continue
+                stored, option = self.files[foreign].tensors[foreign], f"{self.files[foreign].path}: {foreign}"
+                if stored.shape != shape:
+                    why = f"its shape is {list(stored.shape)}, but by config.json it is {list(shape)}"
+                    yield Problem(option, None, why, "take the config.json that belongs to these weights")
+                if stored.dtype is None or not stored.dtype.is_floating_point or stored.dtype.itemsize < 2:
+                    why = f"weights of type {stored.dtype} are quantised, which is not supported"
+                    yield Problem(option, None, why, "take the unquantised checkpoint")
+
+
+def _renamed(rules: dict[str, Rule], rename: Rename) -> dict[str, Rule]:
+    return {name: rule.named(str, rename) for name, rule in rules.items()}
+
+
+def _with_prefix_of(spec: ModelSpec, files: dict[str, TensorFile]) -> ModelSpec:
+    """`spec` with the base prefix that the names in the files have or lack."""
+    prefix = spec.family.base_prefix
+    bare = bool(prefix) and not any(name.startswith(prefix) for name in files)
+    return replace(spec, base_prefix=not bare)
+
+
+def _is_ignored(name: str, spec: ModelSpec) -> bool:
+    full = name if spec.base_prefix else spec.family.base_prefix + name
+    patterns = (re.escape(template).replace(r"\{i\}", r"\d+") for template in spec.family.ignored)
+    return any(re.fullmatch(pattern, full) for pattern in patterns)
+
+
+def _head_names(spec: ModelSpec) -> set[str]:
+    """Foreign names of the head, tied or not."""
+    rules = spec.family.weights(spec.config)
+    return {name for rule in rules if rule.canonical == "head.weight" for name in rule.foreign}
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def write(
+    path: str | Path,
+    spec: ModelSpec,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    companions: str | Path | None = None,
+    overwrite: bool = False,
+    rename: Rename = str,
+    workers: int = 1,
+) -> HFSink:
+    """A Hugging Face directory to be filled with the weights of `spec`; it appears under its name when complete.
+
+    dtype: type of all weights; None keeps each as it is put.
+    max_shard_size: bytes of the largest file, unless one tensor is larger.
+    companions: directory from which tokenizer and generation files are copied.
+    overwrite: replace a model directory at `path`.
+    rename: maps the family's names of tensors to those to write, where they are others.
+    workers: threads that write.
+    ProblemError if something is at `path` that must not be replaced.
+    """
+    staging = Staging(path, overwrite=overwrite)
+    rules = _renamed(spec.rules(), rename)
+    return HFSink(staging, spec, rules, dtype, max_shard_size, Path(companions) if companions else None, workers)
+
+
+def planned_files(
+    spec: ModelSpec, dtypes: Mapping[str, torch.dtype], max_shard_size: int = MAX_SHARD_SIZE
+) -> list[PlannedFile]:
+    """The files that `write` makes of weights of `dtypes`, by canonical name, put in the order of the forward."""
+    shapes, shards = spec.shapes(), [0]
+    for name, rule in spec.rules().items():
+        for shape in rule.foreign_shapes(shapes[name]):
+            nbytes, itemsize = math.prod(shape) * dtypes[name].itemsize, dtypes[name].itemsize
+            if shards[-1] and (shards[-1] + nbytes > max_shard_size or shards[-1] % itemsize):
+                shards.append(0)
+            shards[-1] += nbytes
+    return [PlannedFile(_file_name(number, len(shards)), nbytes) for number, nbytes in enumerate(shards)]
+
+
+def _file_name(number: int, count: int) -> str:
+    return SAFETENSORS if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
+class HFSink(Sink):
+    """A Hugging Face directory in the making."""
+
+    def __init__(
+        self,
+        staging: Staging,
+        spec: ModelSpec,
+        rules: dict[str, Rule],
+        dtype: torch.dtype | None,
+        max_shard_size: int,
+        companions: Path | None,
+        workers: int,
+    ):
+        self.spec = spec
+        self._staging = staging
+        self._dtype = dtype
+        self._max_shard_size = max_shard_size
+        self._companions = companions
+        self._rules = rules
+        self._shapes = spec.shapes()
+        self._remaining = set(self._rules)
+        self._sizes = _foreign_sizes(self._rules, self._shapes)  # of tensors that are still to come
+        self._shards: list[SafetensorsWriter] = []
+        self._dtypes: set[torch.dtype] = set()
+        self._workers = Workers(staging, workers)
+
+    def take(self, name: str, view: View) -> None:
+        assert name in self._remaining, f"{name} is unknown or was put before"
+        assert tuple(view.shape) == self._shapes[name], f"{name}: {tuple(view.shape)} != {self._shapes[name]}"
+        self._remaining.remove(name)
+        dtype = self._dtype or type_of(view)
+        self._dtypes.add(dtype)
+        parts = self._rules[name].foreign_views(view)
+        self._workers.carry(
+            Move(part, dtype, [self._place(foreign, part.shape, dtype)]) for foreign, part in parts.items()
+        )
+
+    def _place(self, foreign: str, shape: Shape, dtype: torch.dtype) -> Destination:
+        try:
+            shard = self._shard_for(math.prod(shape) * dtype.itemsize, dtype.itemsize)
+        except OSError as error:
+            raise self._staging.problem(error) from error
+        del self._sizes[foreign]
+        return Destination(shard.path, shard.add(foreign, shape, dtype))
+
+    def _shard_for(self, nbytes: int, itemsize: int) -> SafetensorsWriter:
+        """The shard that is being filled, or if it has no room for a tensor of `nbytes`, a new one."""
+        if (
+            self._shards
+            and self._shards[-1].nbytes + nbytes <= self._max_shard_size
+            and self._shards[-1].fits(itemsize)
+        ):
+            return self._shards[-1]
+        room = room_for(_most_names(self._sizes, self._max_shard_size))
+        self._shards.append(SafetensorsWriter(self._staging.scratch / f"shard-{len(self._shards)}", room))
+        return self._shards[-1]
+
+    def close(self) -> None:
+        assert not self._remaining, f"never put: {sorted(self._remaining)}"
+        self._workers.close()
+        try:
+            for shard in self._shards:
+                shard.close()
+            self._name_shards()
+            self._staging.write_config(self.spec.hf_config, self._dtypes)
+            self._staging.copy_companions(self._companions)
+        except OSError as error:
+            raise self._staging.problem(error) from error
+        self._staging.publish()
+
+    def _name_shards(self) -> None:
+        """Shards get their final names when their number is known."""
+        count = len(self._shards)
+        weight_map = {}
+        for number, shard in enumerate(self._shards):
+            file = _file_name(number, count)
+            shard.path.rename(self._staging.scratch / file)
+            weight_map |= dict.fromkeys(shard.names, file)
+        if count == 1:
+            return
+        total = sum(shard.nbytes for shard in self._shards)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        self._staging.write_json(SAFETENSORS_INDEX, index)
+
+    def abort(self) -> None:
+        self._workers.close()
+        self._staging.discard()
+
+
+def _foreign_sizes(rules: dict[str, Rule], shapes: dict[str, Shape]) -> dict[str, int]:
+    """Elements of every foreign tensor."""
+    return {
+        foreign: math.prod(shape)
+        for name, rule in rules.items()
+        for foreign, shape in zip(rule.foreign, rule.foreign_shapes(shapes[name]), strict=True)
+    }
+
+
+def _most_names(sizes: dict[str, int], nbytes: int) -> list[str]:
+    """Names that take at least as much room as those of any tensors that fit into `nbytes`, of a byte an element."""
+    starts = accumulate(sorted(sizes.values()), initial=0)
+    count = sum(start < nbytes for start in starts)
+    return sorted(sizes, key=len, reverse=True)[: max(count, 1)]

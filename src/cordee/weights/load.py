@@ -1,0 +1,96 @@
+"""Weights into a model and out of one, wherever its parameters are.
+
+Owns the meeting of a `Source` or `Sink` with parameters, which may be whole, sharded or still without memory. One
+tensor is moved at a time, and of a sharded parameter only this process's part is read.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from cordee.errors import Problem, raise_all
+from cordee.model.parameter import local_shard
+from cordee.weights.codec import Sink, Source
+
+logger = logging.getLogger("cordee")
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What was loaded: parameters, their elements over all processes, and what the source has to say."""
+
+    parameters: int
+    elements: int
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "; ".join((f"{self.parameters} tensors, {self.elements:,} parameters loaded", *self.notes))
+
+
+@torch.no_grad()
+def load_into(model: nn.Module, source: Source, dtype: torch.dtype | None = None) -> LoadReport:
+    """Fill every parameter of `model` from `source`, converting to the parameter's type.
+
+    Parameters on the meta device get memory first: on the device of their mesh, else on the CPU, and of type `dtype`
+    if that is given. A model that holds a span of the layers takes only those. ProblemError, before anything is
+    loaded, if a parameter is not in the source or has another shape there.
+    """
+    materialise(model, dtype)
+    parameters = dict(model.named_parameters())
+    raise_all(_mismatches(parameters, source))
+    for name, parameter in parameters.items():
+        local, offset = local_shard(parameter.detach())
+        if local.numel():
+            index = tuple(slice(start, start + size) for start, size in zip(offset, local.shape, strict=True))
+            source.copy_into(local, name, index)
+    elements = sum(math.prod(parameter.shape) for parameter in parameters.values())
+    return LoadReport(len(parameters), elements, source.notes)
+
+
+def _mismatches(parameters: dict[str, nn.Parameter], source: Source) -> list[Problem]:
+    problems = []
+    available = set(source.names())
+    for name, parameter in parameters.items():
+        if name not in available:
+            fix = "load a checkpoint of the same model"
+            problems.append(Problem(name, None, "the model has this parameter, the checkpoint does not", fix))
+        elif (shape := source.shape(name)) != tuple(parameter.shape):
+            why = f"its shape is {list(shape)} in the checkpoint, {list(parameter.shape)} in the model"
+            problems.append(Problem(name, None, why, "give the model the shape of the checkpoint"))
+    return problems
+
+
+def materialise(model: nn.Module, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> None:
+    """Give memory to the parameters of `model` that are on the meta device; shared parameters stay shared.
+
+    `device`: where; None takes that of a sharded parameter's mesh, else the CPU.
+    """
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if parameter.is_meta:
+                if parameter not in made:
+                    own = parameter.device_mesh.device_type if isinstance(parameter, DTensor) else "cpu"
+                    empty = torch.empty_like(parameter, device=device or own, dtype=dtype or parameter.dtype)
+                    made[parameter] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                setattr(module, name, made[parameter])
+
+
+@torch.no_grad()
+def save_from(model: nn.Module, sink: Sink | None) -> None:
+    """Put every parameter of `model` into `sink`. With sharded parameters all processes call it, one with a sink."""
+    for name, parameter in model.named_parameters():
+        tensor = full_tensor(parameter.detach())
+        if sink is not None:
+            sink.put(name, tensor)
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """All of a tensor, gathered if it is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,146 @@
+"""Adapters that Megatron's training of LoRA saves: matrices A and B of each rank, in the files of a checkpoint.
+
+Owns finding them in their own layout. Of a linear layer split by its outputs a rank holds all of A and its rows of B,
+split by its inputs its columns of A and all of B: so each rank's product belongs to its own part of the weight.
+"""
+
+from __future__ import annotations
+
+import re
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from cordee.errors import Problem, ProblemError, raise_all
+from cordee.families.registry import ModelSpec
+from cordee.families.rules import Index, Op
+from cordee.weights.adapter import Change, Given, LowRank
+from cordee.weights.megatron.dialect import Dialect
+from cordee.weights.megatron.files import COPY_AGAIN, RankFile, layout_of, open_checkpoint
+from cordee.weights.megatron.layout import Rank
+from cordee.weights.megatron.padding import padded_rows
+from cordee.weights.megatron.placement import Placement, Slot, place
+from cordee.weights.torch_file import Keys
+
+ALPHA = 32.0  # as the systems that write such files have it
+_FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.\w+)?\.weight")
+_TRAINED_WHOLE = re.compile(r".*\.(modules_to_save|original_module)\..*")
+
+Place = tuple[Rank, int, str]  # rank, chunk and name of the weight that A and B are of
+
+
+def read(given: Given, spec: ModelSpec, dialect: Dialect, trusted: bool = False) -> MegatronAdapter:
+    """The adapter at `given.path`, for a base model `spec` with names of `dialect`. ProblemError with all that is
+    wrong with it.
+    """
+    folder, files = open_checkpoint(given.path, trusted)
+    return MegatronAdapter(given, folder, files, spec, dialect)
+
+
+class MegatronAdapter:
+    """LoRA in a checkpoint of Megatron. `files` are those of all its ranks."""
+
+    def __init__(self, given: Given, folder: Path, files: dict[Rank, RankFile], spec: ModelSpec, dialect: Dialect):
+        self.notes: tuple[str, ...] = ()
+        self._path = folder
+        self._files = files
+        layout = layout_of(files, dialect)
+        found = sum(len(chunk.layers) for chunk in layout.chunks)
+        if found != spec.config.num_layers:
+            why = f"its ranks hold adapters of {found} layers, but the model has {spec.config.num_layers}"
+            raise ProblemError([Problem(str(folder), None, why, "take the adapter of this model")])
+        self._placements = place(spec, layout, dialect, padded_rows(spec.config.vocab_size, layout.tensor))
+        self._factors = _factors(files)
+        raise_all([*self._check_names(), *self._check_modules(given.modules)])
+        raise_all([*self._check_rank(given.r), *self._check_shapes()])
+        self._alpha = self._alpha_of(given)
+
+    def changes(self, name: str) -> tuple[Op, Sequence[Change | None]] | None:
+        placement = self._placements[name]
+        changes = [self._change(copies[0]) for copies in placement.slots]
+        return (placement.op, changes) if any(changes) else None
+
+    def _change(self, slot: Slot) -> LowRank | None:
+        keys = self._factors.get(_place(slot))
+        if keys is None:
+            return None
+        file = self._files[slot.rank].file
+
+        def b(index: Index) -> Tensor:
+            rows, rank = index
+            return file.read(keys["B"], (slice(rows.start + slot.row, rows.stop + slot.row), rank))
+
+        r = file.tensors[keys["A"]].shape[0]
+        return LowRank(partial(file.read, keys["A"]), b, r, self._alpha / r)
+
+    # ---- what is there -----------------------------------------------------------------------------------------------
+
+    def _slots(self) -> Iterator[tuple[Placement, tuple[int, ...], Slot]]:
+        for placement in self._placements.values():
+            for shape, copies in zip(placement.part_shapes, placement.slots, strict=True):
+                for slot in copies:
+                    yield placement, shape, slot
+
+    def _check_names(self) -> Iterator[Problem]:
+        if not self._factors:
+            yield Problem(str(self._path), None, "there is no adapter in it", "give what training LoRA has saved")
+        known = {_place(slot) for _, _, slot in self._slots()}
+        if unknown := sorted({name for rank, chunk, name in self._factors if (rank, chunk, name) not in known}):
+            why = f"the model has no such weights: {', '.join(unknown[:5])}"
+            yield Problem(str(self._path), None, why, "take the adapter of this model")
+        for (_, _, name), keys in self._factors.items():
+            if len(keys) < 2:
+                yield Problem(str(self._path), None, f"of {name} there is only {', '.join(keys)}", COPY_AGAIN)
+        whole = {name for file in self._files.values() for _, name in file.keys if _TRAINED_WHOLE.fullmatch(name)}
+        if whole:
+            why = f"modules that were trained as a whole are not merged: {', '.join(sorted(whole)[:3])}"
+            yield Problem(str(self._path), None, why, "train without --lora-modules-to-save")
+
+    def _check_modules(self, given: tuple[str, ...] | None) -> Iterator[Problem]:
+        found = {name.split(".")[-2] for _, _, name in self._factors}
+        if given is not None and set(given) != found:
+            why = f"the adapter is of {', '.join(sorted(found))}"
+            yield Problem("--lora-target-modules", " ".join(given), why, "leave it out")
+
+    def _check_rank(self, given: int | None) -> Iterator[Problem]:
+        found = {self._files[rank].file.tensors[keys["A"]].shape[0] for (rank, _, _), keys in self._factors.items()}
+        if given is not None and found != {given}:
+            why = f"the matrices have rank {', '.join(map(str, sorted(found)))}"
+            yield Problem("--lora-r", given, why, "leave it out")
+
+    def _check_shapes(self) -> Iterator[Problem]:
+        for _, shape, slot in self._slots():
+            if (keys := self._factors.get(_place(slot))) is not None:
+                a, b = (self._files[slot.rank].file.tensors[keys[letter]].shape for letter in "AB")
+                fits = len(a) == len(b) == 2 and a[0] == b[1] and a[1] == shape[-1] and b[0] >= slot.row + shape[0]
+                if not fits:
+                    why = f"A of {list(a)} and B of {list(b)} do not make {list(shape)} of {slot.name}"
+                    yield Problem(str(self._path), None, why, "take the adapter of this model")
+
+    def _alpha_of(self, given: Given) -> float:
+        """As the settings in the checkpoint say, else as the user does, else what is usual."""
+        args: Namespace | None = self._files[Rank()].args
+        stored = getattr(args, "lora_alpha", None)
+        if stored is not None and given.alpha not in (None, stored):
+            why = f"the adapter was trained with {stored}"
+            raise ProblemError([Problem("--lora-alpha", given.alpha, why, "leave it out")])
+        if stored is None and given.alpha is None:
+            self.notes = (*self.notes, f"the adapter does not say its alpha: taken as {ALPHA:g} (--lora-alpha)")
+        return float(stored or given.alpha or ALPHA)
+
+
+def _place(slot: Slot) -> Place:
+    return slot.rank, slot.virtual, slot.name
+
+
+def _factors(files: dict[Rank, RankFile]) -> dict[Place, dict[str, Keys]]:
+    """The keys of A and B in the files, by the weight that they are of."""
+    found: dict[Place, dict[str, Keys]] = {}
+    for rank, file in files.items():
+        for (chunk, name), keys in file.keys.items():
+            if match := _FACTOR.fullmatch(name):
+                found.setdefault((rank, chunk, f"{match[1]}.weight"), {})[match[2]] = keys
+    return found

@@ -1,0 +1,221 @@
+"""The settings that a checkpoint of Megatron carries, `args`: made from a model, and a model made from them.
+
+Owns which of Megatron's arguments say what a model is. Names of its arguments are given as Megatron and MindSpeed-LLM
+read them from a checkpoint to check or to complete the command line.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import fields
+from typing import Any
+
+import torch
+
+from cordee.config.schema import ModelOptions
+from cordee.errors import Problem, ProblemError
+from cordee.families.registry import ModelSpec, spec_from_options
+from cordee.model.config import (
+    AttentionConfig,
+    LatentAttentionConfig,
+    Llama3Scaling,
+    MLPConfig,
+    ModelConfig,
+    MoEConfig,
+    RopeConfig,
+)
+from cordee.weights.megatron.layout import Layout
+
+GIVE_MODEL = "give --model with a preset or a directory with the config.json that belongs to the weights"
+
+
+# ---- from a model ----------------------------------------------------------------------------------------------------
+
+
+def arguments(config: ModelConfig, layout: Layout, padded_vocab: int, **more: Any) -> Namespace:
+    """Megatron's arguments for a model in a layout; `more` are what a dialect or a user adds."""
+    stages = [sum(len(c.layers) for c in layout.chunks if c.pipeline == p) for p in range(layout.pipeline)]
+    uneven = len(set(stages)) > 1
+    attention = config.layers[0].attention
+    rope = attention.rope
+    if rope is not None:
+        positions = "rope"
+    elif config.learned_positions:
+        positions = "learned_absolute"
+    else:
+        positions = "alibi" if isinstance(attention, AttentionConfig) and attention.alibi else "none"
+    values: dict[str, Any] = {
+        "num_layers": config.num_layers,
+        "encoder_num_layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "num_attention_heads": attention.num_heads,
+        "seq_length": config.max_position_embeddings,
+        "max_position_embeddings": config.max_position_embeddings,
+        "position_embedding_type": positions,
+        "add_position_embedding": config.learned_positions,
+        "use_rotary_position_embeddings": rope is not None,
+        "normalization": "RMSNorm" if config.final_norm.kind == "rms" else "LayerNorm",
+        "norm_epsilon": config.final_norm.eps,
+        "layernorm_epsilon": config.final_norm.eps,
+        "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
+        "vocab_size": config.vocab_size,
+        "padded_vocab_size": padded_vocab,
+        "init_method_std": config.init_std,
+        "attention_dropout": config.attention_dropout,
+        "hidden_dropout": config.hidden_dropout,
+        "tensor_model_parallel_size": layout.tensor,
+        "pipeline_model_parallel_size": layout.pipeline,
+        "virtual_pipeline_model_parallel_size": len(layout.chunks) // layout.pipeline if layout.virtual else None,
+        "num_layers_per_virtual_pipeline_stage": len(layout.first.layers) if layout.virtual else None,
+        "num_layer_list": ",".join(map(str, stages)) if uneven else None,
+        "expert_model_parallel_size": layout.expert,
+        "expert_tensor_parallel_size": layout.tensor,
+        "sequence_parallel": False,
+        "consumed_train_samples": 0,
+        "consumed_valid_samples": 0,
+        "data_parallel_random_init": False,
+    }
+    values |= _rope(rope, attention) if rope is not None else {}
+    values |= _attention(attention)
+    values |= _mlp(config)
+    return Namespace(**{**values, **more})
+
+
+def _rope(rope: RopeConfig, attention: AttentionConfig | LatentAttentionConfig) -> dict[str, Any]:
+    head_dim = attention.head_dim if isinstance(attention, AttentionConfig) else attention.rope_head_dim
+    values: dict[str, Any] = {
+        "rotary_base": rope.theta,
+        "rotary_percent": (rope.rotary_dim or head_dim) / head_dim,
+        "rotary_interleaved": False,
+    }
+    if isinstance(rope.scaling, Llama3Scaling):
+        values |= {
+            "rope_scaling_type": "llama3",
+            "use_rope_scaling": True,
+            "rope_scaling_factor": rope.scaling.factor,
+            "low_freq_factor": rope.scaling.low_freq_factor,
+            "high_freq_factor": rope.scaling.high_freq_factor,
+            "original_max_position_embeddings": rope.scaling.original_max_position_embeddings,
+        }
+    return values
+
+
+def _attention(attention: AttentionConfig | LatentAttentionConfig) -> dict[str, Any]:
+    if isinstance(attention, AttentionConfig):
+        return {
+            "kv_channels": attention.head_dim,
+            "group_query_attention": attention.num_kv_heads != attention.num_heads,
+            "num_query_groups": attention.num_kv_heads,
+            "qk_layernorm": attention.qk_norm is not None,
+            "add_qkv_bias": attention.qkv_bias,
+            "add_dense_bias": attention.out_bias,
+        }
+    return {
+        "multi_latent_attention": True,
+        "multi_head_latent_attention": True,  # as MindSpeed-LLM calls it
+        "qk_layernorm": True,
+        "q_lora_rank": attention.q_lora_rank,
+        "kv_lora_rank": attention.kv_lora_rank,
+        "qk_head_dim": attention.nope_head_dim,
+        "qk_nope_head_dim": attention.nope_head_dim,
+        "qk_pos_emb_head_dim": attention.rope_head_dim,
+        "qk_rope_head_dim": attention.rope_head_dim,
+        "v_head_dim": attention.v_head_dim,
+        "kv_channels": attention.v_head_dim,
+        "group_query_attention": False,
+        "num_query_groups": attention.num_heads,
+    }
+
+
+def _mlp(config: ModelConfig) -> dict[str, Any]:
+    mixtures = [layer.mlp for layer in config.layers if isinstance(layer.mlp, MoEConfig)]
+    dense = [layer.mlp for layer in config.layers if isinstance(layer.mlp, MLPConfig)]
+    mlp = dense[0] if dense else mixtures[0].expert
+    values: dict[str, Any] = {
+        "ffn_hidden_size": mlp.ffn_hidden_size,
+        "swiglu": mlp.gated,
+        "openai_gelu": mlp.activation == "gelu_tanh" and not mlp.gated,
+        "add_bias_linear": mlp.bias,
+    }
+    if not mixtures:
+        return values
+    router, shared = mixtures[0].router, mixtures[0].shared
+    return {
+        **values,
+        "num_experts": router.num_experts,
+        "moe_router_topk": router.top_k,
+        "moe_router_score_function": router.score,
+        # Softmax before the choice and weights normalised after it is softmax over the chosen.
+        "moe_router_pre_softmax": router.score_when == "before" and not router.normalise,
+        "moe_router_topk_scaling_factor": router.scale,
+        "moe_router_enable_expert_bias": router.correction_bias,
+        "moe_layer_freq": [int(isinstance(layer.mlp, MoEConfig)) for layer in config.layers],
+        "moe_ffn_hidden_size": mixtures[0].expert.ffn_hidden_size,
+        "moe_shared_expert_intermediate_size": shared.ffn_hidden_size if shared else None,
+    }
+
+
+# ---- to a model ------------------------------------------------------------------------------------------------------
+
+_SAME = {field.name for field in fields(ModelOptions)} - {
+    "model",
+    "make_vocab_size_divisible_by",
+    "padded_vocab_size",
+    "group_query_attention",
+    "num_query_groups",
+    "openai_gelu",
+    "rope_scaling_type",
+    "rope_scaling_factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+}
+
+
+def spec_of_arguments(args: Namespace | None, vocab_size: int, where: str) -> ModelSpec:
+    """The model that the arguments of a checkpoint describe, with `vocab_size` rows in its embedding.
+
+    ProblemError if they do not, or if arguments alone do not tell the family.
+    """
+    if args is None:
+        why = "it carries no settings, so that nothing tells which model it is"
+        raise ProblemError([Problem(where, None, why, GIVE_MODEL)])
+    given = {name: value for name, value in vars(args).items() if isinstance(value, str | int | float)}
+    if given.get("num_experts") or given.get("multi_latent_attention") or given.get("multi_head_latent_attention"):
+        why = "its settings do not tell all about a mixture of experts or latent attention"
+        raise ProblemError([Problem(where, None, why, GIVE_MODEL)])
+    values = {name: given[name] for name in _SAME & given.keys()}
+    values |= {"vocab_size": vocab_size, "padded_vocab_size": vocab_size}
+    values["norm_epsilon"] = given.get("norm_epsilon", given.get("layernorm_epsilon", 1e-5))
+    if given.get("use_rotary_position_embeddings"):
+        values["position_embedding_type"] = "rope"
+    if given.get("group_query_attention"):
+        values |= {"group_query_attention": True, "num_query_groups": given.get("num_query_groups", 1)}
+    if given.get("openai_gelu"):
+        values["openai_gelu"] = True
+    biased = given.get("add_bias_linear", True)  # Megatron's other two flags only add biases to it
+    values["add_qkv_bias"] = bool(biased or given.get("add_qkv_bias"))
+    values["add_dense_bias"] = bool(biased or given.get("add_dense_bias"))
+    try:
+        return spec_from_options(ModelOptions(**values, **_scaling(given)))
+    except ProblemError as error:
+        raise ProblemError(
+            [Problem(where, p.option, f"by its settings: {p.why}", GIVE_MODEL) for p in error.problems]
+        ) from error
+
+
+def _scaling(given: dict[str, Any]) -> dict[str, Any]:
+    if given.get("rope_scaling_type") != "llama3" and not given.get("use_rope_scaling"):
+        return {}
+    return {
+        "rope_scaling_type": "llama3",
+        "rope_scaling_factor": given.get("rope_scaling_factor", 8.0),
+        "low_freq_factor": given.get("low_freq_factor", 1.0),
+        "high_freq_factor": given.get("high_freq_factor", 4.0),
+        "original_max_position_embeddings": given.get("original_max_position_embeddings", 8192),
+    }
+
+
+def dtype_arguments(dtype: torch.dtype | None) -> dict[str, Any]:
+    """What the arguments say of the type of the weights."""
+    return {"params_dtype": dtype, "fp16": dtype == torch.float16, "bf16": dtype == torch.bfloat16}

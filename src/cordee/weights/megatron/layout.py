@@ -1,0 +1,226 @@
+"""Who holds what in a checkpoint of Megatron: ranks, stages, chunks, experts, and the names of their files.
+
+Owns the arithmetic of the layout and all that can be wrong with one. Knows no tensor and no parameter name.
+
+A checkpoint has a file for every (tensor, pipeline, expert) rank. A pipeline stage holds one run of layers, or with
+virtual stages several, its chunks; layers are numbered from 0 again in each chunk.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from pathlib import Path
+
+from cordee.errors import Problem, raise_all
+from cordee.model.config import AttentionConfig, LatentAttentionConfig, MLPConfig, ModelConfig, MoEConfig
+
+TRACKER = "latest_checkpointed_iteration.txt"
+DEEPSPEED_TRACKER = "latest"
+FILE = "model_optim_rng.pt"
+RELEASE = "release"  # in place of an iteration: weights that no run of this checkpoint has trained
+_FOLDER = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?(?:_(\d{3}))?")
+_DEEPSPEED_FILE = re.compile(r"mp_rank_(\d{2,})_model_states\.pt")
+_LAYER_FILE = re.compile(r"layer_(\d{2,})(?:-model_(\d{2,}))?-model_states\.pt")
+
+
+@dataclass(frozen=True, order=True)
+class Rank:
+    """One file of a checkpoint."""
+
+    tensor: int = 0
+    pipeline: int = 0
+    expert: int = 0
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A run of layers that one stage holds."""
+
+    pipeline: int
+    virtual: int
+    layers: range
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Degrees of parallelism, and the chunks in the order of the forward.
+
+    `virtual` tells whether stages hold chunks of their own names, be it one: Megatron then writes `model0`, `model1`.
+    """
+
+    tensor: int = 1
+    expert: int = 1
+    chunks: tuple[Chunk, ...]
+    virtual: bool = False
+
+    @property
+    def pipeline(self) -> int:
+        return 1 + max(chunk.pipeline for chunk in self.chunks)
+
+    @property
+    def first(self) -> Chunk:
+        return self.chunks[0]
+
+    @property
+    def last(self) -> Chunk:
+        return self.chunks[-1]
+
+    def ranks(self) -> Iterator[Rank]:
+        """All files."""
+        for tensor in range(self.tensor):
+            for pipeline in range(self.pipeline):
+                for expert in range(self.expert):
+                    yield Rank(tensor, pipeline, expert)
+
+    def folder(self, rank: Rank) -> str:
+        """Name of a rank's folder."""
+        pipeline = f"_{rank.pipeline:03d}" if self.pipeline > 1 else ""
+        expert = f"_{rank.expert:03d}" if self.expert > 1 else ""
+        return f"mp_rank_{rank.tensor:02d}{pipeline}{expert}"
+
+    def place_of_layer(self, layer: int) -> tuple[Chunk, int]:
+        """The chunk that holds a layer, and the layer's number in it."""
+        chunk = next(chunk for chunk in self.chunks if layer in chunk.layers)
+        return chunk, layer - chunk.layers.start
+
+
+# ---- folders ---------------------------------------------------------------------------------------------------------
+
+
+def is_megatron(path: Path) -> bool:
+    """Whether `path` is a checkpoint of Megatron, AscendSpeed, MindSpeed-LLM or DeepSpeed, or one of its iterations."""
+    return any(rank_files(folder) or layer_files(folder) for folder in (path, current(path)) if folder is not None)
+
+
+def current(root: Path) -> Path | None:
+    """The folder that the tracker file of a checkpoint names."""
+    if (root / TRACKER).is_file():
+        text = (root / TRACKER).read_text(encoding="utf-8", errors="replace").strip()
+        return root / (f"iter_{int(text):07d}" if text.isdecimal() else RELEASE)
+    if (root / DEEPSPEED_TRACKER).is_file():
+        text = (root / DEEPSPEED_TRACKER).read_text(encoding="utf-8", errors="replace").strip()
+        return root / text if text == Path(text).name else None  # such as global_step1000: a name, and no path
+    return None
+
+
+def rank_files(folder: Path) -> dict[tuple[int, ...], Path]:
+    """The file of every rank in a folder, by the ranks its name gives: `mp_rank_01_000` is (1, 0)."""
+    if not folder.is_dir():
+        return {}
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if (match := _FOLDER.fullmatch(path.name)) and path.is_dir():
+            found[tuple(int(part) for part in match.groups() if part is not None)] = path / FILE
+        elif match := _DEEPSPEED_FILE.fullmatch(path.name):
+            found[(int(match[1]),)] = path
+    return found
+
+
+def layer_files(folder: Path) -> dict[tuple[int, int], Path]:
+    """What a pipeline of DeepSpeed has saved: the file of every module by its number and tensor rank."""
+    if not folder.is_dir():
+        return {}
+    matches = ((_LAYER_FILE.fullmatch(path.name), path) for path in sorted(folder.iterdir()))
+    return {(int(match[1]), int(match[2] or 0)): path for match, path in matches if match}
+
+
+# ---- layers to stages ------------------------------------------------------------------------------------------------
+
+
+def even_chunks(num_layers: int, pipeline: int, per_chunk: int | None = None) -> tuple[Chunk, ...]:
+    """`num_layers` in equal runs over the stages, or `per_chunk` at a time, going round over them.
+
+    Chunk v of stage p begins with layer (v * stages + p) * `per_chunk`.
+    """
+    size = per_chunk or num_layers // pipeline
+    return chunks_of([size] * (num_layers // size), pipeline)
+
+
+def chunks_of(sizes: Iterable[int], pipeline: int) -> tuple[Chunk, ...]:
+    """Runs of `sizes` layers, going round over the stages."""
+    bounds = pairwise(accumulate(sizes, initial=0))
+    return tuple(Chunk(i % pipeline, i // pipeline, range(start, stop)) for i, (start, stop) in enumerate(bounds))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """A layout as a user asks for it."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    expert: int = 1
+    layer_list: tuple[int, ...] | None = None
+    layers_per_chunk: int | None = None
+
+    def layout(self, model: ModelConfig) -> Layout:
+        """The layout for `model`; ProblemError with everything in it that cannot be."""
+        raise_all([*self._stages(model.num_layers), *indivisible(model, self.tensor, self.expert)])
+        if self.layer_list is not None:
+            chunks = chunks_of(self.layer_list, self.pipeline)
+        else:
+            chunks = even_chunks(model.num_layers, self.pipeline, self.layers_per_chunk)
+        return Layout(tensor=self.tensor, expert=self.expert, chunks=chunks, virtual=self.layers_per_chunk is not None)
+
+    def _stages(self, layers: int) -> Iterator[Problem]:
+        given, size = self.layer_list, self.layers_per_chunk
+        if given is not None:
+            text = ",".join(map(str, given))
+            if size is not None:
+                why = "virtual stages hold equal numbers of layers"
+                yield Problem("--num-layer-list", text, why, "leave out one of the two")
+            if len(given) != self.pipeline:
+                fix = "give one number for each stage"
+                yield Problem("--num-layer-list", text, f"there are {self.pipeline} pipeline stages", fix)
+            if sum(given) != layers or min(given) < 1:
+                why = f"the numbers add up to {sum(given)}, but the model has {layers} layers"
+                if sum(given) == layers:
+                    why = "a stage would have no layers"
+                yield Problem("--num-layer-list", text, why, f"give positive numbers whose sum is {layers}")
+        elif size is not None:
+            if self.pipeline < 2:
+                why = "there is only one pipeline stage"
+                fix = "give --target-pipeline-parallel-size, or leave it out"
+                yield Problem("--num-layers-per-virtual-pipeline-stage", size, why, fix)
+            elif layers % (self.pipeline * size):
+                why = f"{layers} layers do not go round over {self.pipeline} stages in runs of {size}"
+                fix = f"take a divisor of {layers / self.pipeline:g}"
+                yield Problem("--num-layers-per-virtual-pipeline-stage", size, why, fix)
+        elif layers % self.pipeline:
+            why = f"{layers} layers cannot be shared evenly by {self.pipeline} stages"
+            fix = "take a divisor, or say with --num-layer-list how many layers each stage holds"
+            yield Problem("--target-pipeline-parallel-size", self.pipeline, why, fix)
+
+
+# ---- what can be split -----------------------------------------------------------------------------------------------
+
+
+def indivisible(model: ModelConfig, tensor: int, expert: int) -> Iterator[Problem]:
+    """What `tensor` and `expert` ranks cannot share evenly."""
+    counts = {pair for layer in model.layers for pair in _shared_by_tensor_ranks(layer.attention, layer.mlp)}
+    for what, count in sorted(counts):
+        if count % tensor:
+            why = f"{count} {what} cannot be shared evenly by {tensor} ranks"
+            yield Problem("--target-tensor-parallel-size", tensor, why, f"take a divisor of {count}")
+    experts = {layer.mlp.router.num_experts for layer in model.layers if isinstance(layer.mlp, MoEConfig)}
+    if expert > 1 and not experts:
+        fix = "leave it out"
+        yield Problem("--target-expert-parallel-size", expert, "the model has no experts", fix)
+    for count in sorted(experts):
+        if count % expert:
+            why = f"{count} experts cannot be shared evenly by {expert} ranks"
+            yield Problem("--target-expert-parallel-size", expert, why, f"take a divisor of {count}")
+
+
+def _shared_by_tensor_ranks(
+    attention: AttentionConfig | LatentAttentionConfig, mlp: MLPConfig | MoEConfig
+) -> Iterator[tuple[str, int]]:
+    if isinstance(attention, AttentionConfig):
+        yield "groups of heads with keys and values of their own", attention.num_kv_heads
+    else:
+        yield "heads", attention.num_heads
+    for part in (mlp,) if isinstance(mlp, MLPConfig) else (mlp.expert, mlp.shared):
+        if part is not None:
+            yield "channels of the MLP", part.ffn_hidden_size

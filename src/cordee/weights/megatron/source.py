@@ -1,0 +1,233 @@
+"""Weights out of a checkpoint of Megatron.
+
+Owns finding its files, and everything that can be wrong with them: missing ranks, ranks that disagree, names and shapes
+that are not the model's. Degrees of parallelism, dialect and, where it can be, the model are read from the files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cordee.errors import Problem, ProblemError, raise_all
+from cordee.families.registry import ModelSpec, spec_from_directory
+from cordee.families.rules import Index, Leaf, Shape, View, normalise, whole
+from cordee.model.config import MoEConfig
+from cordee.weights import ascendspeed, megatron_core, megatron_legacy
+from cordee.weights.codec import Source
+from cordee.weights.megatron import pipe
+from cordee.weights.megatron.arguments import GIVE_MODEL, spec_of_arguments
+from cordee.weights.megatron.dialect import Dialect
+from cordee.weights.megatron.files import COPY_AGAIN, RankFile, layout_of
+from cordee.weights.megatron.layout import Layout, Rank, indivisible
+from cordee.weights.megatron.placement import Placement, Slot, place
+from cordee.weights.regions import Region
+
+SMALL = 2**20  # bytes up to which copies of a tensor on several ranks are compared
+_IGNORED = re.compile(r".*(_extra_state|inv_freq|local_tokens_per_expert)")  # no weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How to read a checkpoint.
+
+    spec: the model it holds; None: by the `config.json` beside it, else by the settings it carries.
+    vocab_size: tokens, where the settings tell only how many rows there are with those that fill up.
+    strict: refuse tensors that are not the model's.
+    trusted: unpickle whatever is in it.
+    """
+
+    spec: ModelSpec | None = None
+    vocab_size: int | None = None
+    strict: bool = True
+    trusted: bool = False
+
+
+def read(path: str | Path, reading: Reading = Reading()) -> MegatronSource:
+    """The weights of a checkpoint of Megatron-Core, of Megatron's legacy format, of AscendSpeed, or of a pipeline of
+    DeepSpeed.
+
+    path: a checkpoint, of which the iteration is read that its tracker file names, or the folder of an iteration.
+    ProblemError with everything that is wrong.
+    """
+    path = Path(path)
+    folder, files = pipe.open_checkpoint(path, reading.trusted)
+    dialect = _recognise(folder, files)
+    return MegatronSource(path, folder, files, dialect, layout_of(files, dialect), reading)
+
+
+class MegatronSource(Source):
+    """Weights in a checkpoint of Megatron. `files` are those of all its ranks."""
+
+    def __init__(
+        self,
+        root: Path,
+        folder: Path,
+        files: dict[Rank, RankFile],
+        dialect: Dialect,
+        layout: Layout,
+        reading: Reading,
+    ):
+        self.path = folder
+        self.files = files
+        self.dialect = dialect
+        self.layout = layout
+        self._strict = reading.strict
+        padded = self._padded_vocab()
+        config_at = next((place for place in (root, folder.parent) if (place / "config.json").is_file()), None)
+        self.companions = config_at
+        self.spec = self._spec(reading, config_at, padded)
+        self._check_model(padded)
+        self.dialect = self._as_split(dialect)
+        self.placements: dict[str, Placement] = place(self.spec, layout, self.dialect, padded)
+        raise_all([*self._check_names(), *self._check_shapes()])
+        self.notes = (*self.notes, *self._left_out())
+
+    def dtype(self, name: str) -> torch.dtype:
+        slots = (copies[0] for copies in self.placements[name].slots)
+        return reduce(torch.promote_types, (self._region(slot).dtype for slot in slots))
+
+    def tensor(self, name: str, index: Sequence[slice] | None = None) -> Tensor:
+        return self.view(name).read(normalise(index, self.shape(name)))
+
+    def copy_into(self, out: Tensor, name: str, index: Sequence[slice] | None = None) -> None:
+        self.view(name).read_into(out, normalise(index, self.shape(name)))
+
+    def view(self, name: str) -> View:
+        """ProblemError if ranks hold different values of what they should hold alike, as far as it is small."""
+        placement, dtype = self.placements[name], self.dtype(name)
+        parts = []
+        for shape, copies in zip(placement.part_shapes, placement.slots, strict=True):
+            self._compare_copies(shape, copies)
+            parts.append(Leaf(shape, lambda index, slot=copies[0]: self._read(slot, index).to(dtype)))
+        (view,) = placement.op.apply(parts)
+        return view
+
+    def _read(self, slot: Slot, index: Index) -> Tensor:
+        if index and slot.row:
+            rows = slice(index[0].start + slot.row, index[0].stop + slot.row)
+            index = (rows, *index[1:])
+        file = self.files[slot.rank]
+        return file.file.read(file.keys[slot.virtual, slot.name], index)
+
+    def _region(self, slot: Slot) -> Region:
+        return self.files[slot.rank].region(slot.virtual, slot.name)
+
+    def _compare_copies(self, shape: Shape, copies: tuple[Slot, ...]) -> None:
+        first, *others = copies
+        region = self._region(first)
+        if region.nbytes > SMALL:
+            return
+        expected = self._read(first, whole(shape))
+        for slot in others:
+            if not torch.equal(expected, self._read(slot, whole(shape))):
+                why = f"{slot.name} of stage {slot.rank.pipeline} differs between {first.rank} and {slot.rank}"
+                fix = "copy all ranks from one and the same checkpoint"
+                raise ProblemError([Problem(str(self.path), None, why, fix)])
+
+    # ---- the model ---------------------------------------------------------------------------------------------------
+
+    def _padded_vocab(self) -> int:
+        (name,) = self.dialect.model_names("embedding.weight") or ("",)
+        first = self.files[Rank()]
+        if (0, name) not in first.keys:
+            why = f"its first rank has no embedding ({name})"
+            raise ProblemError([Problem(str(self.path), None, why, COPY_AGAIN)])
+        return first.region(0, name).shape[0] * self.layout.tensor
+
+    def _spec(self, reading: Reading, config_at: Path | None, padded: int) -> ModelSpec:
+        if reading.spec is not None:
+            return reading.spec
+        if config_at is not None:
+            return spec_from_directory(config_at)
+        return spec_of_arguments(self.files[Rank()].args, reading.vocab_size or padded, str(self.path))
+
+    def _check_model(self, padded: int) -> None:
+        """ProblemError if the model cannot be in files of this form."""
+        config, layers = self.spec.config, sum(len(chunk.layers) for chunk in self.layout.chunks)
+        problems = []
+        if layers != config.num_layers:
+            why = f"its ranks hold {layers} layers, but the model has {config.num_layers}"
+            problems.append(Problem(str(self.path), None, why, GIVE_MODEL))
+        if padded < config.vocab_size:
+            why = f"its embedding has {padded} rows, but the model has {config.vocab_size} tokens"
+            problems.append(Problem(str(self.path), None, why, GIVE_MODEL))
+        for problem in indivisible(config, self.layout.tensor, self.layout.expert):
+            problems.append(Problem(str(self.path), None, f"its ranks are not the model's: {problem.why}", GIVE_MODEL))
+        raise_all(problems)
+
+    def _as_split(self, dialect: Dialect) -> Dialect:
+        """`dialect`, with shared experts whole on every tensor rank if they are that here: names do not tell."""
+        for number, layer in enumerate(self.spec.config.layers):
+            if isinstance(layer.mlp, MoEConfig) and layer.mlp.shared is not None:
+                chunk, n = self.layout.place_of_layer(number)
+                (name,) = dialect.names_in_layer("mlp.shared.down.weight", layer, n) or ("",)
+                file = self.files[Rank(0, chunk.pipeline)]
+                if (chunk.virtual, name) in file.keys:
+                    unsplit = file.region(chunk.virtual, name).shape[1] == layer.mlp.shared.ffn_hidden_size
+                    return replace(dialect, shared_split=not unsplit)
+        return dialect
+
+    def _slots(self) -> Iterator[tuple[Shape, Slot]]:
+        """Every tensor that the model has in the files, and its shape. Parts of one tensor are given apart."""
+        for placement in self.placements.values():
+            for shape, copies in zip(placement.part_shapes, placement.slots, strict=True):
+                for slot in copies:
+                    yield shape, slot
+
+    def _check_names(self) -> Iterator[Problem]:
+        needed: dict[Rank, set[tuple[int, str]]] = {rank: set() for rank in self.files}
+        for _, slot in self._slots():
+            needed[slot.rank].add((slot.virtual, slot.name))
+        missing, unknown = set(), set()
+        for rank, file in self.files.items():
+            missing |= {name for _, name in needed[rank] - file.keys.keys()}
+            unknown |= {name for _, name in file.keys.keys() - needed[rank] if not _IGNORED.fullmatch(name)}
+        if missing:
+            yield Problem(str(self.path), None, f"tensors are missing: {_listed(missing)}", GIVE_MODEL)
+        if unknown and self._strict:
+            why = f"tensors that the model does not have: {_listed(unknown)}"
+            yield Problem(str(self.path), None, why, f"{GIVE_MODEL}, or --no-checking to leave them out")
+        elif unknown:
+            self.notes = (*self.notes, f"tensors that the model does not have left out: {_listed(unknown)}")
+
+    def _check_shapes(self) -> Iterator[Problem]:
+        expected: dict[Slot, Shape] = {}
+        for shape, slot in self._slots():
+            key = Slot(slot.rank, slot.virtual, slot.name)
+            rows = (slot.row + shape[0], *shape[1:]) if shape else shape
+            expected[key] = max(expected.get(key, rows), rows)
+        wrong = {}
+        for slot, shape in expected.items():
+            file = self.files[slot.rank]
+            if (slot.virtual, slot.name) in file.keys and (found := self._region(slot).shape) != shape:
+                wrong[slot.name] = f"{slot.name} is {list(found)} instead of {list(shape)}"
+        for why in wrong.values():
+            yield Problem(str(self.path), None, why, GIVE_MODEL)
+
+    def _left_out(self) -> Iterator[str]:
+        first = self.files[Rank()].file
+        if passed := first.passed_over:
+            yield f"objects beside the weights not read: {', '.join(passed)}"
+        if isinstance(first.content, dict) and first.content.get("optimizer") is not None:
+            yield "the state of the optimizer is not converted"
+
+
+def _recognise(folder: Path, files: dict[Rank, RankFile]) -> Dialect:
+    names = {name for file in files.values() for _, name in file.keys}
+    for codec in (megatron_core, megatron_legacy, ascendspeed):
+        if (dialect := codec.recognise(names)) is not None:
+            return dialect
+    why = f"its tensors have names of no known form, such as {', '.join(sorted(names)[:3]) or 'none at all'}"
+    raise ProblemError([Problem(str(folder), None, why, "give a checkpoint of a GPT model")])
+
+
+def _listed(names: Iterable[str], most: int = 20) -> str:
+    names = sorted(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

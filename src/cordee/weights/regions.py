@@ -1,0 +1,79 @@
+"""Tensors as ranges of bytes in files: what large files are read from and written into, piece by piece.
+
+Owns the reading and writing of such a range. Knows no names of models.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Region:
+    """A tensor's place in a file: where its first element is, in bytes, and how its elements follow one another."""
+
+    offset: int
+    shape: Shape
+    dtype: torch.dtype
+    strides: Shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+    def read(self, path: Path) -> Tensor:
+        """The tensor, sharing memory with the file, which is mapped as long as the tensor lives."""
+        span = 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
+        end = self.offset + span * self.dtype.itemsize
+        empty = torch.empty(0, dtype=self.dtype)
+        if 0 in self.shape:
+            return empty.new_empty(self.shape)
+        mapped = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=end)
+        return empty.set_(cast(torch.UntypedStorage, mapped[self.offset : end]), 0, self.shape, self.strides)
+
+    def write(self, descriptor: int, tensor: Tensor, first_row: int = 0) -> None:
+        """Put `tensor` into rows `first_row` and following."""
+        assert tensor.dtype == self.dtype and tensor.shape[1:] == self.shape[1:], f"{tensor.shape} into {self}"
+        assert first_row + (tensor.shape[0] if tensor.ndim else 0) <= (self.shape[0] if self.shape else 0), f"{self}"
+        row = self.strides[0] * self.dtype.itemsize if self.shape else 0
+        write_at(descriptor, tensor, self.offset + first_row * row)
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where a tensor goes: a region of a file that is being written, from its row `row` on."""
+
+    path: Path
+    region: Region
+    row: int = 0
+
+    def write(self, tensor: Tensor, first_row: int = 0) -> None:
+        """Put `tensor` into rows `first_row` and following. Any thread may. OSError if that fails."""
+        descriptor = os.open(self.path, os.O_WRONLY)
+        try:
+            self.region.write(descriptor, tensor, self.row + first_row)
+        finally:
+            os.close(descriptor)
+
+
+def contiguous(offset: int, shape: Shape, dtype: torch.dtype) -> Region:
+    """A region whose elements stand without gaps."""
+    strides = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+    return Region(offset, shape, dtype, strides)
+
+
+def write_at(descriptor: int, tensor: Tensor, offset: int) -> None:
+    """Write the elements of `tensor`, in order, to a file from byte `offset` on."""
+    data = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data
+    while data:
+        written = os.pwrite(descriptor, data, offset)
+        data, offset = data[written:], offset + written

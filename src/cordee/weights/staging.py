@@ -1,0 +1,131 @@
+"""A directory of output that appears under its name when it is complete.
+
+Owns the directory in which output is made, beside its final place, and what may be replaced by it. Knows no format.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+from cordee.errors import Problem, ProblemError
+
+logger = logging.getLogger("cordee")
+
+CONFIG = "config.json"
+MARKS = (CONFIG, "*.gguf")  # every output has one of these, which tells it from directories that hold something else
+UNFINISHED = ".unfinished"  # a file in what is being made; the process that makes it holds a lock on it
+TERMS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+COMPANIONS = (  # files beside the weights that belong to the model: tokenizer, generation settings, code, terms of use
+    "generation_config.json",
+    "tokenizer*",
+    "*.py",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.tiktoken",
+    "spiece.model",
+    "chat_template*",
+    *TERMS,
+)
+
+
+class Staging:
+    """Output for `path` in the making, in the directory `scratch`.
+
+    overwrite: replace a model directory at `path`.
+    ProblemError if something is at `path` that must not be replaced.
+    """
+
+    def __init__(self, path: str | Path, *, overwrite: bool = False):
+        self.path = Path(path).absolute()
+        check_output(self.path, overwrite=overwrite)
+        self.scratch = self.path.with_name(f".{self.path.name}.new")
+        try:
+            self._remove_what_was_left()
+            self.scratch.mkdir(parents=True)
+            self._lock = (self.scratch / UNFINISHED).open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise self.problem(error) from error
+
+    def _remove_what_was_left(self) -> None:
+        """By a process that was killed. ProblemError if one still writes there, or if it is somebody else's."""
+        mark = self.scratch / UNFINISHED
+        if not self.scratch.exists():
+            return
+        if not mark.exists():
+            why = f"output is made in {self.scratch} until it is complete, and something else is there"
+            raise ProblemError([Problem("output directory", self.path, why, "move that away, or give another")])
+        with mark.open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                why, fix = "another process is writing it", "wait for that one, or give another"
+                raise ProblemError([Problem("output directory", self.path, why, fix)]) from None
+            shutil.rmtree(self.scratch)
+
+    def write_json(self, name: str, content: object) -> None:
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        (self.scratch / name).write_text(text, encoding="utf-8")
+
+    def write_config(self, hf_config: Mapping[str, object], dtypes: Iterable[torch.dtype]) -> None:
+        """Write `config.json`, its type key (transformers 4 or 5 spelling) telling the type of the weights, if one."""
+        config, kinds = dict(hf_config), set(dtypes)
+        if len(kinds) == 1:
+            config["dtype" if "dtype" in config else "torch_dtype"] = str(*kinds).removeprefix("torch.")
+        self.write_json(CONFIG, config)
+
+    def copy_companions(self, source: Path | None, patterns: Iterable[str] = COMPANIONS) -> None:
+        """Copy the files that belong to a model, or those of `patterns`, from a directory of it."""
+        if source is None:
+            return
+        found = sorted({file for pattern in patterns for file in source.glob(pattern) if file.is_file()})
+        for file in found:
+            shutil.copyfile(file, self.scratch / file.name)
+        if found:
+            logger.info("copied from %s: %s", source, ", ".join(file.name for file in found))
+
+    def publish(self) -> None:
+        """Give the output its name."""
+        self._lock.close()
+        (self.scratch / UNFINISHED).unlink()
+        if not self.path.exists():
+            self.scratch.rename(self.path)
+            return
+        old = self.path.with_name(f".{self.path.name}.old")
+        self.path.rename(old)
+        self.scratch.rename(self.path)
+        shutil.rmtree(old)
+
+    def discard(self) -> None:
+        self._lock.close()
+        if self.scratch.exists():
+            shutil.rmtree(self.scratch)
+
+    def problem(self, error: Exception) -> ProblemError:
+        """What to tell when a file cannot be written."""
+        why = f"it cannot be written: {error}"
+        return ProblemError([Problem("output directory", self.path, why, "make room or allow it, or give another")])
+
+
+def check_output(path: Path, *, overwrite: bool = False) -> None:
+    """ProblemError if output must not go to `path`."""
+    if path.exists() and not path.is_dir():
+        why, fix = "there is a file of this name", "give another directory"
+        raise ProblemError([Problem("output directory", path, why, fix)])
+    if path.is_dir() and any(path.iterdir()):
+        if not overwrite:
+            fix = "give another directory, or --overwrite"
+            raise ProblemError([Problem("output directory", path, "it is not empty", fix)])
+        if not any(any(path.glob(mark)) for mark in MARKS):
+            why = "it holds something else than a model, which --overwrite does not replace"
+            raise ProblemError([Problem("output directory", path, why, "give another directory")])

@@ -1,0 +1,113 @@
+"""Families against tiny random models of transformers, made on the fly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from cordee.families.registry import spec_from_preset
+from cordee.model.gpt import GPTModel
+from cordee.model.init import initialise
+from cordee.weights import hf
+from cordee.weights.load import save_from
+from tests.families import oracle
+from tests.families.random_mixtures import MIXTURES
+from tests.families.random_models import MODELS, SCALINGS, decoders, with_rope
+
+GPT2 = {"vocab_size": 61, "n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 32}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", MODELS | MIXTURES)
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_random_models(kind, data):
+    check(kind, data.draw((MODELS | MIXTURES)[kind]))
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_every_scaling_of_positions(scaling, data):
+    check("Llama", data.draw(with_rope(decoders(), kinds=(scaling,))))
+
+
+def check(kind, config):
+    with TemporaryDirectory() as scratch:
+        made = oracle.transformers_oracle(kind, Path(scratch) / "model", **config)
+        oracle.check_mathematics(made)
+        oracle.check_cache(made)
+        oracle.check_round_trip(made, Path(scratch) / "out")
+
+
+def test_gpt2_without_its_prefix(tmp_path):
+    """Published base-model files name the same tensors without `transformer.`, and are written so again."""
+    from safetensors.torch import save_file
+
+    full = oracle.transformers_oracle("GPT2", tmp_path / "full", **GPT2)
+    tensors = load_file(full.directory / "model.safetensors")
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 32, 32).tril() for i in range(2)}
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_text((full.directory / "config.json").read_text())
+    save_file({**bare, **masks}, tmp_path / "bare" / "model.safetensors")
+
+    model, source = oracle.load(tmp_path / "bare")
+    logits = model(full.input_ids, full.attention_mask)
+    assert torch.equal(logits, oracle.load(full.directory)[0](full.input_ids, full.attention_mask))
+    assert "h.0.attn.bias" in str(source.notes)
+    with hf.write(tmp_path / "out", source.spec) as sink:
+        save_from(model, sink)
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == bare.keys()
+
+
+@pytest.mark.parametrize(
+    ("preset", "groups"),
+    [
+        ("llama3.2-1b", 2),
+        ("gpt2", None),
+        ("bloom-560m", None),
+        ("gemma-7b", None),
+        ("gemma2-2b", 2),
+        ("gemma3-1b", 1),
+        ("glm4-9b-hf", 2),
+        ("glm4-9b-0414", 2),
+        ("internlm3-8b", 2),
+        ("mistral-7b", 2),
+        ("olmo2-1b", 4),
+        ("phi3-mini-4k", 4),
+        ("phi4-14b", 2),
+        ("qwen2-0.5b", 2),
+        ("qwen2.5-7b-yarn", 4),
+        ("qwen3-0.6b", 2),
+    ],
+)
+def test_transformers_reads_what_we_write(preset, groups, tmp_path):
+    """A model of our own, never seen by transformers before, computes the same there."""
+    import transformers
+
+    from cordee.config.schema import ModelOptions
+
+    small = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 128, "num_attention_heads": 4}
+    small |= {"vocab_size": 50, "padded_vocab_size": 50}
+    options = ModelOptions(**small, kv_channels=8, num_query_groups=groups)
+    spec = spec_from_preset(preset).with_options(options)
+    model = GPTModel(spec.config).eval()
+    initialise(model, seed=1)
+    with hf.write(tmp_path / "out", spec) as sink:
+        save_from(model, sink)
+    peer, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True, dtype=torch.float32
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    ids = torch.arange(20).reshape(2, 10)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), peer.eval()(ids).logits, rtol=1e-4, atol=1e-5)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "float32"

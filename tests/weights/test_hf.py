@@ -1,0 +1,421 @@
+"""Hugging Face directories: every way weights are stored, everything that can be wrong, and writing them."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cordee.errors import ProblemError
+from cordee.families.registry import spec_from_hf
+from cordee.weights import hf
+from cordee.weights.staging import UNFINISHED
+from tests.weights import tiny
+
+
+def problems_of(function, *args, **kwargs) -> str:
+    with pytest.raises(ProblemError) as caught:
+        function(*args, **kwargs)
+    return str(caught.value)
+
+
+@pytest.fixture
+def llama(tmp_path):
+    """A directory with a tiny Llama, and its tensors."""
+    return tmp_path, tiny.save(tmp_path, tiny.LLAMA)
+
+
+def edit_config(directory, **changes):
+    file = directory / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def store_single(directory, tensors):
+    save_file(tensors, directory / "model.safetensors")
+
+
+def store_bin(directory, tensors):
+    torch.save(tensors, directory / "pytorch_model.bin")
+
+
+def store_old_bin(directory, tensors):
+    torch.save(tensors, directory / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+
+
+def store_sharded_bin(directory, tensors):
+    tiny.shard(directory, tensors, suffix="bin")
+
+
+WAYS = {
+    "single": store_single,
+    "sharded": tiny.shard,
+    "bin": store_bin,
+    "bin of old torch": store_old_bin,
+    "sharded bin": store_sharded_bin,
+}
+
+
+@pytest.mark.parametrize("model", tiny.MODELS)
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_of_storing_reads_the_same(way, model, tmp_path):
+    spec = spec_from_hf(tiny.MODELS[model])
+    tensors = tiny.tensors_of(spec)
+    (tmp_path / "config.json").write_text(json.dumps(tiny.MODELS[model]))
+    WAYS[way](tmp_path, tensors)
+    source = hf.read(tmp_path)
+    expected = tiny.canonical_of(spec, tensors)
+    assert source.names() == list(expected)
+    for name, tensor in expected.items():
+        assert source.shape(name) == tuple(tensor.shape)
+        assert torch.equal(source.tensor(name), tensor)
+        index = tuple(slice(size // 3, size // 3 + max(1, size // 2)) for size in tensor.shape)
+        assert torch.equal(source.tensor(name, index), tensor[index])
+        out = torch.empty_like(tensor[index], dtype=torch.float64)
+        source.copy_into(out, name, index)
+        assert torch.equal(out, tensor[index].double())
+
+
+def test_what_transformers_saves_in_shards(tmp_path):
+    import transformers
+
+    torch.manual_seed(0)
+    keys = {key: tiny.LLAMA[key] for key in tiny.LLAMA if key not in ("architectures", "model_type")}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**keys))
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    source = hf.read(tmp_path)
+    expected = tiny.canonical_of(source.spec, dict(model.state_dict()))
+    assert all(torch.equal(source.tensor(name), tensor) for name, tensor in expected.items())
+
+
+def test_types_are_kept_and_mixed_ones_widened(llama):
+    directory, tensors = llama
+    mixed = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+    q, norm = "model.layers.0.self_attn.q_proj.weight", "model.norm.weight"
+    mixed |= {q: tensors[q].half(), norm: tensors[norm]}
+    tiny.save(directory, tiny.LLAMA, mixed)
+    source = hf.read(directory)
+    assert source.dtype("final_norm.weight") == torch.float32
+    assert source.dtype("layers.1.attention.qkv.weight") == torch.bfloat16
+    assert source.dtype("layers.0.attention.qkv.weight") == torch.float32  # holds float16 and bfloat16 exactly
+    wide = {name: tensor.float() for name, tensor in mixed.items()}
+    expected = tiny.canonical_of(source.spec, wide)["layers.0.attention.qkv.weight"]
+    assert torch.equal(source.tensor("layers.0.attention.qkv.weight"), expected)
+
+
+def test_buffers_of_old_checkpoints_are_ignored_and_told(llama):
+    directory, tensors = llama
+    buffers = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(3) for i in range(2)}
+    tiny.save(directory, tiny.LLAMA, {**tensors, **buffers})
+    (note,) = hf.read(directory).notes
+    assert "2 tensors" in note and "inv_freq" in note
+
+
+def test_a_stored_copy_of_a_tied_head_is_left_out(tmp_path):
+    tensors = tiny.save(tmp_path, tiny.MODELS["llama tied"])
+    embedding = tensors["model.embed_tokens.weight"]
+    tiny.save(tmp_path, tiny.MODELS["llama tied"], {**tensors, "lm_head.weight": embedding.clone()})
+    source = hf.read(tmp_path)
+    assert "lm_head.weight" in source.notes[0] and "head.weight" not in source.names()
+    tiny.save(tmp_path, tiny.MODELS["llama tied"], {**tensors, "lm_head.weight": embedding + 1})
+    assert "tie_word_embeddings" in problems_of(hf.read, tmp_path)
+
+
+def test_a_tied_pair_stored_as_its_head(tmp_path):
+    tensors = tiny.save(tmp_path, tiny.MODELS["llama tied"])
+    embedding = tensors.pop("model.embed_tokens.weight")
+    tiny.save(tmp_path, tiny.MODELS["llama tied"], {**tensors, "lm_head.weight": embedding})
+    source = hf.read(tmp_path)
+    assert torch.equal(source.tensor("embedding.weight"), embedding)
+    assert "read as the embedding" in source.notes[0]
+    write_all(tmp_path / "out", source)
+    assert "model.embed_tokens.weight" in load_file(tmp_path / "out" / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["stories260K", "tinystories-656K"])
+def test_real_models_are_read(shared, name):
+    directory = shared / "data" / "models" / name
+    source, stored = hf.read(directory), load_file(directory / "model.safetensors")
+    head = stored.get("model.embed_tokens.weight", stored.get("lm_head.weight"))
+    assert torch.equal(source.tensor("embedding.weight"), head)
+    assert sum(source.tensor(name).numel() for name in source.names()) in (260_032, 656_000)
+
+
+def test_a_missing_head_hints_at_tying(llama):
+    directory, tensors = llama
+    tiny.save(directory, tiny.LLAMA, {name: t for name, t in tensors.items() if name != "lm_head.weight"})
+    assert '"tie_word_embeddings": true' in problems_of(hf.read, directory)
+
+
+def test_missing_unknown_and_misshapen_tensors_are_all_listed(llama):
+    directory, tensors = llama
+    missing = ["model.layers.0.mlp.up_proj.weight", "model.norm.weight"]
+    wrong = {
+        "model.embed_tokens.weight": torch.zeros(60, 24),
+        "model.layers.1.self_attn.k_proj.weight": torch.zeros(24, 12),
+    }
+    unknown = {"model.layers.0.adapter.weight": torch.zeros(1), "score.weight": torch.zeros(1)}
+    kept = {name: tensor for name, tensor in tensors.items() if name not in missing}
+    tiny.save(directory, tiny.LLAMA, {**kept, **wrong, **unknown})
+    text = problems_of(hf.read, directory)
+    assert all(name in text for name in [*missing, *wrong, *unknown])
+    assert "[60, 24]" in text and "[61, 24]" in text and "[24, 12]" in text and "[12, 24]" in text
+
+
+def test_quantised_weights_are_refused(llama):
+    directory, tensors = llama
+    name = "model.layers.0.mlp.up_proj.weight"
+    tiny.save(directory, tiny.LLAMA, {**tensors, name: tensors[name].to(torch.int8)})
+    text = problems_of(hf.read, directory)
+    assert name in text and "quantised" in text
+    tiny.save(directory, tiny.LLAMA, {**tensors, name: tensors[name].to(torch.float8_e4m3fn)})
+    assert "quantised" in problems_of(hf.read, directory)
+
+
+def cut_file(path):
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+@pytest.mark.parametrize(
+    "damage", [cut_file, lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"x" * 99)]
+)
+@pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin"])
+def test_damaged_files_are_named(kind, damage, llama):
+    directory, tensors = llama
+    if kind.endswith(".bin"):
+        (directory / "model.safetensors").unlink()
+        torch.save(tensors, directory / kind)
+    damage(directory / kind)
+    text = problems_of(hf.read, directory)
+    assert kind in text and "cannot be read" in text
+
+
+def test_code_in_a_bin_file_is_not_run(llama):
+    directory, _ = llama
+    (directory / "model.safetensors").unlink()
+    torch.save({"x": subprocess.Popen}, directory / "pytorch_model.bin")
+    assert "cannot be read" in problems_of(hf.read, directory)
+    torch.save([1, 2], directory / "pytorch_model.bin")
+    assert "something else than tensors" in problems_of(hf.read, directory)
+
+
+def test_no_weights_at_all(llama):
+    directory, tensors = llama
+    (directory / "model.safetensors").unlink()
+    assert "no weights" in problems_of(hf.read, directory)
+    for path in tiny.shard(directory, tensors):
+        assert path.is_file()
+    (directory / "model.safetensors.index.json").unlink()
+    assert "no model.safetensors.index.json" in problems_of(hf.read, directory)
+
+
+def test_every_missing_and_damaged_shard_is_named(llama):
+    directory, tensors = llama
+    (directory / "model.safetensors").unlink()
+    first, second, third = tiny.shard(directory, tensors)
+    first.unlink()
+    cut_file(third)
+    text = problems_of(hf.read, directory)
+    assert first.name in text and third.name in text and second.name not in text
+
+
+def test_an_index_that_does_not_fit_its_shards(llama):
+    directory, tensors = llama
+    (directory / "model.safetensors").unlink()
+    first, second, _ = tiny.shard(directory, tensors)
+    index = directory / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    moved = next(name for name, file in content["weight_map"].items() if file == first.name)
+    content["weight_map"][moved] = second.name
+    index.write_text(json.dumps(content))
+    text = problems_of(hf.read, directory)
+    assert "where they are not" in text and "does not name" in text and moved in text
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"x": "../elsewhere"}}'])
+def test_an_index_that_is_none(content, llama):
+    directory, tensors = llama
+    tiny.shard(directory, tensors)
+    (directory / "model.safetensors.index.json").write_text(content)
+    assert "model.safetensors.index.json" in problems_of(hf.read, directory)
+
+
+MEMORY = """
+import sys, torch
+from cordee.device import peak_resident_bytes
+from cordee.families.registry import spec_from_hf
+from cordee.weights import hf
+directory = sys.argv[1]
+source = hf.read(directory)
+out = {name: torch.zeros(source.shape(name)) for name in source.names()}
+before = peak_resident_bytes()
+for name, tensor in out.items():
+    source.copy_into(tensor, name)
+print(peak_resident_bytes() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks of a program are known on Linux only")
+@pytest.mark.parametrize("way", ["single", "bin", "sharded"])
+def test_loading_holds_one_tensor_beside_the_model(way, tmp_path):
+    """Of 100 MB of weights, with 16 MB in the largest canonical tensor, no more than that is ever held beside them."""
+    config = {**tiny.LLAMA, "vocab_size": 2000, "hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 2}
+    tensors = tiny.tensors_of(spec_from_hf(config))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    WAYS[way](tmp_path, tensors)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    largest = 2 * 2048 * 1024 * 4
+    run = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert total > 70e6 and int(run.stdout) < largest + 8e6  # some MB for Python's own bookkeeping
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def write_all(path, source, **options):
+    with hf.write(path, source.spec, **options) as sink:
+        for name in source.names():
+            sink.put(name, source.tensor(name))
+
+
+@pytest.mark.parametrize("model", tiny.MODELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_round_trip_is_bit_exact(model, dtype, tmp_path):
+    config = tiny.MODELS[model]
+    tensors = tiny.save(tmp_path / "a", config, tiny.tensors_of(spec_from_hf(config), dtype))
+    write_all(tmp_path / "b", hf.read(tmp_path / "a"))
+    written = load_file(tmp_path / "b" / "model.safetensors")
+    assert written.keys() == tensors.keys()
+    assert all(torch.equal(written[n], t) and written[n].dtype == dtype for n, t in tensors.items())
+    expected = {**config, "torch_dtype": str(dtype).removeprefix("torch.")}
+    assert json.loads((tmp_path / "b" / "config.json").read_text()) == expected
+
+
+def test_shards_are_as_small_as_asked_and_indexed(llama, tmp_path):
+    directory, tensors = llama
+    limit = 8000
+    write_all(tmp_path / "out", hf.read(directory), max_shard_size=limit)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 2 and [file.name for file in files] == [
+        f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))
+    ]
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+    for file in files:
+        part = load_file(file)
+        assert len(part) == 1 or sum(tensor.nbytes for tensor in part.values()) <= limit
+        assert all(torch.equal(tensor, tensors[name]) for name, tensor in part.items())
+        assert {name for name, where in index["weight_map"].items() if where == file.name} == part.keys()
+    again = hf.read(tmp_path / "out")
+    assert all(torch.equal(again.tensor(name), hf.read(directory).tensor(name)) for name in again.names())
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_the_type_written_is_said_in_the_spelling_found(key, llama, tmp_path):
+    directory, tensors = llama
+    edit_config(directory, **{key: "float32"})
+    write_all(tmp_path / "out", hf.read(directory), dtype=torch.bfloat16)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config[key] == "bfloat16" and len({"dtype", "torch_dtype"} & config.keys()) == 1
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(tensor, tensors[name].bfloat16()) for name, tensor in written.items())
+
+
+def test_companions_travel_along(llama, tmp_path):
+    directory, _ = llama
+    files = ["generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "merges.txt"]
+    files += ["special_tokens_map.json", "chat_template.jinja", "tokenization_x.py", "LICENSE"]
+    for name in [*files, "optimizer.pt", "README.md"]:
+        (directory / name).write_text(name)
+    write_all(tmp_path / "out", hf.read(directory), companions=directory)
+    found = {path.name for path in (tmp_path / "out").iterdir()}
+    assert found == {*files, "config.json", "model.safetensors"}
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "tokenizer.json"
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_an_interrupted_write_leaves_nothing(llama, tmp_path):
+    directory, _ = llama
+    source, target = hf.read(directory), tmp_path / "deep" / "out"
+    with pytest.raises(Interrupted), hf.write(target, source.spec, max_shard_size=1) as sink:
+        sink.put("embedding.weight", source.tensor("embedding.weight"))
+        sink.put("head.weight", source.tensor("head.weight"))
+        raise Interrupted
+    assert list((tmp_path / "deep").iterdir()) == []
+
+
+def test_what_a_killed_write_left_is_swept_up(llama, tmp_path):
+    directory, _ = llama
+    (tmp_path / ".out.new").mkdir()
+    (tmp_path / ".out.new" / "shard-9").write_text("old")
+    with pytest.raises(ProblemError, match="something else is there"):
+        write_all(tmp_path / "out", hf.read(directory))
+    assert (tmp_path / ".out.new" / "shard-9").exists()
+    with (tmp_path / ".out.new" / UNFINISHED).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ProblemError, match="another process is writing it"):
+            write_all(tmp_path / "out", hf.read(directory))
+    write_all(tmp_path / "out", hf.read(directory))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors"}
+    assert not (tmp_path / ".out.new").exists()
+
+
+def test_a_full_disk_is_a_problem_and_leaves_nothing(llama, tmp_path, monkeypatch):
+    directory, _ = llama
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    (tmp_path / "to").mkdir()
+    assert "No space left" in problems_of(write_all, tmp_path / "to" / "out", hf.read(directory))
+    assert list((tmp_path / "to").iterdir()) == []
+
+
+def test_nothing_is_replaced_unless_asked(llama, tmp_path):
+    directory, _ = llama
+    source, target = hf.read(directory), tmp_path / "out"
+    target.mkdir()
+    write_all(target, source)  # an empty directory is no loss
+    (target / "stale.txt").write_text("x")
+    assert "--overwrite" in problems_of(hf.write, target, source.spec)
+    write_all(target, source, overwrite=True)
+    assert {path.name for path in target.iterdir()} == {"config.json", "model.safetensors"}
+    assert {path.name for path in tmp_path.iterdir() if path.name.startswith(".")} == set()
+
+
+def test_overwrite_replaces_models_only(llama, tmp_path):
+    directory, _ = llama
+    spec = hf.read(directory).spec
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("x")
+    assert "something else" in problems_of(hf.write, tmp_path / "home", spec, overwrite=True)
+    assert "a file of this name" in problems_of(hf.write, tmp_path / "home" / "thesis.tex", spec)
+
+
+def test_a_sink_wants_every_parameter_once_and_in_shape(llama, tmp_path):
+    directory, _ = llama
+    source = hf.read(directory)
+    norm = source.tensor("final_norm.weight")
+    with pytest.raises(AssertionError), hf.write(tmp_path / "out", source.spec) as sink:
+        sink.put("final_norm.weight", norm[:-1])
+    with pytest.raises(AssertionError), hf.write(tmp_path / "out", source.spec) as sink:
+        sink.put("final_norm.weight", norm)
+        sink.put("final_norm.weight", norm)
+    with pytest.raises(AssertionError), hf.write(tmp_path / "out", source.spec) as sink:
+        sink.put("final_norm.weight", norm)
+    assert not (tmp_path / "out").exists()
