@@ -1,0 +1,296 @@
+"""The checkpoints of a run.
+
+Owns writing them beside training and reading them back on any layout: torch's distributed checkpoint over canonical
+names, so that neither ranks nor shards show in what is stored. Files and names are `directory.py`'s; what the state
+of a run means is the trainer's.
+
+    model.<parameter>                 float32 master weights
+    optimizer.<parameter>.<state>     such as exp_avg, exp_avg_sq, step
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.storage import StorageWriter
+from torch.optim import Optimizer
+
+from cordee.checkpoint import directory
+from cordee.checkpoint.files import SafeReader, missing_bytes, read_metadata, tensors
+from cordee.errors import Problem, ProblemError, RankLostError
+from cordee.log import logger
+from cordee.parallel import collectives
+
+# It is said on every save and load of a run in one process, where it is what is meant.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+Tensors = dict[str, Tensor]
+State = dict[str, Any]
+
+
+class CheckpointStore:
+    """Checkpoints under `root`, saved by all ranks of `group` together.
+
+    `group` is a gloo group that nothing else uses, or None alone in one process: checkpoints are written by a thread
+    of their own, whose collectives must not mix with those of training. `keep_last` bounds how many checkpoints are
+    kept; None keeps all. `on_lost` is told, in that thread, that a checkpoint in the background has lost other ranks:
+    training may hang then, and would never see it.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        group: ProcessGroup | None = None,
+        keep_last: int | None = None,
+        writer: Callable[[Path], StorageWriter] = dcp.FileSystemWriter,
+        on_lost: Callable[[RankLostError], None] | None = None,
+    ):
+        self.root = root
+        self._group = group
+        self._keep_last = keep_last
+        self._writer = writer
+        self._on_lost = on_lost
+        self._first = group is None or dist.get_rank(group) == 0
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(
+        self,
+        iteration: int,
+        model: nn.Module,
+        optimizer: Optimizer | None,
+        state: State,
+        *,
+        background: bool = True,
+    ) -> None:
+        """Save `model`, `optimizer` (None leaves it out) and `state`, which goes to the manifest as JSON.
+
+        With `background` it returns as soon as the tensors are copied; parameters may then change. An earlier save
+        that is still being written is waited for. ProblemError as `wait` has it.
+        """
+        self.wait()
+        staged = _stage(tensors_of(model, optimizer))
+        if background:
+            self._pending = self._thread.submit(self._write_beside, iteration, staged, state)
+        else:
+            self._write(iteration, staged, state)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the save in the background is known to have failed; `wait` says why."""
+        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
+
+    def wait(self) -> None:
+        """Wait until nothing is being written; ProblemError if it could not be."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Wait for what is being written and stop; ProblemError as `wait`."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def last_good(self) -> str:
+        """What can be gone back to, in words, once nothing is being written any more."""
+        if self._pending is not None:
+            wait([self._pending])
+        return self._last_good()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close. What stopped the run and what kept the last checkpoint from being written are both told."""
+        try:
+            self.close()
+        except ProblemError as unsaved:
+            if error is None:
+                raise
+            if isinstance(error, RankLostError):  # which is why the checkpoint could not be written either
+                return
+            if isinstance(error, ProblemError):
+                raise ProblemError([*error.problems, *unsaved.problems], error.everywhere) from error
+            logger.error("%s", unsaved)  # and the error goes on as it is
+
+    def _last_good(self) -> str:
+        last, _ = directory.latest(self.root)
+        return "there is no checkpoint yet" if last is None else f"the checkpoint of iteration {last} is whole"
+
+    def _write_beside(self, iteration: int, staged: Tensors, state: State) -> None:
+        try:
+            self._write(iteration, staged, state)
+        except RankLostError as error:
+            if self._on_lost is not None:
+                self._on_lost(error)
+            raise
+
+    def _write(self, iteration: int, staged: Tensors, state: State) -> None:
+        """Runs on every rank; all ranks end alike."""
+        new = directory.temporary(self.root, iteration)
+        try:
+            with collectives.contact(f"while writing the checkpoint of iteration {iteration}"):
+                self._together(lambda: self._prepare(new))
+                alone = self._group is None
+                dcp.save(staged, storage_writer=self._writer(new), process_group=self._group, no_dist=alone)
+                files = self._together(lambda: self._own_files(new))
+                entries = {name: entry for part in files for name, entry in part.items()}
+                self._together(lambda: self._publish(iteration, entries, state))
+        except (dcp.CheckpointException, _RanksFailed) as error:
+            if self._first:
+                directory.discard(new)
+            raise ProblemError([self._problem(iteration, error)], everywhere=True) from error
+
+    def _prepare(self, new: Path) -> None:
+        if self._first:
+            directory.discard(new)
+            new.mkdir(parents=True)
+
+    def _own_files(self, new: Path) -> dict[str, dict[str, int]]:
+        """Manifest entries of the files this rank wrote; read back from where they were written."""
+        rank = 0 if self._group is None else dist.get_rank(self._group)
+        own = list(new.glob(f"__{rank}_*")) + ([new / ".metadata"] if rank == 0 else [])
+        return {path.name: directory.file_entry(path) for path in own}
+
+    def _publish(self, iteration: int, files: dict[str, dict[str, int]], state: State) -> None:
+        if not self._first:
+            return
+        new = directory.temporary(self.root, iteration)
+        if (lack := missing_bytes(new, read_metadata(new))) is not None:
+            raise OSError(f"what was written is not what was saved: {lack}")
+        manifest = {"format": directory.FORMAT, "iteration": iteration, "files": files, **state}
+        directory.publish(self.root, iteration, manifest)
+        if self._keep_last is not None and (removed := directory.retain(self.root, iteration, self._keep_last)):
+            logger.info("removed checkpoints of iterations %s", ", ".join(map(str, sorted(removed))))
+
+    def _together(self, part: Callable[[], Any]) -> list[Any]:
+        """What `part` returns on every rank, once all have done it; raises on all ranks if it failed on one."""
+        error = result = None
+        try:
+            result = part()
+        except (OSError, ValueError) as caught:
+            error = caught
+        outcomes: list[Any] = [(result, error)]
+        if self._group is not None:
+            outcomes = collectives.gather_in(self._group, (result, error))
+        if failures := {rank: error for rank, (_, error) in enumerate(outcomes) if error is not None}:
+            raise _RanksFailed(failures)
+        return [result for result, _ in outcomes]
+
+    def _problem(self, iteration: int, error: dcp.CheckpointException | _RanksFailed) -> Problem:
+        reasons = {rank: cause[0] if isinstance(cause, tuple) else cause for rank, cause in error.failures.items()}
+        why = "; ".join(f"rank {rank}: {_short(reason)}" for rank, reason in sorted(reasons.items()))
+        return Problem(
+            "--save",
+            self.root / directory.name_of(iteration),
+            f"the checkpoint could not be written ({why}); {self._last_good()}",
+            "make room or mend the disk, then start the same command with --load pointing at --save",
+        )
+
+
+class _RanksFailed(Exception):
+    """Some ranks could not do their part; what each of them raised."""
+
+    def __init__(self, failures: dict[int, BaseException]):
+        super().__init__(failures)
+        self.failures = failures
+
+
+def _short(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}".rstrip(": ")
+
+
+def tensors_of(model: nn.Module, optimizer: Optimizer | None) -> Tensors:
+    """Everything a checkpoint holds by its name, sharing memory with `model` and `optimizer`."""
+    found = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    if optimizer is not None:
+        for name, parameter in model.named_parameters():
+            for kind, value in optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    found[f"optimizer.{name}.{kind}"] = value
+    return found
+
+
+def _stage(found: Tensors) -> Tensors:
+    """A copy in host memory."""
+    options = StagingOptions(
+        use_pinned_memory=False, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False
+    )
+    stager = DefaultStager(options)
+    try:
+        return stager.stage(found)  # type: ignore[return-value]
+    finally:
+        stager.close()
+
+
+def restore(
+    directory_: Path,
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    *,
+    group: ProcessGroup | None = None,
+) -> None:
+    """Fill `model`, and `optimizer` unless None, from the checkpoint in `directory_`, whatever layout wrote it.
+
+    An optimizer that had no state when it was saved (every step was skipped) has none afterwards. All ranks of
+    `group` call it together. ProblemError names every parameter that does not fit.
+    """
+    kept = tensors(read_metadata(directory_))
+    wanted = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    _raise_misfits(directory_, kept, wanted)
+    if optimizer is not None:
+        wanted |= _optimizer_slots(kept, model, optimizer)
+    dcp.load(wanted, storage_reader=SafeReader(directory_), process_group=group, no_dist=group is None)
+
+
+def _raise_misfits(path: Path, kept: dict[str, Any], wanted: Tensors) -> None:
+    problems = []
+    for name, tensor in wanted.items():
+        found = tuple(kept[name].size) if name in kept else None
+        if found != tuple(tensor.shape):
+            why = f"the model's parameter {name} has shape {list(tensor.shape)}, the checkpoint's "
+            why += "is missing" if found is None else str(list(found))
+            problems.append(Problem("--load", path, why, "load it into the model that it was saved from"))
+    if problems:
+        raise ProblemError(problems)
+
+
+def _optimizer_slots(kept: dict[str, Any], model: nn.Module, optimizer: Optimizer) -> Tensors:
+    """Empty state of `optimizer`, attached to it, by the names under which the checkpoint holds its values."""
+    states: dict[str, list[str]] = {}
+    for full in kept:
+        if full.startswith("optimizer."):
+            name, _, kind = full.removeprefix("optimizer.").rpartition(".")
+            states.setdefault(name, []).append(kind)
+    slots: Tensors = {}
+    on_device = any(group.get("fused") for group in optimizer.param_groups)
+    for name, parameter in model.named_parameters():
+        state = {}
+        for kind in states.get(name, []):
+            full = f"optimizer.{name}.{kind}"
+            like = parameter.detach()
+            if tuple(kept[full].size) == tuple(like.shape):
+                state[kind] = torch.zeros_like(like)
+            else:
+                device = like.device if on_device else "cpu"  # the place where torch's optimizers count steps
+                state[kind] = torch.zeros(kept[full].size, dtype=kept[full].properties.dtype, device=device)
+            slots[full] = state[kind]
+        if state:
+            optimizer.state[parameter] = state
+    return slots

@@ -1,0 +1,112 @@
+"""Everything ranks tell each other outside the model.
+
+Owns the few collectives of the training loop. The only file with calls of torch.distributed besides `layout.py` and
+the checkpoint store. Alone in one process every function returns its own value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from cordee import launch
+from cordee.errors import Problem, ProblemError, RankLostError
+from cordee.parallel.degrees import SUM_AXES
+from cordee.parallel.layout import Layout
+
+
+def sum_over(values: Tensor, layout: Layout, axes: tuple[str, ...] = SUM_AXES) -> Tensor:
+    """Sum of `values`, any shape, over the ranks along `axes`; the given tensor is overwritten."""
+    for group in layout.groups(axes):
+        dist.all_reduce(values, group=group)
+    return values
+
+
+def send(tensor: Tensor, to: int, group: ProcessGroup) -> dist.Work:
+    """Start to send `tensor` to the rank of `group` with that number. It stays as it is until that is done."""
+    work = dist.isend(tensor, group=group, group_dst=to)
+    assert work is not None, "this rank is in the group"
+    return work
+
+
+def receive(into: Tensor, source: int, group: ProcessGroup) -> dist.Work:
+    """Start to fill `into` from the rank of `group` with that number. Messages arrive in the order they were sent."""
+    work = dist.irecv(into, group=group, group_src=source)
+    assert work is not None, "this rank is in the group"
+    return work
+
+
+def sum_counts(counts: Sequence[int], layout: Layout) -> list[int]:
+    """Sums of numbers on the host over all ranks; the device is not waited for."""
+    if layout.control is None:
+        return list(counts)
+    values = torch.tensor(counts, dtype=torch.int64)
+    dist.all_reduce(values, group=layout.control)
+    return values.tolist()
+
+
+def gather(value: Any, layout: Layout) -> list[Any]:
+    """The `value` of every rank, in order, on every rank; anything that can be pickled."""
+    if layout.control is None:
+        return [value]
+    return gather_in(layout.control, value)
+
+
+def gather_in(group: ProcessGroup, value: Any) -> list[Any]:
+    """The `value` of every rank of `group`, in order, on each of them; anything that can be pickled."""
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def from_first(value: Any, layout: Layout) -> Any:
+    """The `value` of rank 0 on every rank; anything that can be pickled."""
+    if layout.control is None:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0, group=layout.control)
+    return values[0]
+
+
+def raise_together(problems: Iterable[Problem], layout: Layout) -> None:
+    """Raise `ProblemError` on every rank if any rank has problems, with those of all, each once."""
+    if found := dict.fromkeys(problem for part in gather(list(problems), layout) for problem in part):
+        raise ProblemError(found, everywhere=True)
+
+
+@contextmanager
+def contact(phase: str) -> Iterator[None]:
+    """Raise `RankLostError`, naming this rank and `phase` ("in step 7"), where torch cannot reach other ranks.
+
+    Phases may lie within each other: the innermost is named.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_lost_contact(error):
+            raise
+        rank = dist.get_rank() if dist.is_initialized() else launch.rank_info().rank
+        why = f"it lost the other ranks {phase}: {_first_sentence(str(error))}"
+        fix = (
+            "look for the rank that failed first, the launcher names it; then go on from the last checkpoint by --load"
+        )
+        raise RankLostError([Problem(f"rank {rank}", None, why, fix)]) from error
+
+
+def _is_lost_contact(error: RuntimeError) -> bool:
+    """gloo has no error type of its own, but says in which of its files it failed."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+
+
+def _first_sentence(text: str) -> str:
+    """Without the file that gloo puts before it and the advice after it."""
+    line = text.strip().partition("\n")[0]
+    if line.startswith("["):
+        line = line.partition("] ")[2]
+    return line.partition(". ")[0]

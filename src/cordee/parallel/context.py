@@ -1,0 +1,312 @@
+"""Context parallelism: the tokens of every sequence shared out over the ranks of an axis.
+
+Owns which rank holds which places, how tokens of a micro-batch are handed out, and how attention and mixtures of
+experts come to see all tokens nevertheless. Two ways that combine: neighbours exchange heads for tokens around any
+attention core (DeepSpeed-Ulysses, Jacobs et al. 2023), and what is left goes round in a ring (`ring.py`).
+
+With `ulysses` neighbours and `ring` groups of them, a causal sequence is cut into 2 * ring chunks, of which group r
+holds r and, so that all have as much to do, 2 * ring - 1 - r; its ranks hold equal parts of that pair, in order. With
+one group, or if every token sees all others, groups hold one stretch each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from cordee import device
+from cordee.config.schema import ParallelOptions
+from cordee.data.batch import Batch
+from cordee.errors import Problem
+from cordee.log import logger
+from cordee.model.config import CapacityConfig, ModelConfig
+from cordee.model.gpt import GPTModel
+from cordee.model.mask import AttentionMask
+from cordee.model.moe import MoE
+from cordee.model.router import Routing, limit_to_capacity
+from cordee.ops.attention import AttentionCore, Mask, Scores
+from cordee.ops.dropout import Dropout
+from cordee.parallel import differentiable
+from cordee.parallel.degrees import Degrees
+from cordee.parallel.layout import Layout
+from cordee.parallel.ring import Pieces, Ring, Sight, Work, ring_attention
+
+# ---- what fits -------------------------------------------------------------------------------------------------------
+
+
+def check(model: ModelConfig, options: ParallelOptions, seq_length: int) -> Iterator[Problem]:
+    """What keeps context-parallel ranks from sharing sequences of `seq_length` tokens of `model` out."""
+    size, algo = options.context_parallel_size, options.context_parallel_algo
+    if size == 1:
+        return
+    degree = options.ulysses_degree_in_cp
+    if algo == "hybrid_cp_algo":
+        if degree is None:
+            fix = f"give a divisor of {size}, such as 2"
+            yield Problem("--ulysses-degree-in-cp", None, "hybrid_cp_algo needs it", fix)
+        elif size % degree or degree == size:
+            why = f"{size} ranks are no ring of groups of so many"
+            yield Problem("--ulysses-degree-in-cp", degree, why, f"give a divisor of {size} below it")
+    elif degree is not None:
+        yield Problem("--ulysses-degree-in-cp", degree, f"{algo} has none", "take hybrid_cp_algo, or leave it out")
+    ulysses = {"ulysses_cp_algo": size, "megatron_cp_algo": 1}.get(algo, degree or 1)
+    if size % ulysses == 0:
+        yield from _ring_problems(options, size // ulysses)
+        yield from _length_problems(options, size // ulysses, seq_length)
+        yield from _head_problems(model, options, ulysses)
+
+
+def _ring_problems(options: ParallelOptions, ring: int) -> Iterator[Problem]:
+    window = options.cp_window_size
+    if ring == 1:
+        if window > 1:
+            yield Problem("--cp-window-size", window, "there is no ring", "take megatron_cp_algo, or leave it out")
+        return
+    if ring % window or window == ring:
+        why = f"a ring of {ring} is not made of several inner rings of so many"
+        yield Problem("--cp-window-size", window, why, f"give a divisor of {ring} below it; 1 is one plain ring")
+
+
+def _length_problems(options: ParallelOptions, ring: int, seq_length: int) -> Iterator[Problem]:
+    size = options.context_parallel_size
+    halves = ring > 1 and options.cp_attention_mask_type == "causal"
+    parts = 2 * size if halves else size
+    if seq_length % parts:
+        why = f"{size} context-parallel ranks hold {'two equal chunks' if halves else 'an equal part'} each"
+        yield Problem("--seq-length", seq_length, why, f"give a multiple of {parts}")
+
+
+def _head_problems(model: ModelConfig, options: ParallelOptions, ulysses: int) -> Iterator[Problem]:
+    tensor = options.tensor_model_parallel_size
+    if ulysses == 1:
+        return
+    for heads in sorted({layer.attention.num_heads for layer in model.layers}):
+        if heads % (ulysses * tensor):
+            option = "--ulysses-degree-in-cp" if options.ulysses_degree_in_cp else "--context-parallel-size"
+            why = f"{ulysses} ranks that exchange heads x {tensor} tensor-parallel ranks do not divide {heads} heads"
+            yield Problem(option, ulysses, why, "lower it, or take megatron_cp_algo, which divides no heads")
+
+
+# ---- who holds what --------------------------------------------------------------------------------------------------
+
+
+def pieces(length: int, ring: int, rank: int, causal: bool) -> list[range]:
+    """The places of a sequence of `length` that the group `rank` of a ring holds."""
+    if ring == 1 or not causal:
+        size = length // ring
+        return [range(rank * size, (rank + 1) * size)]
+    size = length // (2 * ring)
+    return [range(chunk * size, (chunk + 1) * size) for chunk in (rank, 2 * ring - 1 - rank)]
+
+
+def places(length: int, degrees: Degrees, rank: int, causal: bool) -> Tensor:
+    """The places that context-parallel rank `rank` holds, int64, in order."""
+    group, place = divmod(rank, degrees.ulysses)
+    held = [torch.arange(piece.start, piece.stop) for piece in pieces(length, degrees.ring, group, causal)]
+    return torch.cat(held).chunk(degrees.ulysses)[place]
+
+
+def share(batch: Batch, layout: Layout, options: ParallelOptions) -> Batch:
+    """This rank's part of the tokens of `batch`, with their positions; `batch` itself if there is one rank."""
+    degrees = layout.degrees
+    if degrees.cp == 1:
+        return batch
+    batch_size, length = batch.input_ids.shape
+    own = places(length, degrees, layout.axis_rank("cp"), _is_causal(options)).to(batch.input_ids.device)
+    positions = own.expand(batch_size, -1) if batch.position_ids is None else batch.position_ids[:, own]
+    segments = None if batch.segments is None else batch.segments[:, own]
+    return Batch(batch.input_ids[:, own], batch.labels[:, own], positions, segments, batch.samples)
+
+
+def _is_causal(options: ParallelOptions) -> bool:
+    return options.cp_attention_mask_type == "causal"
+
+
+# ---- putting it on ---------------------------------------------------------------------------------------------------
+
+
+def apply(model: GPTModel, layout: Layout, options: ParallelOptions) -> None:
+    """Let `model` compute with the tokens that `share` gives each rank. Nothing happens where there is one."""
+    group = layout.group("cp")
+    if group is None:
+        return
+    tokens = Tokens(layout, _is_causal(options))
+    exchange = Exchange(layout, repeat=options.kv_head_repeat_before_uly_alltoall)
+    ring = None
+    if (ring_group := layout.group("ring")) is not None:
+        ring = Ring(
+            ring_group,
+            layout.axis_rank("ring"),
+            layout.degrees.ring,
+            options.cp_window_size,
+            options.use_cp_send_recv_overlap,
+        )
+        if not device.kind().flash_parts:
+            logger.info("ring attention has no fused kernel on this device: a slower one does it, block by block")
+    model.places = tokens.places
+    model.longest = partial(differentiable.largest, group=group)
+    for layer in model.own_layers():
+        layer.attention.core = ContextAttention(layer.attention.core, tokens, exchange, ring)
+        if isinstance(layer.mlp, MoE):
+            layer.mlp.reduce = partial(differentiable.summed, group=group)
+            layer.mlp.limit = tokens.limit
+    if not tokens.causal:
+        logger.info("--cp-attention-mask-type full: every token sees those that it is to predict")
+
+
+class Tokens:
+    """The tokens of all ranks in their order in the sequence."""
+
+    def __init__(self, layout: Layout, causal: bool):
+        self.degrees = layout.degrees
+        self.causal = causal
+        group = layout.group("cp")
+        assert group is not None
+        self._group = group
+        self._rank = layout.axis_rank("cp")
+        self._sights: WeakKeyDictionary[Mask, Sight] = WeakKeyDictionary()
+
+    def sight(self, mask: Mask, on: torch.device) -> Sight:
+        """What all tokens see of each other; `mask` is this rank's of one forward, the same for all layers."""
+        if mask not in self._sights:
+            assert isinstance(mask, AttentionMask) and mask.in_order and mask.num_queries == mask.num_keys
+            length = mask.num_keys * self.degrees.cp
+            segments, positions = (None if x is None else self.join(x) for x in (mask.key_segments, mask.key_positions))
+            whole = AttentionMask(
+                length,
+                length,
+                self.causal,
+                query_segments=segments,
+                key_segments=segments,
+                query_positions=positions,
+                key_positions=positions,
+            )
+            self._sights[mask] = Sight(whole, on)
+        return self._sights[mask]
+
+    def join(self, x: Tensor) -> Tensor:
+        """`[batch, part, ...]` of every rank to `[batch, seq, ...]`; without gradient."""
+        return differentiable.join(x, self._group, 1)[:, self._order(x.shape[1]).to(x.device)]
+
+    def own(self, x: Tensor) -> Tensor:
+        """This rank's part of `[batch, seq, ...]`."""
+        return x[:, places(x.shape[1], self.degrees, self._rank, self.causal).to(x.device)]
+
+    def places(self, count: int, device: torch.device) -> Tensor:
+        """The places of the `count` tokens of a sequence that this rank holds, int64."""
+        return places(count * self.degrees.cp, self.degrees, self._rank, self.causal).to(device)
+
+    def pieces(self, length: int) -> list[Pieces]:
+        """The places of each rank of the ring."""
+        return [pieces(length, self.degrees.ring, rank, self.causal) for rank in range(self.degrees.ring)]
+
+    def _order(self, part: int) -> Tensor:
+        """Where each place is among the joined parts."""
+        held = (places(part * self.degrees.cp, self.degrees, rank, self.causal) for rank in range(self.degrees.cp))
+        return torch.cat(list(held)).argsort()
+
+    @torch.no_grad()
+    def limit(self, routing: Routing, capacity: CapacityConfig, batch_size: int) -> Routing:
+        """As `limit_to_capacity` does with the tokens of all ranks together."""
+        experts, weights = (
+            self.join(x.unflatten(0, (batch_size, -1))).flatten(0, 1) for x in (routing.experts, routing.weights)
+        )
+        # Of the logits only their number counts.
+        together = Routing(routing.logits[:1].expand(len(experts), -1), experts, weights)
+        limited = limit_to_capacity(together, capacity)
+        assert limited.kept is not None
+        kept = self.own(limited.kept.unflatten(0, (batch_size, -1))).flatten(0, 1)
+        rows = limited.rows_per_expert
+        # No more of them than there are tokens here can be needed here.
+        return replace(routing, kept=kept, rows_per_expert=None if rows is None else min(rows, len(kept)))
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Heads for tokens, among the neighbours of a group."""
+
+    layout: Layout
+    repeat: bool
+
+    @property
+    def size(self) -> int:
+        return self.layout.degrees.ulysses
+
+    @property
+    def rank(self) -> int:
+        return self.layout.axis_rank("ulysses")
+
+    def heads(self, x: Tensor) -> Tensor:
+        """`[batch, heads, part, dim]` to some of the heads and all tokens of the group."""
+        return self._exchanged(x, 1, 2)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """The way back."""
+        return self._exchanged(x, 2, 1)
+
+    def key_heads(self, x: Tensor) -> Tensor:
+        """As `heads`, for keys or values, of which there may be too few: those that this rank's queries need."""
+        copies = self.size // math.gcd(x.shape[1], self.size)
+        if copies == 1 or self.repeat:
+            return self.heads(x.repeat_interleave(copies, 1) if copies > 1 else x)
+        needed = torch.arange(x.shape[1], device=x.device).repeat_interleave(copies).chunk(self.size)[self.rank]
+        group = self.layout.group("ulysses")
+        assert group is not None
+        return differentiable.gathered(x, group, 2).index_select(1, needed)
+
+    def scores(self, scores: Scores) -> Scores:
+        return scores if scores.slopes is None else replace(scores, slopes=self._own(scores.slopes))
+
+    def sinks(self, sinks: Tensor | None) -> Tensor | None:
+        return None if sinks is None else self._own(sinks)
+
+    def dropout(self, dropout: Dropout | None, heads: int) -> Dropout | None:
+        """`heads`: how many are here."""
+        return dropout and replace(dropout, first_head=dropout.first_head + self.rank * heads)
+
+    def _own(self, of_heads):
+        size = len(of_heads) // self.size
+        return of_heads[self.rank * size : (self.rank + 1) * size]
+
+    def _exchanged(self, x: Tensor, split: int, joined: int) -> Tensor:
+        group = self.layout.group("ulysses")
+        return x if group is None else differentiable.redivided(x, group, split, joined)
+
+
+class ContextAttention:
+    """Any core, where each rank has a part of the tokens. A ring has an attention of its own."""
+
+    def __init__(self, core: AttentionCore, tokens: Tokens, exchange: Exchange, ring: Ring | None):
+        self.core = core
+        self.tokens = tokens
+        self.exchange = exchange
+        self.ring = ring
+
+    @torch._disable_dynamo  # collectives, and masks that are kept from layer to layer
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Mask,
+        scores: Scores,
+        *,
+        sinks: Tensor | None = None,
+        dropout: Dropout | None = None,
+    ) -> Tensor:
+        sight = self.tokens.sight(mask, q.device)
+        q, k, v = self.exchange.heads(q), self.exchange.key_heads(k), self.exchange.key_heads(v)
+        scores, sinks = self.exchange.scores(scores), self.exchange.sinks(sinks)
+        dropout = self.exchange.dropout(dropout, q.shape[1])
+        if self.ring is None:
+            y = self.core(q, k, v, sight.whole, scores, sinks=sinks, dropout=dropout)
+        else:
+            work = Work(self.ring, sight, self.tokens.pieces(sight.whole.num_keys), scores, dropout)
+            y = ring_attention(q, k, v, work, sinks)
+        return self.exchange.tokens(y)

@@ -1,0 +1,87 @@
+"""A layout in words: which ranks share what.
+
+Owns the text that a run and `cordee check` show. Works from `Degrees` alone, without torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import groupby
+
+from cordee.parallel.degrees import AXES, Degrees
+
+_SHARED = {
+    "pp": "layers",
+    "replicate": "samples",
+    "shard": "samples",
+    "cp": "tokens of a sequence",
+    "ep": "experts",
+    "tp": "heads, width of the MLP, vocabulary",
+}
+_SHOWN = 4  # groups of an axis, and ranks of a group
+
+
+def describe(degrees: Degrees, held: Sequence[int] = ()) -> str:
+    """Size and groups of every axis along which anything is shared out, and the numbers that ranks keep.
+
+    held: parameters that each rank keeps between steps, if they are known.
+    """
+    d = degrees
+    if d.world_size == 1:
+        return "\n".join(["1 process", *_kept(held)])
+    data = f"dp {d.data}" + (f" (replicate {d.replicate} x shard {d.shard})" if d.replicate > 1 and d.shard > 1 else "")
+    experts = f", ep {d.ep}" if d.ep > 1 else ""
+    lines = [f"{d.world_size} processes = pp {d.pp} x {data} x cp {d.cp} x tp {d.tp}{experts}"]
+    axes = [axis for axis in (*AXES[:-1], "ep", "tp") if getattr(d, axis) > 1]
+    names = max(map(len, axes))
+    shared = max(len(_SHARED[axis]) for axis in axes)
+    for axis in axes:
+        found = _shortened([_ranks(group) for group in groups(d, axis)], " | ")
+        lines.append(f"  {axis:<{names}} {getattr(d, axis):>4}  {_SHARED[axis]:<{shared}}  ranks {found}")
+    lines.append(f"  a parameter is kept in {_parts(*d.storage)}")
+    if d.ep > 1:
+        lines[-1] += f", one of experts in {_parts(*d.expert_storage)}"
+    return "\n".join([*lines, *_kept(held)])
+
+
+def groups(degrees: Degrees, axis: str) -> list[list[int]]:
+    """The ranks of every group along `axis`, "ep" too, in order."""
+    size = getattr(degrees, axis)
+    # Experts fold over the ranks with different tokens, neighbours first, inside of which lie those of tp only.
+    stride = degrees.tp if axis == "ep" else math.prod(degrees.sizes[AXES.index(axis) + 1 :])
+    firsts = [rank for rank in range(degrees.world_size) if rank // stride % size == 0]
+    return [list(range(first, first + size * stride, stride)) for first in firsts]
+
+
+def _parts(copies: int, shards: int) -> str:
+    """Of what a rank computes with."""
+    return f"{_number(shards, 'shard')} x {_number(copies, 'copy', 'copies')}"
+
+
+def _number(count: int, one: str, many: str = "") -> str:
+    return f"{count} {one if count == 1 else many or one + 's'}"
+
+
+def _kept(held: Sequence[int]) -> list[str]:
+    """Neighbours that keep the same number of parameters in one line."""
+    lines, first = [], 0
+    for number, run in groupby(held):
+        ranks = list(range(first, first + len(list(run))))
+        who = f"rank {first}" if len(ranks) == 1 else f"ranks {_ranks(ranks)} each"
+        lines.append(f"  {who}: {number:,} parameters between steps")
+        first += len(ranks)
+    return lines
+
+
+def _ranks(group: Sequence[int]) -> str:
+    """0 1 2 3 -> 0-3; 0 4 8 -> 0 4 8"""
+    if len(group) > 2 and group[-1] - group[0] == len(group) - 1:
+        return f"{group[0]}-{group[-1]}"
+    return _shortened([str(rank) for rank in group], " ")
+
+
+def _shortened(parts: Sequence[str], between: str) -> str:
+    if len(parts) > _SHOWN:
+        parts = [*parts[: _SHOWN - 1], "...", parts[-1]]
+    return between.join(parts)

@@ -1,0 +1,133 @@
+"""Expert parallelism: the experts of a mixture shared out over ranks that hold different tokens (Lepikhin et al. 2020).
+
+Owns how tokens reach experts of other ranks and what these make of them comes back, as two dispatchers that replace the
+local one and equal it. Which rank has which experts is `sharding.py`'s affair: blocks of equal size, in order.
+
+Every rank of the axis takes part in every dispatch, whatever it has to give or to compute: with no rows at all it still
+sends, receives and multiplies, forward and backward, empty tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from cordee.config.schema import ParallelOptions
+from cordee.errors import Problem
+from cordee.model.config import ModelConfig, MoEConfig
+from cordee.model.moe import Experts, MoE, Rows, kept_experts
+from cordee.model.router import Routing
+from cordee.parallel import differentiable
+from cordee.parallel.degrees import Degrees
+from cordee.parallel.layout import Layout
+
+
+def check(model: ModelConfig, degrees: Degrees) -> Iterator[Problem]:
+    """What keeps the experts of `model` from being shared out."""
+    option, size = "--expert-model-parallel-size", degrees.ep
+    if size == 1:
+        return
+    blocks = {layer.mlp for layer in model.layers if isinstance(layer.mlp, MoEConfig)}
+    if not blocks:
+        yield Problem(option, size, "the model has no experts", "leave it out")
+    for number in sorted({block.router.num_experts for block in blocks}):
+        if number % size:
+            yield Problem(option, size, f"it does not divide the {number} experts", f"give a divisor of {number}")
+
+
+def apply(model: nn.Module, layout: Layout, options: ParallelOptions) -> None:
+    """Let the experts of `model`, whose parameters are shared out already, be reached from all ranks of the axis.
+
+    Nothing happens where there is one.
+    """
+    group = layout.group("ep")
+    if group is None:
+        return
+    kind = DISPATCHERS[options.moe_token_dispatcher_type]
+    dispatcher = kind(group, layout.axis_rank("ep"), layout.degrees.ep, options.moe_permutation_async_comm)
+    for module in model.modules():
+        if isinstance(module, MoE):
+            module.dispatch = dispatcher
+
+
+@dataclass(frozen=True)
+class _Dispatcher:
+    """`overlap`: what can be under way at the same time is."""
+
+    group: ProcessGroup
+    rank: int
+    size: int
+    overlap: bool
+
+
+class AllToAll(_Dispatcher):
+    """Every row goes to the rank that has its expert, and the result back: as many rows travel as there are routes."""
+
+    @torch._disable_dynamo  # sizes are known to the host only while it runs
+    def __call__(self, x: Tensor, routing: Routing, experts: Experts) -> Tensor:
+        """`[tokens, embed]` to the same; `experts` are this rank's, `routing` is over those of all."""
+        rows = Rows.of(routing)
+        counts, wait = differentiable.begin_exchange(rows.counts, self.group)
+        if not self.overlap:
+            wait()
+        inputs = rows.inputs(x)
+        if self.overlap:
+            wait()
+        counts = counts.view(self.size, -1)  # [ranks, own experts]: rows that come for each
+        sizes = torch.stack((rows.counts.view(self.size, -1).sum(1), counts.sum(1)))
+        sent, received = sizes.tolist()
+        inputs, weights = differentiable.exchanged(
+            (inputs, rows.weights), self.group, sent, received, at_once=self.overlap
+        )
+        order = _by_expert(counts, len(inputs))
+        y = experts(inputs.index_select(0, order), weights.index_select(0, order), counts.sum(0))
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        y = y.index_select(0, back)
+        (y,) = differentiable.exchanged((y,), self.group, received, sent, at_once=self.overlap)
+        return rows.add_up(y, len(x))
+
+
+def _by_expert(counts: Tensor, rows: int) -> Tensor:
+    """The order that sorts `rows` rows by expert; they come by rank and for each by expert: `[ranks, experts]`."""
+    experts = torch.arange(counts.shape[1], device=counts.device).repeat(counts.shape[0])
+    return experts.repeat_interleave(counts.flatten(), output_size=rows).argsort(stable=True)
+
+
+class AllGather(_Dispatcher):
+    """Every rank gets all tokens and what was chosen for them, and computes for its own experts: few, even messages."""
+
+    @torch._disable_dynamo
+    def __call__(self, x: Tensor, routing: Routing, experts: Experts) -> Tensor:
+        """As `AllToAll`."""
+        num_experts = routing.logits.shape[1]
+        own = num_experts // self.size
+        longest, capacity = self._agree(routing)
+        missing = longest - len(x)
+        parts = [_lengthened(x, missing), _lengthened(kept_experts(routing), missing, num_experts)]
+        parts.append(_lengthened(routing.weights, missing))
+        tokens, chosen, weights = differentiable.gathered_together(parts, self.group, at_once=self.overlap)
+        chosen = chosen - self.rank * own
+        chosen = chosen.masked_fill((chosen < 0) | (chosen >= own), own)
+        rows = Rows.sorted(chosen, weights, own, complete=False, rows_per_expert=capacity)
+        y = rows.add_up(experts(rows.inputs(tokens), rows.weights, rows.counts), len(tokens))
+        return differentiable.scattered_sum(y, self.group, 0)[: len(x)]
+
+    def _agree(self, routing: Routing) -> tuple[int, int | None]:
+        """The largest number of tokens of any rank, and the sum of all ranks' `rows_per_expert`."""
+        padded = routing.rows_per_expert
+        own = torch.tensor([[len(routing.experts), padded or 0]], device=routing.experts.device)
+        lengths, rows = differentiable.join(own, self.group, 0).t().tolist()
+        return max(lengths), None if padded is None else sum(rows)
+
+
+def _lengthened(x: Tensor, rows: int, value: float = 0.0) -> Tensor:
+    """`[tokens, ...]` with `rows` more rows of `value`."""
+    return F.pad(x, (0, 0, 0, rows), value=value) if rows else x
+
+
+DISPATCHERS: dict[str, type[AllToAll] | type[AllGather]] = {"alltoall": AllToAll, "allgather": AllGather}

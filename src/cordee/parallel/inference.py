@@ -1,0 +1,125 @@
+"""A model for inference over several processes: tensor-parallel ranks, stages of a pipeline, and copies of the whole.
+
+Owns building this process's part, and one forward through all that share a copy. Each of them gets the logits, so that
+all choose the same tokens, or the loss. Knows nothing of how tokens are chosen, and of what each copy is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cordee.config.schema import InferenceLayoutOptions
+from cordee.errors import Problem, ProblemError
+from cordee.model.cache import KVCache
+from cordee.model.config import ModelConfig
+from cordee.model.gpt import GPTModel, default_positions
+from cordee.model.head import Head
+from cordee.model.span import Span
+from cordee.parallel import collectives, sharding, tensor
+from cordee.parallel.degrees import Degrees
+from cordee.parallel.layout import Layout
+from cordee.parallel.pipeline.split import by_cost
+from cordee.weights.load import materialise
+
+
+def degrees(options: InferenceLayoutOptions, copies: int = 1) -> Degrees:
+    """What `options` ask for, so many times; the processes of a copy are tensor-parallel ranks and stages."""
+    return Degrees(pp=options.pipeline_model_parallel_size, replicate=copies, tp=options.tensor_model_parallel_size)
+
+
+def check(model: ModelConfig, degrees: Degrees) -> Iterator[Problem]:
+    """What keeps the processes from sharing `model` out."""
+    yield from tensor.check(model, degrees.tp, 1, sequence=False)
+    if degrees.pp > model.num_layers:
+        why = f"the model has {model.num_layers} layers"
+        yield Problem("--pipeline-model-parallel-size", degrees.pp, why, f"give at most {model.num_layers}")
+
+
+def build(model: ModelConfig, layout: Layout, dtype: torch.dtype, device: torch.device) -> tuple[GPTModel, Place]:
+    """This process's part of `model`, its values still to be filled, and its place among the others.
+
+    ProblemError if the processes do not fit the model.
+    """
+    if problems := list(check(model, layout.degrees)):
+        raise ProblemError(problems, everywhere=True)
+    spans = by_cost(model, layout.degrees.pp)
+    own = spans[layout.axis_rank("pp")]
+    built = GPTModel(model, spans=[own], device="meta", dtype=dtype)
+    sharding.share_out(built, layout)
+    tensor.apply(built, layout, sequence=False)
+    materialise(built, device=device)
+    return built, Place(layout, own)
+
+
+def last_logits(head: Head, hidden: Tensor) -> Tensor:
+    """Logits `[batch, vocab]` of the last place of `hidden` `[batch, seq, embed]`; no others are computed."""
+    return head.logits(hidden[:, -1:])[:, 0]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process is: its span of the layers, among the stages of `layout`."""
+
+    layout: Layout
+    span: Span
+
+    @property
+    def tensor_ranks(self) -> int:
+        return self.layout.degrees.tp
+
+    def run(
+        self,
+        model: GPTModel,
+        ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        *,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """As `model(..., output=last_logits)` of a whole model; all processes of a copy call it alike."""
+        if position_ids is None:
+            position_ids = default_positions(ids, attention_mask, cache)
+        dtype = next(model.parameters()).dtype
+        like = torch.empty(len(ids), model.config.vocab_size, dtype=dtype, device="meta")
+        x = self._inputs(model, ids)
+        return self._from_last(model(x, attention_mask, position_ids, cache=cache, output=last_logits), like)
+
+    def loss(self, model: GPTModel, ids: Tensor, labels: Tensor) -> Tensor:
+        """As `model.head.loss` of the last hidden states of `ids`, of a whole model: the sum, float32, scalar."""
+
+        def output(head: Head, hidden: Tensor) -> Tensor:
+            return head.loss(hidden, labels)[0]
+
+        like = torch.empty((), device="meta")
+        return self._from_last(
+            model(self._inputs(model, ids), None, default_positions(ids, None, None), output=output), like
+        )
+
+    def _inputs(self, model: GPTModel, ids: Tensor) -> Tensor:
+        """What this stage works on: token ids, or the hidden states of the stage before."""
+        return ids if self.span.embedding else self._receive(model, ids)
+
+    def _from_last(self, y: Tensor, like: Tensor) -> Tensor:
+        """Hand the hidden states `y` of this stage on; what the last stage makes, which is `like` this, is returned."""
+        group = self.layout.group("pp")
+        if group is None:
+            return y
+        rank, last = self.layout.axis_rank("pp"), self.layout.degrees.pp - 1
+        if rank < last:
+            collectives.send(y.contiguous(), rank + 1, group).wait()
+            y = torch.empty_like(like, device=y.device)
+        dist.broadcast(y := y.contiguous(), group=group, group_src=last)
+        return y
+
+    def _receive(self, model: GPTModel, ids: Tensor) -> Tensor:
+        group = self.layout.group("pp")
+        assert group is not None
+        parameter = next(model.parameters())
+        x = torch.empty(*ids.shape, model.config.hidden_size, dtype=parameter.dtype, device=ids.device)
+        collectives.receive(x, self.layout.axis_rank("pp") - 1, group).wait()
+        return x

@@ -1,0 +1,216 @@
+"""Tensor parallelism whose communication runs under its products.
+
+Owns products in parts: while the collective of one part is under way, the next part is computed (what Ascend calls
+MC2 and CoC). The results are those of `tensor.py`'s borders and plain products, in another order of work. It takes the
+place of both where one product enters a block or leaves it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+
+from cordee.model.attention import Attention
+from cordee.model.boundary import Boundary
+from cordee.model.gpt import GPTModel
+from cordee.model.linear import Linear
+from cordee.model.mlp import MLP
+from cordee.ops.gemm import linear, matmul, transposed_matmul
+from cordee.parallel.layout import Layout
+
+Before = Callable[[Tensor], Tensor]
+
+
+def apply(model: GPTModel, layout: Layout, num_parts: int, *, sequence: bool) -> None:
+    """Replace the borders of attention and MLPs of a `model` that `tensor.apply` has prepared.
+
+    A product with `num_parts` parts is cut along the tokens; fewer, where these are too few. Mixtures of experts and
+    compressed queries and keys take what enters a block more than once: there only what leaves it is overlapped.
+    """
+    group = layout.group("tp")
+    if group is None or num_parts == 1:
+        return
+    exchange = _Exchange(group, num_parts, sequence)
+    for layer in model.own_layers():
+        for block in (layer.attention, layer.mlp):
+            enters, leaves = _products(block)
+            if enters is not None:
+                enters.product = exchange.enter
+            if leaves is not None:
+                leaves.product = exchange.leave
+            block.boundary = _Rest(block.boundary, enters is None, leaves is None)
+
+
+def _products(block: object) -> tuple[Linear | None, Linear | None]:
+    """The one product with what enters a block, and the one whose result leaves it."""
+    if isinstance(block, Attention):
+        return block.qkv, block.out
+    if isinstance(block, MLP):
+        return (block.gate_up if block.config.gated else block.up), block.down
+    return None, getattr(block, "out", None)
+
+
+class _Rest(Boundary):
+    """What is left of a border: the sides that no product has taken over."""
+
+    def __init__(self, border: Boundary, enters: bool, leaves: bool):
+        self._border, self._enters, self._leaves = border, enters, leaves
+
+    def enter(self, x: Tensor) -> Tensor:
+        return self._border.enter(x) if self._enters else x
+
+    def exit(self, x: Tensor) -> Tensor:
+        return self._border.exit(x) if self._leaves else x
+
+
+@dataclass(frozen=True)
+class _Exchange:
+    """How tokens are cut into parts and exchanged. `sequence`: outside of blocks ranks have different tokens.
+
+    Then part i of a sequence `[batch, seq, ...]` is the i-th part of what each rank has of it outside.
+    """
+
+    group: ProcessGroup
+    num_parts: int
+    sequence: bool
+
+    def enter(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, before: Before | None = None) -> Tensor:
+        """The product with what enters a block."""
+        assert before is None, "nothing stands between a border and the product behind it"
+        return _Entering.apply(x, weight, bias, self)
+
+    def leave(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, before: Before | None = None) -> Tensor:
+        """The product whose sum over ranks leaves a block."""
+        return _Leaving.apply(x if before is None else before(x), weight, bias, self)
+
+    @property
+    def ranks(self) -> int:
+        return dist.get_world_size(self.group)
+
+    def cut(self, whole: Tensor) -> list[Tensor]:
+        """The parts of `[batch, seq, ...]`, each `[batch, seq of a part, ...]`."""
+        if not self.sequence:
+            return list(whole.tensor_split(min(self.num_parts, whole.shape[1]), 1))
+        by_rank = whole.unflatten(1, (self.ranks, -1))
+        return [part.flatten(1, 2) for part in by_rank.tensor_split(min(self.num_parts, by_rank.shape[2]), 2)]
+
+    def cut_own(self, own: Tensor) -> list[Tensor]:
+        """The parts of what this rank has outside, `[batch, seq / ranks, ...]`."""
+        return list(own.tensor_split(min(self.num_parts, own.shape[1]), 1))
+
+    def joined(self, parts: list[Tensor]) -> Tensor:
+        """The inverse of `cut`."""
+        if self.sequence:
+            return torch.cat([part.unflatten(1, (self.ranks, -1)) for part in parts], 2).flatten(1, 2)
+        return torch.cat(parts, 1)
+
+    def gathered(self, own: Tensor) -> Iterator[Tensor]:
+        """The parts of the whole, of each rank's `own`; the next is on its way while one is used."""
+        pending = None
+        for part in [*self.cut_own(own), None]:
+            coming = None if part is None else _start_gather(part, self.group)
+            if pending is not None:
+                buffer, work = pending
+                work.wait()
+                yield buffer.movedim(0, 1).flatten(1, 2)  # [ranks, batch, seq, ...] to [batch, ranks * seq, ...]
+            pending = coming
+
+    def summed(self, parts: Iterator[Tensor]) -> Tensor:
+        """The sum over ranks of the whole of `parts`, as it is outside; one travels while the next is made."""
+        started = [_start_sum(part, self) for part in parts]
+        for _, work in started:
+            work.wait()
+        return torch.cat([buffer for buffer, _ in started], 1)
+
+
+def _start_gather(part: Tensor, group: ProcessGroup) -> tuple[Tensor, dist.Work]:
+    buffer = part.new_empty(dist.get_world_size(group), *part.shape)
+    work = dist.all_gather_single(buffer.flatten(0, 1), part.contiguous(), group=group, async_op=True)
+    assert work is not None
+    return buffer, work
+
+
+def _start_sum(part: Tensor, exchange: _Exchange) -> tuple[Tensor, dist.Work]:
+    """`part` is used up, unless ranks have different tokens outside."""
+    if not exchange.sequence:
+        part = part.contiguous()
+        work = dist.all_reduce(part, group=exchange.group, async_op=True)
+    else:
+        by_rank = part.unflatten(1, (exchange.ranks, -1)).movedim(1, 0).contiguous()  # [ranks, batch, seq, ...]
+        part = by_rank.new_empty(by_rank.shape[1:])
+        work = dist.reduce_scatter_single(part, by_rank.flatten(0, 1), group=exchange.group, async_op=True)
+    assert work is not None
+    return part, work
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _through(grad: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of what was multiplied by `weight`."""
+    return matmul(_rows(grad), weight).view(*grad.shape[:-1], weight.shape[1])
+
+
+class _Entering(Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, exchange: _Exchange) -> Tensor:
+        if exchange.sequence:
+            parts, products = [], []
+            for part in exchange.gathered(x):
+                parts.append(part)
+                products.append(linear(part, weight, bias))
+            x, y = exchange.joined(parts), exchange.joined(products)
+        else:
+            y = linear(x, weight, bias)
+        ctx.exchange = exchange
+        ctx.save_for_backward(x, weight)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, weight = ctx.saved_tensors
+        exchange: _Exchange = ctx.exchange
+        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
+        started = [_start_sum(_through(part, weight), exchange) for part in exchange.cut(grad)] if need_x else []
+        weight_grad = transposed_matmul(_rows(grad), _rows(x)) if need_weight else None  # while the sums travel
+        bias_grad = _rows(grad).sum(0) if need_bias else None
+        for _, work in started:
+            work.wait()
+        x_grad = torch.cat([buffer for buffer, _ in started], 1) if need_x else None
+        return x_grad, weight_grad, bias_grad, None
+
+
+class _Leaving(Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, exchange: _Exchange) -> Tensor:
+        ctx.exchange = exchange
+        ctx.save_for_backward(x, weight)
+        return exchange.summed(linear(part, weight, bias) for part in exchange.cut(x))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, weight = ctx.saved_tensors
+        exchange: _Exchange = ctx.exchange
+        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
+        if exchange.sequence:
+            grads, x_grads = [], []
+            for part in exchange.gathered(grad):
+                grads.append(part)
+                if need_x:
+                    x_grads.append(_through(part, weight))
+            grad = exchange.joined(grads)
+            x_grad = exchange.joined(x_grads) if need_x else None
+        else:
+            x_grad = _through(grad, weight) if need_x else None
+        weight_grad = transposed_matmul(_rows(grad), _rows(x)) if need_weight else None
+        return x_grad, weight_grad, _rows(grad).sum(0) if need_bias else None, None

@@ -1,0 +1,301 @@
+"""Forward and backward of a step through a pipeline.
+
+Owns running a program of actions and messages on this rank, and what ranks of a pipeline agree on: names of metrics and
+the gradient of an embedding that two of them have. Knows no schedule by name.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from cordee.config.schema import TrainConfig
+from cordee.data.batch import Batch
+from cordee.model.balance import Balance
+from cordee.model.gpt import GPTModel
+from cordee.model.span import Span
+from cordee.parallel import collectives, compile, data
+from cordee.parallel.execution import Loss, LossParts, Work, add, noise_of
+from cordee.parallel.layout import Layout
+from cordee.parallel.pipeline import engine
+from cordee.parallel.pipeline.orders import REDUCING, Action, orders, with_reduction
+from cordee.parallel.pipeline.program import Message, Step, programs
+from cordee.parallel.pipeline.recorder import Recorder
+from cordee.parallel.pipeline.split import Division
+from cordee.parallel.pipeline.stage import Stage
+
+UNFINISHED = 8  # messages on their way at most: each keeps a tensor alive
+
+
+class PipelineExecutor:
+    """This rank's part of a pipeline, `division` of the layers over the ranks of `layout`."""
+
+    def __init__(
+        self,
+        model: GPTModel,
+        division: Division,
+        layout: Layout,
+        options: TrainConfig,
+        device: torch.device,
+        loss: Loss,
+    ):
+        self._model = model
+        self._division = division
+        self._layout = layout
+        self._device = device
+        self._zero_stage = options.zero_stage
+        self._dtype = data.compute_dtype(options)
+        self._parts = layout.degrees.tp if options.sequence_parallel else 1  # of a sequence between two stages
+        self._rank = layout.axis_rank("pp")
+        run = compile.whole(options, self._run)
+        self._stages = {
+            stage: Stage(stage, division.spans[stage], model, run, loss) for stage in division.stages(self._rank)
+        }
+        self._program = cache(self._make_program)
+        self._num_reports: dict[str, int] | None = None
+        self._recorder = Recorder(options.pipeline_timeline, layout)
+        self._seed = options.seed
+        # Reductions that would hold this thread up run beside it where the schedule has them early.
+        beside = layout.waits and division.schedule in REDUCING and self._zero_stage < 2
+        self._beside = ThreadPoolExecutor(1, "reduction") if beside else None
+        self._reductions: list[Future[None]] = []
+
+    # ---- what the trainer asks for -----------------------------------------------------------------------------------
+
+    def train(self, work: Work) -> dict[str, Tensor]:
+        batches = [batch.to(self._device) for batch in work.batches]
+        weights = [batch.weight() for batch in work.batches]
+        figures = _Figures()
+
+        def forward(stage: Stage, micro_batch: int, x: Tensor) -> Tensor:
+            balance = Balance(work.scale * work.weights[micro_batch] / work.weight)
+            output, parts = stage.forward(micro_batch, x, batches[micro_batch], balance, work.scale / work.weight)
+            figures.of_layers(balance, weights[micro_batch], first=micro_batch == 0)
+            if parts is not None:
+                figures.of_head(parts)
+            return output
+
+        with self._recorder.step():
+            engine.begin(self._model, reshard=self._zero_stage == 3)
+            self._perform(self._program(len(batches), training=True), batches, forward)
+            while self._reductions:
+                self._reductions.pop().result()
+            engine.finish(self._model)
+        self._join_copies()
+        return self._agreed(figures)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
+        batches = [batch.to(self._device) for batch in batches]
+        loss = torch.zeros((), device=self._device)
+        count = torch.zeros((), dtype=torch.int64, device=self._device)
+
+        def forward(stage: Stage, micro_batch: int, x: Tensor) -> Tensor:
+            output, parts = stage.evaluate(x, batches[micro_batch])
+            if parts is not None:
+                loss.add_(parts[0].float())
+                count.add_(parts[1])
+            return output
+
+        self._perform(self._program(len(batches), training=False), batches, forward)
+        return loss, count
+
+    # ---- running a program -------------------------------------------------------------------------------------------
+
+    def _make_program(self, num_micro_batches: int, training: bool) -> list[Step]:
+        division = self._division
+        found = orders(division.schedule, division.num_ranks, division.stages_per_rank, num_micro_batches)
+        if training:
+            found = with_reduction(found, at_once=division.schedule in REDUCING)
+        else:
+            found = [[action for action in order if action.kind == "F"] for order in found]
+        return programs(found, division.rank, len(division.spans))[self._rank]
+
+    def _perform(
+        self, program: Sequence[Step], batches: Sequence[Batch], forward: Callable[[Stage, int, Tensor], Tensor]
+    ) -> None:
+        mail = _Mail(self._layout, self._division, self._device, [self._empty(batch) for batch in batches])
+        for step in program:
+            if isinstance(step, Message):
+                mail.handle(step)
+                continue
+            stage, micro_batch = self._stages[step.stage], step.micro_batch
+            if step.kind == "F":
+                ids = batches[micro_batch].input_ids
+                x = ids if stage.span.embedding else mail.take("F", stage.index, micro_batch)
+                with self._recorder.action(step):
+                    output = forward(stage, micro_batch, x)
+                mail.put("F", stage.index, micro_batch, output)
+            elif step.kind == "R":
+                self._reduce(step, stage)
+            else:
+                self._backward(step, stage, mail)
+        mail.close()
+
+    def _backward(self, action: Action, stage: Stage, mail: _Mail) -> None:
+        micro_batch = action.micro_batch
+        grad = None
+        if action.kind != "W" and not stage.span.head:
+            grad = mail.take("B", stage.index, micro_batch)
+        with self._recorder.action(action):
+            if action.kind == "W":
+                found = stage.backward_by_weights(micro_batch)
+            elif action.kind == "I":
+                found = stage.backward_by_inputs(micro_batch, grad)
+            else:
+                found = stage.backward(micro_batch, grad)
+            engine.settle(stage.sharded, reduce=self._zero_stage >= 2 and action.kind != "I")
+        if found is not None:
+            mail.put("B", stage.index, micro_batch, found)
+
+    def _reduce(self, action: Action, stage: Stage) -> None:
+        def reduce() -> None:
+            with self._recorder.action(action):
+                engine.settle(stage.sharded, reduce=True)
+
+        if self._beside is None:
+            reduce()
+        else:
+            self._reductions.append(self._beside.submit(reduce))
+
+    def _run(self, x: Tensor, batch: Batch, balance: Balance | None, span: Span) -> Tensor:
+        """The hidden states that `span` makes; of the last one after the final norm."""
+        positions = batch.position_ids
+        if positions is None and not span.embedding:
+            positions = torch.arange(batch.input_ids.shape[1], device=self._device)[None]
+        return self._model(
+            x,
+            position_ids=positions,
+            segments=batch.segments,
+            balance=balance,
+            noise=noise_of(batch, self._seed),
+            output=lambda head, hidden: hidden,
+            span=span,
+        )
+
+    def _empty(self, batch: Batch) -> Tensor:
+        """What hidden states of a micro-batch are like between two stages `[batch, seq / parts, embed]`: no memory."""
+        size, length = batch.input_ids.shape
+        shape = (size, length // self._parts, self._model.config.hidden_size)
+        return torch.empty(shape, dtype=self._dtype, device="meta")
+
+    # ---- what ranks agree on -----------------------------------------------------------------------------------------
+
+    def _agreed(self, figures: _Figures) -> dict[str, Tensor]:
+        """The same names on all ranks, values divided by the number of layers, over all ranks, that report them."""
+        if self._num_reports is None:
+            of_rank = dict(collectives.gather((self._rank, figures.num_reports), self._layout))
+            names = sorted({name for found in of_rank.values() for name in found})
+            self._num_reports = {name: sum(found.get(name, 0) for found in of_rank.values()) for name in names}
+        sums = figures.sums
+        assert sums.keys() <= self._num_reports.keys(), "every step reports the same"
+        nothing = torch.zeros((), device=self._device)
+        return {name: sums.get(name, nothing) / number for name, number in self._num_reports.items()}
+
+    def _join_copies(self) -> None:
+        """Add up the gradients of an embedding that the first and the last rank have, as on one rank they would be."""
+        first, last = self._division.rank(0), self._division.rank(len(self._division.spans) - 1)
+        if not self._model.config.tie_word_embeddings or first == last or self._rank not in (first, last):
+            return
+        grad = self._model.embedding.weight.grad
+        if grad is None:
+            return
+        own = grad.to_local() if isinstance(grad, DTensor) else grad
+        group = self._layout.group("pp")
+        assert group is not None
+        mine, peer = own.contiguous(), last if self._rank == first else first
+        other = torch.empty_like(mine)
+        sent = collectives.send(mine, peer, group)
+        collectives.receive(other, peer, group).wait()
+        sent.wait()
+        own.add_(other)
+
+
+class _Figures:
+    """Sums over the micro-batches of a step on this rank, and how many layers report each; the head reports once."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.num_reports: dict[str, int] = {}
+
+    def of_head(self, parts: LossParts) -> None:
+        total, _, metrics = parts
+        values = {"": total, **metrics}
+        add(self.sums, values)
+        self.num_reports |= dict.fromkeys(values, 1)
+
+    def of_layers(self, balance: Balance, weight: int, first: bool) -> None:
+        """What the layers of one stage report of a micro-batch of this weight; they are counted in the `first`."""
+        for values in balance.layers.values():
+            add(self.sums, {name: value * weight for name, value in values.items()})
+            for name in values if first else ():
+                self.num_reports[name] = self.num_reports.get(name, 0) + 1
+
+
+class _Mail:
+    """Hidden states and their gradients on the way between stages, over ranks or within this one.
+
+    `like` has their shape and type for each micro-batch.
+    """
+
+    def __init__(self, layout: Layout, division: Division, device: torch.device, like: Sequence[Tensor]):
+        group = layout.group("pp")
+        assert group is not None, "a pipeline has several ranks"
+        self._group = group
+        self._division = division
+        self._rank = layout.axis_rank("pp")
+        self._device = device
+        self._like = like
+        self._out: dict[tuple[str, int, int], Tensor] = {}
+        self._due: dict[tuple[str, int, int], tuple[Tensor, dist.Work | None]] = {}
+        self._sent: deque[tuple[dist.Work, Tensor]] = deque()
+
+    def put(self, kind: str, stage: int, micro_batch: int, tensor: Tensor) -> None:
+        """What `stage` has made for the next one (F) or the one before (B)."""
+        like = self._like[micro_batch]
+        assert (tensor.shape, tensor.dtype) == (like.shape, like.dtype), f"{tensor.shape} {tensor.dtype}, not {like}"
+        to = stage + 1 if kind == "F" else stage - 1
+        if not 0 <= to < len(self._division.spans):
+            return
+        if self._division.rank(to) == self._rank:
+            self._due[kind, to, micro_batch] = tensor, None
+        else:
+            self._out[kind, stage, micro_batch] = tensor
+
+    def take(self, kind: str, stage: int, micro_batch: int) -> Tensor:
+        """What `stage` is to work on, once it is there."""
+        tensor, work = self._due.pop((kind, stage, micro_batch))
+        if work is not None:
+            work.wait()
+        return tensor
+
+    def handle(self, message: Message) -> None:
+        """Start to send or to receive."""
+        kind, stage, micro_batch = message.kind, message.stage, message.micro_batch
+        if message.what == "send":
+            peer = self._division.rank(stage + 1 if kind == "F" else stage - 1)
+            tensor = self._out.pop((kind, stage, micro_batch)).contiguous()
+            self._sent.append((collectives.send(tensor, peer, self._group), tensor))
+            self._wait(UNFINISHED)
+            return
+        peer = self._division.rank(stage - 1 if kind == "F" else stage + 1)
+        into = torch.empty_like(self._like[micro_batch], device=self._device)
+        self._due[kind, stage, micro_batch] = into, collectives.receive(into, peer, self._group)
+
+    def close(self) -> None:
+        """Wait until all is sent."""
+        self._wait(0)
+        assert not self._due and not self._out, "every message is taken"
+
+    def _wait(self, unfinished: int) -> None:
+        # What is waited for is expected in a program whose every message up to here comes before it: nobody waits for
+        # this rank in turn.
+        while len(self._sent) > unfinished:
+            self._sent.popleft()[0].wait()

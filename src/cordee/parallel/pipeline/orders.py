@@ -1,0 +1,241 @@
+"""In which order each rank of a pipeline computes.
+
+Owns the schedules by name, where each places its stages, and what a schedule asks of ranks, stages and micro-batches.
+Stages are numbered along the model, micro-batches in the order of their samples. Knows neither torch nor time: the
+executor runs these orders, `cordee.plan` simulates them.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from cordee.config.schema import PipelineSchedule
+from cordee.config.spelling import nearest
+from cordee.errors import Problem, raise_all
+
+Kind = Literal["F", "B", "I", "W", "R"]
+SCHEDULES: tuple[str, ...] = get_args(PipelineSchedule)
+V_SHAPED = ("zbv", "dualpipev")  # rank r has the stages r and 2 * ranks - 1 - r; elsewhere r, r + ranks, ...
+REDUCING = ("fold_aiao", "fold_fifo")  # gradients of a stage are reduced under the backward of the next
+
+STAGES_PER_RANK: dict[str, tuple[int, int | None]] = {  # at least, and at most (None: any number)
+    "gpipe": (1, 1),
+    "1f1b": (1, 1),
+    "interleaved": (2, None),
+    "interleaved_zero_bubble": (1, None),
+    "zbv": (2, 2),
+    "dualpipev": (2, 2),
+    "fold_aiao": (2, None),
+    "fold_fifo": (2, None),
+}
+
+
+@dataclass(frozen=True)
+class Action:
+    """One thing a rank does for one stage and one micro-batch.
+
+    kind: F forward, B whole backward, I backward by inputs only, W backward by weights only (after I), R start the
+    reduction of the stage's gradients over the data-parallel ranks; `micro_batch` of R is that of the last backward.
+    """
+
+    kind: Kind
+    stage: int
+    micro_batch: int
+
+    def __str__(self) -> str:
+        return f"{self.stage}{self.kind}{self.micro_batch}"
+
+
+def orders(schedule: str, num_ranks: int, stages_per_rank: int, num_micro_batches: int) -> list[list[Action]]:
+    """What each rank computes, in order. ProblemError if the schedule does not fit these numbers.
+
+    A backward in two parts is I directly followed by W where nothing is to be done between them. Sources: GPipe (Huang
+    et al. 2019), 1f1b and interleaved (Narayanan et al. 2021), interleaved_zero_bubble (ZB-H1 over several stages) and
+    zbv (Qi et al. 2024), dualpipev (DeepSeek-V3, cut in half), fold_aiao and fold_fifo (AscendSpeed's Fold3D).
+    """
+    raise_all(problems(schedule, num_ranks, stages_per_rank, num_micro_batches))
+    build = _BUILDERS[schedule]
+    return [list(build(rank, num_ranks, stages_per_rank, num_micro_batches)) for rank in range(num_ranks)]
+
+
+def rank_of(schedule: str, stage: int, num_ranks: int) -> int:
+    """The rank that has a stage."""
+    if schedule in V_SHAPED:
+        return stage if stage < num_ranks else 2 * num_ranks - 1 - stage
+    return stage % num_ranks
+
+
+def with_reduction(orders: Iterable[Sequence[Action]], *, at_once: bool = True) -> list[list[Action]]:
+    """The orders with an R for every stage: behind its last backward `at_once`, or else when all stages are done."""
+    return [_reduced(order, at_once) for order in orders]
+
+
+def problems(schedule: str, num_ranks: int, stages_per_rank: int, num_micro_batches: int) -> Iterator[Problem]:
+    """Why these numbers do not suit the schedule."""
+    if schedule not in SCHEDULES:
+        near = nearest(schedule, SCHEDULES)
+        fix = f"did you mean {' or '.join(near)}?" if near else f"one of {', '.join(SCHEDULES)}"
+        yield Problem("schedule", schedule, "there is no such pipeline schedule", fix)
+        return
+    yield from _stages(schedule, stages_per_rank)
+    if schedule in ("interleaved", "interleaved_zero_bubble", "fold_fifo"):
+        yield from _rounds(schedule, num_ranks, num_micro_batches)
+    if schedule == "dualpipev" and num_micro_batches < 2 * num_ranks:
+        why = f"the 2 x {num_ranks} stages need as many micro-batches; there are {num_micro_batches}"
+        yield Problem("schedule", schedule, why, f"give at least {2 * num_ranks} micro-batches, or choose zbv")
+
+
+# -------------------------------------------------------------------------------------------- what does not fit
+
+
+def _stages(schedule: str, stages_per_rank: int) -> Iterator[Problem]:
+    least, most = STAGES_PER_RANK[schedule]
+    if not least <= stages_per_rank <= (most or stages_per_rank):
+        wanted = f"{least}" if most else f"at least {least}"
+        why = f"it needs {wanted} stage{'s' if wanted != '1' else ''} a rank; there {_are(stages_per_rank)}"
+        others = [name for name, (low, high) in STAGES_PER_RANK.items() if low <= stages_per_rank <= (high or 10**9)]
+        yield Problem("schedule", schedule, why, f"give {wanted}, or choose {' or '.join(others)}")
+
+
+def _rounds(schedule: str, num_ranks: int, num_micro_batches: int) -> Iterator[Problem]:
+    """Stages take turns after about as many micro-batches as there are ranks; all turns must be equally long."""
+    rounds = max(1, num_micro_batches // num_ranks)
+    if num_micro_batches % rounds:
+        why = f"{num_micro_batches} micro-batches cannot be dealt out in {rounds} equal rounds over {num_ranks} ranks"
+        multiple = num_micro_batches // num_ranks * num_ranks
+        yield Problem("schedule", schedule, why, f"give {multiple} or {multiple + num_ranks} micro-batches")
+
+
+def _are(number: int) -> str:
+    return f"is {number}" if number == 1 else f"are {number}"
+
+
+# ------------------------------------------------------------------------------------------ one rank's actions
+
+
+def _gpipe(rank: int, num_ranks: int, stages_per_rank: int, num_micro_batches: int) -> Iterator[Action]:
+    """All forwards, then all backwards; with several stages, one stage after another (all in, all out)."""
+    stages = range(rank, num_ranks * stages_per_rank, num_ranks)
+    for stage in stages:
+        yield from (Action("F", stage, micro_batch) for micro_batch in range(num_micro_batches))
+    for stage in reversed(stages):
+        yield from (Action("B", stage, micro_batch) for micro_batch in range(num_micro_batches))
+
+
+def _one_f_one_b(rank: int, num_ranks: int, stages_per_rank: int, num_micro_batches: int) -> Iterator[Action]:
+    forwards = [Action("F", rank, micro_batch) for micro_batch in range(num_micro_batches)]
+    backwards = [[Action("B", rank, micro_batch)] for micro_batch in range(num_micro_batches)]
+    return _alternate(forwards, backwards, warmup=num_ranks - 1 - rank)
+
+
+def _interleaved(rank: int, num_ranks: int, stages_per_rank: int, num_micro_batches: int) -> Iterator[Action]:
+    """1F1B over several stages, which take turns."""
+    turn = num_micro_batches // max(1, num_micro_batches // num_ranks)
+    stages = range(rank, num_ranks * stages_per_rank, num_ranks)
+    forwards = list(_in_turns("F", stages, turn, num_micro_batches))
+    backwards = [[action] for action in _in_turns("B", stages[::-1], turn, num_micro_batches)]
+    return _alternate(forwards, backwards, warmup=(stages_per_rank - 1) * turn + 2 * (num_ranks - 1 - rank))
+
+
+def _interleaved_zero_bubble(
+    rank: int, num_ranks: int, stages_per_rank: int, num_micro_batches: int
+) -> Iterator[Action]:
+    """Interleaved, with a shorter warm-up; the backward by weights lags `rank` micro-batches behind that by inputs."""
+    turn = num_micro_batches // max(1, num_micro_batches // num_ranks)
+    stages = range(rank, num_ranks * stages_per_rank, num_ranks)
+    forwards = list(_in_turns("F", stages, turn, num_micro_batches))
+    by_inputs = list(_in_turns("I", stages[::-1], turn, num_micro_batches))
+    by_weights = [Action("W", action.stage, action.micro_batch) for action in by_inputs]
+    backwards = [
+        [action] if number < rank else [action, by_weights[number - rank]] for number, action in enumerate(by_inputs)
+    ]
+    backwards.append(by_weights[max(0, len(by_weights) - rank) :])
+    return _alternate(forwards, backwards, warmup=(stages_per_rank - 1) * turn + num_ranks - 1 - rank)
+
+
+def _in_turns(kind: Kind, stages: Sequence[int], turn: int, num_micro_batches: int) -> Iterator[Action]:
+    """Each stage handles `turn` micro-batches, then the next stage the same ones."""
+    for first in range(0, num_micro_batches, turn):
+        for stage in stages:
+            yield from (Action(kind, stage, micro_batch) for micro_batch in range(first, first + turn))
+
+
+def _alternate(forwards: Sequence[Action], backwards: Sequence[Sequence[Action]], warmup: int) -> Iterator[Action]:
+    """`warmup` forwards, then forward and backward in turns, then the backwards that are left."""
+    warmup = min(warmup, len(forwards))
+    yield from forwards[:warmup]
+    for number, backward in enumerate(backwards, warmup):
+        yield from forwards[number : number + 1]
+        yield from backward
+
+
+def _zbv(rank: int, num_ranks: int, stages_per_rank: int, num_micro_batches: int) -> Iterator[Action]:
+    """Both arms of the V: 0 goes down the ranks, 1 comes back up. Backwards by weights at the end fill the bubble.
+
+    The pattern is that of a pipeline which is full at least once; micro-batches that do not exist are left out.
+    """
+    full = max(2 * num_ranks - 1, num_micro_batches)
+    after = num_ranks - rank
+    lacking = full - (2 * num_ranks - 1 - rank)  # forwards of arm 0 that the warm-up leaves
+    pattern = ["F0"] * (2 * after - 1) + ["F1", "F0"] * rank + ["F1", "I1", "W1"] * after
+    for number in range(full - num_ranks):
+        pattern += ["F0"] * (number < lacking) + ["I0", "W0", "F1", "I1", "W1"]
+    pattern += ["I0", "I1"] * rank + ["I0", "W0"] * after + ["W1"] * rank + ["W0"] * rank
+    return (action for action in _numbered(pattern, rank, num_ranks) if action.micro_batch < num_micro_batches)
+
+
+def _dualpipev(rank: int, num_ranks: int, stages_per_rank: int, num_micro_batches: int) -> Iterator[Action]:
+    """Both arms of the V, each forward beside a backward of the other arm, so that one's messages hide the other's."""
+    after = num_ranks - 1 - rank
+    pattern = ["F0"] * (2 * after) + ["F0", "F1"] * (rank + 1) + ["I1", "W", "F1"] * after
+    pattern += ["F0", "B1", "F1", "B0"] * (num_micro_batches - 2 * num_ranks + rank + 1)
+    pattern += ["B1", "F1", "B0"] * after
+    ending = ["B1", "B0"] * (rank + 1)
+    pattern += ending[: rank + 1] + [step.replace("B", "I") for step in ending[rank + 1 :]]
+    pattern += ["W", "I0"] * after + ["W"] * (rank + 1)
+    return _numbered(pattern, rank, num_ranks)
+
+
+def _numbered(pattern: Iterable[str], rank: int, num_ranks: int) -> Iterator[Action]:
+    """Steps such as "F0", "I1" (kind, arm of the V) to actions: the first F0 is micro-batch 0, the second 1, ...
+
+    "W1" is the oldest backward by weights that arm 1 still owes, "W" that of either arm.
+    """
+    stages = (rank, 2 * num_ranks - 1 - rank)
+    forward, backward = [0, 0], [0, 0]
+    owed: deque[tuple[int, int]] = deque()  # (arm, micro-batch)
+    for kind, *arms in pattern:
+        if kind == "W":
+            arm, micro_batch = next(each for each in owed if not arms or each[0] == int(arms[0]))
+            owed.remove((arm, micro_batch))
+            yield Action("W", stages[arm], micro_batch)
+            continue
+        arm = int(arms[0])
+        count = forward if kind == "F" else backward
+        micro_batch, count[arm] = count[arm], count[arm] + 1
+        if kind == "I":
+            owed.append((arm, micro_batch))
+        yield Action(kind, stages[arm], micro_batch)  # type: ignore[arg-type]
+
+
+def _reduced(order: Sequence[Action], at_once: bool) -> list[Action]:
+    last = {action.stage: action for action in order if action.kind in ("B", "W")}
+    reductions = {action: Action("R", action.stage, action.micro_batch) for action in last.values()}
+    if not at_once:
+        return [*order, *(reductions[action] for action in order if action in reductions)]
+    return [each for action in order for each in (action, reductions.get(action)) if each]
+
+
+_BUILDERS: dict[str, Callable[[int, int, int, int], Iterator[Action]]] = {
+    "gpipe": _gpipe,
+    "1f1b": _one_f_one_b,
+    "interleaved": _interleaved,
+    "interleaved_zero_bubble": _interleaved_zero_bubble,
+    "zbv": _zbv,
+    "dualpipev": _dualpipev,
+    "fold_aiao": _gpipe,
+    "fold_fifo": _interleaved,
+}

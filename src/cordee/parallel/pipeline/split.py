@@ -1,0 +1,248 @@
+"""Which layers each stage of a pipeline has, and which rank has the stage.
+
+Owns the division of a model: even by what layers cost, or as `--num-layer-list`, `--noop-layers` and virtual stages
+say. Knows neither torch nor time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any
+
+from cordee.config.schema import ParallelOptions
+from cordee.errors import Problem, raise_all
+from cordee.families.count import head_flops, layer_flops
+from cordee.model.config import ModelConfig
+from cordee.model.span import Span
+from cordee.parallel.pipeline.orders import V_SHAPED, rank_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Division:
+    """A model over the ranks of a pipeline: the span of each stage, in the order of the model."""
+
+    schedule: str
+    num_ranks: int
+    spans: tuple[Span, ...]
+
+    @property
+    def stages_per_rank(self) -> int:
+        return len(self.spans) // self.num_ranks
+
+    def rank(self, stage: int) -> int:
+        """The rank that has a stage."""
+        return rank_of(self.schedule, stage, self.num_ranks)
+
+    def stages(self, rank: int) -> list[int]:
+        """The stages of a rank."""
+        return [stage for stage in range(len(self.spans)) if self.rank(stage) == rank]
+
+    def __str__(self) -> str:
+        """For people: "1f1b over 2 ranks: embedding, layers 0 to 3 | layers 4 to 7, head"."""
+        ranks = (", ".join(filter(None, map(_describe, self.owned(rank)))) for rank in range(self.num_ranks))
+        return f"{self.schedule} over {self.num_ranks} ranks: {' | '.join(ranks)}"
+
+    def owned(self, rank: int) -> list[Span]:
+        """The spans of a rank."""
+        return [self.spans[stage] for stage in self.stages(rank)]
+
+
+def _describe(span: Span) -> str:
+    layers = ""
+    if span.layers:
+        layers = f"layers {span.start} to {span.stop - 1}" if len(span.layers) > 1 else f"layer {span.start}"
+    parts = ("embedding" if span.embedding else "", layers, "head" if span.head else "")
+    return ", ".join(filter(None, parts))
+
+
+def schedule_of(options: ParallelOptions) -> str:
+    """The schedule that the options ask for."""
+    if options.fold_mode is not None:
+        return f"fold_{options.fold_mode}"
+    if options.pipeline_schedule is not None:
+        return options.pipeline_schedule
+    return "1f1b" if options.num_layers_per_virtual_pipeline_stage is None else "interleaved"
+
+
+def divide(options: ParallelOptions, model: ModelConfig, seq_length: int) -> Division:
+    """`model` over the stages that `options` ask for. ProblemError with all that keeps it from being divided."""
+    raise_all([*_list_problems(options, model), *_noop_problems(options, model), *_virtual_problems(options, model)])
+    schedule, num_ranks = schedule_of(options), options.pipeline_model_parallel_size
+    num_stages = num_ranks * _stages_per_rank(options, schedule, model)
+    if options.num_layer_list is not None:
+        ends = list(accumulate(layer_list(options.num_layer_list) or ()))
+    elif options.num_layers_per_virtual_pipeline_stage is not None or options.noop_layers is not None:
+        raise_all(_even_problems(options, model, num_stages))
+        ends = _even_ends(model.num_layers, noop_layers(options) or (), num_stages)
+    else:
+        raise_all(_few_problems(model, num_stages, schedule, num_ranks))
+        ends = _ends_by_cost(model, seq_length, num_stages)
+    division = Division(schedule=schedule, num_ranks=num_ranks, spans=_spans(ends))
+    raise_all(_idle_problems(options, division))
+    return division
+
+
+def by_cost(model: ModelConfig, num_stages: int) -> tuple[Span, ...]:
+    """Spans of stages that generate text, a token at a time: as equal in cost as can be."""
+    return _spans(_ends_by_cost(model, 1, num_stages))
+
+
+def _spans(ends: Sequence[int]) -> tuple[Span, ...]:
+    """Of stages that end at these layers."""
+    last = len(ends) - 1
+    return tuple(
+        Span(start, stop, embedding=stage == 0, head=stage == last)
+        for stage, (start, stop) in enumerate(pairwise([0, *ends]))
+    )
+
+
+def _stages_per_rank(options: ParallelOptions, schedule: str, model: ModelConfig) -> int:
+    if options.num_layers_per_virtual_pipeline_stage is not None:
+        stages = _num_places(options, model) // options.num_layers_per_virtual_pipeline_stage
+        return stages // options.pipeline_model_parallel_size
+    return 2 if schedule in V_SHAPED else 1
+
+
+# ---- dividing --------------------------------------------------------------------------------------------------------
+
+
+def _even_ends(num_layers: int, noop: Sequence[int], num_stages: int) -> list[int]:
+    """Where stages end that have as many layers each, if placeholders count as layers."""
+    num_places = num_layers + len(noop)
+    size = num_places // num_stages
+    real = [0, *accumulate(int(place not in noop) for place in range(num_places))]
+    return real[size::size]
+
+
+def _ends_by_cost(model: ModelConfig, seq_length: int, num_stages: int) -> list[int]:
+    """Where stages end so that the slowest costs least, and all others are as equal as that allows.
+
+    Costs are operations of the forward; the head is one more unit of the last stage, the embedding costs nothing. All
+    stages but the first and the last have a layer.
+    """
+    costs = [layer_flops(layer, model.hidden_size, seq_length) for layer in model.layers]
+    scale = max(costs)  # small numbers, whose squares are exact enough
+    sums = [0.0, *accumulate(cost / scale for cost in costs)]
+    head = head_flops(model) / scale
+    best: _Best = [(0.0, 0.0, [])] + [None] * model.num_layers
+    for stage in range(num_stages):
+        last = stage == num_stages - 1
+        extra, least = (head if last else 0.0), int(stage > 0 and not last)
+        best = [_best_end(best, stop, sums, extra, least) for stop in range(model.num_layers + 1)]
+    found = best[-1]
+    assert found is not None, "there is a layer for every stage between the ends"
+    return found[2]
+
+
+# For every number of layers the best way to divide them: the largest cost, the sum of squares, the ends of stages.
+_Best = list[tuple[float, float, list[int]] | None]
+
+
+def _best_end(before: _Best, stop: int, sums: Sequence[float], extra: float, least: int) -> Any:
+    """The best way to let one more stage end at `stop`, of `least` layers at least and with `extra` cost."""
+    found = []
+    for start in range(stop - least + 1):
+        if (whole := before[start]) is not None:
+            cost = sums[stop] - sums[start] + extra
+            found.append((round(max(whole[0], cost), 9), round(whole[1] + cost * cost, 9), [*whole[2], stop]))
+    return min(found, default=None)
+
+
+# ---- what does not fit -----------------------------------------------------------------------------------------------
+
+
+def layer_list(text: str) -> list[int] | None:
+    """The numbers of "7,8,8,9"; None if it is something else."""
+    parts = [part.strip() for part in text.split(",")]
+    return [int(part) for part in parts] if all(part.isdecimal() for part in parts) else None
+
+
+def noop_layers(options: ParallelOptions) -> list[int] | None:
+    """The places of layers that are only counted; None if the option cannot be read."""
+    return layer_list(options.noop_layers) if options.noop_layers is not None else []
+
+
+def _num_places(options: ParallelOptions, model: ModelConfig) -> int:
+    return model.num_layers + len(noop_layers(options) or ())
+
+
+def _list_problems(options: ParallelOptions, model: ModelConfig) -> Iterator[Problem]:
+    text, num_ranks = options.num_layer_list, options.pipeline_model_parallel_size
+    if text is None:
+        return
+    option = "--num-layer-list"
+    counts = layer_list(text)
+    for other, value in (
+        ("--num-layers-per-virtual-pipeline-stage", options.num_layers_per_virtual_pipeline_stage),
+        ("--noop-layers", options.noop_layers),
+    ):
+        if value is not None:
+            yield Problem(option, text, f"{other} {value} divides the layers too", "give one of the two")
+    if schedule_of(options) in V_SHAPED:
+        why = f"--pipeline-schedule {schedule_of(options)} has two stages on each rank"
+        yield Problem(option, text, why, "leave it out: layers are shared out by their cost")
+    if counts is None:
+        yield Problem(option, text, "it is not a list of numbers", "give the layers of each stage, such as 7,8,8,9")
+        return
+    if len(counts) != num_ranks:
+        why = f"it has {len(counts)} numbers for {num_ranks} stages"
+        yield Problem(option, text, why, f"give {num_ranks}, the layers of each stage")
+    if sum(counts) != model.num_layers:
+        why = f"it sums up to {sum(counts)}, and the model has {model.num_layers} layers"
+        yield Problem(option, text, why, f"let the numbers sum up to {model.num_layers}")
+
+
+def _noop_problems(options: ParallelOptions, model: ModelConfig) -> Iterator[Problem]:
+    text = options.noop_layers
+    if text is None:
+        return
+    places, option = noop_layers(options), "--noop-layers"
+    if places is None:
+        yield Problem(option, text, "it is not a list of numbers", "give places of layers, counted from 0: 0,127")
+        return
+    total = model.num_layers + len(places)
+    if outside := [place for place in places if place >= total]:
+        why = f"{outside[0]} is not among the {total} places, with those of {len(places)} placeholders"
+        yield Problem(option, text, why, f"give numbers from 0 to {total - 1}")
+    if len(set(places)) < len(places):
+        yield Problem(option, text, "it names a place twice", "name each place once")
+
+
+def _virtual_problems(options: ParallelOptions, model: ModelConfig) -> Iterator[Problem]:
+    size, num_ranks = options.num_layers_per_virtual_pipeline_stage, options.pipeline_model_parallel_size
+    if size is None:
+        return
+    places = _num_places(options, model)
+    if places % (size * num_ranks):
+        why = f"{num_ranks} ranks x {size} layers do not divide the {places} layers"
+        yield Problem("--num-layers-per-virtual-pipeline-stage", size, why, f"let {num_ranks} x it divide {places}")
+    elif places == size * num_ranks:
+        why = f"each of {num_ranks} ranks would have one stage of {size} layers, which is none to take turns with"
+        yield Problem("--num-layers-per-virtual-pipeline-stage", size, why, "give fewer layers, or leave it out")
+
+
+def _even_problems(options: ParallelOptions, model: ModelConfig, num_stages: int) -> Iterator[Problem]:
+    places = _num_places(options, model)
+    if places % num_stages:
+        why = f"with them {places} layers are to be shared out evenly over {num_stages} stages"
+        yield Problem("--noop-layers", options.noop_layers, why, f"let there be a multiple of {num_stages}")
+
+
+def _few_problems(model: ModelConfig, num_stages: int, schedule: str, num_ranks: int) -> Iterator[Problem]:
+    if model.num_layers < num_stages - 2:
+        why = f"its {num_stages} stages ({schedule}) are more than {model.num_layers} layers, embedding and head"
+        yield Problem("--pipeline-model-parallel-size", num_ranks, why, f"give at most {model.num_layers}")
+
+
+def _idle_problems(options: ParallelOptions, division: Division) -> Iterator[Problem]:
+    idle = [
+        str(rank)
+        for rank in range(division.num_ranks)
+        if not any(span.layers or span.embedding or span.head for span in division.owned(rank))
+    ]
+    if idle:
+        option = "--num-layer-list" if options.num_layer_list is not None else "--noop-layers"
+        value = options.num_layer_list or options.noop_layers
+        yield Problem(option, value, f"rank {', '.join(idle)} of the pipeline would have nothing", "give it a layer")

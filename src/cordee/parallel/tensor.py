@@ -1,0 +1,262 @@
+"""Tensor and sequence parallelism: matrices shared out over the ranks of an axis (Shoeybi et al. 2019; Korthikanti et
+al. 2022).
+
+Owns what happens at the borders of blocks, and what a rank computes with of parameters that `sharding.py` has shared
+out or repeated: the mathematics runs on local parts, through the views of `SpecifiedModule`.
+
+Between its borders a block computes another part of the work on every rank, from the same tokens: gradients of what
+is repeated there (a norm of queries, a router) are parts of a sum. Outside of blocks all ranks do the same, unless
+sequence parallelism gives each of them other tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor, Replicate
+
+from cordee.errors import Problem
+from cordee.model.attention import Attention
+from cordee.model.boundary import Boundary
+from cordee.model.config import AttentionConfig, MLPConfig, ModelConfig
+from cordee.model.gpt import GPTModel
+from cordee.model.linear import Linear
+from cordee.model.moe import MoE, StackedLinear
+from cordee.model.parameter import SpecifiedModule, View
+from cordee.parallel import differentiable, sharding
+from cordee.parallel.layout import Layout
+
+# ---- what fits -------------------------------------------------------------------------------------------------------
+
+
+def check(model: ModelConfig, size: int, seq_length: int, *, sequence: bool) -> Iterator[Problem]:
+    """What keeps `size` ranks from sharing `model` out; `seq_length` is what a rank has of a sequence."""
+    option = "--tensor-model-parallel-size"
+    if size == 1:
+        if sequence:
+            yield Problem(
+                "--sequence-parallel", True, "there is one tensor-parallel rank", f"give {option}, or drop it"
+            )
+        return
+    for what, number in dict.fromkeys(_divided(model)):
+        if number % size:
+            yield Problem(option, size, f"it does not divide the {number} {what}", "give a divisor of all of these")
+    if sharding.part_of(model.vocab_size, size - 1, size)[0] >= model.vocab_size:
+        yield Problem(option, size, f"one of the ranks would get none of {model.vocab_size} tokens", "lower it")
+    for attention in {layer.attention for layer in model.layers}:
+        if isinstance(attention, AttentionConfig):
+            yield from _group_problems(attention, size)
+    if sequence and seq_length % size:
+        why = f"the {size} tensor-parallel ranks cannot share {seq_length} tokens out evenly"
+        yield Problem("--sequence-parallel", True, why, f"take a multiple of {size} tokens, or drop it")
+
+
+def _divided(model: ModelConfig) -> Iterator[tuple[str, int]]:
+    for layer in model.layers:
+        yield "attention heads", layer.attention.num_heads
+        mlps = [layer.mlp] if isinstance(layer.mlp, MLPConfig) else [layer.mlp.expert, layer.mlp.shared]
+        for mlp in mlps:
+            if mlp is not None:
+                yield "dims of the MLP", mlp.ffn_hidden_size
+
+
+def _group_problems(attention: AttentionConfig, size: int) -> Iterator[Problem]:
+    groups = attention.num_kv_heads
+    if groups % size == 0 or attention.num_heads % size:
+        return
+    if size % groups:
+        why = f"{groups} key and value heads are neither shared out evenly by it nor repeated evenly"
+        yield Problem("--tensor-model-parallel-size", size, why, f"give a divisor or a multiple of {groups}")
+    elif attention.qk_norm is not None and attention.qk_norm.over == "all":
+        why = f"the norm over all keys needs them shared out, and there are {groups} key heads"
+        yield Problem("--tensor-model-parallel-size", size, why, f"give a divisor of {groups}")
+
+
+# ---- putting it on ---------------------------------------------------------------------------------------------------
+
+
+def apply(model: GPTModel, layout: Layout, *, sequence: bool) -> None:
+    """Let `model`, whose parameters are shared out already, compute its part on each tensor-parallel rank.
+
+    Nothing happens where there is one.
+    """
+    group = layout.group("tp")
+    if group is None:
+        return
+    axis = _Axis(group, layout.axis_rank("tp"), layout.degrees.tp)
+    _set_borders(model, axis, sequence)
+    inside = {module for block in _blocks(model) for module in block.modules()}
+    for module in model.modules():
+        if isinstance(module, SpecifiedModule):
+            _set_views(module, axis, summed=sequence or module in inside)
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """The tensor-parallel axis, seen from this rank."""
+
+    group: ProcessGroup
+    rank: int
+    size: int
+
+
+def _blocks(model: GPTModel) -> Iterator[nn.Module]:
+    """The modules between borders."""
+    for layer in model.own_layers():
+        yield layer.attention
+        yield layer.mlp
+    if model.has_head:
+        yield model.head
+
+
+def _set_borders(model: GPTModel, axis: _Axis, sequence: bool) -> None:
+    border = _SequenceBorder(axis.group) if sequence else _Border(axis.group)
+    if sequence:
+        model.outside = partial(_own_places, rank=axis.rank, size=axis.size)
+    for layer in model.own_layers():
+        layer.attention.boundary = border
+        layer.mlp.boundary = border
+        layer.attention.first_head = axis.rank * layer.config.attention.num_heads // axis.size
+        if isinstance(layer.attention, Attention):
+            _prepare_attention(layer.attention, axis)
+        if isinstance(layer.mlp, MoE):
+            layer.mlp.balance_share = 1.0 / axis.size  # every rank of the axis routes the same tokens
+    vocabulary = _Vocabulary.of(model.config.vocab_size, axis)
+    if model.has_embedding:
+        model.embedding.boundary = border
+        model.embedding.lookup = vocabulary.lookup
+        if model.config.learned_positions and sequence:
+            model.position_embedding.boundary = _OwnTokens(axis.group)
+    if model.has_head:
+        model.head.boundary = border
+        model.head.part = vocabulary
+
+
+def _own_places(places: Tensor, rank: int, size: int) -> Tensor:
+    return places.chunk(size, -1)[rank]
+
+
+def _prepare_attention(module: Attention, axis: _Axis) -> None:
+    if (groups := module.config.num_kv_heads) % axis.size:
+        module.slots = module.config.q_per_group * groups // axis.size + 2
+    if (slopes := module.scores.slopes) is not None:
+        own = len(slopes) // axis.size
+        module.scores = replace(module.scores, slopes=slopes[axis.rank * own :][:own])
+    if module.config.qk_norm is not None and module.config.qk_norm.over == "all":
+        for norm in (module.q_norm, module.k_norm):
+            norm.sum_over_parts = partial(differentiable.summed_for_parts, group=axis.group)
+
+
+def _set_views(module: SpecifiedModule, axis: _Axis, summed: bool) -> None:
+    """`summed`: gradients of what is repeated are parts of a sum over ranks."""
+    for name, spec in module.specs.items():
+        parameter = getattr(module, name)
+        assert isinstance(parameter, DTensor)
+        if parameter.placements[-1] == Replicate():
+            module.views[name] = sharding.repeated(summed)
+            if spec.axes[0] == "kv_group":
+                module.views[name] = _then(module.views[name], _group_slots(spec.shape, axis))
+    if module.specs.get("bias") is not None and _adds_parts(module):
+        first = 1.0 if axis.rank == 0 else 0.0  # the sum over ranks has the bias once
+        module.views["bias"] = _then(module.views["bias"], lambda bias: bias * first)
+
+
+def _adds_parts(module: SpecifiedModule) -> bool:
+    """Whether the results of a projection are parts of a sum over ranks: what it contracts is shared out."""
+    return isinstance(module, Linear | StackedLinear) and sharding.ALONG.get(module.specs["weight"].axes[-1]) == "tp"
+
+
+def _then(first: View, second: View) -> View:
+    return lambda parameter: second(first(parameter))
+
+
+def _group_slots(shape: tuple[int, ...], axis: _Axis) -> View:
+    """Of `[kv_group, slot, ...]`, fewer groups than ranks: one group, some of its query heads, its key and value.
+
+    Every rank keeps all groups, and computes only these.
+    """
+    groups, slots = shape[:2]
+    ranks_per_group = axis.size // groups
+    own = (slots - 2) // ranks_per_group
+    group, place = divmod(axis.rank, ranks_per_group)
+
+    def cut(whole: Tensor) -> Tensor:
+        mine = whole[group : group + 1]
+        return torch.cat((mine[:, place * own : (place + 1) * own], mine[:, -2:]), 1)
+
+    return cut
+
+
+# ---- borders ---------------------------------------------------------------------------------------------------------
+
+
+class _Border(Boundary):
+    """Activations outside of blocks are the same on all ranks."""
+
+    def __init__(self, group: ProcessGroup):
+        self._group = group
+
+    def enter(self, x: Tensor) -> Tensor:
+        return differentiable.copied(x, self._group)
+
+    def exit(self, x: Tensor) -> Tensor:
+        return differentiable.summed(x, self._group)
+
+
+class _SequenceBorder(_Border):
+    """Activations outside of blocks `[batch, seq / ranks, embed]` are of other tokens on every rank."""
+
+    def enter(self, x: Tensor) -> Tensor:
+        return differentiable.gathered(x, self._group, 1)
+
+    def exit(self, x: Tensor) -> Tensor:
+        return differentiable.scattered_sum(x, self._group, 1)
+
+
+class _OwnTokens(_Border):
+    """For what every rank has whole before a sequence is shared out: each goes on with its own tokens."""
+
+    def exit(self, x: Tensor) -> Tensor:
+        return differentiable.own_part(x, self._group, 1)
+
+
+@dataclass(frozen=True)
+class _Vocabulary:
+    """This rank's part of the vocabulary, for embedding and head; parts need not be equal."""
+
+    group: ProcessGroup
+    start: int
+    stop: int
+    sizes: tuple[int, ...]  # of all parts
+
+    @staticmethod
+    def of(vocab_size: int, axis: _Axis) -> _Vocabulary:
+        start, stop = sharding.part_of(vocab_size, axis.rank, axis.size)
+        parts = (sharding.part_of(vocab_size, rank, axis.size) for rank in range(axis.size))
+        return _Vocabulary(axis.group, start, stop, tuple(end - begin for begin, end in parts))
+
+    @property
+    def rows(self) -> int:
+        """Tokens of the largest part."""
+        return max(self.sizes)
+
+    def lookup(self, index: Tensor, rows: Tensor) -> Tensor:
+        """Zeros for tokens of other parts, so that the sum over ranks is the embedding."""
+        here = (index >= self.start) & (index < self.stop)
+        own = (index - self.start).clamp(0, len(rows) - 1)
+        return F.embedding(own, rows).masked_fill(~here[..., None], 0.0)
+
+    def largest(self, x: Tensor) -> Tensor:
+        return differentiable.largest(x, self.group)
+
+    def total(self, x: Tensor) -> Tensor:
+        return differentiable.sum_all(x, self.group)
+
+    def join(self, logits: Tensor) -> Tensor:
+        return differentiable.gathered_for_same(logits, self.group, -1, self.sizes)

@@ -1,0 +1,230 @@
+"""`cordee plan --schedule ...`: simulate, tell and draw pipeline schedules.
+
+Owns what the options mean for a simulation, their problems, and the table. How the picture looks is `picture`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import lcm
+from pathlib import Path
+
+from cordee.config.schema import PlanConfig
+from cordee.errors import Problem, ProblemError, raise_all
+from cordee.parallel.pipeline import micro_batches
+from cordee.parallel.pipeline.orders import REDUCING, STAGES_PER_RANK, orders, problems, with_reduction
+from cordee.plan.schedule import Costs, simulate
+from cordee.plan.timeline import Timeline, read_timeline
+
+FORMATS = (".svg", ".png")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One step to simulate."""
+
+    schedule: str
+    num_ranks: int
+    stages_per_rank: int
+    sizes: tuple[int, ...]  # samples of each micro-batch
+    manual: str | None = None  # what --manual-mbs says, if `sizes` are its
+
+    @property
+    def num_stages(self) -> int:
+        return self.num_ranks * self.stages_per_rank
+
+    @property
+    def name(self) -> str:
+        stages = f", {self.stages_per_rank} stages" if self.stages_per_rank > 1 else ""
+        return f"{self.schedule}{stages}" + (f", {self.manual}" if self.manual else "")
+
+
+def run(config: PlanConfig) -> int:
+    """Print the figures of every schedule, draw them if there is an output, and return 0. ProblemError if unfit."""
+    timelines = plan(config)
+    _tell(timelines)
+    if config.output:
+        from cordee.plan.picture import draw
+
+        try:
+            draw(timelines, Path(config.output))
+        except OSError as error:
+            why = f"it cannot be written: {error.strerror}"
+            raise ProblemError([Problem("--output", config.output, why, "give another place")]) from error
+        print(f"drawn: {config.output}")
+    return 0
+
+
+def plan(config: PlanConfig) -> list[Timeline]:
+    """The step of every schedule, and last the measured one if there is one."""
+    raise_all(_options(config))
+    cases = _cases(config)
+    raise_all(_fit(config, cases))
+    costs = _costs(config)
+    all_layers = [_layers(config, case, cases) for case in cases]
+    timelines = [_simulated(case, costs, layers) for case, layers in zip(cases, all_layers, strict=True)]
+    if config.timeline:
+        timelines.append(read_timeline(Path(config.timeline), layers=all_layers[-1], sizes=cases[-1].sizes))
+    return timelines
+
+
+def _simulated(case: Case, costs: Costs, layers: Sequence[float]) -> Timeline:
+    made = orders(case.schedule, case.num_ranks, case.stages_per_rank, len(case.sizes))
+    if costs.reduction:
+        made = with_reduction(made, at_once=case.schedule in REDUCING)
+    return simulate(made, costs, layers=layers, sizes=case.sizes, name=case.name)
+
+
+# ------------------------------------------------------------------------------------------- what the options mean
+
+
+def _cases(config: PlanConfig) -> list[Case]:
+    listed = micro_batches.sizes(config.manual_mbs) if config.manual_mbs else ()
+    example = micro_batches.EXAMPLES.get(config.manual_mbs or "")
+    num_ranks = config.pipeline_model_parallel_size or (example.num_ranks if example else 4)
+    equal = (_micro_batch_size(config),) * _num_micro_batches(config)
+    cases = []
+    for schedule in config.schedule:
+        stages = STAGES_PER_RANK[schedule][1] or config.stages_per_rank or 2
+        cases.append(Case(schedule=schedule, num_ranks=num_ranks, stages_per_rank=stages, sizes=equal))
+        if schedule == "1f1b" and listed:
+            cases.append(replace(cases[-1], sizes=listed, manual=config.manual_mbs))
+    return cases
+
+
+def _micro_batch_size(config: PlanConfig) -> int:
+    """Given, or else the mean of the sizes listed."""
+    if config.micro_batch_size or not config.manual_mbs:
+        return config.micro_batch_size or 1
+    listed = micro_batches.sizes(config.manual_mbs)
+    return max(1, round(sum(listed) / len(listed)))
+
+
+def _num_micro_batches(config: PlanConfig) -> int:
+    """Given, or else as many as are listed."""
+    listed = micro_batches.sizes(config.manual_mbs) if config.manual_mbs else ()
+    return config.num_micro_batches or len(listed) or 8
+
+
+def _costs(config: PlanConfig) -> Costs:
+    backward = config.backward_time or 2 * config.forward_time
+    return Costs(
+        forward=config.forward_time,
+        backward=backward,
+        backward_input=config.backward_input_time or backward / 2,
+        fixed=config.fixed_time,
+        communication=config.communication_time,
+        reduction=config.reduction_time,
+    )
+
+
+def _layers(config: PlanConfig, case: Case, cases: Sequence[Case]) -> list[float]:
+    """Layers of each stage."""
+    if config.num_layer_list:
+        return list(map(float, _numbers(config.num_layer_list)))
+    total = config.num_layers or lcm(*(each.num_stages for each in cases))
+    return [total / case.num_stages] * case.num_stages
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+# ---------------------------------------------------------------------------------------------------- what is wrong
+
+
+def _options(config: PlanConfig) -> Iterator[Problem]:
+    """What is wrong with single options, so that the rest can be read."""
+    if config.manual_mbs:
+        try:
+            micro_batches.sizes(config.manual_mbs)
+        except ProblemError as error:
+            yield from error.problems
+        if "1f1b" not in config.schedule:
+            why = "micro-batches of different sizes are run in the order of 1f1b"
+            yield Problem("--manual-mbs", config.manual_mbs, why, "add 1f1b to --schedule")
+    if config.num_layer_list:
+        if not all(part.strip().isdecimal() for part in config.num_layer_list.split(",")):
+            yield Problem("--num-layer-list", config.num_layer_list, "it is no list of numbers", "write 3,4,4,3")
+        elif not any(_numbers(config.num_layer_list)):
+            yield Problem("--num-layer-list", config.num_layer_list, "no stage has a layer", "write 3,4,4,3")
+    if config.num_layer_list and config.num_layers:
+        yield Problem("--num-layers", config.num_layers, "--num-layer-list gives it too", "give one of the two")
+    if not config.schedule:
+        yield Problem("--schedule", None, "there is nothing to simulate", "give a schedule, such as 1f1b")
+    if config.timeline and len(config.schedule) != 1:
+        why = f"it is the step of one schedule; there are {len(config.schedule)}"
+        yield Problem("--timeline", config.timeline, why, "give the --schedule of that run alone")
+    if config.output:
+        yield from _output(Path(config.output))
+
+
+def _output(path: Path) -> Iterator[Problem]:
+    if path.suffix.lower() not in FORMATS:
+        yield Problem("--output", path, "a picture is drawn as SVG or PNG", "let the name end in .svg or .png")
+    if not path.absolute().parent.is_dir():
+        yield Problem("--output", path, "there is no such directory", "make it first")
+
+
+def _fit(config: PlanConfig, cases: Sequence[Case]) -> Iterator[Problem]:
+    """What does not fit together."""
+    for case in cases:
+        yield from problems(case.schedule, case.num_ranks, case.stages_per_rank, len(case.sizes))
+        if case.manual:
+            size, count = _micro_batch_size(config), _num_micro_batches(config)
+            yield from micro_batches.problems(
+                case.manual, num_ranks=case.num_ranks, micro_batch_size=size, num_samples=size * count
+            )
+        else:
+            yield from _uneven(config, case)
+    if config.stages_per_rank and all(STAGES_PER_RANK[case.schedule][1] for case in cases):
+        why = f"{', '.join(config.schedule)} leaves no choice"
+        yield Problem("--stages-per-rank", config.stages_per_rank, why, "leave it out")
+    costs = _costs(config)
+    if costs.backward_input > costs.backward:
+        why = f"the whole backward takes {costs.backward:g}"
+        yield Problem("--backward-input-time", costs.backward_input, why, f"give at most {costs.backward:g}")
+
+
+def _uneven(config: PlanConfig, case: Case) -> Iterator[Problem]:
+    """Layers that do not come out even over the stages."""
+    stages = f"{case.schedule} has {case.num_stages} stages"
+    if config.num_layer_list and len(_numbers(config.num_layer_list)) != case.num_stages:
+        why = f"{stages}, the list {len(_numbers(config.num_layer_list))}"
+        yield Problem("--num-layer-list", config.num_layer_list, why, f"give {case.num_stages} numbers")
+    if config.num_layers and config.num_layers % case.num_stages:
+        fix = f"give a multiple of {case.num_stages}, or --num-layer-list"
+        yield Problem("--num-layers", config.num_layers, f"{stages}; their layers would not be equal", fix)
+
+
+# -------------------------------------------------------------------------------------------------------- the table
+
+
+def _tell(timelines: Sequence[Timeline]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("schedule", "step", "of first", "bubble", "worst", "peak", box=SIMPLE_HEAD)
+    reduces = any(span.action.kind == "R" for timeline in timelines for span in timeline.spans)
+    if reduces:
+        table.add_column("reduction")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for timeline in timelines:
+        cells = [
+            timeline.name,
+            f"{timeline.makespan:.4g}",
+            "-" if timeline.measured else f"{timeline.makespan / timelines[0].makespan:.3f}",
+            f"{timeline.bubble:.1%}",
+            f"{max(timeline.bubbles()):.1%}",
+            f"{max(timeline.peak_activations()):g}",
+        ]
+        table.add_row(*cells, *([f"{timeline.exposed_reduction:.4g}"] if reduces else []))
+    Console().print(table)
+    print("step: time of one step in the unit of the times given (measured: seconds), and its ratio to the first one's")
+    print("bubble: share of the step in which a rank does not compute, mean over ranks and on the worst one")
+    print("peak: most samples x layers whose activations a rank holds, on the rank that holds most")
+    if reduces:
+        print("reduction: time at the end of the step in which gradients are reduced and nothing is computed")

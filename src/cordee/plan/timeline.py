@@ -1,0 +1,122 @@
+"""When each rank of a pipeline did what, and the figures that follow from it.
+
+Owns the record of a step, simulated or measured, its file form, and how bubble and activations are counted. Knows no
+schedule.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import inf
+from pathlib import Path
+from typing import Any, get_args
+
+from cordee.errors import Problem, ProblemError
+from cordee.parallel.pipeline.orders import Action, Kind
+
+
+@dataclass(frozen=True)
+class Span:
+    """One action on one rank, from `start` to `end`, in any unit of time. An R runs beside the rank's own work."""
+
+    rank: int
+    action: Action
+    start: float
+    end: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timeline:
+    """One step; activations are counted in the `layers` of each stage and the `sizes` (samples) of each micro-batch."""
+
+    name: str
+    spans: Sequence[Span]
+    layers: Sequence[float]
+    sizes: Sequence[float]
+    measured: bool = False
+
+    @property
+    def num_ranks(self) -> int:
+        return 1 + max(span.rank for span in self.spans)
+
+    @property
+    def makespan(self) -> float:
+        """Time from the first action's start to the last one's end."""
+        return max(span.end for span in self.spans) - min(span.start for span in self.spans)
+
+    @property
+    def exposed_reduction(self) -> float:
+        """Time after the last computation in which gradients are still reduced."""
+        return max(0.0, max(span.end for span in self.spans) - max(span.end for span in self._computing()))
+
+    def bubbles(self) -> list[float]:
+        """For each rank, the share of the step in which it does not compute."""
+        busy = [0.0] * self.num_ranks
+        for span in self._computing():
+            busy[span.rank] += span.end - span.start
+        return [1 - each / self.makespan for each in busy]
+
+    @property
+    def bubble(self) -> float:
+        """Mean share of the step in which a rank does not compute."""
+        return sum(self.bubbles()) / self.num_ranks
+
+    def peak_activations(self) -> list[float]:
+        """For each rank, the most samples x layers whose activations it holds at one time.
+
+        They are held from the start of the forward to the end of the whole backward, or of the backward by weights:
+        an upper bound for a backward in two parts, which frees some after the first.
+        """
+        return [max(self._held(rank), default=0.0) for rank in range(self.num_ranks)]
+
+    def _held(self, rank: int) -> list[float]:
+        changes = []
+        for span in self.spans:
+            if span.rank == rank and span.action.kind in ("F", "B", "W"):
+                amount = self.layers[span.action.stage] * self.sizes[span.action.micro_batch]
+                changes.append((span.start, amount) if span.action.kind == "F" else (span.end, -amount))
+        held, course = 0.0, []
+        for _, change in sorted(changes):  # at the same time, what is freed comes first
+            held += change
+            course.append(held)
+        return course
+
+    def _computing(self) -> list[Span]:
+        return [span for span in self.spans if span.action.kind != "R"]
+
+
+def read_timeline(path: Path, *, layers: Sequence[float], sizes: Sequence[float]) -> Timeline:
+    """A measured step: a JSON list of {rank, kind, stage, micro_batch, start, end}, times in seconds of one clock.
+
+    ProblemError if it is none, or tells of stages and micro-batches that `layers` and `sizes` do not.
+    """
+    try:
+        spans = [_span(record) for record in json.loads(path.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fix = "give the file that a run wrote: a list of {rank, kind, stage, micro_batch, start, end}"
+        raise ProblemError([Problem("--timeline", path, f"it is no timeline: {error!r}", fix)]) from error
+    found = (1 + max((span.action.stage for span in spans), default=-1), _micro_batches(spans))
+    if found != (len(layers), len(sizes)):
+        why = f"it has {found[0]} stages and {found[1]} micro-batches, the schedule {len(layers)} and {len(sizes)}"
+        raise ProblemError([Problem("--timeline", path, why, "give the schedule and numbers of the run")])
+    if not any(span.action.kind != "R" and span.end > span.start for span in spans):
+        raise ProblemError([Problem("--timeline", path, "nothing in it takes time", "give the file that a run wrote")])
+    first = min(span.start for span in spans)
+    shifted = [Span(span.rank, span.action, span.start - first, span.end - first) for span in spans]
+    return Timeline(name="measured", spans=shifted, layers=layers, sizes=sizes, measured=True)
+
+
+def _micro_batches(spans: Sequence[Span]) -> int:
+    return 1 + max((span.action.micro_batch for span in spans), default=-1)
+
+
+def _span(record: Mapping[str, Any]) -> Span:
+    if record["kind"] not in get_args(Kind):
+        raise ValueError(f"kind {record['kind']!r} is none of {', '.join(get_args(Kind))}")
+    action = Action(record["kind"], int(record["stage"]), int(record["micro_batch"]))
+    span = Span(int(record["rank"]), action, float(record["start"]), float(record["end"]))
+    if min(span.rank, action.stage, action.micro_batch) < 0 or not span.start <= span.end < inf:
+        raise ValueError(f"{action} on rank {span.rank} from {span.start} to {span.end}")
+    return span

@@ -1,0 +1,122 @@
+"""Which checkpoint is the latest whole one, whatever a killed process left behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cordee.checkpoint import directory
+
+
+def make(root: Path, iteration: int, data: bytes = b"data") -> Path:
+    new = directory.temporary(root, iteration)
+    new.mkdir(parents=True)
+    (new / "__0_0.distcp").write_bytes(data)
+    files = {"__0_0.distcp": directory.file_entry(new / "__0_0.distcp")}
+    directory.publish(root, iteration, {"format": directory.FORMAT, "iteration": iteration, "files": files})
+    return root / directory.name_of(iteration)
+
+
+def test_names(tmp_path: Path):
+    make(tmp_path, 10)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000010", directory.TRACKER]
+    assert directory.is_root(tmp_path)
+    assert not directory.is_root(tmp_path / "iter_0000010")
+
+
+def spoil_missing(path: Path):
+    (path / "__0_0.distcp").unlink()
+
+
+def spoil_short(path: Path):
+    (path / "__0_0.distcp").write_bytes(b"da")
+
+
+def spoil_manifest(path: Path):
+    (path / directory.MANIFEST).write_text("{")
+
+
+def spoil_no_manifest(path: Path):
+    (path / directory.MANIFEST).unlink()
+
+
+def spoil_format(path: Path):
+    (path / directory.MANIFEST).write_text(json.dumps({"format": 99, "files": {"a": {}}}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (spoil_missing, "is missing"),
+        (spoil_short, "2 bytes instead of 4"),
+        (spoil_manifest, "cannot be read"),
+        (spoil_no_manifest, "cordee.json is missing"),
+        (spoil_format, "not a manifest of format 1"),
+    ],
+)
+def test_damaged_latest_is_passed_over_and_reported(tmp_path: Path, spoil, why):
+    make(tmp_path, 10)
+    spoil(make(tmp_path, 20))
+    iteration, passed_over = directory.latest(tmp_path)
+    assert iteration == 10
+    assert len(passed_over) == 1 and why in passed_over[0] and "iter_0000020" in passed_over[0]
+
+
+def test_changed_bytes_are_found_by_reading(tmp_path: Path):
+    path = make(tmp_path, 10)
+    (path / "__0_0.distcp").write_bytes(b"dat!")
+    assert directory.damage(path) is None
+    assert "checksum" in directory.damage(path, contents=["__0_0.distcp"])
+
+
+def test_tracker_can_be_edited_to_go_back(tmp_path: Path):
+    for iteration in (10, 20, 30):
+        make(tmp_path, iteration)
+    (tmp_path / directory.TRACKER).write_text("20\n")
+    assert directory.latest(tmp_path) == (20, [])
+
+
+@pytest.mark.parametrize("text", ["", "release", None])
+def test_without_a_readable_tracker_the_newest_counts(tmp_path: Path, text):
+    for iteration in (10, 20):
+        make(tmp_path, iteration)
+    tracker = tmp_path / directory.TRACKER
+    tracker.unlink() if text is None else tracker.write_text(text)
+    assert directory.latest(tmp_path) == (20, [])
+
+
+def test_nothing_there(tmp_path: Path):
+    assert directory.latest(tmp_path / "absent") == (None, [])
+    assert directory.tidy(tmp_path / "absent") == []
+
+
+def test_half_written_is_invisible_and_tidied(tmp_path: Path):
+    make(tmp_path, 10)
+    (directory.temporary(tmp_path, 20)).mkdir()
+    assert directory.latest(tmp_path) == (10, [])
+    assert directory.tidy(tmp_path) == [".iter_0000020.new"]
+    assert directory.iterations(tmp_path) == [10]
+
+
+def test_kill_between_the_renames_of_a_replacement(tmp_path: Path):
+    make(tmp_path, 10).rename(tmp_path / ".iter_0000010.old")
+    assert directory.latest(tmp_path)[0] is None
+    assert directory.tidy(tmp_path) == []
+    assert directory.latest(tmp_path) == (10, [])
+
+
+def test_replacement(tmp_path: Path):
+    make(tmp_path, 10, b"first")
+    make(tmp_path, 10, b"second")
+    assert (tmp_path / "iter_0000010" / "__0_0.distcp").read_bytes() == b"second"
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_retention(tmp_path: Path):
+    for iteration in (10, 20, 30, 40):
+        make(tmp_path, iteration)
+    spoil_short(tmp_path / "iter_0000020")
+    assert directory.retain(tmp_path, 30, keep=1) == [10]
+    assert directory.iterations(tmp_path) == [40, 30, 20]  # damaged and later ones are left to the user

@@ -1,0 +1,50 @@
+"""Lists of micro-batch sizes: the examples, lists of one's own, and what does not fit."""
+
+from __future__ import annotations
+
+import pytest
+
+from cordee.errors import ProblemError
+from cordee.parallel.pipeline.micro_batches import EXAMPLES, problems, sizes
+
+
+def test_the_examples_are_the_documented_ones():
+    assert sizes("example-config-1") == (1, 2, 3, 4, 5, 5, 5, 5, 5, 5, 5, 5, 5, 4, 3, 2)
+    assert sizes("example-config-2") == (1, 2, 2, 3, 4, *[5] * 13, 4, 4, 3, 3, 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_ranks", "num_samples"), [("example-config-1", 4, 64), ("example-config-2", 8, 96)]
+)
+def test_the_examples_suit_what_they_are_made_for(name, num_ranks, num_samples):
+    assert not list(problems(name, num_ranks=num_ranks, micro_batch_size=4, num_samples=num_samples))
+    as_list = ",".join(map(str, EXAMPLES[name].sizes))
+    assert not list(problems(as_list, num_ranks=num_ranks, micro_batch_size=4, num_samples=num_samples))
+
+
+def test_all_that_an_example_is_not_made_for_is_said_at_once():
+    found = list(problems("example-config-1", num_ranks=2, micro_batch_size=1, num_samples=32))
+    assert [problem.why for problem in found] == [
+        "it is made for 4 pipeline ranks; there are 2",
+        "it is made for 4 samples in a micro-batch; there is 1",
+        "it is made for 64 samples in a step on each data-parallel rank; there are 32",
+    ]
+
+
+def test_a_list_of_ones_own():
+    assert sizes("1, 2,3") == (1, 2, 3)
+    assert not list(problems("1,2,3", num_ranks=2, micro_batch_size=2, num_samples=6))
+
+
+def test_a_list_with_the_wrong_length_and_sum():
+    length, total = problems("1,2,3,4", num_ranks=2, micro_batch_size=2, num_samples=6)
+    assert "it has 4 sizes, and 6 samples in micro-batches of 2 make 3" in length.why
+    assert "its sizes make 10 samples, and a step has 6" in total.why
+
+
+@pytest.mark.parametrize("text", ["", "1,,2", "1,0", "1,-2", "example-config-3", "1;2", "1.5,2"])
+def test_what_is_no_list(text):
+    with pytest.raises(ProblemError, match="neither an example nor a list"):
+        sizes(text)
+    (problem,) = problems(text, num_ranks=2, micro_batch_size=2, num_samples=6)
+    assert "example-config-1" in problem.fix

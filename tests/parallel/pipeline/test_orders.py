@@ -1,0 +1,133 @@
+"""Orders: torch's own where it has the schedule, complete and free of deadlock everywhere."""
+
+from __future__ import annotations
+
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch.distributed.pipelining.schedules as peer
+
+from cordee.errors import ProblemError
+from cordee.parallel.pipeline.dependencies import stuck
+from cordee.parallel.pipeline.orders import REDUCING, SCHEDULES, Action, orders, problems, rank_of, with_reduction
+
+PEERS = {
+    "gpipe": peer.ScheduleGPipe,
+    "1f1b": peer.Schedule1F1B,
+    "interleaved": peer.ScheduleInterleaved1F1B,
+    "interleaved_zero_bubble": peer.ScheduleInterleavedZeroBubble,
+    "zbv": peer.ScheduleZBVZeroBubble,
+    "dualpipev": peer.ScheduleDualPipeV,
+    "fold_fifo": peer.ScheduleInterleaved1F1B,
+}
+GRID = [
+    (schedule, ranks, stages, micro_batches)
+    for schedule in SCHEDULES
+    for ranks in (1, 2, 3, 4, 6)
+    for stages in (1, 2, 3)
+    for micro_batches in (*range(1, 11), 13, 16, 20)
+    if not list(problems(schedule, ranks, stages, micro_batches))
+]
+
+
+def of_torch(schedule: str, ranks: int, stages_per_rank: int, micro_batches: int) -> list[list[str]]:
+    """The compute actions of torch's schedule, made from stages that have nothing but their numbers."""
+    stages = [
+        SimpleNamespace(
+            num_stages=ranks * stages_per_rank, stage_index=index, group_size=ranks, group_rank=0, submod=None
+        )
+        for index in range(stages_per_rank)
+    ]
+    several = issubclass(PEERS[schedule], peer.PipelineScheduleMulti)
+    made = PEERS[schedule](stages if several else stages[0], micro_batches)  # type: ignore[arg-type]
+    steps = [[step for step in made.pipeline_order[rank] if step] for rank in range(ranks)]
+    parts = [[part for step in order for part in step.sub_actions or (step,)] for order in steps]
+    flat = [[part for part in order if part.is_compute_op] for order in parts]
+    if schedule == "1f1b":  # the description numbers the forwards of the last rank from 1; its execution does from 0
+        last = [a._replace(microbatch_index=a.microbatch_index - (a.computation_type is peer.F)) for a in flat[-1]]
+        flat[-1] = last
+    return [list(map(str, order)) for order in flat]
+
+
+def torch_takes(schedule: str, ranks: int, stages: int, micro_batches: int) -> bool:
+    return schedule in PEERS and (schedule != "1f1b" or micro_batches >= ranks)
+
+
+@pytest.mark.parametrize("schedule", PEERS)
+def test_orders_are_those_of_torch(schedule):
+    cases = [case for case in GRID if case[0] == schedule and torch_takes(*case)]
+    assert len(cases) > 20
+    for case in cases:
+        assert [[str(action) for action in order] for order in orders(*case)] == of_torch(*case), case
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_action_once_on_its_rank_and_none_waits_for_ever(schedule):
+    for _, ranks, stages_per_rank, micro_batches in (case for case in GRID if case[0] == schedule):
+        made = orders(schedule, ranks, stages_per_rank, micro_batches)
+        counts = Counter(action for order in made for action in order)
+        assert max(counts.values()) == 1
+        for stage in range(ranks * stages_per_rank):
+            for micro_batch in range(micro_batches):
+                kinds = "".join(kind for kind in "FBIW" if Action(kind, stage, micro_batch) in counts)
+                assert kinds in ("FB", "FIW"), (schedule, ranks, stages_per_rank, micro_batches, stage, micro_batch)
+        assert all(rank_of(schedule, a.stage, ranks) == rank for rank, order in enumerate(made) for a in order)
+        assert not stuck(made)
+        assert not stuck(with_reduction(made))
+
+
+def test_orders_by_hand():
+    assert [" ".join(map(str, order)) for order in orders("1f1b", 2, 1, 3)] == [
+        "0F0 0F1 0B0 0F2 0B1 0B2",
+        "1F0 1B0 1F1 1B1 1F2 1B2",
+    ]
+    assert [" ".join(map(str, order)) for order in orders("fold_aiao", 2, 2, 2)] == [
+        "0F0 0F1 2F0 2F1 2B0 2B1 0B0 0B1",
+        "1F0 1F1 3F0 3F1 3B0 3B1 1B0 1B1",
+    ]
+
+
+def test_a_deadlock_is_found():
+    made = orders("1f1b", 2, 1, 2)
+    made[0][1], made[0][2] = made[0][2], made[0][1]  # now rank 0 waits for a gradient ...
+    made[1] = [made[1][0], made[1][2], made[1][1], made[1][3]]  # ... of what rank 1 needs more input for
+    assert (0, Action("B", 0, 0)) in stuck(made)
+    assert (1, Action("F", 1, 1)) in stuck(made)
+
+
+@pytest.mark.parametrize("schedule", REDUCING)
+def test_reduction_starts_with_the_last_backward_of_a_stage(schedule):
+    order = [str(action) for action in with_reduction(orders(schedule, 2, 2, 4))[0]]
+    assert [action for action in order if "R" in action] == ["2R3", "0R3"]
+    assert order[order.index("2B3") + 1] == "2R3"
+    assert order.index("2R3") < order.index("0B3")
+
+
+def test_reduction_waits_for_the_backward_by_weights():
+    for order in with_reduction(orders("zbv", 4, 2, 8)):
+        for number, action in enumerate(order):
+            if action.kind == "R":
+                later = {other.kind for other in order[number + 1 :] if other.stage == action.stage}
+                assert not later & {"F", "B", "I", "W"}
+
+
+@pytest.mark.parametrize(
+    ("case", "why", "fix"),
+    [
+        (("1f1b", 4, 2, 8), "it needs 1 stage a rank; there are 2", "give 1, or choose interleaved or"),
+        (("interleaved", 4, 1, 8), "it needs at least 2 stages a rank; there is 1", "gpipe or 1f1b"),
+        (("interleaved", 4, 2, 9), "9 micro-batches cannot be dealt out in 2 equal rounds over 4 ranks", "8 or 12"),
+        (("fold_aiao", 4, 1, 8), "at least 2 stages a rank", "give at least 2"),
+        (("fold_fifo", 4, 2, 9), "9 micro-batches cannot be dealt out", "8 or 12"),
+        (("zbv", 4, 3, 8), "it needs 2 stages a rank; there are 3", "give 2"),
+        (("dualpipev", 4, 2, 7), "the 2 x 4 stages need as many micro-batches; there are 7", "at least 8"),
+        (("1fb1", 4, 1, 8), "there is no such pipeline schedule", "did you mean 1f1b?"),
+    ],
+)
+def test_what_does_not_fit_is_said(case, why, fix):
+    with pytest.raises(ProblemError) as caught:
+        orders(*case)
+    (problem,) = caught.value.problems
+    assert why in problem.why
+    assert fix in problem.fix

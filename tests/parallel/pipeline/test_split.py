@@ -1,0 +1,154 @@
+"""How layers are divided over stages, and what cannot be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cordee.config.schema import TrainConfig
+from cordee.errors import ProblemError
+from cordee.model.config import ModelConfig
+from cordee.parallel.degrees import degrees
+from cordee.parallel.pipeline import check
+from cordee.parallel.pipeline.split import divide
+from tests.model import tiny
+
+
+def model(num_layers: int, **changes: Any) -> ModelConfig:
+    return tiny.config(*(tiny.layer(),) * num_layers, **{"vocab_size": 10, **changes})
+
+
+def options(ranks: int, **given: Any) -> TrainConfig:
+    return TrainConfig(seq_length=16, lr=1e-2, pipeline_model_parallel_size=ranks, **given)
+
+
+def ends(ranks: int, config: ModelConfig, **given: Any) -> list[int]:
+    return [span.stop for span in divide(options(ranks, **given), config, 16).spans]
+
+
+def test_equal_layers_are_shared_out_evenly():
+    assert ends(4, model(8)) == [2, 4, 6, 8]
+    assert sorted(b - a for a, b in zip([0, 3, 5], [3, 5, 8], strict=True)) == [2, 3, 3]
+    assert ends(2, model(8), pipeline_schedule="zbv") == [2, 4, 6, 8]
+
+
+def test_a_large_head_counts_as_layers():
+    heavy = ends(2, model(8, vocab_size=1000))
+    assert heavy[0] > 4 and heavy[1] == 8
+
+
+def test_no_division_is_better():
+    """Against trying all of them: the slowest stage, the head included, costs the least."""
+    from itertools import combinations
+
+    from cordee.families.count import head_flops, layer_flops
+
+    wide = tiny.layer(mlp=tiny.MLPConfig(ffn_hidden_size=200, activation="silu", gated=True))
+    config = tiny.config(tiny.layer(), wide, tiny.layer(), wide, tiny.layer(), tiny.layer(), vocab_size=200)
+    costs = [layer_flops(layer, config.hidden_size, 16) for layer in config.layers]
+
+    def slowest(cuts: list[int]) -> int:
+        parts = [sum(costs[a:b]) for a, b in zip([0, *cuts[:-1]], cuts, strict=True)]
+        return max([*parts[:-1], parts[-1] + head_flops(config)])
+
+    best = min(slowest([*cut, 6]) for cut in combinations(range(1, 7), 2))
+    assert slowest(ends(3, config)) == best
+
+
+def test_lists_placeholders_and_virtual_stages():
+    assert ends(3, model(8), num_layer_list="1,4,3") == [1, 5, 8]
+    assert ends(2, model(6), noop_layers="0,7") == [3, 6]
+    assert ends(4, model(6), noop_layers="0,7") == [1, 3, 5, 6]
+    assert ends(2, model(8), num_layers_per_virtual_pipeline_stage=2) == [2, 4, 6, 8]
+    assert ends(2, model(6), num_layers_per_virtual_pipeline_stage=2, noop_layers="0,7") == [1, 3, 5, 6]
+
+
+def test_ranks_and_ends_of_the_model():
+    looped = divide(options(2, num_layers_per_virtual_pipeline_stage=1), model(4), 16)
+    assert (looped.schedule, looped.stages(0), looped.stages(1)) == ("interleaved", [0, 2], [1, 3])
+    assert str(looped) == "interleaved over 2 ranks: embedding, layer 0, layer 2 | layer 1, layer 3, head"
+    vee = divide(options(2, pipeline_schedule="zbv"), model(4), 16)
+    assert (vee.stages(0), vee.stages(1)) == ([0, 3], [1, 2])
+    assert [(span.embedding, span.head) for span in vee.spans] == [
+        (True, False),
+        (False, False),
+        (False, False),
+        (False, True),
+    ]
+    assert [span.stop for span in vee.owned(0)] == [1, 4]
+
+
+@pytest.mark.parametrize(
+    ("given", "option", "why"),
+    [
+        ({"num_layer_list": "3,4"}, "--num-layer-list", "sums up to 7, and the model has 8"),
+        ({"num_layer_list": "3,4,1"}, "--num-layer-list", "3 numbers for 2 stages"),
+        ({"num_layer_list": "a,4"}, "--num-layer-list", "not a list of numbers"),
+        (
+            {"num_layer_list": "4,4", "num_layers_per_virtual_pipeline_stage": 2},
+            "--num-layer-list",
+            "divides the layers too",
+        ),
+        ({"num_layer_list": "4,4", "pipeline_schedule": "zbv"}, "--num-layer-list", "two stages on each rank"),
+        ({"noop_layers": "0,10"}, "--noop-layers", "not among the 10 places"),
+        ({"noop_layers": "1,1"}, "--noop-layers", "twice"),
+        ({"noop_layers": "1"}, "--noop-layers", "9 layers are to be shared out evenly over 2 stages"),
+        ({"num_layers_per_virtual_pipeline_stage": 3}, "--num-layers-per-virtual-pipeline-stage", "do not divide"),
+        ({"num_layers_per_virtual_pipeline_stage": 4}, "--num-layers-per-virtual-pipeline-stage", "one stage"),
+    ],
+)
+def test_what_cannot_be_divided(given: dict, option: str, why: str):
+    with pytest.raises(ProblemError) as caught:
+        divide(options(2, **given), model(8), 16)
+    assert any(problem.option == option and why in problem.why for problem in caught.value.problems)
+
+
+def test_a_rank_with_nothing_is_refused():
+    with pytest.raises(ProblemError, match="rank 1 of the pipeline would have nothing"):
+        divide(options(3, num_layer_list="4,0,4"), model(8), 16)
+    assert ends(3, model(8), num_layer_list="0,8,0") == [0, 8, 8]
+
+
+@pytest.mark.parametrize(
+    ("given", "option", "why"),
+    [
+        ({"pipeline_schedule": "zbv", "zero_stage": 3}, "--pipeline-schedule", "ZeRO stage 3"),
+        ({"pipeline_schedule": "dualpipev", "compile": "blocks"}, "--pipeline-schedule", "torch.compile"),
+        ({"pipeline_schedule": "interleaved"}, "--pipeline-schedule", "at least 2 stages"),
+        ({"pipeline_schedule": "dualpipev"}, "--pipeline-schedule", "as many micro-batches"),
+        ({"fold_mode": "aiao"}, "--fold-mode", "no virtual stages"),
+        ({"fold_mode": "fifo", "pipeline_schedule": "1f1b"}, "--fold-mode", "another order"),
+        ({"optimized_pipeline": True}, "--optimized-pipeline", "not said which micro-batches"),
+        ({"manual_mbs": "1,1"}, "--manual-mbs", "without --optimized-pipeline"),
+        ({"use_manual_layer_allocation": True}, "--use-manual-layer-allocation", "no layers are given"),
+        ({"optimized_pipeline": True, "manual_mbs": "1,3"}, "--manual-mbs", "4 samples"),
+        (
+            {"optimized_pipeline": True, "manual_mbs": "1,1", "pipeline_schedule": "gpipe"},
+            "--optimized-pipeline",
+            "as 1F1B",
+        ),
+    ],
+)
+def test_what_cannot_run(given: dict, option: str, why: str):
+    chosen = options(2, global_batch_size=2, **given)
+    found = list(check.problems(chosen, degrees(chosen, 2), [2]))
+    assert any(problem.option == option and why in problem.why for problem in found), found
+
+
+def test_options_of_a_pipeline_need_one():
+    chosen = options(1, num_layer_list="4", pipeline_schedule="zbv", fold_mode="aiao", noop_layers="0")
+    found = list(check.problems(chosen, degrees(chosen, 1), [2]))
+    assert {problem.option for problem in found} == {
+        "--num-layer-list",
+        "--pipeline-schedule",
+        "--fold-mode",
+        "--noop-layers",
+    }
+
+
+def test_a_large_bubble_is_worth_a_word():
+    division = divide(options(4), model(8), 16)
+    assert "waits for 43% of a step of 4 micro-batches" in next(check.notes(division, [16, 4]))
+    assert not list(check.notes(division, [16]))
+    assert not list(check.notes(divide(options(4, pipeline_schedule="zbv"), model(8), 16), [4]))

@@ -1,0 +1,105 @@
+"""Bytes per parameter: as published for Megatron's optimizers, and as tensors of real models have them."""
+
+from __future__ import annotations
+
+import pytest
+from torch.distributed.tensor import DTensor
+
+from cordee.config.schema import TrainConfig
+from cordee.model.gpt import GPTModel
+from cordee.optim.build import build_optimizer
+from cordee.parallel import data, sharding
+from cordee.parallel.cost import Bytes, Share, cost
+from cordee.parallel.degrees import Degrees
+from tests.parallel.test_data import LENGTH, build, samples
+
+
+def bytes_of(tensors) -> int:
+    """On this rank."""
+    parts = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    return sum(part.numel() * part.element_size() for part in parts)
+
+
+def backward(model: GPTModel, config: TrainConfig, *, last: bool) -> int:
+    """One micro-batch. Returns the bytes of gathered weights at its height."""
+    rest = {id(p) for p in model.parameters()}
+    data.begin_micro_batch(model, config.zero_stage, last=last)
+    inputs = samples()[:1, :-1].contiguous()
+    loss, _ = model(inputs, output=lambda head, hidden: head.loss(hidden, inputs))
+    gathered = bytes_of(p for p in model.parameters() if id(p) not in rest)
+    (loss / LENGTH).backward()
+    return gathered
+
+
+def measured(rank: int, world_size: int, given: dict) -> tuple[Bytes, Bytes]:
+    """What the arithmetic says, and what the tensors take."""
+    model, layout, config = build(world_size, **given)
+    wrapped = data.needs_sharding(config, world_size)
+    share = sharding.count(model, model.layers.values())
+    said = cost(config, layout.degrees, share, wrapped=wrapped, accumulates=True)
+    parameters = list(model.parameters())
+    optimizer = build_optimizer(config, model.named_parameters(), model.parameter_specs(), fused=False)
+    weights = bytes_of(parameters)
+    assert weights == 4 * sharding.kept(model)
+    weights += backward(model, config, last=False)
+    summed = bytes_of(p.grad for p in model.parameters() if p.grad is not None)
+    backward(model, config, last=True)
+    gradients = max(summed, bytes_of(p.grad for p in parameters))
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    state = bytes_of(value for slots in optimizer.state.values() for value in slots.values() if value.ndim)
+    size = share.parameters
+    return said, Bytes(weights=weights / size, gradients=gradients / size, optimizer=state / size)
+
+
+BF16 = {"bf16": True, "accumulate_allreduce_grads_in_fp32": False}  # a sum in another type is out of sight
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", [{}, BF16])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(("ranks", "tensor"), [(2, 1), (2, 2), (4, 2)])
+def test_equals_the_tensors(pool, ranks: int, tensor: int, stage: int, precision: dict):
+    given = {"zero_stage": stage, "tensor_model_parallel_size": tensor, **precision}
+    for said, found in pool.run(measured, ranks, given):
+        assert found.weights == pytest.approx(said.weights, rel=0.02)  # shards of some are padded
+        assert found.gradients == pytest.approx(said.gradients, rel=0.02)
+        assert found.optimizer == pytest.approx(said.optimizer, rel=0.02)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_alone(optimizer: str):
+    said, found = measured(0, 1, {"optimizer": optimizer})
+    assert found == said
+    assert said.total == (16 if optimizer == "adam" else 12)
+
+
+@pytest.mark.parametrize(
+    ("given", "shards", "total"),
+    [
+        ({"bf16": True}, 8, 6 + 12 / 8),
+        ({"bf16": True, "accumulate_allreduce_grads_in_fp32": False}, 8, 4 + 12 / 8),
+        ({}, 8, 8 + 12 / 8),
+        ({"bf16": True, "zero_stage": 2}, 8, 2 + 16 / 8),
+        ({"bf16": True, "zero_stage": 3}, 8, 16 / 8),
+        ({"bf16": True, "zero_stage": 0}, 1, 18),
+        ({"bf16": True, "optimizer": "sgd", "sgd_momentum": 0.0}, 4, 6 + 4 / 4),
+    ],
+)
+def test_by_hand(given: dict, shards: int, total: float):
+    config = TrainConfig(seq_length=8, lr=1.0, **given)
+    shape = Degrees(shard=shards, whole=config.zero_stage == 0)
+    assert cost(config, shape, Share(parameters=100), wrapped=True, accumulates=True).total == pytest.approx(total)
+
+
+def test_experts_have_fewer_shards():
+    config = TrainConfig(seq_length=8, lr=1.0, zero_stage=3)
+    found = cost(config, Degrees(shard=8, ep=4), Share(parameters=100, experts=60), wrapped=True, accumulates=True)
+    assert found.optimizer == pytest.approx(8 * (0.4 / 8 + 0.6 / 2))
+
+
+def test_in_words():
+    assert str(Bytes(weights=3, gradients=4, optimizer=8 / 3)) == (
+        "parameters and optimizer take 9.667 bytes per parameter on this rank (weights 3, gradients 4, optimizer 2.667)"
+    )

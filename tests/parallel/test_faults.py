@@ -1,0 +1,61 @@
+"""A rank that leaves a collective of the model out: the others say so within the time-out, on the way back too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from cordee.errors import RankLostError
+from cordee.parallel import collectives, differentiable
+from cordee.parallel.differentiable import copied, gathered, gathered_for_same, scattered_sum, summed, summed_for_parts
+
+FORWARD = [summed, summed_for_parts, partial(gathered, dim=1), partial(gathered_for_same, dim=1, sizes=(4, 4))]
+BACKWARD = [copied, summed_for_parts, partial(gathered, dim=1), partial(scattered_sum, dim=1)]
+
+
+def left_alone(rank: int, world_size: int, function: Callable, in_backward: bool) -> str | None:
+    group = dist.new_group(timeout=timedelta(seconds=1))
+    x = torch.ones(2, 4, requires_grad=True)
+    present = rank == 0 or in_backward
+    said = None
+    with collectives.contact("in step 6"):
+        y = function(x, group) if present and in_backward else None
+    if rank == 0:
+        with pytest.raises(RankLostError) as caught, collectives.contact("in step 7"):
+            if y is None:
+                function(x, group)
+            else:
+                (y * y).sum().backward()
+        said = str(caught.value)
+    dist.barrier()  # the rank that stays out is there, and its connections are open, until the other has given up
+    return said
+
+
+def require_said(said: str | None) -> None:
+    assert said is not None
+    assert said.startswith("1. rank 0\n    why: it lost the other ranks in step 7: Timed out waiting 1000ms")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("function", FORWARD)
+def test_forward(pool, function: Callable):
+    require_said(pool.run(left_alone, 2, function, False)[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("function", BACKWARD)
+def test_backward(pool, function: Callable):
+    require_said(pool.run(left_alone, 2, function, True)[0])
+
+
+def largest_left_alone(rank: int, world_size: int) -> str | None:
+    return left_alone(rank, world_size, differentiable.largest, False)
+
+
+def test_without_gradient(pool):
+    require_said(pool.run(largest_left_alone, 2)[0])
