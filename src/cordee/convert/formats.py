@@ -1,0 +1,133 @@
+"""The formats weights come in, told apart by what is on disk.
+
+Owns the table of formats. A format is a row: how it is recognised and read. What is written is in `targets`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cordee.checkpoint import directory
+from cordee.errors import Problem, ProblemError
+from cordee.weights import mindformers
+from cordee.weights.gguf import place
+from cordee.weights.megatron.layout import is_megatron
+
+if TYPE_CHECKING:
+    from cordee.weights.codec import Source
+    from cordee.weights.megatron.source import Reading
+
+
+_OPTION = re.compile(r"--[a-z]")
+
+
+@dataclass(frozen=True)
+class Format:
+    """One format: its name, whether a directory (or file) holds it, and how to read it, which alone imports torch.
+
+    The second argument of `read` says how to read a Megatron checkpoint; others need no telling.
+    """
+
+    name: str
+    title: str
+    recognises: Callable[[Path], bool]
+    read: Callable[[Path, Reading | None], Source]
+
+
+def _read_hf(path: Path, reading: Reading | None) -> Source:
+    from cordee.weights import hf
+
+    return hf.read(path)
+
+
+def _is_hf(path: Path) -> bool:
+    return (path / "config.json").is_file()
+
+
+def _read_mindformers(path: Path, reading: Reading | None) -> Source:
+    from cordee.weights import hf
+
+    return hf.read(path, mindformers.renamed)
+
+
+def _read_checkpoint(path: Path, reading: Reading | None) -> Source:
+    from cordee.checkpoint import source
+
+    return source.read(path)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return (path / directory.MANIFEST).is_file() or directory.is_root(path)
+
+
+def _read_distributed(path: Path, reading: Reading | None) -> Source:
+    from cordee.convert import distributed
+
+    return distributed.read(path)
+
+
+def _is_distributed(path: Path) -> bool:
+    return _is_hf(path) and ((path / ".metadata").is_file() or any(path.glob("*.distcp")))
+
+
+def _read_megatron(path: Path, reading: Reading | None) -> Source:
+    from cordee.weights.megatron import source
+
+    return source.read(path, reading or source.Reading())
+
+
+def _read_gguf(path: Path, reading: Reading | None) -> Source:
+    from cordee.weights.gguf import codec
+
+    return codec.read(path)
+
+
+FORMATS = (  # the first that recognises a directory reads it
+    Format("mg", "Megatron checkpoint", is_megatron, _read_megatron),
+    Format("cordee", "checkpoint of a run", _is_checkpoint, _read_checkpoint),
+    Format("dcp", "distributed checkpoint with a config.json", _is_distributed, _read_distributed),
+    Format("mindformers", "directory with MindFormers' names", mindformers.recognises, _read_mindformers),
+    Format("gguf", "file of GGUF", place.recognises, _read_gguf),
+    Format("hf", "Hugging Face directory", _is_hf, _read_hf),
+)
+
+
+def find(path: Path) -> Format | None:
+    """The format of what is at `path`; None if it is none that is known."""
+    return next((form for form in FORMATS if form.recognises(path)), None)
+
+
+def format_of(path: str | Path) -> Format:
+    """The format of what is at `path`. ProblemError if it is none that is known."""
+    path = Path(path)
+    if not path.exists():
+        raise ProblemError([Problem("model directory", path, "there is no such directory", "give one that exists")])
+    if (form := find(path)) is not None:
+        return form
+    from cordee.weights import peft
+
+    if peft.is_adapter(path):
+        why, fix = "it is an adapter of PEFT", "give the model it belongs to, and this as --lora-load"
+        raise ProblemError([Problem("model directory", path, why, fix)])
+    known = ", ".join(form.title for form in FORMATS)
+    raise ProblemError([Problem("model directory", path, f"it is none of {known}", "give a directory with a model")])
+
+
+def read(path: str | Path, reading: Reading | None = None) -> Source:
+    """The weights at `path`, whatever their format. ProblemError if there are none or something is wrong with them."""
+    form = format_of(path)
+    try:
+        return form.read(Path(path), reading)
+    except ProblemError as error:
+        raise ProblemError([_by_converting(problem) for problem in error.problems], error.everywhere) from error
+
+
+def _by_converting(problem: Problem) -> Problem:
+    """What is read here has not the options that conversion has."""
+    if _OPTION.search(problem.fix) is None:
+        return problem
+    return replace(problem, fix=f"{problem.fix} (options of cordee convert: convert it, and load the result)")

@@ -1,0 +1,163 @@
+"""`cordee convert`: weights of any format to any other.
+
+Owns the loop from a source to a sink over canonical names, and what goes before and after it: which model it is, what
+would be written, whether it was written right. Needs no device and no other process; memory is about twice the largest
+tensor, whatever the model.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cordee.config.option import to_flag
+from cordee.config.schema import ConvertConfig
+from cordee.convert.check import check_dialect, check_format, check_model, check_options, target_type
+from cordee.convert.formats import Format, format_of
+from cordee.errors import Problem, ProblemError, raise_all
+
+if TYPE_CHECKING:
+    from cordee.convert.targets import Prepared
+    from cordee.families.registry import ModelSpec
+    from cordee.weights.codec import Sink, Source
+
+logger = logging.getLogger("cordee")
+
+ORIGINAL = "mg2hf"  # where in the directory of the original model the way back from Megatron ends
+
+
+def run(options: ConvertConfig) -> int:
+    """Convert what is at `load_dir` to `save_dir`.
+
+    ProblemError before anything is written, or if `verify` finds that it was written wrong.
+    """
+    raise_all(check_options(options))
+    for name in ("max_queue_size", "megatron_path"):
+        if getattr(options, name) is not None:
+            logger.warning("%s: without effect", to_flag(name))
+    form = format_of(options.load_dir)
+    raise_all(check_format(form, options))
+    output, model = _output(form, options), _model(form, options)
+    source = _read(form, model, options)
+    raise_all(check_model(source.spec, options))
+    if options.lora_load is not None:
+        from cordee.convert import adapters
+
+        source = adapters.merged(source, options)
+    from cordee.convert import targets
+
+    prepared = targets.prepare(source, output, options)
+    if options.dry_run:
+        _tell(source, prepared, output, options)
+        return 0
+    with prepared.open() as sink:
+        copy(source, sink)
+    for note in source.notes:
+        logger.info(note)
+    logger.info("%d tensors written to %s", len(source.names()), output)
+    if options.verify:
+        from cordee.convert.verify import verify
+
+        for note in verify(prepared.expected or source, format_of(output).read(output, None), prepared.dtypes):
+            logger.info(note)
+    return 0
+
+
+# ---- before ----------------------------------------------------------------------------------------------------------
+
+
+def _output(form: Format, options: ConvertConfig) -> Path:
+    """Where to write. MindSpeed-LLM's converter wants the original model for the way back, and writes inside it."""
+    path = Path(options.save_dir)
+    back = form.name == "mg" and target_type(options) == "hf"
+    return path / ORIGINAL if back and (path / "config.json").is_file() else path
+
+
+def _model(form: Format, options: ConvertConfig) -> ModelSpec | None:
+    """The model that options give for a Megatron checkpoint; None if it is to tell by itself."""
+    from cordee.families.registry import spec_from_directory, spec_from_preset
+
+    if form.name != "mg":
+        return None
+    if options.model is not None:
+        return spec_from_directory(options.model) if Path(options.model).is_dir() else spec_from_preset(options.model)
+    if _output(form, options) != Path(options.save_dir):
+        return spec_from_directory(options.save_dir)
+    return None
+
+
+def _read(form: Format, model: ModelSpec | None, options: ConvertConfig) -> Source:
+    if form.name != "mg":
+        return form.read(Path(options.load_dir), None)
+    from cordee.weights.megatron.source import MegatronSource, Reading
+
+    if options.trust_checkpoint:
+        logger.warning("--trust-checkpoint: files of %s may run any code while they are loaded", options.load_dir)
+    reading = Reading(
+        spec=model,
+        vocab_size=options.true_vocab_size or _count_tokens(options.vocab_file),
+        strict=options.checking,
+        trusted=options.trust_checkpoint,
+    )
+    source = form.read(Path(options.load_dir), reading)
+    assert isinstance(source, MegatronSource)
+    raise_all(check_dialect(source, options))
+    if model is not None and (original := Path(options.model or options.save_dir)).is_dir():
+        source.companions = original
+    return source
+
+
+def _count_tokens(file: str | None) -> int | None:
+    if file is None:
+        return None
+    try:
+        return len(json.loads(Path(file).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ProblemError(
+            [Problem("--vocab-file", file, f"it cannot be read: {error}", "give a vocab.json")]
+        ) from error
+
+
+def _tell(source: Source, prepared: Prepared, output: Path, options: ConvertConfig) -> None:
+    """Print what would be written."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from cordee.weights.codec import SLICE
+    from cordee.weights.workers import SLICES_HELD
+
+    table = Table("file", "bytes", title=f"{source.spec.family.name} to {output}")
+    table.columns[1].justify = "right"
+    for file in prepared.files:
+        table.add_row(file.path, f"{file.nbytes:,}")
+    table.add_row("sum", f"{sum(file.nbytes for file in prepared.files):,}")
+    memory = (1 + options.workers) * prepared.largest
+    if source.sliceable:
+        memory = min(memory, (1 + options.workers) * SLICES_HELD * SLICE)
+    Console().print(table)
+    Console().print(f"memory: about {-(-memory // 2**20):,} MiB beside the program; nothing is written (--dry-run)")
+
+
+# ---- the loop --------------------------------------------------------------------------------------------------------
+
+
+def copy(source: Source, sink: Sink) -> None:
+    """Put every parameter of `source` into `sink`, one after the other, in the slices that the sink asks for."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    sizes = {name: _nbytes(source, name) for name in source.names()}
+    with Progress(*columns, TimeRemainingColumn()) as progress:
+        task = progress.add_task("converting", total=sum(sizes.values()))
+        for name, size in sizes.items():
+            sink.take(name, source.held(name))
+            progress.advance(task, size)
+
+
+def _nbytes(source: Source, name: str) -> int:
+    elements = 1
+    for size in source.shape(name):
+        elements *= size
+    return elements * source.dtype(name).itemsize

@@ -1,0 +1,145 @@
+"""Documents to score: of text files, and of tokens that are stored already.
+
+Owns how both become token ids with the bytes of text behind them, and what is reported of records that cannot be used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from cordee.config.schema import EvaluateOptions
+from cordee.data.check import token_problems
+from cordee.data.indexed import IndexedDataset, idx_path
+from cordee.data.manifest import read_manifest
+from cordee.data.readers import input_files, read_file
+from cordee.data.readers.chunk import Invalid
+from cordee.data.readers.stream import open_stream
+from cordee.data.tokenizer import Tokenizer
+from cordee.errors import Problem, ProblemError, raise_all
+from cordee.log import logger
+
+SHOWN = 5  # broken records that are named
+
+
+@dataclass(frozen=True)
+class Document:
+    """Token ids, int64 `[tokens]`.
+
+    `num_bytes` is the length in UTF-8 of the text of all tokens but the first, None if it is not known. `done` is the
+    share of the source up to the document's end.
+    """
+
+    tokens: npt.NDArray[np.int64]
+    num_bytes: int | None
+    done: float
+
+
+def is_indexed(path: str) -> bool:
+    """Whether `path` is the prefix of a `.bin/.idx` pair."""
+    return idx_path(path).is_file()
+
+
+def check_path(path: str) -> list[Problem]:
+    """What is wrong with a path, without reading what is in it."""
+    try:
+        if is_indexed(path):
+            return IndexedDataset(path).problems()
+        input_files(Path(path))
+    except ProblemError as error:
+        return [_renamed(problem) for problem in error.problems]
+    return []
+
+
+def read_documents(
+    path: str, tokenizer: Tokenizer | None, options: EvaluateOptions, vocab_size: int
+) -> Iterator[Document]:
+    """The documents of `path`, in their order; with `options.prepend_bos`, the tokenizer's bos comes first.
+
+    Raises ProblemError for ids that the vocabulary does not hold, and for broken records unless they are to be skipped.
+    """
+    bos = tokenizer.bos if tokenizer is not None and options.prepend_bos else None
+    if is_indexed(path):
+        yield from _indexed_documents(path, tokenizer, vocab_size, bos)
+    else:
+        assert tokenizer is not None, "text needs a tokenizer"
+        yield from _text_documents(path, tokenizer, options, bos)
+
+
+# ---- tokens ----------------------------------------------------------------------------------------------------------
+
+
+def _indexed_documents(
+    prefix: str, tokenizer: Tokenizer | None, vocab_size: int, bos: int | None
+) -> Iterator[Document]:
+    dataset = IndexedDataset(prefix)
+    if (manifest := read_manifest(dataset)) is not None:
+        raise_all(token_problems(prefix, manifest, vocab_size, tokenizer))
+    count = dataset.num_documents
+    for number in range(count):
+        sequences = dataset[int(dataset.document_indices[number]) : int(dataset.document_indices[number + 1])]
+        tokens = np.concatenate([np.empty(0, np.int64), *sequences], dtype=np.int64, casting="unsafe")
+        if len(tokens) and (int(tokens.min()) < 0 or int(tokens.max()) >= vocab_size):
+            wrong = next(token for token in tokens.tolist() if not 0 <= token < vocab_size)
+            why = f"document {number} holds token {wrong}, but the model has only {vocab_size} tokens"
+            raise ProblemError([Problem("--task-data-path", prefix, why, "give data made with the model's tokenizer")])
+        if bos is not None and tokens[:1].tolist() != [bos]:
+            tokens = np.concatenate(([bos], tokens))
+        yield Document(tokens, None, (number + 1) / count)
+
+
+# ---- text ------------------------------------------------------------------------------------------------------------
+
+
+def _text_documents(path: str, tokenizer: Tokenizer, options: EvaluateOptions, bos: int | None) -> Iterator[Document]:
+    files = input_files(Path(path))
+    before = [] if bos is None else [bos]
+    for number, file in enumerate(files):
+        for texts, done in _texts(file, options):
+            encoded = tokenizer.encode_batch(texts, add_special_tokens=False)
+            for text, ids in zip(texts, encoded, strict=True):
+                num_bytes = len(text.encode()) if before else None  # without bos the first token is not scored
+                yield Document(np.array(before + ids, np.int64), num_bytes, (number + done) / len(files))
+
+
+def _texts(file: Path, options: EvaluateOptions) -> Iterator[tuple[list[str], float]]:
+    """Texts in portions, each with the share of the file read."""
+    if options.whole_files and file.name.endswith((".txt", ".txt.gz")):
+        yield [_whole_text(file)], 1.0
+        return
+    broken: list[Invalid] = []
+    try:
+        for chunk in read_file(file, options.json_keys):
+            rows, invalid = chunk.rows(options.json_keys)
+            broken += invalid
+            if broken and not options.skip_invalid:
+                raise ProblemError([_broken_record(record) for record in broken[:SHOWN]])
+            yield [text for row in rows for text in row], chunk.done
+    except ProblemError as error:
+        raise ProblemError([_renamed(problem) for problem in error.problems]) from error
+    if broken:
+        shown = "; ".join(f"{record.place}: {record.why}" for record in broken[:SHOWN])
+        logger.warning("%d records left out that could not be read: %s", len(broken), shown)
+
+
+def _whole_text(file: Path) -> str:
+    with open_stream(file) as stream:
+        content = stream.file.read()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ProblemError([Problem("--task-data-path", file, f"it is not UTF-8: {error}", "convert it")]) from error
+
+
+def _broken_record(record: Invalid) -> Problem:
+    return Problem("--task-data-path", record.place, record.why, "mend it, or leave such records out: --skip-invalid")
+
+
+def _renamed(problem: Problem) -> Problem:
+    """Readers speak of --input, the option of preprocessing."""
+    option = "--task-data-path" if problem.option == "--input" else problem.option
+    return Problem(option, problem.value, problem.why, problem.fix)

@@ -1,0 +1,92 @@
+"""Tasks, one after the other, on one model.
+
+Owns their order, the progress shown and the two forms of the results: a table and JSON. Knows no task by name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from cordee.config.schema import EvaluateOptions
+from cordee.config.spelling import nearest
+from cordee.errors import Problem, ProblemError
+from cordee.evaluate.task import Result, Subject, Task, all_tasks
+from cordee.generate.results import NewFile
+from cordee.model.config import ModelConfig
+
+
+def tasks_of(options: EvaluateOptions, model: ModelConfig) -> list[Task]:
+    """The tasks that are asked for. ProblemError for names that are none's, and for all that they find wrong."""
+    known = all_tasks()
+    problems = [_unknown(name, known) for name in options.task if name not in known]
+    chosen = [known[name] for name in dict.fromkeys(options.task) if name in known]
+    problems += [problem for task in chosen for problem in task.check(options, model)]
+    if problems:
+        raise ProblemError(problems)
+    return chosen
+
+
+def run_tasks(tasks: Sequence[Task], subject: Subject, options: EvaluateOptions) -> list[Result]:
+    """What each task finds. A bar on the terminal shows how far it is."""
+    results = []
+    for task in tasks:
+        with _bar(task.name, shown=subject.speaks) as progress:
+            results.append(task.run(subject, options, progress))
+    return results
+
+
+def table(result: Result) -> Table:
+    """Metrics as columns, parts as rows, the whole last."""
+    rows = {**result.parts, "total": result.metrics} if len(result.parts) > 1 else result.parts or {"": result.metrics}
+    names = list(dict.fromkeys(name for metrics in rows.values() for name in metrics))
+    shown = Table(title=result.task, title_justify="left")
+    shown.add_column("", overflow="fold")
+    for name in names:
+        shown.add_column(name.replace("_", " "), justify="right")
+    for part, metrics in rows.items():
+        shown.add_row(part, *(_number(metrics[name]) if name in metrics else "" for name in names))
+    return shown
+
+
+def show(results: Sequence[Result]) -> None:
+    console = Console()
+    for result in results:
+        console.print(table(result))
+
+
+def write(path: str, model: str, results: Sequence[Result]) -> None:
+    """Write the results as one JSON object to a new file."""
+    content = {
+        "model": model,
+        "results": [{"task": r.task, "metrics": r.metrics, "parts": r.parts} for r in results],
+    }
+    with closing(NewFile(path)) as file:
+        file.write(json.dumps(content, indent=2, ensure_ascii=False))
+
+
+def _number(value: float | int) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
+
+
+def _unknown(name: str, known: dict[str, Task]) -> Problem:
+    near = nearest(name, known)
+    fix = f"did you mean {' or '.join(near)}?" if near else f"give one of {', '.join(known)}"
+    return Problem("--task", name, "there is no such task", fix)
+
+
+@contextmanager
+def _bar(name: str, *, shown: bool) -> Iterator[Callable[[float], None]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown) as progress:
+        bar = progress.add_task(name, total=1.0)
+
+        def advance(done: float) -> None:
+            progress.update(bar, completed=done)
+
+        yield advance

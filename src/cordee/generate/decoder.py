@@ -1,0 +1,122 @@
+"""From tokens to the logits of the next one, step after step.
+
+Owns how a model is driven over a batch of growing sequences: with a cache, each token goes through the model once;
+without, every step runs over everything. Both give the same logits. Knows nothing of how tokens are chosen, when a
+sequence ends, or text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from cordee.model.cache import KVCache
+from cordee.model.gpt import GPTModel
+from cordee.parallel.inference import Place, last_logits
+
+
+class Decoder(Protocol):
+    """A batch of sequences that grow by one token a step."""
+
+    def begin(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Take the prompts, none of them empty; logits `[batch, vocab]` of what follows each."""
+        ...
+
+    def extend(self, tokens: Tensor) -> Tensor:
+        """Add one token to each sequence, int64 `[batch]`; logits `[batch, vocab]` of what follows."""
+        ...
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these sequences only, int64 `[any]` in the order given; one may be taken several times."""
+        ...
+
+
+class CachedDecoder:
+    """Keeps keys and values: a step costs one token's arithmetic. Sequences hold at most `max_length` tokens."""
+
+    def __init__(self, model: GPTModel, max_length: int, place: Place | None = None):
+        self._model = model
+        self._place = place
+        self._run = partial(model, output=last_logits) if place is None else partial(place.run, model)
+        self._max_length = max_length
+        self._cache: KVCache | None = None
+        self._positions: Tensor | None = None  # int64 [batch, 1], of the newest token; None: the cache's length - 1
+
+    def begin(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        ids, mask = padded(prompts, _device(self._model))
+        self._cache = _cache(self._model, len(prompts), self._max_length, self._place)
+        self._positions = None if mask is None else mask.sum(1, keepdim=True) - 1
+        return self._run(ids, mask, cache=self._cache)
+
+    def extend(self, tokens: Tensor) -> Tensor:
+        if self._positions is not None:
+            self._positions = self._positions + 1
+        return self._run(tokens[:, None], position_ids=self._positions, cache=self._cache)
+
+    def keep(self, rows: Tensor) -> None:
+        assert self._cache is not None, "keep before begin"
+        self._cache.keep(rows)
+        if self._positions is not None:
+            self._positions = self._positions[rows]
+
+
+class PlainDecoder:
+    """Runs over the whole sequences in every step: the reference of `CachedDecoder`."""
+
+    def __init__(self, model: GPTModel, place: Place | None = None):
+        self._model = model
+        self._run = partial(model, output=last_logits) if place is None else partial(place.run, model)
+        self._ids: Tensor | None = None
+        self._mask: Tensor | None = None
+
+    def begin(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        self._ids, self._mask = padded(prompts, _device(self._model))
+        return self._run(self._ids, self._mask)
+
+    def extend(self, tokens: Tensor) -> Tensor:
+        assert self._ids is not None, "extend before begin"
+        self._ids = torch.cat((self._ids, tokens[:, None]), 1)
+        if self._mask is not None:
+            self._mask = torch.cat((self._mask, torch.ones_like(tokens[:, None])), 1)
+        return self._run(self._ids, self._mask)
+
+    def keep(self, rows: Tensor) -> None:
+        assert self._ids is not None, "keep before begin"
+        self._ids = self._ids[rows]
+        if self._mask is not None:
+            self._mask = self._mask[rows]
+
+
+def padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Prompts filled up on the left, so that all end together: ids and mask (1 = real), both int64 `[batch, longest]`.
+
+    The mask is None where there is nothing to fill up.
+    """
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
+    if all(len(p) == longest for p in prompts):
+        return ids, None
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+    return ids, mask
+
+
+def _cache(model: GPTModel, batch_size: int, max_length: int, place: Place | None) -> KVCache:
+    parameter = next(model.parameters())
+    ranks = 1 if place is None else place.tensor_ranks
+    return KVCache(
+        model.config,
+        batch_size,
+        max_length,
+        parameter.dtype,
+        parameter.device,
+        spans=model.spans,
+        tensor_ranks=ranks,
+    )
+
+
+def _device(model: GPTModel) -> torch.device:
+    return next(model.parameters()).device

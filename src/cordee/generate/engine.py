@@ -1,0 +1,189 @@
+"""Writing: prompts in, new tokens out.
+
+Owns the loop over steps, batches, when a sample ends, and the checks of a request. What a step computes is
+`decoder.py`'s, which token it picks `sampling.py`'s. Knows nothing of text and files.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from cordee.config.schema import DecodingOptions
+from cordee.errors import Problem, ProblemError, raise_all
+from cordee.generate.decoder import CachedDecoder, Decoder, PlainDecoder
+from cordee.generate.sampling import choose
+from cordee.generate.straight import StraightDecoder, obstacle
+from cordee.log import logger
+from cordee.model.config import ModelConfig
+from cordee.model.gpt import GPTModel
+from cordee.parallel.inference import Place
+
+Prompts = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token as it is written: the number of its sample (its prompt's place in the call), its id, and whether it is
+    the sample's last."""
+
+    sample: int
+    id: int
+    last: bool
+
+
+@dataclass
+class _Sample:
+    """A sample in the making."""
+
+    number: int
+    prompt: Sequence[int]
+    tokens: list[int] = field(default_factory=list)
+
+
+def generate(
+    model: GPTModel,
+    prompts: Prompts,
+    options: DecodingOptions | None = None,
+    *,
+    stop_ids: Collection[int] = (),
+    vocab_size: int | None = None,
+    on_token: Callable[[Token], None] | None = None,
+) -> list[list[int]]:
+    """The new tokens of each prompt; a stop token that ended it comes last.
+
+    Parameters as for `stream`; `on_token` sees every token as soon as it is there.
+    """
+    written: list[list[int]] = [[] for _ in prompts]
+    for token in stream(model, prompts, options, stop_ids=stop_ids, vocab_size=vocab_size):
+        written[token.sample].append(token.id)
+        if on_token is not None:
+            on_token(token)
+    return written
+
+
+def stream(
+    model: GPTModel,
+    prompts: Prompts,
+    options: DecodingOptions | None = None,
+    *,
+    stop_ids: Collection[int] = (),
+    vocab_size: int | None = None,
+    place: Place | None = None,
+) -> Iterator[Token]:
+    """Tokens one by one, as they are written; the samples of a batch take turns.
+
+    A sample depends on its prompt, and drawn at random on the seed and its number; never on the batch it is in.
+
+    options: length, filters, seed and batch size.
+    stop_ids: tokens that end a sample; they are yielded too.
+    vocab_size: only ids below it are written, where the model has more rows than the tokenizer has tokens.
+    place: that of `model` among several processes, which all call this alike.
+    Raises ProblemError if the request does not fit the model, or the model gives no numbers.
+    """
+    options = options or DecodingOptions()
+    raise_all(check(model.config, prompts, options))
+    return _stream(model, prompts, options, frozenset(stop_ids), vocab_size, place)
+
+
+@torch.inference_mode()
+def _stream(
+    model: GPTModel,
+    prompts: Prompts,
+    options: DecodingOptions,
+    stop_ids: frozenset[int],
+    vocab_size: int | None,
+    place: Place | None,
+) -> Iterator[Token]:
+    samples = [_Sample(number, prompt) for number, prompt in enumerate(prompts)]
+    decoder_of = _decoder_of(model, options, place)
+    training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(samples), options.batch_size):
+            batch = samples[start : start + options.batch_size]
+            decoder = decoder_of(max(len(s.prompt) for s in batch) + options.max_new_tokens)
+            yield from _write(decoder, batch, options, stop_ids, vocab_size)
+    finally:
+        model.train(training)
+
+
+def check(model: ModelConfig, prompts: Prompts, options: DecodingOptions) -> list[Problem]:
+    """What keeps a model from continuing these prompts."""
+    room, vocab_size = model.max_position_embeddings, model.vocab_size
+    problems = []
+    for number, prompt in enumerate(prompts):
+        option = f"prompt {number}"
+        if not prompt:
+            problems.append(Problem(option, None, "it has no tokens", "begin with at least one, such as bos"))
+        elif min(prompt) < 0 or max(prompt) >= vocab_size:
+            wrong = next(token for token in prompt if not 0 <= token < vocab_size)
+            why = f"token id {wrong} is none of the model's {vocab_size}"
+            problems.append(Problem(option, None, why, "use the tokenizer that the model was trained with"))
+        elif (places := len(prompt) + options.max_new_tokens) > room:
+            why = f"{len(prompt)} tokens and {options.max_new_tokens} new ones are {places}; the model holds {room}"
+            problems.append(Problem(option, None, why, _shorter(len(prompt), room)))
+    return problems
+
+
+def _shorter(prompt_length: int, room: int) -> str:
+    if prompt_length < room:
+        return f"set --max-new-tokens to at most {room - prompt_length}, or shorten the prompt"
+    return f"shorten the prompt by {prompt_length - room + 1} tokens or more"
+
+
+def _decoder_of(model: GPTModel, options: DecodingOptions, place: Place | None) -> Callable[[int], Decoder]:
+    """What makes a decoder for sequences of at most so many tokens."""
+    if not options.use_kv_cache:
+        return lambda length: PlainDecoder(model, place)
+    if place is not None:
+        return lambda length: CachedDecoder(model, length, place)
+    if options.straight_decoding:
+        if (why := obstacle(model)) is None:
+            return lambda length: StraightDecoder(model, length)
+        _say_through_modules(why)
+    return lambda length: CachedDecoder(model, length)
+
+
+@functools.cache
+def _say_through_modules(why: str) -> None:
+    logger.info("every step of generation goes through the model's modules: %s", why)
+
+
+def _write(
+    decoder: Decoder,
+    samples: list[_Sample],
+    options: DecodingOptions,
+    stop_ids: frozenset[int],
+    vocab_size: int | None,
+) -> Iterator[Token]:
+    """Write one batch. Samples that have ended leave it, so that the rest goes faster."""
+    logits = decoder.begin([s.prompt for s in samples])
+    while True:
+        logits = logits[:, :vocab_size]
+        _require_numbers(logits)
+        tokens = choose(logits, options, [(s.number, len(s.tokens)) for s in samples])
+        going_on = []
+        for row, (sample, token) in enumerate(zip(samples, tokens.tolist(), strict=True)):
+            sample.tokens.append(token)
+            last = token in stop_ids or len(sample.tokens) == options.max_new_tokens
+            if not last:
+                going_on.append(row)
+            yield Token(sample.number, token, last)
+        if not going_on:
+            return
+        if len(going_on) < len(samples):
+            rows = torch.tensor(going_on, device=tokens.device)
+            decoder.keep(rows)
+            tokens, samples = tokens[rows], [samples[row] for row in going_on]
+        logits = decoder.extend(tokens)
+
+
+def _require_numbers(logits: Tensor) -> None:
+    if not logits.sum(dtype=torch.float32).isfinite():
+        why = "the model's outputs are not finite: its weights are damaged, or too large for this dtype"
+        raise ProblemError([Problem("--dtype", str(logits.dtype).removeprefix("torch."), why, "try --dtype float32")])

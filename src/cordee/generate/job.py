@@ -1,0 +1,137 @@
+"""`cordee generate`: prompts from the command line or a file, continuations to the terminal and a file.
+
+Owns where prompts come from and where results go.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cordee import launch, log
+from cordee.config.schema import GenerateConfig, GenerateOptions
+from cordee.convert import formats
+from cordee.data.tokenizer import Tokenizer, load_tokenizer
+from cordee.errors import Problem, ProblemError, raise_all
+from cordee.generate.engine import check, stream
+from cordee.generate.loading import check_vocabulary, load_part, stop_ids
+from cordee.generate.results import NewFile, check_new
+from cordee.generate.text import continuation, encode_prompts
+from cordee.log import logger
+from cordee.model.gpt import GPTModel
+from cordee.parallel import inference
+from cordee.parallel.inference import Place
+
+BOLD, PLAIN = "\033[1m", "\033[0m"
+
+
+@dataclass
+class _Sample:
+    """A continuation: which of its prompt's, and once it has ended its text and why it ended."""
+
+    prompt: str
+    prompt_tokens: list[int]
+    number: int
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    finish: str = ""
+
+    def end(self, tokenizer: Tokenizer, stop: frozenset[int]) -> None:
+        self.text = continuation(tokenizer, self.prompt_tokens, self.tokens, stop)
+        self.finish = "stop" if self.tokens[-1] in stop else "length"
+
+    def record(self) -> dict[str, object]:
+        kept = ("prompt", "number", "text", "tokens", "finish")
+        return {name: getattr(self, name) for name in kept}
+
+
+def run(config: GenerateConfig) -> int:
+    """Continue the prompts of `config` and show them. ProblemError with what keeps it from starting."""
+    texts = _prompts(config)
+    check_new(config.output)
+    source = formats.read(config.load)
+    tokenizer = load_tokenizer(config, source.companions and str(source.companions))
+    raise_all(check_vocabulary(tokenizer, source.spec.config))
+    ids = encode_prompts(tokenizer, texts)
+    raise_all(check(source.spec.config, ids, config))
+    stop = stop_ids(source.spec, source.companions, tokenizer)
+    samples = [
+        _Sample(prompt, tokens, number)
+        for prompt, tokens in zip(texts, ids, strict=True)
+        for number in range(config.num_return_sequences)
+    ]
+    log.setup(launch.rank_info().rank)
+    with ExitStack() as stack:
+        model, place = load_part(source, config, inference.degrees(config), stack, "while generating")
+        start = time.perf_counter()
+        speaks = place is None or place.layout.rank == 0
+        file = stack.enter_context(closing(NewFile(config.output))) if config.output and speaks else None
+        for number, sample in enumerate(_written(samples, model, place, tokenizer, stop, config), 1):
+            if speaks:
+                _show(sample, f"--- {number} of {len(samples)}" if len(samples) > 1 else None)
+            if file is not None:
+                file.write(json.dumps(sample.record(), ensure_ascii=False))
+    logger.info(_summary(samples, time.perf_counter() - start))
+    return 0
+
+
+def _prompts(options: GenerateOptions) -> list[str]:
+    if options.prompts_file is None:
+        return list(options.prompt)
+    try:
+        lines = Path(options.prompts_file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        fix = "give a text file in UTF-8 with one prompt per line"
+        raise ProblemError([Problem("--prompts-file", options.prompts_file, str(error), fix)]) from error
+    prompts = [line for line in lines if line.strip()]
+    if not prompts:
+        raise ProblemError(
+            [Problem("--prompts-file", options.prompts_file, "it holds no prompt", "write one per line")]
+        )
+    if len(prompts) < len(lines):
+        logger.warning("%s: %d blank lines left out", options.prompts_file, len(lines) - len(prompts))
+    return prompts
+
+
+def _written(
+    samples: list[_Sample],
+    model: GPTModel,
+    place: Place | None,
+    tokenizer: Tokenizer,
+    stop: frozenset[int],
+    options: GenerateOptions,
+) -> Iterator[_Sample]:
+    """The samples in their order, each as soon as it and all before it have ended."""
+    prompts = [sample.prompt_tokens for sample in samples]
+    given = 0
+    for token in stream(model, prompts, options, stop_ids=stop, vocab_size=tokenizer.vocab_size, place=place):
+        sample = samples[token.sample]
+        sample.tokens.append(token.id)
+        if token.last:
+            sample.end(tokenizer, stop)
+        while given < len(samples) and samples[given].finish:
+            yield samples[given]
+            given += 1
+
+
+def _show(sample: _Sample, heading: str | None) -> None:
+    """Print prompt (bold on a terminal) and continuation, as they are."""
+    if heading is not None:
+        print(heading)
+    prompt = f"{BOLD}{sample.prompt}{PLAIN}" if sys.stdout.isatty() else sample.prompt
+    print(f"{prompt}{sample.text}", flush=True)
+
+
+def _summary(samples: list[_Sample], seconds: float) -> str:
+    count, tokens = len(samples), sum(len(sample.tokens) for sample in samples)
+    finish = Counter(sample.finish for sample in samples)
+    return (
+        f"{count} continuation{'s' if count > 1 else ''}, {tokens} tokens in {seconds:.2f} s "
+        f"({tokens / seconds:.0f} tokens/s): {finish['stop']} ended with a stop token, {finish['length']} full length"
+    )

@@ -1,0 +1,118 @@
+"""A model from stored weights, ready to run on one device or on several, and what its files say of its tokens.
+
+Owns what generation and evaluation need before they start. Where weights come from is the matter of their `Source`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cordee import device as devices
+from cordee import launch
+from cordee.config.schema import EvaluateConfig, GenerateConfig
+from cordee.data.tokenizer import Tokenizer
+from cordee.errors import Problem, ProblemError
+from cordee.families.registry import ModelSpec
+from cordee.log import logger
+from cordee.model.config import ModelConfig
+from cordee.model.gpt import GPTModel
+from cordee.parallel import collectives, inference
+from cordee.parallel.degrees import Degrees
+from cordee.parallel.inference import Place
+from cordee.parallel.layout import Layout, process_group
+from cordee.weights.codec import Source
+from cordee.weights.load import load_into
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def load_model(source: Source, dtype: str | None = None, device: str | None = None) -> GPTModel:
+    """The model in `source`, in evaluation mode. Takes the memory of the model and its largest tensor.
+
+    dtype: name of the type of its weights; None takes the stored one.
+    device: where it goes; None takes the fastest there is. ProblemError if there is none of that name.
+    """
+    model = GPTModel(source.spec.config, device=device_of(device), dtype=dtype_of(dtype, source))
+    fill(model, source)
+    return model
+
+
+def load_part(
+    source: Source, config: GenerateConfig | EvaluateConfig, shape: Degrees, stack: ExitStack, phase: str
+) -> tuple[GPTModel, Place | None]:
+    """The model in `source`, or this process's part of it and where that is, in a group that lasts as long as `stack`.
+
+    `phase` says in an error what the processes were doing when they lost each other ("while generating").
+    """
+    if shape.world_size == 1:
+        return load_model(source, config.dtype, config.device), None
+    ranks = launch.rank_info()
+    on = device_of(config.device) if config.device else devices.local_device(ranks.local_rank)
+    timeout = timedelta(minutes=config.distributed_timeout_minutes)
+    stack.enter_context(collectives.contact(phase))
+    stack.enter_context(process_group(ranks, config.distributed_backend or devices.kind().backend, timeout))
+    layout = Layout(shape, on.type, timeout)
+    model, place = inference.build(source.spec.config, layout, dtype_of(config.dtype, source), on)
+    fill(model, source)
+    return model, place
+
+
+def dtype_of(name: str | None, source: Source) -> torch.dtype:
+    """The type of that name, or that of the first weights of `source`. ProblemError if it is none to compute in."""
+    if name is None:
+        return source.dtype(source.names()[0])
+    if name not in DTYPES:
+        raise ProblemError([Problem("--dtype", name, "there is no such type", f"give one of {', '.join(DTYPES)}")])
+    return getattr(torch, name)
+
+
+def device_of(name: str | None) -> torch.device:
+    """The device of that name, or the fastest there is. ProblemError if this machine has none of that name."""
+    if name is None:
+        return devices.local_device(0)
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, ImportError) as error:  # which one hangs on how torch was built
+        why = str(error).splitlines()[0]
+        raise ProblemError([Problem("--device", name, why, f"give {devices.kind().name}, or leave it out")]) from error
+
+
+def fill(model: GPTModel, source: Source) -> None:
+    """Give `model` the weights of `source` and put it in evaluation mode."""
+    for note in load_into(model, source).notes:
+        logger.info(note)
+    model.eval()
+
+
+def check_vocabulary(tokenizer: Tokenizer, model: ModelConfig) -> list[Problem]:
+    """A tokenizer may have fewer tokens than the model has rows, which are often padded, but not more."""
+    if tokenizer.vocab_size <= model.vocab_size:
+        return []
+    why = f"it has {tokenizer.vocab_size} tokens, but the model's embedding only {model.vocab_size} rows"
+    return [Problem("tokenizer", tokenizer.type, why, "give the tokenizer that the model was trained with")]
+
+
+def stop_ids(spec: ModelSpec, companions: Path | None, tokenizer: Tokenizer | None) -> frozenset[int]:
+    """The tokens that end a text: those of the `generation_config.json` beside the model, and the tokenizer's eos.
+
+    Only if there are none, those of the model's `config.json`, which may have come with another tokenizer.
+    """
+    file = None if companions is None else companions / "generation_config.json"
+    ids = _eos(json.loads(file.read_text(encoding="utf-8"))) if file is not None and file.is_file() else set()
+    if tokenizer is not None and tokenizer.eos is not None:
+        ids.add(tokenizer.eos)
+    return frozenset(ids or _eos(spec.hf_config))
+
+
+def _eos(config: Mapping[str, Any]) -> set[int]:
+    given = config.get("eos_token_id")
+    if given is None:
+        return set()
+    return set(given) if isinstance(given, list) else {given}

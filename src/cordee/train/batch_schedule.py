@@ -1,0 +1,78 @@
+"""How many samples a step takes, as a function of how many were consumed before it.
+
+Owns the global batch, its ramp-up and its division into micro-batches. Knows neither torch nor data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cordee.config.schema import BatchOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSchedule:
+    """Global batches of a run over `data_size` ranks.
+
+    `rampup` (start, increment, samples): the batch begins at `start` and reaches `global_batch_size` by equal steps of
+    `increment`, each held for the same part of the first `samples` samples (Megatron's rule). `sizes`, if they are
+    given, are those of the micro-batches of a rank in every step.
+    """
+
+    micro_batch_size: int
+    data_size: int
+    global_batch_size: int
+    rampup: tuple[int, int, int] | None = None
+    sizes: tuple[int, ...] | None = None
+
+    @property
+    def slice_size(self) -> int:
+        """Samples of one micro-batch over all ranks."""
+        return self.micro_batch_size * self.data_size
+
+    def batch_size(self, consumed: int) -> int:
+        """Samples of the step that begins once `consumed` were seen."""
+        if self.rampup is None:
+            return self.global_batch_size
+        start, increment, samples = self.rampup
+        stages = (self.global_batch_size - start) // increment
+        if consumed > samples or not stages:
+            return self.global_batch_size
+        return start + int(consumed * stages / samples) * increment
+
+    def num_micro_batches(self, consumed: int) -> int:
+        """Micro-batches of every rank in the step that begins once `consumed` were seen."""
+        return self.batch_size(consumed) // self.slice_size
+
+    def micro_batches(self, consumed: int) -> tuple[int, ...]:
+        """Samples of each micro-batch of a rank in the step that begins once `consumed` were seen."""
+        return self.sizes or (self.micro_batch_size,) * self.num_micro_batches(consumed)
+
+    def batch_sizes(self) -> list[int]:
+        """Every size that a step may have, in their order."""
+        if self.rampup is None:
+            return [self.global_batch_size]
+        start, increment, _ = self.rampup
+        return [*range(start, self.global_batch_size, increment), self.global_batch_size]
+
+    def whole_steps(self, samples: int) -> tuple[int, int]:
+        """How many whole steps fit in the first `samples` samples, and how many samples those are."""
+        steps, consumed = 0, 0
+        while self.rampup is not None and consumed <= self.rampup[2]:
+            if consumed + self.batch_size(consumed) > samples:
+                return steps, consumed
+            consumed += self.batch_size(consumed)
+            steps += 1
+        further = (samples - consumed) // self.global_batch_size
+        return steps + further, consumed + further * self.global_batch_size
+
+
+def build_batch_schedule(options: BatchOptions, data_size: int, sizes: tuple[int, ...] | None = None) -> BatchSchedule:
+    """The batches of a run; the global batch is one micro-batch a rank unless it is given."""
+    return BatchSchedule(
+        micro_batch_size=options.micro_batch_size,
+        data_size=data_size,
+        global_batch_size=options.global_batch_size or options.micro_batch_size * data_size,
+        rampup=options.rampup_batch_size,
+        sizes=sizes,
+    )

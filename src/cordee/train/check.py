@@ -1,0 +1,20 @@
+"""`cordee check` of a training run."""
+
+from __future__ import annotations
+
+from cordee import launch
+from cordee.config.schema import TrainConfig
+from cordee.errors import Problem, ProblemError
+from cordee.train.plan import plan_run
+
+
+def check_run(config: TrainConfig) -> list[Problem]:
+    """Everything that is wrong with a run, as far as it can be known without starting it; needs no device and no torch.
+
+    The number of processes is the launcher's, or --nproc-per-node.
+    """
+    try:
+        plan_run(config, launch.world_size(config.nproc_per_node))
+    except ProblemError as error:
+        return error.problems
+    return []

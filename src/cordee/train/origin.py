@@ -1,0 +1,113 @@
+"""Where the weights of a run come from: a checkpoint, a model in any format, or neither, and then they are drawn.
+
+Owns what --load means, and finding out before anything starts whether what it names can be read. No torch is needed to
+choose; only what is no checkpoint brings it when it is opened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cordee.checkpoint import directory
+from cordee.config.schema import TrainConfig
+from cordee.convert import formats
+from cordee.errors import Problem, ProblemError
+from cordee.families.registry import ModelSpec, spec_from_directory, spec_from_preset
+
+if TYPE_CHECKING:
+    from cordee.weights.codec import Source
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint to load and its manifest. `resume`: the run goes on from it, instead of taking the weights only."""
+
+    path: Path
+    manifest: dict[str, Any]
+    resume: bool
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where weights come from: a checkpoint, a model in another format, or neither, and then they are drawn.
+
+    source: those of `weights`, when they are opened; None if they cannot be read.
+    spec: the model in `weights`, as far as it is known.
+    companions: directory where the tokenizer may be that belongs to them.
+    """
+
+    checkpoint: Checkpoint | None = None
+    weights: Path | None = None
+    source: Source | None = None
+    spec: ModelSpec | None = None
+    companions: Path | None = None
+
+
+def opened(config: TrainConfig, origin: Origin) -> Origin:
+    """`origin` with its weights ready to be read, after names, shapes and sizes of their files are checked.
+
+    ProblemError with all that is wrong with them.
+    """
+    if origin.weights is None:
+        return origin
+    from cordee.weights.megatron.source import Reading
+
+    reading = Reading(spec=spec_from_preset(config.model) if config.model else None)
+    source = formats.read(origin.weights, reading)
+    return replace(origin, source=source, spec=source.spec, companions=source.companions)
+
+
+def described(origin: Origin) -> Origin | None:
+    """`origin` with what a config.json says of weights that cannot be read, so that other problems are found too."""
+    if origin.weights is None or not (origin.weights / "config.json").is_file():
+        return None
+    return replace(origin, spec=spec_from_directory(origin.weights), companions=origin.weights)
+
+
+def choose(config: TrainConfig, avoid: Collection[int], notes: list[str]) -> Origin:
+    """What --load names, without damaged checkpoints of the iterations in `avoid`. ProblemError if that is nothing."""
+    if config.load is None:
+        return Origin()
+    path = Path(config.load)
+    form = formats.find(path) if path.exists() else None
+    if form is not None and form.name != "cordee":
+        return Origin(weights=path)
+    if (path / directory.MANIFEST).is_file():
+        return _of_checkpoint(_checkpoint(config, path))
+    if directory.is_root(path):
+        return _of_checkpoint(_checkpoint(config, path / directory.name_of(_iteration(config, path, avoid, notes))))
+    is_own = config.save is not None and Path(config.save).absolute() == path.absolute()
+    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not is_own):
+        fix = "give a directory that --save has written, one with config.json and weights, or a file of GGUF"
+        raise ProblemError([Problem("--load", path, "it holds neither a checkpoint nor a model", fix)])
+    if config.exit_on_missing_checkpoint or not is_own:
+        fix = "check the path; only the directory of --save may be empty, for a command that starts and resumes a run"
+        raise ProblemError([Problem("--load", path, "there is no checkpoint", fix)])
+    notes.append(f"--load {path}: nothing is there yet; the run starts from initial weights")
+    return Origin()
+
+
+def _of_checkpoint(checkpoint: Checkpoint) -> Origin:
+    return Origin(checkpoint, companions=checkpoint.path.parent)
+
+
+def _iteration(config: TrainConfig, root: Path, avoid: Collection[int], notes: list[str]) -> int:
+    """The checkpoint to load: that of --ckpt-step, else the newest whole one."""
+    if config.ckpt_step is not None:
+        return config.ckpt_step
+    iteration, passed_over = directory.latest(root, avoid)
+    notes += [f"passed over a damaged checkpoint: {damaged}" for damaged in passed_over]
+    if iteration is None:
+        why = f"none of its checkpoints is whole: {'; '.join(passed_over)}"
+        raise ProblemError([Problem("--load", root, why, "restore one, or start anew with another --save")])
+    return iteration
+
+
+def _checkpoint(config: TrainConfig, path: Path) -> Checkpoint:
+    if (why := directory.damage(path)) is not None:
+        have = ", ".join(str(iteration) for iteration in directory.iterations(path.parent)) or "none"
+        raise ProblemError([Problem("--load", path, why, f"choose another by --ckpt-step; there are: {have}")])
+    return Checkpoint(path, directory.read_manifest(path), resume=not config.finetune)

@@ -1,0 +1,336 @@
+"""What a run is, worked out from its options before anything starts.
+
+Owns the decisions that need no torch: which model, from where, over how many ranks, for how long, on which data. All
+problems are found together, so `cordee check` and the start of a job are the same thing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cordee.checkpoint import directory
+from cordee.config import deepspeed
+from cordee.config.check import check_train, model_ranks, without_effect
+from cordee.config.schema import TokenizerOptions, TrainConfig
+from cordee.data import check as data_check
+from cordee.data.build import plan_parts
+from cordee.data.indexed import IndexedDataset
+from cordee.data.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
+from cordee.errors import Problem, ProblemError, raise_all
+from cordee.families.registry import ModelSpec, spec_from_options, spec_from_preset
+from cordee.optim.schedule import Schedule, build_schedule
+from cordee.parallel.degrees import Degrees, degrees
+from cordee.parallel.pipeline import check as pipeline_check
+from cordee.parallel.pipeline.split import Division, noop_layers
+from cordee.train import objectives, resume
+from cordee.train.batch_schedule import BatchSchedule, build_batch_schedule
+from cordee.train.origin import Checkpoint, Origin, choose, described, opened
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """A run that nothing is known to be wrong with.
+
+    `iterations` is the length of the whole run in steps, `samples` what it needs for "train", "valid" and "test",
+    `data` says which samples it sees in which order, `division` how a pipeline shares the layers out, `notes` what a
+    person should know before it starts.
+    """
+
+    config: TrainConfig
+    origin: Origin
+    spec: ModelSpec
+    tokenizer: Tokenizer | None
+    degrees: Degrees
+    division: Division | None
+    batches: BatchSchedule
+    iterations: int
+    samples: dict[str, int]
+    schedule: Schedule
+    data: dict[str, Any]
+    notes: tuple[str, ...]
+
+    @property
+    def resumed(self) -> Checkpoint | None:
+        """The checkpoint that the run goes on from."""
+        checkpoint = self.origin.checkpoint
+        return checkpoint if checkpoint is not None and checkpoint.resume else None
+
+
+@dataclass
+class _Findings:
+    """Problems and notes so far."""
+
+    problems: list[Problem]
+    notes: list[str] = field(default_factory=list)
+
+    def attempt(self, function: Callable[[], T]) -> T | None:
+        """What `function` returns; None if it finds problems instead."""
+        try:
+            return function()
+        except ProblemError as error:
+            self.problems += error.problems
+            return None
+
+
+def plan_run(config: TrainConfig, world_size: int, avoid: Collection[int] = ()) -> RunPlan:
+    """The plan of a run over `world_size` processes; ProblemError with everything that is wrong with it.
+
+    Checkpoints of the iterations in `avoid` are not gone on from: they have turned out to be damaged.
+    """
+    contradictions = check_train(config)
+    found = _Findings(
+        [*contradictions, *_stage_problems(config), *_report_problems(config)],
+        [*without_effect(config), *deepspeed.without_effect(config.deepspeed_config)],
+    )
+    shape = found.attempt(lambda: degrees(config, world_size)) or _smallest(config)
+    sizes = found.attempt(lambda: pipeline_check.sizes(config))
+    batches = build_batch_schedule(config, shape.data, sizes)
+    iterations = found.attempt(lambda: _iterations(config, batches, found.notes)) or 0
+    schedule = build_schedule(config, config, batches.global_batch_size)
+    origin, tokenizer, spec = _start(config, avoid, found)
+    samples = found.attempt(lambda: _samples(config, batches, iterations, found.notes)) or {}
+    found.problems += data_check.check(
+        config,
+        **{f"{name}_samples": count for name, count in samples.items()},
+        vocab_size=spec.config.vocab_size if spec else None,
+        tokenizer=tokenizer,
+    )
+    division = None
+    if spec is not None:
+        found.problems += _fit_problems(config, spec, tokenizer)
+        found.problems += _layout_problems(config, spec, shape)
+        counts = sorted({size // batches.slice_size for size in batches.batch_sizes()})
+        division = found.attempt(lambda: pipeline_check.division(config, shape, spec.config, counts))
+        found.notes += pipeline_check.notes(division, counts)
+    data = found.attempt(lambda: _data_identity(config))
+    plan = None
+    if origin is not None and spec is not None and data is not None:
+        whole = RunPlan(
+            config=config,
+            origin=origin,
+            spec=spec,
+            tokenizer=tokenizer,
+            degrees=shape,
+            division=division,
+            batches=batches,
+            iterations=iterations,
+            samples=samples,
+            schedule=schedule,
+            data=data,
+            notes=tuple(found.notes),
+        )
+        # With options that contradict each other the schedule is none that anybody wants.
+        plan = whole if contradictions else found.attempt(lambda: _joined(whole))
+    # What a contradiction already says of an option may be found in other words further on.
+    said = {(problem.option, str(problem.value)) for problem in contradictions}
+    further = found.problems[len(contradictions) :]
+    raise_all(dict.fromkeys([*contradictions, *(p for p in further if (p.option, str(p.value)) not in said)]))
+    assert plan is not None
+    return plan
+
+
+def _smallest(config: TrainConfig) -> Degrees:
+    """The fewest processes that `config` fits, so that what does not hang on their number is checked all the same."""
+    data = config.expert_model_parallel_size * config.num_distributed_optimizer_instances
+    try:
+        return degrees(config, model_ranks(config) * data)
+    except ProblemError:  # degrees that fit no number of processes, which is known already
+        return Degrees()
+
+
+def _joined(plan: RunPlan) -> RunPlan:
+    """`plan` as it goes on from its checkpoint, if it does."""
+    if (resumed := plan.resumed) is None:
+        return plan
+    done = resumed.manifest["trainer"]["iteration"]
+    if done >= plan.iterations and not plan.config.skip_train:
+        note = f"{resumed.path} is of step {done} of {plan.iterations}: nothing is left to train"
+        plan = replace(plan, notes=(*plan.notes, note))
+    return resume.join(plan, resumed.manifest)
+
+
+def _stage_problems(config: TrainConfig) -> Iterator[Problem]:
+    known = objectives.registry()
+    if config.stage not in known:
+        yield Problem("--stage", config.stage, "there is no such objective", f"give one of {', '.join(sorted(known))}")
+
+
+def _iterations(config: TrainConfig, batches: BatchSchedule, notes: list[str]) -> int:
+    """Steps of the whole run; samples that make no whole step are left out."""
+    if config.train_samples is None:
+        return config.train_iters or 0
+    steps, used = batches.whole_steps(config.train_samples)
+    if not steps:
+        why = f"it is less than the first step of {batches.batch_size(0)} samples"
+        raise ProblemError([Problem("--train-samples", config.train_samples, why, "give more")])
+    if left := config.train_samples - used:
+        notes.append(f"the last {left} of --train-samples {config.train_samples} make no whole step and are left out")
+    return steps
+
+
+# ---- model and tokenizer -------------------------------------------------------------------------------------------
+
+
+def _start(
+    config: TrainConfig, avoid: Collection[int], found: _Findings
+) -> tuple[Origin | None, Tokenizer | None, ModelSpec | None]:
+    """Where the run begins, and what model and tokenizer that makes; None for what cannot be told."""
+    chosen = found.attempt(lambda: choose(config, avoid, found.notes))
+    if chosen is None:
+        return None, None, None
+    found.problems += _save_problems(config, chosen)
+    origin = found.attempt(lambda: opened(config, chosen)) or found.attempt(lambda: described(chosen))
+    if origin is None:
+        return None, None, None
+    tokenizer = found.attempt(lambda: _tokenizer(config, origin))
+    return origin, tokenizer, found.attempt(lambda: _spec(config, origin, tokenizer))
+
+
+def _tokenizer(config: TrainConfig, origin: Origin) -> Tokenizer | None:
+    """The tokenizer of the options, else that beside the weights; None if there is neither."""
+    given = any(
+        getattr(config, name)
+        for name in TokenizerOptions.__dataclass_fields__
+        if name not in ("vocab_size", "tokenizer_use_fast")
+    )
+    beside = str(origin.companions) if origin.companions and holds_tokenizer(origin.companions) else None
+    return load_tokenizer(config, beside) if given or beside else None
+
+
+def _spec(config: TrainConfig, origin: Origin, tokenizer: Tokenizer | None) -> ModelSpec:
+    if config.num_layers is not None and (placeholders := noop_layers(config)):  # which --num-layers counts
+        config = replace(config, num_layers=config.num_layers - len(placeholders))
+    if origin.checkpoint is not None:
+        loaded = ModelSpec.from_dict(origin.checkpoint.manifest["model"])
+    elif origin.spec is not None:
+        loaded = origin.spec
+    else:
+        return spec_from_options(config, tokenizer.vocab_size if tokenizer else None)
+    # What is loaded has its rows; options that count tokens, or say how rows were padded, only have to agree with them.
+    shape = replace(config, vocab_size=None, make_vocab_size_divisible_by=None)
+    wanted = (spec_from_preset(config.model) if config.model else loaded).with_options(shape)
+    problems = list(_vocabulary_problems(config, loaded.config.vocab_size))
+    ours, theirs = wanted.shapes(), loaded.shapes()
+    if ours != theirs:
+        name = next(name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name))
+        why = f"the options ask for another model: {name} would be {_shape(ours, name)}, and is {_shape(theirs, name)}"
+        fix = "leave the model options out: what is loaded says its shape"
+        problems.append(Problem("--load", config.load, why, fix))
+    raise_all(problems)
+    return wanted
+
+
+def _vocabulary_problems(config: TrainConfig, rows: int) -> Iterator[Problem]:
+    if config.vocab_size is not None and config.vocab_size > rows:
+        why = f"the model that is loaded has {rows} tokens"
+        yield Problem("--vocab-size", config.vocab_size, why, f"give at most {rows}, or leave it out")
+    multiple = config.make_vocab_size_divisible_by
+    if multiple is not None and rows % multiple:
+        why = f"the model that is loaded has {rows} tokens"
+        yield Problem("--make-vocab-size-divisible-by", multiple, why, "leave it out")
+
+
+def _shape(shapes: dict[str, tuple[int, ...]], name: str) -> str:
+    return str(list(shapes[name])) if name in shapes else "absent"
+
+
+def _fit_problems(config: TrainConfig, spec: ModelSpec, tokenizer: Tokenizer | None) -> Iterator[Problem]:
+    longest, vocab_size = spec.config.max_position_embeddings, spec.config.vocab_size
+    if config.seq_length > longest:
+        why = f"the model holds at most {longest} positions"
+        yield Problem("--seq-length", config.seq_length, why, f"give at most {longest}, or a larger model")
+    if tokenizer is not None and tokenizer.vocab_size > vocab_size:
+        why = f"the tokenizer has {tokenizer.vocab_size} tokens, the model {vocab_size}"
+        yield Problem("tokenizer", tokenizer.type, why, "take the model's own tokenizer, or a model with more tokens")
+
+
+def _layout_problems(config: TrainConfig, spec: ModelSpec, shape: Degrees) -> Iterator[Problem]:
+    if shape.world_size > 1:
+        from cordee.parallel import apply  # brings torch, which a run in one process needs none of here
+
+        yield from apply.check(spec.config, shape, config)
+
+
+# ---- places --------------------------------------------------------------------------------------------------------
+
+
+def _save_problems(config: TrainConfig, origin: Origin) -> Iterator[Problem]:
+    if config.save is None:
+        return
+    root = Path(config.save)
+    yield from _unwritable("--save", root)
+    if directory.is_root(root):
+        checkpoint = origin.checkpoint
+        goes_on = checkpoint is not None and checkpoint.resume and checkpoint.path.parent.samefile(root)
+        if not goes_on:
+            newest = max(directory.iterations(root), default=0)
+            why = f"it holds the checkpoints of another run, up to iteration {newest}"
+            yield Problem("--save", root, why, f"go on with that run: --load {root}; or give another directory")
+
+
+def _report_problems(config: TrainConfig) -> Iterator[Problem]:
+    """Places of what the run tells, beside its checkpoints."""
+    if config.tensorboard_dir is not None:
+        yield from _unwritable("--tensorboard-dir", Path(config.tensorboard_dir))
+    if config.metrics_file is not None:
+        file = Path(config.metrics_file)
+        if file.is_dir():
+            yield Problem("--metrics-file", file, "it is a directory", "give the name of a file in it")
+        else:
+            yield from _unwritable("--metrics-file", file, file.parent)
+
+
+def _unwritable(option: str, given: Path, folder: Path | None = None) -> Iterator[Problem]:
+    """Why nothing can be put in `folder`, `given` itself if None, which need not be there yet."""
+    folder = folder or given
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not place.is_dir():
+        yield Problem(option, given, f"{place} is not a directory", "give another place")
+    elif not os.access(place, os.W_OK | os.X_OK):
+        yield Problem(option, given, f"{place} cannot be written to", "give a place that can be written to")
+
+
+# ---- data ----------------------------------------------------------------------------------------------------------
+
+
+def _samples(config: TrainConfig, batches: BatchSchedule, iterations: int, notes: list[str]) -> dict[str, int]:
+    """Samples that the run reads of each part. The final test is left out where --split leaves it no sequence."""
+    held_out = config.eval_iters * batches.global_batch_size
+    train = config.train_samples or iterations * batches.global_batch_size
+    samples = {"train": 0 if config.skip_train else train, "valid": held_out, "test": held_out}
+    parts = plan_parts(config)
+    for name in ("valid", "test"):
+        if name not in parts:
+            samples[name] = 0
+    if samples["test"] and not config.test_data_path and not _has_sequences(config):
+        notes.append(f"no test at the end: --split {config.split} leaves it no sequence")
+        samples["test"] = 0
+    return samples
+
+
+def _has_sequences(config: TrainConfig) -> bool:
+    """Whether --split leaves the test any sequence; files that cannot be read are found by the check of the data."""
+    part = plan_parts(config)["test"]
+    try:
+        ranges = [part.sequences(IndexedDataset(prefix)) for prefix in part.blend.prefixes]
+    except ProblemError:
+        return True
+    return all(first < last for first, last in ranges)
+
+
+def _data_identity(config: TrainConfig) -> dict[str, Any]:
+    """What decides which sample comes when: two runs with equal identities see the same ones."""
+    part = plan_parts(config)["train"]
+    weights = part.blend.weights or (1.0,)
+    sets = []
+    for prefix, weight in zip(part.blend.prefixes, weights, strict=True):
+        indexed = IndexedDataset(prefix)
+        first, last = part.sequences(indexed)
+        sets.append({"tokens": indexed.num_tokens, "first": first, "last": last, "weight": weight})
+    return {"seq_length": config.seq_length, "seed": config.seed, "order": config.dataloader_type, "sets": sets}

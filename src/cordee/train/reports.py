@@ -1,0 +1,105 @@
+"""Reports at their intervals.
+
+Owns which sinks a run has and how often each is told. What is told is `metrics.py`'s, its form `sinks.py`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from cordee.config.schema import TrainConfig
+from cordee.log import logger
+from cordee.train.metrics import Meter, StepResult
+from cordee.train.sinks import ConsoleSink, JsonSink, Live, Sink, TensorBoardSink
+from cordee.train.state import TrainState
+
+
+class Report:
+    """Sinks that are told every `interval` steps, with the figures of those steps."""
+
+    def __init__(self, interval: int, meter: Meter, sinks: Sequence[Sink]):
+        self.interval = interval
+        self.meter = meter
+        self.sinks = list(sinks)
+
+    def tell(self, state: TrainState) -> None:
+        record = self.meter.read(
+            iteration=state.iteration,
+            consumed_samples=state.consumed_samples,
+            consumed_tokens=state.consumed_tokens,
+        )
+        self.each(lambda sink: sink.step(record))
+
+    def each(self, tell: Callable[[Sink], None]) -> None:
+        """Tell every sink. One that can take no more, such as a file on a full disk, is left out: the run goes on."""
+        for sink in list(self.sinks):
+            try:
+                tell(sink)
+            except OSError as error:
+                self.sinks.remove(sink)
+                _left_out(str(sink), error)
+
+
+class Reports:
+    """All reports of a run; none on ranks that say nothing."""
+
+    def __init__(self, reports: Sequence[Report]):
+        self._reports = reports
+
+    def step(self, result: StepResult, state: TrainState) -> None:
+        """Take note of a step, and tell those whose turn it is."""
+        for report in self._reports:
+            report.meter.add(result)
+            if state.iteration % report.interval == 0:
+                report.tell(state)
+
+    def validation(self, state: TrainState, split: str, loss: float, seconds: float) -> None:
+        """Tell a mean loss over `split`; the time it took is no training time."""
+        self.pause(seconds)
+        for report in self._reports:
+            report.each(lambda sink: sink.validation(state.iteration, split, loss))
+
+    def pause(self, seconds: float) -> None:
+        """Take time that was not training out of the rates."""
+        for report in self._reports:
+            report.meter.pause(seconds)
+
+    def finish(self, state: TrainState) -> None:
+        """Tell what is left untold at the end of a run."""
+        for report in self._reports:
+            if report.meter.pending:
+                report.tell(state)
+
+    def close(self) -> None:
+        for report in self._reports:
+            report.each(lambda sink: sink.close())
+
+
+def build_reports(config: TrainConfig, make_meter: Callable[[], Meter], loss_name: str) -> Reports:
+    """The reports of rank 0."""
+    live = Live() if Live.possible() else None
+    lines: list[Sink] = [ConsoleSink(loss_name, live.print if live else None, throughput=config.log_throughput)]
+    path = config.metrics_file or (Path(config.save) / "metrics.jsonl" if config.save else None)
+    if path is not None:
+        lines += _opened(str(path), lambda: JsonSink(Path(path), loss_name))
+    reports = [Report(config.log_interval, make_meter(), lines)]
+    if (folder := config.tensorboard_dir) is not None:
+        board = _opened(folder, lambda: TensorBoardSink(Path(folder), loss_name))
+        reports.append(Report(config.tensorboard_log_interval, make_meter(), board))
+    if live is not None:
+        reports.append(Report(1, make_meter(), [live]))
+    return Reports(reports)
+
+
+def _opened(name: str, open_sink: Callable[[], Sink]) -> list[Sink]:
+    """The sink; none if it cannot be written to from the start, which a run need not end for either."""
+    try:
+        return [open_sink()]
+    except OSError as error:
+        _left_out(name, error)
+        return []
+
+
+def _left_out(name: str, error: OSError) -> None:
+    logger.warning("%s takes no more figures of this run: %s", name, error)

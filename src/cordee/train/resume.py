@@ -1,0 +1,106 @@
+"""What the manifest of a checkpoint says about a run, and going on from it.
+
+Owns the run's part of the manifest and what has to be the same for the samples, the schedule and the optimizer to go
+on as if nothing had been.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from cordee.errors import Problem, raise_all
+from cordee.optim.schedule import Schedule
+
+if TYPE_CHECKING:
+    from cordee.optim.precision import LossScaler
+    from cordee.train.plan import RunPlan
+    from cordee.train.state import TrainState
+
+
+_LENGTHS = {"warmup", "decay", "growth"}  # of a schedule: what another length of the run changes
+
+
+def describe(plan: RunPlan, state: TrainState, scaler: LossScaler) -> dict[str, Any]:
+    """What a checkpoint keeps besides tensors, as JSON holds it."""
+    return {
+        "written_by": f"cordee {version('cordee')}",
+        "model": plan.spec.to_dict(),
+        "trainer": state.state_dict(),
+        "loss_scaler": scaler.state_dict(),
+        "schedule": asdict(plan.schedule),
+        "optimizer": plan.config.optimizer if plan.config.save_optim else None,
+        "data": plan.data,
+        "config": asdict(plan.config),
+    }
+
+
+def join(plan: RunPlan, manifest: dict[str, Any]) -> RunPlan:
+    """`plan` as it goes on from a checkpoint with `manifest`; ProblemError with all that keeps it from doing so."""
+    then = Schedule(**manifest["schedule"])
+    if plan.config.use_checkpoint_opt_param_scheduler:
+        plan = replace(plan, schedule=then)
+    raise_all([*_data_problems(plan, manifest), *_schedule_problems(plan, then), *_optimizer_problems(plan, manifest)])
+    return plan
+
+
+def _data_problems(plan: RunPlan, manifest: dict[str, Any]) -> Iterator[Problem]:
+    """Consumed samples are a place in the data only if the order of the data is the same."""
+    then, now = manifest["data"], plan.data
+    if then["seed"] != now["seed"] and plan.config.load_rng:
+        why = f"the run had seed {then['seed']}, which decides the order of its data"
+        fix = f"give --seed {then['seed']}, or --no-load-rng to go on with another order"
+        yield Problem("--seed", now["seed"], why, fix)
+    for key, option in (("seq_length", "--seq-length"), ("order", "--dataloader-type")):
+        if then[key] != now[key]:
+            why = f"the run had {then[key]}, so its place in the data would mean other samples"
+            yield Problem(option, now[key], why, f"give {then[key]}, or start anew from the weights: --finetune")
+    if then["sets"] != now["sets"]:
+        why = "the run was on other data, or on other parts of it, so its place in the data would mean other samples"
+        fix = "give the same data, weights and --split, or start anew from the weights: --finetune"
+        yield Problem("--data-path", " ".join(plan.config.data_path or plan.config.train_data_path), why, fix)
+
+
+def _schedule_problems(plan: RunPlan, then: Schedule) -> Iterator[Problem]:
+    if plan.config.override_opt_param_scheduler:
+        return
+    before, now = then.effective(), plan.schedule.effective()
+    changed = [
+        f"{name} {before.get(name)} -> {now.get(name)}" for name in before | now if before.get(name) != now.get(name)
+    ]
+    if not changed:
+        return
+    why = f"it was saved with another schedule: {', '.join(changed)}"
+    if {name for name in before | now if before.get(name) != now.get(name)} <= _LENGTHS:
+        option = "--train-samples" if plan.config.train_samples else "--train-iters"
+        value = plan.config.train_samples or plan.config.train_iters
+        why = (
+            f"the learning rate of --load {plan.config.load} was to follow another length: {', '.join(changed)} samples"
+        )
+        fix = (
+            "to let it follow the new length, which may raise it again: --override-opt-param-scheduler; to keep its "
+            "course, and so its last value for what is added: --use-checkpoint-opt-param-scheduler"
+        )
+        yield Problem(option, value, why, fix)
+        return
+    fix = "--override-opt-param-scheduler takes the new one, --use-checkpoint-opt-param-scheduler the old one"
+    yield Problem("--load", plan.config.load, why, fix)
+
+
+def _optimizer_problems(plan: RunPlan, manifest: dict[str, Any]) -> Iterator[Problem]:
+    then, now = manifest["optimizer"], plan.config.optimizer
+    if not plan.config.load_optim:
+        return
+    if then is None:
+        fix = "go on without it: --no-load-optim"
+        yield Problem("--load", plan.config.load, "the checkpoint was saved without the state of the optimizer", fix)
+    elif _algorithm(then) != _algorithm(now):
+        why = f"the checkpoint has the state of {then}"
+        yield Problem("--optimizer", now, why, f"give {then}, or go on without that state: --no-load-optim")
+
+
+def _algorithm(optimizer: str) -> str:
+    """The algorithm, whichever of its implementations runs: their state is the same."""
+    return optimizer.rpartition("_")[2]

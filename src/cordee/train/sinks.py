@@ -1,0 +1,229 @@
+"""Where records of a run go: log lines, a live progress line, TensorBoard, metrics.jsonl.
+
+Owns the form of each; the figures are `metrics.py`'s. Only rank 0 has sinks: it knows every figure, for losses and
+norms are of all ranks. (Megatron prints on the last rank, the only one that knows its loss.)
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Protocol, TextIO
+
+from cordee.train.metrics import Record
+
+MB = 1 << 20
+WIDE = 130  # columns of a terminal that has room for a bar beside the figures
+
+
+class Sink(Protocol):
+    """Takes what happens in a run; `close` is called once, at its end."""
+
+    def step(self, record: Record) -> None:
+        """A record of the steps since the last one."""
+
+    def validation(self, iteration: int, split: str, loss: float) -> None:
+        """The mean loss over `split`, which is "validation" or "test"."""
+
+    def close(self) -> None: ...
+
+
+# ------------------------------------------------------------------------------------------------- for people
+
+
+def log_line(record: Record, loss_name: str, throughput: bool = True) -> str:
+    """Megatron's log line; parsers of its logs read it. The learning rate is the one the last step was taken with."""
+    parts = [
+        f" [{datetime.fromtimestamp(record.time):%Y-%m-%d %H:%M:%S}] "
+        f"iteration {record.iteration:8d}/{record.train_iterations:8d}",
+        f"consumed samples: {record.consumed_samples:12d}",
+        f"elapsed time per iteration (ms): {record.step_seconds * 1000:.1f}",
+    ]
+    if throughput:
+        parts.append(f"throughput per GPU (TFLOP/s/GPU): {rate(record.tflops)}")
+    parts += [
+        f"learning rate: {record.learning_rate:.6E}",
+        f"global batch size: {record.global_batch_size:5d}",
+        f"{loss_name}: {record.loss:.6E}",
+        *(f"{name}: {value:.6E}" for name, value in record.metrics.items()),
+        f"loss scale: {record.loss_scale:.1f}",
+        f"grad norm: {record.grad_norm:.3f}",
+    ]
+    if record.zeros_in_grad is not None:
+        parts.append(f"num zeros: {record.zeros_in_grad}")
+    if record.params_norm is not None:
+        parts.append(f"params norm: {record.params_norm:.3f}")
+    parts.append(f"number of skipped iterations: {record.skipped_iterations:3d}")
+    parts.append(f"number of nan iterations: {record.nan_iterations:3d}")
+    return " | ".join(parts) + " |"
+
+
+def memory_line(record: Record) -> str:
+    """Megatron's memory report of rank 0, in MiB. On a CPU, which reserves nothing, what is in RAM."""
+    now, peak = record.memory / MB, record.peak_memory / MB
+    return (
+        f"[Rank 0] (after {record.iteration} iterations) memory (MB) | allocated: {now:.1f} | "
+        f"max allocated: {peak:.1f} | reserved: {now:.1f} | max reserved: {peak:.1f}"
+    )
+
+
+def validation_lines(iteration: int, split: str, loss_name: str, loss: float) -> str:
+    """Megatron's validation report."""
+    value = f"{loss_name} value: {loss:.6E} | {loss_name} PPL: {perplexity(loss):.6E}"
+    line = f" {split} loss at iteration {iteration} | {value} | "
+    return "\n".join(("-" * len(line), line, "-" * len(line)))
+
+
+def perplexity(loss: float) -> float:
+    """exp of a mean loss; a hopeless one is capped as Megatron does, so that it can be printed."""
+    return math.exp(min(20.0, loss))
+
+
+def progress_text(record: Record) -> str:
+    """The figures of the live line, the most wanted first: a narrow terminal cuts off the last ones."""
+    share = "" if record.mfu is None else f"  MFU {record.mfu:.0%}"
+    left = timedelta(seconds=round(record.seconds_left))
+    return (
+        f"{record.iteration}/{record.train_iterations}  loss {record.loss:.4f}  {left} left  "
+        f"{record.tokens_per_second:,.0f} tokens/s/device{share}  {rate(record.tflops)} TFLOP/s  "
+        f"{record.memory / 2**30:.2f} GiB"
+    )
+
+
+def rate(tflops: float) -> str:
+    """With one decimal as Megatron writes it, or so many that a small model on a CPU shows three digits."""
+    digits = 1
+    while digits < 6 and abs(tflops) < 10 ** (2 - digits):
+        digits += 1
+    return f"{tflops:.{digits}f}"
+
+
+class ConsoleSink:
+    """Log lines, by `write`: standard output unless something else keeps a line there."""
+
+    def __init__(self, loss_name: str, write: Callable[[str], None] | None = None, *, throughput: bool = True):
+        self._loss_name = loss_name
+        self._write = write or functools.partial(print, flush=True)
+        self._throughput = throughput
+        self._memory_told = False
+
+    def step(self, record: Record) -> None:
+        self._write(log_line(record, self._loss_name, self._throughput))
+        if not self._memory_told:
+            self._write(memory_line(record))
+            self._memory_told = True
+
+    def validation(self, iteration: int, split: str, loss: float) -> None:
+        self._write(validation_lines(iteration, split, self._loss_name, loss))
+
+    def close(self) -> None:
+        pass
+
+
+class Live:
+    """A progress bar at the bottom of a terminal, above which other lines scroll."""
+
+    def __init__(self, out: TextIO | None = None):
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        self._console = Console(file=out, highlight=False, soft_wrap=True)
+        bar = (BarColumn(bar_width=20),) if self._console.width >= WIDE else ()
+        columns = (*bar, TextColumn("{task.fields[text]}"))
+        self._progress = Progress(*columns, console=self._console)
+        self._task = self._progress.add_task("train", total=None, text="")
+        self._progress.start()
+
+    @staticmethod
+    def possible() -> bool:
+        return sys.stdout.isatty()
+
+    def print(self, text: str) -> None:
+        self._console.print(text, markup=False)
+
+    def step(self, record: Record) -> None:
+        self._progress.update(
+            self._task, total=record.train_iterations, completed=record.iteration, text=progress_text(record)
+        )
+
+    def validation(self, iteration: int, split: str, loss: float) -> None:
+        pass
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+# ----------------------------------------------------------------------------------------------- for programs
+
+
+class JsonSink:
+    """One JSON object a line. A resumed run appends: of lines with the same iteration the last one counts."""
+
+    def __init__(self, path: Path, loss_name: str):
+        self._loss_name = loss_name
+        self._path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", encoding="utf-8")
+
+    def step(self, record: Record) -> None:
+        self._write({"kind": "train", "loss_name": self._loss_name, **asdict(record)})
+
+    def validation(self, iteration: int, split: str, loss: float) -> None:
+        self._write({"kind": split, "loss_name": self._loss_name, "iteration": iteration, "loss": loss})
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __str__(self) -> str:
+        return str(self._path)
+
+    def _write(self, values: dict) -> None:
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+
+
+class TensorBoardSink:
+    """Scalars by iteration, named as Megatron names them."""
+
+    def __init__(self, path: Path, loss_name: str):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._loss_name = loss_name
+        self._path = path
+        self._writer = SummaryWriter(str(path))
+
+    def step(self, record: Record) -> None:
+        values = {
+            self._loss_name: record.loss,
+            **record.metrics,
+            "learning-rate": record.learning_rate,
+            "batch-size": record.global_batch_size,
+            "loss-scale": record.loss_scale,
+            "grad-norm": record.grad_norm,
+            "iteration-time": record.step_seconds,
+            "throughput": record.tflops,
+            "tokens-per-second": record.tokens_per_second,
+            "mfu": record.mfu,
+            "memory": record.memory,
+            "num-zeros": record.zeros_in_grad,
+            "params-norm": record.params_norm,
+        }
+        for name, value in values.items():
+            if value is not None:
+                self._writer.add_scalar(name, value, record.iteration)
+
+    def validation(self, iteration: int, split: str, loss: float) -> None:
+        self._writer.add_scalar(f"{self._loss_name} {split}", loss, iteration)
+        self._writer.add_scalar(f"{self._loss_name} {split} ppl", perplexity(loss), iteration)
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def __str__(self) -> str:
+        return str(self._path)

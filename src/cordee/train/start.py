@@ -1,0 +1,50 @@
+"""Training from Python: the processes that `cordee train` would start.
+
+Owns what stands between a configuration and the job on each rank. The command line has its own way to the same job.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import yaml
+
+from cordee import device, launch
+from cordee.config.load import config_from_dict
+from cordee.config.schema import TrainConfig
+from cordee.errors import raise_all
+from cordee.train import job
+from cordee.train.check import check_run
+
+
+def train(config: TrainConfig | Mapping[str, object]) -> int:
+    """Train as `cordee train` does with these options; returns its exit code.
+
+    config: a `TrainConfig`, or the values that differ from its defaults, by option name.
+    The run takes all local devices, or `nproc_per_node` of them. A single one is this process; several get a process
+    each, for which it must be called in the main thread. In a process that torchrun or Slurm started it joins the
+    others. ProblemError with everything that is wrong, before anything is started.
+    """
+    if isinstance(config, Mapping):
+        config = config_from_dict(TrainConfig, config)
+    launched = launch.rank_info().launcher
+    if not launched and config.nproc_per_node is None:
+        config = replace(config, nproc_per_node=device.count())
+    raise_all(check_run(config))
+    if launched or config.nproc_per_node == 1:
+        return job.run(config)
+    assert config.nproc_per_node is not None
+    with TemporaryDirectory() as scratch:
+        file = Path(scratch) / "run.yaml"
+        file.write_text(_as_yaml(config), encoding="utf-8")
+        arguments = ["train", "--config", str(file)]
+        return launch.spawn_local(arguments, config.nproc_per_node, grace_seconds=config.exit_grace_seconds)
+
+
+def _as_yaml(config: TrainConfig) -> str:
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    given = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return yaml.safe_dump({name: value for name, value in given.items() if value is not None})

@@ -1,0 +1,289 @@
+"""The training loop.
+
+Owns the order of things in a step and in a run: fetch, forward and backward, clip, optimizer, report, validate, save,
+stop. What any of them does is another file's. Runs the same on one process and on many.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from cordee.checkpoint.store import CheckpointStore
+from cordee.config.schema import TrainConfig
+from cordee.data.batch import Batch
+from cordee.data.loader import Loader
+from cordee.errors import Problem, ProblemError
+from cordee.log import logger
+from cordee.model.gpt import GPTModel
+from cordee.optim.build import set_rates
+from cordee.optim.clip import clip_factor, gradients, scale_
+from cordee.optim.precision import LossScaler
+from cordee.parallel import collectives, context, data, norms
+from cordee.parallel.execution import Executor, Work
+from cordee.parallel.layout import Layout
+from cordee.train import not_finite
+from cordee.train.exits import COMPLETE, Exit, ExitRule
+from cordee.train.metrics import StepResult
+from cordee.train.plan import RunPlan
+from cordee.train.reports import Reports
+from cordee.train.resume import describe
+from cordee.train.state import TrainState
+
+
+@dataclass(frozen=True)
+class Step:
+    """The micro-batches of this rank and what all ranks have of them together: trained tokens."""
+
+    batches: list[Batch]
+    weight: int
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Means over all that a step trained; `local` is the sum of this rank's losses, left on the device."""
+
+    mean: float
+    metrics: dict[str, float]
+    local: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a trainer works with, ready made. `loaders` are those of "train", "validation" and "test" that exist."""
+
+    model: GPTModel
+    executor: Executor
+    optimizer: Optimizer
+    scaler: LossScaler
+    loaders: dict[str, Loader]
+    layout: Layout
+    device: torch.device
+    store: CheckpointStore | None
+    reports: Reports
+    exits: ExitRule
+
+
+class Trainer:
+    """One run on one rank, from `state` to its end.
+
+    Whatever decides anything is first summed over all ranks, so all ranks always do the same. Random numbers are a
+    function of (seed, sample, place in the model), and all else of `state`: a resumed run repeats what the
+    uninterrupted one does.
+    """
+
+    def __init__(self, plan: RunPlan, parts: Parts, state: TrainState):
+        self.plan = plan
+        self.config: TrainConfig = plan.config
+        self.parts = parts
+        self.state = state
+        self._saved_at = state.iteration  # nothing is new until the first step
+        self._validated_at: dict[str, int] = {}
+        self.told_to_stop: Exit | None = None
+        self._own = norms.own(parts.model)
+
+    # ---- a run -------------------------------------------------------------------------------------------------------
+
+    def train(self) -> Exit:
+        """Steps until the run is complete or has to stop. The last state is saved either way."""
+        try:
+            ending = self._take_steps()
+        finally:
+            self.parts.reports.finish(self.state)
+        self.save()
+        return ending
+
+    def _take_steps(self) -> Exit:
+        ending = COMPLETE if self._complete else None
+        while ending is None:
+            with collectives.contact(f"in step {self.state.iteration + 1}"):
+                consumed = self.state.consumed_samples
+                sizes = self.plan.batches.micro_batches(consumed)
+                step = self._fetch("train", consumed, self._batch_size, sizes)
+                result = None if step is None else self._step(step)
+            if result is None:
+                ending = self.told_to_stop
+                break
+            self.parts.reports.step(result, self.state)
+            self._collect_garbage()
+            if self._is_time(self.config.save_interval):
+                self.save()
+            if self._is_time(self.config.eval_interval):
+                self.validate("validation")
+            ending = COMPLETE if self._complete else self.parts.exits.after(self.state.iteration)
+        assert ending is not None
+        return ending
+
+    def validate(self, split: str) -> float | None:
+        """Mean loss over the first --eval-iters global batches of `split`, the same ones every time; None if it has no
+        data, was done after this very step, or the run was told to stop meanwhile.
+        """
+        iteration = self.state.iteration
+        if split not in self.parts.loaders or self._validated_at.get(split) == iteration:
+            return None
+        self._validated_at[split] = iteration
+        start = time.perf_counter()
+        self.parts.model.eval()
+        try:
+            with collectives.contact(f"in the {split} after step {iteration}"):
+                loss = self._mean_loss(split)
+        finally:
+            data.release(self.parts.model)
+            self.parts.model.train()
+        if loss is None:
+            logger.info("the %s after iteration %d was broken off: the run is to stop", split, iteration)
+            return None
+        self.parts.reports.validation(self.state, split, loss, time.perf_counter() - start)
+        if self.config.manual_gc:
+            gc.collect()
+        return loss
+
+    def save(self) -> None:
+        """Save this step, once; the files are written in the background unless the options say otherwise."""
+        store, iteration = self.parts.store, self.state.iteration
+        if store is None or self._saved_at == iteration:
+            return
+        start = time.perf_counter()
+        optimizer = self.parts.optimizer if self.config.save_optim else None
+        manifest = describe(self.plan, self.state, self.parts.scaler)
+        store.save(iteration, self.parts.model, optimizer, manifest, background=self.config.async_save)
+        self._saved_at = iteration
+        self.parts.reports.pause(time.perf_counter() - start)
+
+    @property
+    def _complete(self) -> bool:
+        return self.state.iteration >= self.plan.iterations
+
+    @property
+    def _batch_size(self) -> int:
+        """Samples of the coming step."""
+        return self.plan.batches.batch_size(self.state.consumed_samples)
+
+    def _is_time(self, interval: int | None) -> bool:
+        return bool(interval) and self.state.iteration % interval == 0
+
+    def _collect_garbage(self) -> None:
+        if self.config.manual_gc and self._is_time(self.config.manual_gc_interval):
+            gc.collect()
+
+    # ---- a step ------------------------------------------------------------------------------------------------------
+
+    def _fetch(
+        self, split: str, consumed: int, global_batch_size: int, micro_batch_size: int | Sequence[int]
+    ) -> Step | None:
+        """Read micro-batches, and agree with all ranks on how to go on; None if the run is to stop instead.
+
+        ProblemError on all ranks if one of them cannot read its samples or write its part of a checkpoint.
+        """
+        layout, store = self.parts.layout, self.parts.store
+        batches: list[Batch] = []
+        problems: list[Problem] = []
+        try:
+            batches = self.parts.loaders[split].next_step(consumed, global_batch_size, micro_batch_size)
+        except ProblemError as error:
+            problems = error.problems
+        weight = sum(batch.weight() for batch in batches) if layout.speaks_for_samples else 0
+        unsaved = int(store is not None and store.failed)
+        votes = self.parts.exits.votes()
+        weight, unread, unsaved, *votes = collectives.sum_counts([weight, len(problems), unsaved, *votes], layout)
+        if unread:
+            collectives.raise_together(problems, layout)
+        if unsaved and store is not None:
+            store.wait()  # the save has failed on all ranks alike, and says so here
+        self.told_to_stop = self.parts.exits.decide(votes)
+        return Step(batches, max(weight, 1)) if self.told_to_stop is None else None
+
+    def _step(self, step: Step) -> StepResult:
+        """Forward, backward and optimizer; `state` moves on."""
+        parts, state = self.parts, self.state
+        scale = parts.scaler.scale
+        losses = self._backward(step, scale)
+        own = gradients(self._own)
+        norm = norms.global_norm(own, parts.layout, parts.device) / scale
+        overflow = not (math.isfinite(norm) and math.isfinite(losses.mean))
+        if overflow:
+            self._require_curable(losses, norm)
+        told = (state.iteration + 1) % self.config.log_interval == 0
+        zeros = (
+            norms.count_zeros(own, parts.layout, parts.device) if told and self.config.log_num_zeros_in_grad else None
+        )
+        learning_rate = self.plan.schedule.learning_rate(state.schedule_position)
+        if not overflow:
+            scale_(gradients(parts.model.parameters()), clip_factor(norm, self.config.clip_grad) / scale)
+            set_rates(parts.optimizer, learning_rate, self.plan.schedule.weight_decay(state.schedule_position))
+            parts.optimizer.step()
+        parts.optimizer.zero_grad()
+        parts.scaler.update(overflow)
+        samples = self._batch_size
+        tokens = samples * self.config.seq_length
+        state.advance(samples, tokens, skipped=overflow)
+        return StepResult(
+            loss=losses.mean,
+            metrics=losses.metrics,
+            grad_norm=norm,
+            learning_rate=learning_rate,
+            loss_scale=scale,
+            samples=samples,
+            tokens=tokens,
+            skipped=overflow,
+            zeros_in_grad=zeros,
+            params_norm=self._params_norm() if told and self.config.log_params_norm else None,
+        )
+
+    def _params_norm(self) -> float:
+        return norms.global_norm(self._own, self.parts.layout, self.parts.device)
+
+    def _backward(self, step: Step, scale: float) -> Losses:
+        """Gradients of the mean loss over all ranks, times `scale`, summed over all micro-batches."""
+        layout = self.parts.layout
+        work = Work(
+            batches=self._own_parts(step.batches),
+            weights=[batch.weight() for batch in step.batches],
+            weight=step.weight,
+            scale=scale,
+        )
+        sums = self.parts.executor.train(work)
+        local = torch.stack(list(sums.values()))
+        overall = collectives.sum_over(local.clone(), layout).tolist()
+        means = {name: value / step.weight for name, value in zip(sums, overall, strict=True)}
+        return Losses(means.pop(""), means, local[list(sums).index("")])
+
+    def _own_parts(self, batches: Sequence[Batch]) -> list[Batch]:
+        """What this rank has of the tokens of each micro-batch."""
+        return [context.share(batch, self.parts.layout, self.config) for batch in batches]
+
+    def _mean_loss(self, split: str) -> float | None:
+        size = self.plan.batches.global_batch_size
+        loss, weight = 0.0, 0
+        for index in range(self.config.eval_iters):
+            if (step := self._fetch(split, index * size, size, self.config.micro_batch_size)) is None:
+                return None
+            total, count = self.parts.executor.evaluate(self._own_parts(step.batches))
+            loss += collectives.sum_over(total, self.parts.layout).item()
+            weight += int(collectives.sum_over(count, self.parts.layout))
+        return loss / max(weight, 1)
+
+    def _require_curable(self, losses: Losses, norm: float) -> None:
+        """Stop the run unless this is an overflow in fp16, which a smaller loss scale cures."""
+        scaler, store = self.parts.scaler, self.parts.store
+        if self.config.fp16 and (not scaler.dynamic or scaler.scale > scaler.minimum):
+            return
+        first = self.state.consumed_samples
+        problem = not_finite.find(
+            self.parts.model,
+            losses.local,
+            self.parts.layout,
+            step=self.state.iteration + 1,
+            values=f"loss {losses.mean}, gradient norm {norm}",
+            samples=range(first, first + self._batch_size),
+        )
+        if store is not None:
+            problem = replace(problem, why=f"{problem.why}; {store.last_good()}")
+        raise ProblemError([problem], everywhere=True)

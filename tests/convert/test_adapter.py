@@ -1,0 +1,292 @@
+"""Adapters merged while converting: PEFT's against its own merge, Megatron's against the products by hand."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cordee.convert import formats
+from cordee.errors import ProblemError
+from cordee.families.registry import spec_from_hf
+from tests.convert.test_megatron import ASCEND, CORE, LEGACY, PP, TP, VPP, convert, load, problems_of
+from tests.weights import models, tiny
+
+LLAMA = {**models.MODELS["llama"], "num_hidden_layers": 4}
+R, ALPHA = 4, 12
+
+
+def rewrite_config(adapter: Path, **changes: object) -> None:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+
+
+# ---- PEFT ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def adapted(tmp_path):
+    """A model, an adapter with random matrices as PEFT saves it, and PEFT's own merge of the two."""
+    peft = pytest.importorskip("peft", reason="needs peft, of the extra `test`")
+    transformers = pytest.importorskip("transformers")
+
+    def make(kind: str, dtype: torch.dtype = torch.float32, **lora: object) -> dict[str, torch.Tensor]:
+        config = LLAMA if kind == "llama" else models.MODELS[kind]
+        tiny.save(tmp_path / "base", config, tiny.tensors_of(spec_from_hf(config), dtype))
+        base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype)
+        made = peft.get_peft_model(base, peft.LoraConfig(r=R, lora_alpha=ALPHA, init_lora_weights=False, **lora))
+        with torch.no_grad():
+            for name, parameter in made.named_parameters():
+                if parameter.requires_grad and "lora_" not in name:
+                    parameter.add_(1)  # trained as a whole
+        made.save_pretrained(tmp_path / "adapter")
+        return dict(made.merge_and_unload().state_dict())
+
+    return make
+
+
+def check(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() <= expected.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-6, msg=name)
+
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+CASES = {
+    "all": ("llama", {"target_modules": LINEAR}),
+    "some": ("llama", {"target_modules": ["v_proj", "up_proj"]}),
+    "embedding and head": ("llama", {"target_modules": ["embed_tokens", "lm_head", "q_proj"]}),
+    "rslora": ("llama", {"target_modules": ["k_proj", "gate_proj"], "use_rslora": True}),
+    "patterns": (
+        "llama",
+        {"target_modules": LINEAR, "rank_pattern": {"layers.1.*q_proj": 2}, "alpha_pattern": {"v_proj": 3}},
+    ),
+    "one layer": ("llama", {"target_modules": LINEAR, "layers_to_transform": [2]}),
+    "biases": ("llama", {"target_modules": ["q_proj"], "bias": "all"}),
+    "whole modules": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["norm", "lm_head"]}),
+    "tied": ("llama tied", {"target_modules": ["q_proj", "down_proj"]}),
+    "transposed": ("gpt2", {"target_modules": ["c_attn", "c_fc", "c_proj"], "fan_in_fan_out": True}),
+    "packed": ("bloom", {"target_modules": ["query_key_value", "dense_h_to_4h"]}),
+    "experts by themselves": ("mixtral", {"target_modules": ["q_proj", "o_proj"]}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.filterwarnings("ignore")
+def test_it_is_pefts_own_merge(adapted, tmp_path, case):
+    kind, lora = CASES[case]
+    expected = adapted(kind, **lora)
+    before = load_file(tmp_path / "base" / "model.safetensors")
+    convert(tmp_path / "base", tmp_path / "out", "--lora-load", str(tmp_path / "adapter"), "--verify")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert found.keys() == before.keys()
+    assert any(not torch.equal(found[name], before[name]) for name in found)
+    check({name: tensor for name, tensor in found.items() if "block_sparse_moe" not in name}, expected)
+
+
+@pytest.mark.parametrize(
+    "form", [(*CORE, TP, "2", PP, "2", VPP, "1"), (*LEGACY, TP, "4"), (*ASCEND, TP, "2")], ids=" ".join
+)
+@pytest.mark.filterwarnings("ignore")
+def test_into_any_form_and_out_of_any_form(adapted, tmp_path, form):
+    """An adapter of PEFT is merged on the way there, or into what is there already: the same."""
+    expected = adapted("llama", target_modules=LINEAR)
+    lora = ("--lora-load", str(tmp_path / "adapter"), "--lora-r", str(R), "--lora-alpha", str(ALPHA))
+    convert(tmp_path / "base", tmp_path / "mg", *form, *lora, "--lora-target-modules", *LINEAR)
+    convert(tmp_path / "mg", tmp_path / "back")
+    check(load_file(tmp_path / "back" / "model.safetensors"), expected)
+    convert(tmp_path / "base", tmp_path / "plain", *form)
+    convert(tmp_path / "plain", tmp_path / "merged", *lora)
+    check(load_file(tmp_path / "merged" / "model.safetensors"), expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_sums_are_made_in_float32(adapted, tmp_path):
+    adapted("llama", torch.bfloat16, target_modules=["down_proj"])
+    base, factors = (
+        load_file(tmp_path / name) for name in ("base/model.safetensors", "adapter/adapter_model.safetensors")
+    )
+    convert(tmp_path / "base", tmp_path / "out", "--lora-load", str(tmp_path / "adapter"))
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    for layer in range(4):
+        name = f"model.layers.{layer}.mlp.down_proj"
+        a, b = (factors[f"base_model.model.{name}.lora_{letter}.weight"].float() for letter in "AB")
+        expected = (base[f"{name}.weight"].float() + ALPHA / R * (b @ a)).bfloat16()
+        assert torch.equal(found[f"{name}.weight"], expected)
+
+
+def handmade(path: Path, tensors: dict[str, torch.Tensor], **config: object) -> Path:
+    path.mkdir()
+    save_file(tensors, path / "adapter_model.safetensors")
+    (path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4, **config}))
+    return path
+
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj"
+GOOD = {f"{Q}.lora_A.weight": torch.ones(2, 24), f"{Q}.lora_B.weight": torch.ones(24, 2)}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "flags", "expected"),
+    [
+        (GOOD, {"use_dora": True}, (), "use_dora"),
+        (GOOD, {"peft_type": "IA3"}, (), "only LoRA"),
+        (GOOD, {"r": None}, (), "positive number"),
+        (GOOD, {}, ("--lora-r", "3"), "says 2"),
+        (GOOD, {}, ("--lora-alpha", "3"), "says 4"),
+        (GOOD, {}, ("--lora-target-modules", "k_proj"), "of q_proj"),
+        ({}, {}, (), "nothing in it"),
+        ({**GOOD, f"{Q}.lora_magnitude_vector": torch.ones(24)}, {}, (), "lora_magnitude_vector"),
+        ({f"{Q}.lora_A.weight": torch.ones(2, 24)}, {}, (), "has only"),
+        ({**GOOD, f"{Q}.lora_B.weight": torch.ones(23, 2)}, {}, (), "do not make"),
+        ({**GOOD, f"{Q}.lora_B.weight": torch.ones(24, 3)}, {}, (), "do not make"),
+        ({**GOOD, f"{Q}.base_layer.bias": torch.ones(23)}, {}, (), "that of the model"),
+        ({name.replace("layers.0", "layers.7"): tensor for name, tensor in GOOD.items()}, {}, (), "no such tensors"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_cannot_be_merged(tmp_path, tensors, config, flags, expected):
+    tiny.save(tmp_path / "base", tiny.LLAMA)
+    adapter = handmade(tmp_path / "adapter", tensors, **config)
+    assert expected in problems_of(tmp_path / "base", tmp_path / "out", "--lora-load", str(adapter), *flags)
+
+
+def test_a_good_adapter_of_that_form_is_merged(tmp_path):
+    """So that what the cases above change is what is refused."""
+    before = tiny.save(tmp_path / "base", tiny.LLAMA)
+    convert(tmp_path / "base", tmp_path / "out", "--lora-load", str(handmade(tmp_path / "adapter", GOOD)))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    torch.testing.assert_close(found[name], before[name] + 4)  # 4/2 times a product of twos
+    assert all(torch.equal(found[other], before[other]) for other in found.keys() - {name})
+
+
+def test_files_that_are_no_adapter(tmp_path):
+    tiny.save(tmp_path / "base", tiny.LLAMA)
+    adapter = handmade(tmp_path / "adapter", GOOD)
+    assert "--lora-load" in problems_of(adapter, tmp_path / "out")
+    assert "no adapter" in problems_of(tmp_path / "base", tmp_path / "out", "--lora-r", "4")
+    assert "neither of PEFT" in problems_of(tmp_path / "base", tmp_path / "out", "--lora-load", str(tmp_path / "base"))
+    (adapter / "adapter_model.safetensors").write_bytes(b"broken")
+    assert "cannot be read" in problems_of(tmp_path / "base", tmp_path / "out", "--lora-load", str(adapter))
+    (adapter / "adapter_model.safetensors").unlink()
+    assert "adapter_model.bin" in problems_of(tmp_path / "base", tmp_path / "out", "--lora-load", str(adapter))
+    (adapter / "adapter_config.json").write_text("{")
+    assert "cannot be read" in problems_of(tmp_path / "base", tmp_path / "out", "--lora-load", str(adapter))
+
+
+def test_an_adapter_of_one_end_of_a_tied_pair(tmp_path):
+    tiny.save(tmp_path / "base", {**tiny.LLAMA, "tie_word_embeddings": True})
+    embedding = "base_model.model.model.embed_tokens.lora_embedding_"
+    adapter = handmade(tmp_path / "adapter", {f"{embedding}A": torch.ones(2, 61), f"{embedding}B": torch.ones(24, 2)})
+    assert "tied to it" in problems_of(tmp_path / "base", tmp_path / "out", "--lora-load", str(adapter))
+
+
+# ---- Megatron --------------------------------------------------------------------------------------------------------
+
+
+def by_rows(name: str) -> bool:
+    """Whether tensor ranks share a weight by its outputs."""
+    return any(part in name for part in ("linear_qkv", "linear_fc1", "query_key_value", "h_to_4h", "gate_proj"))
+
+
+def trained(base: Path, path: Path, alpha: float | None, wrapped: bool = False) -> None:
+    """A checkpoint of LoRA training on the Megatron checkpoint `base`, and W + alpha / r B A in place of its weights.
+
+    Of a weight shared by its outputs A is on all ranks, of the others B.
+    """
+    shutil.copytree(base, path)
+    generator = torch.Generator().manual_seed(0)
+    shared: dict[tuple[str, str], torch.Tensor] = {}
+    for file in sorted(path.rglob("model_optim_rng.pt")):
+        own = base / file.relative_to(path)
+        content, merged = (torch.load(at, weights_only=False) for at in (file, own))
+        stage = file.parent.name.split("_")[3:]
+        for key in [key for key in content if key.startswith("model")]:
+            nested = "language_model" in content[key]
+            inner = content[key]["language_model"]["encoder"] if nested else content[key]
+            target = merged[key]["language_model"]["encoder"] if nested else merged[key]
+            factors = {}
+            for name, weight in inner.items():
+                if "layers." not in name or weight.ndim != 2:
+                    continue
+                module = name.removesuffix(".weight")
+                a, b = (
+                    torch.randn(R, weight.shape[1], generator=generator),
+                    torch.randn(weight.shape[0], R, generator=generator),
+                )
+                where = (*stage, key, module)
+                if by_rows(name):
+                    a = shared.setdefault(where, a)
+                else:
+                    b = shared.setdefault(where, b)
+                start = "base_model.model." if wrapped else ""
+                factors |= {f"{start}{module}.lora_A.default.weight": a, f"{start}{module}.lora_B.default.weight": b}
+                target[name] = (weight.float() + ALPHA / R * (b @ a)).to(weight.dtype)
+            content[key] = {"language_model": {"encoder": factors}} if nested else factors
+        if alpha is not None and "args" in content:
+            content["args"].lora_alpha = alpha
+        torch.save(content, file)
+        torch.save(merged, own)
+
+
+FORMS = {
+    "core": (*CORE, TP, "2", PP, "2"),
+    "core, virtual stages": (*CORE, TP, "2", PP, "2", VPP, "1"),
+    "legacy": (*LEGACY, TP, "4"),
+    "ascendspeed": (*ASCEND, TP, "2"),
+    "ascendspeed, merged": (*ASCEND, "--merge-mlp", PP, "2"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_adapters_of_megatron(tmp_path, form):
+    tiny.save(tmp_path / "hf", LLAMA)
+    convert(tmp_path / "hf", tmp_path / "base", *FORMS[form])
+    shutil.copytree(tmp_path / "base", tmp_path / "expected")
+    told = form != "legacy" and not form.startswith("ascend")
+    trained(tmp_path / "expected", tmp_path / "adapter", ALPHA if told else None, wrapped=form == "core")
+    flags = () if told else ("--lora-alpha", str(ALPHA))
+    lora = ("--lora-load", str(tmp_path / "adapter"), *flags)
+    convert(tmp_path / "base", tmp_path / "out", *lora, "--lora-r", str(R))
+    convert(tmp_path / "expected", tmp_path / "by hand")
+    found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "by hand"))
+    check(found, expected)
+    before = load_file(tmp_path / "hf" / "model.safetensors")
+    changed = {name.split(".")[-2] for name in found if not torch.equal(found[name], before[name])}
+    assert changed == set(LINEAR)
+    convert(tmp_path / "base", tmp_path / "other", *LEGACY, TP, "2", *lora)  # from Megatron to Megatron
+    convert(tmp_path / "other", tmp_path / "other hf")
+    check(load_file(tmp_path / "other hf" / "model.safetensors"), expected)
+
+
+def test_what_cannot_be_merged_of_megatron(tmp_path):
+    tiny.save(tmp_path / "hf", LLAMA)
+    convert(tmp_path / "hf", tmp_path / "base", *CORE, TP, "2")
+    shutil.copytree(tmp_path / "base", tmp_path / "spoiled")
+    trained(tmp_path / "spoiled", tmp_path / "adapter", ALPHA)
+    lora = ("--lora-load", str(tmp_path / "adapter"))
+
+    def problems(*flags: str, base: str = "base") -> str:
+        return problems_of(tmp_path / base, tmp_path / "out", *lora, *flags)
+
+    assert "no Megatron checkpoint" in problems(base="hf")
+    assert "trained with 12" in problems("--lora-alpha", "16")
+    assert "have rank 4" in problems("--lora-r", "16")
+    assert "linear_fc1, linear_fc2, linear_proj, linear_qkv" in problems("--lora-target-modules", "linear_qkv")
+    tiny.save(tmp_path / "other", {**LLAMA, "intermediate_size": 48})
+    convert(tmp_path / "other", tmp_path / "other mg", *CORE)
+    assert "do not make" in problems(base="other mg")
+    tiny.save(tmp_path / "longer", {**LLAMA, "num_hidden_layers": 5})
+    convert(tmp_path / "longer", tmp_path / "longer mg", *CORE)
+    assert "adapters of 4 layers" in problems(base="longer mg")
+    shutil.rmtree(tmp_path / "adapter" / "iter_0000001" / "mp_rank_01")
+    assert "tensor 1 pipeline 0" in problems()
+    with pytest.raises(ProblemError):
+        formats.read(tmp_path / "adapter")  # by itself it is no model
+    assert load(tmp_path / "base", "mp_rank_00")["iteration"] == 1

@@ -1,0 +1,534 @@
+"""Hugging Face to Megatron's formats and back, by the options of `cordee convert`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cordee.config.load import load_config
+from cordee.config.schema import ConvertConfig
+from cordee.convert import formats, job
+from cordee.errors import ProblemError
+from cordee.families.registry import families, spec_from_hf
+from tests.weights import models, tiny
+
+CORE = ("--save-model-type", "mg", "--use-mcore-models")
+LEGACY = ("--save-model-type", "mg")
+ASCEND = ("--save-model-type", "ascendspeed")
+TP, PP = "--target-tensor-parallel-size", "--target-pipeline-parallel-size"
+EP, VPP = "--target-expert-parallel-size", "--num-layers-per-virtual-pipeline-stage"
+
+
+def convert(load: Path, save: Path, *flags: str) -> None:
+    assert job.run(options(load, save, *flags)) == 0
+
+
+def options(load: Path, save: Path, *flags: str) -> ConvertConfig:
+    return load_config(ConvertConfig, ["--load-dir", str(load), "--save-dir", str(save), *flags]).config
+
+
+def problems_of(load: Path, save: Path, *flags: str) -> str:
+    before = save.exists()
+    with pytest.raises(ProblemError) as caught:
+        job.run(options(load, save, *flags))
+    assert save.exists() == before and not list(save.parent.glob(f".{save.name}.*")), "something was left behind"
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Hugging Face directories and their tensors by the name of a tiny model."""
+    root, found = tmp_path_factory.mktemp("models"), {}
+
+    def get(kind: str) -> tuple[Path, dict[str, torch.Tensor]]:
+        if kind not in found:
+            path = root / kind.replace(" ", "-")
+            config = models.MODELS.get(kind) or models.tiny_preset(kind)
+            found[kind] = path, tiny.save(path, config, tiny.tensors_of(spec_from_hf(config), torch.bfloat16))
+        return found[kind]
+
+    return get
+
+
+def check_round_trip(made, kind: str, scratch: Path, *flags: str, form: str = "mg") -> None:
+    """The way there and back, bit for bit, `config.json` too."""
+    path, tensors = made(kind)
+    convert(path, scratch / "there", *flags)
+    assert formats.format_of(scratch / "there").name == form
+    convert(scratch / "there", scratch / "back")
+    written = load_file(scratch / "back" / "model.safetensors")
+    assert written.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert written[name].dtype == tensor.dtype and torch.equal(written[name], tensor), name
+    config, published = (json.loads((at / "config.json").read_text()) for at in (scratch / "back", path))
+    assert {**config, "torch_dtype": "", "dtype": ""} == {**published, "torch_dtype": "", "dtype": ""}
+
+
+@pytest.mark.parametrize("tensor", ["1", "2", "4"])
+@pytest.mark.parametrize(
+    "stages",
+    [
+        (PP, "1"),
+        (PP, "2"),
+        (PP, "3"),
+        (PP, "3", "--num-layer-list", "1,3,2"),
+        (PP, "2", VPP, "1"),
+        (PP, "3", VPP, "1"),
+        (PP, "3", VPP, "2"),  # virtual stages in name only
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("form", [CORE, LEGACY], ids=["core", "legacy"])
+def test_every_layout_comes_back(made, tmp_path, form, stages, tensor):
+    check_round_trip(made, "llama", tmp_path, *form, TP, tensor, *stages)
+
+
+TE = (*CORE, "--transformer-impl", "transformer_engine")
+MINDFORMERS = ("--save-model-type", "mindformers")
+FORMS = {"core": CORE, "te": TE, "legacy": LEGACY, "ascendspeed": ASCEND, "mindformers": MINDFORMERS}
+MIXTURES = {"deepseek_v2", "deepseek_v3", "gpt_moe", "gpt_oss", "grok", "llama4", "mixtral", "qwen2_moe", "qwen3_moe"}
+NEITHER = MIXTURES | {"gemma2", "gemma3", "glm4", "olmo2", "qwen3"}  # experts, more norms, or norms elsewhere
+INEXPRESSIBLE = {
+    "core": {"olmo2"},
+    "te": {"olmo2"},
+    "legacy": NEITHER,
+    "ascendspeed": NEITHER,
+    "mindformers": NEITHER | {"baichuan", "bloom", "chatglm", "glm", "gpt2", "internlm2", "phi3", "qwen"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", families())
+@pytest.mark.parametrize("form", FORMS)
+def test_every_family_comes_back(made, tmp_path, kind, form):
+    split = () if form == "mindformers" else (TP, "2", PP, "2", "--make-vocab-size-divisible-by", "8")
+    if kind in INEXPRESSIBLE[form]:
+        text = problems_of(made(kind)[0], tmp_path / "out", *FORMS[form], *split)
+        assert "choose another format" in text
+        return
+    name = "mindformers" if form == "mindformers" else "mg"
+    check_round_trip(made, kind, tmp_path, *FORMS[form], *split, form=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", models.SPARSE)
+@pytest.mark.parametrize(
+    ("experts", "expert"), [((), "2"), ((), "4"), (("--moe-grouped-gemm",), "1"), (("--moe-grouped-gemm",), "2")]
+)
+@pytest.mark.parametrize("impl", ["local", "transformer_engine", "mindspeed"])
+def test_every_mixture_comes_back(made, tmp_path, kind, experts, expert, impl):
+    tensor = "1" if impl == "mindspeed" and kind.startswith("deepseek") else "2"
+    stages = (PP, "2") if expert == "2" else (PP, "1")  # so that folders have two and three numbers
+    flags = ("--transformer-impl", impl, TP, tensor, EP, expert, *stages, *experts)
+    check_round_trip(made, kind, tmp_path, *CORE, *flags)
+
+
+@pytest.mark.parametrize("flags", [(), ("--merge-mlp",), ("--deepspeed",), (PP, "3")], ids=" ".join)
+def test_ascendspeed_comes_back(made, tmp_path, flags):
+    check_round_trip(made, "llama", tmp_path, *ASCEND, TP, "2", *flags)
+    there = tmp_path / "there"
+    tracker = "latest" if "--deepspeed" in flags else "latest_checkpointed_iteration.txt"
+    assert (there / tracker).read_text() == "release\n"
+    file = "mp_rank_01_model_states.pt" if "--deepspeed" in flags else "mp_rank_01/model_optim_rng.pt"
+    if PP not in flags:
+        content = torch.load(there / "release" / file, weights_only=True)
+        assert content["checkpoint_version"] == 3.0 and "args" not in content
+        model = content["module" if "--deepspeed" in flags else "model"]["language_model"]
+        assert len(model["embedding"]["word_embeddings"]["weight"]) == 128  # 61 filled up to 2 x 128
+        assert ("layers.0.mlp.proj.weight" in model["encoder"]) == ("--merge-mlp" in flags)
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama tied", "qwen2"])
+def test_mindformers_comes_back(made, tmp_path, kind):
+    check_round_trip(made, kind, tmp_path, "--save-model-type", "mindformers", form="mindformers")
+    names = load_file(tmp_path / "there" / "model.safetensors").keys()
+    assert {"model.tok_embeddings.embedding_weight", "model.layers.5.attention.wq.weight"} <= names
+    assert {"model.layers.0.feed_forward.w3.weight", "model.layers.0.ffn_norm.weight", "model.norm_out.weight"} <= names
+
+
+def test_between_megatrons(made, tmp_path):
+    """Every arrow between Megatron's formats, one after the other, ends where it began."""
+    path, tensors = made("llama")
+    steps = [
+        (*LEGACY, TP, "2", PP, "3"),
+        (*CORE, TP, "4", PP, "2", VPP, "1", "--load-from-legacy"),
+        (*CORE, TP, "1", PP, "3", "--num-layer-list", "3,2,1"),
+        (*CORE, "--save-to-legacy", PP, "2", VPP, "3"),
+        (*LEGACY, TP, "4"),
+    ]
+    for number, flags in enumerate(steps):
+        convert(path, tmp_path / str(number), *flags)
+        path = tmp_path / str(number)
+    convert(path, tmp_path / "back")
+    written = load_file(tmp_path / "back" / "model.safetensors")
+    assert all(torch.equal(written[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_mixture_between_megatrons(made, tmp_path):
+    path, tensors = made("mixtral")
+    for number, flags in enumerate([(TP, "2", EP, "2"), ("--moe-grouped-gemm", EP, "4", PP, "3"), (TP, "4")]):
+        convert(path, tmp_path / str(number), *CORE, *flags)
+        path = tmp_path / str(number)
+    convert(path, tmp_path / "back")
+    written = load_file(tmp_path / "back" / "model.safetensors")
+    assert all(torch.equal(written[name], tensor) for name, tensor in tensors.items())
+
+
+# ---- what is in the files, by hand -----------------------------------------------------------------------------------
+
+
+def load(path: Path, folder: str) -> dict:
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path / "iter_0000001" / folder / "model_optim_rng.pt", weights_only=True)
+
+
+def test_what_core_holds(made, tmp_path):
+    path, hf = made("llama")
+    convert(path, tmp_path / "mg", *CORE, TP, "2", PP, "3", VPP, "1", "--make-vocab-size-divisible-by", "16")
+    assert (tmp_path / "mg" / "latest_checkpointed_iteration.txt").read_text() == "1"
+    folders = {folder.name for folder in (tmp_path / "mg" / "iter_0000001").iterdir()}
+    assert folders == {f"mp_rank_{t:02d}_{p:03d}" for t in range(2) for p in range(3)}
+
+    first, last = load(tmp_path / "mg", "mp_rank_01_000"), load(tmp_path / "mg", "mp_rank_01_002")
+    assert first.keys() == {"args", "checkpoint_version", "iteration", "model0", "model1"}
+    assert (first["checkpoint_version"], first["iteration"]) == (3.0, 1)
+    args = first["args"]
+    assert (args.tensor_model_parallel_size, args.pipeline_model_parallel_size) == (2, 3)
+    assert (args.virtual_pipeline_model_parallel_size, args.num_layers_per_virtual_pipeline_stage) == (2, 1)
+    assert (args.padded_vocab_size, args.make_vocab_size_divisible_by, args.num_query_groups) == (64, 16, 4)
+    assert args.params_dtype == torch.bfloat16 and args.bf16
+
+    # Stage 0 holds layers 0 and 3, and tensor rank 1 the last 2 of 4 groups, each 2 heads of 4, then k, then v.
+    layer = "model.layers.3.self_attn"
+    q, k, v = (hf[f"{layer}.{kind}_proj.weight"].view(4, -1, 32) for kind in "qkv")
+    groups = torch.cat([q, k, v], 1)[2:].flatten(0, 1)
+    assert torch.equal(first["model1"]["decoder.layers.0.self_attention.linear_qkv.weight"], groups)
+    q, k, v = (hf[f"{layer}.{kind}_proj.bias"].view(4, -1) for kind in "qkv")
+    bias = torch.cat([q, k, v], 1)[2:].flatten()
+    assert torch.equal(first["model1"]["decoder.layers.0.self_attention.linear_qkv.bias"], bias)
+    out = hf[f"{layer}.o_proj.weight"][:, 16:]
+    assert torch.equal(first["model1"]["decoder.layers.0.self_attention.linear_proj.weight"], out)
+    gate, up = (hf[f"model.layers.3.mlp.{kind}_proj.weight"][12:] for kind in ("gate", "up"))
+    assert torch.equal(first["model1"]["decoder.layers.0.mlp.linear_fc1.weight"], torch.cat([gate, up]))
+    norm = hf["model.layers.3.post_attention_layernorm.weight"]
+    assert torch.equal(first["model1"]["decoder.layers.0.pre_mlp_layernorm.weight"], norm)
+
+    # 61 tokens are filled up to 64 rows with the last one.
+    rows = hf["model.embed_tokens.weight"]
+    rows = torch.cat([rows, rows[-1:].expand(3, -1)])[32:]
+    assert torch.equal(first["model0"]["embedding.word_embeddings.weight"], rows)
+    assert torch.equal(last["model1"]["output_layer.weight"][:29], hf["lm_head.weight"][32:])
+    assert torch.equal(last["model1"]["decoder.final_layernorm.weight"], hf["model.norm.weight"])
+    assert "output_layer.weight" not in last["model0"]
+
+
+def test_a_tied_head_is_copied_to_the_last_stage(made, tmp_path):
+    path, hf = made("llama tied")
+    convert(path, tmp_path / "core", *CORE, PP, "2")
+    convert(path, tmp_path / "legacy", *LEGACY, PP, "2")
+    core, legacy = load(tmp_path / "core", "mp_rank_00_001"), load(tmp_path / "legacy", "mp_rank_00_001")
+    assert torch.equal(core["model"]["output_layer.weight"], hf["model.embed_tokens.weight"])
+    assert torch.equal(legacy["model"]["word_embeddings_for_head"]["weight"], hf["model.embed_tokens.weight"])
+    convert(path, tmp_path / "one", *CORE)
+    assert "output_layer.weight" not in load(tmp_path / "one", "mp_rank_00")["model"]
+
+
+def test_what_legacy_holds(made, tmp_path):
+    path, hf = made("gpt2")
+    convert(path, tmp_path / "mg", *LEGACY, PP, "2", "--num-layer-list", "2,4")
+    model = load(tmp_path / "mg", "mp_rank_00_001")["model"]["language_model"]
+    assert model.keys() == {"encoder"}
+    assert (
+        "layers.3.mlp.dense_h_to_4h.bias" in model["encoder"] and "layers.4.input_norm.weight" not in model["encoder"]
+    )
+    assert torch.equal(model["encoder"]["layers.0.input_norm.bias"], hf["transformer.h.2.ln_1.bias"])
+    first = load(tmp_path / "mg", "mp_rank_00_000")
+    assert first["args"].num_layer_list == "2,4"
+    embedding = first["model"]["language_model"]["embedding"]
+    assert torch.equal(embedding["position_embeddings"]["weight"], hf["transformer.wpe.weight"])
+
+
+def test_where_experts_are(made, tmp_path):
+    path, hf = made("mixtral")
+    convert(path, tmp_path / "list", *CORE, TP, "2", EP, "2")
+    convert(path, tmp_path / "grouped", *CORE, TP, "2", EP, "2", "--moe-grouped-gemm")
+    # Expert 3 is the second of expert rank 1; the second number of a folder is the expert rank where stages are one.
+    one, grouped = (load(tmp_path / kind, "mp_rank_01_001")["model"] for kind in ("list", "grouped"))
+    prefix = "model.layers.4.block_sparse_moe"
+    gate, up = (hf[f"{prefix}.experts.3.{kind}.weight"][12:] for kind in ("w1", "w3"))
+    down = hf[f"{prefix}.experts.3.w2.weight"][:, 12:]
+    experts = "decoder.layers.4.mlp.experts"
+    assert torch.equal(one[f"{experts}.local_experts.1.linear_fc1.weight"], torch.cat([gate, up]))
+    assert torch.equal(one[f"{experts}.local_experts.1.linear_fc2.weight"], down)
+    assert torch.equal(one["decoder.layers.4.mlp.router.weight"], hf[f"{prefix}.gate.weight"])
+    weight1, weight2 = grouped[f"{experts}.weight1"], grouped[f"{experts}.weight2"]
+    assert weight1.shape == (32, 2 * 24) and weight2.shape == (2 * 12, 32)
+    assert torch.equal(weight1.view(2, 32, -1)[1], torch.cat([gate, up]).t())  # as GroupedMLP.forward reads it
+    assert torch.equal(weight2.view(2, -1, 32)[1], down.t())
+
+
+def test_what_mindspeed_holds(made, tmp_path):
+    path, hf = made("deepseek_v2")
+    convert(path, tmp_path / "mg", *CORE, "--transformer-impl", "mindspeed")
+    model = load(tmp_path / "mg", "mp_rank_00")["model"]
+    attention, prefix = "decoder.layers.1.self_attention", "model.layers.1.self_attn"
+    packed = torch.cat([hf[f"{prefix}.q_a_proj.weight"], hf[f"{prefix}.kv_a_proj_with_mqa.weight"]])
+    assert torch.equal(model[f"{attention}.linear_qkv.weight"], packed)
+    assert torch.equal(model[f"{attention}.linear_qb.weight"], hf[f"{prefix}.q_b_proj.weight"])
+    assert torch.equal(model[f"{attention}.linear_kvb.weight"], hf[f"{prefix}.kv_b_proj.weight"])
+    assert torch.equal(model[f"{attention}.k_layernorm.weight"], hf[f"{prefix}.kv_a_layernorm.weight"])
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+
+def test_settings_alone_tell_the_model(made, tmp_path):
+    """Without config.json beside it, as Megatron itself leaves a checkpoint."""
+    for kind, extra in (("llama", ()), ("gpt2", ()), ("qwen2", ())):
+        path, tensors = made(kind)
+        there = tmp_path / kind
+        convert(path, there, *CORE, TP, "2", "--make-vocab-size-divisible-by", "8")
+        (there / "config.json").unlink()
+        convert(there, tmp_path / f"{kind}-back", "--true-vocab-size", "61", *extra)
+        written = load_file(tmp_path / f"{kind}-back" / "model.safetensors")
+        assert {name: written[name].shape for name in written} == {name: tensors[name].shape for name in tensors}
+        assert all(torch.equal(written[name], tensor) for name, tensor in tensors.items())
+    vocabulary = tmp_path / "vocab.json"
+    vocabulary.write_text(json.dumps({str(i): i for i in range(61)}))
+    convert(tmp_path / "llama", tmp_path / "counted", "--vocab-file", str(vocabulary))
+    assert len(load_file(tmp_path / "counted" / "model.safetensors")["lm_head.weight"]) == 61
+    convert(tmp_path / "llama", tmp_path / "padded")
+    assert len(load_file(tmp_path / "padded" / "model.safetensors")["lm_head.weight"]) == 64
+
+
+def test_the_original_model_tells_the_model(made, tmp_path):
+    """As MindSpeed-LLM's converter has it: the original in --save-dir, the result in mg2hf inside."""
+    path, tensors = made("mixtral")
+    convert(path, tmp_path / "mg", *CORE, EP, "2")
+    (tmp_path / "mg" / "config.json").unlink()
+    assert "--model" in problems_of(tmp_path / "mg", tmp_path / "out")
+    original = tmp_path / "original"
+    shutil.copytree(path, original)
+    (original / "tokenizer.json").write_text("{}")
+    convert(tmp_path / "mg", original, "--save-model-type", "hf", "--use-mcore-models", "--load-model-type", "mg")
+    written = load_file(original / "mg2hf" / "model.safetensors")
+    assert all(torch.equal(written[name], tensor) for name, tensor in tensors.items())
+    assert (original / "mg2hf" / "tokenizer.json").is_file()
+    convert(tmp_path / "mg", tmp_path / "told", "--model", str(path))
+    assert (tmp_path / "told" / "model.safetensors").is_file()
+
+
+def test_older_spellings(made, tmp_path):
+    path, _ = made("llama")
+    flags = "--loader llama2_hf --saver megatron --model-type GPT --tokenizer-model None --params-dtype bf16"
+    convert(path, tmp_path / "mg", *flags.split(), TP, "2", "--target-expert-model-parallel-size", "1")
+    assert formats.read(tmp_path / "mg").dialect.title == "Megatron's legacy format"
+    flags = "--loader megatron --saver megatron --save-model-type save_huggingface_llama"
+    assert "legacy" in problems_of(tmp_path / "mg", tmp_path / "hf", *flags.split(), "--use-mcore-models")
+    convert(tmp_path / "mg", tmp_path / "hf", *flags.split())
+    assert formats.format_of(tmp_path / "hf").name == "hf"
+
+
+def test_dry_run_tells_and_writes_nothing(made, tmp_path, capsys):
+    path, tensors = made("llama")
+    convert(path, tmp_path / "mg", *CORE, TP, "2", "--dry-run")
+    told = capsys.readouterr().out
+    assert not (tmp_path / "mg").exists()
+    assert "mp_rank_01/model_optim_rng.pt" in told.replace("\n", "") and "MiB" in told
+    convert(path, tmp_path / "hf", "--dry-run")
+    assert f"{sum(tensor.nbytes for tensor in tensors.values()):,}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [CORE, (*LEGACY, "--params-dtype", "fp16"), ("--params-dtype", "fp32")])
+def test_verify(made, tmp_path, caplog, flags):
+    path, _ = made("llama")
+    with caplog.at_level("INFO", "cordee"):
+        convert(path, tmp_path / "out", *flags, "--verify")
+    assert "51 tensors are bit for bit" in caplog.text and "logits of 16 tokens are the same" in caplog.text
+
+
+def test_verify_finds_a_wrong_byte(made, tmp_path):
+    from cordee.convert.verify import verify
+
+    path, _ = made("llama")
+    convert(path, tmp_path / "out", *CORE)
+    file = tmp_path / "out" / "iter_0000001" / "mp_rank_00" / "model_optim_rng.pt"
+    source, written = formats.read(path), formats.read(tmp_path / "out")
+    keys = ("model", "decoder.layers.2.mlp.linear_fc2.weight")
+    region = next(iter(written.files.values())).file.tensors[keys]
+    with file.open("r+b") as stream:
+        stream.seek(region.offset + 10)
+        stream.write(b"\xff")
+    with pytest.raises(ProblemError) as caught:
+        verify(source, formats.read(tmp_path / "out"), {name: source.dtype(name) for name in source.names()})
+    assert "layers.2.mlp.down.weight" in str(caught.value)
+
+
+# ---- what is wrong ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "expected"),
+    [
+        ("llama", (*CORE, TP, "3"), "4 groups of heads"),
+        ("llama", (*CORE, TP, "8"), "groups of heads"),
+        ("llama", (*CORE, PP, "4"), "--num-layer-list"),
+        ("llama", (*CORE, PP, "2", "--num-layer-list", "3,4"), "add up to 7"),
+        ("llama", (*CORE, PP, "2", "--num-layer-list", "1,2,3"), "2 pipeline stages"),
+        ("llama", (*CORE, PP, "2", "--num-layer-list", "a,b"), "no list of numbers"),
+        ("llama", (*CORE, PP, "2", "--num-layer-list", "3,3", VPP, "1"), "leave out one"),
+        ("llama", (*CORE, PP, "2", VPP, "2"), "do not go round"),
+        ("llama", (*CORE, VPP, "2"), "only one pipeline stage"),
+        ("llama", (*CORE, EP, "2"), "no experts"),
+        ("mixtral", (*CORE, EP, "3"), "4 experts"),
+        ("mixtral", LEGACY, "mlp.router"),
+        ("gemma2", LEGACY, "attention_post_norm"),
+        ("deepseek_v2", (*CORE, "--transformer-impl", "mindspeed", TP, "2"), "latent attention"),
+        ("mixtral", ("--save-model-type", "mindformers"), "block_sparse_moe"),
+        ("llama", (TP, "2"), "is not split"),
+        ("llama", (*LEGACY, "--moe-grouped-gemm"), "--use-mcore-models"),
+        ("llama", (*LEGACY, "--save-to-legacy"), "add --use-mcore-models"),
+        ("llama", (*ASCEND, "--deepspeed", PP, "2"), "tensor ranks only"),
+        ("llama", (*CORE, "--deepspeed"), "AscendSpeed"),
+        ("llama", (*CORE, "--model-type", "BERT"), "decoders"),
+        ("llama", (*CORE, "--model-type-hf", "mixtral"), "family llama"),
+        ("llama", (*CORE, "--model-type-hf", "lama2"), "llama2"),
+        ("qwen2", (*CORE, "--no-add-qkv-bias"), "the model does have it"),
+        ("llama", (*CORE, "--embed-layernorm"), "does not have it"),
+        ("llama", (*CORE, "--load-model-type", "mg"), "Hugging Face directory"),
+        ("llama", (*CORE, "--trust-checkpoint"), "no meaning"),
+        ("llama", ("--use-mcore-models",), "of Megatron"),
+        ("llama", (*ASCEND, "--tokenizer-model", "x"), "no settings"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value[-4:]),
+)
+def test_what_cannot_be_written(made, tmp_path, kind, flags, expected):
+    assert expected in problems_of(made(kind)[0], tmp_path / "out", *flags)
+
+
+def test_several_problems_at_once(made, tmp_path):
+    text = problems_of(made("mixtral")[0], tmp_path / "out", *CORE, TP, "3", PP, "4", EP, "3")
+    assert "groups of heads" in text and "6 layers" in text and "4 experts" in text
+
+
+@pytest.fixture
+def megatron(made, tmp_path) -> Path:
+    """A checkpoint of 2 tensor ranks and 2 stages, to be spoiled."""
+    path, _ = made("llama")
+    convert(path, tmp_path / "mg", *CORE, TP, "2", PP, "2")
+    return tmp_path / "mg"
+
+
+def rewrite(path: Path, folder: str, change) -> None:
+    content = load(path, folder)
+    change(content)
+    torch.save(content, path / "iter_0000001" / folder / "model_optim_rng.pt")
+
+
+def test_a_missing_rank(megatron, tmp_path):
+    shutil.rmtree(megatron / "iter_0000001" / "mp_rank_01_000")
+    assert "tensor 1 pipeline 0 expert 0" in problems_of(megatron, tmp_path / "out")
+    shutil.rmtree(megatron / "iter_0000001" / "mp_rank_01_001")  # all of tensor rank 1: the settings tell
+    assert "tensor 1 pipeline 1 expert 0" in problems_of(megatron, tmp_path / "out")
+
+
+def test_a_missing_file(megatron, tmp_path):
+    (megatron / "iter_0000001" / "mp_rank_01_000" / "model_optim_rng.pt").unlink()
+    assert "missing" in problems_of(megatron, tmp_path / "out")
+
+
+def test_a_truncated_file(megatron, tmp_path):
+    file = megatron / "iter_0000001" / "mp_rank_01_001" / "model_optim_rng.pt"
+    os.truncate(file, file.stat().st_size // 2)
+    text = problems_of(megatron, tmp_path / "out")
+    assert "cannot be read" in text and "mp_rank_01_001" in text
+
+
+def test_ranks_that_disagree(megatron, tmp_path):
+    rewrite(megatron, "mp_rank_01_001", lambda content: content.update(iteration=7))
+    assert "different iterations" in problems_of(megatron, tmp_path / "out")
+    rewrite(megatron, "mp_rank_01_001", lambda content: content.update(iteration=1))
+    rewrite(megatron, "mp_rank_01_001", lambda content: setattr(content["args"], "num_layers", 5))
+    assert "disagree about num_layers" in problems_of(megatron, tmp_path / "out")
+    rewrite(megatron, "mp_rank_01_001", lambda content: setattr(content["args"], "num_layers", 6))
+    norm = "decoder.layers.1.input_layernorm.weight"
+    rewrite(megatron, "mp_rank_01_001", lambda content: content["model"][norm].add_(1))
+    assert norm in problems_of(megatron, tmp_path / "out")  # found while it is being written: nothing is left
+    rewrite(megatron, "mp_rank_01_001", lambda content: content["model"].pop(norm))
+    assert "hold different tensors" in problems_of(megatron, tmp_path / "out")
+
+
+def test_tensors_that_are_not_the_models(megatron, tmp_path, caplog):
+    for folder in ("mp_rank_00_000", "mp_rank_01_000"):
+        rewrite(megatron, folder, lambda content: content["model"].update(extra=torch.ones(2)))
+    assert "extra" in problems_of(megatron, tmp_path / "out")
+    with caplog.at_level("INFO", "cordee"):
+        convert(megatron, tmp_path / "out", "--no-checking")
+    assert "extra" in caplog.text
+
+
+def test_shapes_that_are_not_the_models(megatron, tmp_path):
+    config = json.loads((megatron / "config.json").read_text())
+    (megatron / "config.json").write_text(json.dumps({**config, "intermediate_size": 28}))
+    assert "linear_fc1.weight is [24, 32] instead of [28, 32]" in problems_of(megatron, tmp_path / "out")
+    (megatron / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 5}))
+    assert "ranks hold 6 layers" in problems_of(megatron, tmp_path / "out")
+    (megatron / "config.json").write_text(json.dumps({**config, "vocab_size": 70}))
+    assert "62 rows" in problems_of(megatron, tmp_path / "out")
+
+
+class Foreign:
+    """Unpickled, it would run a command."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+def test_foreign_code_is_not_run(megatron, tmp_path, caplog):
+    marker = tmp_path / "ran"
+    rewrite(megatron, "mp_rank_01_000", lambda content: content.update(callback=Foreign(marker)))
+    text = problems_of(megatron, tmp_path / "out")
+    assert "system" in text and "--trust-checkpoint" in text and not marker.exists()
+    with caplog.at_level("WARNING", "cordee"):
+        convert(megatron, tmp_path / "out", "--trust-checkpoint")
+    assert "may run any code" in caplog.text and marker.exists()
+
+
+def test_what_a_training_checkpoint_carries_is_passed_over(megatron, tmp_path, caplog):
+    import numpy as np
+
+    state = {"rng_state": [{"np_rng_state": np.random.get_state()}], "optimizer": {"exp_avg": torch.ones(3)}}
+    for folder in ("mp_rank_00_000", "mp_rank_00_001", "mp_rank_01_000", "mp_rank_01_001"):
+        rewrite(megatron, folder, lambda content: content.update(state))
+    with caplog.at_level("INFO", "cordee"):
+        convert(megatron, tmp_path / "out")
+    assert "optimizer is not converted" in caplog.text
+
+
+def test_output_that_exists(made, tmp_path):
+    path, _ = made("llama")
+    convert(path, tmp_path / "mg", *CORE)
+    before = sorted(tmp_path.rglob("*"))
+    assert "--overwrite" in problems_of(path, tmp_path / "mg", *CORE)
+    assert sorted(tmp_path.rglob("*")) == before
+    convert(path, tmp_path / "mg", *CORE, TP, "2", "--overwrite")
+    assert (tmp_path / "mg" / "iter_0000001" / "mp_rank_01").is_dir()
+
+
+def test_a_full_disk_leaves_nothing(made, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    for flags in (CORE, (), ("--save-model-type", "dcp"), ("--workers", "3")):
+        assert "No space left" in problems_of(made("llama")[0], tmp_path / "out", *flags)

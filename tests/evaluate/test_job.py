@@ -1,0 +1,132 @@
+"""`cordee evaluate` from options to a table and a file."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from cordee.config.check import check_evaluate
+from cordee.config.load import config_from_dict
+from cordee.config.schema import ConvertConfig, EvaluateConfig
+from cordee.convert import job as convert
+from cordee.errors import ProblemError
+from cordee.evaluate import job
+from cordee.evaluate.task import all_tasks
+from tests.generate.folders import TEXT, write_tokenizer
+
+
+@pytest.fixture
+def text(tmp_path):
+    file = tmp_path / "held out.txt"
+    file.write_text(f"{TEXT}\n{TEXT[:40]}\n", encoding="utf-8")
+    return file
+
+
+def run(folder, *paths, **options):
+    values = {"load": folder.directory, "task_data_path": [str(path) for path in paths], **options}
+    return job.run(config_from_dict(EvaluateConfig, values))
+
+
+def test_results_are_shown_and_written(llama, text, tmp_path, capsys):
+    output = tmp_path / "results.json"
+    assert run(llama, text, output=output) == 0
+    content = json.loads(output.read_text(encoding="utf-8"))
+    assert content["model"] == str(llama.directory)
+    (result,) = content["results"]
+    assert result["task"] == "perplexity"
+    assert result["parts"] == {str(text): result["metrics"]}
+    shown = capsys.readouterr().out
+    assert f"{result['metrics']['perplexity']:.6g}" in shown and f"{result['metrics']['tokens']:,}" in shown
+
+
+def test_a_total_stands_below_several_files(llama, text, tmp_path, capsys):
+    other = tmp_path / "b.txt"
+    other.write_text(TEXT, encoding="utf-8")
+    run(llama, text, other)
+    assert "total" in capsys.readouterr().out
+
+
+def test_tasks_are_found_by_their_files():
+    assert all_tasks().keys() == {"perplexity"}
+    assert all(name == task.name for name, task in all_tasks().items())
+
+
+def test_every_problem_is_reported(llama, tmp_path):
+    with pytest.raises(ProblemError) as caught:
+        run(llama, tmp_path / "nothing", tmp_path, task=["perplexty", "perplexity"], seq_length=100)
+    problems = caught.value.problems
+    data = "--task-data-path"
+    assert [problem.option for problem in problems] == ["--task", "--seq-length", data, data]
+    assert "perplexity" in problems[0].fix
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("given", [("--nproc-per-node", "2"), ("--tensor-model-parallel-size", "2")])
+def test_by_the_command_on_two_processes(llama, text, tmp_path, given):
+    command = [
+        sys.executable,
+        "-m",
+        "cordee",
+        "evaluate",
+        "--load",
+        str(llama.directory),
+        "--task-data-path",
+        str(text),
+    ]
+    found = []
+    for name, more in (("one", ()), ("two", given)):
+        output = tmp_path / f"{name}.json"
+        done = subprocess.run([*command, *more, "--output", str(output)], check=True, capture_output=True, text=True)
+        assert done.stdout.count("perplexity") == 2  # the table and its column, shown once
+        (result,) = json.loads(output.read_text(encoding="utf-8"))["results"]
+        found.append(result["metrics"])
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+
+
+def test_processes_that_are_no_whole_copies(llama, text):
+    config = config_from_dict(
+        EvaluateConfig,
+        {
+            "load": llama.directory,
+            "task_data_path": [str(text)],
+            "nproc_per_node": 3,
+            "tensor_model_parallel_size": 2,
+        },
+    )
+    (problem,) = check_evaluate(config)
+    assert problem.option == "processes" and "multiple of 2" in problem.fix
+
+
+def test_results_are_never_replaced(llama, text, tmp_path):
+    output = tmp_path / "out"
+    output.write_text("precious")
+    with pytest.raises(ProblemError, match="such a file already"):
+        run(llama, text, output=output)
+    assert output.read_text() == "precious"
+
+
+def test_the_tokenizer_can_be_elsewhere(llama, text, tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "model" / name).symlink_to(llama.directory / name)
+    with pytest.raises(ProblemError, match="it holds no tokenizer"):
+        run(llama, text, load=tmp_path / "model")
+    (tmp_path / "tokenizer").mkdir()
+    write_tokenizer(tmp_path / "tokenizer")
+    run(llama, text)
+    expected = capsys.readouterr().out
+    run(llama, text, load=tmp_path / "model", tokenizer_name_or_path=tmp_path / "tokenizer")
+    assert capsys.readouterr().out == expected
+
+
+def test_a_file_of_gguf_has_the_same_results(llama, text, tmp_path):
+    options = ConvertConfig(load_dir=str(llama.directory), save_dir=str(tmp_path / "m"), save_model_type="gguf")
+    assert convert.run(options) == 0
+    for name, place in (("a", llama.directory), ("b", tmp_path / "m" / "model.gguf")):
+        run(llama, text, load=place, output=tmp_path / name)
+    first, second = (json.loads((tmp_path / name).read_text(encoding="utf-8"))["results"] for name in "ab")
+    assert first[0]["metrics"]["perplexity"] > 1
+    assert first == second

@@ -1,0 +1,177 @@
+"""`cordee generate` from options to text and results."""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+
+import pytest
+
+from cordee.config.load import config_from_dict
+from cordee.config.schema import ConvertConfig, DecodingOptions, GenerateConfig, TokenizerOptions
+from cordee.convert import job as convert
+from cordee.data.tokenizer import load_tokenizer
+from cordee.errors import ProblemError
+from cordee.families.registry import spec_from_hf
+from cordee.generate import job
+from cordee.generate.engine import generate
+from cordee.generate.loading import load_model, stop_ids
+from cordee.weights import hf
+from tests.generate.folders import model_directory, write_tokenizer
+
+
+def run(folder, **options):
+    config = config_from_dict(GenerateConfig, {"load": folder.directory, "max_new_tokens": 6, **options})
+    return job.run(config)
+
+
+def test_prompts_are_continued_in_order(llama, capsys, tmp_path):
+    output = tmp_path / "results.jsonl"
+    assert run(llama, prompt=["Once", "She loved to play", "red ball"], output=output, batch_size=2) == 0
+    records = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    assert [record["prompt"] for record in records] == ["Once", "She loved to play", "red ball"]
+    shown = capsys.readouterr().out
+    places = [shown.index(record["prompt"] + record["text"]) for record in records]
+    assert places == sorted(places)
+    for record in records:
+        assert record["finish"] == ("length" if len(record["tokens"]) == 6 else "stop")
+
+
+def test_tokens_are_the_engines(llama, tmp_path):
+    model = llama.model()
+    run(llama, prompt=["Once upon"], output=tmp_path / "out")
+    record = json.loads((tmp_path / "out").read_text())
+    ids = load_tokenizer(TokenizerOptions(), str(llama.directory)).encode("Once upon")
+    options = DecodingOptions(max_new_tokens=6)
+    assert generate(model, [ids], options, stop_ids={1}, vocab_size=300) == [record["tokens"]]
+
+
+def test_several_continuations_of_a_prompt(llama, tmp_path, capsys):
+    run(llama, prompt=["Once", "One"], num_return_sequences=3, do_sample=True, output=tmp_path / "out")
+    records = [json.loads(line) for line in (tmp_path / "out").read_text(encoding="utf-8").splitlines()]
+    assert [(record["prompt"], record["number"]) for record in records] == [
+        (prompt, number) for prompt in ("Once", "One") for number in range(3)
+    ]
+    assert len({tuple(record["tokens"]) for record in records}) == 6
+    assert "--- 6 of 6" in capsys.readouterr().out
+
+
+def test_prompts_of_a_file(llama, tmp_path, caplog):
+    file = tmp_path / "prompts.txt"
+    file.write_text("Once\n\nShe loved\n", encoding="utf-8")
+    with caplog.at_level(logging.WARNING, "cordee"):
+        run(llama, prompts_file=file, output=tmp_path / "out")
+    assert "1 blank lines" in caplog.text
+    records = [json.loads(line) for line in (tmp_path / "out").read_text(encoding="utf-8").splitlines()]
+    assert [record["prompt"] for record in records] == ["Once", "She loved"]
+
+
+def test_a_single_prompt_has_no_heading(llama, capsys):
+    run(llama, prompt=["Once"])
+    assert capsys.readouterr().out.startswith("Once")
+
+
+@pytest.mark.parametrize("content, message", [(b"\n  \n", "holds no prompt"), (b"\xff\xfe\x00", "UTF-8")])
+def test_a_file_without_prompts_is_a_problem(llama, tmp_path, content, message):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(content)
+    with pytest.raises(ProblemError, match=message):
+        run(llama, prompts_file=file)
+
+
+def test_results_are_never_replaced(llama, tmp_path):
+    output = tmp_path / "out"
+    output.write_text("precious")
+    with pytest.raises(ProblemError, match="such a file already"):
+        run(llama, prompt=["Once"], output=output)
+    assert output.read_text() == "precious"
+    with pytest.raises(ProblemError, match="No such file"):
+        run(llama, prompt=["Once"], output=tmp_path / "nowhere" / "out")
+
+
+def test_a_disk_that_is_full_is_a_problem(llama, tmp_path, capsys):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        with pytest.raises(ProblemError, match="it cannot be written"):
+            run(llama, prompt=["Once"], output=tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert capsys.readouterr().out.startswith("Once")
+
+
+def test_a_prompt_that_is_too_long_is_a_problem(llama):
+    with pytest.raises(ProblemError, match="the model holds 64"):
+        run(llama, prompt=["Once"], max_new_tokens=64)
+
+
+def test_a_tokenizer_of_another_model_is_a_problem(tmp_path):
+    folder = model_directory("Llama", tmp_path / "small", vocab_size=290)
+    with pytest.raises(ProblemError, match="300 tokens, but the model's embedding only 290 rows"):
+        run(folder, prompt=["Once"])
+
+
+def test_the_tokenizer_can_be_elsewhere(llama, tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "model" / name).symlink_to(llama.directory / name)
+    (tmp_path / "tokenizer").mkdir()
+    write_tokenizer(tmp_path / "tokenizer")
+    run(llama, prompt=["Once"])
+    expected = capsys.readouterr().out
+    run(llama, load=tmp_path / "model", tokenizer_name_or_path=tmp_path / "tokenizer", prompt=["Once"])
+    assert capsys.readouterr().out == expected
+    with pytest.raises(ProblemError, match="it holds no tokenizer"):
+        run(llama, load=tmp_path / "model", prompt=["Once"])
+
+
+def test_stop_tokens_come_from_the_files(llama, tmp_path):
+    spec = hf.read(llama.directory).spec
+    with_eos = load_tokenizer(TokenizerOptions(), str(llama.directory))
+    assert stop_ids(spec, llama.directory, None) == {1}  # generation_config.json as transformers writes it
+    assert stop_ids(spec, None, None) == stop_ids(spec, tmp_path, None) == {1}  # config.json
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
+    assert stop_ids(spec, tmp_path, None) == {5, 7}
+    assert stop_ids(spec, tmp_path, with_eos) == {1, 5, 7}
+    (tmp_path / "generation_config.json").write_text("{}")
+    other = spec_from_hf({**spec.hf_config, "eos_token_id": 99})
+    assert stop_ids(other, tmp_path, None) == {99}
+    assert stop_ids(other, tmp_path, with_eos) == {1}  # that of config.json belongs to another tokenizer
+
+
+@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])
+def test_the_type_can_be_chosen(llama, dtype):
+    model = load_model(hf.read(llama.directory), dtype)
+    assert str(model.head.weight.dtype) == f"torch.{dtype or 'float32'}"
+    assert not model.training
+
+
+def test_a_type_that_is_none_is_a_problem(llama):
+    with pytest.raises(ProblemError, match="give one of float32"):
+        load_model(hf.read(llama.directory), "float3")
+
+
+def test_a_device_that_is_not_there_is_a_problem(llama):
+    for name in ("abacus", "hpu"):
+        with pytest.raises(ProblemError, match="--device"):
+            load_model(hf.read(llama.directory), device=name)
+
+
+def test_a_file_of_gguf_says_the_same(llama, tmp_path):
+    """Model and tokenizer come from the file."""
+    options = ConvertConfig(load_dir=str(llama.directory), save_dir=str(tmp_path / "m"), save_model_type="gguf")
+    assert convert.run(options) == 0
+    for name, place in (("a", llama.directory), ("b", tmp_path / "m" / "model.gguf"), ("c", tmp_path / "m")):
+        run(llama, load=place, prompt=["Once upon", "red"], output=tmp_path / name)
+    first, *others = ((tmp_path / name).read_text() for name in "abc")
+    assert first.count("tokens") == 2 and all(other == first for other in others)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"), [(b"GGUF", "is cut off"), (b"no model", "no file of GGUF"), (b"", "empty")]
+)
+def test_a_file_that_is_no_gguf_is_a_problem(llama, tmp_path, content, expected):
+    (tmp_path / "x.gguf").write_bytes(content)
+    with pytest.raises(ProblemError, match=expected):
+        run(llama, load=tmp_path / "x.gguf", prompt=["Once"])

@@ -1,0 +1,187 @@
+"""Decoding straight over the weights against decoding through the modules."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from cordee.config.schema import DecodingOptions
+from cordee.generate import engine
+from cordee.generate.decoder import CachedDecoder
+from cordee.generate.engine import generate
+from cordee.generate.straight import StraightDecoder, obstacle
+from cordee.model.boundary import Boundary
+from cordee.model.config import (
+    DynamicNTKScaling,
+    Llama3Scaling,
+    LogNScaling,
+    MLPConfig,
+    MoEConfig,
+    NormConfig,
+    QKNormConfig,
+    RopeConfig,
+    RouterConfig,
+    YarnScaling,
+)
+from cordee.model.init import initialise
+from cordee.ops import gemm
+from cordee.ops.attention import reference_attention
+from tests.model import tiny
+
+LAYER_NORM = NormConfig(kind="layer", eps=1e-5)
+YARN = YarnScaling(factor=2.0, original_max_position_embeddings=64, attention_factor=1.2)
+LLAMA3 = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
+
+
+def attention(**changes):
+    return tiny.layer(tiny.attention(**changes))
+
+
+COMMON = {
+    "grouped": tiny.config(),
+    "multi-head": tiny.config(attention(num_kv_heads=6)),
+    "multi-query": tiny.config(attention(num_kv_heads=1)),
+    "biases": tiny.config(attention(qkv_bias=True, out_bias=True)),
+    "mlp bias": tiny.config(
+        tiny.layer(mlp=MLPConfig(ffn_hidden_size=40, activation="gelu_tanh", gated=False, bias=True))
+    ),
+    "learned positions": tiny.config(
+        tiny.layer(tiny.attention(rope=None), norm=LAYER_NORM), learned_positions=True, final_norm=LAYER_NORM
+    ),
+    "yarn": tiny.config(attention(rope=RopeConfig(scaling=YARN))),
+    "llama3": tiny.config(attention(rope=RopeConfig(theta=5e5, scaling=LLAMA3))),
+    "two ropes and group sizes": tiny.config(
+        attention(rope=RopeConfig(theta=100.0)), attention(num_kv_heads=3), attention(rope=None)
+    ),
+    "tied head with scale and softcap": tiny.config(tie_word_embeddings=True, logit_scale=0.5, logit_softcap=3.0),
+    "own score scale": tiny.config(attention(scale=0.05)),
+}
+UNCOMMON = {
+    "window": tiny.config(tiny.layer(), attention(window=5)),
+    "softcap": tiny.config(attention(softcap=3.0)),
+    "alibi": tiny.config(attention(rope=None, alibi=True)),
+    "sinks": tiny.config(attention(sinks=True)),
+    "qk_norm": tiny.config(attention(qk_norm=QKNormConfig(norm=tiny.RMS))),
+    "query_scaling": tiny.config(attention(query_scaling=LogNScaling(length=4))),
+    "partial": tiny.config(attention(rope=RopeConfig(rotary_dim=4))),
+    "change with the length": tiny.config(
+        attention(rope=RopeConfig(scaling=DynamicNTKScaling(factor=2.0, original_max_position_embeddings=8)))
+    ),
+    "LatentAttentionConfig": tiny.config(tiny.layer(tiny.latent_attention())),
+    "MoEConfig": tiny.config(
+        tiny.layer(mlp=MoEConfig(router=RouterConfig(num_experts=4, top_k=2), expert=tiny.MLP)),
+    ),
+    "unit_offset": tiny.config(final_norm=NormConfig(kind="rms", eps=1e-6, unit_offset=True)),
+    "norm_placement": tiny.config(tiny.layer(norm_placement="sandwich")),
+    "residual_scale": tiny.config(tiny.layer(residual_scale=0.5)),
+    "embedding_scale": tiny.config(embedding_scale=2.0),
+    "embedding_norm": tiny.config(embedding_norm=tiny.RMS),
+}
+
+
+def model_of(config, dtype=torch.float32):
+    """With norm weights and biases that are felt."""
+    model = tiny.model(config)
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in model.named_parameters():
+            if name.endswith(("norm.weight", "bias")):
+                parameter += torch.randn(parameter.shape, generator=generator) * 0.2
+    return model.to(dtype)
+
+
+@torch.no_grad()
+def check_equal(model, prompts, **tolerance):
+    """Logits over several steps, with rows that change places and leave."""
+    straight, reference = StraightDecoder(model, 16), CachedDecoder(model, 16)
+    assert torch.equal(straight.begin(prompts), reference.begin(prompts))
+    tokens = torch.arange(3 * len(prompts)).view(3, -1) % tiny.VOCAB
+    for step in tokens:
+        torch.testing.assert_close(straight.extend(step), reference.extend(step), **tolerance)
+    rows = torch.tensor([len(prompts) - 1, 0, 0])
+    for decoder in (straight, reference):
+        decoder.keep(rows)
+    for step in tokens[:, :1].expand(-1, 3):
+        torch.testing.assert_close(straight.extend(step), reference.extend(step), **tolerance)
+
+
+PROMPTS = {"one": [[1, 2, 3]], "alike": [[1, 2, 3], [9, 8, 7]], "padded": [[1, 2], [5, 6, 7, 8, 9], [3]]}
+
+
+@pytest.mark.parametrize("prompts", PROMPTS)
+@pytest.mark.parametrize("name", COMMON)
+def test_logits_equal_those_of_the_modules(name, prompts):
+    model = model_of(COMMON[name])
+    assert obstacle(model) is None
+    check_equal(model, PROMPTS[prompts])
+
+
+@pytest.mark.parametrize("name", ["grouped", "learned positions", "biases"])
+def test_logits_are_equal_in_low_precision(name):
+    check_equal(model_of(COMMON[name], torch.bfloat16), PROMPTS["padded"], rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize("name", ["grouped", "biases", "mlp bias"])
+def test_logits_are_equal_in_onednn(name, monkeypatch):
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(gemm, "prefers_onednn", lambda device: True)
+    monkeypatch.setattr(gemm, "WORTHWHILE", 0)
+    model = model_of(COMMON[name])
+    weight = model.head.weight
+    assert gemm.in_onednn(weight, weight, 1)
+    check_equal(model, PROMPTS["padded"])
+
+
+@pytest.mark.parametrize("name", UNCOMMON)
+def test_other_models_go_through_their_modules(name, caplog):
+    model = model_of(UNCOMMON[name])
+    why = obstacle(model)
+    assert why is not None and name in why
+    engine._say_through_modules.cache_clear()
+    with caplog.at_level(logging.INFO, "cordee"):
+        for _ in range(2):
+            generate(model, [[1, 2]], DecodingOptions(max_new_tokens=2))
+    assert caplog.text.count(why) == 1  # said once
+
+
+def test_changed_models_go_through_their_modules():
+    class Communicating(Boundary):
+        pass
+
+    class Adapted(torch.nn.Linear):
+        pass
+
+    def changed(change):
+        model = tiny.model(COMMON["grouped"])
+        change(model, model.layers["1"])
+        return obstacle(model)
+
+    assert changed(lambda model, layer: None) is None
+    assert changed(lambda model, layer: model.wrap_layers(lambda index, call: call)) is not None
+    assert changed(lambda model, layer: layer.mlp.register_forward_hook(lambda *a: None)) is not None
+    assert changed(lambda model, layer: setattr(layer.mlp, "boundary", Communicating())) is not None
+    assert changed(lambda model, layer: setattr(layer.attention, "core", reference_attention)) is not None
+    assert changed(lambda model, layer: setattr(layer.mlp, "adapter", Adapted(2, 2))) is not None
+
+
+def test_it_is_taken_where_possible_and_can_be_forced_off(monkeypatch):
+    taken = []
+    monkeypatch.setattr(
+        StraightDecoder, "extend", lambda self, tokens: taken.append(1) or CachedDecoder.extend(self, tokens)
+    )
+    model = tiny.model(COMMON["grouped"])
+    generate(model, [[1]], DecodingOptions(max_new_tokens=3, straight_decoding=False))
+    assert not taken
+    generate(model, [[1]], DecodingOptions(max_new_tokens=3))
+    assert taken
+
+
+def test_weights_may_change_between_calls():
+    model = tiny.model(COMMON["grouped"])
+    first = generate(model, [[1, 2]], DecodingOptions(max_new_tokens=8))
+    initialise(model, 5)
+    expected = generate(model, [[1, 2]], DecodingOptions(max_new_tokens=8, straight_decoding=False))
+    assert generate(model, [[1, 2]], DecodingOptions(max_new_tokens=8)) == expected != first

@@ -1,0 +1,290 @@
+"""What stops a run: it says why, where and what is left, and nothing good is lost."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import math
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from cordee.checkpoint import directory, source
+from cordee.checkpoint.store import CheckpointStore
+from cordee.errors import ProblemError
+from cordee.parallel.degrees import Degrees
+from cordee.parallel.layout import Layout
+from cordee.train import job, not_finite, objectives
+from cordee.train.exits import Exit
+from cordee.train.objectives.next_token import NextToken
+from cordee.train.sinks import JsonSink, TensorBoardSink
+from tests.train import tiny
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+class Explodes(NextToken):
+    """A loss that is not finite from its n-th micro-batch on, or only whose gradient is not."""
+
+    stage = "explodes"
+
+    def __init__(self, after: int, how: str):
+        self.after = after
+        self.how = how
+
+    def loss(self, head, hidden, batch):
+        total, weight, metrics = super().loss(head, hidden, batch)
+        self.after -= 1
+        if self.after < 0:
+            total = total * math.nan if self.how == "loss" else total + (0 * hidden.sum()).sqrt()
+        return total, weight, metrics
+
+
+def explode(rank: int, world_size: int, given, after: int, how: str, bad_rank: int) -> str:
+    objectives.registry()["explodes"] = Explodes(after if rank == bad_rank else 10**9, how)
+    try:
+        with pytest.raises(ProblemError) as caught:
+            tiny.train_rank(rank, world_size, given)
+        return str(caught.value)
+    finally:
+        del objectives.registry()["explodes"]
+
+
+@pytest.mark.parametrize(("how", "words"), [("loss", "not finite on rank 1"), ("gradient", "but not its gradient by")])
+def test_not_finite(tmp_path: Path, pool, how: str, words: str):
+    given = tiny.config(tmp_path, stage="explodes", nproc_per_node=2)
+    with pytest.raises(AssertionError):  # the objective is only known to the ranks
+        pool.run(tiny.train_rank, 2, given)
+    # Four micro-batches a rank and step: the last one of step 5 is the first that explodes.
+    for message in pool.run(explode, 2, given, 19, how, 1):
+        assert "step 5" in message
+        assert words in message
+        assert "samples 32 to 39" in message
+        assert "the checkpoint of iteration 4 is whole" in message
+    assert directory.latest(Path(given.save)) == (4, [])
+    assert max(tiny.records(given)) == 4
+
+
+def test_overflow_that_no_scale_cures(tmp_path: Path, monkeypatch):
+    given = tiny.config(tmp_path, stage="explodes", fp16=True, initial_loss_scale=4.0, hysteresis=1, train_iters=50)
+    monkeypatch.setitem(objectives.registry(), "explodes", Explodes(0, "loss"))
+    with pytest.raises(ProblemError, match="step 3"):  # at 4, at 2, and at 1, which is the smallest
+        job.run(given)
+
+
+class FullDisk(dcp.FileSystemWriter):
+    """Holds one checkpoint."""
+
+    def write_data(self, plan, planner):
+        if "0000002" not in str(self.path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write_data(plan, planner)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("background", [True, False])
+def test_full_disk_stops_the_run_and_keeps_what_is_good(tmp_path: Path, monkeypatch, background: bool):
+    monkeypatch.setattr(job, "CheckpointStore", functools.partial(CheckpointStore, writer=FullDisk))
+    given = tiny.config(tmp_path, async_save=background, keep_last=1, train_iters=40)
+    with pytest.raises(ProblemError, match=r"No space left on device.*the checkpoint of iteration 2 is whole"):
+        job.run(given)
+    assert directory.iterations(Path(given.save)) == [2]
+    assert max(tiny.records(given)) < 40
+    monkeypatch.undo()
+    assert job.run(tiny.resumed(given, train_iters=40)) == 0
+    assert directory.iterations(Path(given.save)) == [40]
+
+
+def test_both_failures_are_told(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(job, "CheckpointStore", functools.partial(CheckpointStore, writer=FullDisk))
+    monkeypatch.setitem(objectives.registry(), "explodes", Explodes(4, "loss"))
+    given = tiny.config(tmp_path, stage="explodes", save_interval=4, micro_batch_size=8, train_iters=5)
+    with pytest.raises(ProblemError) as caught:
+        job.run(given)
+    assert [problem.option for problem in caught.value.problems] == ["step 5", "--save"]
+    assert "there is no checkpoint yet" in caught.value.problems[0].why
+
+
+def run_on_full_disk(rank: int, world_size: int, given) -> str:
+    job.CheckpointStore = functools.partial(CheckpointStore, writer=FullDisk if rank == 1 else dcp.FileSystemWriter)
+    try:
+        with pytest.raises(ProblemError) as caught:
+            tiny.train_rank(rank, world_size, given)
+        return str(caught.value)
+    finally:
+        job.CheckpointStore = CheckpointStore
+
+
+def test_full_disk_of_one_rank_stops_all(tmp_path: Path, pool):
+    given = tiny.config(tmp_path, nproc_per_node=2, train_iters=40)
+    for message in pool.run(run_on_full_disk, 2, given):
+        assert "rank 1: OSError" in message and "iteration 2 is whole" in message
+
+
+def test_retention(tmp_path: Path):
+    given = tiny.config(tmp_path, save_interval=1, keep_last=2)
+    job.run(given)
+    assert directory.iterations(Path(given.save)) == [6, 5]
+
+
+def shorten(path: Path):
+    with (path / "__0_0.distcp").open("r+b") as file:
+        file.truncate(100)
+
+
+def flip(path: Path):
+    data = bytearray((path / "__0_0.distcp").read_bytes())
+    data[len(data) // 2] ^= 255
+    (path / "__0_0.distcp").write_bytes(data)
+
+
+def unfinished(path: Path):
+    path.rename(path.with_name(f".{path.name}.new"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [(shorten, "instead of"), (flip, "checksum"), (unfinished, "removed what an interrupted save had left")],
+)
+def test_damaged_latest_is_passed_over(tmp_path: Path, capsys, spoil, says: str):
+    given = tiny.config(tmp_path)
+    job.run(given)
+    before = tiny.losses(given)
+    spoil(Path(given.save) / "iter_0000006")
+    capsys.readouterr()
+    job.run(tiny.resumed(given))
+    said = capsys.readouterr().err
+    assert says in said and "going on from" in said and "iter_0000004" in said
+    assert tiny.losses(given) == before
+    assert directory.latest(Path(given.save)) == (6, [])
+
+
+def test_no_whole_checkpoint_is_no_silent_restart(tmp_path: Path):
+    given = tiny.config(tmp_path)
+    job.run(given)
+    for iteration in (2, 4, 6):
+        shorten(Path(given.save) / f"iter_{iteration:07d}")
+    with pytest.raises(ProblemError, match="none of its checkpoints is whole"):
+        job.run(tiny.resumed(given))
+
+
+def test_named_checkpoint_that_is_damaged_is_not_replaced(tmp_path: Path):
+    given = tiny.config(tmp_path)
+    job.run(given)
+    flip(Path(given.save) / "iter_0000004")
+    with pytest.raises(ProblemError, match="checksum"):
+        job.run(tiny.resumed(given, ckpt_step=4))
+    assert job.run(tiny.resumed(given, ckpt_step=2)) == 0
+    assert tiny.losses(given)[1] == tiny.records(given)[2]["loss"]
+
+
+def test_token_outside_the_vocabulary(tmp_path: Path, pool):
+    prefix = tiny.make_data(tmp_path, vocab=200, seed=1)
+    Path(f"{prefix}.json").unlink(missing_ok=True)  # without its note the data is only found out in the run
+    given = tiny.config(tmp_path, data_path=(prefix,), nproc_per_node=2)
+    for ending in pool.run(read_wrong_token, 2, given):
+        assert "the vocabulary has only tokens 0 to 60" in ending
+
+
+def run_with_another_option(rank: int, world_size: int, given, name: str, value) -> str:
+    with pytest.raises(ProblemError) as caught:
+        tiny.train_rank(rank, world_size, replace(given, **{name: value}) if rank else given)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "value"), [("lr", 5e-3), ("seed", 7), ("clip_grad", 0.5)])
+def test_ranks_with_different_options_do_not_start(tmp_path: Path, pool, name: str, value):
+    given = tiny.config(tmp_path, nproc_per_node=2)
+    for message in pool.run(run_with_another_option, 2, given, name, value):
+        assert f"rank 1 has this, rank 0 has {getattr(given, name)}" in message
+    assert not Path(given.save).exists()
+
+
+def test_metrics_that_cannot_be_written_do_not_stop_the_run(tmp_path: Path, monkeypatch, capsys):
+    def full(self, values):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(JsonSink, "_write", full)
+    given = tiny.config(tmp_path)
+    assert job.run(given) == 0
+    assert directory.latest(Path(given.save)) == (6, [])
+    assert capsys.readouterr().err.count("metrics.jsonl takes no more figures") == 1
+
+
+def test_places_of_metrics_that_are_full_from_the_start_do_not_stop_the_run(tmp_path: Path, monkeypatch, capsys):
+    def full(self, path, loss_name):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for sink in (JsonSink, TensorBoardSink):
+        monkeypatch.setattr(sink, "__init__", full)
+    given = tiny.config(tmp_path, tensorboard_dir=str(tmp_path / "board"))
+    assert job.run(given) == 0
+    told = capsys.readouterr().err
+    assert told.count("metrics.jsonl takes no more figures") == told.count("board takes no more figures") == 1
+
+
+def test_steps_before_a_failure_are_reported(tmp_path: Path, monkeypatch):
+    monkeypatch.setitem(objectives.registry(), "explodes", Explodes(3, "loss"))
+    given = tiny.config(tmp_path, stage="explodes", micro_batch_size=8, log_interval=100)
+    with pytest.raises(ProblemError, match="step 4"):
+        job.run(given)
+    assert list(tiny.records(given)) == [3]
+
+
+def test_train_in_a_thread(tmp_path: Path):
+    with ThreadPoolExecutor(1) as thread:  # which cannot have signal handlers
+        assert thread.submit(job.run, tiny.config(tmp_path)).result() == 0
+
+
+def read_wrong_token(rank: int, world_size: int, given) -> str:
+    with pytest.raises(ProblemError) as caught:
+        tiny.train_rank(rank, world_size, given)
+    return str(caught.value)
+
+
+def test_exits_save_first(tmp_path: Path):
+    given = tiny.config(tmp_path, save_interval=100, exit_duration_in_mins=1e-9)
+    assert job.run(given) == 0
+    assert not directory.iterations(Path(given.save))  # over before the first step: there is nothing to save
+    shutil.rmtree(given.save)
+    given = tiny.config(tmp_path, save_interval=100, exit_interval=3)
+    ending = tiny.train_rank(0, 1, given)
+    assert ending == Exit("--exit-interval 3")
+    assert directory.iterations(Path(given.save)) == [3]
+
+
+def test_settings_of_the_process_are_put_back(tmp_path: Path):
+    import gc
+
+    given = tiny.config(tmp_path, use_deter_comp=True, manual_gc=True, manual_gc_interval=2, eval_iters=1)
+    assert job.run(given) == 0
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert gc.isenabled()
+
+
+def test_norm_of_the_weights_and_zero_gradients(tmp_path: Path):
+    given = tiny.config(tmp_path, log_num_zeros_in_grad=True, log_params_norm=True)
+    job.run(given)
+    record = tiny.records(given)[6]
+    assert record["zeros_in_grad"] >= 0
+    names = source.read(given.save).names()
+    weights = torch.cat([source.read(given.save).tensor(name).flatten() for name in names])
+    assert record["params_norm"] == pytest.approx(weights.norm().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("gradient", "why"), [(1e30, "too large for its norm"), (math.inf, "its gradient by weight, bias")]
+)
+def test_gradient_that_is_not_finite_is_found(gradient: float, why: str):
+    model = torch.nn.Linear(2, 2)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, gradient)
+    layout = Layout(Degrees())
+    problem = not_finite.find(model, torch.tensor(1.0), layout, step=7, values="norm inf", samples=range(8, 16))
+    assert problem.option == "step 7" and why in problem.why and "samples 8 to 15" in problem.fix

@@ -1,0 +1,275 @@
+"""A run is checked as a whole before it starts, without torch, and goes on only from what it fits."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cordee.checkpoint import directory
+from cordee.errors import ProblemError
+from cordee.families.registry import ModelSpec
+from cordee.train import job
+from cordee.train.check import check_run
+from cordee.train.plan import plan_run
+from tests.train import tiny
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+def options_of(problems) -> list[str]:
+    return [problem.option for problem in problems]
+
+
+def test_a_good_run(tmp_path: Path):
+    given = tiny.config(tmp_path, eval_iters=2)
+    assert check_run(given) == []
+    plan = plan_run(given, 2)
+    assert plan.iterations == 6
+    assert plan.samples == {"train": 48, "valid": 16, "test": 0}
+    assert plan.degrees.data == 2
+    assert plan.resumed is None and plan.origin.weights is None
+
+
+def test_check_needs_no_torch(tmp_path: Path):
+    given = tiny.config(tmp_path)
+    script = f"""
+import sys
+from pathlib import Path
+from cordee.config.schema import TrainConfig
+from cordee.train.check import check_run
+assert check_run(TrainConfig(**{vars(given)!r})) == []
+assert "torch" not in sys.modules, "torch was imported"
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+def test_all_problems_at_once(tmp_path: Path):
+    (tmp_path / "run").write_text("a file")
+    given = tiny.config(tmp_path, stage="alchemy", data_path=(str(tmp_path / "absent"),), max_position_embeddings=None)
+    found = options_of(check_run(given))
+    assert {"--stage", "--save", "--max-position-embeddings"} < set(found)
+    assert sum("absent" in str(problem) for problem in check_run(given)) == 1
+    assert len(set(map(str, check_run(given)))) == len(found)
+
+
+def test_options_model_data_and_places_in_one_round(tmp_path: Path):
+    (tmp_path / "board").write_text("a file")
+    given = tiny.config(
+        tmp_path,
+        lr_warmup_iters=6,
+        max_position_embeddings=8,
+        num_query_groups=3,
+        data_path=(str(tmp_path / "absent"),),
+        tensorboard_dir=str(tmp_path / "board"),
+        metrics_file=str(tmp_path),
+    )
+    problems = check_run(given)
+    options = options_of(problems)
+    assert {"--lr-warmup-iters", "--seq-length", "--tensorboard-dir", "--metrics-file"} < set(options)
+    assert options.count("--seq-length") == 1
+    said = "\n".join(map(str, problems))
+    assert "absent" in said and "num-query-groups" in said
+
+
+def test_experts_need_a_model_that_has_some(tmp_path: Path):
+    with pytest.raises(ProblemError, match="the model has no experts"):
+        plan_run(tiny.config(tmp_path, expert_model_parallel_size=2), 2)
+
+
+def test_a_deepspeed_file_tells_what_it_does_not_do(tmp_path: Path):
+    file = tmp_path / "ds.json"
+    file.write_text('{"zero_optimization": {"stage": 1, "overlap_comm": true}}')
+    notes = plan_run(tiny.config(tmp_path, deepspeed_config=str(file)), 1).notes
+    assert [note for note in notes if "zero_optimization.overlap_comm" in note]
+
+
+def test_checkpoint_and_data_in_one_round(run, tmp_path: Path):
+    changed = tiny.resumed(run, lr=5e-3, tensorboard_dir=str(Path(run.save) / "metrics.jsonl"))
+    assert options_of(check_run(changed)) == ["--tensorboard-dir", "--load"]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"bf16": True, "initial_loss_scale": 65536.0}, "--initial-loss-scale"),
+        ({"fp16": True, "initial_loss_scale": 65536.0}, None),
+        ({"sgd_momentum": 0.5}, "--sgd-momentum"),
+        ({"lr_decay_style": "constant", "min_lr": 1e-4}, "--min-lr"),
+        ({"lr_warmup_iters": 0, "lr_warmup_init": 1e-4}, "--lr-warmup-init"),
+        ({"moe_token_dispatcher_type": "allgather"}, "--moe-token-dispatcher-type"),
+        ({}, None),
+    ],
+)
+def test_options_without_effect_are_told(tmp_path: Path, options: dict, named: str | None):
+    notes = [note for note in plan_run(tiny.config(tmp_path, **options), 1).notes if "without effect" in note]
+    assert len(notes) == (named is not None)
+    assert named is None or named in notes[0]
+
+
+def test_sequence_longer_than_the_loaded_model(tmp_path: Path):
+    first = tiny.config(tmp_path)
+    job.run(first)
+    longer = tiny.config(
+        tmp_path,
+        load=first.save,
+        finetune=True,
+        save=None,
+        save_interval=None,
+        seq_length=64,
+        max_position_embeddings=None,
+    )
+    assert options_of(check_run(longer)) == ["--seq-length"]
+
+
+def test_tokenizer_that_has_more_tokens_than_the_model(tmp_path: Path):
+    given = tiny.config(tmp_path, tokenizer_type="NullTokenizer", vocab_size=100, padded_vocab_size=61)
+    assert "--padded-vocab-size" in options_of(check_run(given))
+
+
+def test_model_options_that_contradict_the_checkpoint(tmp_path: Path):
+    first = tiny.config(tmp_path)
+    job.run(first)
+    (problem,) = check_run(tiny.resumed(first, ffn_hidden_size=64))
+    assert problem.option == "--load"
+    assert "[2, 64, 32], and is [2, 48, 32]" in problem.why
+    assert check_run(tiny.resumed(first, **{name: None for name in tiny.MODEL})) == []
+
+
+def test_padded_vocabulary_is_the_same_model_again(tmp_path: Path):
+    padded = tiny.config(tmp_path, make_vocab_size_divisible_by=None)  # Megatron pads to a multiple of 128
+    job.run(padded)
+    assert plan_run(tiny.resumed(padded), 1).spec.config.vocab_size == 128
+    too_large = tiny.resumed(padded, vocab_size=200, make_vocab_size_divisible_by=100)
+    assert options_of(check_run(too_large)) == ["--vocab-size", "--make-vocab-size-divisible-by"]
+
+
+# ---- places --------------------------------------------------------------------------------------------------------
+
+
+def test_directory_of_another_run(tmp_path: Path):
+    first = tiny.config(tmp_path)
+    job.run(first)
+    (problem,) = check_run(first)
+    assert problem.option == "--save" and "up to iteration 6" in problem.why
+    (problem,) = check_run(replace(first, load=first.save, finetune=True))
+    assert problem.option == "--save"
+    assert check_run(tiny.resumed(first)) == []
+
+
+def test_nothing_to_load_yet(tmp_path: Path):
+    given = tiny.config(tmp_path)
+    again = tiny.resumed(given)  # the one command that starts a run and goes on with it
+    assert check_run(again) == []
+    assert "starts from initial weights" in plan_run(again, 1).notes[0]
+    (problem,) = check_run(tiny.resumed(given, exit_on_missing_checkpoint=True))
+    assert problem.option == "--load"
+    (problem,) = check_run(replace(again, load=str(tmp_path / "typo")))
+    assert problem.option == "--load" and "there is no checkpoint" in problem.why
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "notes.txt").write_text("no model")
+    (problem,) = check_run(tiny.resumed(given, load=str(tmp_path / "else")))
+    assert "neither a checkpoint nor" in problem.why
+
+
+def test_checkpoint_by_step_and_by_path(tmp_path: Path):
+    first = tiny.config(tmp_path)
+    job.run(first)
+    assert plan_run(tiny.resumed(first, ckpt_step=2), 1).resumed.path.name == "iter_0000002"
+    by_path = tiny.resumed(first, load=str(Path(first.save) / "iter_0000004"))
+    assert plan_run(by_path, 1).resumed.manifest["iteration"] == 4
+    (problem,) = check_run(tiny.resumed(first, ckpt_step=3))
+    assert "there are: 6, 4, 2" in problem.fix
+
+
+# ---- going on ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    given = tiny.config(tmp_path_factory.mktemp("run"))
+    job.run(given)
+    return given
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({}, []),
+        ({"seq_length": 8}, ["--seq-length"]),
+        ({"dataloader_type": "cyclic"}, ["--dataloader-type"]),
+        ({"split": "80,20,0"}, ["--data-path"]),
+        ({"seed": 1}, ["--seed"]),
+        ({"seed": 1, "load_rng": False}, []),
+        ({"optimizer": "sgd"}, ["--optimizer"]),
+        ({"optimizer": "sgd", "load_optim": False}, []),
+        ({"optimizer": "foreach_adam"}, []),
+        ({"lr": 5e-3}, ["--load"]),
+        ({"train_iters": 9}, ["--train-iters"]),
+        ({"train_iters": 9, "lr": 5e-3}, ["--load"]),
+        ({"train_iters": 9, "override_opt_param_scheduler": True}, []),
+        ({"train_iters": 9, "use_checkpoint_opt_param_scheduler": True}, []),
+        (
+            {"seed": 1, "seq_length": 8, "lr": 5e-3, "optimizer": "sgd"},
+            ["--seed", "--seq-length", "--load", "--optimizer"],
+        ),
+        ({"micro_batch_size": 2, "bf16": True, "zero_stage": 3, "save_interval": 1}, []),
+    ],
+)
+def test_what_has_to_be_the_same(run, changed: dict, named: list[str]):
+    assert options_of(check_run(tiny.resumed(run, **changed))) == named
+
+
+def test_longer_run_is_told_how(run):
+    (problem,) = check_run(tiny.resumed(run, train_iters=9))
+    assert problem.value == 9 and "decay 48 -> 72" in problem.why
+    assert "--override-opt-param-scheduler" in problem.fix and "--use-checkpoint-opt-param-scheduler" in problem.fix
+
+
+def test_nothing_left_to_train_is_told(run):
+    assert any("step 6 of 6: nothing is left to train" in note for note in plan_run(tiny.resumed(run), 1).notes)
+    longer = tiny.resumed(run, train_iters=9, override_opt_param_scheduler=True)
+    assert not any("nothing is left" in note for note in plan_run(longer, 1).notes)
+
+
+def test_schedule_of_the_checkpoint_or_of_the_options(run):
+    old = plan_run(tiny.resumed(run, lr=5e-3, use_checkpoint_opt_param_scheduler=True), 1)
+    new = plan_run(tiny.resumed(run, lr=5e-3, override_opt_param_scheduler=True), 1)
+    assert (old.schedule.max_lr, new.schedule.max_lr) == (1e-2, 5e-3)
+
+
+def test_manifest_is_the_whole_story(run):
+    manifest = directory.read_manifest(Path(run.save) / "iter_0000006")
+    assert manifest["trainer"] == {
+        "iteration": 6,
+        "consumed_samples": 48,
+        "consumed_tokens": 48 * tiny.LENGTH,
+        "skipped_iterations": 0,
+        "skipped_samples": 0,
+    }
+    assert ModelSpec.from_dict(manifest["model"]).config.hidden_size == 32
+    assert manifest["config"]["seq_length"] == tiny.LENGTH
+    assert json.dumps(manifest)
+
+
+def test_damaged_checkpoint_is_noted(tmp_path: Path):
+    first = tiny.config(tmp_path)
+    job.run(first)
+    (Path(first.save) / "iter_0000006" / ".metadata").unlink()
+    plan = plan_run(tiny.resumed(first), 1)
+    assert plan.resumed.path.name == "iter_0000004"
+    assert any("iter_0000006" in note for note in plan.notes)
+    with pytest.raises(ProblemError):
+        plan_run(tiny.resumed(first, ckpt_step=6), 1)
+
+
+def test_laws_of_the_model_are_told_whatever_the_number_of_processes(tmp_path: Path):
+    degrees = {"tensor_model_parallel_size": 3, "pipeline_model_parallel_size": 2}
+    given = tiny.config(tmp_path, nproc_per_node=5, num_layers_per_virtual_pipeline_stage=1, **degrees)
+    found = check_run(given)
+    assert {"processes", "--tensor-model-parallel-size"} <= {problem.option for problem in found}
+    assert not any("no effect with one stage" in problem.why for problem in found)

@@ -1,0 +1,187 @@
+"""What a run says: log lines that Megatron's parsers read, figures that add up, and each sink's form."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from cordee.checkpoint.store import CheckpointStore
+from cordee.config.schema import TrainConfig
+from cordee.families.count import training_flops_per_token
+from cordee.families.registry import spec_from_options
+from cordee.train import job
+from cordee.train.metrics import Meter, StepResult, measure_peak_flops
+from cordee.train.reports import build_reports
+from cordee.train.sinks import Live, log_line, memory_line, perplexity, progress_text, rate, validation_lines
+from cordee.train.state import TrainState
+from tests.train import tiny
+
+LINE = re.compile(
+    r" \[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] iteration {8}7/ {5}100 \| consumed samples: {11}56 \| "
+    r"elapsed time per iteration \(ms\): [0-9.]+ \| throughput per GPU \(TFLOP/s/GPU\): [0-9.]+ \| "
+    r"learning rate: 1\.000000E-03 \| global batch size:     8 \| lm loss: 2\.500000E\+00 \| "
+    r"loss scale: 1\.0 \| grad norm: 0\.500 \| number of skipped iterations:   1 \| number of nan iterations:   0 \|"
+)
+# The expressions by which the reference systems' own tests read their logs.
+THROUGHPUT = r"throughput per GPU \(TFLOP/s/GPU\):\s+([0-9.]+)\s+\|.*?lm loss:\s+([0-9.]+E[+-][0-9]+)"
+MEMORY = r"\[Rank (\d+)\] \(after \d+ iterations\) memory \(MB\) \| allocated: ([0-9.]+) \| max allocated: ([0-9.]+)"
+
+
+def result(loss: float, **changes) -> StepResult:
+    values = {"grad_norm": 0.5, "learning_rate": 1e-3, "loss_scale": 1.0, "samples": 8, "tokens": 128}
+    return StepResult(loss=loss, **{**values, **changes})
+
+
+def meter(**changes) -> Meter:
+    values = {"train_iterations": 100, "flops_per_token": 1e6, "num_devices": 2, "peak_flops": 1e9}
+    return Meter(**{**values, **changes})
+
+
+def record(*steps: StepResult, **changes):
+    made = meter(**changes)
+    for step in steps:
+        made.add(step)
+    return made.read(iteration=7, consumed_samples=56, consumed_tokens=896)
+
+
+def test_log_line():
+    line = log_line(record(result(2.0), result(3.0), result(float("inf"), skipped=True)), "lm loss")
+    assert LINE.fullmatch(line), line
+    assert re.search(THROUGHPUT, line).group(2) == "2.500000E+00"
+    assert "throughput" not in log_line(record(result(2.0)), "lm loss", throughput=False)
+
+
+@pytest.mark.parametrize(
+    ("tflops", "shown"),
+    [(412.34, "412.3"), (10.0, "10.0"), (5.678, "5.68"), (0.0456, "0.0456"), (0.00001, "0.000010"), (0.0, "0.000000")],
+)
+def test_throughput_has_digits_for_small_models(tflops: float, shown: str):
+    assert rate(tflops) == shown
+    line = log_line(replace(record(result(2.0)), tflops=tflops), "lm loss")
+    assert float(re.search(THROUGHPUT, line).group(1)) == pytest.approx(tflops, abs=1e-6, rel=1e-2)
+
+
+def test_more_figures_in_the_log_line():
+    line = log_line(record(result(2.0, zeros_in_grad=5, params_norm=1.25, metrics={"accuracy": 0.5})), "lm loss")
+    assert "| accuracy: 5.000000E-01 |" in line
+    assert "| num zeros: 5 | params norm: 1.250 |" in line
+
+
+def test_memory_and_validation_lines():
+    found = re.fullmatch(MEMORY + r" \| reserved: [0-9.]+ \| max reserved: [0-9.]+", memory_line(record(result(2.0))))
+    assert found and float(found[3]) >= float(found[2]) > 10
+    frame, line, _ = validation_lines(10, "validation", "lm loss", 2.0).splitlines()
+    assert line == " validation loss at iteration 10 | lm loss value: 2.000000E+00 | lm loss PPL: 7.389056E+00 | "
+    assert frame == "-" * len(line)
+    assert perplexity(1e9) == pytest.approx(torch.tensor(20.0).exp().item(), rel=1e-5)
+
+
+def test_figures_add_up():
+    made = meter()
+    time.sleep(0.02)
+    made.add(result(1.0))
+    made.add(result(float("nan"), skipped=True))
+    made.pause(0.01)
+    read = made.read(iteration=2, consumed_samples=16, consumed_tokens=256)
+    seconds = 2 * read.step_seconds
+    assert seconds > 0.01
+    assert read.tokens_per_second == pytest.approx(256 / seconds / 2)
+    assert read.tflops == pytest.approx(read.tokens_per_second * 1e6 / 1e12)
+    assert read.mfu == pytest.approx(read.tflops * 1e12 / 1e9)
+    assert read.seconds_left == pytest.approx(98 * read.step_seconds)
+    assert (read.loss, read.skipped_iterations, read.nan_iterations) == (1.0, 1, 1)
+    assert read.peak_memory >= read.memory > 0
+    assert not made.pending
+    assert record(result(1.0), peak_flops=None).mfu is None
+
+
+def test_saving_is_no_training_time(tmp_path: Path, monkeypatch):
+    def slow(self, *args, **options):
+        time.sleep(0.3)
+
+    monkeypatch.setattr(CheckpointStore, "save", slow)
+    given = tiny.config(tmp_path, save_interval=1, train_iters=4)
+    job.run(given)
+    assert all(read["step_seconds"] < 0.25 for read in list(tiny.records(given).values())[1:])
+
+
+def test_all_steps_skipped():
+    read = record(result(float("inf"), skipped=True), result(float("inf"), skipped=True))
+    assert (read.loss, read.grad_norm, read.skipped_iterations) == (0.0, 0.0, 2)
+    json.dumps(read.loss, allow_nan=False)
+
+
+def test_throughput_is_megatrons_formula():
+    given = TrainConfig(**{**tiny.MODEL, "seq_length": 16, "lr": 1.0})
+    config = spec_from_options(given).config
+    layers, hidden, ffn, heads, groups, sequence, vocab = 2, 32, 48, 4, 2, 16, tiny.VOCAB
+    per_iteration = (
+        12
+        * sequence
+        * layers
+        * hidden**2
+        * (1 + ffn / hidden * 1.5 + groups / heads + sequence / hidden + vocab / (2 * layers * hidden))
+    )
+    assert training_flops_per_token(config, sequence) * sequence == pytest.approx(per_iteration)
+
+
+def test_reports_at_their_intervals(tmp_path: Path, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    given = TrainConfig(
+        seq_length=16,
+        lr=1.0,
+        save=str(tmp_path),
+        log_interval=3,
+        tensorboard_dir=str(tmp_path / "board"),
+        tensorboard_log_interval=2,
+    )
+    reports = build_reports(given, meter, "lm loss")
+    state = TrainState()
+    for step in range(1, 6):
+        state.advance(8, 128, skipped=False)
+        reports.step(result(float(step)), state)
+    reports.validation(state, "validation", 1.5, 0.01)
+    reports.finish(state)
+    reports.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["kind"], line["iteration"], line["loss"]) for line in lines] == [
+        ("train", 3, 2.0),
+        ("validation", 5, 1.5),
+        ("train", 5, 4.5),
+    ]
+    out = capsys.readouterr().out
+    assert out.count("| lm loss: ") == 2 and out.count("memory (MB)") == 1 and out.count("validation loss") == 1
+    board = EventAccumulator(str(tmp_path / "board"))
+    board.Reload()
+    assert [(event.step, event.value) for event in board.Scalars("lm loss")] == [(2, 1.5), (4, 3.5), (5, 5.0)]
+    assert [event.step for event in board.Scalars("lm loss validation")] == [5]
+    assert {"learning-rate", "grad-norm", "tokens-per-second", "mfu"} <= set(board.Tags()["scalars"])
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_progress_line(monkeypatch, width: int):
+    monkeypatch.setenv("COLUMNS", str(width))
+    text = progress_text(record(result(2.0)))
+    figures = r"[0-9,]+ tokens/s/device  MFU [0-9]+%  [0-9.]+ TFLOP/s  [0-9.]+ GiB"
+    assert re.fullmatch(r"7/100  loss 2\.0000  [0-9:]+ left  " + figures, text)
+    out = io.StringIO()
+    live = Live(out)
+    live.print("a [line] above")
+    live.step(record(result(2.0)))
+    live.close()
+    first, *shown = out.getvalue().splitlines()
+    assert first == "a [line] above"
+    assert "7/100  loss 2.0000" in shown[-1] and len(shown[-1]) <= width
+    assert ("GiB" in shown[-1]) == (width == 160)
+
+
+def test_rate_of_matrix_products():
+    assert 1e8 < measure_peak_flops(torch.float32, torch.device("cpu")) < 1e14

@@ -1,0 +1,326 @@
+"""A run against a plain loop, across ranks, and on from a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+
+from cordee.checkpoint import directory, source
+from cordee.data.build import build_datasets
+from cordee.data.tokenizer import holds_tokenizer
+from cordee.errors import ProblemError
+from cordee.families.registry import spec_from_options
+from cordee.model.gpt import GPTModel
+from cordee.model.init import initialise
+from cordee.train import job
+from cordee.train.plan import plan_run
+from cordee.weights import hf
+from cordee.weights.load import save_from
+from tests.train import tiny
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+def plain_loop(given, steps: int) -> list[float]:
+    """The same training written down directly: full logits, mean over all tokens, torch's own clip and AdamW."""
+    spec = spec_from_options(given)
+    model = GPTModel(spec.config)
+    initialise(model, given.seed)
+    decays = [p for p in model.parameters() if p.ndim > 1]
+    spared = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": decays, "weight_decay": 0.01}, {"params": spared, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, fused=False, foreach=False)
+    dataset = build_datasets(given, given.train_iters * tiny.BATCH, 0, 0).train
+    losses = []
+    for step in range(steps):
+        tokens = torch.from_numpy(np.stack([dataset[step * tiny.BATCH + i] for i in range(tiny.BATCH)]))
+        logits = model(tokens[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        done = step / given.train_iters
+        rate = 1e-2 * (step if step <= 1 else 0.5 * (1 + np.cos(np.pi * (step - 1) / (given.train_iters - 1))))
+        assert 0 <= done < 1
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def test_says_who_keeps_what(tmp_path: Path, capsys):
+    assert job.run(tiny.config(tmp_path)) == 0
+    said = capsys.readouterr().err
+    assert "\n1 process\n  rank 0: 17,472 parameters between steps\n" in said
+    assert "take 16 bytes per parameter on this rank (weights 4, gradients 4, optimizer 8)\n" in said
+
+
+def test_equals_a_plain_loop(tmp_path: Path):
+    given = tiny.config(tmp_path)
+    assert job.run(given) == 0
+    assert tiny.losses(given) == pytest.approx(plain_loop(given, 6), rel=1e-5)
+    assert tiny.losses(given)[-1] < tiny.losses(given)[0] - 0.05
+
+
+@pytest.mark.parametrize("micro_batch_size", [2, 8])
+def test_micro_batches_make_no_difference(tmp_path: Path, micro_batch_size: int):
+    one, other = (
+        tiny.config(tmp_path),
+        tiny.config(tmp_path, micro_batch_size=micro_batch_size, save=str(tmp_path / "b")),
+    )
+    job.run(one)
+    job.run(other)
+    assert tiny.losses(other) == pytest.approx(tiny.losses(one), rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_make_no_difference(tmp_path: Path, pool, ranks: int, stage: int):
+    one = tiny.config(tmp_path, eval_iters=2, eval_interval=3)
+    job.run(one)
+    many = tiny.config(
+        tmp_path, eval_iters=2, eval_interval=3, save=str(tmp_path / "many"), nproc_per_node=ranks, zero_stage=stage
+    )
+    assert {ending.code for ending in pool.run(tiny.train_rank, ranks, many)} == {0}
+    assert tiny.losses(many) == pytest.approx(tiny.losses(one), rel=1e-5)
+    for kind in ("validation",):
+        ours, theirs = tiny.records(many, kind), tiny.records(one, kind)
+        assert ours.keys() == theirs.keys() == {3, 6}
+        assert all(ours[i]["loss"] == pytest.approx(theirs[i]["loss"], rel=1e-5) for i in ours)
+    norms = [[record["grad_norm"] for record in tiny.records(run).values()] for run in (one, many)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+
+
+DROPOUT = {"attention_dropout": 0.1, "hidden_dropout": 0.2}
+GROWING = {"train_iters": None, "train_samples": 48, "rampup_batch_size": (4, 4, 8), "lr_warmup_iters": 0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, DROPOUT, GROWING, {"optimizer": "sgd"}, {"optimizer": "foreach_adam"}])
+@pytest.mark.parametrize("stop", [1, 3, 4])
+def test_resumed_run_is_bit_for_bit_the_uninterrupted_one(tmp_path: Path, options: dict, stop: int):
+    whole = tiny.config(tmp_path, save=str(tmp_path / "whole"), **options)
+    job.run(whole)
+    parts = tiny.config(tmp_path, exit_interval=stop, **options)
+    assert job.run(parts) == 0
+    assert directory.iterations(Path(parts.save))[0] == stop
+    assert job.run(tiny.resumed(parts)) == 0
+    assert tiny.losses(parts) == tiny.losses(whole)
+    last = len(tiny.losses(whole))
+    ours, theirs = (source.read(run.save, last) for run in (parts, whole))
+    for name in ours.names():
+        assert torch.equal(ours.tensor(name), theirs.tensor(name))
+    assert ours.manifest["trainer"] == theirs.manifest["trainer"]
+
+
+def test_dropout_depends_on_the_seed_and_nothing_else(tmp_path: Path):
+    first = tiny.config(tmp_path, **DROPOUT)
+    again = tiny.config(tmp_path, save=str(tmp_path / "again"), **DROPOUT)
+    none = tiny.config(tmp_path, save=str(tmp_path / "none"))
+    for given in (first, again, none):
+        torch.rand(3)  # whatever was drawn before
+        job.run(given)
+    assert tiny.losses(first) == tiny.losses(again)
+    assert tiny.losses(first) != tiny.losses(none)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"micro_batch_size": 4},
+        {"nproc_per_node": 2},
+        {"nproc_per_node": 2, "tensor_model_parallel_size": 2},
+        {"nproc_per_node": 4, "tensor_model_parallel_size": 2, "sequence_parallel": True},
+    ],
+)
+def test_dropout_is_the_same_on_every_layout(tmp_path: Path, pool, changes: dict):
+    one = tiny.config(tmp_path, save=str(tmp_path / "one"), **DROPOUT)
+    job.run(one)
+    other = tiny.config(tmp_path, **DROPOUT, **changes)
+    pool.run(tiny.train_rank, other.nproc_per_node, other)
+    assert tiny.losses(other) == pytest.approx(tiny.losses(one), rel=1e-5)
+
+
+def test_ranks_go_on_from_each_other(tmp_path: Path, pool):
+    whole = tiny.config(tmp_path, save=str(tmp_path / "whole"))
+    job.run(whole)
+    parts = tiny.config(tmp_path, exit_interval=2, zero_stage=3)
+    job.run(parts)
+    for ranks, stop, stage in ((2, 4, 3), (4, 5, 0), (2, None, 1)):
+        going_on = tiny.resumed(parts, exit_interval=stop, nproc_per_node=ranks, zero_stage=stage)
+        pool.run(tiny.train_rank, ranks, going_on)
+    assert tiny.losses(parts) == pytest.approx(tiny.losses(whole), rel=1e-5)
+    consumed = [record["consumed_samples"] for record in tiny.records(parts).values()]
+    assert consumed == [8, 16, 24, 32, 40, 48]
+
+
+def test_one_rank_goes_on_from_four(tmp_path: Path, pool):
+    whole = tiny.config(tmp_path, save=str(tmp_path / "whole"))
+    job.run(whole)
+    parts = tiny.config(tmp_path, exit_interval=3, nproc_per_node=4)
+    pool.run(tiny.train_rank, 4, parts)
+    job.run(tiny.resumed(parts))
+    assert tiny.losses(parts) == pytest.approx(tiny.losses(whole), rel=1e-5)
+
+
+def test_batch_that_grows(tmp_path: Path):
+    given = tiny.config(tmp_path, **GROWING)
+    job.run(given)
+    sizes = [record["global_batch_size"] for record in tiny.records(given).values()]
+    assert sizes == [4, 4, 8, 8, 8, 8, 8]
+    assert tiny.records(given)[7]["consumed_samples"] == 48
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision(tmp_path: Path, precision: str):
+    exact = tiny.config(tmp_path, save=str(tmp_path / "exact"), train_iters=4)
+    job.run(exact)
+    given = tiny.config(tmp_path, train_iters=4, exit_interval=2, initial_loss_scale=1024.0, **{precision: True})
+    job.run(given)
+    job.run(tiny.resumed(given))
+    assert tiny.losses(given) == pytest.approx(tiny.losses(exact), rel=2e-2)
+    assert source.read(given.save).dtype("embedding.weight") == torch.float32
+    scale = tiny.records(given)[4]["loss_scale"]
+    assert scale == (1024.0 if precision == "fp16" else 1.0)
+
+
+def test_overflow_skips_the_step_and_lowers_the_scale(tmp_path: Path):
+    given = tiny.config(tmp_path, fp16=True, train_iters=20, save_interval=20, exit_interval=9)
+    job.run(given)
+    job.run(tiny.resumed(given))
+    found = list(tiny.records(given).values())
+    scales = [record["loss_scale"] for record in found]
+    assert scales[:3] == [2.0**32, 2.0**32, 2.0**31]  # hysteresis 2
+    skipped = [record["skipped_iterations"] for record in found]
+    assert sum(skipped) > 5 and skipped[-1] == 0
+    trainer = source.read(given.save).manifest["trainer"]
+    assert trainer["skipped_iterations"] == sum(skipped)
+    assert trainer["consumed_samples"] == 20 * tiny.BATCH
+    # The schedule waits for steps that count: the first of them is taken at its very beginning.
+    first = skipped.index(0)
+    assert found[first]["learning_rate"] == 0.0
+    assert found[first + 1 + skipped[first + 1]]["learning_rate"] > 0.0
+
+
+def test_validation_is_the_exact_mean(tmp_path: Path):
+    given = tiny.config(tmp_path, eval_iters=2, eval_interval=3, micro_batch_size=2, split="80,10,10")
+    job.run(given)
+    assert list(tiny.records(given, "validation")) == [3, 6]
+    assert list(tiny.records(given, "test")) == [6]
+    weights = source.read(given.save)
+    model = GPTModel(weights.spec.config)
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(weights.tensor(name))
+    _, valid, test = build_datasets(given, 48, 16, 16)
+    for kind, held_out in (("validation", valid), ("test", test)):
+        tokens = torch.from_numpy(np.stack([held_out[i] for i in range(16)]))
+        with torch.no_grad():
+            loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        assert tiny.records(given, kind)[6]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_validation_does_not_disturb_training(tmp_path: Path, pool):
+    for ranks in (1, 2):
+        without = tiny.config(tmp_path, save=str(tmp_path / f"without{ranks}"), nproc_per_node=ranks, **DROPOUT)
+        often = tiny.config(
+            tmp_path,
+            save=str(tmp_path / f"often{ranks}"),
+            nproc_per_node=ranks,
+            eval_iters=1,
+            eval_interval=1,
+            **DROPOUT,
+        )
+        for given in (without, often):
+            pool.run(tiny.train_rank, ranks, given)
+        assert tiny.losses(often) == tiny.losses(without)
+
+
+def test_starts_from_hugging_face_weights(tmp_path: Path):
+    given = tiny.config(tmp_path, load=str(tmp_path / "model"))
+    spec = spec_from_options(given)
+    model = GPTModel(spec.config)
+    initialise(model, 99)
+    with hf.write(tmp_path / "model", spec) as sink:
+        save_from(model, sink)
+    assert job.run(given) == 0
+    dataset = build_datasets(given, 48, 0, 0).train
+    tokens = torch.from_numpy(np.stack([dataset[i] for i in range(tiny.BATCH)]))
+    loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+    assert tiny.losses(given)[0] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_finetune_takes_the_weights_only(tmp_path: Path):
+    first = tiny.config(tmp_path)
+    job.run(first)
+    second = tiny.config(tmp_path, load=first.save, finetune=True, save=str(tmp_path / "second"))
+    job.run(second)
+    assert min(tiny.records(second)) == 1
+    assert tiny.losses(second)[0] < tiny.losses(first)[0] - 0.05
+
+
+def test_without_optimizer_state(tmp_path: Path):
+    given = tiny.config(tmp_path, save_optim=False, exit_interval=3)
+    job.run(given)
+    assert job.run(tiny.resumed(given, load_optim=False)) == 0
+    assert sorted(tiny.records(given)) == [1, 2, 3, 4, 5, 6]
+
+
+def test_only_validation(tmp_path: Path):
+    first = tiny.config(tmp_path)
+    job.run(first)
+    second = tiny.config(
+        tmp_path,
+        load=first.save,
+        save=None,
+        save_interval=None,
+        skip_train=True,
+        eval_iters=1,
+        metrics_file=str(tmp_path / "only" / "metrics.jsonl"),
+    )
+    assert job.run(second) == 0
+    assert "validation" in (tmp_path / "only" / "metrics.jsonl").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extent", ["blocks", "model"])
+def test_compiled(tmp_path: Path, extent: str):
+    plain, compiled = tiny.config(tmp_path), tiny.config(tmp_path, compile=extent, save=str(tmp_path / "compiled"))
+    job.run(plain)
+    job.run(compiled)
+    assert tiny.losses(compiled) == pytest.approx(tiny.losses(plain), rel=1e-5)
+
+
+def test_tokenizer_lies_beside_the_checkpoints(tmp_path: Path):
+    words = {str(i): i for i in range(tiny.VOCAB - 1)} | {"<eos>": tiny.VOCAB - 1}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<eos>"))
+    (tmp_path / "tokenizer").mkdir()
+    tokenizer.save(str(tmp_path / "tokenizer" / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>"}
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(settings))
+    given = tiny.config(tmp_path, tokenizer_name_or_path=str(tmp_path / "tokenizer"), exit_interval=2)
+    job.run(given)
+    assert holds_tokenizer(given.save)
+    assert source.read(given.save).companions == Path(given.save)
+    going_on = tiny.resumed(given, tokenizer_name_or_path=None, eod_mask_loss=True)
+    assert plan_run(going_on, 1).tokenizer.eod == tiny.VOCAB - 1
+    assert job.run(going_on) == 0
+
+
+def test_samples_that_make_no_step_are_told(tmp_path: Path):
+    given = tiny.config(tmp_path, train_iters=None, train_samples=21, lr_warmup_iters=0)
+    plan = plan_run(given, 1)
+    assert plan.iterations == 2
+    assert any("the last 5 of --train-samples 21" in note for note in plan.notes)
+    with pytest.raises(ProblemError, match="--train-samples"):
+        plan_run(replace(given, train_samples=7), 1)
