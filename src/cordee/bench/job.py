@@ -1,0 +1,50 @@
+"""`cordee bench`: how fast Cordée is and what memory it takes, beside its peers, measured in one run.
+
+Owns the choice of the suite and what becomes of its report. Each suite is a file of this package with
+`run(config, on_turn) -> Report`.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+from cordee.bench.contest import Turn
+from cordee.config.schema import BenchConfig
+from cordee.errors import Problem, raise_all
+
+EXTRA = "bench"  # what brings the packages that only measuring needs
+PEERS = {"gguf": ("gguf", "llama_cpp"), "parity": (), "resume": (), "pipeline": ()}  # the modules that a suite needs
+USUAL = ("accelerate",)
+
+
+def run(config: BenchConfig) -> int:
+    """Measure, print and write the report, and return 0. ProblemError for what the user can mend."""
+    raise_all(_problems(config))
+    config = replace(config, threads=config.threads or os.cpu_count() or 1)
+    report = import_module(f"cordee.bench.{config.suite}").run(config, _show)
+    print(report.to_markdown())
+    if config.output:
+        report.write(Path(config.output))
+    return 0
+
+
+def _problems(config: BenchConfig) -> list[Problem]:
+    problems = []
+    for package in PEERS.get(config.suite, USUAL):
+        if find_spec(package) is None:
+            fix = f"pip install 'cordee[{EXTRA}]'"
+            problems.append(Problem(package, None, "the peers of this measurement need it", fix))
+    if config.output and not Path(config.output).absolute().parent.is_dir():
+        problems.append(Problem("--output", config.output, "there is no such directory", "make it first"))
+    return problems
+
+
+def _show(number: int, name: str, turn: Turn) -> None:
+    """One line a turn, so that a person sees it go on."""
+    when = f"round {number}" if number else "warm-up"
+    figures = "".join(f"  {key} {value:.4g}" for key, value in turn.figures.items())
+    print(f"{when:<9} {name:<22} {turn.median:8.3f} s  {turn.peak_bytes / 2**20:7.0f} MiB{figures}", flush=True)

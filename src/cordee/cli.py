@@ -1,0 +1,272 @@
+"""The `cordee` command: which command, with which options, is run how.
+
+Owns the table of commands, their help, and how a run ends: problems as text with exit code 2 (75 where other ranks
+are gone), Ctrl-C with 130. Imports
+a job's module only when the job runs, so that help and errors answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import cordee
+from cordee import launch, log
+from cordee.config import check, render, schema
+from cordee.config.argv import Teaching
+from cordee.config.load import Loaded, load_config
+from cordee.config.spelling import nearest
+from cordee.errors import Problem, ProblemError, raise_all
+
+CHECK_RUN = "cordee.train.check:check_run"  # (config) -> problems, of a training run as a whole
+
+
+INFERENCE_GRACE = 10.0  # seconds: processes that write or score have nothing to save
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """One command: `job` names `run(config) -> exit code`, `check` finds problems between its options before that.
+
+    `start` takes the place of checking and running where more is to be done.
+    """
+
+    about: str
+    example: str
+    schema: type
+    job: str = ""
+    check: Callable[[Any], list[Problem]] | None = None
+    start: Callable[[Command, Loaded[Any], Sequence[str]], int] | None = None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `cordee argv...` and return its exit code."""
+    launch.follow_launcher()
+    try:
+        code = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes nowhere, without a word
+        return 128 + signal.SIGPIPE
+    except ProblemError as error:
+        count = len(error.problems)
+        if not (error.everywhere and launch.rank_0_speaks()):
+            print(f"{count} problem{'s' if count > 1 else ''}:\n{error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _dispatch(argv: list[str]) -> int:
+    name, rest = (argv[0], argv[1:]) if argv else ("--help", [])
+    if name in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if name == "--version":
+        print(f"cordee {cordee.__version__}")
+        return 0
+    if name == "models":
+        return _models(rest)
+    if name not in COMMANDS:
+        names = nearest(name, [*COMMANDS, "models"])
+        fix = f"did you mean {' or '.join(names)}?" if names else "`cordee --help` lists the commands"
+        raise ProblemError([Problem("cordee", name, "no such command", fix)])
+    command = COMMANDS[name]
+    try:
+        loaded = load_config(command.schema, rest, teaching=Teaching(f"cordee {name}", command.about, command.example))
+    except SystemExit as shown:  # by --help
+        return int(shown.code or 0)
+    if loaded.print_config:
+        print(render.to_yaml(loaded), end="")
+        return 0
+    return (command.start or _run)(command, loaded, argv)
+
+
+def _run(command: Command, loaded: Loaded[Any], argv: Sequence[str]) -> int:
+    if command.check:
+        _raise_all(command.check(loaded.config), loaded)
+    log.setup()
+    return _load(command.job)(loaded.config)
+
+
+def _train(command: Command, loaded: Loaded[Any], argv: Sequence[str]) -> int:
+    """Check, then join the run that a launcher has started, or start one process per local device."""
+    here = launch.rank_info()
+    if here.launcher != launch.CORDEE:  # else the process that started this one has checked
+        loaded = _with_processes(loaded)
+        _raise_all(_load(CHECK_RUN)(loaded.config), loaded)
+    processes = loaded.config.nproc_per_node
+    if here.launcher or processes == 1:
+        return _load(command.job)(loaded.config)
+    return launch.spawn_local(argv, processes, grace_seconds=loaded.config.exit_grace_seconds)
+
+
+def _infer(command: Command, loaded: Loaded[Any], argv: Sequence[str]) -> int:
+    """Check, then start a process for every part of the model, or join those that a launcher has started."""
+    config, here = loaded.config, launch.rank_info()
+    if here.launcher != launch.CORDEE and command.check:
+        _raise_all(command.check(config), loaded)
+    processes = check.inference_processes(config)
+    if processes == 1 or here.launcher:
+        return _load(command.job)(config)
+    return launch.spawn_local(argv, processes, grace_seconds=INFERENCE_GRACE)
+
+
+def _check(command: Command, loaded: Loaded[Any], argv: Sequence[str]) -> int:
+    """Check as `train` does, and say what would run."""
+    loaded = _with_processes(loaded)
+    _raise_all(_load(CHECK_RUN)(loaded.config), loaded)
+    print(f"ok\n\n{_summary(loaded.config)}\n\n# options that are not at their default\n{render.changes(loaded)}")
+    return 0
+
+
+def _with_processes(loaded: Loaded[Any]) -> Loaded[Any]:
+    """One process per local device, if neither a launcher nor the user has said how many."""
+    if launch.rank_info().launcher or loaded.config.nproc_per_node:
+        return loaded
+    return loaded.derive(nproc_per_node=_load("cordee.device:count")())
+
+
+def _summary(config: schema.TrainConfig) -> str:
+    shape = _load("cordee.parallel.degrees:degrees")(config, launch.world_size(config.nproc_per_node))
+    at_once = config.micro_batch_size * shape.data
+    batch = config.global_batch_size or at_once
+    passes = batch // at_once
+    steps = config.train_iters or -(-(config.train_samples or 0) // batch)
+    who = f"{shape.data} data-parallel rank{'s' if shape.data > 1 else ''}"
+    return "\n".join(
+        [
+            f"one step   {batch} samples = {config.micro_batch_size} a pass x {passes} passes x {who}",
+            f"           {batch * config.seq_length:,} tokens = {batch} samples x {config.seq_length} tokens",
+            f"the run    {steps:,} steps, {steps * batch * config.seq_length:,} tokens",
+            "",
+            _load("cordee.parallel.describe:describe")(shape),
+        ]
+    )
+
+
+def _models(argv: Sequence[str]) -> int:
+    """`cordee models` and `cordee models show NAME`."""
+    if not argv:
+        rows = _load("cordee.families.catalogue:describe")()
+        print(f"{'preset':<20} {'family':<10} {'parameters':>10} {'context':>8}  licence of the weights")
+        for row in rows:
+            print(f"{row.preset:<20} {row.family:<10} {_short(row.parameters):>10} {row.context:>8}  {row.licence}")
+    elif len(argv) == 2 and argv[0] == "show":
+        for label, value in _load("cordee.families.catalogue:show")(argv[1]):
+            print(f"{label:<26} {value}")
+    elif argv[0] in ("-h", "--help"):
+        print("usage: cordee models              list the presets\n       cordee models show NAME    show one of them")
+    else:
+        raise ProblemError([Problem("cordee models", " ".join(argv), "no such form", "`cordee models show NAME`")])
+    return 0
+
+
+def _short(number: int) -> str:
+    """1234567890 -> 1.23B"""
+    for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if number >= 0.9995 * size:  # what rounds to a thousand of the smaller unit is one of the larger
+            return f"{number / size:.3g}{letter}"
+    return str(number)
+
+
+def _raise_all(problems: Sequence[Problem], loaded: Loaded[Any]) -> None:
+    raise_all(render.with_origins(problems, loaded))
+
+
+def _load(name: str) -> Callable[..., Any]:
+    """The function that `module:function` names."""
+    module, _, function = name.partition(":")
+    return getattr(import_module(module), function)
+
+
+COMMANDS = {
+    "quickstart": Command(
+        about="The whole climb on this machine: tokenizer, preprocess, pretrain, export, generate, evaluate, report.",
+        example="cordee quickstart --input my-texts/",
+        schema=schema.QuickstartConfig,
+        job="cordee.quickstart.job:run",
+    ),
+    "check": Command(
+        about="Find everything that would stop `cordee train` with the same options; starts nothing.",
+        example="cordee check --config run.yaml --nproc-per-node 8",
+        schema=schema.TrainConfig,
+        start=_check,
+    ),
+    "plan": Command(
+        about="Simulate pipeline schedules: bubble, peak activations, and a picture; needs no devices.",
+        example="cordee plan --schedule 1f1b interleaved zbv --num-micro-batches 16 --output schedules.svg",
+        schema=schema.PlanConfig,
+        job="cordee.plan.job:run",
+    ),
+    "preprocess": Command(
+        about="Text to the .bin/.idx files that training reads.",
+        example="cordee preprocess --input texts.jsonl --output-prefix data/texts --append-eod \\\n"
+        "    --tokenizer-type PretrainedFromHF --tokenizer-name-or-path models/llama2",
+        schema=schema.PreprocessConfig,
+        job="cordee.data.preprocess:run",
+        check=check.check_preprocess,
+    ),
+    "convert": Command(
+        about="Weights from one format to another.",
+        example="cordee convert --load-dir checkpoints --save-dir models/mine --save-model-type hf",
+        schema=schema.ConvertConfig,
+        job="cordee.convert.job:run",
+    ),
+    "train": Command(
+        about="Train a model, on all local devices or on those of the launcher that started this.",
+        example="cordee train --config run.yaml --nproc-per-node 2 --lr 3e-4",
+        schema=schema.TrainConfig,
+        job="cordee.train.job:run",
+        start=_train,
+    ),
+    "generate": Command(
+        about="Continue prompts with a model.",
+        example='cordee generate --load models/mine --prompt "Once upon a time" --max-new-tokens 64',
+        schema=schema.GenerateConfig,
+        job="cordee.generate.job:run",
+        check=check.check_generate,
+        start=_infer,
+    ),
+    "evaluate": Command(
+        about="Score a model.",
+        example="cordee evaluate --load models/mine --task perplexity --task-data-path held-out.txt",
+        schema=schema.EvaluateConfig,
+        job="cordee.evaluate.job:run",
+        check=check.check_evaluate,
+        start=_infer,
+    ),
+    "bench": Command(
+        about="Measure speed and memory against peers, in turns within one run.",
+        example="cordee bench train --threads 2",
+        schema=schema.BenchConfig,
+        job="cordee.bench.job:run",
+    ),
+}
+
+
+def _overview() -> str:
+    commands = {
+        **{name: command.about for name, command in COMMANDS.items()},
+        "models": "List the presets for --model.",
+    }
+    return "\n".join(
+        [
+            "usage: cordee COMMAND [--config run.yaml] [options]",
+            "",
+            "Trains large language models end to end.",
+            "",
+            "commands:",
+            *(f"  {name:<12} {about}" for name, about in commands.items()),
+            "",
+            "Every option is a flag, --seq-length 256, and a line of a YAML file, seq_length: 256.",
+            "`cordee COMMAND --help` explains them; `cordee --version` prints the version.",
+        ]
+    )

@@ -1,0 +1,320 @@
+"""The whole climb in one command: text, tokenizer, data, training on several processes, export, text, score, report.
+
+Owns the sequence of jobs and the small model's shape. Every phase is the job a user would run; the files they would
+have written are left in the output folder, so that each can be repeated by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from cordee import launch
+from cordee.config.load import config_from_dict
+from cordee.config.schema import (
+    ConvertConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    PreprocessConfig,
+    QuickstartConfig,
+    TrainConfig,
+)
+from cordee.convert import formats
+from cordee.convert import job as convert
+from cordee.data import preprocess
+from cordee.errors import Problem, ProblemError
+from cordee.evaluate.task import Subject, all_tasks
+from cordee.families.count import count_parameters, training_flops_per_token
+from cordee.families.registry import spec_from_options
+from cordee.generate import job as generate
+from cordee.quickstart import corpus, report, tokenizer
+
+VOCAB_SIZE = 4096
+TOKENIZER_CHARACTERS = 8_000_000  # enough text for this many tokens; more only takes time
+HELD_OUT_DOCUMENTS = 12
+TEMPERATURE = 0.7
+MARKER = ".cordee-quickstart"
+BATCH_SIZE = 8  # samples of one process and step
+EXPECTED_MFU = 0.45  # of a small model on a CPU, all overhead included: decides how many steps fit in the time
+MIN_STEPS = 50
+LONGER = 5000
+PROMPTS = ("def ", "import os\n", "class Node:\n    def __init__(self", '    """Return ')
+MODEL = {
+    "num_layers": 4,
+    "hidden_size": 256,
+    "ffn_hidden_size": 704,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "position_embedding_type": "rope",
+    "normalization": "RMSNorm",
+    "swiglu": True,
+    "add_bias_linear": False,
+    "untie_embeddings_and_output_weights": True,
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+}
+RECIPE = {
+    "seq_length": 256,
+    "micro_batch_size": 8,
+    "lr": 3e-3,
+    "min_lr": 3e-4,
+    "lr_decay_style": "cosine",
+    "lr_warmup_fraction": 0.05,
+    "weight_decay": 0.1,
+    "adam_beta2": 0.95,
+    "clip_grad": 1.0,
+}
+
+
+@dataclass
+class Climb:
+    """Folders of a run and how long its phases took."""
+
+    config: QuickstartConfig
+    folder: Path
+    console: Console
+    phases: list[tuple[str, float]] = field(default_factory=list)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self.console.print(f"[bold]{len(self.phases) + 1}/7[/bold] {name}")
+        start = time.perf_counter()
+        yield
+        self.phases.append((name, time.perf_counter() - start))
+
+    def say(self, text: str) -> None:
+        self.console.print(f"    {text}", style="dim", highlight=False)
+
+
+def run(config: QuickstartConfig) -> int:
+    """Run every phase; 0 if the report was written."""
+    climb = Climb(config, _fresh_folder(config), Console())
+    text = _collect(climb)
+    size = _learn_tokenizer(climb, text)
+    _preprocess(climb, text)
+    values = _train_values(climb, size)
+    if code := _train(climb, values):
+        return code
+    _export(climb)
+    samples = _generate(climb)
+    untrained, trained = scores = _evaluate(climb, values)
+    page = _report(climb, values, text, samples, scores)
+    seconds = sum(seconds for _, seconds in climb.phases)
+    climb.console.print(
+        f"perplexity on held-out files: [bold]{trained:.1f}[/bold], before training {untrained:.0f}\n"
+        f"report: [bold]{page}[/bold] ({seconds:.0f} s)"
+    )
+    return 0
+
+
+def _fresh_folder(config: QuickstartConfig) -> Path:
+    folder = Path(config.output)
+    if folder.exists() and not folder.is_dir():
+        raise ProblemError([Problem("--output", folder, "there is a file of that name", "give another folder")])
+    if folder.exists() and any(folder.iterdir()):
+        ours = (folder / MARKER).exists()
+        if not (config.overwrite and ours):
+            why = "the folder holds an earlier quickstart" if ours else "the folder holds other files"
+            fix = "add --overwrite, or give another folder" if ours else "give another folder"
+            raise ProblemError([Problem("--output", folder, why, fix)])
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARKER).write_text("made by `cordee quickstart`, which may replace this folder\n", encoding="utf-8")
+    return folder
+
+
+def _collect(climb: Climb) -> corpus.Corpus:
+    with climb.phase("collect text"):
+        source = Path(climb.config.input) if climb.config.input else None
+        if source is not None and not source.exists():
+            raise ProblemError([Problem("--input", source, "there is no such file or folder", "give one that exists")])
+        text = corpus.collect(source, climb.folder)
+    characters = f"{text.num_characters / 1e6:.1f} M characters"
+    climb.say(f"{text.num_documents} documents to train on, {text.num_held_out} held out, {characters}")
+    if text.num_skipped:
+        climb.say(f"{text.num_skipped} files cannot be read as UTF-8 text and were left out")
+    return text
+
+
+def _learn_tokenizer(climb: Climb, text: corpus.Corpus) -> int:
+    with climb.phase("learn a tokenizer"):
+        size = tokenizer.train(text.train, climb.folder / "tokenizer", VOCAB_SIZE, TOKENIZER_CHARACTERS)
+    climb.say(f"{size} tokens")
+    return size
+
+
+def _preprocess(climb: Climb, text: corpus.Corpus) -> None:
+    with climb.phase("tokenize into .bin/.idx"):
+        for part, path in (("train", text.train), ("held_out", text.held_out)):
+            preprocess.run(
+                PreprocessConfig(
+                    input=str(path),
+                    output_prefix=str(climb.folder / part),
+                    tokenizer_type="PretrainedFromHF",
+                    tokenizer_name_or_path=str(climb.folder / "tokenizer"),
+                    append_eod=True,
+                    workers=climb.config.nproc_per_node,
+                )
+            )
+
+
+def _train_values(climb: Climb, vocab_size: int) -> dict[str, Any]:
+    """The recipe of this run; written as train.yaml, so that it can be read, changed and run again."""
+    config, folder = climb.config, climb.folder
+    values = {
+        **MODEL,
+        **RECIPE,
+        "vocab_size": vocab_size,
+        "global_batch_size": BATCH_SIZE * config.nproc_per_node,
+        "train_data_path": [str(folder / "train_text_document")],
+        "valid_data_path": [str(folder / "held_out_text_document")],
+        "tokenizer_type": "PretrainedFromHF",
+        "tokenizer_name_or_path": str(folder / "tokenizer"),
+        "seed": config.seed,
+        "save": str(folder / "checkpoints"),
+        "keep_last": 2,
+        "tensorboard_dir": str(folder / "tensorboard"),
+        "metrics_file": str(folder / "metrics.jsonl"),
+    }
+    steps = config.train_iters or _steps_within(config.train_seconds, values)
+    return values | {
+        "train_iters": steps,
+        "save_interval": max(1, steps // 3),
+        "eval_interval": max(1, steps // 5),
+        "eval_iters": 4,
+        "log_interval": max(1, steps // 100),
+    }
+
+
+def _steps_within(seconds: float, values: dict[str, Any]) -> int:
+    """How many steps fit in so many seconds, by the rate of matrix products of this machine."""
+    import torch
+
+    from cordee import device
+    from cordee.train.metrics import measure_peak_flops
+
+    model = spec_from_options(config_from_dict(TrainConfig, values | {"train_iters": 1})).config
+    tokens = values["global_batch_size"] * values["seq_length"]
+    flops = tokens * training_flops_per_token(model, values["seq_length"])
+    rate = measure_peak_flops(torch.float32, device.local_device(0)) * EXPECTED_MFU
+    return max(MIN_STEPS, int(seconds * rate / flops))
+
+
+def _train(climb: Climb, values: dict[str, Any]) -> int:
+    processes = climb.config.nproc_per_node
+    with climb.phase(f"pretrain on {processes} processes, {values['train_iters']} steps"):
+        path = climb.folder / "train.yaml"
+        path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+        return launch.spawn_local(["train", "--config", str(path)], processes)
+
+
+def _export(climb: Climb) -> None:
+    with climb.phase("export as a Hugging Face model"):
+        convert.run(ConvertConfig(load_dir=str(climb.folder / "checkpoints"), save_dir=str(climb.folder / "model")))
+
+
+def _generate(climb: Climb) -> list[report.Sample]:
+    output = climb.folder / "samples.jsonl"
+    with climb.phase("let it write"):
+        generate.run(
+            GenerateConfig(
+                load=str(climb.folder / "model"),
+                prompt=PROMPTS,
+                max_new_tokens=64,
+                do_sample=True,
+                temperature=TEMPERATURE,
+                top_p=0.95,
+                seed=climb.config.seed,
+                output=str(output),
+            )
+        )
+    lines = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    return [report.Sample(line["prompt"], line["text"]) for line in lines]
+
+
+def _evaluate(climb: Climb, values: dict[str, Any]) -> tuple[float, float]:
+    """Perplexity on held-out files of the model as it was drawn and as it is now."""
+    from cordee.data.tokenizer import load_tokenizer
+    from cordee.generate.loading import load_model
+    from cordee.model.gpt import GPTModel
+    from cordee.model.init import initialise
+
+    with climb.phase("score it on held-out files"):
+        options = EvaluateConfig(
+            load=str(climb.folder / "model"),
+            task_data_path=(str(climb.folder / "held_out.jsonl"),),
+            max_eval_samples=HELD_OUT_DOCUMENTS,
+        )
+        source = formats.read(options.load)
+        trained, untrained = load_model(source), GPTModel(source.spec.config).eval()
+        initialise(untrained, values["seed"])
+        tokens = load_tokenizer(options, options.load)
+        task = all_tasks()["perplexity"]
+        scores = [
+            task.run(Subject(model, tokens), options, lambda done: None).metrics["perplexity"]
+            for model in (untrained, trained)
+        ]
+    return scores[0], scores[1]
+
+
+def _report(climb: Climb, values: dict[str, Any], text: corpus.Corpus, samples: list[report.Sample], scores) -> Path:
+    page = climb.folder / "report.html"
+    lines = [json.loads(line) for line in (climb.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    processes = climb.config.nproc_per_node
+    steps = [
+        report.Step(line["iteration"], line["loss"], line["tokens_per_second"] * processes, line["memory"])
+        for line in lines
+        if line["kind"] == "train"
+    ]
+    last = next(line for line in reversed(lines) if line["kind"] == "train")
+    report.write(
+        report.Report(
+            title="A small language model, trained here",
+            summary=f"{values['train_iters']} steps on {processes} processes, {last['consumed_tokens']:,} tokens seen.",
+            steps=steps,
+            validation=[(line["iteration"], line["loss"]) for line in lines if line["kind"] == "validation"],
+            untrained_perplexity=scores[0],
+            perplexity=scores[1],
+            samples=samples,
+            facts=_facts(climb, values, text, last),
+            phases=climb.phases,
+            commands=_commands(climb, values["train_iters"]),
+        ),
+        page,
+    )
+    return page
+
+
+def _facts(climb: Climb, values: dict[str, Any], text: corpus.Corpus, last: dict[str, Any]) -> list[tuple[str, str]]:
+    model = spec_from_options(config_from_dict(TrainConfig, values)).config
+    return [
+        ("text", climb.config.input or "the sources of Python's standard library"),
+        ("documents", f"{text.num_documents} to train on, {text.num_held_out} held out"),
+        ("model", f"Llama, {model.num_layers} layers, hidden {model.hidden_size}, vocabulary {model.vocab_size}"),
+        ("parameters", f"{count_parameters(model):,}"),
+        ("global batch", f"{values['global_batch_size']} samples of {values['seq_length']} tokens"),
+        ("speed at the end", f"{last['tokens_per_second'] * climb.config.nproc_per_node:,.0f} tokens/s"),
+        ("share of the matrix-product rate (MFU)", f"{100 * last['mfu']:.0f} %"),
+        ("largest memory of a process", f"{last['peak_memory'] / 2**20:,.0f} MiB"),
+    ]
+
+
+def _commands(climb: Climb, steps: int) -> list[str]:
+    """What to do next. The rate of a run that goes on follows the new length, or it would stay at its lowest value."""
+    folder = climb.folder
+    longer = f"--train-iters {max(LONGER, 2 * steps)} --override-opt-param-scheduler"
+    return [
+        f'cordee generate --load {folder}/model --prompt "import " --do-sample --temperature 0.8',
+        f"cordee evaluate --load {folder}/model --task-data-path {folder}/held_out.jsonl",
+        f"cordee train --config {folder}/train.yaml --load {folder}/checkpoints {longer}",
+        f"tensorboard --logdir {folder}/tensorboard",
+    ]

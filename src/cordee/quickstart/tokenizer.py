@@ -1,0 +1,41 @@
+"""A small byte-level BPE tokenizer learned from the corpus, saved as a Hugging Face tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def train(corpus: Path, folder: Path, vocab_size: int, max_characters: int) -> int:
+    """Learn at most `vocab_size` tokens from the first `max_characters` of a JSON-lines file; the number learned."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_texts(corpus, max_characters), trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, "model_max_length": 10**9}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    return tokenizer.get_vocab_size()
+
+
+def _texts(corpus: Path, max_characters: int) -> Iterator[str]:
+    with open(corpus, encoding="utf-8") as file:
+        seen = 0
+        for line in file:
+            text = json.loads(line)["text"]
+            yield text
+            seen += len(text)
+            if seen >= max_characters:
+                return

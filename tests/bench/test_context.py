@@ -1,0 +1,23 @@
+"""The benchmark of long sequences runs and finds attention equal. Its memory and times are not tested."""
+
+from __future__ import annotations
+
+import pytest
+
+from cordee.bench import context
+from cordee.config.schema import BenchConfig
+
+
+@pytest.mark.slow
+def test_it_compares_every_algorithm_with_one_process(monkeypatch):
+    monkeypatch.setattr(context, "LENGTH", 128)
+    algorithms = {name: context.ALGORITHMS[name] for name in ("Ulysses", "hybrid")}
+    monkeypatch.setattr(context, "ALGORITHMS", algorithms)
+    turns = []
+    config = BenchConfig(suite="context", threads=1)
+    report = context.run(config, lambda number, name, turn: turns.append(name))
+    assert turns == [row[0] for row in report.rows] == ["one process", "Ulysses", "hybrid"]
+    for name in turns:
+        assert report.figures[f"{name}: error"] < 1e-5
+        assert report.figures[f"{name}: loss"] < 1e-5
+        assert report.figures[f"{name}: memory by one process"] > 0

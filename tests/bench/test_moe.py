@@ -1,0 +1,18 @@
+"""The benchmark of experts runs, with all contenders, and gives the ratio. Its figures are not tested."""
+
+from __future__ import annotations
+
+from cordee.bench import moe
+from cordee.config.schema import BenchConfig
+
+
+def test_it_gives_the_ratio_of_every_contender(monkeypatch):
+    monkeypatch.setattr(moe, "EXPERTS", (4, 8))
+    monkeypatch.setattr(moe, "TOKENS", 16)
+    turns = []
+    report = moe.run(BenchConfig(suite="moe", rounds=1, steps=1), lambda number, name, turn: turns.append(name))
+    contenders = ("grouped", "loop", "transformers, eager")
+    assert list(report.figures) == [f"{n} experts, {name}: by grouped" for n in (4, 8) for name in contenders]
+    assert min(report.figures.values()) > 0
+    assert len(turns) == len(report.rows) == 6
+    assert "| 4 experts, grouped" in report.to_markdown()

@@ -1,0 +1,248 @@
+"""The command line: what is printed, which job runs, and with which exit code it ends."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+import types
+from unittest.mock import Mock
+
+import pytest
+
+import cordee
+from cordee import cli, launch
+from cordee.cli import COMMANDS, main
+from cordee.config.check import check_train
+from cordee.config.schema import TrainConfig
+from cordee.errors import Problem, ProblemError
+
+TRAIN = ["--seq-length", "8", "--lr", "1e-3", "--train-iters", "5", "--data-path", "corpus", "--nproc-per-node", "1"]
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """As if no launcher had started the tests."""
+    for name in ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "CORDEE_LAUNCHER"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def jobs(monkeypatch):
+    """Stand-ins for all jobs and for the check of a training run; the list holds what was run with which options."""
+    ran: list[tuple[str, object]] = []
+
+    def stand_in(name, function, value):
+        module = types.ModuleType(name)
+        setattr(module, function, value)
+        monkeypatch.setitem(sys.modules, name, module)
+
+    for command, entry in COMMANDS.items():
+        if entry.job:
+            module, _, function = entry.job.partition(":")
+            stand_in(module, function, lambda config, command=command: ran.append((command, config)) or 0)
+    stand_in("cordee.train.check", "check_run", check_train)
+    return ran
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"], ["help"]])
+def test_overview(argv, capsys):
+    assert main(argv) == 0
+    shown = capsys.readouterr().out
+    for command in (*COMMANDS, "models"):
+        assert f"\n  {command} " in shown
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"cordee {cordee.__version__}\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches(command, capsys):
+    assert main([command, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: cordee {command} ")
+    assert COMMANDS[command].about in shown
+    assert f"example:\n  cordee {command}" in shown
+    for name in COMMANDS[command].schema.__dataclass_fields__:
+        assert "--" + name.replace("_", "-") in shown or name == "suite"
+
+
+def test_examples_are_valid(jobs, monkeypatch, tmp_path):
+    """Every example of a help text loads: its options exist and their values fit."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text("seq_length: 8\nlr: 1e-3\ntrain_iters: 5\ndata_path: corpus\n")
+    monkeypatch.setattr(launch, "spawn_local", lambda *args, **kwargs: 0)
+    for command in COMMANDS.values():
+        assert main(shlex.split(command.example.replace("\\\n", " "))[1:]) == 0
+
+
+def test_nothing_heavy_is_imported_for_help_and_errors():
+    code = """if True:
+        import sys
+        from cordee.cli import main
+        main(["--help"]), main(["train", "--help"]), main(["train", "--sq", "3"])
+        heavy = {"torch", "numpy", "yaml", "transformers", "rich"} & set(sys.modules)
+        sys.exit(str(heavy) if heavy else 0)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.splitlines()[0]) == (0, "3 problems:")
+
+
+def test_python_m_cordee():
+    done = subprocess.run([sys.executable, "-m", "cordee", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"cordee {cordee.__version__}\n")
+
+
+def test_unknown_command_names_the_nearest(capsys):
+    assert main(["trian"]) == 2
+    assert "did you mean train?" in capsys.readouterr().err
+
+
+def test_problems_are_text_and_exit_code_2(capsys):
+    assert main(["train", "--sqe-length", "3", "--lr", "fast"]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("3 problems:\n1. --lr = fast\n")
+    assert "did you mean --seq-length?" in shown.err
+    assert "Traceback" not in shown.err
+
+
+@pytest.mark.parametrize(
+    ("rank", "everywhere", "launcher", "told"),
+    [(0, True, "cordee", 1), (1, True, "cordee", 0), (1, False, "cordee", 1), (1, True, "torchrun", 1)],
+)
+def test_what_all_ranks_find_is_told_once(monkeypatch, capsys, rank: int, everywhere: bool, launcher: str, told: int):
+    def fail(argv):
+        raise ProblemError([Problem("--lr", 1, "why", "fix")], everywhere)
+
+    monkeypatch.setattr(cli, "_dispatch", fail)
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("CORDEE_LAUNCHER", launcher)
+    assert cli.main([]) == 2
+    assert capsys.readouterr().err.count("--lr = 1") == told
+
+
+def test_each_job_gets_its_configuration(jobs):
+    assert main(["convert", "--load-dir", "a", "--save-dir", "b"]) == 0
+    assert main(["generate", "--load", "a", "--prompt", "hi"]) == 0
+    assert main(["preprocess", "--input", "a", "--output-prefix", "b"]) == 0
+    assert main(["evaluate", "--load", "a", "--task-data-path", "b"]) == 0
+    assert main(["bench", "train"]) == 0
+    assert main(["quickstart"]) == 0
+    assert main(["train", *TRAIN]) == 0
+    assert [name for name, _ in jobs] == [
+        *("convert", "generate", "preprocess", "evaluate", "bench", "quickstart", "train")
+    ]
+    for name, config in jobs:
+        assert isinstance(config, COMMANDS[name].schema)
+
+
+@pytest.mark.parametrize(
+    "argv", [["generate", "--load", "a"], ["preprocess", "--output-prefix", "b"], ["evaluate", "--load", "a"]]
+)
+def test_option_checks_come_before_the_job(jobs, argv):
+    assert main(argv) == 2
+    assert jobs == []
+
+
+def test_exit_code_of_the_job(monkeypatch, jobs, capsys):
+    job = sys.modules["cordee.convert.job"]
+    for outcome, code in ((ProblemError([Problem("x", 1, "why", "fix")]), 2), (KeyboardInterrupt(), 130), (3, 3)):
+        monkeypatch.setattr(job, "run", Mock(side_effect=[outcome]))
+        assert main(["convert", "--load-dir", "a", "--save-dir", "b"]) == code
+    assert "1. x = 1" in capsys.readouterr().err
+
+
+def test_print_config_runs_nothing(jobs, capsys):
+    assert main(["train", *TRAIN, "--bf16", "--print-config"]) == 0
+    assert jobs == []
+    shown = capsys.readouterr().out
+    assert any(line.split() == ["bf16:", "true", "#", "--bf16"] for line in shown.splitlines())
+
+
+def test_check_says_ok_and_what_would_run(jobs, capsys):
+    assert main(["check", *TRAIN[:-1], "2", "--micro-batch-size", "4", "--global-batch-size", "16"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("ok\n")
+    assert "16 samples = 4 a pass x 2 passes x 2 data-parallel ranks" in shown
+    assert "5 steps, 640 tokens" in shown
+    assert "2 processes = pp 1 x dp 2 x cp 1 x tp 1\n  shard    2  samples  ranks 0 1\n" in shown
+    assert "micro_batch_size: 4" in shown
+    assert jobs == []
+
+
+def test_check_counts_samples_by_data_parallel_ranks(jobs, capsys):
+    assert main(["check", *TRAIN[:-1], "4", "--tensor-model-parallel-size", "2", "--global-batch-size", "8"]) == 0
+    shown = capsys.readouterr().out
+    assert "8 samples = 1 a pass x 4 passes x 2 data-parallel ranks" in shown
+    assert "tp       2  heads, width of the MLP, vocabulary  ranks 0 1 | 2 3" in shown
+
+
+def test_check_reports_what_train_would(jobs, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text("\nmin_lr: 1\nfinetune: true\n")
+    shown = []
+    for command in ("check", "train"):
+        assert main([command, *TRAIN, "--config", "run.yaml"]) == 2
+        shown.append(capsys.readouterr().err)
+    assert shown[0] == shown[1]
+    assert "--min-lr (run.yaml:2) = 1.0" in shown[0] and "--finetune (run.yaml:3) = True" in shown[0]
+    assert jobs == []
+
+
+@pytest.fixture
+def spawned(monkeypatch):
+    """What `spawn_local` was asked for."""
+    calls: list[tuple[list[str], int, dict[str, float]]] = []
+    monkeypatch.setattr(launch, "spawn_local", lambda *args, **named: calls.append((*args, named)) or 7)
+    return calls
+
+
+def test_train_starts_local_processes(jobs, spawned):
+    argv = ["train", *TRAIN[:-1], "3", "--exit-grace-seconds", "5"]
+    assert main(argv) == 7
+    assert spawned == [(argv, 3, {"grace_seconds": 5.0})]
+    assert jobs == []
+
+
+def test_train_uses_all_devices(jobs, spawned, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cordee.device", types.SimpleNamespace(count=lambda: 4))
+    assert main(["train", *TRAIN[:-2]]) == 7
+    assert spawned[0][1] == 4
+
+
+def test_train_checks_before_it_starts_processes(jobs, spawned, monkeypatch, capsys):
+    assert main(["train", *TRAIN[:-1], "2", "--global-batch-size", "3"]) == 2
+    assert "not divisible by 2" in capsys.readouterr().err
+    assert spawned == []
+
+
+def test_train_joins_a_launcher(jobs, spawned, monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["train", *TRAIN[:-2]]) == 0
+    assert spawned == []
+    ((_, config),) = jobs
+    assert isinstance(config, TrainConfig) and config.nproc_per_node is None
+    assert main(["train", *TRAIN[:-2], "--global-batch-size", "3"]) == 2  # the two processes are known
+
+
+def test_models(capsys):
+    assert main(["models"]) == 0
+    assert "llama2-7b" in capsys.readouterr().out
+    assert main(["models", "show", "llama2-7b"]) == 0
+    assert "6,738,415,616" in capsys.readouterr().out
+    assert main(["models", "--help"]) == 0
+    assert main(["models", "show"]) == 2
+    assert main(["models", "show", "llama2-8b"]) == 2
+    assert "llama2-7b" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(999, "999"), (1500, "1.5K"), (124_439_808, "124M"), (6_738_415_616, "6.74B")]
+)
+def test_short_numbers(number, text):
+    assert cli._short(number) == text
