@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 
 import pytest
@@ -61,18 +60,23 @@ def test_the_turns_of_a_round(hf, tmp_path):
     assert f"{convert.BACK}: by cp" in report.figures and "| HF to Megatron" in report.to_markdown()
 
 
-@pytest.mark.skipif(shutil.which("fallocate") is None, reason="needs fallocate, of util-linux")
 def test_discarding_keeps_files_as_they_are(hf, tmp_path, monkeypatch):
-    monkeypatch.setattr(convert, "HEADER", 4096)
+    monkeypatch.setattr(convert, "HEADER", 8192)
     convert.play_copy(OneTurn(), hf, tmp_path / "out")
     sizes = {file.name: file.stat().st_size for file in (tmp_path / "out").iterdir()}
     blocks = sum(file.stat().st_blocks for file in (tmp_path / "out").iterdir())
-    monkeypatch.setattr(convert, "HEADER", 16384)
     convert.discard(tmp_path / "out")
     assert {file.name: file.stat().st_size for file in (tmp_path / "out").iterdir()} == sizes
     assert sum(file.stat().st_blocks for file in (tmp_path / "out").iterdir()) < blocks
     source = formats.read(tmp_path / "out")
     assert not any(source.tensor(name).any() for name in source.names())
+
+
+def test_copies_are_removed_one_after_the_other(hf, tmp_path):
+    baton = OneTurn()
+    convert.play_copy(baton, hf, tmp_path / "out", discarding=True)
+    assert len(baton.turns) == 1 and baton.turns[0].median > 0
+    assert not (tmp_path / "out").exists() and len(list(hf.glob("*.safetensors"))) == 2
 
 
 def test_too_little_room(tmp_path):

@@ -6,6 +6,7 @@ is as long as with any other values. Each turn is a process of its own, and ends
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import multiprocessing
@@ -36,6 +37,7 @@ SHARD = 5 * 10**9  # bytes of a file of the Hugging Face directory
 HEADER = 16 * 2**20  # bytes at the beginning of a file of safetensors that are left alone
 THERE, BACK = "HF to Megatron", "Megatron to HF"
 COPIES = {THERE: "cp of the HF files", BACK: "cp of the Megatron files"}
+KEEP_SIZE, PUNCH_HOLE = 1, 2  # flags of Linux's fallocate
 INTERVAL, PAUSE = 0.02, 1.0  # seconds between looks at the memory, and between sweeps
 
 
@@ -53,10 +55,10 @@ def run(config: BenchConfig, on_turn: Callable[[int, str, Turn], None]) -> Repor
         for number in range(1, config.rounds + 1):
             for name, source, target, flags in ((THERE, hf, megatron, there), (BACK, megatron, out, back)):
                 for contender in (
-                    Contender(COPIES[name], play_copy, (source, out)),
+                    Contender(COPIES[name], play_copy, (source, out, config.discard)),
                     Contender(name, play_convert, (source, target, flags)),
                 ):
-                    with _swept(Path(folder), config.discard):
+                    with _swept(Path(folder), config.discard and contender.name == name):
                         turn = once(contender, 1)
                     turns[contender.name].append(turn)
                     on_turn(number, contender.name, turn)
@@ -133,27 +135,35 @@ def _bytes(path: Path) -> tuple[int, int]:
 
 
 def discard(path: Path) -> None:
-    """Give the disk back what tensors under `path` take, which are zeros with or without room of their own."""
+    """Give the disk back what tensors under `path` take, which are zeros with or without room of their own.
+
+    What a file holds is on disk before it is given back: whoever writes it writes at the pace of the disk.
+    """
     for file in path.rglob("*"):
-        for offset, size in _holes(file, file):
-            _punch(file, offset, size)
+        with suppress(FileNotFoundError), file.open("r+b") as opened:  # it may be renamed in between
+            if os.fstat(opened.fileno()).st_blocks * 512 > 4 * HEADER:
+                os.fsync(opened.fileno())
+                for offset, size in _zeros(file):
+                    _punch(opened.fileno(), offset, size)
 
 
-def _holes(file: Path, laid_out: Path) -> Iterator[tuple[int, int]]:
-    """Where in a file of weights zeros are, in bytes; of a `.pt` file those of large tensors, as in `laid_out`."""
+def _zeros(file: Path) -> Iterator[tuple[int, int]]:
+    """Where in a file of weights zeros are, in bytes; of a `.pt` file those of large tensors."""
     from cordee.weights.torch_file import TorchFile
 
     if file.suffix == ".safetensors" or file.name.startswith("shard-"):
         yield HEADER, file.stat().st_size - HEADER
     elif file.suffix == ".pt":
-        for region in TorchFile(laid_out).tensors.values():
+        for region in TorchFile(file).tensors.values():
             if region.nbytes > HEADER:
                 yield region.offset, region.nbytes
 
 
-def _punch(file: Path, offset: int, size: int) -> None:
+def _punch(descriptor: int, offset: int, size: int) -> None:
     if size > 0:
-        subprocess.run(["fallocate", "--punch-hole", "-o", str(offset), "-l", str(size), str(file)], check=True)
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.fallocate(descriptor, PUNCH_HOLE | KEEP_SIZE, ctypes.c_int64(offset), ctypes.c_int64(size)):
+            raise OSError(ctypes.get_errno(), "this file system makes no holes in files")
 
 
 @contextmanager
@@ -174,15 +184,9 @@ def _swept(folder: Path, wanted: bool) -> Iterator[None]:
 
 
 def _sweep(folder: Path, over: threading.Event) -> None:
-    """Files of Megatron have all their length and headers from the first moment on, but copies of them grow."""
+    """A file of Megatron has all its length and headers from the first moment on, so that its zeros are known."""
     while not over.wait(PAUSE):
-        for file in folder.rglob("*"):
-            with suppress(FileNotFoundError, subprocess.CalledProcessError):  # it was renamed in between
-                if file.is_file() and file.stat().st_blocks * 512 > 4 * HEADER:
-                    copied = file.is_relative_to(folder / "out")
-                    original = folder / "megatron" / file.relative_to(folder / "out") if copied else file
-                    for offset, size in _holes(file, original):
-                        _punch(file, offset, size)
+        discard(folder)
 
 
 # ---- turns -----------------------------------------------------------------------------------------------------------
@@ -203,17 +207,22 @@ def play_convert(baton: Baton, source: Path, target: Path, flags: tuple[str, ...
     baton.give([time.perf_counter() - start], anonymous=peak.stop())
 
 
-def play_copy(baton: Baton, source: Path, target: Path) -> None:
-    """`cp` that writes every byte, holes too."""
+def play_copy(baton: Baton, source: Path, target: Path, discarding: bool = False) -> None:
+    """`cp` that writes every byte, holes too; `discarding` removes each copied file as soon as it is on disk."""
     baton.take()
-    start = time.perf_counter()
-    subprocess.run(["cp", "-r", "--sparse=never", str(source), str(target)], check=True)
-    _to_disk(target)
-    baton.give([time.perf_counter() - start], anonymous=0)
+    seconds = 0.0
+    for piece in sorted(file for file in source.rglob("*") if file.is_file()) if discarding else [source]:
+        start = time.perf_counter()
+        subprocess.run(["cp", "-r", "--sparse=never", str(piece), str(target)], check=True)
+        _to_disk(target)
+        seconds += time.perf_counter() - start
+        if discarding:
+            target.unlink()
+    baton.give([seconds], anonymous=0)
 
 
 def _to_disk(path: Path) -> None:
-    for file in path.rglob("*"):
+    for file in (path, *path.rglob("*")):
         if file.is_file():
             descriptor = os.open(file, os.O_RDONLY)
             os.fsync(descriptor)
@@ -263,6 +272,9 @@ def _report(config: BenchConfig, preset: str, workers: int, total: int, largest:
         "times end when the files are on disk",
     ]
     if config.discard:
-        notes.append("--discard: what was written was given back to the disk once a second while it was written")
+        notes.append(
+            "--discard: what had reached the disk was given back to it once a second while the rest was written, and "
+            "cp copied file by file, each removed when it was on disk"
+        )
     columns = ["", "time", "GB/s", "speed by cp", "peak memory", "bound"]
     return Report(title="Converting a checkpoint", columns=columns, rows=rows, figures=figures, notes=notes)
