@@ -11,83 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from cordee.config.model_options import ExpertTrainingOptions, FeatureOptions, ModelOptions, VocabularyOptions
 from cordee.config.option import option, required
 
 _DTYPE_SYNONYMS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-
-
-# --------------------------------------------------------------------------------------------------- the model
-
-
-@dataclass(frozen=True, kw_only=True)
-class VocabularyOptions:
-    """Vocabulary."""
-
-    vocab_size: int | None = option(
-        None, "number of tokens; not given: that of the checkpoint, the preset or the tokenizer", above=0
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelOptions(VocabularyOptions):
-    """Model: --model or --load give the shape; without them these flags do, with Megatron's defaults."""
-
-    model: str | None = option(None, "preset to start from; `cordee models` lists them", metavar="PRESET")
-    num_layers: int | None = option(None, "number of transformer layers", aliases=("--encoder-num-layers",), above=0)
-    hidden_size: int | None = option(None, "width of the residual stream", above=0)
-    ffn_hidden_size: int | None = option(
-        None, "width inside the MLP [4 x hidden; with --swiglu 8/3 x hidden, rounded down to a multiple of 64]", above=0
-    )
-    num_attention_heads: int | None = option(None, "number of query heads", above=0)
-    kv_channels: int | None = option(None, "width of one head [hidden / heads]", above=0)
-    group_query_attention: bool | None = option(None, "let several query heads share keys and values")
-    num_query_groups: int | None = option(
-        None, "number of key and value heads [1], with --group-query-attention", above=0
-    )
-    max_position_embeddings: int | None = option(None, "longest sequence the model can hold, in tokens", above=0)
-    position_embedding_type: Literal["learned_absolute", "rope"] | None = option(
-        None,
-        "how positions enter [learned_absolute]",
-        shorthands={"--use-rotary-position-embeddings": "rope"},
-        synonyms={"absolute": "learned_absolute"},
-    )
-    rotary_base: float | None = option(None, "base (theta) of the rotary frequencies [10000]", above=0)
-    rope_scaling_type: Literal["llama3"] | None = option(None, "how rotary frequencies are stretched [not]")
-    rope_scaling_factor: float | None = option(None, "llama3 scaling: stretch of the long wavelengths", above=0)
-    low_freq_factor: float | None = option(
-        None, "llama3 scaling: wavelengths above original length / this are fully stretched", above=0
-    )
-    high_freq_factor: float | None = option(
-        None, "llama3 scaling: wavelengths below original length / this are left alone", above=0
-    )
-    original_max_position_embeddings: int | None = option(
-        None, "llama3 scaling: length the frequencies were trained for, in tokens", above=0
-    )
-    normalization: Literal["LayerNorm", "RMSNorm"] | None = option(None, "kind of norm [LayerNorm]")
-    norm_epsilon: float | None = option(
-        None, "added to the variance inside norms [1e-5]", aliases=("--layernorm-epsilon",), above=0
-    )
-    swiglu: bool | None = option(None, "gated MLP: down(silu(gate) * up) [off: gelu]", negations=("--no-add-gate",))
-    openai_gelu: bool | None = option(None, "the tanh form of gelu, as GPT-2 has it [off: the exact form]")
-    add_bias_linear: bool | None = option(
-        None, "biases in all linear layers of attention and MLP [on]", negations=("--disable-bias-linear",)
-    )
-    add_qkv_bias: bool | None = option(None, "biases in the query, key and value projections [as add-bias-linear]")
-    add_dense_bias: bool | None = option(None, "bias in the output projection of attention [as add-bias-linear]")
-    untie_embeddings_and_output_weights: bool | None = option(
-        None, "give the output head its own weight instead of the embedding's [off]"
-    )
-    make_vocab_size_divisible_by: int | None = option(
-        None, "round the embedding's rows up to a multiple of this [128 from flags, 1 otherwise]", above=0
-    )
-    padded_vocab_size: int | None = option(
-        None, "rows of the embedding, said exactly", aliases=("--pad-vocab-size-to",), above=0
-    )
-    init_method_std: float | None = option(None, "standard deviation of initial weights [0.02]", above=0)
-    attention_dropout: float | None = option(None, "dropout of attention weights [0.1]", at_least=0, below=1)
-    hidden_dropout: float | None = option(
-        None, "dropout of embeddings and of what layers add [0.1]", at_least=0, below=1
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -430,6 +357,8 @@ class PerformanceOptions:
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(
     ModelOptions,
+    FeatureOptions,
+    ExpertTrainingOptions,
     TokenizerOptions,
     BatchOptions,
     ObjectiveOptions,

@@ -77,12 +77,12 @@ def _output(form: Format, options: ConvertConfig) -> Path:
 
 def _model(form: Format, options: ConvertConfig) -> ModelSpec | None:
     """The model that options give for a Megatron checkpoint; None if it is to tell by itself."""
-    from cordee.families.registry import spec_from_directory, spec_from_preset
+    from cordee.families.registry import spec_from_directory, spec_named
 
     if form.name != "mg":
         return None
     if options.model is not None:
-        return spec_from_directory(options.model) if Path(options.model).is_dir() else spec_from_preset(options.model)
+        return spec_named(options.model)
     if _output(form, options) != Path(options.save_dir):
         return spec_from_directory(options.save_dir)
     return None

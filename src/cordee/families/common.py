@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypedDict, TypeVar
 
 from cordee.families.family import KEYS, HFConfig
-from cordee.families.options import Shape
+from cordee.families.options import SCALINGS, Shape
 from cordee.families.reader import ConfigReader
 from cordee.families.rules import (
     IDENTITY,
@@ -218,7 +218,7 @@ def from_shape(shape: Shape) -> HFConfig | None:
         "vocab_size": shape.vocab_size,
     }
     if shape.rope_scaling:
-        hf["rope_scaling"] = {"rope_type": "llama3", **vars(shape.rope_scaling)}
+        hf["rope_scaling"] = {"rope_type": SCALINGS[type(shape.rope_scaling)], **vars(shape.rope_scaling)}
     if shape.hidden_dropout:
         hf["hidden_dropout"] = shape.hidden_dropout
     return hf

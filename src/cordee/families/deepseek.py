@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from cordee.families import common
-from cordee.families.experts import Choice, expert_list_weights
+from cordee.families.experts import Choice, expert_keys, expert_list_weights
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import mscale, read_rope, rope_section
 from cordee.families.rules import Chain, Rearrange, Rule, module, rotary_halves
@@ -27,7 +27,19 @@ from cordee.model.config import (
 LATENT_EPS = 1e-6  # of the norms of compressed vectors, whatever `rms_norm_eps` says
 
 # Keys that options may change.
-KEYS = common.MULTI_HEAD_KEYS
+KEYS = {
+    **common.MULTI_HEAD_KEYS,
+    **expert_keys("n_routed_experts"),
+    "moe_router_num_groups": "n_group",
+    **{
+        name: name
+        for name in (
+            *("first_k_dense_replace", "kv_lora_rank", "moe_intermediate_size", "moe_layer_freq", "n_shared_experts"),
+            *("norm_topk_prob", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "routed_scaling_factor"),
+            *("topk_group", "v_head_dim"),
+        )
+    },
+}
 
 # Implied by others, or left from the form that the configuration was made of.
 DERIVED = ("ep_size", "head_dim", "num_key_value_heads", "qk_head_dim")

@@ -54,6 +54,19 @@ def read_layer_numbers(hf: ConfigReader, key: str, default: list[int]) -> list[i
     return default
 
 
+def expert_keys(experts: str, top_k: str = "num_experts_per_tok") -> dict[str, str]:
+    """Under which keys options change how many experts there are, and how many of them a token visits."""
+    return {"num_experts": experts, "moe_router_topk": top_k}
+
+
+# Keys that options change where experts are the only MLPs there are, and weights may be normalised.
+NARROW_EXPERTS = {
+    "ffn_hidden_size": "moe_intermediate_size",
+    "moe_intermediate_size": "moe_intermediate_size",
+    "norm_topk_prob": "norm_topk_prob",
+}
+
+
 # ---- weights ---------------------------------------------------------------------------------------------------------
 
 

@@ -68,8 +68,8 @@ class Family:
     from_shape: the `config.json` of a model given by options alone, or None if the family has no such model; families
         that no options lead to have no such function.
     fits: which options lead to the family, for people.
-    keys: without `from_shape`, which key holds each field of a `Shape` that options may change in a model, or what
-        makes keys of its value.
+    keys: without `from_shape`, which key holds each field of a `Shape`, or each feature, that options may change in a
+        model, or what makes keys of its value.
     """
 
     name: str
@@ -92,15 +92,21 @@ class Family:
         reader.finish()
         return config
 
-    def changes(self, before: Shape, after: Shape) -> HFConfig | None:
-        """Keys of `config.json` that make `after` of `before`, None for those to take out; None if nothing can."""
+    def changes(self, before: Shape, after: Shape, features: Mapping[str, Any]) -> HFConfig | None:
+        """Keys of `config.json` that make `after` of `before` and set `features`, None for those to take out.
+
+        None if nothing can.
+        """
         if self.from_shape is not None:
+            if features:
+                return None
             old, new = self.from_shape(before), self.from_shape(after)
             if old is None or new is None:
                 return None
             return {key: new.get(key) for key in old | new if old.get(key) != new.get(key)}
         differing = {name: value for name, value in vars(after).items() if value != getattr(before, name)}
-        if differing.keys() - self.keys.keys() <= followers(before, after):
+        if differing.keys() - self.keys.keys() <= followers(before, after) and features.keys() <= self.keys.keys():
+            differing |= features
             changed = [(self.keys[name], value) for name, value in differing.items() if name in self.keys]
             parts = [{key: value} if isinstance(key, str) else key(value) for key, value in changed]
             return {key: value for part in parts for key, value in part.items()}

@@ -7,7 +7,7 @@ other layer, and scores scaled by a number of its own (Gemma Team 2024, arXiv 24
 from __future__ import annotations
 
 from cordee.families import common
-from cordee.families.family import Family
+from cordee.families.family import KEYS, Family
 from cordee.families.gemma import preset, read_mlp, read_model, read_norm
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import read_rope
@@ -64,6 +64,13 @@ FAMILY = Family(
     read=read,
     weights=weights,
     base_prefix="model.",
+    keys={
+        **KEYS,
+        "attn_logit_softcapping": "attn_logit_softcapping",
+        "interleave_sliding_window": "sliding_window",
+        "output_logit_softcapping": "final_logit_softcapping",
+        "query_pre_attn_scalar": "query_pre_attn_scalar",
+    },
     presets={
         "gemma2-2b": preset(26, 2304, 9216, 8, 4, 256, **_OWN),
         "gemma2-9b": preset(42, 3584, 14336, 16, 8, 256, **_OWN),

@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import Literal
 
 from cordee.families import common
-from cordee.families.experts import expert_list_weights, read_balance, read_choice
+from cordee.families.experts import expert_keys, expert_list_weights, read_balance, read_choice
 from cordee.families.family import KEYS, Family, Preset
 from cordee.families.gpt2 import ACTIVATIONS
 from cordee.families.reader import ConfigReader
@@ -110,7 +110,7 @@ FAMILY = Family(
     read=read,
     weights=weights,
     base_prefix="model.",
-    keys={**KEYS, "norm_epsilon": "layer_norm_eps"},
+    keys={**KEYS, **expert_keys("num_local_experts"), "norm_epsilon": "layer_norm_eps"},
     presets={
         "gpt4-4x13b": _preset(10, **_NO_BIAS, **_DROP),
         "gpt4-4x16b": _preset(8),

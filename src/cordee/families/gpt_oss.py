@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from cordee.families import common
-from cordee.families.experts import expert_stack_weights, read_balance, read_choice
-from cordee.families.family import Family, Preset
+from cordee.families.experts import expert_keys, expert_stack_weights, read_balance, read_choice
+from cordee.families.family import KEYS, Family, Preset
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import read_rope
 from cordee.families.rules import Rule, module
@@ -128,5 +128,6 @@ FAMILY = Family(
     read=read,
     weights=weights,
     base_prefix="model.",
+    keys={**KEYS, **expert_keys("num_local_experts")},
     presets={"gpt-oss-20b": _preset(24, 32), "gpt-oss-120b": _preset(36, 128)},
 )

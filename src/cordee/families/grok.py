@@ -8,8 +8,8 @@ program with its own files; names of tensors and keys are those of its conversio
 from __future__ import annotations
 
 from cordee.families import common
-from cordee.families.experts import expert_list_weights, read_balance, read_choice
-from cordee.families.family import Family, Preset
+from cordee.families.experts import expert_keys, expert_list_weights, read_balance, read_choice
+from cordee.families.family import KEYS, Family, Preset
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import read_rope
 from cordee.families.rules import Rule, each_layer, module, separate_qkv
@@ -105,6 +105,13 @@ FAMILY = Family(
     read=read,
     weights=weights,
     base_prefix="model.",
+    keys={
+        **KEYS,
+        **expert_keys("num_experts"),
+        "attn_logit_softcapping": "max_attn_value",
+        "output_multiplier_scale": "output_multiplier_scale",
+        "scale_emb": "embedding_multiplier_scale",
+    },
     presets={
         "grok-1": _preset("Apache-2.0", 64),
         "grok-1-8x5b": _preset("no weights published", 12, **_CUT),

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 
 from cordee.families import common
-from cordee.families.experts import expert_list_weights, read_choice
-from cordee.families.family import Family, Preset
+from cordee.families.experts import expert_keys, expert_list_weights, read_choice
+from cordee.families.family import KEYS, Family, Preset
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import read_rope
 from cordee.families.rules import Rule, module
@@ -97,6 +97,11 @@ FAMILY = Family(
     weights=weights,
     base_prefix="model.",
     ignored=common.FREQUENCIES,
+    keys={
+        **KEYS,
+        **expert_keys("num_experts"),
+        **{name: name for name in ("scale_emb", "dim_model_base", "scale_depth")},
+    },
     presets={
         "minicpm-2b": Preset(config=_2B, licence=_LICENCE),
         "minicpm-moe-8x2b": Preset(config={**_2B, "num_experts": 8, "num_experts_per_tok": 2}, licence=_LICENCE),

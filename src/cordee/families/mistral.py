@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cordee.families import common
-from cordee.families.family import Family, Preset
+from cordee.families.family import KEYS, Family, Preset
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import read_rope
 from cordee.families.rules import Rule
@@ -60,5 +60,6 @@ FAMILY = Family(
     weights=weights,
     base_prefix="model.",
     ignored=common.FREQUENCIES,
+    keys={**KEYS, "sliding_window": "sliding_window"},
     presets=PRESETS,
 )

@@ -7,8 +7,8 @@ The two are weighted by the softmax of their logits. Each expert has its own mat
 from __future__ import annotations
 
 from cordee.families import common
-from cordee.families.experts import expert_list_weights, read_balance, read_choice
-from cordee.families.family import Family, Preset
+from cordee.families.experts import expert_keys, expert_list_weights, read_balance, read_choice
+from cordee.families.family import KEYS, Family, Preset
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import read_rope
 from cordee.families.rules import Rule, module
@@ -73,6 +73,7 @@ FAMILY = Family(
     weights=weights,
     base_prefix="model.",
     ignored=common.FREQUENCIES,
+    keys={**KEYS, **expert_keys("num_local_experts"), "sliding_window": "sliding_window"},
     presets={
         "mixtral-8x7b": _preset(32, 4096, 14336, 32, 32768, 0.02),
         "mixtral-8x22b": _preset(56, 6144, 16384, 48, 65536, 0.001),

@@ -9,13 +9,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from cordee.config.option import to_flag
 from cordee.config.schema import ModelOptions
 from cordee.errors import Problem, raise_all
-from cordee.model.config import AttentionConfig, LatentAttentionConfig, Llama3Scaling, ModelConfig, MoEConfig
+from cordee.families.rope import mscale
+from cordee.model.config import (
+    AttentionConfig,
+    LatentAttentionConfig,
+    LinearScaling,
+    Llama3Scaling,
+    ModelConfig,
+    MoEConfig,
+    YarnScaling,
+)
 
 T = TypeVar("T")
 
 VOCAB_MULTIPLE = 128  # Megatron's default for models given by options
+
+Scaling = LinearScaling | Llama3Scaling | YarnScaling  # what options can ask of rotary positions
+SCALINGS = {LinearScaling: "linear", Llama3Scaling: "llama3", YarnScaling: "yarn"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +45,7 @@ class Shape:
     max_position_embeddings: int
     position_embedding_type: str
     rotary_base: float
-    rope_scaling: Llama3Scaling | None
+    rope_scaling: Scaling | None
     normalization: str
     norm_epsilon: float
     activation: str  # names of `MLPConfig`
@@ -68,7 +81,7 @@ def shape_of(config: ModelConfig) -> Shape:
         max_position_embeddings=config.max_position_embeddings,
         position_embedding_type=_position_type(config),
         rotary_base=attention.rope.theta if attention.rope else 10000.0,
-        rope_scaling=scaling if isinstance(scaling, Llama3Scaling) else None,
+        rope_scaling=scaling if isinstance(scaling, Scaling) else None,
         normalization="RMSNorm" if norm.kind == "rms" else "LayerNorm",
         norm_epsilon=norm.eps,
         activation=mlp.activation,
@@ -114,6 +127,24 @@ def resolve(options: ModelOptions, base: Shape | None = None, vocab_size: int | 
     return shape
 
 
+_ACTIVATIONS = {  # options that name an activation: it, and whether the MLP is gated
+    "swiglu": ("silu", True),
+    "geglu": ("gelu", True),
+    "gelu_tanh": ("gelu_tanh", True),
+    "openai_gelu": ("gelu_tanh", False),
+}
+
+_SCALED_BY = {  # options of rotary scaling and the kinds that have them
+    "rope_scaling_factor": ("llama3", "yarn"),
+    "low_freq_factor": ("llama3",),
+    "high_freq_factor": ("llama3",),
+    "original_max_position_embeddings": ("llama3", "yarn"),
+    "rope_scaling_beta_fast": ("yarn",),
+    "rope_scaling_beta_slow": ("yarn",),
+    "rope_scaling_mscale": ("yarn",),
+}
+
+
 class _Resolver:
     """Takes each value from the options, else from the base, else the default, and notes what is wrong."""
 
@@ -154,7 +185,7 @@ class _Resolver:
 
     def problem(self, name: str, why: str, fix: str) -> None:
         value = getattr(self.options, name)
-        self.problems.append(Problem("--" + name.replace("_", "-"), value, why, fix))
+        self.problems.append(Problem(to_flag(name), value, why, fix))
 
     @staticmethod
     def first(*values: T | None) -> T:
@@ -171,13 +202,16 @@ class _Resolver:
         return value
 
     def head_dim(self, hidden: int, heads: int) -> int:
-        base = self.base
+        base, options = self.base, self.options
+        nope, rope = (getattr(options, name, None) for name in ("qk_nope_head_dim", "qk_rope_head_dim"))
+        if nope and rope:
+            return nope + rope
         if base and base.kv_channels * base.num_attention_heads != base.hidden_size:
             return self.pick("kv_channels", 0)  # a free choice of the base, which other options leave alone
-        if self.options.kv_channels is None and hidden % heads:
+        if options.kv_channels is None and hidden % heads:
             why = f"{hidden} hidden channels cannot be shared by {heads} heads"
             self.problem("num_attention_heads", why, "take a divisor of --hidden-size, or give --kv-channels")
-        return self.first(self.options.kv_channels, max(1, hidden // heads))
+        return self.first(options.kv_channels, max(1, hidden // heads))
 
     def groups(self, heads: int) -> int:
         given, grouped = self.options.num_query_groups, self.options.group_query_attention
@@ -196,38 +230,74 @@ class _Resolver:
 
     def activation(self) -> tuple[str, bool]:
         """Name of the activation and whether the MLP is gated."""
-        gated, tanh = self.options.swiglu, self.options.openai_gelu
-        if gated and tanh:
-            self.problem("openai_gelu", "--swiglu sets another activation", "give only one of the two")
-        if gated is None and tanh is None and self.base:
-            return self.base.activation, self.base.gated
-        if gated or (gated is None and not tanh and self.base and self.base.gated):
-            return "silu", True
-        return ("gelu_tanh" if tanh else "gelu"), False
+        given = [name for name in _ACTIVATIONS if getattr(self.options, name)]
+        for name in given[1:]:
+            self.problem(name, f"--{given[0].replace('_', '-')} sets another activation", "give only one of the two")
+        if given:
+            return _ACTIVATIONS[given[0]]
+        refused = {form for name, form in _ACTIVATIONS.items() if getattr(self.options, name) is False}
+        base = (self.base.activation, self.base.gated) if self.base else None
+        if base and base not in refused and not (base[1] and self.options.swiglu is False):
+            return base
+        return "gelu", False
 
-    def scaling(self, position: str) -> Llama3Scaling | None:
+    def scaling(self, position: str) -> Scaling | None:
         options, base = self.options, self.base.rope_scaling if self.base else None
-        given = {
-            "factor": options.rope_scaling_factor,
-            "low_freq_factor": options.low_freq_factor,
-            "high_freq_factor": options.high_freq_factor,
-            "original_max_position_embeddings": options.original_max_position_embeddings,
-        }
-        flags = {**dict(zip(given, given, strict=True)), "factor": "rope_scaling_factor"}
+        kind = options.rope_scaling_type
         if position != "rope":
-            for name in ("rotary_base", "rope_scaling_type"):
+            for name in ("rotary_base", "rope_scaling_type", "rotary_seq_len_interpolation_factor"):
                 if getattr(options, name) is not None:
                     self.problem(name, "positions are not rotary", "add --position-embedding-type rope")
-        if options.rope_scaling_type is None and base is None:
-            for name, value in given.items():
-                if value is not None:
-                    self.problem(flags[name], "rotary frequencies are not scaled", "add --rope-scaling-type llama3")
-            return None
-        values = {name: self.first(value, getattr(base, name, None), 0) for name, value in given.items()}
-        for name, value in values.items():
-            if not value:
-                self.problem(flags[name], "--rope-scaling-type llama3 needs it", "give it (Llama 3.1: 8, 1, 4, 8192)")
-        return Llama3Scaling(**values)
+        if kind is not None and options.rotary_seq_len_interpolation_factor is not None:
+            self.problem(
+                "rope_scaling_type", "--rotary-seq-len-interpolation-factor says another", "give one of the two"
+            )
+        elif options.rotary_seq_len_interpolation_factor is not None:
+            base, kind = LinearScaling(factor=options.rotary_seq_len_interpolation_factor), "linear"
+        kind = kind or (SCALINGS[type(base)] if base else None)
+        self.only_with_their_scaling(kind)
+        if kind is None or kind == "linear":
+            return base
+        return self.llama3(base) if kind == "llama3" else self.yarn(base)
+
+    def only_with_their_scaling(self, kind: str | None) -> None:
+        for name, kinds in _SCALED_BY.items():
+            if getattr(self.options, name) is not None and kind not in kinds:
+                how = "not scaled" if kind is None else f"scaled by {kind}"
+                self.problem(name, f"rotary frequencies are {how}", f"add --rope-scaling-type {' or '.join(kinds)}")
+
+    def llama3(self, base: Scaling | None) -> Llama3Scaling:
+        return Llama3Scaling(
+            factor=self.of_scaling(base, "factor", "rope_scaling_factor"),
+            low_freq_factor=self.of_scaling(base, "low_freq_factor"),
+            high_freq_factor=self.of_scaling(base, "high_freq_factor"),
+            original_max_position_embeddings=self.of_scaling(base, "original_max_position_embeddings"),
+        )
+
+    def yarn(self, base: Scaling | None) -> YarnScaling:
+        options, base = self.options, base if isinstance(base, YarnScaling) else None
+        factor = self.of_scaling(base, "factor", "rope_scaling_factor")
+        strength = options.rope_scaling_mscale
+        known = base.attention_factor if base and base.factor == factor and strength is None else None
+        all_dim = getattr(options, "rope_scaling_mscale_all_dim", None) or 0.0
+        sharper = mscale(factor, self.first(strength, 1.0)) / mscale(factor, all_dim)
+        return YarnScaling(
+            factor=factor,
+            original_max_position_embeddings=self.of_scaling(base, "original_max_position_embeddings"),
+            beta_fast=self.first(options.rope_scaling_beta_fast, base and base.beta_fast, 32.0),
+            beta_slow=self.first(options.rope_scaling_beta_slow, base and base.beta_slow, 1.0),
+            attention_factor=self.first(known, sharper),
+            truncate=base.truncate if base else True,
+        )
+
+    def of_scaling(self, base: Scaling | None, name: str, option: str | None = None) -> Any:
+        """A value that a scaling needs: the option's, else that of `base`."""
+        if value := self.first(getattr(self.options, option or name), getattr(base, name, None), 0):
+            return value
+        kind = self.options.rope_scaling_type
+        usual = "Llama 3.1: 8, 1, 4, 8192" if kind == "llama3" else "Qwen2 on 32K tokens: 8, 4096"
+        self.problem(option or name, f"--rope-scaling-type {kind} needs it", f"give it ({usual})")
+        return 1
 
     def tied(self) -> bool:
         untied = self.options.untie_embeddings_and_output_weights

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from cordee.families import common
 from cordee.families.experts import (
+    NARROW_EXPERTS,
+    expert_keys,
     expert_list_weights,
     read_balance,
     read_choice,
@@ -110,7 +112,7 @@ FAMILY = Family(
     read=read,
     weights=weights,
     base_prefix="model.",
-    keys={**KEYS, "ffn_hidden_size": "moe_intermediate_size"},
+    keys={**KEYS, **expert_keys("num_experts"), **NARROW_EXPERTS},
     presets={
         "qwen1.5-moe-a2.7b": _preset(TONGYI, 24, 2048, 5632, 16, 16, 5632, **_EXPERTS_15),
         "qwen2-57b-a14b": _preset(APACHE, 28, 3584, 18944, 28, 4, 20480, **_EXPERTS_2, max_position_embeddings=131072),

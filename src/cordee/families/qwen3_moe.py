@@ -9,6 +9,8 @@ from dataclasses import replace
 
 from cordee.families import common
 from cordee.families.experts import (
+    NARROW_EXPERTS,
+    expert_keys,
     expert_list_weights,
     read_balance,
     read_choice,
@@ -97,7 +99,7 @@ FAMILY = Family(
     read=read,
     weights=weights,
     base_prefix="model.",
-    keys={**KEYS, "ffn_hidden_size": "moe_intermediate_size"},
+    keys={**KEYS, **expert_keys("num_experts"), **NARROW_EXPERTS},
     presets={
         "qwen3-30b-a3b": _preset(48, 2048, 6144, 32, 4, 768),
         "qwen3-235b-a22b": _preset(94, 4096, 12288, 64, 4, 1536),

@@ -11,7 +11,7 @@ import importlib
 import json
 import logging
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from typing import Any
 import cordee.families
 from cordee.config.schema import ModelOptions
 from cordee.errors import Problem, ProblemError
-from cordee.families.count import Shape, canonical_shapes
+from cordee.families.count import canonical_shapes
 from cordee.families.family import Family, HFConfig
-from cordee.families.options import resolve, shape_of
+from cordee.families.features import Features, features_of, given_features, missing, unwanted, with_defaults
+from cordee.families.options import Shape, resolve, shape_of
 from cordee.families.reader import ConfigReader, nearest
 from cordee.families.rules import Rule
 from cordee.model.config import ModelConfig
@@ -29,6 +30,7 @@ from cordee.model.config import ModelConfig
 logger = logging.getLogger("cordee")
 
 GUIDE = "docs/adding-a-family.md tells how to add one"
+OF_WEIGHTS = {"dtype", "torch_dtype"}  # keys that say how weights are stored
 ROPE_KEYS = {"rope_theta", "rope_scaling"}  # as transformers 4 writes them; 5 has both in rope_parameters
 
 
@@ -58,7 +60,7 @@ class ModelSpec:
         """Name of the type the weights are stored in, as far as the configuration tells."""
         return self.hf_config.get("dtype") or self.hf_config.get("torch_dtype")
 
-    def shapes(self) -> dict[str, Shape]:
+    def shapes(self) -> dict[str, tuple[int, ...]]:
         """Global shape of every parameter by canonical name."""
         return canonical_shapes(self.config)
 
@@ -76,15 +78,23 @@ class ModelSpec:
 
     def with_options(self, options: ModelOptions) -> ModelSpec:
         """The same model with what `options` change. ProblemError if the family has no such model."""
-        before = shape_of(self.config)
-        after = resolve(options, before)
-        if before == after:
+        wanted = given_features(options)
+        spec = self._with_shape(resolve(options, shape_of(self.config)), wanted)
+        if spec is None:
+            fits = f"family {self.family.name}: {self.family.changeable}"
+            raise ProblemError([_no_such_model(options, fits)])
+        return spec if spec is self else spec._with_fitting_tokens()
+
+    def _with_shape(self, after: Shape, wanted: Features) -> ModelSpec | None:
+        """The same model with this shape and the features that are `wanted`; None if the family has none."""
+        before, differing = shape_of(self.config), missing(self.config, wanted)
+        if before == after and not differing:
             return self
-        changed = self.family.changes(before, after)
-        spec = None if changed is None else self._with_keys(changed)
-        if spec is None or shape_of(spec.config) != after:
-            raise ProblemError([_no_such_model(options, f"family {self.family.name}: {self.family.changeable}")])
-        return spec
+        changed = self.family.changes(before, after, differing)
+        if changed is None:
+            return None
+        spec = self._with_keys(changed)
+        return spec if shape_of(spec.config) == after and not missing(spec.config, wanted) else None
 
     def _with_keys(self, changed: HFConfig) -> ModelSpec:
         """The same model with other values of keys, None to take one out."""
@@ -93,14 +103,16 @@ class ModelSpec:
             hf["rope_theta"] = rope.get("rope_theta")
             hf["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
         hf = {key: value for key, value in (hf | changed).items() if key not in changed or value is not None}
-        spec = spec_from_hf(hf, "model options")
-        if strange := _strange_tokens(hf, spec.config.vocab_size):
-            names = ", ".join(f"{key} = {hf[key]}" for key in strange)
-            logger.warning("left out, as the vocabulary has %d tokens: %s", spec.config.vocab_size, names)
-            spec = replace(
-                spec, hf_config=spec.hf_config | dict.fromkeys(strange)
-            )  # null: a default may not fit either
-        return replace(spec, base_prefix=self.base_prefix)
+        return replace(spec_from_hf(hf, "model options"), base_prefix=self.base_prefix)
+
+    def _with_fitting_tokens(self) -> ModelSpec:
+        """The same model without special tokens that its vocabulary lacks."""
+        rows = self.config.vocab_size
+        if not (strange := _strange_tokens(self.hf_config, rows)):
+            return self
+        names = ", ".join(f"{key} = {self.hf_config[key]}" for key in strange)
+        logger.warning("left out, as the vocabulary has %d tokens: %s", rows, names)
+        return replace(self, hf_config=self.hf_config | dict.fromkeys(strange))  # null: a default may not fit either
 
     def with_vocab_size(self, vocab_size: int) -> ModelSpec:
         """The same model with `vocab_size` rows in its embedding and head."""
@@ -118,9 +130,13 @@ class ModelSpec:
         return replace(spec, base_prefix=stored["base_prefix"])
 
 
+def _is_no_token(key: str) -> bool:
+    return not key.endswith("_token_id")
+
+
 def _strange_tokens(hf: Mapping[str, Any], vocab_size: int) -> list[str]:
     """Keys of special tokens that a vocabulary lacks: with those transformers may not even build the model."""
-    ids = {key: value if isinstance(value, list) else [value] for key, value in hf.items() if key.endswith("_token_id")}
+    ids = {key: value if isinstance(value, list) else [value] for key, value in hf.items() if not _is_no_token(key)}
     return [key for key, tokens in ids.items() if any(isinstance(t, int) and t >= vocab_size for t in tokens)]
 
 
@@ -188,24 +204,60 @@ def spec_from_preset(name: str) -> ModelSpec:
     return spec_from_hf(family.skeleton(family.presets[name].config), f"preset {name}")
 
 
-def spec_from_options(options: ModelOptions, vocab_size: int | None = None) -> ModelSpec:
-    """The model that options describe: the preset `--model` with what else they say, or a shape on its own.
+def spec_named(name: str) -> ModelSpec:
+    """The model that --model names: a preset, or that of the `config.json` in a directory."""
+    return spec_from_directory(name) if Path(name).is_dir() else spec_from_preset(name)
 
-    `vocab_size`, the tokenizer's, stands in where the options give none and there is no preset. ProblemError with all
+
+def spec_from_options(options: ModelOptions, vocab_size: int | None = None) -> ModelSpec:
+    """The model that options describe: `--model` with what else they say, or a shape on its own.
+
+    `vocab_size`, the tokenizer's, stands in where the options give none and there is no --model. ProblemError with all
     that is missing or contradictory, or if no family has such a model.
     """
     if options.model is not None:
-        return spec_from_preset(options.model).with_options(options)
-    shape = resolve(options, None, vocab_size)
+        return spec_named(options.model).with_options(options)
+    shape, wanted = resolve(options, None, vocab_size), with_defaults(given_features(options))
+    spec = _of_family_of_shape(shape)
+    if spec is None or missing(spec.config, wanted):
+        spec = next(_like_presets(shape, wanted), None)
+    if spec is None:
+        raise ProblemError([_no_such_model(options, _possible(wanted))])
+    return spec
+
+
+def _of_family_of_shape(shape: Shape) -> ModelSpec | None:
+    """The model of the first family that options alone lead to."""
     for family in families().values():
         hf = family.from_shape(shape) if family.from_shape else None
         if hf is not None:
             return spec_from_hf(family.skeleton(hf), "model options")
-    fits = "; ".join(f"{family.name}: {family.fits}" for family in families().values() if family.from_shape)
-    raise ProblemError([_no_such_model(options, fits)])
+    return None
+
+
+def _like_presets(shape: Shape, wanted: Features) -> Iterator[ModelSpec]:
+    """Models of this shape, with the features that are `wanted` and no others, made of presets."""
+    for name in presets():
+        preset = spec_from_preset(name)
+        # What a preset says of its tokens and of the type of its weights is not the new model's.
+        own = {key: value for key, value in preset.hf_config.items() if key not in OF_WEIGHTS and _is_no_token(key)}
+        spec = replace(preset, hf_config=own)._with_shape(shape, wanted)
+        if spec is not None and not unwanted(spec.config, wanted):
+            yield spec
+
+
+def _possible(wanted: Features) -> str:
+    """What there is instead of a model that no family has."""
+    having = [name for name in presets() if wanted.keys() <= features_of(spec_from_preset(name).config).keys()]
+    if not any(wanted.values()):
+        fits = [f"{family.name}: {family.fits}" for family in families().values() if family.from_shape]
+        return "; ".join([*fits, "others by --model"])
+    if not having:
+        return "--model with a preset or a config.json; none has all of that together"
+    return f"--model with a preset that has these features ({', '.join(having)}), and what is to be different"
 
 
 def _no_such_model(options: ModelOptions, fits: str) -> Problem:
-    given = {name: getattr(options, name) for name in ModelOptions.__dataclass_fields__}
+    given = {name: getattr(options, name) for name in ModelOptions.__dataclass_fields__} | given_features(options)
     text = ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
     return Problem("model options", text, "no family has a model of this form", f"possible are: {fits}")

@@ -15,7 +15,7 @@ from cordee.checkpoint import directory
 from cordee.config.schema import TrainConfig
 from cordee.convert import formats
 from cordee.errors import Problem, ProblemError
-from cordee.families.registry import ModelSpec, spec_from_directory, spec_from_preset
+from cordee.families.registry import ModelSpec, spec_from_directory, spec_named
 
 if TYPE_CHECKING:
     from cordee.weights.codec import Source
@@ -55,7 +55,7 @@ def opened(config: TrainConfig, origin: Origin) -> Origin:
         return origin
     from cordee.weights.megatron.source import Reading
 
-    reading = Reading(spec=spec_from_preset(config.model) if config.model else None)
+    reading = Reading(spec=spec_named(config.model) if config.model else None)
     source = formats.read(origin.weights, reading)
     return replace(origin, source=source, spec=source.spec, companions=source.companions)
 

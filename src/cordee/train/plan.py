@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,13 +22,14 @@ from cordee.data.build import plan_parts
 from cordee.data.indexed import IndexedDataset
 from cordee.data.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
 from cordee.errors import Problem, ProblemError, raise_all
-from cordee.families.registry import ModelSpec, spec_from_options, spec_from_preset
+from cordee.families.registry import ModelSpec, spec_from_options, spec_named
 from cordee.optim.schedule import Schedule, build_schedule
 from cordee.parallel.degrees import Degrees, degrees
 from cordee.parallel.pipeline import check as pipeline_check
 from cordee.parallel.pipeline.split import Division, noop_layers
 from cordee.train import objectives, resume
 from cordee.train.batch_schedule import BatchSchedule, build_batch_schedule
+from cordee.train.experts import with_training
 from cordee.train.origin import Checkpoint, Origin, choose, described, opened
 
 T = TypeVar("T")
@@ -103,6 +105,7 @@ def plan_run(config: TrainConfig, world_size: int, avoid: Collection[int] = ()) 
     )
     division = None
     if spec is not None:
+        spec = found.attempt(partial(with_training, spec, config)) or spec
         found.problems += _fit_problems(config, spec, tokenizer)
         found.problems += _layout_problems(config, spec, shape)
         counts = sorted({size // batches.slice_size for size in batches.batch_sizes()})
@@ -214,7 +217,7 @@ def _spec(config: TrainConfig, origin: Origin, tokenizer: Tokenizer | None) -> M
         return spec_from_options(config, tokenizer.vocab_size if tokenizer else None)
     # What is loaded has its rows; options that count tokens, or say how rows were padded, only have to agree with them.
     shape = replace(config, vocab_size=None, make_vocab_size_divisible_by=None)
-    wanted = (spec_from_preset(config.model) if config.model else loaded).with_options(shape)
+    wanted = (spec_named(config.model) if config.model else loaded).with_options(shape)
     problems = list(_vocabulary_problems(config, loaded.config.vocab_size))
     ours, theirs = wanted.shapes(), loaded.shapes()
     if ours != theirs:

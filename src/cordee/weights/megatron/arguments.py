@@ -133,8 +133,10 @@ def _mlp(config: ModelConfig) -> dict[str, Any]:
     mlp = dense[0] if dense else mixtures[0].expert
     values: dict[str, Any] = {
         "ffn_hidden_size": mlp.ffn_hidden_size,
-        "swiglu": mlp.gated,
+        "swiglu": mlp.activation == "silu" and mlp.gated,
         "openai_gelu": mlp.activation == "gelu_tanh" and not mlp.gated,
+        "geglu": mlp.activation == "gelu" and mlp.gated,
+        "gelu_tanh": mlp.activation == "gelu_tanh" and mlp.gated,
         "add_bias_linear": mlp.bias,
     }
     if not mixtures:
@@ -169,6 +171,9 @@ _SAME = {field.name for field in fields(ModelOptions)} - {
     "low_freq_factor",
     "high_freq_factor",
     "original_max_position_embeddings",
+    "rope_scaling_beta_fast",
+    "rope_scaling_beta_slow",
+    "rope_scaling_mscale",
 }
 
 

@@ -1,0 +1,87 @@
+"""How the experts of a model are trained: losses that balance them, and a capacity beyond which tokens are dropped.
+
+Owns what these options mean for a model, whatever its family, and when they mean nothing. They change no shape and no
+file of weights, so that a checkpoint does not hold them: like a learning rate they are given with every run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields, replace
+
+from cordee.config.option import to_flag
+from cordee.config.schema import ExpertTrainingOptions, TrainConfig
+from cordee.errors import Problem, raise_all
+from cordee.families.registry import ModelSpec
+from cordee.model.config import BalanceConfig, CapacityConfig, ModelConfig, MoEConfig
+
+_OF_CAPACITY = ("moe_token_drop_policy", "moe_pad_expert_input_to_capacity")
+_OF_GROUPS = ("moe_device_level_aux_loss_coeff", "moe_comm_aux_loss_coeff")
+
+
+def with_training(spec: ModelSpec, options: TrainConfig) -> ModelSpec:
+    """The model with its experts trained as `options` say. ProblemError for options that could have no effect."""
+    raise_all(_problems(spec.config, options))
+    layers = (
+        replace(layer, mlp=_trained(layer.mlp, options)) if isinstance(layer.mlp, MoEConfig) else layer
+        for layer in spec.config.layers
+    )
+    return replace(spec, config=replace(spec.config, layers=tuple(layers)))
+
+
+def _trained(moe: MoEConfig, options: TrainConfig) -> MoEConfig:
+    return replace(moe, balance=_balance(moe, options), capacity=_capacity(moe.capacity, options))
+
+
+def _balance(moe: MoEConfig, options: TrainConfig) -> BalanceConfig:
+    given = {
+        "expert": options.moe_aux_loss_coeff,
+        "per_sequence": options.seq_aux,
+        "device": options.moe_device_level_aux_loss_coeff,
+        "communication": options.moe_comm_aux_loss_coeff,
+        "z": options.moe_z_loss_coeff,
+    }
+    if moe.balance.num_devices == 1:  # groups are the model's, not those that ranks hold: any layout has the same loss
+        given |= {"num_devices": moe.router.num_groups, "top_devices": moe.router.top_groups}
+    return replace(moe.balance, **{name: value for name, value in given.items() if value is not None})
+
+
+def _capacity(capacity: CapacityConfig | None, options: TrainConfig) -> CapacityConfig | None:
+    factor = options.moe_expert_capacity_factor
+    if factor is not None and factor < 0:
+        return None
+    if factor is None and capacity is None:
+        return None
+    given = {
+        "factor": factor,
+        "drop": options.moe_token_drop_policy,
+        "pad": options.moe_pad_expert_input_to_capacity,
+    }
+    before = capacity or CapacityConfig(factor=1.0)
+    return replace(before, **{name: value for name, value in given.items() if value is not None})
+
+
+def _problems(config: ModelConfig, options: TrainConfig) -> Iterator[Problem]:
+    given = [f.name for f in fields(ExpertTrainingOptions) if getattr(options, f.name) not in (None, False)]
+    mixtures = [layer.mlp for layer in config.layers if isinstance(layer.mlp, MoEConfig)]
+    if not mixtures:
+        for name in given:
+            yield _problem(options, name, "the model has no experts", "leave it out, or take a model with experts")
+        return
+    if options.moe_expert_capacity_factor == 0:
+        why = "experts without capacity compute nothing"
+        yield _problem(options, "moe_expert_capacity_factor", why, "give 1 or more; below 0 drops nothing")
+    if _capacity(mixtures[0].capacity, options) is None:
+        for name in given:
+            if name in _OF_CAPACITY:
+                fix = "add --moe-expert-capacity-factor, or leave it out"
+                yield _problem(options, name, "nothing limits what an expert gets", fix)
+    if _balance(mixtures[0], options).num_devices == 1:
+        for name in given:
+            if name in _OF_GROUPS:
+                fix = "leave it out, or take a model that chooses experts by groups"
+                yield _problem(options, name, "the model has no groups of experts", fix)
+
+
+def _problem(options: TrainConfig, name: str, why: str, fix: str) -> Problem:
+    return Problem(to_flag(name), getattr(options, name), why, fix)

@@ -1,0 +1,203 @@
+"""Models of every family given by options alone: experts, latent attention, windows, caps, scales, further norms."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+
+from cordee.config.load import load_config
+from cordee.config.schema import FeatureOptions, ModelOptions, TrainConfig
+from cordee.errors import ProblemError
+from cordee.families.features import features_of, given_features, unwanted
+from cordee.families.options import shape_of
+from cordee.families.registry import presets, spec_from_options, spec_from_preset
+from cordee.model.config import BalanceConfig, LinearScaling, Llama3Scaling, ModelConfig, MoEConfig, YarnScaling
+
+RUN = "--seq-length 32 --lr 1 --train-iters 1 --data-path x"
+
+# As the scripts published with MindSpeed-LLM give these models, without what is no option of a model.
+LLAMA_LIKE = """--position-embedding-type rope --normalization RMSNorm --disable-bias-linear --attention-dropout 0
+    --hidden-dropout 0 --make-vocab-size-divisible-by 1"""
+SCRIPTS = {
+    "mixtral-8x7b": f"""{LLAMA_LIKE} --swiglu --untie-embeddings-and-output-weights --num-layers 32 --hidden-size 4096
+        --ffn-hidden-size 14336 --num-attention-heads 32 --group-query-attention --num-query-groups 8 --vocab-size 32000
+        --max-position-embeddings 32768 --rotary-base 1000000 --num-experts 8 --moe-router-topk 2
+        --moe-router-load-balancing-type aux_loss""",
+    "mistral-7b": f"""{LLAMA_LIKE} --swiglu --untie-embeddings-and-output-weights --num-layers 32 --hidden-size 4096
+        --ffn-hidden-size 14336 --num-attention-heads 32 --group-query-attention --num-query-groups 8 --vocab-size 32000
+        --max-position-embeddings 32768 --sliding-window 4096""",
+    "gemma2-27b": f"""{LLAMA_LIKE} --gelu-tanh --num-layers 46 --hidden-size 4608 --ffn-hidden-size 36864
+        --num-attention-heads 32 --group-query-attention --num-query-groups 16 --kv-channels 128 --vocab-size 256000
+        --max-position-embeddings 8192 --norm-epsilon 1e-6 --add-rmsnorm-offset --input-embeds-norm --post-norm
+        --query-pre-attn-scalar 144 --output-logit-softcapping 30 --attn-logit-softcapping 50
+        --interleave-sliding-window 4096""",
+    "grok-1-8x5b": f"""{LLAMA_LIKE} --gelu-tanh --untie-embeddings-and-output-weights --num-layers 12
+        --hidden-size 6144 --ffn-hidden-size 32768
+        --num-attention-heads 48 --group-query-attention --num-query-groups 8 --kv-channels 128 --vocab-size 131072
+        --max-position-embeddings 8192 --post-norm --embedding-multiplier-scale 78.38367176906169
+        --output-multiplier-scale 0.5773502691896257 --attn-logit-softcapping 30 --num-experts 8 --moe-router-topk 2
+        --moe-router-load-balancing-type softmax_topk""",
+    "minicpm-moe-8x2b": f"""{LLAMA_LIKE} --swiglu --num-layers 40 --hidden-size 2304 --ffn-hidden-size 5760
+        --num-attention-heads 36 --vocab-size 122753 --max-position-embeddings 4096 --scale-emb 12 --dim-model-base 256
+        --scale-depth 1.4 --num-experts 8 --moe-router-topk 2""",
+    "deepseek-v2-60b": f"""{LLAMA_LIKE} --swiglu --untie-embeddings-and-output-weights --num-layers 16
+        --hidden-size 5120 --ffn-hidden-size 12288 --num-attention-heads 128 --vocab-size 102400
+        --max-position-embeddings 163840 --norm-epsilon 1e-6 --multi-head-latent-attention --qk-rope-head-dim 64
+        --qk-nope-head-dim 128 --q-lora-rank 1536 --kv-lora-rank 512 --v-head-dim 128 --qk-layernorm
+        --first-k-dense-replace 1 --moe-layer-freq 1 --n-shared-experts 2 --num-experts 160 --moe-router-topk 6
+        --moe-intermediate-size 1536 --moe-router-load-balancing-type group_limited_greedy --topk-group 3
+        --moe-router-num-groups 8 --routed-scaling-factor 16.0 --rope-scaling-type yarn --rope-scaling-factor 40
+        --rope-scaling-beta-fast 32 --rope-scaling-beta-slow 1 --rope-scaling-mscale 0.707
+        --rope-scaling-mscale-all-dim 0.707 --rope-scaling-original-max-position-embeddings 4096""",
+    "gpt4-4x16b": """--position-embedding-type rope --attention-dropout 0 --hidden-dropout 0 --num-layers 8
+        --hidden-size 12288 --num-attention-heads 96 --vocab-size 50257 --make-vocab-size-divisible-by 1
+        --max-position-embeddings 131072 --init-method-std 0.006 --num-experts 4""",
+    "bloom-7b1": """--position-embedding-type alibi --embed-layernorm --openai-gelu --attention-dropout 0
+        --hidden-dropout 0 --num-layers 30 --hidden-size 4096 --num-attention-heads 32 --padded-vocab-size 250880
+        --max-position-embeddings 2048""",
+    "baichuan2-13b": f"""{LLAMA_LIKE.replace("rope", "alibi")} --swiglu --untie-embeddings-and-output-weights
+        --num-layers 40 --hidden-size 5120 --ffn-hidden-size 13696 --num-attention-heads 40 --vocab-size 125696
+        --max-position-embeddings 4096 --norm-epsilon 1e-6 --lm-norm-weight""",
+    "chatglm3-6b": f"""{LLAMA_LIKE} --swiglu --untie-embeddings-and-output-weights --num-layers 28 --hidden-size 4096
+        --ffn-hidden-size 13696 --num-attention-heads 32 --kv-channels 128 --group-query-attention --num-query-groups 2
+        --vocab-size 65024 --max-position-embeddings 8192 --add-qkv-bias --rotary-percent 0.5""",
+}
+
+
+def options(flags: str) -> TrainConfig:
+    return load_config(TrainConfig, [*RUN.split(), *flags.split()]).config
+
+
+def problem(flags: str) -> str:
+    with pytest.raises(ProblemError) as caught:
+        spec_from_options(options(flags))
+    return "\n".join(f"{p.option}: {p.why}; {p.fix}" for p in caught.value.problems)
+
+
+def computes(config: ModelConfig) -> ModelConfig:
+    """`config` without what matters in training only."""
+    layers = (
+        replace(layer, mlp=replace(layer.mlp, balance=BalanceConfig(), capacity=None))
+        if isinstance(layer.mlp, MoEConfig)
+        else layer
+        for layer in config.layers
+    )
+    dropout = {"embedding_dropout": 0.0, "attention_dropout": 0.0, "hidden_dropout": 0.0}
+    return replace(config, layers=tuple(layers), init_std=0.02, **dropout)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_options_alone_give_the_model_of_a_published_script(name):
+    spec = spec_from_options(options(SCRIPTS[name]))
+    assert spec.family == spec_from_preset(name).family
+    assert computes(spec.config) == computes(spec_from_preset(name).config)
+    assert not any(key.endswith("_token_id") for key in spec.hf_config)  # the preset's tokens are not this model's
+
+
+@pytest.mark.parametrize("name", sorted(presets()))
+def test_options_alone_give_every_preset_they_have_words_for(name):
+    config = spec_from_preset(name).config
+    words = options("")
+    given = replace(words, **_shape_words(config), **features_of(config))
+    if unwanted(config, given_features(given)):
+        assert "no family has a model" in problem_of(given) or computes(spec_from_options(given).config) != config
+        return
+    found = spec_from_options(given).config
+    assert features_of(found) == pytest.approx(features_of(config))
+    assert replace(computes(found), layers=()) == replace(computes(config), layers=())
+    assert shape_of(found) == shape_of(config)
+
+
+def problem_of(given: TrainConfig) -> str:
+    try:
+        spec_from_options(given)
+    except ProblemError as error:
+        return str(error)
+    return ""
+
+
+def _shape_words(config: ModelConfig) -> dict:
+    shape = vars(shape_of(config)).copy()
+    activation = {("silu", True): "swiglu", ("gelu", True): "geglu", ("gelu_tanh", True): "gelu_tanh"}
+    activation[("gelu_tanh", False)] = "openai_gelu"
+    words = {name: shape[name] for name in shape.keys() & ModelOptions.__dataclass_fields__.keys()}
+    if name := activation.get((shape["activation"], shape["gated"])):
+        words[name] = True
+    words |= {"add_qkv_bias": shape["qkv_bias"], "add_dense_bias": shape["dense_bias"]}
+    words |= {"add_bias_linear": shape["mlp_bias"], "untie_embeddings_and_output_weights": not shape["tied"]}
+    words |= {"make_vocab_size_divisible_by": 1}
+    if shape["position_embedding_type"] != "rope":
+        del words["rotary_base"]
+    match shape["rope_scaling"]:
+        case LinearScaling(factor=factor):
+            words["rotary_seq_len_interpolation_factor"] = factor
+        case Llama3Scaling() as scaling:
+            words |= {**vars(scaling), "rope_scaling_type": "llama3", "rope_scaling_factor": scaling.factor}
+            del words["factor"]
+        case YarnScaling() as scaling:
+            words |= {"rope_scaling_type": "yarn", "rope_scaling_factor": scaling.factor}
+            words["original_max_position_embeddings"] = scaling.original_max_position_embeddings
+            words |= {"rope_scaling_beta_fast": scaling.beta_fast, "rope_scaling_beta_slow": scaling.beta_slow}
+            if scaling.attention_factor == 1.0:
+                words["rope_scaling_mscale"] = features_of(config).get("rope_scaling_mscale_all_dim", 0.0)
+    return words
+
+
+def test_a_preset_changes_by_what_its_family_has_a_key_for():
+    flags = "--model mixtral-8x7b --num-layers 2 --hidden-size 64 --ffn-hidden-size 96 --num-attention-heads 8"
+    spec = spec_from_options(options(f"{flags} --num-experts 4 --sliding-window 16 --moe-router-topk 1"))
+    moe = spec.config.layers[1].mlp
+    assert (moe.router.num_experts, moe.router.top_k, moe.expert.ffn_hidden_size) == (4, 1, 96)
+    assert [layer.attention.window for layer in spec.config.layers] == [16, 16]
+    assert spec.hf_config["num_local_experts"] == 4 and spec.hf_config["bos_token_id"] == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--model llama2-7b --num-experts 4", "no family has a model of this form; possible are: family llama"),
+        ("--model mixtral-8x7b --attn-logit-softcapping 30", "options may change .*num_experts"),
+        ("--model mixtral-8x7b --no-swiglu", "no family has a model"),
+        (f"{SCRIPTS['mixtral-8x7b']} --embed-layernorm", "none has all of that together"),
+        (f"{SCRIPTS['mixtral-8x7b']} --gelu-tanh", "--swiglu sets another activation"),
+        ("--model qwen2-7b --rope-scaling-type yarn --rope-scaling-factor 8", "yarn needs it; give it .Qwen2"),
+        ("--model qwen2-7b --rope-scaling-beta-fast 8", "not scaled; add --rope-scaling-type yarn"),
+        ("--model llama3.1-8b --rope-scaling-beta-fast 8", "scaled by llama3; add --rope-scaling-type yarn"),
+        (
+            "--model qwen2-7b --rope-scaling-type yarn --rotary-seq-len-interpolation-factor 2",
+            "give one of the two",
+        ),
+    ],
+)
+def test_what_no_family_has(flags, said):
+    with pytest.raises(ProblemError) as caught:
+        spec_from_options(options(flags))
+    text = "\n".join(f"{p.why}; {p.fix}" for p in caught.value.problems)
+    assert re.search(said, text), text
+
+
+def test_positions_are_stretched_as_options_say():
+    yarn = "--rope-scaling-type yarn --rope-scaling-factor 8 --rope-scaling-original-max-position-embeddings 4096"
+    scaling = spec_from_options(options(f"--model qwen2-7b {yarn}")).config.layers[0].attention.rope.scaling
+    assert scaling == YarnScaling(
+        factor=8.0, original_max_position_embeddings=4096, attention_factor=1.2079441541679836
+    )
+    linear = spec_from_options(options("--model llama2-7b --rotary-seq-len-interpolation-factor 4"))
+    assert linear.config.layers[0].attention.rope.scaling == LinearScaling(factor=4.0)
+
+
+def test_a_model_by_its_config_json(tmp_path):
+    config = {**spec_from_preset("gemma2-2b").hf_config, "num_hidden_layers": 2, "hidden_size": 64}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    spec = spec_from_options(options(f"--model {tmp_path} --vocab-size 512"))
+    assert (spec.family.name, spec.config.num_layers, spec.config.vocab_size) == ("gemma2", 2, 512)
+    assert "there is no config.json" in problem(f"--model {tmp_path.parent}")
+
+
+def test_every_feature_is_read_off_some_preset():
+    words = {name for preset in presets() for name in features_of(spec_from_preset(preset).config)}
+    elsewhere = {"apply_residual_connection_post_layernorm"}  # no published model has it
+    assert words | elsewhere == set(FeatureOptions.__dataclass_fields__)

@@ -1,0 +1,90 @@
+"""How experts are trained is said by options, for a model of any family."""
+
+from __future__ import annotations
+
+import pytest
+
+from cordee.config.schema import TrainConfig
+from cordee.errors import ProblemError
+from cordee.families.registry import spec_from_options, spec_from_preset
+from cordee.model.config import BalanceConfig, CapacityConfig
+from cordee.train import job
+from cordee.train.check import check_run
+from cordee.train.experts import with_training
+from tests.train import tiny
+
+MIXTURE = {"num_experts": 4, "moe_router_topk": 2, "untie_embeddings_and_output_weights": True}
+
+
+def options(**given) -> TrainConfig:
+    return TrainConfig(seq_length=16, lr=1.0, train_iters=1, data_path=("x",), **given)
+
+
+def mixture(preset: str, **given):
+    trained = with_training(spec_from_preset(preset), options(**given)).config
+    return next(layer.mlp for layer in trained.layers if hasattr(layer.mlp, "router"))
+
+
+def problems(preset: str, **given) -> dict[str, str]:
+    with pytest.raises(ProblemError) as caught:
+        mixture(preset, **given)
+    return {problem.option: problem.why for problem in caught.value.problems}
+
+
+def test_what_is_not_given_is_the_models():
+    for preset in ("mixtral-8x7b", "deepseek-v2", "gpt4-4x13b"):
+        spec = spec_from_preset(preset)
+        assert with_training(spec, options()) == spec
+
+
+def test_balance():
+    given = {"moe_aux_loss_coeff": 0.003, "moe_device_level_aux_loss_coeff": 0.05, "moe_comm_aux_loss_coeff": 0.02}
+    expected = {"expert": 0.003, "device": 0.05, "communication": 0.02, "z": 0.1, "num_devices": 8, "top_devices": 3}
+    balance = mixture("deepseek-v2", **given, moe_z_loss_coeff=0.1, seq_aux=False).balance
+    assert balance == BalanceConfig(**expected, per_sequence=False)
+    third = mixture("deepseek-v3", moe_device_level_aux_loss_coeff=0.05).balance
+    assert (third.device, third.num_devices, third.top_devices) == (0.05, 8, 4)
+
+
+def test_capacity():
+    limited = mixture("mixtral-8x7b", moe_expert_capacity_factor=1.5, moe_token_drop_policy="position")
+    assert limited.capacity == CapacityConfig(factor=1.5, drop="position", pad=False)
+    assert mixture("gpt4-4x13b", moe_expert_capacity_factor=-1.0).capacity is None
+    changed = mixture("gpt4-4x13b", moe_pad_expert_input_to_capacity=False).capacity
+    assert changed == CapacityConfig(factor=1.1, drop="probs", pad=False)
+
+
+def test_options_that_could_have_no_effect():
+    assert problems("llama2-7b", moe_aux_loss_coeff=0.1, moe_token_drop_policy="probs") == {
+        "--moe-aux-loss-coeff": "the model has no experts",
+        "--moe-token-drop-policy": "the model has no experts",
+    }
+    given = {"moe_device_level_aux_loss_coeff": 0.1, "moe_pad_expert_input_to_capacity": True}
+    assert problems("mixtral-8x7b", **given, moe_expert_capacity_factor=-1.0) == {
+        "--moe-device-level-aux-loss-coeff": "the model has no groups of experts",
+        "--moe-pad-expert-input-to-capacity": "nothing limits what an expert gets",
+    }
+    assert "compute nothing" in problems("mixtral-8x7b", moe_expert_capacity_factor=0.0)["--moe-expert-capacity-factor"]
+
+
+def test_a_run_finds_them_with_all_other_problems(tmp_path):
+    given = tiny.config(tmp_path, moe_z_loss_coeff=0.1, seq_length=64)
+    assert {problem.option for problem in check_run(given)} >= {"--moe-z-loss-coeff", "--seq-length"}
+
+
+def losses_of(folder, **given) -> list[dict]:
+    folder.mkdir()
+    config = tiny.config(folder, **MIXTURE, train_iters=8, save_interval=8, **given)
+    assert spec_from_options(config).family.name == "mixtral"
+    assert job.run(config) == 0
+    return [{"loss": line["loss"], **line["metrics"]} for line in tiny.records(config).values()]
+
+
+def test_a_run_trains_its_experts_as_told(tmp_path):
+    plain = losses_of(tmp_path / "plain", moe_aux_loss_coeff=0.0)
+    balanced = losses_of(tmp_path / "balanced", moe_aux_loss_coeff=1.0, moe_z_loss_coeff=0.1)
+    assert plain[0]["loss"] == balanced[0]["loss"] and plain[7]["loss"] != balanced[7]["loss"]
+    assert "z_loss" in balanced[0] and "z_loss" not in plain[0]
+    assert balanced[7]["load_balancing_loss"] < plain[7]["load_balancing_loss"]
+    limited = losses_of(tmp_path / "limited", moe_expert_capacity_factor=0.5)
+    assert all(line["dropped_fraction"] > 0.4 for line in limited) and "dropped_fraction" not in plain[0]
