@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# What torch.compile keeps is not keyed by all that it depends on: a kernel for another instruction set gives NaN.
+COMPILED = tempfile.TemporaryDirectory(prefix="compiled-")
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = COMPILED.name
 
-import pytest
+import pytest  # noqa: E402
 
-from cordee.bench.pool import Pool
+from cordee.bench.pool import Pool  # noqa: E402
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

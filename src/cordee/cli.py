@@ -19,19 +19,17 @@ import cordee
 from cordee import launch, log
 from cordee.config import check, render, schema
 from cordee.config.argv import Teaching
-from cordee.config.load import Loaded, load_config
+from cordee.config.load import Loaded, load_as_far_as_possible
+from cordee.config.option import to_key
 from cordee.config.spelling import nearest
 from cordee.errors import Problem, ProblemError, raise_all
-
-CHECK_RUN = "cordee.train.check:check_run"  # (config) -> problems, of a training run as a whole
-
 
 INFERENCE_GRACE = 10.0  # seconds: processes that write or score have nothing to save
 
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """One command: `job` names `run(config) -> exit code`, `check` finds problems between its options before that.
+    """One command: `job` names `run(config) -> exit code`, `check` what finds all its problems before that.
 
     `start` takes the place of checking and running where more is to be done.
     """
@@ -40,7 +38,7 @@ class Command:
     example: str
     schema: type
     job: str = ""
-    check: Callable[[Any], list[Problem]] | None = None
+    check: str = ""
     start: Callable[[Command, Loaded[Any], Sequence[str]], int] | None = None
 
 
@@ -80,18 +78,34 @@ def _dispatch(argv: list[str]) -> int:
         raise ProblemError([Problem("cordee", name, "no such command", fix)])
     command = COMMANDS[name]
     try:
-        loaded = load_config(command.schema, rest, teaching=Teaching(f"cordee {name}", command.about, command.example))
+        teaching = Teaching(f"cordee {name}", command.about, command.example)
+        loaded = load_as_far_as_possible(command.schema, rest, teaching=teaching)
     except SystemExit as shown:  # by --help
         return int(shown.code or 0)
+    if loaded.problems:
+        raise ProblemError([*loaded.problems, *_further(command, loaded)])
     if loaded.print_config:
         print(render.to_yaml(loaded), end="")
         return 0
     return (command.start or _run)(command, loaded, argv)
 
 
+def _problems(command: Command, loaded: Loaded[Any]) -> list[Problem]:
+    """Everything that is wrong with the job as a whole."""
+    return _load(command.check)(loaded.config) if command.check else []
+
+
+def _further(command: Command, loaded: Loaded[Any]) -> list[Problem]:
+    """What is wrong besides options on their own, as far as these let it be seen."""
+    config = loaded.config
+    if isinstance(config, schema.TrainConfig) and not config.nproc_per_node and not launch.rank_info().launcher:
+        loaded = loaded.derive(nproc_per_node=check.fewest_processes(config))  # no torch, to count devices, for this
+    found = [problem for problem in _problems(command, loaded) if to_key(problem.option) not in loaded.doubtful]
+    return render.with_origins(found, loaded)
+
+
 def _run(command: Command, loaded: Loaded[Any], argv: Sequence[str]) -> int:
-    if command.check:
-        _raise_all(command.check(loaded.config), loaded)
+    _raise_all(_problems(command, loaded), loaded)
     log.setup()
     return _load(command.job)(loaded.config)
 
@@ -101,7 +115,7 @@ def _train(command: Command, loaded: Loaded[Any], argv: Sequence[str]) -> int:
     here = launch.rank_info()
     if here.launcher != launch.CORDEE:  # else the process that started this one has checked
         loaded = _with_processes(loaded)
-        _raise_all(_load(CHECK_RUN)(loaded.config), loaded)
+        _raise_all(_problems(command, loaded), loaded)
     processes = loaded.config.nproc_per_node
     if here.launcher or processes == 1:
         return _load(command.job)(loaded.config)
@@ -109,20 +123,23 @@ def _train(command: Command, loaded: Loaded[Any], argv: Sequence[str]) -> int:
 
 
 def _infer(command: Command, loaded: Loaded[Any], argv: Sequence[str]) -> int:
-    """Check, then start a process for every part of the model, or join those that a launcher has started."""
-    config, here = loaded.config, launch.rank_info()
-    if here.launcher != launch.CORDEE and command.check:
-        _raise_all(command.check(config), loaded)
+    """Check and start a process for every part of the model, or join those that a launcher has started, which check."""
+    config = loaded.config
     processes = check.inference_processes(config)
-    if processes == 1 or here.launcher:
-        return _load(command.job)(config)
+    if processes == 1 or launch.rank_info().launcher:
+        try:
+            return _load(command.job)(config)
+        except ProblemError as error:
+            error.problems = render.with_origins(error.problems, loaded)
+            raise
+    _raise_all(_problems(command, loaded), loaded)
     return launch.spawn_local(argv, processes, grace_seconds=INFERENCE_GRACE)
 
 
 def _check(command: Command, loaded: Loaded[Any], argv: Sequence[str]) -> int:
     """Check as `train` does, and say what would run."""
     loaded = _with_processes(loaded)
-    _raise_all(_load(CHECK_RUN)(loaded.config), loaded)
+    _raise_all(_problems(command, loaded), loaded)
     print(f"ok\n\n{_summary(loaded.config)}\n\n# options that are not at their default\n{render.changes(loaded)}")
     return 0
 
@@ -198,6 +215,7 @@ COMMANDS = {
         about="Find everything that would stop `cordee train` with the same options; starts nothing.",
         example="cordee check --config run.yaml --nproc-per-node 8",
         schema=schema.TrainConfig,
+        check="cordee.train.check:check_run",
         start=_check,
     ),
     "plan": Command(
@@ -212,7 +230,7 @@ COMMANDS = {
         "    --tokenizer-type PretrainedFromHF --tokenizer-name-or-path models/llama2",
         schema=schema.PreprocessConfig,
         job="cordee.data.preprocess:run",
-        check=check.check_preprocess,
+        check="cordee.config.check:check_preprocess",
     ),
     "convert": Command(
         about="Weights from one format to another.",
@@ -225,6 +243,7 @@ COMMANDS = {
         example="cordee train --config run.yaml --nproc-per-node 2 --lr 3e-4",
         schema=schema.TrainConfig,
         job="cordee.train.job:run",
+        check="cordee.train.check:check_run",
         start=_train,
     ),
     "generate": Command(
@@ -232,7 +251,7 @@ COMMANDS = {
         example='cordee generate --load models/mine --prompt "Once upon a time" --max-new-tokens 64',
         schema=schema.GenerateConfig,
         job="cordee.generate.job:run",
-        check=check.check_generate,
+        check="cordee.generate.job:check_run",
         start=_infer,
     ),
     "evaluate": Command(
@@ -240,7 +259,7 @@ COMMANDS = {
         example="cordee evaluate --load models/mine --task perplexity --task-data-path held-out.txt",
         schema=schema.EvaluateConfig,
         job="cordee.evaluate.job:run",
-        check=check.check_evaluate,
+        check="cordee.evaluate.job:check_run",
         start=_infer,
     ),
     "bench": Command(

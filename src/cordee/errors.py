@@ -5,9 +5,11 @@ Owns the one error type that reaches a user as text instead of a traceback. Know
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import ClassVar, TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,10 @@ class ProblemError(ValueError):
         self.problems = list(problems)
         self.everywhere = everywhere
         assert self.problems, "ProblemError needs at least one problem"
-        super().__init__("\n".join(f"{n}. {problem}" for n, problem in enumerate(self.problems, 1)))
+        super().__init__(self.problems)
+
+    def __str__(self) -> str:
+        return "\n".join(f"{n}. {problem}" for n, problem in enumerate(self.problems, 1))
 
     def __reduce__(self):
         return type(self), (self.problems, self.everywhere)
@@ -50,6 +55,22 @@ class RankLostError(ProblemError):
     """Other ranks are gone or do not answer. The cause is theirs, so its exit code is told from that of a failure."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: the same command may work the next time
+
+
+@dataclass
+class Findings:
+    """What is wrong, and what a person should know, as far as checks have come: they go on after a problem."""
+
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def attempt(self, function: Callable[[], T]) -> T | None:
+        """What `function` returns; None if it finds problems instead."""
+        try:
+            return function()
+        except ProblemError as error:
+            self.problems += error.problems
+            return None
 
 
 def raise_all(problems: Iterable[Problem]) -> None:

@@ -13,7 +13,7 @@ import pytest
 import cordee
 from cordee import cli, launch
 from cordee.cli import COMMANDS, main
-from cordee.config.check import check_train
+from cordee.config.check import check_evaluate, check_generate, check_train
 from cordee.config.schema import TrainConfig
 from cordee.errors import Problem, ProblemError
 
@@ -29,19 +29,19 @@ def alone(monkeypatch):
 
 @pytest.fixture
 def jobs(monkeypatch):
-    """Stand-ins for all jobs and for the check of a training run; the list holds what was run with which options."""
+    """Stand-ins for all jobs, which check only what options are together; the list holds what was run with which."""
     ran: list[tuple[str, object]] = []
-
-    def stand_in(name, function, value):
-        module = types.ModuleType(name)
-        setattr(module, function, value)
-        monkeypatch.setitem(sys.modules, name, module)
-
+    checks = {"generate": check_generate, "evaluate": check_evaluate}
     for command, entry in COMMANDS.items():
         if entry.job:
-            module, _, function = entry.job.partition(":")
-            stand_in(module, function, lambda config, command=command: ran.append((command, config)) or 0)
-    stand_in("cordee.train.check", "check_run", check_train)
+            name, _, function = entry.job.partition(":")
+            module = types.ModuleType(name)
+            setattr(module, function, lambda config, command=command: ran.append((command, config)) or 0)
+            module.check_run = checks.get(command)
+            monkeypatch.setitem(sys.modules, name, module)
+    module = types.ModuleType("cordee.train.check")
+    module.check_run = check_train
+    monkeypatch.setitem(sys.modules, "cordee.train.check", module)
     return ran
 
 
@@ -78,16 +78,17 @@ def test_examples_are_valid(jobs, monkeypatch, tmp_path):
         assert main(shlex.split(command.example.replace("\\\n", " "))[1:]) == 0
 
 
-def test_nothing_heavy_is_imported_for_help_and_errors():
-    code = """if True:
-        import sys
-        from cordee.cli import main
-        main(["--help"]), main(["train", "--help"]), main(["train", "--sq", "3"])
-        heavy = {"torch", "numpy", "yaml", "transformers", "rich"} & set(sys.modules)
-        sys.exit(str(heavy) if heavy else 0)
-    """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stderr.splitlines()[0]) == (0, "3 problems:")
+@pytest.mark.parametrize(
+    ("call", "heavy"),
+    [
+        ('main(["--help"]), main(["train", "--help"])', {"torch", "numpy", "yaml", "transformers", "rich"}),
+        ('assert main(["train", "--sq", "3"]) == 2', {"torch", "transformers", "rich"}),
+    ],
+)
+def test_nothing_heavy_is_imported_for_help_and_errors(call: str, heavy: set[str]):
+    code = f"import sys\nfrom cordee.cli import main\n{call}\nprint('found', sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "found []"
 
 
 def test_python_m_cordee():
@@ -104,9 +105,31 @@ def test_problems_are_text_and_exit_code_2(capsys):
     assert main(["train", "--sqe-length", "3", "--lr", "fast"]) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert shown.err.startswith("3 problems:\n1. --lr = fast\n")
+    assert "problems:\n1. --lr = fast\n" in shown.err
     assert "did you mean --seq-length?" in shown.err
     assert "Traceback" not in shown.err
+
+
+def test_wrong_values_hide_no_other_problems(capsys, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("micro_batch_size: 0\nsave_interval: 4\nseq_length: 9999\n")
+    flags = ["--config", str(config), "--lr", "-1", "--train-itres", "5", "--model", "llama2-7b", "--data-path", "none"]
+    assert main(["check", *flags, "--tensor-model-parallel-size", "3"]) == 2
+    told = capsys.readouterr().err
+    options = [line.split(". ", 1)[1] for line in told.splitlines() if line[0].isdigit() and ". " in line]
+    assert options == [
+        f"micro_batch_size ({config}:1) = 0",
+        "--lr = -1",
+        "--train-itres = 5",
+        f"--save-interval ({config}:2) = 4",
+        "dataset = none",
+        f"--seq-length ({config}:3) = 9999",
+        "--tensor-model-parallel-size = 3",
+        "--tensor-model-parallel-size = 3",
+    ]
+    assert "length of the run is not given" not in told  # it may be what --train-itres was to say
+    assert main(["train", "--config", str(tmp_path / "nowhere.yaml"), "--lr", "-1"]) == 2
+    assert "2 problems:" in capsys.readouterr().err  # what the file would have said is not known, so no more is found
 
 
 @pytest.mark.parametrize(
@@ -141,9 +164,15 @@ def test_each_job_gets_its_configuration(jobs):
 
 
 @pytest.mark.parametrize(
-    "argv", [["generate", "--load", "a"], ["preprocess", "--output-prefix", "b"], ["evaluate", "--load", "a"]]
+    "argv",
+    [
+        ["preprocess", "--output-prefix", "b"],
+        ["generate", "--load", "a", "--tensor-model-parallel-size", "2"],
+        ["evaluate", "--load", "a", "--nproc-per-node", "2"],
+    ],
 )
-def test_option_checks_come_before_the_job(jobs, argv):
+def test_checks_come_before_the_job(monkeypatch, jobs, argv):
+    monkeypatch.setattr(launch, "spawn_local", lambda *args, **kwargs: jobs.append(args) or 0)
     assert main(argv) == 2
     assert jobs == []
 

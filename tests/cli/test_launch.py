@@ -165,7 +165,7 @@ class Run:
         )
 
     def end(self) -> tuple[int, str, str]:
-        out, err = self.process.communicate(timeout=30)
+        out, err = self.process.communicate(timeout=180)
         return self.process.returncode, out, err
 
     def ready(self) -> None:

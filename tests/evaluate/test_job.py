@@ -130,3 +130,10 @@ def test_a_file_of_gguf_has_the_same_results(llama, text, tmp_path):
     first, second = (json.loads((tmp_path / name).read_text(encoding="utf-8"))["results"] for name in "ab")
     assert first[0]["metrics"]["perplexity"] > 1
     assert first == second
+
+
+def test_all_that_is_wrong_is_told_together(llama, text):
+    values = {"load": llama.directory, "task": ["perplexitee"], "output": text, "pipeline_model_parallel_size": 90}
+    problems = job.check_run(config_from_dict(EvaluateConfig, values))
+    options = ["--task-data-path", "--output", "--pipeline-model-parallel-size", "--task"]
+    assert [problem.option for problem in problems] == options

@@ -175,3 +175,16 @@ def test_a_file_that_is_no_gguf_is_a_problem(llama, tmp_path, content, expected)
     (tmp_path / "x.gguf").write_bytes(content)
     with pytest.raises(ProblemError, match=expected):
         run(llama, load=tmp_path / "x.gguf", prompt=["Once"])
+
+
+def test_all_that_is_wrong_is_told_together(llama, tmp_path):
+    (tmp_path / "there").touch()
+    values = {"load": llama.directory, "prompt": ["Once"], "output": tmp_path / "there", "top_k": 3, "dtype": "float16"}
+    degrees = {"tensor_model_parallel_size": 3, "pipeline_model_parallel_size": 90, "max_new_tokens": 10**6}
+    problems = job.check_run(config_from_dict(GenerateConfig, {**values, **degrees, "device": "nowhere"}))
+    assert [problem.option for problem in problems] == [
+        *("--top-k", "--output", "--device"),
+        *("--tensor-model-parallel-size", "--tensor-model-parallel-size", "--pipeline-model-parallel-size"),
+        "prompt 0",
+    ]
+    assert job.check_run(config_from_dict(GenerateConfig, {"load": llama.directory, "prompt": ["Once"]})) == []

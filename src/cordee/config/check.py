@@ -233,6 +233,11 @@ def model_ranks(options: ParallelOptions) -> int:
     return math.prod(degrees)
 
 
+def fewest_processes(options: ParallelOptions) -> int:
+    """The smallest number of processes that the degrees fit."""
+    return model_ranks(options) * options.expert_model_parallel_size * options.num_distributed_optimizer_instances
+
+
 def _batch(options: BatchOptions, data_ranks: int) -> Problems:
     pass_size = options.micro_batch_size * data_ranks
     if options.global_batch_size and options.global_batch_size % pass_size:

@@ -8,7 +8,7 @@ matter.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -23,11 +23,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Loaded(Generic[T]):
-    """A configuration and, per option, its origin: `default`, `run.yaml:12`, `--lr`, `python` or `derived`."""
+    """A configuration and, per option, its origin: `default`, `run.yaml:12`, `--lr`, `python` or `derived`.
+
+    With `problems` it is only good for finding more of them: options in `doubtful` have stand-ins, so that problems
+    with these mean nothing.
+    """
 
     config: T
     origins: Mapping[str, str]
     print_config: bool = False
+    problems: Sequence[Problem] = ()
+    doubtful: Collection[str] = ()
 
     def derive(self, **values: object) -> Loaded[T]:
         """Fill in values that follow from the machine or from other options."""
@@ -48,6 +54,23 @@ def load_config(
 
     Raises `ProblemError` with every problem there is. `--help` in `argv` prints the help and raises SystemExit(0).
     """
+    loaded = load_as_far_as_possible(schema, argv, files=files, overrides=overrides, teaching=teaching)
+    raise_all(loaded.problems)
+    return loaded
+
+
+def load_as_far_as_possible(
+    schema: type[T],
+    argv: Sequence[str] = (),
+    *,
+    files: Sequence[str] = (),
+    overrides: Mapping[str, object] | None = None,
+    teaching: Teaching | None = None,
+) -> Loaded[T]:
+    """As `load_config`, but what is wrong is noted, so that checks of the whole may find what else is.
+
+    Raises `ProblemError` where that makes no sense: a source could not be read, or nothing can stand in for an option.
+    """
     line = parse(schema, argv, teaching)
     collected = _Collected(schema)
     for path in (*files, *line.files):
@@ -57,8 +80,10 @@ def load_config(
         collected.add_python(key, value)
     collected.add_deepspeed()
     collected.require_all()
-    raise_all(collected.problems)
-    return Loaded(schema(**collected.values), collected.origins, line.print_config)
+    if collected.problems and not collected.stand_in():
+        raise_all(collected.problems)
+    config, problems = schema(**collected.values), tuple(collected.problems)
+    return Loaded(config, collected.origins, line.print_config, problems, collected.doubtful)
 
 
 def config_from_dict(schema: type[T], values: Mapping[str, object]) -> T:
@@ -85,6 +110,7 @@ class _Collected:
         self.origins = dict.fromkeys((o.name for o in self.options), "default")
         self.problems: list[Problem] = []
         self._given: dict[str, tuple[str, Spelling]] = {}  # option -> layer and spelling that gave it last
+        self.doubtful: set[str] = set()  # options whose values are wrong or missing, or may have been misspelled
         self._failed: set[str] = set()
         self._incomplete = False  # a source could not be read at all
 
@@ -136,6 +162,17 @@ class _Collected:
             fix = f"give {option.flag} on the command line or {option.name} in a --config file: {describe(option)}"
             self.problems.append(Problem(option.flag, None, f"it is required: {option.declared.help}", fix))
 
+    def stand_in(self) -> bool:
+        """Give options without a value one that offends nobody; False if that cannot be."""
+        self.doubtful |= self._failed
+        for option in self.options:
+            if option.name not in self.values:
+                if option.kind not in (int, float):
+                    return False
+                self.values[option.name] = option.kind(option.declared.at_least or 1)
+                self.doubtful.add(option.name)
+        return not self._incomplete
+
     def _add(self, key: str, raw: Raw | Unfit, source: _Source) -> None:
         spelling = self.table.get(to_key(key))
         if spelling is None:
@@ -168,18 +205,24 @@ class _Collected:
             raise Unfit(why, "keep one of the two")
 
     def _unknown_key(self, key: str, raw: Raw | Unfit, source: _Source) -> Problem:
-        names = nearest(to_key(key), self.table)
+        names = self._meant(key)
         fix = f"did you mean {' or '.join(names)}?" if names else "--help lists all options; remove this one"
         if isinstance(raw, Mapping):
             return Problem(source.label, None, "no such option, and options are flat", "move its keys to the top level")
         shown = None if isinstance(raw, Unfit) else _shown(raw)
         return Problem(source.label, shown, "no such option", fix)
 
+    def _meant(self, key: str) -> list[str]:
+        """What an unknown name may have been meant to be."""
+        names = nearest(to_key(key), self.table)
+        self.doubtful |= {self.table[name].option.name for name in names}
+        return names
+
     def _unknown_word(self, word: str, rest: str) -> Problem:
         if not word.startswith("--"):
             return Problem(word, rest or None, "it belongs to no option", "put the flag that it belongs to before it")
         flag, _, value = word.partition("=")
-        names = [to_flag(name) for name in nearest(to_key(flag), self.table)]
+        names = [to_flag(name) for name in self._meant(flag)]
         fix = f"did you mean {' or '.join(names)}?" if names else "--help lists all options; remove this one"
         return Problem(flag, value or rest or None, "no such option", fix)
 

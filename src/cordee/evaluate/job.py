@@ -7,43 +7,76 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 from cordee import launch, log
-from cordee.config.check import inference_processes, model_processes
+from cordee.config.check import check_evaluate, inference_processes, model_processes
 from cordee.config.schema import EvaluateConfig, TokenizerOptions
 from cordee.convert import formats
 from cordee.data.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
-from cordee.errors import raise_all
+from cordee.errors import Findings, Problem, raise_all
 from cordee.evaluate.runner import run_tasks, show, tasks_of, write
 from cordee.evaluate.task import Subject, Task
-from cordee.generate.loading import check_vocabulary, load_part
+from cordee.generate.loading import check_part, check_vocabulary, load_part
 from cordee.generate.results import check_new
 from cordee.parallel import inference
+from cordee.parallel.degrees import Degrees
+from cordee.weights.codec import Source
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """An evaluation that nothing is known to be wrong with. Without `tokenizer` no task needs one."""
+
+    source: Source
+    tokenizer: Tokenizer | None
+    tasks: list[Task]
+
+
+def check_run(config: EvaluateConfig) -> list[Problem]:
+    """Everything that would stop the job, as far as it can be known without loading the weights."""
+    found = Findings()
+    found.attempt(lambda: _prepare(config))
+    return found.problems
 
 
 def run(config: EvaluateConfig) -> int:
-    """Evaluate the model at `config.load`. ProblemError with what keeps it from starting.
+    """Evaluate the model at `config.load`. ProblemError with all that keeps it from starting.
 
     Processes that the degrees do not ask for hold further copies of the model and take their share of the work.
     """
     log.setup(launch.rank_info().rank)
-    check_new(config.output)
-    source = formats.read(config.load)
-    tasks = tasks_of(config, source.spec.config)
-    tokenizer = _tokenizer(config, tasks, source.companions)
-    if tokenizer is not None:
-        raise_all(check_vocabulary(tokenizer, source.spec.config))
-    shape = inference.degrees(config, inference_processes(config) // model_processes(config))
+    prepared = _prepare(config)
     with ExitStack() as stack:
-        model, place = load_part(source, config, shape, stack, "while evaluating")
-        subject = Subject(model, tokenizer, place)
-        results = run_tasks(tasks, subject, config)
+        model, place = load_part(prepared.source, config, _degrees(config), stack, "while evaluating")
+        subject = Subject(model, prepared.tokenizer, place)
+        results = run_tasks(prepared.tasks, subject, config)
     if subject.speaks:
         show(results)
         if config.output is not None:
             write(config.output, config.load, results)
     return 0
+
+
+def _degrees(config: EvaluateConfig) -> Degrees:
+    return inference.degrees(config, max(1, inference_processes(config) // model_processes(config)))
+
+
+def _prepare(config: EvaluateConfig) -> _Prepared:
+    found = Findings(check_evaluate(config))
+    found.attempt(lambda: check_new(config.output))
+    source = found.attempt(lambda: formats.read(config.load))
+    tasks, tokenizer = None, None
+    if source is not None:
+        found.problems += check_part(source, config, _degrees(config))
+        tasks = found.attempt(lambda: tasks_of(config, source.spec.config))
+        tokenizer = found.attempt(lambda: _tokenizer(config, tasks or [], source.companions))
+    if source is not None and tokenizer is not None:
+        found.problems += check_vocabulary(tokenizer, source.spec.config)
+    raise_all(found.problems)
+    assert source is not None and tasks is not None
+    return _Prepared(source, tokenizer, tasks)
 
 
 def _tokenizer(config: EvaluateConfig, tasks: Sequence[Task], companions: Path | None) -> Tokenizer | None:

@@ -15,18 +15,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cordee import launch, log
+from cordee.config.check import check_generate
 from cordee.config.schema import GenerateConfig, GenerateOptions
 from cordee.convert import formats
 from cordee.data.tokenizer import Tokenizer, load_tokenizer
-from cordee.errors import Problem, ProblemError, raise_all
+from cordee.errors import Findings, Problem, ProblemError, raise_all
 from cordee.generate.engine import check, stream
-from cordee.generate.loading import check_vocabulary, load_part, stop_ids
+from cordee.generate.loading import check_part, check_vocabulary, load_part, stop_ids
 from cordee.generate.results import NewFile, check_new
 from cordee.generate.text import continuation, encode_prompts
 from cordee.log import logger
 from cordee.model.gpt import GPTModel
 from cordee.parallel import inference
 from cordee.parallel.inference import Place
+from cordee.weights.codec import Source
 
 BOLD, PLAIN = "\033[1m", "\033[0m"
 
@@ -51,19 +53,30 @@ class _Sample:
         return {name: getattr(self, name) for name in kept}
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """A generation that nothing is known to be wrong with."""
+
+    source: Source
+    tokenizer: Tokenizer
+    prompts: list[tuple[str, list[int]]]  # texts and their tokens
+
+
+def check_run(config: GenerateConfig) -> list[Problem]:
+    """Everything that would stop the job, as far as it can be known without loading the weights."""
+    found = Findings()
+    found.attempt(lambda: _prepare(config))
+    return found.problems
+
+
 def run(config: GenerateConfig) -> int:
-    """Continue the prompts of `config` and show them. ProblemError with what keeps it from starting."""
-    texts = _prompts(config)
-    check_new(config.output)
-    source = formats.read(config.load)
-    tokenizer = load_tokenizer(config, source.companions and str(source.companions))
-    raise_all(check_vocabulary(tokenizer, source.spec.config))
-    ids = encode_prompts(tokenizer, texts)
-    raise_all(check(source.spec.config, ids, config))
+    """Continue the prompts of `config` and show them. ProblemError with all that keeps it from starting."""
+    prepared = _prepare(config)
+    source, tokenizer = prepared.source, prepared.tokenizer
     stop = stop_ids(source.spec, source.companions, tokenizer)
     samples = [
         _Sample(prompt, tokens, number)
-        for prompt, tokens in zip(texts, ids, strict=True)
+        for prompt, tokens in prepared.prompts
         for number in range(config.num_return_sequences)
     ]
     log.setup(launch.rank_info().rank)
@@ -79,6 +92,25 @@ def run(config: GenerateConfig) -> int:
                 file.write(json.dumps(sample.record(), ensure_ascii=False))
     logger.info(_summary(samples, time.perf_counter() - start))
     return 0
+
+
+def _prepare(config: GenerateConfig) -> _Prepared:
+    found = Findings(check_generate(config))
+    texts = found.attempt(lambda: _prompts(config)) or []
+    found.attempt(lambda: check_new(config.output))
+    source = found.attempt(lambda: formats.read(config.load))
+    tokenizer, prompts = None, []
+    if source is not None:
+        found.problems += check_part(source, config, inference.degrees(config))
+        tokenizer = found.attempt(lambda: load_tokenizer(config, source.companions and str(source.companions)))
+    if source is not None and tokenizer is not None:
+        found.problems += check_vocabulary(tokenizer, source.spec.config)
+        ids = encode_prompts(tokenizer, texts)
+        found.problems += check(source.spec.config, ids, config)
+        prompts = list(zip(texts, ids, strict=True))
+    raise_all(found.problems)
+    assert source is not None and tokenizer is not None
+    return _Prepared(source, tokenizer, prompts)
 
 
 def _prompts(options: GenerateOptions) -> list[str]:

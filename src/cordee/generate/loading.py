@@ -18,7 +18,7 @@ from cordee import device as devices
 from cordee import launch
 from cordee.config.schema import EvaluateConfig, GenerateConfig
 from cordee.data.tokenizer import Tokenizer
-from cordee.errors import Problem, ProblemError
+from cordee.errors import Findings, Problem, ProblemError
 from cordee.families.registry import ModelSpec
 from cordee.log import logger
 from cordee.model.config import ModelConfig
@@ -62,6 +62,16 @@ def load_part(
     model, place = inference.build(source.spec.config, layout, dtype_of(config.dtype, source), on)
     fill(model, source)
     return model, place
+
+
+def check_part(source: Source, config: GenerateConfig | EvaluateConfig, shape: Degrees) -> list[Problem]:
+    """What keeps `load_part` from loading, as far as it can be known before."""
+    found = Findings()
+    found.attempt(lambda: dtype_of(config.dtype, source))
+    found.attempt(lambda: device_of(config.device))
+    if shape.world_size > 1:
+        found.problems += inference.check(source.spec.config, shape)
+    return found.problems
 
 
 def dtype_of(name: str | None, source: Source) -> torch.dtype:

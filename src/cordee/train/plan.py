@@ -7,21 +7,21 @@ problems are found together, so `cordee check` and the start of a job are the sa
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from cordee.checkpoint import directory
 from cordee.config import deepspeed
-from cordee.config.check import check_train, model_ranks, without_effect
+from cordee.config.check import check_train, fewest_processes, without_effect
 from cordee.config.schema import TokenizerOptions, TrainConfig
 from cordee.data import check as data_check
 from cordee.data.build import plan_parts
 from cordee.data.indexed import IndexedDataset
 from cordee.data.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
-from cordee.errors import Problem, ProblemError, raise_all
+from cordee.errors import Findings, Problem, ProblemError, raise_all
 from cordee.families.registry import ModelSpec, spec_from_options, spec_named
 from cordee.optim.schedule import Schedule, build_schedule
 from cordee.parallel.degrees import Degrees, degrees
@@ -31,8 +31,6 @@ from cordee.train import objectives, resume
 from cordee.train.batch_schedule import BatchSchedule, build_batch_schedule
 from cordee.train.experts import with_training
 from cordee.train.origin import Checkpoint, Origin, choose, described, opened
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,29 +62,13 @@ class RunPlan:
         return checkpoint if checkpoint is not None and checkpoint.resume else None
 
 
-@dataclass
-class _Findings:
-    """Problems and notes so far."""
-
-    problems: list[Problem]
-    notes: list[str] = field(default_factory=list)
-
-    def attempt(self, function: Callable[[], T]) -> T | None:
-        """What `function` returns; None if it finds problems instead."""
-        try:
-            return function()
-        except ProblemError as error:
-            self.problems += error.problems
-            return None
-
-
 def plan_run(config: TrainConfig, world_size: int, avoid: Collection[int] = ()) -> RunPlan:
     """The plan of a run over `world_size` processes; ProblemError with everything that is wrong with it.
 
     Checkpoints of the iterations in `avoid` are not gone on from: they have turned out to be damaged.
     """
     contradictions = check_train(config)
-    found = _Findings(
+    found = Findings(
         [*contradictions, *_stage_problems(config), *_report_problems(config)],
         [*without_effect(config), *deepspeed.without_effect(config.deepspeed_config)],
     )
@@ -140,9 +122,8 @@ def plan_run(config: TrainConfig, world_size: int, avoid: Collection[int] = ()) 
 
 def _smallest(config: TrainConfig) -> Degrees:
     """The fewest processes that `config` fits, so that what does not hang on their number is checked all the same."""
-    data = config.expert_model_parallel_size * config.num_distributed_optimizer_instances
     try:
-        return degrees(config, model_ranks(config) * data)
+        return degrees(config, fewest_processes(config))
     except ProblemError:  # degrees that fit no number of processes, which is known already
         return Degrees()
 
@@ -181,7 +162,7 @@ def _iterations(config: TrainConfig, batches: BatchSchedule, notes: list[str]) -
 
 
 def _start(
-    config: TrainConfig, avoid: Collection[int], found: _Findings
+    config: TrainConfig, avoid: Collection[int], found: Findings
 ) -> tuple[Origin | None, Tokenizer | None, ModelSpec | None]:
     """Where the run begins, and what model and tokenizer that makes; None for what cannot be told."""
     chosen = found.attempt(lambda: choose(config, avoid, found.notes))
