@@ -184,7 +184,6 @@ def test_all_that_is_wrong_is_told_together(llama, tmp_path):
     problems = job.check_run(config_from_dict(GenerateConfig, {**values, **degrees, "device": "nowhere"}))
     assert [problem.option for problem in problems] == [
         *("--top-k", "--output", "--device"),
-        *("--tensor-model-parallel-size", "--tensor-model-parallel-size", "--pipeline-model-parallel-size"),
-        "prompt 0",
+        *("--tensor-model-parallel-size", "--pipeline-model-parallel-size", "prompt 0"),
     ]
     assert job.check_run(config_from_dict(GenerateConfig, {"load": llama.directory, "prompt": ["Once"]})) == []
