@@ -186,4 +186,5 @@ def test_all_that_is_wrong_is_told_together(llama, tmp_path):
         *("--top-k", "--output", "--device"),
         *("--tensor-model-parallel-size", "--pipeline-model-parallel-size", "prompt 0"),
     ]
-    assert job.check_run(config_from_dict(GenerateConfig, {"load": llama.directory, "prompt": ["Once"]})) == []
+    fine = {"load": llama.directory, "prompt": ["Once"], "max_new_tokens": 6}
+    assert job.check_run(config_from_dict(GenerateConfig, fine)) == []

@@ -139,7 +139,7 @@ def discard(path: Path) -> None:
 
     What a file holds is on disk before it is given back: whoever writes it writes at the pace of the disk.
     """
-    for file in path.rglob("*"):
+    for file in filter(Path.is_file, path.rglob("*")):
         with suppress(FileNotFoundError), file.open("r+b") as opened:  # it may be renamed in between
             if os.fstat(opened.fileno()).st_blocks * 512 > 4 * HEADER:
                 os.fsync(opened.fileno())
