@@ -92,7 +92,8 @@ class Comparisons:
         start = time.perf_counter()
         loss, norm, verdict = compare(find, expected)
         number = 1 + sum(row[0] == model for row in self.rows)
-        self.rows.append([model, *cells, f"{loss:.1e}", f"{norm:.1e}", verdict])
+        distances = ["", ""] if verdict.startswith("refused") else [f"{loss:.1e}", f"{norm:.1e}"]
+        self.rows.append([model, *cells, *distances, verdict])
         self.figures |= {f"{model}: {name}: loss": loss, f"{model}: {name}: gradient norm": norm}
         turn = Turn([time.perf_counter() - start], {"loss": loss, "norm": norm})
         self._on_turn(number, f"{model} {name}", turn)
