@@ -20,10 +20,13 @@ from cordee import launch, log
 from cordee.config import check, render, schema
 from cordee.config.argv import Teaching
 from cordee.config.load import Loaded, load_as_far_as_possible
-from cordee.config.option import to_key
+from cordee.config.model_options import FeatureOptions
+from cordee.config.option import options_of, to_key
 from cordee.config.spelling import nearest
 from cordee.errors import Problem, ProblemError, raise_all
 
+# Options that mean something only with the others of their topic: a wrong one leaves nothing to be said of these.
+COUPLED = (FeatureOptions, schema.ModelOptions, schema.ParallelOptions)
 INFERENCE_GRACE = 10.0  # seconds: processes that write or score have nothing to save
 
 
@@ -100,7 +103,12 @@ def _further(command: Command, loaded: Loaded[Any]) -> list[Problem]:
     config = loaded.config
     if isinstance(config, schema.TrainConfig) and not config.nproc_per_node and not launch.rank_info().launcher:
         loaded = loaded.derive(nproc_per_node=check.fewest_processes(config))  # no torch, to count devices, for this
-    found = [problem for problem in _problems(command, loaded) if to_key(problem.option) not in loaded.doubtful]
+    groups = {option.name: option.group for option in options_of(command.schema)}
+    coupled = {groups[name] for name in loaded.doubtful} & {options_of(kind)[0].group for kind in COUPLED}
+    doubtful = {*loaded.doubtful, *(name for name, group in groups.items() if group in coupled)}
+    if coupled:
+        doubtful.add("model options")
+    found = [problem for problem in _problems(command, loaded) if to_key(problem.option) not in doubtful]
     return render.with_origins(found, loaded)
 
 

@@ -55,10 +55,11 @@ def test_capacity():
 
 
 def test_options_that_could_have_no_effect():
-    assert problems("llama2-7b", moe_aux_loss_coeff=0.1, moe_token_drop_policy="probs") == {
-        "--moe-aux-loss-coeff": "the model has no experts",
-        "--moe-token-drop-policy": "the model has no experts",
-    }
+    given = {"moe_aux_loss_coeff": 0.0, "moe_token_drop_policy": "probs", "moe_expert_capacity_factor": 0.0}
+    assert problems("llama2-7b", **given) == dict.fromkeys(
+        ("--moe-aux-loss-coeff", "--moe-expert-capacity-factor", "--moe-token-drop-policy"), "the model has no experts"
+    )
+    assert problems("mixtral-8x7b", moe_aux_loss_coeff=0.0, seq_aux=True) == {"--seq-aux": "there is no such loss"}
     given = {"moe_device_level_aux_loss_coeff": 0.1, "moe_pad_expert_input_to_capacity": True}
     assert problems("mixtral-8x7b", **given, moe_expert_capacity_factor=-1.0) == {
         "--moe-device-level-aux-loss-coeff": "the model has no groups of experts",
@@ -70,6 +71,15 @@ def test_options_that_could_have_no_effect():
 def test_a_run_finds_them_with_all_other_problems(tmp_path):
     given = tiny.config(tmp_path, moe_z_loss_coeff=0.1, seq_length=64)
     assert {problem.option for problem in check_run(given)} >= {"--moe-z-loss-coeff", "--seq-length"}
+
+
+def test_a_run_that_goes_on_is_told_the_same_again(tmp_path):
+    given = tiny.config(tmp_path, **MIXTURE, train_iters=2, moe_z_loss_coeff=0.1, moe_aux_loss_coeff=0.5)
+    assert job.run(given) == 0
+    further = tiny.resumed(given, moe_z_loss_coeff=None)
+    (problem,) = check_run(further)
+    assert (problem.option, problem.why) == ("--moe-z-loss-coeff", "the run was begun with --moe-z-loss-coeff 0.1")
+    assert check_run(tiny.resumed(given)) == check_run(tiny.resumed(given, moe_z_loss_coeff=0.0)) == []
 
 
 def losses_of(folder, **given) -> list[dict]:

@@ -38,7 +38,8 @@ HEADER = 16 * 2**20  # bytes at the beginning of a file of safetensors that are 
 THERE, BACK = "HF to Megatron", "Megatron to HF"
 COPIES = {THERE: "cp of the HF files", BACK: "cp of the Megatron files"}
 KEEP_SIZE, PUNCH_HOLE = 1, 2  # flags of Linux's fallocate
-INTERVAL, PAUSE = 0.02, 1.0  # seconds between looks at the memory, and between sweeps
+HELD = 24 * 10**9  # bytes on disk before they are given back
+INTERVAL, PAUSE = 0.02, 1.0  # seconds between looks at the memory, and at the disk
 
 
 def run(config: BenchConfig, on_turn: Callable[[int, str, Turn], None]) -> Report:
@@ -149,14 +150,15 @@ def discard(path: Path) -> None:
 
 def _zeros(file: Path) -> Iterator[tuple[int, int]]:
     """Where in a file of weights zeros are, in bytes; of a `.pt` file those of large tensors."""
-    from cordee.weights.torch_file import TorchFile
+    from cordee.weights.torch_file import UNREADABLE, TorchFile
 
     if file.suffix == ".safetensors" or file.name.startswith("shard-"):
         yield HEADER, file.stat().st_size - HEADER
     elif file.suffix == ".pt":
-        for region in TorchFile(file).tensors.values():
-            if region.nbytes > HEADER:
-                yield region.offset, region.nbytes
+        with suppress(*UNREADABLE):  # it is being made
+            for region in TorchFile(file).tensors.values():
+                if region.nbytes > HEADER:
+                    yield region.offset, region.nbytes
 
 
 def _punch(descriptor: int, offset: int, size: int) -> None:
@@ -181,12 +183,19 @@ def _swept(folder: Path, wanted: bool) -> Iterator[None]:
     finally:
         over.set()
         sweeper.join()
+    if sweeper.exitcode:
+        raise RuntimeError(f"what had been written was not given back: the sweeper ended with {sweeper.exitcode}")
 
 
 def _sweep(folder: Path, over: threading.Event) -> None:
-    """A file of Megatron has all its length and headers from the first moment on, so that its zeros are known."""
+    """Discard whenever much has been written: the writer waits meanwhile, as it does for a disk.
+
+    A file of Megatron has all its length and headers from the first moment on, so that its zeros are known.
+    """
     while not over.wait(PAUSE):
-        discard(folder)
+        with suppress(FileNotFoundError):  # what is complete is renamed
+            if sum(file.stat().st_blocks * 512 for file in folder.rglob("*")) > HELD:
+                discard(folder)
 
 
 # ---- turns -----------------------------------------------------------------------------------------------------------
@@ -273,7 +282,7 @@ def _report(config: BenchConfig, preset: str, workers: int, total: int, largest:
     ]
     if config.discard:
         notes.append(
-            "--discard: what had reached the disk was given back to it once a second while the rest was written, and "
+            f"--discard: whenever {HELD / 1e9:g} GB had reached the disk they were given back to it, and "
             "cp copied file by file, each removed when it was on disk"
         )
     columns = ["", "time", "GB/s", "speed by cp", "peak memory", "bound"]

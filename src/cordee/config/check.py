@@ -13,6 +13,7 @@ from typing import Any
 
 from cordee import launch
 from cordee.config import deepspeed
+from cordee.config.model_options import PortedOptions
 from cordee.config.option import options_of, to_flag
 from cordee.config.schema import (
     BatchOptions,
@@ -123,6 +124,11 @@ _CONDITIONAL: tuple[tuple[tuple[str, ...], str, Callable[[TrainConfig], bool]], 
         ("accumulate_allreduce_grads_in_fp32",),
         "the run computes in float32",
         lambda config: config.fp16 or config.bf16,
+    ),
+    (
+        tuple(option.name for option in options_of(PortedOptions)),
+        "it is so here anyway",
+        lambda config: False,
     ),
     (
         ("delay_grad_reduce",),

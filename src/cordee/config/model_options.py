@@ -21,7 +21,72 @@ class VocabularyOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions(VocabularyOptions):
+class FeatureOptions:
+    """Further properties of the model: what --model or --load has already, or leads to a family that has them."""
+
+    num_experts: int | None = option(None, "experts in place of each MLP [one MLP]", above=0)
+    moe_router_topk: int | None = option(None, "experts that each token visits [2]", above=0)
+    moe_router_load_balancing_type: Literal["aux_loss", "softmax_topk", "group_limited_greedy"] | None = option(
+        None,
+        "weights of those experts: their own softmax (aux_loss), the softmax over all experts, or that with the choice "
+        "limited to the best groups [aux_loss]",
+    )
+    moe_router_num_groups: int | None = option(None, "group_limited_greedy: groups of experts", above=0)
+    topk_group: int | None = option(
+        None, "group_limited_greedy: groups that a token chooses from", aliases=("--moe-router-group-topk",), above=0
+    )
+    norm_topk_prob: bool | None = option(None, "let the weights of the chosen experts add up to one")
+    routed_scaling_factor: float | None = option(
+        None, "multiply those weights [1]", aliases=("--moe-router-topk-scaling-factor",), above=0
+    )
+    moe_intermediate_size: int | None = option(
+        None, "width inside an expert [ffn-hidden-size]", aliases=("--moe-ffn-hidden-size",), above=0
+    )
+    n_shared_experts: int | None = option(None, "experts that every token visits, as one MLP as wide [0]", above=0)
+    first_k_dense_replace: int | None = option(None, "first layers without experts [0]", at_least=0)
+    moe_layer_freq: int | None = option(None, "experts in every n-th layer only [1]", above=0)
+    multi_head_latent_attention: bool | None = option(
+        None, "keys and values from one compressed vector", aliases=("--multi-latent-attention",)
+    )
+    q_lora_rank: int | None = option(
+        None, "latent attention: width of the compressed queries [not compressed]", above=0
+    )
+    kv_lora_rank: int | None = option(None, "latent attention: width of the compressed vector", above=0)
+    qk_nope_head_dim: int | None = option(
+        None, "latent attention: channels of a head without positions", aliases=("--qk-head-dim",), above=0
+    )
+    qk_rope_head_dim: int | None = option(
+        None, "latent attention: channels of a head that turn", aliases=("--qk-pos-emb-head-dim",), above=0
+    )
+    v_head_dim: int | None = option(None, "latent attention: channels of a head's values", above=0)
+    rope_scaling_mscale_all_dim: float | None = option(
+        None, "latent attention with yarn scaling: how much sharper its scores become [0]", at_least=0
+    )
+    qk_layernorm: bool | None = option(None, "norms of queries and keys")
+    rotary_percent: float | None = option(None, "part of a head's channels that turns [1]", above=0, at_most=1)
+    sliding_window: int | None = option(None, "tokens that attention looks back, in all layers [all]", above=0)
+    interleave_sliding_window: int | None = option(None, "the same in every second layer [all]", above=0)
+    attn_logit_softcapping: float | None = option(None, "cap of attention's scores: cap * tanh(score / cap)", above=0)
+    output_logit_softcapping: float | None = option(None, "cap of the logits", above=0)
+    query_pre_attn_scalar: float | None = option(None, "scores are divided by its root [channels of a head]", above=0)
+    post_norm: bool | None = option(None, "norms after attention and MLP too")
+    embed_layernorm: bool | None = option(None, "a norm after the embedding")
+    add_rmsnorm_offset: bool | None = option(None, "norms store the distance of their weights from one")
+    apply_residual_connection_post_layernorm: bool | None = option(None, "add to what the norms give")
+    lm_norm_weight: bool | None = option(None, "rows of the head are normalised (NormHead)")
+    input_embeds_norm: bool | None = option(None, "multiply the embedding by the root of hidden-size")
+    scale_emb: float | None = option(
+        None, "multiply the embedding by this [1]", aliases=("--embedding-multiplier-scale",), above=0
+    )
+    output_multiplier_scale: float | None = option(None, "multiply the logits by this [1]", above=0)
+    dim_model_base: float | None = option(None, "divide the logits by hidden-size / this [not]", above=0)
+    scale_depth: float | None = option(
+        None, "multiply what layers add by this, divided by the root of their number [not]", above=0
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(FeatureOptions, VocabularyOptions):
     """Model: --model or --load give the shape; without them these flags do, with Megatron's defaults."""
 
     model: str | None = option(
@@ -29,7 +94,9 @@ class ModelOptions(VocabularyOptions):
         "what to start from: a preset (`cordee models` lists them), or a directory with the config.json of any family",
         metavar="PRESET|DIR",
     )
-    num_layers: int | None = option(None, "number of transformer layers", aliases=("--encoder-num-layers",), above=0)
+    num_layers: int | None = option(
+        None, "number of transformer layers", aliases=("--encoder-num-layers",), above=0, at_most=100_000
+    )
     hidden_size: int | None = option(None, "width of the residual stream", above=0)
     ffn_hidden_size: int | None = option(
         None, "width inside the MLP [4 x hidden; with --swiglu 8/3 x hidden, rounded down to a multiple of 64]", above=0
@@ -106,77 +173,12 @@ class ModelOptions(VocabularyOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeatureOptions:
-    """Further properties of the model: what --model or --load has already, or leads to a family that has them."""
-
-    num_experts: int | None = option(None, "experts in place of each MLP [one MLP]", above=0)
-    moe_router_topk: int | None = option(None, "experts that each token visits [2]", above=0)
-    moe_router_load_balancing_type: Literal["aux_loss", "softmax_topk", "group_limited_greedy"] | None = option(
-        None,
-        "weights of those experts: their own softmax (aux_loss), the softmax over all experts, or that with the choice "
-        "limited to the best groups [aux_loss]",
-    )
-    moe_router_num_groups: int | None = option(None, "group_limited_greedy: groups of experts", above=0)
-    topk_group: int | None = option(
-        None, "group_limited_greedy: groups that a token chooses from", aliases=("--moe-router-group-topk",), above=0
-    )
-    norm_topk_prob: bool | None = option(None, "let the weights of the chosen experts add up to one")
-    routed_scaling_factor: float | None = option(
-        None, "multiply those weights [1]", aliases=("--moe-router-topk-scaling-factor",), above=0
-    )
-    moe_intermediate_size: int | None = option(
-        None, "width inside an expert [ffn-hidden-size]", aliases=("--moe-ffn-hidden-size",), above=0
-    )
-    n_shared_experts: int | None = option(None, "experts that every token visits, as one MLP as wide [0]", above=0)
-    first_k_dense_replace: int | None = option(None, "first layers without experts [0]", at_least=0)
-    moe_layer_freq: int | None = option(None, "experts in every n-th layer only [1]", above=0)
-    multi_head_latent_attention: bool | None = option(
-        None, "keys and values from one compressed vector", aliases=("--multi-latent-attention",)
-    )
-    q_lora_rank: int | None = option(
-        None, "latent attention: width of the compressed queries [not compressed]", above=0
-    )
-    kv_lora_rank: int | None = option(None, "latent attention: width of the compressed vector", above=0)
-    qk_nope_head_dim: int | None = option(
-        None, "latent attention: channels of a head without positions", aliases=("--qk-head-dim",), above=0
-    )
-    qk_rope_head_dim: int | None = option(
-        None, "latent attention: channels of a head that turn", aliases=("--qk-pos-emb-head-dim",), above=0
-    )
-    v_head_dim: int | None = option(None, "latent attention: channels of a head's values", above=0)
-    rope_scaling_mscale_all_dim: float | None = option(
-        None, "latent attention with yarn scaling: how much sharper its scores become [0]", at_least=0
-    )
-    qk_layernorm: bool | None = option(None, "norms of queries and keys")
-    rotary_percent: float | None = option(None, "part of a head's channels that turns [1]", above=0, at_most=1)
-    sliding_window: int | None = option(None, "tokens that attention looks back, in all layers [all]", above=0)
-    interleave_sliding_window: int | None = option(None, "the same in every second layer [all]", above=0)
-    attn_logit_softcapping: float | None = option(None, "cap of attention's scores: cap * tanh(score / cap)", above=0)
-    output_logit_softcapping: float | None = option(None, "cap of the logits", above=0)
-    query_pre_attn_scalar: float | None = option(None, "scores are divided by its root [channels of a head]", above=0)
-    post_norm: bool | None = option(None, "norms after attention and MLP too")
-    embed_layernorm: bool | None = option(None, "a norm after the embedding")
-    add_rmsnorm_offset: bool | None = option(None, "norms store the distance of their weights from one")
-    apply_residual_connection_post_layernorm: bool | None = option(None, "add to what the norms give")
-    lm_norm_weight: bool | None = option(None, "rows of the head are normalised (NormHead)")
-    input_embeds_norm: bool | None = option(None, "multiply the embedding by the root of hidden-size")
-    scale_emb: float | None = option(
-        None, "multiply the embedding by this [1]", aliases=("--embedding-multiplier-scale",), above=0
-    )
-    output_multiplier_scale: float | None = option(None, "multiply the logits by this [1]", above=0)
-    dim_model_base: float | None = option(None, "divide the logits by hidden-size / this [not]", above=0)
-    scale_depth: float | None = option(
-        None, "multiply what layers add by this, divided by the root of their number [not]", above=0
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
 class ExpertTrainingOptions:
     """Training of experts."""
 
     moe_aux_loss_coeff: float | None = option(
         None,
-        "weight of the loss that keeps experts evenly used [the model's]",
+        "weight of the loss that keeps experts evenly used [the model's; 0 for one of options alone]",
         aliases=("--moe-loss-coeff",),
         at_least=0,
     )
@@ -199,3 +201,14 @@ class ExpertTrainingOptions:
         None, "whom to drop: the least weighted, or the last [probs]"
     )
     moe_pad_expert_input_to_capacity: bool | None = option(None, "compute as many tokens for every expert [off]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PortedOptions:
+    """Without effect: what scripts of MindSpeed-LLM say and what is so here anyway."""
+
+    use_glm_rope: bool = option(False, "channels turn in the pairs that the family's files have")
+    rotary_interleaved: bool = option(False, "the same")
+    square_alibi_mask: bool = option(False, "either form of the bias of alibi gives the same")
+    fill_neg_inf: bool = option(False, "the same")
+    skip_bias_add: bool = option(False, "biases are added where they belong")

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from cordee.config.model_options import ExpertTrainingOptions, FeatureOptions, ModelOptions, VocabularyOptions
+from cordee.config.model_options import ExpertTrainingOptions, ModelOptions, PortedOptions, VocabularyOptions
 from cordee.config.option import option, required
 
 _DTYPE_SYNONYMS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -64,7 +64,7 @@ class BatchOptions:
     )
     train_iters: int | None = option(None, "length of the run in steps", above=0)
     train_samples: int | None = option(None, "length of the run in samples", above=0)
-    seed: int = option(1234, "decides initial weights, sample order and dropout", at_least=0)
+    seed: int = option(1234, "decides initial weights, sample order and dropout", at_least=0, below=2**32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -357,7 +357,6 @@ class PerformanceOptions:
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(
     ModelOptions,
-    FeatureOptions,
     ExpertTrainingOptions,
     TokenizerOptions,
     BatchOptions,
@@ -371,6 +370,7 @@ class TrainConfig(
     ExitOptions,
     LoggingOptions,
     PerformanceOptions,
+    PortedOptions,
 ):
     """A training run."""
 
@@ -421,7 +421,7 @@ class DecodingOptions:
     straight_decoding: bool = option(
         True, "compute single tokens straight over the weights where the model's form allows; off: through its modules"
     )
-    seed: int = option(1234, "decides what --do-sample draws", at_least=0)
+    seed: int = option(1234, "decides what --do-sample draws", at_least=0, below=2**32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -722,7 +722,7 @@ class QuickstartOptions:
     nproc_per_node: int = option(2, "training processes", above=0)
     train_iters: int | None = option(None, "steps [as many as fit in --train-seconds]", above=0)
     train_seconds: float = option(100.0, "time for training", above=0)
-    seed: int = option(1234, "decides initial weights and sample order", at_least=0)
+    seed: int = option(1234, "decides initial weights and sample order", at_least=0, below=2**32)
     overwrite: bool = option(False, "replace the results of an earlier quickstart")
 
 

@@ -119,6 +119,7 @@ FAMILY = Family(
         "max_position_embeddings": "seq_length",
         "norm_epsilon": "layernorm_epsilon",
         "num_query_groups": "multi_query_group_num",
+        "rotary_base": lambda theta: {"rope_ratio": theta / 10000.0},
         "tied": "tie_word_embeddings",
         "vocab_size": "padded_vocab_size",
     },

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypedDict, TypeVar
 
 from cordee.families.family import KEYS, HFConfig
-from cordee.families.options import SCALINGS, Shape
+from cordee.families.options import Shape, scaling_section
 from cordee.families.reader import ConfigReader
 from cordee.families.rules import (
     IDENTITY,
@@ -198,7 +198,8 @@ def mlp_weights(canonical: str = "mlp", foreign: str = "mlp") -> list[Rule]:
 
 def from_shape(shape: Shape) -> HFConfig | None:
     """The `config.json` of a model of LLaMA's form, biases left out; None if `shape` has another form."""
-    if (shape.position_embedding_type, shape.normalization, shape.gated) != ("rope", "RMSNorm", True):
+    form = (shape.position_embedding_type, shape.normalization, shape.activation, shape.gated)
+    if form != ("rope", "RMSNorm", "silu", True):
         return None
     hf = {
         "attention_dropout": shape.attention_dropout,
@@ -212,13 +213,11 @@ def from_shape(shape: Shape) -> HFConfig | None:
         "num_hidden_layers": shape.num_layers,
         "num_key_value_heads": shape.num_query_groups,
         "rms_norm_eps": shape.norm_epsilon,
-        "rope_scaling": None,
+        "rope_scaling": scaling_section(shape.rope_scaling),
         "rope_theta": shape.rotary_base,
         "tie_word_embeddings": shape.tied,
         "vocab_size": shape.vocab_size,
     }
-    if shape.rope_scaling:
-        hf["rope_scaling"] = {"rope_type": SCALINGS[type(shape.rope_scaling)], **vars(shape.rope_scaling)}
     if shape.hidden_dropout:
         hf["hidden_dropout"] = shape.hidden_dropout
     return hf

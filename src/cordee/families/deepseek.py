@@ -30,7 +30,10 @@ LATENT_EPS = 1e-6  # of the norms of compressed vectors, whatever `rms_norm_eps`
 KEYS = {
     **common.MULTI_HEAD_KEYS,
     **expert_keys("n_routed_experts"),
+    "moe_aux_loss_coeff": "aux_loss_alpha",
+    "moe_router_load_balancing_type": lambda name: {"topk_method": "greedy" if name == "softmax_topk" else name},
     "moe_router_num_groups": "n_group",
+    "num_attention_heads": lambda count: {"num_attention_heads": count, "num_key_value_heads": count},
     **{
         name: name
         for name in (

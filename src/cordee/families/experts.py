@@ -55,8 +55,8 @@ def read_layer_numbers(hf: ConfigReader, key: str, default: list[int]) -> list[i
 
 
 def expert_keys(experts: str, top_k: str = "num_experts_per_tok") -> dict[str, str]:
-    """Under which keys options change how many experts there are, and how many of them a token visits."""
-    return {"num_experts": experts, "moe_router_topk": top_k}
+    """Under which keys options change how many experts there are, how many a token visits, and their loss."""
+    return {"num_experts": experts, "moe_router_topk": top_k, "moe_aux_loss_coeff": "router_aux_loss_coef"}
 
 
 # Keys that options change where experts are the only MLPs there are, and weights may be normalised.

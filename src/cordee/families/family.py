@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from cordee.families.options import Shape, followers
+from cordee.families.options import Shape, followers, scaling_section
 from cordee.families.reader import ConfigReader
 from cordee.families.rules import Rule
 from cordee.model.config import ModelConfig
@@ -18,8 +18,9 @@ from cordee.model.config import ModelConfig
 HFConfig = dict[str, Any]
 
 # Which key of a `config.json` holds what options may say of a model: the names that most families share.
-KEYS: Mapping[str, str] = {
+KEYS: Mapping[str, str | Callable[[Any], HFConfig]] = {
     "attention_dropout": "attention_dropout",
+    "hidden_dropout": "hidden_dropout",
     "ffn_hidden_size": "intermediate_size",
     "hidden_size": "hidden_size",
     "init_method_std": "initializer_range",
@@ -29,6 +30,7 @@ KEYS: Mapping[str, str] = {
     "num_attention_heads": "num_attention_heads",
     "num_layers": "num_hidden_layers",
     "num_query_groups": "num_key_value_heads",
+    "rope_scaling": lambda scaling: {"rope_scaling": scaling_section(scaling)},
     "rotary_base": "rope_theta",
     "tied": "tie_word_embeddings",
     "vocab_size": "vocab_size",
@@ -105,6 +107,8 @@ class Family:
                 return None
             return {key: new.get(key) for key in old | new if old.get(key) != new.get(key)}
         differing = {name: value for name, value in vars(after).items() if value != getattr(before, name)}
+        if "qk_nope_head_dim" in self.keys:
+            differing.pop("kv_channels", None)  # of latent attention it is a sum
         if differing.keys() - self.keys.keys() <= followers(before, after) and features.keys() <= self.keys.keys():
             differing |= features
             changed = [(self.keys[name], value) for name, value in differing.items() if name in self.keys]

@@ -67,7 +67,7 @@ FAMILY = Family(
     read=read,
     weights=weights,
     base_prefix="model.",
-    keys={name: key for name, key in KEYS.items() if name != "rotary_base"},  # it has two
+    keys={name: key for name, key in KEYS.items() if name not in ("rope_scaling", "rotary_base")},  # it has two
     presets={
         "gemma3-270m": preset(18, 640, 2048, 4, 1, 256, **_OWN),
         "gemma3-1b": preset(26, 1152, 6912, 4, 1, 256, **_OWN),

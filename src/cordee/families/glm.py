@@ -7,7 +7,7 @@ neighbouring pairs of dims (GLM Team 2024). Its own form is in `chatglm.py`.
 from __future__ import annotations
 
 from cordee.families import common
-from cordee.families.family import Family, Preset
+from cordee.families.family import KEYS, Family, Preset
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import read_rope
 from cordee.families.rules import GATE_UP, Rule, module
@@ -71,6 +71,7 @@ FAMILY = Family(
     read=read,
     weights=weights,
     base_prefix="model.",
+    keys={**KEYS, "rotary_percent": "partial_rotary_factor"},
     presets={
         "glm4-9b-hf": Preset(config={**SHAPE, "max_position_embeddings": 8192}, licence="GLM-4-9B License"),
         "glm4-9b-chat-hf": Preset(

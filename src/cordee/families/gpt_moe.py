@@ -110,7 +110,14 @@ FAMILY = Family(
     read=read,
     weights=weights,
     base_prefix="model.",
-    keys={**KEYS, **expert_keys("num_local_experts"), "norm_epsilon": "layer_norm_eps"},
+    keys={
+        **KEYS,
+        **expert_keys("num_local_experts"),
+        "dense_bias": "attention_bias",
+        "mlp_bias": "mlp_bias",
+        "norm_epsilon": "layer_norm_eps",
+        "qkv_bias": "attention_bias",
+    },
     presets={
         "gpt4-4x13b": _preset(10, **_NO_BIAS, **_DROP),
         "gpt4-4x16b": _preset(8),

@@ -128,6 +128,6 @@ FAMILY = Family(
     read=read,
     weights=weights,
     base_prefix="model.",
-    keys={**KEYS, **expert_keys("num_local_experts")},
+    keys={**KEYS, **expert_keys("num_local_experts"), "interleave_sliding_window": "sliding_window"},
     presets={"gpt-oss-20b": _preset(24, 32), "gpt-oss-120b": _preset(36, 128)},
 )

@@ -110,6 +110,7 @@ FAMILY = Family(
         **expert_keys("num_experts"),
         "attn_logit_softcapping": "max_attn_value",
         "output_multiplier_scale": "output_multiplier_scale",
+        "query_pre_attn_scalar": lambda number: {"attn_output_multiplier": number**-0.5},
         "scale_emb": "embedding_multiplier_scale",
     },
     presets={

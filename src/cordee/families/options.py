@@ -12,8 +12,10 @@ from typing import Any, TypeVar
 from cordee.config.option import to_flag
 from cordee.config.schema import ModelOptions
 from cordee.errors import Problem, raise_all
+from cordee.families.features import Features, sparse_layers
 from cordee.families.rope import mscale
 from cordee.model.config import (
+    Activation,
     AttentionConfig,
     LatentAttentionConfig,
     LinearScaling,
@@ -48,7 +50,7 @@ class Shape:
     rope_scaling: Scaling | None
     normalization: str
     norm_epsilon: float
-    activation: str  # names of `MLPConfig`
+    activation: Activation
     gated: bool
     qkv_bias: bool
     dense_bias: bool
@@ -60,7 +62,7 @@ class Shape:
 
 
 def shape_of(config: ModelConfig) -> Shape:
-    """`config`, all of whose layers are taken to be like the first, in the words of the options.
+    """`config`, as its first layer is, in the words of the options.
 
     Of a mixture of experts it tells what one of them is like, of latent attention how large the keys are.
     """
@@ -103,6 +105,11 @@ def _position_type(config: ModelConfig) -> str:
     return "alibi" if isinstance(attention, AttentionConfig) and attention.alibi else "rope"
 
 
+def scaling_section(scaling: Scaling | None) -> dict[str, Any] | None:
+    """What a `config.json` calls `rope_scaling`."""
+    return None if scaling is None else {"rope_type": SCALINGS[type(scaling)], **vars(scaling)}
+
+
 def followers(*shapes: Shape) -> set[str]:
     """The fields that in all `shapes` are what others make them, so that a family needs no key for them."""
     found = set()
@@ -115,19 +122,24 @@ def followers(*shapes: Shape) -> set[str]:
     return found
 
 
-def resolve(options: ModelOptions, base: Shape | None = None, vocab_size: int | None = None) -> Shape:
+def resolve(
+    options: ModelOptions,
+    features: Features,
+    base: Shape | None = None,
+    vocab_size: int | None = None,
+) -> Shape:
     """The shape that `options` give: on top of `base`, or on Megatron's defaults.
 
-    `vocab_size` stands in where neither options nor base say how many tokens there are. ProblemError with everything
-    that is missing or cannot be together.
+    `features` are those that the model will have. `vocab_size` stands in where neither options nor base say how many
+    tokens there are. ProblemError with everything that is missing or cannot be together.
     """
-    resolver = _Resolver(options, base)
+    resolver = _Resolver(options, features, base)
     shape = resolver.shape(vocab_size)
     raise_all(resolver.problems)
     return shape
 
 
-_ACTIVATIONS = {  # options that name an activation: it, and whether the MLP is gated
+_ACTIVATIONS: dict[str, tuple[Activation, bool]] = {  # what options name: it, and whether the MLP is gated
     "swiglu": ("silu", True),
     "geglu": ("gelu", True),
     "gelu_tanh": ("gelu_tanh", True),
@@ -148,8 +160,9 @@ _SCALED_BY = {  # options of rotary scaling and the kinds that have them
 class _Resolver:
     """Takes each value from the options, else from the base, else the default, and notes what is wrong."""
 
-    def __init__(self, options: ModelOptions, base: Shape | None):
+    def __init__(self, options: ModelOptions, features: Features, base: Shape | None):
         self.options = options
+        self.features = features
         self.base = base
         self.problems: list[Problem] = []
 
@@ -162,7 +175,7 @@ class _Resolver:
             vocab_size=self.vocabulary(tokens),
             num_layers=self.needed("num_layers"),
             hidden_size=hidden,
-            ffn_hidden_size=self.pick("ffn_hidden_size", hidden * 8 // 3 // 64 * 64 if gated else 4 * hidden),
+            ffn_hidden_size=self.width(hidden, gated),
             num_attention_heads=heads,
             num_query_groups=self.groups(heads),
             kv_channels=self.head_dim(hidden, heads),
@@ -201,11 +214,19 @@ class _Resolver:
             return 1
         return value
 
+    def width(self, hidden: int, gated: bool) -> int:
+        """Width of the first layer's MLP or, where it has experts, of one of these."""
+        width = self.pick("ffn_hidden_size", hidden * 8 // 3 // 64 * 64 if gated else 4 * hidden)
+        if self.base is None or not self.features.get("num_experts") or not sparse_layers(1, self.features)[0]:
+            return width
+        narrow = self.features.get("moe_intermediate_size", width)
+        had_experts = self.options.moe_intermediate_size is None and narrow == self.base.ffn_hidden_size
+        return width if had_experts else narrow
+
     def head_dim(self, hidden: int, heads: int) -> int:
         base, options = self.base, self.options
-        nope, rope = (getattr(options, name, None) for name in ("qk_nope_head_dim", "qk_rope_head_dim"))
-        if nope and rope:
-            return nope + rope
+        if self.features.get("multi_head_latent_attention"):
+            return self.features.get("qk_nope_head_dim", 1) + self.features.get("qk_rope_head_dim", 1)
         if base and base.kv_channels * base.num_attention_heads != base.hidden_size:
             return self.pick("kv_channels", 0)  # a free choice of the base, which other options leave alone
         if options.kv_channels is None and hidden % heads:
@@ -228,7 +249,7 @@ class _Resolver:
             return heads
         return groups
 
-    def activation(self) -> tuple[str, bool]:
+    def activation(self) -> tuple[Activation, bool]:
         """Name of the activation and whether the MLP is gated."""
         given = [name for name in _ACTIVATIONS if getattr(self.options, name)]
         for name in given[1:]:
@@ -252,13 +273,14 @@ class _Resolver:
             self.problem(
                 "rope_scaling_type", "--rotary-seq-len-interpolation-factor says another", "give one of the two"
             )
-        elif options.rotary_seq_len_interpolation_factor is not None:
-            base, kind = LinearScaling(factor=options.rotary_seq_len_interpolation_factor), "linear"
+        elif (stretch := options.rotary_seq_len_interpolation_factor) is not None:
+            base = LinearScaling(factor=stretch) if stretch > 1 else None
         kind = kind or (SCALINGS[type(base)] if base else None)
         self.only_with_their_scaling(kind)
         if kind is None or kind == "linear":
             return base
-        return self.llama3(base) if kind == "llama3" else self.yarn(base)
+        same = base if base is not None and SCALINGS[type(base)] == kind else None
+        return self.llama3(same) if kind == "llama3" else self.yarn(same)
 
     def only_with_their_scaling(self, kind: str | None) -> None:
         for name, kinds in _SCALED_BY.items():
@@ -275,11 +297,12 @@ class _Resolver:
         )
 
     def yarn(self, base: Scaling | None) -> YarnScaling:
-        options, base = self.options, base if isinstance(base, YarnScaling) else None
+        options = self.options
+        assert base is None or isinstance(base, YarnScaling)
         factor = self.of_scaling(base, "factor", "rope_scaling_factor")
         strength = options.rope_scaling_mscale
         known = base.attention_factor if base and base.factor == factor and strength is None else None
-        all_dim = getattr(options, "rope_scaling_mscale_all_dim", None) or 0.0
+        all_dim = self.features.get("rope_scaling_mscale_all_dim", 0.0)
         sharper = mscale(factor, self.first(strength, 1.0)) / mscale(factor, all_dim)
         return YarnScaling(
             factor=factor,

@@ -6,7 +6,7 @@ Some have a window, some turn only part of a head, and the long ones stretch pos
 from __future__ import annotations
 
 from cordee.families import common
-from cordee.families.family import Family, Preset
+from cordee.families.family import KEYS, Family, Preset
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import read_rope
 from cordee.families.rules import GATE_UP, Rule, module, packed_qkv
@@ -95,5 +95,6 @@ FAMILY = Family(
     read=read,
     weights=weights,
     base_prefix="model.",
+    keys={**KEYS, "rotary_percent": "partial_rotary_factor", "sliding_window": "sliding_window"},
     presets=PRESETS,
 )

@@ -12,17 +12,20 @@ import json
 import logging
 import pkgutil
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import cordee.families
+from cordee.config.option import to_flag
 from cordee.config.schema import ModelOptions
-from cordee.errors import Problem, ProblemError
+from cordee.errors import Findings, Problem, ProblemError, raise_all
+from cordee.families import described
 from cordee.families.count import canonical_shapes
 from cordee.families.family import Family, HFConfig
-from cordee.families.features import Features, features_of, given_features, missing, unwanted, with_defaults
-from cordee.families.options import Shape, resolve, shape_of
+from cordee.families.features import PATTERN, Features, features_of, given_features, lost, missing, same, with_defaults
+from cordee.families.options import Shape, followers, resolve, shape_of
 from cordee.families.reader import ConfigReader, nearest
 from cordee.families.rules import Rule
 from cordee.model.config import ModelConfig
@@ -78,32 +81,31 @@ class ModelSpec:
 
     def with_options(self, options: ModelOptions) -> ModelSpec:
         """The same model with what `options` change. ProblemError if the family has no such model."""
-        wanted = given_features(options)
-        spec = self._with_shape(resolve(options, shape_of(self.config)), wanted)
-        if spec is None:
+        there, wanted = features_of(self.config), given_features(options)
+        if "num_experts" not in there:
+            wanted = with_defaults(wanted)
+        if not wanted.keys().isdisjoint(PATTERN):
+            wanted = {**{name: there[name] for name in PATTERN if name in there}, **wanted}
+        after = resolve(options, {**there, **wanted}, shape_of(self.config))
+        if after == shape_of(self.config) and not missing(self.config, wanted):
+            return self
+        changed = self.family.changes(shape_of(self.config), after, missing(self.config, wanted))
+        spec = self if changed is None else self._with_keys(changed)
+        if shape_of(spec.config) != after or missing(spec.config, wanted) or lost(self.config, spec.config, wanted):
             fits = f"family {self.family.name}: {self.family.changeable}"
             raise ProblemError([_no_such_model(options, fits)])
-        return spec if spec is self else spec._with_fitting_tokens()
-
-    def _with_shape(self, after: Shape, wanted: Features) -> ModelSpec | None:
-        """The same model with this shape and the features that are `wanted`; None if the family has none."""
-        before, differing = shape_of(self.config), missing(self.config, wanted)
-        if before == after and not differing:
-            return self
-        changed = self.family.changes(before, after, differing)
-        if changed is None:
-            return None
-        spec = self._with_keys(changed)
-        return spec if shape_of(spec.config) == after and not missing(spec.config, wanted) else None
+        return spec._with_fitting_tokens()
 
     def _with_keys(self, changed: HFConfig) -> ModelSpec:
         """The same model with other values of keys, None to take one out."""
+        return replace(spec_from_hf(self._hf_with(changed), "model options"), base_prefix=self.base_prefix)
+
+    def _hf_with(self, changed: HFConfig) -> HFConfig:
         hf = dict(self.hf_config)
         if changed.keys() & ROPE_KEYS and (rope := hf.pop("rope_parameters", None)):
             hf["rope_theta"] = rope.get("rope_theta")
             hf["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
-        hf = {key: value for key, value in (hf | changed).items() if key not in changed or value is not None}
-        return replace(spec_from_hf(hf, "model options"), base_prefix=self.base_prefix)
+        return {key: value for key, value in (hf | changed).items() if key not in changed or value is not None}
 
     def _with_fitting_tokens(self) -> ModelSpec:
         """The same model without special tokens that its vocabulary lacks."""
@@ -142,14 +144,20 @@ def _strange_tokens(hf: Mapping[str, Any], vocab_size: int) -> list[str]:
 
 def spec_from_hf(hf: Mapping[str, Any], where: str = "config.json") -> ModelSpec:
     """The model that a Hugging Face configuration describes. ProblemError with all that is wrong with it."""
+    spec, unread = _read(hf, where)
+    if unread:
+        logger.warning("%s: keys that family %s does not know: %s", where, spec.family.name, ", ".join(sorted(unread)))
+    return spec
+
+
+def _read(hf: Mapping[str, Any], where: str) -> tuple[ModelSpec, set[str]]:
+    """The model, and the keys that mean nothing to its family."""
     family = _family_of(hf, where)
     complete = family.skeleton(hf)
     reader = ConfigReader(complete, where)
     config = family.read(reader)
     reader.finish()
-    if unread := reader.unread():
-        logger.warning("%s: keys that family %s does not know: %s", where, family.name, ", ".join(sorted(unread)))
-    return ModelSpec(family, complete, config)
+    return ModelSpec(family, complete, config), set(reader.unread())
 
 
 def _family_of(hf: Mapping[str, Any], where: str) -> Family:
@@ -179,6 +187,10 @@ def spec_from_directory(path: str | Path) -> ModelSpec:
     if not file.is_file():
         why, fix = "there is no config.json in it", "give the directory that holds config.json and the weights"
         raise ProblemError([Problem("model directory", path, why, fix)])
+    return _spec_from_file(file)
+
+
+def _spec_from_file(file: Path) -> ModelSpec:
     try:
         hf = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -205,59 +217,98 @@ def spec_from_preset(name: str) -> ModelSpec:
 
 
 def spec_named(name: str) -> ModelSpec:
-    """The model that --model names: a preset, or that of the `config.json` in a directory."""
-    return spec_from_directory(name) if Path(name).is_dir() else spec_from_preset(name)
+    """The model that --model names: a preset or, if there is none, that of a `config.json` or of one in a directory."""
+    path = Path(name)
+    if name in presets() or not path.exists():
+        return spec_from_preset(name)
+    return spec_from_directory(path) if path.is_dir() else _spec_from_file(path)
 
 
 def spec_from_options(options: ModelOptions, vocab_size: int | None = None) -> ModelSpec:
-    """The model that options describe: `--model` with what else they say, or a shape on its own.
+    """The model that options describe: `--model` with what else they say, or a model on its own.
 
     `vocab_size`, the tokenizer's, stands in where the options give none and there is no --model. ProblemError with all
     that is missing or contradictory, or if no family has such a model.
     """
     if options.model is not None:
         return spec_named(options.model).with_options(options)
-    shape, wanted = resolve(options, None, vocab_size), with_defaults(given_features(options))
-    spec = _of_family_of_shape(shape)
-    if spec is None or missing(spec.config, wanted):
-        spec = next(_like_presets(shape, wanted), None)
-    if spec is None:
-        raise ProblemError([_no_such_model(options, _possible(wanted))])
-    return spec
+    found, wanted = Findings(), with_defaults(given_features(options))
+    shape = found.attempt(lambda: resolve(options, wanted, None, vocab_size))
+    found.problems += described.check(wanted)
+    raise_all(found.problems)
+    assert shape is not None
+    model = described.canonical(described.describe(shape, wanted))
+    for spec in (*_of_shape(shape), *_like_presets(model, shape.ffn_hidden_size, wanted)):
+        if described.canonical(spec.config) == model:
+            return spec
+    raise ProblemError([_no_such_model(options, _nearest(model))])
 
 
-def _of_family_of_shape(shape: Shape) -> ModelSpec | None:
-    """The model of the first family that options alone lead to."""
+def _of_shape(shape: Shape) -> Iterator[ModelSpec]:
+    """What the families that options alone lead to have of this shape."""
     for family in families().values():
         hf = family.from_shape(shape) if family.from_shape else None
         if hf is not None:
-            return spec_from_hf(family.skeleton(hf), "model options")
-    return None
+            yield spec_from_hf(family.skeleton(hf), "model options")
 
 
-def _like_presets(shape: Shape, wanted: Features) -> Iterator[ModelSpec]:
-    """Models of this shape, with the features that are `wanted` and no others, made of presets."""
+def _like_presets(model: ModelConfig, dense_width: int, wanted: Features) -> Iterator[ModelSpec]:
+    """Presets, changed to have the shape of `model` and the features that are `wanted`, as far as families' keys go.
+
+    `dense_width` is that of MLPs which are no experts, whether there are any or not.
+    """
+    after = shape_of(model)
     for name in presets():
         preset = spec_from_preset(name)
-        # What a preset says of its tokens and of the type of its weights is not the new model's.
+        keys = preset.family.keys
+        without = dict.fromkeys((features_of(preset.config).keys() - features_of(model).keys()) & keys.keys())
+        differing = missing(preset.config, {**without, **wanted})
+        has_both = "moe_intermediate_size" in keys and keys["moe_intermediate_size"] != keys["ffn_hidden_size"]
+        width = dense_width if has_both else after.ffn_hidden_size
+        shape = replace(after, ffn_hidden_size=width)
+        changed = preset.family.changes(shape_of(preset.config), shape, differing)
+        if changed is None:
+            continue
+        loss = keys.get("moe_aux_loss_coeff")
+        # What a preset says of its tokens, of the type of its weights and of its training is not the new model's.
         own = {key: value for key, value in preset.hf_config.items() if key not in OF_WEIGHTS and _is_no_token(key)}
-        spec = replace(preset, hf_config=own)._with_shape(shape, wanted)
-        if spec is not None and not unwanted(spec.config, wanted):
-            yield spec
+        own |= {loss: 0.0} if isinstance(loss, str) else {}
+        with suppress(ProblemError):  # keys that do not go together are this family's matter, and others may fit
+            spec, unread = _read(replace(preset, hf_config=own)._hf_with(changed), "model options")
+            if not unread & changed.keys():
+                yield spec
 
 
-def _possible(wanted: Features) -> str:
-    """What there is instead of a model that no family has."""
-    having = [name for name in presets() if wanted.keys() <= features_of(spec_from_preset(name).config).keys()]
-    if not any(wanted.values()):
-        fits = [f"{family.name}: {family.fits}" for family in families().values() if family.from_shape]
-        return "; ".join([*fits, "others by --model"])
-    if not having:
-        return "--model with a preset or a config.json; none has all of that together"
-    return f"--model with a preset that has these features ({', '.join(having)}), and what is to be different"
+_FLAGS = {  # of fields of a `Shape` that no option is named after
+    "activation": "the activation",
+    "dense_bias": "--add-dense-bias",
+    "gated": "the activation",
+    "mlp_bias": "--add-bias-linear",
+    "qkv_bias": "--add-qkv-bias",
+    "rope_scaling": "--rope-scaling-type",
+    "tied": "--untie-embeddings-and-output-weights",
+}
+
+
+def _nearest(model: ModelConfig) -> str:
+    """The preset that differs in the fewest words from a model that no family has, and in which."""
+    differing = {name: _differing(spec_from_preset(name), model) for name in presets()}
+    name = min(differing, key=lambda name: len(differing[name]))
+    words = ", ".join(sorted({_FLAGS.get(word, to_flag(word)) for word in differing[name]}))
+    nearest_is = f"the nearest, {name}, differs in {words or 'something that no option says'}"
+    return f"what --model with a preset or a config.json gives, and changes of it; {nearest_is}"
+
+
+def _differing(preset: ModelSpec, model: ModelConfig) -> set[str]:
+    """The words of `model` that the family of `preset` has no key for, and that differ."""
+    before, after = shape_of(preset.config), shape_of(model)
+    shape = {name for name, value in vars(after).items() if value != getattr(before, name)}
+    ours, theirs = features_of(described.canonical(preset.config)), features_of(model)
+    features = {name for name in ours.keys() | theirs.keys() if not same(ours.get(name), theirs.get(name))}
+    return (shape - followers(before, after) | features) - preset.family.keys.keys()
 
 
 def _no_such_model(options: ModelOptions, fits: str) -> Problem:
-    given = {name: getattr(options, name) for name in ModelOptions.__dataclass_fields__} | given_features(options)
+    given = {name: getattr(options, name) for name in ModelOptions.__dataclass_fields__}
     text = ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
     return Problem("model options", text, "no family has a model of this form", f"possible are: {fits}")

@@ -68,7 +68,8 @@ def check_part(source: Source, config: GenerateConfig | EvaluateConfig, shape: D
     """What keeps `load_part` from loading, as far as it can be known before."""
     found = Findings()
     found.attempt(lambda: dtype_of(config.dtype, source))
-    found.attempt(lambda: device_of(config.device))
+    if shape.world_size == 1 and config.device is not None:
+        found.attempt(lambda: device_of(config.device))
     if shape.world_size > 1:
         found.problems += inference.check(source.spec.config, shape)
     return found.problems

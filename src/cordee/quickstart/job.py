@@ -97,8 +97,9 @@ class Climb:
 
 def run(config: QuickstartConfig) -> int:
     """Run every phase; 0 if the report was written."""
+    source = _source(config)
     climb = Climb(config, _fresh_folder(config), Console())
-    text = _collect(climb)
+    text = _collect(climb, source)
     size = _learn_tokenizer(climb, text)
     _preprocess(climb, text)
     values = _train_values(climb, size)
@@ -116,6 +117,13 @@ def run(config: QuickstartConfig) -> int:
     return 0
 
 
+def _source(config: QuickstartConfig) -> Path | None:
+    source = Path(config.input) if config.input else None
+    if source is not None and not source.exists():
+        raise ProblemError([Problem("--input", source, "there is no such file or folder", "give one that exists")])
+    return source
+
+
 def _fresh_folder(config: QuickstartConfig) -> Path:
     folder = Path(config.output)
     if folder.exists() and not folder.is_dir():
@@ -127,16 +135,17 @@ def _fresh_folder(config: QuickstartConfig) -> Path:
             fix = "add --overwrite, or give another folder" if ours else "give another folder"
             raise ProblemError([Problem("--output", folder, why, fix)])
         shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MARKER).write_text("made by `cordee quickstart`, which may replace this folder\n", encoding="utf-8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / MARKER).write_text("made by `cordee quickstart`, which may replace this folder\n", encoding="utf-8")
+    except OSError as error:
+        fix = "give a folder in a place that can be written to"
+        raise ProblemError([Problem("--output", folder, f"it cannot be made: {error}", fix)]) from error
     return folder
 
 
-def _collect(climb: Climb) -> corpus.Corpus:
+def _collect(climb: Climb, source: Path | None) -> corpus.Corpus:
     with climb.phase("collect text"):
-        source = Path(climb.config.input) if climb.config.input else None
-        if source is not None and not source.exists():
-            raise ProblemError([Problem("--input", source, "there is no such file or folder", "give one that exists")])
         text = corpus.collect(source, climb.folder)
     characters = f"{text.num_characters / 1e6:.1f} M characters"
     climb.say(f"{text.num_documents} documents to train on, {text.num_held_out} held out, {characters}")

@@ -6,8 +6,9 @@ file of weights, so that a checkpoint does not hold them: like a learning rate t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
+from typing import Any
 
 from cordee.config.option import to_flag
 from cordee.config.schema import ExpertTrainingOptions, TrainConfig
@@ -27,6 +28,21 @@ def with_training(spec: ModelSpec, options: TrainConfig) -> ModelSpec:
         for layer in spec.config.layers
     )
     return replace(spec, config=replace(spec.config, layers=tuple(layers)))
+
+
+def given_options(options: ExpertTrainingOptions) -> dict[str, Any]:
+    """What is said of how experts are trained, by the name of the option."""
+    values = {field.name: getattr(options, field.name) for field in fields(ExpertTrainingOptions)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def check_resumed(options: TrainConfig, before: Mapping[str, Any]) -> Iterator[Problem]:
+    """What a run was told `before`, and is not told now that it goes on: it would train by another loss, unseen."""
+    for field in fields(ExpertTrainingOptions):
+        said = before.get(field.name)
+        if said is not None and getattr(options, field.name) is None:
+            why = f"the run was begun with {to_flag(field.name)} {said}"
+            yield Problem(to_flag(field.name), None, why, "give it again, or another value")
 
 
 def _trained(moe: MoEConfig, options: TrainConfig) -> MoEConfig:
@@ -62,12 +78,15 @@ def _capacity(capacity: CapacityConfig | None, options: TrainConfig) -> Capacity
 
 
 def _problems(config: ModelConfig, options: TrainConfig) -> Iterator[Problem]:
-    given = [f.name for f in fields(ExpertTrainingOptions) if getattr(options, f.name) not in (None, False)]
+    given = given_options(options)
     mixtures = [layer.mlp for layer in config.layers if isinstance(layer.mlp, MoEConfig)]
     if not mixtures:
         for name in given:
             yield _problem(options, name, "the model has no experts", "leave it out, or take a model with experts")
         return
+    balance = _balance(mixtures[0], options)
+    if options.seq_aux is not None and not (balance.expert or balance.device or balance.communication):
+        yield _problem(options, "seq_aux", "there is no such loss", "add --moe-aux-loss-coeff, or leave it out")
     if options.moe_expert_capacity_factor == 0:
         why = "experts without capacity compute nothing"
         yield _problem(options, "moe_expert_capacity_factor", why, "give 1 or more; below 0 drops nothing")
@@ -76,7 +95,7 @@ def _problems(config: ModelConfig, options: TrainConfig) -> Iterator[Problem]:
             if name in _OF_CAPACITY:
                 fix = "add --moe-expert-capacity-factor, or leave it out"
                 yield _problem(options, name, "nothing limits what an expert gets", fix)
-    if _balance(mixtures[0], options).num_devices == 1:
+    if balance.num_devices == 1:
         for name in given:
             if name in _OF_GROUPS:
                 fix = "leave it out, or take a model that chooses experts by groups"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cordee.errors import Problem, raise_all
 from cordee.optim.schedule import Schedule
+from cordee.train import experts
 
 if TYPE_CHECKING:
     from cordee.optim.precision import LossScaler
@@ -42,7 +43,14 @@ def join(plan: RunPlan, manifest: dict[str, Any]) -> RunPlan:
     then = Schedule(**manifest["schedule"])
     if plan.config.use_checkpoint_opt_param_scheduler:
         plan = replace(plan, schedule=then)
-    raise_all([*_data_problems(plan, manifest), *_schedule_problems(plan, then), *_optimizer_problems(plan, manifest)])
+    raise_all(
+        [
+            *_data_problems(plan, manifest),
+            *_schedule_problems(plan, then),
+            *_optimizer_problems(plan, manifest),
+            *experts.check_resumed(plan.config, manifest["config"]),
+        ]
+    )
     return plan
 
 

@@ -12,17 +12,22 @@ from typing import Any
 
 import torch
 
-from cordee.config.schema import ModelOptions
+from cordee.config.model_options import FeatureOptions, ModelOptions
 from cordee.errors import Problem, ProblemError
+from cordee.families import described
+from cordee.families.features import features_of, with_defaults
+from cordee.families.options import shape_of
 from cordee.families.registry import ModelSpec, spec_from_options
 from cordee.model.config import (
     AttentionConfig,
     LatentAttentionConfig,
+    LinearScaling,
     Llama3Scaling,
     MLPConfig,
     ModelConfig,
     MoEConfig,
     RopeConfig,
+    YarnScaling,
 )
 from cordee.weights.megatron.layout import Layout
 
@@ -78,7 +83,25 @@ def arguments(config: ModelConfig, layout: Layout, padded_vocab: int, **more: An
     values |= _rope(rope, attention) if rope is not None else {}
     values |= _attention(attention)
     values |= _mlp(config)
-    return Namespace(**{**values, **more})
+    # Where Megatron has a form of its own for a feature, it stands.
+    return Namespace(**{**_features(config), **values, UNTOLD: _is_untold(config), **more})
+
+
+def _features(config: ModelConfig) -> dict[str, Any]:
+    """The features as the options call them, each said once: Megatron would multiply twice."""
+    found = {**dict.fromkeys(FEATURES), **features_of(config)}
+    if found["input_embeds_norm"]:
+        found["scale_emb"] = None
+    if found["dim_model_base"]:
+        other = "output_multiplier_scale" if float(found["dim_model_base"]).is_integer() else "dim_model_base"
+        found[other] = None
+    return found
+
+
+def _is_untold(config: ModelConfig) -> bool:
+    """Whether the model has properties that no option says, and so no setting."""
+    told = {**with_defaults(features_of(config)), **{name: None for name in ("input_embeds_norm", "dim_model_base")}}
+    return described.canonical(described.describe(shape_of(config), told)) != described.canonical(config)
 
 
 def _rope(rope: RopeConfig, attention: AttentionConfig | LatentAttentionConfig) -> dict[str, Any]:
@@ -88,7 +111,17 @@ def _rope(rope: RopeConfig, attention: AttentionConfig | LatentAttentionConfig) 
         "rotary_percent": (rope.rotary_dim or head_dim) / head_dim,
         "rotary_interleaved": False,
     }
-    if isinstance(rope.scaling, Llama3Scaling):
+    if isinstance(rope.scaling, YarnScaling):
+        values |= {
+            "rope_scaling_type": "yarn",
+            "rope_scaling_factor": rope.scaling.factor,
+            "rope_scaling_original_max_position_embeddings": rope.scaling.original_max_position_embeddings,
+            "rope_scaling_beta_fast": rope.scaling.beta_fast,
+            "rope_scaling_beta_slow": rope.scaling.beta_slow,
+        }
+    elif isinstance(rope.scaling, LinearScaling):
+        values["rotary_seq_len_interpolation_factor"] = rope.scaling.factor
+    elif isinstance(rope.scaling, Llama3Scaling):
         values |= {
             "rope_scaling_type": "llama3",
             "use_rope_scaling": True,
@@ -97,6 +130,8 @@ def _rope(rope: RopeConfig, attention: AttentionConfig | LatentAttentionConfig) 
             "high_freq_factor": rope.scaling.high_freq_factor,
             "original_max_position_embeddings": rope.scaling.original_max_position_embeddings,
         }
+    elif rope.scaling is not None:
+        values["rope_scaling_type"] = type(rope.scaling).__name__  # not Megatron's: nobody shall take it for none
     return values
 
 
@@ -159,22 +194,34 @@ def _mlp(config: ModelConfig) -> dict[str, Any]:
 
 # ---- to a model ------------------------------------------------------------------------------------------------------
 
-_SAME = {field.name for field in fields(ModelOptions)} - {
-    "model",
-    "make_vocab_size_divisible_by",
-    "padded_vocab_size",
-    "group_query_attention",
-    "num_query_groups",
-    "openai_gelu",
-    "rope_scaling_type",
-    "rope_scaling_factor",
-    "low_freq_factor",
-    "high_freq_factor",
-    "original_max_position_embeddings",
-    "rope_scaling_beta_fast",
-    "rope_scaling_beta_slow",
-    "rope_scaling_mscale",
+UNTOLD = "cordee_model_untold"  # a setting of ours: the others do not tell all about the model
+FEATURES = {field.name for field in fields(FeatureOptions)}
+_FLAGS = {  # features that Megatron and MindSpeed-LLM keep in the same form, and that a dense model may have
+    *("add_rmsnorm_offset", "apply_residual_connection_post_layernorm", "attn_logit_softcapping", "dim_model_base"),
+    *("embed_layernorm", "input_embeds_norm", "interleave_sliding_window", "lm_norm_weight"),
+    *("output_logit_softcapping", "output_multiplier_scale", "post_norm", "qk_layernorm", "query_pre_attn_scalar"),
+    *("rotary_percent", "scale_depth", "scale_emb", "sliding_window"),
 }
+_SAME = (
+    {field.name for field in fields(ModelOptions)}
+    - FEATURES
+    - {
+        "model",
+        "make_vocab_size_divisible_by",
+        "padded_vocab_size",
+        "group_query_attention",
+        "num_query_groups",
+        "openai_gelu",
+        "rope_scaling_type",
+        "rope_scaling_factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+        "rope_scaling_beta_fast",
+        "rope_scaling_beta_slow",
+        "rope_scaling_mscale",
+    }
+)
 
 
 def spec_of_arguments(args: Namespace | None, vocab_size: int, where: str) -> ModelSpec:
@@ -185,11 +232,17 @@ def spec_of_arguments(args: Namespace | None, vocab_size: int, where: str) -> Mo
     if args is None:
         why = "it carries no settings, so that nothing tells which model it is"
         raise ProblemError([Problem(where, None, why, GIVE_MODEL)])
+    if getattr(args, UNTOLD, False):
+        raise ProblemError([Problem(where, None, "its settings do not tell all about the model", GIVE_MODEL)])
     given = {name: value for name, value in vars(args).items() if isinstance(value, str | int | float)}
     if given.get("num_experts") or given.get("multi_latent_attention") or given.get("multi_head_latent_attention"):
         why = "its settings do not tell all about a mixture of experts or latent attention"
         raise ProblemError([Problem(where, None, why, GIVE_MODEL)])
+    if given.get("position_embedding_type") == "alibi" and not hasattr(args, "lm_norm_weight"):
+        why = "its settings do not tell whether the head is normalised, as it is in some models with alibi"
+        raise ProblemError([Problem(where, None, why, GIVE_MODEL)])
     values = {name: given[name] for name in _SAME & given.keys()}
+    values |= {name: given[name] for name in _FLAGS & given.keys() if given[name]}
     values |= {"vocab_size": vocab_size, "padded_vocab_size": vocab_size}
     values["norm_epsilon"] = given.get("norm_epsilon", given.get("layernorm_epsilon", 1e-5))
     if given.get("use_rotary_position_embeddings"):
@@ -202,14 +255,26 @@ def spec_of_arguments(args: Namespace | None, vocab_size: int, where: str) -> Mo
     values["add_qkv_bias"] = bool(biased or given.get("add_qkv_bias"))
     values["add_dense_bias"] = bool(biased or given.get("add_dense_bias"))
     try:
-        return spec_from_options(ModelOptions(**values, **_scaling(given)))
+        return spec_from_options(ModelOptions(**values, **_scaling(given, where)))
     except ProblemError as error:
         raise ProblemError(
             [Problem(where, p.option, f"by its settings: {p.why}", GIVE_MODEL) for p in error.problems]
         ) from error
 
 
-def _scaling(given: dict[str, Any]) -> dict[str, Any]:
+def _scaling(given: dict[str, Any], where: str) -> dict[str, Any]:
+    kind = given.get("rope_scaling_type")
+    if kind == "yarn":
+        return {
+            "rope_scaling_type": kind,
+            "rope_scaling_factor": given.get("rope_scaling_factor"),
+            "original_max_position_embeddings": given.get("rope_scaling_original_max_position_embeddings"),
+            "rope_scaling_beta_fast": given.get("rope_scaling_beta_fast"),
+            "rope_scaling_beta_slow": given.get("rope_scaling_beta_slow"),
+            "rope_scaling_mscale": given.get("rope_scaling_mscale"),
+        }
+    if kind not in (None, "llama3"):
+        raise ProblemError([Problem(where, kind, "its settings do not tell how positions are stretched", GIVE_MODEL)])
     if given.get("rope_scaling_type") != "llama3" and not given.get("use_rope_scaling"):
         return {}
     return {
