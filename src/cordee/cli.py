@@ -32,7 +32,7 @@ INFERENCE_GRACE = 10.0  # seconds: processes that write or score have nothing to
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """One command: `job` names `run(config) -> exit code`, `check` what finds all its problems before that.
+    """One command: `job` names `run(config) -> exit code`, which checks before it starts, `check` what only checks.
 
     `start` takes the place of checking and running where more is to be done.
     """
@@ -113,9 +113,16 @@ def _further(command: Command, loaded: Loaded[Any]) -> list[Problem]:
 
 
 def _run(command: Command, loaded: Loaded[Any], argv: Sequence[str]) -> int:
-    _raise_all(_problems(command, loaded), loaded)
     log.setup()
-    return _load(command.job)(loaded.config)
+    return _do(command, loaded)
+
+
+def _do(command: Command, loaded: Loaded[Any]) -> int:
+    try:
+        return _load(command.job)(loaded.config)
+    except ProblemError as error:
+        error.problems = render.with_origins(error.problems, loaded)
+        raise
 
 
 def _train(command: Command, loaded: Loaded[Any], argv: Sequence[str]) -> int:
@@ -135,11 +142,7 @@ def _infer(command: Command, loaded: Loaded[Any], argv: Sequence[str]) -> int:
     config = loaded.config
     processes = check.inference_processes(config)
     if processes == 1 or launch.rank_info().launcher:
-        try:
-            return _load(command.job)(config)
-        except ProblemError as error:
-            error.problems = render.with_origins(error.problems, loaded)
-            raise
+        return _do(command, loaded)
     _raise_all(_problems(command, loaded), loaded)
     return launch.spawn_local(argv, processes, grace_seconds=INFERENCE_GRACE)
 
@@ -238,13 +241,14 @@ COMMANDS = {
         "    --tokenizer-type PretrainedFromHF --tokenizer-name-or-path models/llama2",
         schema=schema.PreprocessConfig,
         job="cordee.data.preprocess:run",
-        check="cordee.config.check:check_preprocess",
+        check="cordee.data.preprocess:check_run",
     ),
     "convert": Command(
         about="Weights from one format to another.",
         example="cordee convert --load-dir checkpoints --save-dir models/mine --save-model-type hf",
         schema=schema.ConvertConfig,
         job="cordee.convert.job:run",
+        check="cordee.convert.job:check_run",
     ),
     "train": Command(
         about="Train a model, on all local devices or on those of the launcher that started this.",

@@ -166,7 +166,6 @@ def test_each_job_gets_its_configuration(jobs):
 @pytest.mark.parametrize(
     "argv",
     [
-        ["preprocess", "--output-prefix", "b"],
         ["generate", "--load", "a", "--tensor-model-parallel-size", "2"],
         ["evaluate", "--load", "a", "--nproc-per-node", "2"],
     ],

@@ -136,7 +136,7 @@ def test_model_options_that_contradict_the_checkpoint(tmp_path: Path):
     job.run(first)
     (problem,) = check_run(tiny.resumed(first, ffn_hidden_size=64))
     assert problem.option == "--load"
-    assert "[2, 64, 32], and is [2, 48, 32]" in problem.why
+    assert "--ffn-hidden-size 48 -> 64" in problem.why
     assert check_run(tiny.resumed(first, **{name: None for name in tiny.MODEL})) == []
 
 
@@ -273,3 +273,17 @@ def test_laws_of_the_model_are_told_whatever_the_number_of_processes(tmp_path: P
     found = check_run(given)
     assert {"processes", "--tensor-model-parallel-size"} <= {problem.option for problem in found}
     assert not any("no effect with one stage" in problem.why for problem in found)
+
+
+def test_options_that_change_what_is_loaded(tmp_path: Path):
+    given = tiny.config(tmp_path, train_iters=2)
+    assert job.run(given) == 0
+    (problem,) = check_run(tiny.resumed(given, rotary_base=5.0))
+    assert (problem.option, problem.why) == ("--load", "the run was of another model: --rotary-base 10000.0 -> 5.0")
+    (problem,) = check_run(tiny.resumed(given, num_layers=3))
+    assert problem.why == "the options ask for another model: --num-layers 2 -> 3"
+    anew = plan_run(tiny.resumed(given, rotary_base=5.0, finetune=True, save=str(tmp_path / "new")), 1)
+    assert "the options change what the model that is loaded computes: --rotary-base 10000.0 -> 5.0" in anew.notes
+    notes = plan_run(tiny.resumed(given, hidden_dropout=0.1), 1).notes
+    assert any("--hidden-dropout 0.0 -> 0.1" in note for note in notes)
+    assert check_run(tiny.resumed(given, rotary_base=1e4, num_layers=2)) == []

@@ -16,7 +16,7 @@ from cordee.config.option import to_flag
 from cordee.config.schema import ConvertConfig
 from cordee.convert.check import check_dialect, check_format, check_model, check_options, target_type
 from cordee.convert.formats import Format, format_of
-from cordee.errors import Problem, ProblemError, raise_all
+from cordee.errors import Findings, Problem, ProblemError, raise_all
 
 if TYPE_CHECKING:
     from cordee.convert.targets import Prepared
@@ -33,22 +33,10 @@ def run(options: ConvertConfig) -> int:
 
     ProblemError before anything is written, or if `verify` finds that it was written wrong.
     """
-    raise_all(check_options(options))
     for name in ("max_queue_size", "megatron_path"):
         if getattr(options, name) is not None:
             logger.warning("%s: without effect", to_flag(name))
-    form = format_of(options.load_dir)
-    raise_all(check_format(form, options))
-    output, model = _output(form, options), _model(form, options)
-    source = _read(form, model, options)
-    raise_all(check_model(source.spec, options))
-    if options.lora_load is not None:
-        from cordee.convert import adapters
-
-        source = adapters.merged(source, options)
-    from cordee.convert import targets
-
-    prepared = targets.prepare(source, output, options)
+    source, prepared, output = _prepare(options)
     if options.dry_run:
         _tell(source, prepared, output, options)
         return 0
@@ -65,7 +53,47 @@ def run(options: ConvertConfig) -> int:
     return 0
 
 
+def check_run(options: ConvertConfig) -> list[Problem]:
+    """Everything that would stop the job, as far as it can be known without reading values."""
+    found = Findings()
+    found.attempt(lambda: _prepare(options))
+    return found.problems
+
+
 # ---- before ----------------------------------------------------------------------------------------------------------
+
+
+def _prepare(options: ConvertConfig) -> tuple[Source, Prepared, Path]:
+    """What is read, what will be written, and where. ProblemError with everything that stands against it."""
+    from cordee.convert import targets
+
+    found = Findings([*check_options(options)])
+    form = found.attempt(lambda: format_of(options.load_dir))
+    if form is None:
+        found.attempt(lambda: targets.check_output(Path(options.save_dir).absolute(), overwrite=options.overwrite))
+        raise_all(found.problems)
+    assert form is not None
+    found.problems += check_format(form, options)
+    output = _output(form, options)
+    source = found.attempt(lambda: _source(form, options))
+    prepared = None
+    if source is not None:
+        found.problems += check_model(source.spec, options)
+        prepared = found.attempt(lambda: targets.prepare(source, output, options))
+    raise_all(found.problems)
+    assert source is not None and prepared is not None
+    return source, prepared, output
+
+
+def _source(form: Format, options: ConvertConfig) -> Source:
+    """What is read, with the adapter that is to be merged into it."""
+    source = _read(form, _model(form, options), options)
+    if options.lora_load is None:
+        return source
+    from cordee.convert import adapters
+
+    raise_all(check_model(source.spec, options))
+    return adapters.merged(source, options)
 
 
 def _output(form: Format, options: ConvertConfig) -> Path:

@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from cordee.config.check import check_preprocess
 from cordee.config.schema import PreprocessConfig
 from cordee.data.documents import Job, Tokenized
 from cordee.data.indexed import IndexedDataset, IndexedDatasetBuilder, bin_path, idx_path
@@ -26,7 +27,7 @@ from cordee.data.readers import hub, input_files, read_file
 from cordee.data.readers.chunk import Chunk, Invalid
 from cordee.data.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
 from cordee.data.workers import Workers
-from cordee.errors import Problem, ProblemError, raise_all
+from cordee.errors import Findings, Problem, ProblemError, raise_all
 from cordee.log import logger
 
 _SHOWN = 10  # invalid records named one by one
@@ -45,6 +46,7 @@ class Source:
 
 def run(config: PreprocessConfig) -> int:
     """Do the job of `config` and return 0. Raises `ProblemError` for what the user can mend."""
+    raise_all(check_preprocess(config))
     with _terminable():
         try:
             return _merge(config) if config.merge_group_keys else _tokenize(config)
@@ -54,19 +56,30 @@ def run(config: PreprocessConfig) -> int:
             raise ProblemError([Problem("--output-prefix", config.output_prefix, why, fix)]) from error
 
 
+def check_run(config: PreprocessConfig) -> list[Problem]:
+    """Everything that would stop the job, as far as it can be known before a text is read."""
+    found = Findings(check_preprocess(config))
+    if not found.problems and not config.merge_group_keys:
+        found.attempt(lambda: _prepare(config))
+    return found.problems
+
+
 # ---- text to tokens --------------------------------------------------------------------------------------------------
 
 
-def _tokenize(config: PreprocessConfig) -> int:
+def _prepare(config: PreprocessConfig) -> tuple[dict[str, str], list[Source]]:
+    """The prefix of every key's pair, and what is read. ProblemError with all that is wrong."""
     keys = tuple(dict.fromkeys(config.json_keys))
     prefixes = {key: f"{config.output_prefix}_{key}_document" for key in keys}
-    problems = [*_output_problems(config, prefixes.values()), *check_tokenizer(config)]
-    sources: list[Source] = []
-    try:
-        sources = _sources(config, keys)
-    except ProblemError as error:
-        problems += error.problems
-    raise_all(problems)
+    found = Findings([*_output_problems(config, prefixes.values()), *check_tokenizer(config)])
+    sources = found.attempt(lambda: _sources(config, keys))
+    raise_all(found.problems)
+    return prefixes, sources or []
+
+
+def _tokenize(config: PreprocessConfig) -> int:
+    prefixes, sources = _prepare(config)
+    keys = tuple(prefixes)
     tokenizer = load_tokenizer(config)
     job = Job(tokenizer=tokenizer, keys=keys, eod=_eod(config, tokenizer), seq_length=config.seq_length)
     tally = _Tally(keys, config.skip_invalid)

@@ -80,7 +80,7 @@ def lost(before: ModelConfig, after: ModelConfig, wanted: Features) -> set[str]:
 
 def same(ours: Any, theirs: Any) -> bool:
     """Whether two values of a word are equal; numbers up to rounding, and False is not there, as None is."""
-    if ours and theirs and not isinstance(ours, str) and not isinstance(theirs, str):
+    if isinstance(ours, int | float) and isinstance(theirs, int | float) and ours and theirs:
         return math.isclose(ours, theirs, rel_tol=1e-9)
     return (ours or None) == (theirs or None)
 

@@ -290,6 +290,13 @@ _FLAGS = {  # of fields of a `Shape` that no option is named after
 }
 
 
+def differences(before: ModelConfig, after: ModelConfig) -> dict[str, str]:
+    """What options would say otherwise of the two, "value -> value" by the option's flag."""
+    ours, theirs = ({**vars(shape_of(config)), **features_of(config)} for config in (before, after))
+    names = [name for name in {**ours, **theirs} if not same(ours.get(name), theirs.get(name))]
+    return {_FLAGS.get(name, to_flag(name)): f"{ours.get(name)} -> {theirs.get(name)}" for name in names}
+
+
 def _nearest(model: ModelConfig) -> str:
     """The preset that differs in the fewest words from a model that no family has, and in which."""
     differing = {name: _differing(spec_from_preset(name), model) for name in presets()}

@@ -22,7 +22,7 @@ from cordee.data.build import plan_parts
 from cordee.data.indexed import IndexedDataset
 from cordee.data.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
 from cordee.errors import Findings, Problem, ProblemError, raise_all
-from cordee.families.registry import ModelSpec, spec_from_options, spec_named
+from cordee.families.registry import ModelSpec, differences, spec_from_options, spec_named
 from cordee.optim.schedule import Schedule, build_schedule
 from cordee.parallel.degrees import Degrees, degrees
 from cordee.parallel.pipeline import check as pipeline_check
@@ -31,6 +31,9 @@ from cordee.train import objectives, resume
 from cordee.train.batch_schedule import BatchSchedule, build_batch_schedule
 from cordee.train.experts import with_training
 from cordee.train.origin import Checkpoint, Origin, choose, described, opened
+
+# Of a model, in a run that goes on: they are of training, not of what the weights mean.
+MAY_CHANGE = {"--attention-dropout", "--hidden-dropout", "--init-method-std"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +176,7 @@ def _start(
     if origin is None:
         return None, None, None
     tokenizer = found.attempt(lambda: _tokenizer(config, origin))
-    return origin, tokenizer, found.attempt(lambda: _spec(config, origin, tokenizer))
+    return origin, tokenizer, found.attempt(lambda: _spec(config, origin, tokenizer, found.notes))
 
 
 def _tokenizer(config: TrainConfig, origin: Origin) -> Tokenizer | None:
@@ -187,7 +190,7 @@ def _tokenizer(config: TrainConfig, origin: Origin) -> Tokenizer | None:
     return load_tokenizer(config, beside) if given or beside else None
 
 
-def _spec(config: TrainConfig, origin: Origin, tokenizer: Tokenizer | None) -> ModelSpec:
+def _spec(config: TrainConfig, origin: Origin, tokenizer: Tokenizer | None, notes: list[str]) -> ModelSpec:
     if config.num_layers is not None and (placeholders := noop_layers(config)):  # which --num-layers counts
         config = replace(config, num_layers=config.num_layers - len(placeholders))
     if origin.checkpoint is not None:
@@ -200,12 +203,17 @@ def _spec(config: TrainConfig, origin: Origin, tokenizer: Tokenizer | None) -> M
     shape = replace(config, vocab_size=None, make_vocab_size_divisible_by=None)
     wanted = (spec_named(config.model) if config.model else loaded).with_options(shape)
     problems = list(_vocabulary_problems(config, loaded.config.vocab_size))
-    ours, theirs = wanted.shapes(), loaded.shapes()
-    if ours != theirs:
-        name = next(name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name))
-        why = f"the options ask for another model: {name} would be {_shape(ours, name)}, and is {_shape(theirs, name)}"
+    changed = differences(loaded.config, wanted.config)
+    told = ", ".join(f"{flag} {values}" for flag, values in changed.items())
+    resumes = origin.checkpoint is not None and origin.checkpoint.resume
+    if wanted.shapes() != loaded.shapes():
         fix = "leave the model options out: what is loaded says its shape"
-        problems.append(Problem("--load", config.load, why, fix))
+        problems.append(Problem("--load", config.load, f"the options ask for another model: {told or 'biases'}", fix))
+    elif resumes and changed.keys() - MAY_CHANGE:
+        fix = "leave these options out, or start anew from the weights: --finetune"
+        problems.append(Problem("--load", config.load, f"the run was of another model: {told}", fix))
+    elif changed:
+        notes.append(f"the options change what the model that is loaded computes: {told}")
     raise_all(problems)
     return wanted
 
@@ -218,10 +226,6 @@ def _vocabulary_problems(config: TrainConfig, rows: int) -> Iterator[Problem]:
     if multiple is not None and rows % multiple:
         why = f"the model that is loaded has {rows} tokens"
         yield Problem("--make-vocab-size-divisible-by", multiple, why, "leave it out")
-
-
-def _shape(shapes: dict[str, tuple[int, ...]], name: str) -> str:
-    return str(list(shapes[name])) if name in shapes else "absent"
 
 
 def _fit_problems(config: TrainConfig, spec: ModelSpec, tokenizer: Tokenizer | None) -> Iterator[Problem]:

@@ -19,7 +19,8 @@ from torch import Tensor
 from cordee.errors import Problem, raise_all
 from cordee.families.rules import Index
 from cordee.weights import torch_file
-from cordee.weights.safetensors_file import NAMES_OF_TYPES
+from cordee.weights.regions import contiguous
+from cordee.weights.safetensors_file import NAMES_OF_TYPES, starts
 from cordee.weights.torch_file import TorchFile
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -47,7 +48,7 @@ class TensorFile(Protocol):
 
 
 class SafetensorsFile:
-    """A `.safetensors` file. It is mapped anew for every read: a mapping that stays would count all that was read."""
+    """A `.safetensors` file, which the library of that name has found in order."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -56,10 +57,12 @@ class SafetensorsFile:
             self.tensors = {
                 name: Stored(tuple(part.get_shape()), DTYPES.get(part.get_dtype())) for name, part in slices.items()
             }
+        self._starts = starts(path)
 
     def read(self, name: str, index: Index) -> Tensor:
-        with safe_open(self.path, "pt") as file:
-            return file.get_slice(name)[index] if index else file.get_tensor(name)
+        stored = self.tensors[name]
+        assert stored.dtype is not None, f"{name} is of a type that is none of weights"
+        return contiguous(self._starts[name], stored.shape, stored.dtype).read(self.path, index)
 
 
 class BinFile:

@@ -14,7 +14,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
-Shape = tuple[int, ...]
+from cordee.families.rules import Index, Shape
+
+COPIED = 32 * 2**20  # bytes that are read into memory at most; more is mapped
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,42 @@ class Region:
     def nbytes(self) -> int:
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
-    def read(self, path: Path) -> Tensor:
-        """The tensor, sharing memory with the file, which is mapped as long as the tensor lives."""
+    def read(self, path: Path, index: Index = ()) -> Tensor:
+        """A slice of the tensor: a copy if it is small and in one piece, else sharing memory with the file, which is
+        mapped as long as the slice lives. Reading is faster than touching a page at a time. OSError if that fails.
+        """
+        if index and (piece := self._piece(index)) is not None and piece.nbytes <= COPIED:
+            return piece.copy(path)
+        return self._map(path)[index]
+
+    def _piece(self, index: Index) -> Region | None:
+        """The slice as a region of its own, if its elements stand without gaps."""
+        if self != contiguous(self.offset, self.shape, self.dtype):
+            return None
+        bounds = [part.indices(size)[:2] for part, size in zip(index, self.shape, strict=False)]
+        bounds += [(0, size) for size in self.shape[len(bounds) :]]
+        shape = tuple(max(0, stop - start) for start, stop in bounds)
+        cut = [dim for dim, size in enumerate(self.shape) if shape[dim] != size]
+        if any(size != 1 for size in shape[: cut[-1]]) if cut else False:
+            return None
+        first = sum(start * stride for (start, _), stride in zip(bounds, self.strides, strict=True))
+        return contiguous(self.offset + first * self.dtype.itemsize, shape, self.dtype)
+
+    def copy(self, path: Path) -> Tensor:
+        """The tensor, whose elements stand without gaps, in memory of its own. OSError if it cannot be read."""
+        tensor = torch.empty(self.shape, dtype=self.dtype)
+        data, offset = tensor.view(-1).view(torch.uint8).numpy().data, self.offset
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            while data:
+                if not (count := os.preadv(descriptor, [data], offset)):
+                    raise OSError(f"{path} has become shorter")
+                data, offset = data[count:], offset + count
+        finally:
+            os.close(descriptor)
+        return tensor
+
+    def _map(self, path: Path) -> Tensor:
         span = 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
         end = self.offset + span * self.dtype.itemsize
         empty = torch.empty(0, dtype=self.dtype)

@@ -38,6 +38,14 @@ def room_for(names: Iterable[str]) -> int:
     return -(-size // 8) * 8
 
 
+def starts(path: Path) -> dict[str, int]:
+    """Where the bytes of every tensor of a file begin."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
+
+
 class SafetensorsWriter:
     """A file in which tensors get their places one after the other; `room` bytes are kept for its header.
 

@@ -82,7 +82,7 @@ class TorchFile:
         """A slice of a tensor, sharing memory with the file."""
         if self._held is not None:
             return self._held[keys][index]
-        return self.tensors[keys].read(self.path)[index]
+        return self.tensors[keys].read(self.path, index)
 
     def _load_old(self, trusted: bool) -> Any:
         with safe_globals([argparse.Namespace]):

@@ -105,7 +105,7 @@ class GGUFFile:
         stored, packed = self.tensors[name], self._packed[name]
         if packed.kind.name in _PLAIN:
             assert stored.dtype is not None
-            return contiguous(packed.offset, stored.shape, stored.dtype).read(self.path)[index]
+            return contiguous(packed.offset, stored.shape, stored.dtype).read(self.path, index)
         *outer, size = stored.shape
         inner = math.prod(outer[1:])  # rows of `size` elements for each place along the first dim
         first, last = (index[0].start * inner, index[0].stop * inner) if outer else (0, 1)
