@@ -288,3 +288,10 @@ def test_a_prompt_may_look_like_anything():
     argv = ["--load", "x", "--prompt", "- a list", "--prompts-file=--odd"]
     config: Any = load(*argv, schema=GenerateConfig).config
     assert (config.prompt, config.prompts_file) == (("- a list",), "--odd")
+
+
+def test_words_that_are_no_options():
+    with pytest.raises(ProblemError) as caught:
+        load_config(TrainConfig, ["-lr", "3", "--seq-length", "8", "--lr", "1", "stray", "--train-itres", "4"])
+    fixes = {problem.option: problem.fix for problem in caught.value.problems}
+    assert fixes["-lr"] == "did you mean --lr?" and fixes["--train-itres"].startswith("did you mean --train-iters")

@@ -219,10 +219,10 @@ class _Collected:
         return names
 
     def _unknown_word(self, word: str, rest: str) -> Problem:
-        if not word.startswith("--"):
+        if not (word.startswith("-") and word.lstrip("-")[:1].isalpha()):
             return Problem(word, rest or None, "it belongs to no option", "put the flag that it belongs to before it")
         flag, _, value = word.partition("=")
-        names = [to_flag(name) for name in self._meant(flag)]
+        names = [to_flag(name) for name in self._meant(flag.lstrip("-"))]
         fix = f"did you mean {' or '.join(names)}?" if names else "--help lists all options; remove this one"
         return Problem(flag, value or rest or None, "no such option", fix)
 

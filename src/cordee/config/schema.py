@@ -421,7 +421,7 @@ class DecodingOptions:
     straight_decoding: bool = option(
         True, "compute single tokens straight over the weights where the model's form allows; off: through its modules"
     )
-    seed: int = option(1234, "decides what --do-sample draws", at_least=0, below=2**32)
+    seed: int = option(1234, "decides what --do-sample draws", at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
