@@ -8,6 +8,7 @@ a job's module only when the job runs, so that help and errors answer at once.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -20,13 +21,20 @@ from cordee import launch, log
 from cordee.config import check, render, schema
 from cordee.config.argv import Teaching
 from cordee.config.load import Loaded, load_as_far_as_possible
-from cordee.config.model_options import FeatureOptions
-from cordee.config.option import options_of, to_key
+from cordee.config.option import options_of, to_flag, to_key
 from cordee.config.spelling import nearest
 from cordee.errors import Problem, ProblemError, raise_all
 
-# Options that mean something only with the others of their topic: a wrong one leaves nothing to be said of these.
-COUPLED = (FeatureOptions, schema.ModelOptions, schema.ParallelOptions)
+_MODEL = {option.name for option in options_of(schema.ModelOptions)}
+_TOKENIZER = {option.name for option in options_of(schema.TokenizerOptions)} | {"tokenizer"}
+_LAYOUT = {option.name for option in options_of(schema.ParallelOptions)} | {"processes"}
+
+# What a check finds of the second may come from a wrong value of the first, so that it is not told.
+FOLLOWING = (
+    (_MODEL | {"load"}, _MODEL | _TOKENIZER | {"load", "model options", "seq_length"}),
+    (_TOKENIZER, _TOKENIZER),
+    (_LAYOUT, _LAYOUT),
+)
 INFERENCE_GRACE = 10.0  # seconds: processes that write or score have nothing to save
 
 
@@ -103,13 +111,13 @@ def _further(command: Command, loaded: Loaded[Any]) -> list[Problem]:
     config = loaded.config
     if isinstance(config, schema.TrainConfig) and not config.nproc_per_node and not launch.rank_info().launcher:
         loaded = loaded.derive(nproc_per_node=check.fewest_processes(config))  # no torch, to count devices, for this
-    groups = {option.name: option.group for option in options_of(command.schema)}
-    coupled = {groups[name] for name in loaded.doubtful} & {options_of(kind)[0].group for kind in COUPLED}
-    doubtful = {*loaded.doubtful, *(name for name, group in groups.items() if group in coupled)}
-    if coupled:
-        doubtful.add("model options")
+    doubtful = set(loaded.doubtful)
+    for causes, consequences in FOLLOWING:
+        if doubtful & causes:
+            doubtful |= consequences
+    named = re.compile("|".join(f"{to_flag(name)}(?![-\\w])" for name in sorted(loaded.doubtful)) or "(?!)")
     found = [problem for problem in _problems(command, loaded) if to_key(problem.option) not in doubtful]
-    return render.with_origins(found, loaded)
+    return render.with_origins([problem for problem in found if not named.search(problem.fix)], loaded)
 
 
 def _run(command: Command, loaded: Loaded[Any], argv: Sequence[str]) -> int:

@@ -16,7 +16,10 @@ from cordee.config.load import load_config
 from cordee.config.schema import ConvertConfig
 from cordee.convert import formats, job
 from cordee.errors import ProblemError
-from cordee.families.registry import families, spec_from_hf
+from cordee.families.described import canonical
+from cordee.families.registry import families, spec_from_hf, spec_from_preset
+from cordee.weights.megatron.arguments import arguments, spec_of_arguments
+from cordee.weights.megatron.layout import Wanted
 from tests.weights import models, tiny
 
 CORE = ("--save-model-type", "mg", "--use-mcore-models")
@@ -532,3 +535,32 @@ def test_a_full_disk_leaves_nothing(made, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "pwrite", full)
     for flags in (CORE, (), ("--save-model-type", "dcp"), ("--workers", "3")):
         assert "No space left" in problems_of(made("llama")[0], tmp_path / "out", *flags)
+
+
+TOLD = ["llama2-7b", "llama3.1-8b", "gemma2-9b", "mistral-7b", "minicpm-2b", "qwen3-8b", "bloom-7b1", "baichuan2-13b"]
+
+
+@pytest.mark.parametrize("name", [*TOLD, "gpt2", "chatglm3-6b"])
+def test_settings_alone_tell_a_dense_model(name):
+    config = spec_from_preset(name).config
+    settings = arguments(config, Wanted().layout(config), config.vocab_size)
+    assert canonical(spec_of_arguments(settings, config.vocab_size, "x").config) == canonical(config)
+
+
+@pytest.mark.parametrize("name", ["olmo2-7b", "gemma3-4b", "mixtral-8x7b", "deepseek-v2", "qwen-7b"])
+def test_settings_that_do_not_tell_all_say_so(name):
+    config = spec_from_preset(name).config
+    settings = arguments(config, Wanted().layout(config), config.vocab_size)
+    with pytest.raises(ProblemError, match="give --model"):
+        spec_of_arguments(settings, config.vocab_size, "x")
+
+
+def test_settings_of_megatron_itself():
+    """Defaults that mean nothing are passed over, and what changes the mathematics is not."""
+    config = spec_from_preset("gpt2").config
+    settings = arguments(config, Wanted().layout(config), config.vocab_size)
+    settings.rotary_base, settings.rotary_percent = 10000, 1.0
+    assert spec_of_arguments(settings, config.vocab_size, "x").family.name == "gpt2"
+    settings.squared_relu = True
+    with pytest.raises(ProblemError, match="squared_relu"):
+        spec_of_arguments(settings, config.vocab_size, "x")

@@ -312,3 +312,34 @@ def test_equal_models_have_one_canonical_form():
     assert canonical(replace(config, layers=(silent,))) == canonical(replace(config, layers=(layer,)))
     other = replace(layer, norm=NormConfig(kind="rms", eps=1e-3))
     assert canonical(replace(config, layers=(other,))) != canonical(replace(config, layers=(layer,)))
+
+
+LATENT = """--multi-head-latent-attention --kv-lora-rank 8 --qk-nope-head-dim 8 --qk-rope-head-dim 4 --v-head-dim 8
+    --untie-embeddings-and-output-weights --swiglu --num-experts 8 --moe-router-load-balancing-type softmax_topk"""
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (f"{LLAMA_LIKE} {TINY} --swiglu --num-experts 4 --first-k-dense-replace 4", "none is left to have experts"),
+        (f"{LLAMA_LIKE} {TINY} --swiglu --num-experts 1", "there are 1 experts"),
+        (f"{LLAMA_LIKE} {TINY} --swiglu --num-experts 4 --topk-group 2", "not chosen by groups"),
+        (f"{TINY} --rotary-percent 0.5", "positions are not rotary"),
+        (f"{LLAMA_LIKE} {TINY} {LATENT} --kv-channels 99", "have parts"),
+        (f"{LLAMA_LIKE} {TINY} {LATENT} --group-query-attention --num-query-groups 2", "share their keys already"),
+        (f"{LLAMA_LIKE} {TINY} {LATENT} --add-dense-bias", "in all of its projections or in none"),
+        (f"{LLAMA_LIKE.replace('rope', 'alibi')} {TINY} {LATENT}", "has rotary positions"),
+    ],
+)
+def test_no_option_is_dropped(flags, said):
+    assert said in problem(flags)
+
+
+def test_equal_ways_to_say_a_model():
+    narrow = f"{LLAMA_LIKE} {TINY} --swiglu --untie-embeddings-and-output-weights --num-experts 8 --qk-layernorm"
+    plain = spec_from_options(options(f"{narrow} --moe-intermediate-size 32"))
+    softmax = "--moe-router-load-balancing-type softmax_topk --norm-topk-prob"
+    assert spec_from_options(options(f"{narrow} --moe-intermediate-size 32 {softmax}")) == plain
+    assert spec_from_options(options(f"--model mixtral-8x7b {softmax}")) == spec_from_preset("mixtral-8x7b")
+    silent = spec_from_options(options(f"{LLAMA_LIKE} {TINY} {LATENT}"))
+    assert silent == spec_from_options(options(f"{LLAMA_LIKE} {TINY} {LATENT} --moe-intermediate-size 128"))

@@ -371,7 +371,7 @@ def test_everything_wrong_with_flags_at_once():
 def test_a_form_that_no_family_has():
     flags = {**LLAMA_FLAGS, "normalization": "LayerNorm"}
     (problem,) = problems_of(from_flags_dict, flags).values()
-    assert "no family" in problem.why and "RMSNorm" in problem.fix and "LayerNorm" in str(problem.value)
+    assert "no family" in problem.why and "--normalization" in problem.fix and "LayerNorm" in str(problem.value)
 
 
 def test_a_preset_with_changes_keeps_the_rest():

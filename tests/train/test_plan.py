@@ -12,7 +12,7 @@ import pytest
 
 from cordee.checkpoint import directory
 from cordee.errors import ProblemError
-from cordee.families.registry import ModelSpec
+from cordee.families.registry import ModelSpec, spec_from_preset
 from cordee.train import job
 from cordee.train.check import check_run
 from cordee.train.plan import plan_run
@@ -287,3 +287,22 @@ def test_options_that_change_what_is_loaded(tmp_path: Path):
     notes = plan_run(tiny.resumed(given, hidden_dropout=0.1), 1).notes
     assert any("--hidden-dropout 0.0 -> 0.1" in note for note in notes)
     assert check_run(tiny.resumed(given, rotary_base=1e4, num_layers=2)) == []
+
+
+def test_a_run_that_goes_on_by_a_changed_config_json(tmp_path: Path):
+    """What no option says is compared too."""
+    model = tmp_path / "model"
+    model.mkdir()
+    hf = spec_from_preset("gemma3-270m").hf_config | {
+        "num_hidden_layers": 6,
+        "hidden_size": 32,
+        "vocab_size": tiny.VOCAB,
+    }
+    (model / "config.json").write_text(json.dumps(hf | {"intermediate_size": 32, "head_dim": 8}))
+    plain = dict.fromkeys(tiny.MODEL)
+    given = tiny.config(tmp_path, **plain, model=str(model), train_iters=2)
+    assert job.run(given) == 0
+    assert check_run(tiny.resumed(given)) == []
+    (model / "config.json").write_text(json.dumps(hf | {"intermediate_size": 32, "head_dim": 8, "rope_theta": 5e3}))
+    (problem,) = check_run(tiny.resumed(given))
+    assert "the run was of another model: in what no option says" in problem.why

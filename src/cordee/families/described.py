@@ -170,8 +170,10 @@ _OF_LATENT = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_di
 _WITH_LATENT = (*_OF_LATENT, "q_lora_rank", "rope_scaling_mscale_all_dim")
 
 
-def check(features: Features) -> Iterator[Problem]:
-    """What features of a model that options describe alone lack, or cannot have together."""
+def check(shape: Shape, features: Features) -> Iterator[Problem]:
+    """What a model that options describe alone lacks, or cannot have together."""
+    yield from _experts(shape, features)
+    yield from _positions(shape, features)
     yield from _alone(features, _OF_EXPERTS, "num_experts")
     yield from _alone(features, _WITH_LATENT, "multi_head_latent_attention")
     if features.get("multi_head_latent_attention"):
@@ -186,6 +188,41 @@ def check(features: Features) -> Iterator[Problem]:
     ):
         if features.get(one) and features.get(other):
             yield Problem(to_flag(other), features[other], f"{to_flag(one)} says it too", "give one of the two")
+
+
+def _experts(shape: Shape, features: Features) -> Iterator[Problem]:
+    experts, top_k = features.get("num_experts"), features.get("moe_router_topk", 0)
+    if not experts:
+        return
+    if top_k > experts:
+        yield Problem("--moe-router-topk", top_k, f"there are {experts} experts", f"give at most {experts}")
+    if not any(sparse_layers(shape.num_layers, features)):
+        first = features.get("first_k_dense_replace")
+        why = f"of {shape.num_layers} layers none is left to have experts"
+        yield Problem("--first-k-dense-replace", first, why, "give less, or leave --num-experts out")
+    groups, top_groups = features.get("moe_router_num_groups", 1), features.get("topk_group", 1)
+    if features.get("moe_router_load_balancing_type") != "group_limited_greedy":
+        for name, count in (("moe_router_num_groups", groups), ("topk_group", top_groups)):
+            if count > 1:
+                fix = "give --moe-router-load-balancing-type group_limited_greedy"
+                yield Problem(to_flag(name), count, "experts are not chosen by groups", fix)
+    elif experts % groups or top_groups > groups or top_k > experts // groups * top_groups:
+        why = f"{top_k} of {experts} experts are not to be found in {top_groups} of {groups} groups"
+        yield Problem("--moe-router-num-groups", groups, why, "let groups divide the experts and hold enough of them")
+
+
+def _positions(shape: Shape, features: Features) -> Iterator[Problem]:
+    rotary = shape.position_embedding_type == "rope"
+    if features.get("rotary_percent", 1.0) != 1.0 and not rotary:
+        why, fix = "positions are not rotary", "add --position-embedding-type rope"
+        yield Problem("--rotary-percent", features["rotary_percent"], why, fix)
+    if features.get("multi_head_latent_attention"):
+        if not rotary:
+            why, fix = "latent attention has rotary positions", "give --position-embedding-type rope"
+            yield Problem("--position-embedding-type", shape.position_embedding_type, why, fix)
+        if shape.qkv_bias != shape.dense_bias:
+            why = "latent attention has biases in all of its projections or in none"
+            yield Problem("--add-dense-bias", shape.dense_bias, why, "give --add-qkv-bias the same")
 
 
 def _alone(features: Features, names: tuple[str, ...], needed: str) -> Iterator[Problem]:

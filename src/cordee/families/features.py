@@ -31,8 +31,11 @@ PATTERN = ("first_k_dense_replace", "moe_layer_freq")  # which layers have exper
 
 def given_features(options: FeatureOptions) -> dict[str, Any]:
     """The features that `options` give, by name."""
-    given = {field.name: getattr(options, field.name) for field in fields(FeatureOptions)}
-    return {name: value for name, value in given.items() if value is not None}
+    values = {field.name: getattr(options, field.name) for field in fields(FeatureOptions)}
+    given = {name: value for name, value in values.items() if value is not None}
+    if given.get("moe_router_load_balancing_type") == "softmax_topk" and given.get("norm_topk_prob"):
+        given["moe_router_load_balancing_type"] = "aux_loss"  # which is the same
+    return given
 
 
 def with_defaults(given: Features) -> dict[str, Any]:
@@ -72,10 +75,13 @@ def missing(config: ModelConfig, wanted: Features) -> dict[str, Any]:
 
 
 def lost(before: ModelConfig, after: ModelConfig, wanted: Features) -> set[str]:
-    """Properties that `after` has and `before` has not, or the other way, though nobody asked for it."""
+    """Properties that `after` has and `before` has not, or the other way, though nobody asked for it.
+
+    Experts may go: with few layers, the first of which have none.
+    """
     ours, theirs = features_of(before), features_of(after)
-    names = {name for name in ours.keys() | theirs.keys() if True in (ours.get(name), theirs.get(name))}
-    return {name for name in names - wanted.keys() if ours.get(name) != theirs.get(name)}
+    names = {name for words in (ours, theirs) for name, value in words.items() if value is True}
+    return {name for name in names - wanted.keys() - {"norm_topk_prob"} if ours.get(name) != theirs.get(name)}
 
 
 def same(ours: Any, theirs: Any) -> bool:

@@ -226,7 +226,12 @@ class _Resolver:
     def head_dim(self, hidden: int, heads: int) -> int:
         base, options = self.base, self.options
         if self.features.get("multi_head_latent_attention"):
-            return self.features.get("qk_nope_head_dim", 1) + self.features.get("qk_rope_head_dim", 1)
+            size = self.features.get("qk_nope_head_dim", 1) + self.features.get("qk_rope_head_dim", 1)
+            for name, value in (("kv_channels", size), ("num_query_groups", heads)):
+                if getattr(options, name) not in (None, value):
+                    fix = "leave it out; --qk-nope-head-dim and --qk-rope-head-dim are the sizes"
+                    self.problem(name, "heads of latent attention have parts and share their keys already", fix)
+            return size
         if base and base.kv_channels * base.num_attention_heads != base.hidden_size:
             return self.pick("kv_channels", 0)  # a free choice of the base, which other options leave alone
         if options.kv_channels is None and hidden % heads:

@@ -234,12 +234,12 @@ def spec_from_options(options: ModelOptions, vocab_size: int | None = None) -> M
         return spec_named(options.model).with_options(options)
     found, wanted = Findings(), with_defaults(given_features(options))
     shape = found.attempt(lambda: resolve(options, wanted, None, vocab_size))
-    found.problems += described.check(wanted)
     raise_all(found.problems)
     assert shape is not None
+    raise_all(described.check(shape, wanted))
     model = described.canonical(described.describe(shape, wanted))
     for spec in (*_of_shape(shape), *_like_presets(model, shape.ffn_hidden_size, wanted)):
-        if described.canonical(spec.config) == model:
+        if described.canonical(spec.config) == model and not missing(spec.config, wanted):
             return spec
     raise ProblemError([_no_such_model(options, _nearest(model))])
 
@@ -262,7 +262,8 @@ def _like_presets(model: ModelConfig, dense_width: int, wanted: Features) -> Ite
         preset = spec_from_preset(name)
         keys = preset.family.keys
         without = dict.fromkeys((features_of(preset.config).keys() - features_of(model).keys()) & keys.keys())
-        differing = missing(preset.config, {**without, **wanted})
+        narrow = {name: value for name, value in features_of(model).items() if name == "moe_intermediate_size"}
+        differing = missing(preset.config, {**without, **({} if narrow.keys() - keys.keys() else narrow), **wanted})
         has_both = "moe_intermediate_size" in keys and keys["moe_intermediate_size"] != keys["ffn_hidden_size"]
         width = dense_width if has_both else after.ffn_hidden_size
         shape = replace(after, ffn_hidden_size=width)
@@ -312,6 +313,8 @@ def _differing(preset: ModelSpec, model: ModelConfig) -> set[str]:
     shape = {name for name, value in vars(after).items() if value != getattr(before, name)}
     ours, theirs = features_of(described.canonical(preset.config)), features_of(model)
     features = {name for name in ours.keys() | theirs.keys() if not same(ours.get(name), theirs.get(name))}
+    if "multi_head_latent_attention" in theirs:
+        shape.discard("kv_channels")  # a sum, which nobody gives
     return (shape - followers(before, after) | features) - preset.family.keys.keys()
 
 

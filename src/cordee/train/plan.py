@@ -22,7 +22,9 @@ from cordee.data.build import plan_parts
 from cordee.data.indexed import IndexedDataset
 from cordee.data.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
 from cordee.errors import Findings, Problem, ProblemError, raise_all
+from cordee.families.described import canonical
 from cordee.families.registry import ModelSpec, differences, spec_from_options, spec_named
+from cordee.model.config import ModelConfig
 from cordee.optim.schedule import Schedule, build_schedule
 from cordee.parallel.degrees import Degrees, degrees
 from cordee.parallel.pipeline import check as pipeline_check
@@ -31,9 +33,6 @@ from cordee.train import objectives, resume
 from cordee.train.batch_schedule import BatchSchedule, build_batch_schedule
 from cordee.train.experts import with_training
 from cordee.train.origin import Checkpoint, Origin, choose, described, opened
-
-# Of a model, in a run that goes on: they are of training, not of what the weights mean.
-MAY_CHANGE = {"--attention-dropout", "--hidden-dropout", "--init-method-std"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,18 +203,24 @@ def _spec(config: TrainConfig, origin: Origin, tokenizer: Tokenizer | None, note
     wanted = (spec_named(config.model) if config.model else loaded).with_options(shape)
     problems = list(_vocabulary_problems(config, loaded.config.vocab_size))
     changed = differences(loaded.config, wanted.config)
-    told = ", ".join(f"{flag} {values}" for flag, values in changed.items())
+    told = ", ".join(f"{flag} {values}" for flag, values in changed.items()) or "in what no option says"
     resumes = origin.checkpoint is not None and origin.checkpoint.resume
     if wanted.shapes() != loaded.shapes():
         fix = "leave the model options out: what is loaded says its shape"
-        problems.append(Problem("--load", config.load, f"the options ask for another model: {told or 'biases'}", fix))
-    elif resumes and changed.keys() - MAY_CHANGE:
+        problems.append(Problem("--load", config.load, f"the options ask for another model: {told}", fix))
+    elif resumes and _lasting(loaded.config) != _lasting(wanted.config):
         fix = "leave these options out, or start anew from the weights: --finetune"
         problems.append(Problem("--load", config.load, f"the run was of another model: {told}", fix))
-    elif changed:
+    elif canonical(loaded.config) != canonical(wanted.config):
         notes.append(f"the options change what the model that is loaded computes: {told}")
     raise_all(problems)
     return wanted
+
+
+def _lasting(config: ModelConfig) -> ModelConfig:
+    """`config` without what a run that goes on may be told otherwise: it is of training, not of what weights mean."""
+    dropout = {"embedding_dropout": 0.0, "attention_dropout": 0.0, "hidden_dropout": 0.0}
+    return canonical(replace(config, init_std=0.0, **dropout))
 
 
 def _vocabulary_problems(config: TrainConfig, rows: int) -> Iterator[Problem]:

@@ -44,6 +44,7 @@ class Region:
         """The slice as a region of its own, if its elements stand without gaps."""
         if self != contiguous(self.offset, self.shape, self.dtype):
             return None
+        assert all(part.step in (None, 1) for part in index), f"index {index} has a step"
         bounds = [part.indices(size)[:2] for part, size in zip(index, self.shape, strict=False)]
         bounds += [(0, size) for size in self.shape[len(bounds) :]]
         shape = tuple(max(0, stop - start) for start, stop in bounds)

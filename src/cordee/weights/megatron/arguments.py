@@ -15,8 +15,7 @@ import torch
 from cordee.config.model_options import FeatureOptions, ModelOptions
 from cordee.errors import Problem, ProblemError
 from cordee.families import described
-from cordee.families.features import features_of, with_defaults
-from cordee.families.options import shape_of
+from cordee.families.features import features_of
 from cordee.families.registry import ModelSpec, spec_from_options
 from cordee.model.config import (
     AttentionConfig,
@@ -84,7 +83,18 @@ def arguments(config: ModelConfig, layout: Layout, padded_vocab: int, **more: An
     values |= _attention(attention)
     values |= _mlp(config)
     # Where Megatron has a form of its own for a feature, it stands.
-    return Namespace(**{**_features(config), **values, UNTOLD: _is_untold(config), **more})
+    found = Namespace(**{**_features(config), **values, **more})
+    setattr(found, UNTOLD, not _tells(found, config))
+    return found
+
+
+def _tells(args: Namespace, config: ModelConfig) -> bool:
+    """Whether these settings, read back, give the model."""
+    try:
+        read = spec_of_arguments(args, config.vocab_size, "settings")
+    except ProblemError:
+        return False
+    return described.canonical(read.config) == described.canonical(config)
 
 
 def _features(config: ModelConfig) -> dict[str, Any]:
@@ -96,12 +106,6 @@ def _features(config: ModelConfig) -> dict[str, Any]:
         other = "output_multiplier_scale" if float(found["dim_model_base"]).is_integer() else "dim_model_base"
         found[other] = None
     return found
-
-
-def _is_untold(config: ModelConfig) -> bool:
-    """Whether the model has properties that no option says, and so no setting."""
-    told = {**with_defaults(features_of(config)), **{name: None for name in ("input_embeds_norm", "dim_model_base")}}
-    return described.canonical(described.describe(shape_of(config), told)) != described.canonical(config)
 
 
 def _rope(rope: RopeConfig, attention: AttentionConfig | LatentAttentionConfig) -> dict[str, Any]:
@@ -194,6 +198,8 @@ def _mlp(config: ModelConfig) -> dict[str, Any]:
 
 # ---- to a model ------------------------------------------------------------------------------------------------------
 
+# Settings that change the mathematics and that nothing here would understand.
+REFUSED = ("apply_layernorm_1p", "quick_geglu", "rotary_interleaved", "squared_relu", "use_glm_rope", "window_size")
 UNTOLD = "cordee_model_untold"  # a setting of ours: the others do not tell all about the model
 FEATURES = {field.name for field in fields(FeatureOptions)}
 _FLAGS = {  # features that Megatron and MindSpeed-LLM keep in the same form, and that a dense model may have
@@ -234,7 +240,13 @@ def spec_of_arguments(args: Namespace | None, vocab_size: int, where: str) -> Mo
         raise ProblemError([Problem(where, None, why, GIVE_MODEL)])
     if getattr(args, UNTOLD, False):
         raise ProblemError([Problem(where, None, "its settings do not tell all about the model", GIVE_MODEL)])
+    if refused := [name for name in REFUSED if getattr(args, name, None) not in (None, False)]:
+        why = f"its settings say what flags of cordee train do not: {', '.join(refused)}"
+        raise ProblemError([Problem(where, None, why, GIVE_MODEL)])
     given = {name: value for name, value in vars(args).items() if isinstance(value, str | int | float)}
+    if given.get("position_embedding_type") != "rope" and not given.get("use_rotary_position_embeddings"):
+        for name in ("rotary_base", "rotary_percent", "rotary_seq_len_interpolation_factor"):
+            given.pop(name, None)  # Megatron has defaults for them, whatever the positions are
     if given.get("num_experts") or given.get("multi_latent_attention") or given.get("multi_head_latent_attention"):
         why = "its settings do not tell all about a mixture of experts or latent attention"
         raise ProblemError([Problem(where, None, why, GIVE_MODEL)])
