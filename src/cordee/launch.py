@@ -30,7 +30,9 @@ _GRACE = "CORDEE_LAUNCHER_GRACE"  # seconds a process has to end after that
 _LOOPBACK = "127.0.0.1"
 _POLL_SECONDS = 0.02
 _GRACE_AFTER_FAILURE = 30.0  # at most: the others may wait for the dead rank for ever
-_CAUSE_SECONDS = 5.0  # after a rank found problems or lost the others: the rest will end, and say why, by themselves
+# After a rank found problems, or lost the others, the rest will end, and say why, by themselves, so long at most: who has
+# lost others takes up to `LOST_SECONDS` of train/exits.py to end in order, and is not to be blamed meanwhile.
+_CAUSE_SECONDS = {ProblemError.exit_code: 5.0, RankLostError.exit_code: 15.0}
 _KEPT_LINES = 50  # of the hidden output of a rank, to show if it fails
 
 
@@ -346,9 +348,9 @@ def _supervise(processes: Sequence[_Process], signals: Sequence[int], grace_seco
             deadline = time.monotonic() + grace_seconds
             passed_on = len(signals)
         elif failed is None and not signals and (first := _first_failed(processes)):
-            others_end = first.exit_code() in (ProblemError.exit_code, RankLostError.exit_code)
-            blame_at = blame_at or time.monotonic() + _CAUSE_SECONDS
-            if not others_end or time.monotonic() >= blame_at:
+            wait = _CAUSE_SECONDS.get(first.exit_code() or 0, 0.0)
+            blame_at = blame_at or time.monotonic() + wait
+            if not wait or time.monotonic() >= blame_at:
                 failed = first
                 _report(failed, running)
                 _send(running, signal.SIGTERM)

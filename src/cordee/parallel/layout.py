@@ -125,6 +125,11 @@ def _gloo_group(purpose: str, timeout: timedelta | None) -> ProcessGroup:
     return group
 
 
+# How long ranks wait for each other to begin, at least: they start one after the other, and slower the more there are,
+# while a collective in the middle of a run may be given seconds.
+JOINING = timedelta(minutes=10)
+
+
 @contextmanager
 def process_group(ranks: RankInfo, backend: str, timeout: timedelta) -> Iterator[None]:
     """The default process group of a run, destroyed at the end.
@@ -144,13 +149,16 @@ def _store(ranks: RankInfo, timeout: timedelta) -> dist.Store:
     if ranks.world_size == 1:
         return dist.HashStore()
     listens = ranks.rank == 0 and not ranks.agent_store
+    joining = max(timeout, JOINING)
     store = dist.TCPStore(
         ranks.master_addr,
         ranks.master_port,
         ranks.world_size,
         is_master=listens,
-        timeout=timeout,
+        timeout=joining,
         # A store closes what it is given, and the next run of these processes meets at the same socket.
         master_listen_fd=os.dup(ranks.listen_fd) if listens and ranks.listen_fd is not None else None,
     )
-    return dist.PrefixStore(meet(store, ranks.rank, ranks.world_size, timeout), store)
+    name = meet(store, ranks.rank, ranks.world_size, joining)
+    store.set_timeout(timeout)
+    return dist.PrefixStore(name, store)

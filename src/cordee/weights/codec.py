@@ -19,8 +19,9 @@ from torch import Tensor
 
 from cordee.families.registry import ModelSpec
 from cordee.families.rules import Index, Leaf, Shape, View, whole
+from cordee.weights.regions import COPIED
 
-SLICE = 16 * 2**20  # bytes that are moved at a time: small enough for caches, large enough for disks
+SLICE = COPIED  # bytes that are moved at a time: small enough for caches, large enough for disks
 
 
 def slices(shape: Shape, itemsize: int) -> Iterator[Index]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cordee.families.rules import Index, Shape
 
-COPIED = 32 * 2**20  # bytes that are read into memory at most; more is mapped
+COPIED = 2 * 2**20  # bytes that are read into memory at most; more is mapped
 
 
 @dataclass(frozen=True)
