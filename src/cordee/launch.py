@@ -30,8 +30,8 @@ _GRACE = "CORDEE_LAUNCHER_GRACE"  # seconds a process has to end after that
 _LOOPBACK = "127.0.0.1"
 _POLL_SECONDS = 0.02
 _GRACE_AFTER_FAILURE = 30.0  # at most: the others may wait for the dead rank for ever
-# After a rank found problems, or lost the others, the rest will end, and say why, by themselves, so long at most: who has
-# lost others takes up to `LOST_SECONDS` of train/exits.py to end in order, and is not to be blamed meanwhile.
+# After a rank found problems, or lost the others, the rest will end, and say why, by themselves, so long at most: who
+# has lost others takes up to `LOST_SECONDS` of train/exits.py to end in order, and is not to be blamed meanwhile.
 _CAUSE_SECONDS = {ProblemError.exit_code: 5.0, RankLostError.exit_code: 15.0}
 _KEPT_LINES = 50  # of the hidden output of a rank, to show if it fails
 
