@@ -38,7 +38,7 @@ def test_slices(path, index, dims):
         ((slice(1, 3),), True),
         ((slice(2, 3), slice(1, 4)), True),
         ((slice(2, 3), slice(1, 2), slice(2, 5)), True),
-        ((slice(0, 4), slice(0, 5), slice(0, 6)), True),
+        ((slice(0, 4), slice(0, 5), slice(0, 6)), False),  # the whole
         ((slice(1, 3), slice(1, 4)), False),
         ((slice(0, 4), slice(0, 5), slice(0, 3)), False),
     ],

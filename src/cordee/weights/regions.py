@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cordee.families.rules import Index, Shape
 
-COPIED = 2 * 2**20  # bytes that are read into memory at most; more is mapped
+COPIED = 16 * 2**20  # bytes that are read into memory at most; more is mapped
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,16 @@ class Region:
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
     def read(self, path: Path, index: Index = ()) -> Tensor:
-        """A slice of the tensor: a copy if it is small and in one piece, else sharing memory with the file, which is
-        mapped as long as the slice lives. Reading is faster than touching a page at a time. OSError if that fails.
+        """A slice of the tensor: a copy if it is small and in one piece; else, and for all of it, sharing memory with
+        the file, which is mapped as long as the slice lives. Reading is faster than touching a page at a time, but
+        takes memory beside the destination. OSError if it fails.
         """
         if index and (piece := self._piece(index)) is not None and piece.nbytes <= COPIED:
             return piece.copy(path)
         return self._map(path)[index]
 
     def _piece(self, index: Index) -> Region | None:
-        """The slice as a region of its own, if its elements stand without gaps."""
+        """The slice as a region of its own, if it is less than the whole and its elements stand without gaps."""
         if self != contiguous(self.offset, self.shape, self.dtype):
             return None
         assert all(part.step in (None, 1) for part in index), f"index {index} has a step"
@@ -49,7 +50,7 @@ class Region:
         bounds += [(0, size) for size in self.shape[len(bounds) :]]
         shape = tuple(max(0, stop - start) for start, stop in bounds)
         cut = [dim for dim, size in enumerate(self.shape) if shape[dim] != size]
-        if any(size != 1 for size in shape[: cut[-1]]) if cut else False:
+        if not cut or any(size != 1 for size in shape[: cut[-1]]):
             return None
         first = sum(start * stride for (start, _), stride in zip(bounds, self.strides, strict=True))
         return contiguous(self.offset + first * self.dtype.itemsize, shape, self.dtype)
