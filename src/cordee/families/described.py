@@ -35,11 +35,7 @@ DIGITS = 12  # of scales: they are products and roots, which families take in an
 
 def describe(shape: Shape, features: Features) -> ModelConfig:
     """The model of this shape with these features, which `check` finds complete."""
-    norm = NormConfig(
-        kind="rms" if shape.normalization == "RMSNorm" else "layer",
-        eps=shape.norm_epsilon,
-        unit_offset=bool(features.get("add_rmsnorm_offset")),
-    )
+    norm = replace(_plain_norm(shape), unit_offset=bool(features.get("add_rmsnorm_offset")))
     depth = features.get("scale_depth")
     attention = _latent(shape, features) if features.get("multi_head_latent_attention") else _attention(shape, features)
     layer = LayerConfig(

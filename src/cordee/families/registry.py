@@ -20,7 +20,7 @@ from typing import Any
 import cordee.families
 from cordee.config.option import to_flag
 from cordee.config.schema import ModelOptions
-from cordee.errors import Findings, Problem, ProblemError, raise_all
+from cordee.errors import Problem, ProblemError, raise_all
 from cordee.families import described
 from cordee.families.count import canonical_shapes
 from cordee.families.family import Family, HFConfig
@@ -232,10 +232,8 @@ def spec_from_options(options: ModelOptions, vocab_size: int | None = None) -> M
     """
     if options.model is not None:
         return spec_named(options.model).with_options(options)
-    found, wanted = Findings(), with_defaults(given_features(options))
-    shape = found.attempt(lambda: resolve(options, wanted, None, vocab_size))
-    raise_all(found.problems)
-    assert shape is not None
+    wanted = with_defaults(given_features(options))
+    shape = resolve(options, wanted, None, vocab_size)
     raise_all(described.check(shape, wanted))
     model = described.canonical(described.describe(shape, wanted))
     for spec in (*_of_shape(shape), *_like_presets(model, shape.ffn_hidden_size, wanted)):
@@ -257,17 +255,16 @@ def _like_presets(model: ModelConfig, dense_width: int, wanted: Features) -> Ite
 
     `dense_width` is that of MLPs which are no experts, whether there are any or not.
     """
-    after = shape_of(model)
+    shape, features = shape_of(model), features_of(model)
+    width = {name: features[name] for name in ("moe_intermediate_size",) if name in features}
     for name in presets():
         preset = spec_from_preset(name)
         keys = preset.family.keys
-        without = dict.fromkeys((features_of(preset.config).keys() - features_of(model).keys()) & keys.keys())
-        narrow = {name: value for name, value in features_of(model).items() if name == "moe_intermediate_size"}
-        differing = missing(preset.config, {**without, **({} if narrow.keys() - keys.keys() else narrow), **wanted})
+        without = dict.fromkeys((features_of(preset.config).keys() - features.keys()) & keys.keys())
+        differing = missing(preset.config, {**without, **(width if width.keys() <= keys.keys() else {}), **wanted})
         has_both = "moe_intermediate_size" in keys and keys["moe_intermediate_size"] != keys["ffn_hidden_size"]
-        width = dense_width if has_both else after.ffn_hidden_size
-        shape = replace(after, ffn_hidden_size=width)
-        changed = preset.family.changes(shape_of(preset.config), shape, differing)
+        after = replace(shape, ffn_hidden_size=dense_width) if has_both else shape
+        changed = preset.family.changes(shape_of(preset.config), after, differing)
         if changed is None:
             continue
         loss = keys.get("moe_aux_loss_coeff")
