@@ -1,70 +1,142 @@
 """Reading the data files of a checkpoint without trusting them.
 
-Owns the safe reading of torch's distributed checkpoint metadata, which is a pickle: only the few types it consists of
-are let through, so a checkpoint from elsewhere cannot run code. Tensors are read by `torch.load(weights_only=True)`.
+Owns the form of torch's distributed checkpoints: metadata, which is a pickle, and tensors, each an archive of
+`torch.save` in a file of many. Both are parsed as data (`weights/pickled.py`, `weights/torch_file.py`): nothing that a
+checkpoint names is imported or called, and nothing is read but files of its own directory.
 """
 
 from __future__ import annotations
 
-import io
 import math
-import pickle
+from collections.abc import Iterable, Mapping, Sequence
+from operator import add, gt
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, Metadata
+from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner, Metadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     MetadataIndex,
     StorageMeta,
+    TensorProperties,
     TensorStorageMetadata,
 )
+from torch.futures import Future
+
+from cordee.errors import Problem, ProblemError
+from cordee.weights.pickled import Call, Name, load
+from cordee.weights.torch_file import UNREADABLE, resolve, tensor_in
 
 METADATA = ".metadata"
-_ALLOWED = {
-    ("torch.distributed.checkpoint.metadata", None),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch", "Size"),
-    ("torch", "device"),
-    ("torch.serialization", "_get_layout"),
-    ("collections", "OrderedDict"),
-    ("pathlib", None),
-    ("pathlib._local", None),
-}
+_CELLS = 2**22  # of the grid that a tensor's chunks make
+Shape = tuple[int, ...]
 
 
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        known = (module, name) in _ALLOWED or (module, None) in _ALLOWED
-        if module == "torch" and isinstance(value := getattr(torch, name, None), torch.dtype):
-            return value
-        if not known or "." in name:
-            raise pickle.UnpicklingError(f"{module}.{name} has no place in the metadata of a checkpoint")
-        return super().find_class(module, name)
+# ---- metadata --------------------------------------------------------------------------------------------------------
 
 
 def read_metadata(directory: Path) -> Metadata:
-    """What the data files of a checkpoint hold and where; ValueError if that cannot be read."""
+    """What the data files of a checkpoint hold and where; of the objects beside tensors only the names are kept.
+
+    ValueError if it cannot be read, or the files do not have all that it says is in them.
+    """
     try:
-        with (directory / METADATA).open("rb") as file:
-            metadata = _Unpickler(file).load()
-    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, TypeError) as error:
+        content, _ = load((directory / METADATA).read_bytes(), resolve=resolve)
+        metadata = _metadata(content)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{directory / METADATA} cannot be read: {error}") from error
-    if not isinstance(metadata, Metadata):
-        raise ValueError(f"{directory / METADATA} is not the metadata of a checkpoint")
+    if (lack := missing_bytes(directory, metadata)) is not None:
+        raise ValueError(lack)
     return metadata
 
 
-class SafeReader(FileSystemReader):
-    """torch's reader of checkpoint directories, with `read_metadata`."""
+def _metadata(content: object) -> Metadata:
+    fields = _fields(content, "Metadata")
+    kept = {name: _kept(name, described) for name, described in _pairs(fields["state_dict_metadata"])}
+    places = {_index(at): _place(place) for at, place in _pairs(fields["storage_data"])}
+    metadata = Metadata(kept, storage_data=places, storage_meta=StorageMeta())
+    for name, tensor in tensors(metadata).items():
+        for chunk in tensor.chunks:
+            place = places.get(MetadataIndex(name, chunk.offsets))
+            if place is None or place.length < math.prod(chunk.sizes) * tensor.properties.dtype.itemsize:
+                raise ValueError(f"the chunk of {name} at {list(chunk.offsets)} is nowhere, or in too few bytes")
+    return metadata
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        metadata = read_metadata(Path(self.path))
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
+
+def _kept(name: object, described: object) -> TensorStorageMetadata | BytesStorageMetadata:
+    if not isinstance(name, str):
+        raise ValueError(f"{name!r} is no name of a tensor")
+    if _kind(described) == "BytesStorageMetadata":
+        return BytesStorageMetadata()
+    fields = _fields(described, "TensorStorageMetadata")
+    size, dtype = _sizes(fields["size"]), _state(fields["properties"], "TensorProperties")[0]
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{name} is of no type")
+    chunks = []
+    for chunk in fields["chunks"]:
+        part = _fields(chunk, "ChunkStorageMetadata")
+        offsets, sizes = _sizes(part["offsets"]), _sizes(part["sizes"])
+        ends = map(add, offsets, sizes)
+        if not len(offsets) == len(sizes) == len(size) or any(map(gt, ends, size)):
+            raise ValueError(f"the chunk of {name} at {offsets} of {sizes} is not in {size}")
+        chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
+    return TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(size), chunks)
+
+
+def _index(at: object) -> MetadataIndex:
+    fields = _fields(at, "MetadataIndex")
+    name, offset = fields["fqn"], fields.get("offset")
+    if not isinstance(name, str):
+        raise ValueError(f"{name!r} is no name of a tensor")
+    return MetadataIndex(name, None if offset is None else torch.Size(_sizes(offset)))
+
+
+def _place(place: object) -> _StorageInfo:
+    """ValueError for a place that is not in a file of the checkpoint's own directory."""
+    fields = _fields(place, "_StorageInfo")
+    file, offset, length = fields["relative_path"], *_sizes((fields["offset"], fields["length"]))
+    if not isinstance(file, str) or file in ("", ".", "..") or Path(file).name != file or "\0" in file:
+        raise ValueError(f"{file!r} is no file of its directory")
+    if fields.get("transform_descriptors"):
+        raise ValueError(f"{file} is encoded by {fields['transform_descriptors']}, which is not read")
+    return _StorageInfo(file, offset, length)
+
+
+def _sizes(numbers: object) -> Shape:
+    if not isinstance(numbers, tuple) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+        raise ValueError(f"{numbers!r} are no sizes")
+    return numbers
+
+
+def _pairs(mapping: object) -> Iterable[tuple[Any, object]]:
+    if not isinstance(mapping, dict):
+        raise ValueError("it does not say what is where")
+    return mapping.items()
+
+
+def _kind(found: object) -> str:
+    """The name of the class of torch that Python would make an object of, whichever release had it where."""
+    if isinstance(found, Call) and isinstance(made_by := found.function, Name):
+        return made_by.name if made_by.module.startswith("torch.distributed.") else ""
+    return ""
+
+
+def _state(found: object, kind: str) -> Any:
+    if not isinstance(found, Call) or _kind(found) != kind:
+        raise ValueError(f"there is no {kind} where one belongs")
+    return found.state
+
+
+def _fields(found: object, kind: str) -> Mapping[str, Any]:
+    state = _state(found, kind)
+    if not isinstance(state, dict):
+        raise ValueError(f"its {kind} has no fields")
+    return state
 
 
 def tensors(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
@@ -72,6 +144,12 @@ def tensors(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
     return {
         name: kept for name, kept in metadata.state_dict_metadata.items() if isinstance(kept, TensorStorageMetadata)
     }
+
+
+def _described(metadata: Metadata, name: str) -> TensorStorageMetadata:
+    kept = metadata.state_dict_metadata[name]
+    assert isinstance(kept, TensorStorageMetadata), f"{name} is no tensor"
+    return kept
 
 
 def missing_bytes(directory: Path, metadata: Metadata) -> str | None:
@@ -85,17 +163,34 @@ def missing_bytes(directory: Path, metadata: Metadata) -> str | None:
         if found < size:
             return f"{name} has {found} bytes of {size}"
     for name, kept in tensors(metadata).items():
-        if sum(math.prod(chunk.sizes) for chunk in kept.chunks) < math.prod(kept.size):
+        if not _tile(kept.size, kept.chunks):
             return f"{name} is not covered by its chunks"
     return None
+
+
+def _tile(size: Sequence[int], chunks: Sequence[ChunkStorageMetadata]) -> bool:
+    """Whether chunks cover a tensor of `size`, each element once. They have to lie in a grid, as those of meshes do."""
+    cuts = []
+    for dim, end in enumerate(size):
+        bounds = {0, end, *(c.offsets[dim] for c in chunks), *(c.offsets[dim] + c.sizes[dim] for c in chunks)}
+        cuts.append(np.array(sorted(bounds)))
+    cells = [max(0, len(cut) - 1) for cut in cuts]
+    if math.prod(cells) > _CELLS:
+        return False
+    covered = np.zeros(cells, np.int32)
+    for chunk in chunks:
+        ends = map(add, chunk.offsets, chunk.sizes)
+        first, last = (map(int, map(np.searchsorted, cuts, at)) for at in (chunk.offsets, ends))
+        covered[tuple(map(slice, first, last))] += 1
+    return bool((covered == 1).all())
 
 
 def read_tensor(directory: Path, metadata: Metadata, name: str, index: tuple[slice, ...] | None = None) -> Tensor:
     """The tensor `name`, or the part of it at `index` (slices with step 1), assembled from its chunks.
 
-    Memory: the result and the largest chunk that it touches.
+    ProblemError if what a chunk's place holds is another tensor, or none. Memory: the result.
     """
-    kept = tensors(metadata)[name]
+    kept = _described(metadata, name)
     box = _box(tuple(kept.size), index)
     result = torch.empty([stop - start for start, stop in box], dtype=kept.properties.dtype)
     for chunk in kept.chunks:
@@ -106,7 +201,7 @@ def read_tensor(directory: Path, metadata: Metadata, name: str, index: tuple[sli
         if all(start < stop for start, stop in overlap):
             target = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(overlap, box, strict=True))
             part = tuple(slice(a - o, b - o) for (a, b), o in zip(overlap, chunk.offsets, strict=True))
-            result[target] = _read_chunk(directory, metadata, name, chunk)[part]
+            result[target] = _read_chunk(directory, metadata, name, chunk, part)
     return result
 
 
@@ -117,8 +212,40 @@ def _box(shape: tuple[int, ...], index: tuple[slice, ...] | None) -> list[tuple[
     return [(start, max(start, stop)) for start, stop, _ in bounds]
 
 
-def _read_chunk(directory: Path, metadata: Metadata, name: str, chunk: ChunkStorageMetadata) -> Tensor:
-    place = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
-    with (directory / place.relative_path).open("rb") as file:
-        file.seek(place.offset)
-        return torch.load(io.BytesIO(file.read(place.length)), map_location="cpu", weights_only=True)
+def _read_chunk(
+    directory: Path, metadata: Metadata, name: str, chunk: ChunkStorageMetadata, index: tuple[slice, ...]
+) -> Tensor:
+    """A slice of a chunk, which may share memory with the file."""
+    place, expected = metadata.storage_data[MetadataIndex(name, chunk.offsets)], _described(metadata, name).properties
+    path = directory / place.relative_path
+    try:
+        region = tensor_in(path, place.offset, place.length)
+        if (region.shape, region.dtype) != (tuple(chunk.sizes), expected.dtype):
+            raise ValueError(f"there is one of {list(region.shape)} and {region.dtype}")
+        return region.read(path, index)
+    except UNREADABLE as error:
+        why = f"{list(chunk.sizes)} of {name} cannot be read at byte {place.offset}: {error}"
+        raise ProblemError([Problem("checkpoint", path, why, "take another checkpoint")]) from error
+
+
+class SafeReader(FileSystemReader):
+    """torch's reader of a checkpoint directory, for metadata that `read_metadata` has read, and tensors alone."""
+
+    def __init__(self, directory: Path, metadata: Metadata):
+        super().__init__(directory)
+        self._metadata = metadata
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return self._metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        for item in plan.items:
+            name, number = item.storage_index.fqn, item.storage_index.index
+            chunk = _described(self._metadata, name).chunks[number or 0]
+            part = tuple(map(slice, item.storage_offsets, map(add, item.storage_offsets, item.lengths)))
+            target = planner.resolve_tensor(item).detach()
+            target.copy_(_read_chunk(Path(self.path), self._metadata, name, chunk, part))
+            planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done

@@ -56,8 +56,6 @@ def _companions(root: Path, config: dict[str, Any]) -> Path | None:
 class CheckpointSource(Source):
     """The float32 master weights of a checkpoint."""
 
-    sliceable = False  # a chunk is read whole whatever part of it is asked for
-
     def __init__(self, path: Path, notes: tuple[str, ...] = ()):
         self.path = path
         self.notes = notes

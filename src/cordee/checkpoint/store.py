@@ -11,7 +11,7 @@ of a run means is the trainer's.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import TracebackType
@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.storage import StorageWriter
 from torch.optim import Optimizer
 
 from cordee.checkpoint import directory
-from cordee.checkpoint.files import SafeReader, missing_bytes, read_metadata, tensors
+from cordee.checkpoint.files import SafeReader, read_metadata, tensors
 from cordee.errors import Problem, ProblemError, RankLostError
 from cordee.log import logger
 from cordee.parallel import collectives
@@ -172,8 +172,7 @@ class CheckpointStore:
         if not self._first:
             return
         new = directory.temporary(self.root, iteration)
-        if (lack := missing_bytes(new, read_metadata(new))) is not None:
-            raise OSError(f"what was written is not what was saved: {lack}")
+        read_metadata(new)  # ValueError if what was written is not what was saved
         manifest = {"format": directory.FORMAT, "iteration": iteration, "files": files, **state}
         directory.publish(self.root, iteration, manifest)
         if self._keep_last is not None and (removed := directory.retain(self.root, iteration, self._keep_last)):
@@ -251,12 +250,26 @@ def restore(
     An optimizer that had no state when it was saved (every step was skipped) has none afterwards. All ranks of
     `group` call it together. ProblemError names every parameter that does not fit.
     """
-    kept = tensors(read_metadata(directory_))
+    metadata = read_metadata(directory_)
+    kept = tensors(metadata)
     wanted = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
     _raise_misfits(directory_, kept, wanted)
     if optimizer is not None:
         wanted |= _optimizer_slots(kept, model, optimizer)
-    dcp.load(wanted, storage_reader=SafeReader(directory_), process_group=group, no_dist=group is None)
+    reader = SafeReader(directory_, metadata)
+    try:
+        dcp.load(wanted, storage_reader=reader, process_group=group, no_dist=group is None)
+    except dcp.CheckpointException as error:  # of all ranks, to all of them
+        raise ProblemError(_unread(directory_, error), everywhere=True) from error
+
+
+def _unread(path: Path, error: dcp.CheckpointException) -> Iterator[Problem]:
+    """What kept ranks from reading their parts."""
+    for rank, (cause, _) in sorted(error.failures.items()):
+        if isinstance(cause, ProblemError):
+            yield from cause.problems
+        else:
+            yield Problem("--load", path, f"rank {rank} cannot read it: {_short(cause)}", "take another checkpoint")
 
 
 def _raise_misfits(path: Path, kept: dict[str, Any], wanted: Tensors) -> None:

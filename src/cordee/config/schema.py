@@ -549,9 +549,6 @@ class ConvertOptions:
     overwrite: bool = option(False, "replace output that exists")
     dry_run: bool = option(False, "only tell which files would be written, and how much memory that takes")
     verify: bool = option(False, "read what was written and compare: every tensor, and logits if there is memory")
-    trust_checkpoint: bool = option(
-        False, "load .pt files with whatever code they name; only for files whose origin you trust"
-    )
     checking: bool = option(True, "refuse a Megatron checkpoint with tensors that are not the model's")
     workers: int = option(1, "threads, and one more, that read, convert and write, whatever the format", above=0)
     max_queue_size: int | None = option(None, "without effect: there is no queue; scripts of MindSpeed-LLM give it")

@@ -35,4 +35,4 @@ def _read(base: Source, options: ConvertConfig) -> Adapter:
         why = "it has Megatron's names, and what it is to be merged into is no Megatron checkpoint"
         fix = "give the Megatron checkpoint that it was trained on as --load-dir"
         raise ProblemError([Problem("--lora-load", path, why, fix)])
-    return megatron.read(given, base.spec, base.dialect, options.trust_checkpoint)
+    return megatron.read(given, base.spec, base.dialect)

@@ -75,7 +75,6 @@ def check_format(form: Format, options: ConvertConfig) -> Iterator[Problem]:
         yield Problem("--use-mcore-models", True, why, "leave it out, or give --save-model-type mg")
     for flag, given in (
         ("--model", options.model),
-        ("--trust-checkpoint", options.trust_checkpoint or None),
         ("--no-checking", None if options.checking else True),
         ("--load-from-legacy", options.load_from_legacy or None),
         ("--src-tensor-model-parallel-size", options.src_tensor_model_parallel_size),

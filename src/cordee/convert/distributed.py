@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import Metadata
 
-from cordee.checkpoint.files import METADATA, missing_bytes, read_metadata, read_tensor, tensors
+from cordee.checkpoint.files import METADATA, read_metadata, read_tensor, tensors
 from cordee.errors import Problem, ProblemError
 from cordee.families.registry import ModelSpec, spec_from_directory
 from cordee.families.rules import Index
@@ -46,8 +46,6 @@ def read(path: str | Path) -> Source:
         metadata = read_metadata(path)
     except ValueError as error:
         raise ProblemError([Problem(str(path / METADATA), None, str(error), "copy the checkpoint again")]) from error
-    if (why := missing_bytes(path, metadata)) is not None:
-        raise ProblemError([Problem(str(path), None, why, "copy the checkpoint again")])
     foreign = {name for rule in spec.rules().values() for name in rule.foreign}
     if spec.config.tie_word_embeddings:
         foreign.discard("lm_head.weight")
@@ -57,7 +55,6 @@ def read(path: str | Path) -> Source:
             return CanonicalSource(path, spec, file)
         if foreign <= file.tensors.keys():
             source = HFSource(path, spec, dict.fromkeys(foreign, file))
-            source.sliceable = False
             return source
     names = ", ".join(sorted(tensors(metadata))[:3]) or "none at all"
     why = f"its tensors have neither the names of family {spec.family.name} nor Cordée's; there are {names}"
@@ -66,8 +63,6 @@ def read(path: str | Path) -> Source:
 
 class CanonicalSource(Source):
     """Weights by their canonical names."""
-
-    sliceable = False  # a chunk is read whole whatever part of it is asked for
 
     def __init__(self, path: Path, spec: ModelSpec, file: DistributedFile):
         self.spec = spec

@@ -121,13 +121,10 @@ def _read(form: Format, model: ModelSpec | None, options: ConvertConfig) -> Sour
         return form.read(Path(options.load_dir), None)
     from cordee.weights.megatron.source import MegatronSource, Reading
 
-    if options.trust_checkpoint:
-        logger.warning("--trust-checkpoint: files of %s may run any code while they are loaded", options.load_dir)
     reading = Reading(
         spec=model,
         vocab_size=options.true_vocab_size or _count_tokens(options.vocab_file),
         strict=options.checking,
-        trusted=options.trust_checkpoint,
     )
     source = form.read(Path(options.load_dir), reading)
     assert isinstance(source, MegatronSource)

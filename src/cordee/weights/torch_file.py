@@ -1,137 +1,316 @@
 """Files of `torch.save`, read and written one tensor at a time, whatever their size.
 
-Owns finding where each tensor's bytes are, and the distrust of what else such a file holds. A file is a zip archive
-with a pickle and, uncompressed, the bytes of every tensor: read, only the pickle is loaded, and written, it is made
-with holes where the bytes go. Knows nothing of models.
+Owns finding where each tensor's bytes are. A file is a zip archive with a pickle and, uncompressed, the bytes of every
+tensor (before torch 1.6: pickles, and then the bytes); read, the pickle is taken as data (`pickled.py`), of which only
+the building of tensors is understood, and written, it is made with holes where the bytes go. Knows nothing of models.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
-import logging
+import mmap
 import os
-import pickle
-import re
 import struct
 import sys
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
-from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals, skip_data
+from torch.serialization import MAGIC_NUMBER, skip_data
 
 from cordee.families.rules import Index
-from cordee.weights.regions import Region, contiguous
-
-logger = logging.getLogger("cordee")
+from cordee.weights.pickled import Builder, Bytes, Call, Name, load
+from cordee.weights.regions import Region
 
 Keys = tuple[str, ...]
 
 # What stands before the bytes of an entry of a zip archive, ahead of its name and further fields, whose lengths end it.
 _ENTRY = struct.Struct("<4s5H3L2H")
-
-# Objects of these packages lie in every training checkpoint beside the weights: settings, random states, timers. They
-# are replaced by a stand-in, so that neither are they made nor need the packages be there.
-_PASSED_OVER = re.compile(r"(megatron|mindspeed|mindspeed_llm|modellink|ascendspeed|deepspeed|numpy|_codecs)\..*")
-
-
-class Opaque:
-    """Stands for an object of a class that is not to be run."""
-
-    def __init__(self, *arguments: object) -> None:
-        self.arguments = arguments
-
-    def __setstate__(self, state: object) -> None:
-        self.state = state
-
-    def __repr__(self) -> str:
-        return "(not read)"
-
-
-class ForeignCode(ValueError):
-    """A file whose pickle names code that has no place beside weights."""
-
-    def __init__(self, names: Sequence[str]):
-        super().__init__(f"loading it would run code that has no place beside weights: {', '.join(names)}")
+_PICKLE, _BYTE_ORDER, _DATA = "data.pkl", "byteorder", "data/"
+_DEPTH = 32  # of dicts in dicts
+_ENTRIES = 2**22  # of all those dicts: they may hold one another, so that few bytes become many
+UNREADABLE = (zipfile.BadZipFile, NotImplementedError, struct.error, OSError, ValueError)  # of a damaged file
 
 
 class TorchFile:
-    """What `torch.save` wrote: `content` as it was, its tensors without their values, and `tensors` by their keys.
+    """What `torch.save` wrote: `content` as plain data, and `tensors` by the keys that lead to them in nested dicts.
 
-    Raises ForeignCode if loading would run anything but the building of tensors and plain data, unless `trusted`, and
-    one of `UNREADABLE` if the file is damaged. Files from before torch 1.6 are held in memory.
+    Objects that are neither tensors nor plain data stand in it as `Call`, never made; `not_read` are the names of what
+    would make them. One of `UNREADABLE` if the file is damaged.
     """
 
-    def __init__(self, path: Path, *, trusted: bool = False):
+    def __init__(self, path: Path):
         self.path = path
-        self.passed_over: list[str] = []
-        if mappable := zipfile.is_zipfile(path):
-            self._check_byte_order()
-            self.content = self._load(trusted)
-        else:
-            self.content = self._load_old(trusted)
-        found = dict(_tensors(self.content))
-        self._held = None if mappable else found
-        self.tensors = {keys: _region(tensor) for keys, tensor in found.items()}
+        with path.open("rb") as file:
+            read = _read_archive if zipfile.is_zipfile(file) else _read_stream
+            self.content, self.not_read = read(file)
+        self.tensors = {keys: view.region() for keys, view in _views(self.content)}
 
     def read(self, keys: Keys, index: Index) -> Tensor:
         """A slice of a tensor, sharing memory with the file."""
-        if self._held is not None:
-            return self._held[keys][index]
         return self.tensors[keys].read(self.path, index)
 
-    def _load_old(self, trusted: bool) -> Any:
-        with safe_globals([argparse.Namespace]):
-            return torch.load(self.path, map_location="cpu", weights_only=not trusted)
 
-    def _load(self, trusted: bool) -> Any:
-        if trusted:
-            return torch.load(self.path, map_location="meta", weights_only=False)
-        with safe_globals([argparse.Namespace]):
-            foreign = sorted(get_unsafe_globals_in_checkpoint(self.path))
-        if refused := [name for name in foreign if not _PASSED_OVER.fullmatch(name)]:
-            raise ForeignCode(refused)
-        self.passed_over = foreign
-        stand_ins = [(type("Opaque", (Opaque,), {}), name) for name in foreign]
-        with safe_globals([argparse.Namespace, *stand_ins]):
-            return torch.load(self.path, map_location="meta", weights_only=True)
-
-    def _check_byte_order(self) -> None:
-        with zipfile.ZipFile(self.path) as archive:
-            for name in archive.namelist():
-                if name.endswith("/byteorder") and archive.read(name).decode() != sys.byteorder:
-                    raise ValueError("its numbers are in the byte order of another machine")
+def tensor_in(path: Path, start: int, size: int) -> Region:
+    """Where the tensor is that stands alone in an archive of `size` bytes from `start` on in a file. One of
+    `UNREADABLE` if it does not.
+    """
+    with path.open("rb") as file:
+        return _tensor_in(file, start, size)
 
 
-UNREADABLE = (
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    struct.error,
-    RuntimeError,
-    OSError,
-    EOFError,
-    KeyError,
-    ValueError,
-)
+def _tensor_in(file: BinaryIO, start: int, size: int) -> Region:
+    view, _ = _read_archive(io.BufferedReader(_Window(file, start, size)))
+    if not isinstance(view, _View):
+        raise ValueError("it holds something else than a tensor")
+    region = view.region()
+    return replace(region, offset=start + region.offset)
 
 
-def _tensors(content: object, keys: Keys = ()) -> Iterator[tuple[Keys, Tensor]]:
-    """All tensors in nested dicts, by the keys that lead to them."""
-    if isinstance(content, Tensor):
-        yield keys, content
-    elif isinstance(content, Mapping):
-        for key, value in content.items():
-            yield from _tensors(value, (*keys, str(key)))
+# ---- where tensors are -----------------------------------------------------------------------------------------------
 
 
-def _region(tensor: Tensor) -> Region:
-    start = tensor.untyped_storage()._checkpoint_offset or 0  # None if the file is held in memory
-    offset = start + int(tensor.storage_offset()) * tensor.element_size()
-    return Region(offset, tuple(tensor.shape), tensor.dtype, tensor.stride())
+@dataclass
+class _Storage:
+    """Elements of `dtype` in a file, `size` bytes from `start` on."""
+
+    dtype: torch.dtype
+    size: int
+    start: int = 0
+
+
+@dataclass(frozen=True)
+class _View:
+    """A tensor as it lies in a storage: `first`, `shape` and `strides` in elements."""
+
+    storage: _Storage
+    dtype: torch.dtype
+    first: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        numbers = (self.first, *self.shape, *self.strides)
+        if len(self.shape) != len(self.strides) or not all(type(n) is int and n >= 0 for n in numbers):
+            raise ValueError(f"a tensor of shape {self.shape} with strides {self.strides} from {self.first} on")
+        span = sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
+        end = self.first + 1 + span if 0 not in self.shape else 0
+        if end * self.dtype.itemsize > self.storage.size:
+            raise ValueError(f"a tensor of shape {self.shape} ends behind its {self.storage.size} bytes")
+
+    def region(self) -> Region:
+        offset = self.storage.start + self.first * self.dtype.itemsize
+        return Region(offset, self.shape, self.dtype, self.strides)
+
+
+def _views(content: object) -> Iterator[tuple[Keys, _View]]:
+    """All tensors in nested dicts, by the keys that lead to them, in their order."""
+    waiting: list[tuple[Keys, object]] = [((), content)]
+    for _ in range(_ENTRIES):
+        if not waiting:
+            return
+        keys, found = waiting.pop()
+        if isinstance(found, _View):
+            yield keys, found
+        elif isinstance(found, dict):
+            if len(keys) == _DEPTH:
+                raise ValueError(f"it holds dicts in dicts, more than {_DEPTH} deep")
+            waiting += [((*keys, str(key)), value) for key, value in reversed(found.items())]
+    raise ValueError(f"it holds more than {_ENTRIES} objects in dicts")
+
+
+# ---- the pickle ------------------------------------------------------------------------------------------------------
+
+
+def _view(storage: object, first: Any, shape: Any, strides: Any, *_: object) -> _View:
+    if not isinstance(storage, _Storage):
+        raise TypeError("a tensor without a storage")
+    return _View(storage, storage.dtype, first, tuple(shape), tuple(strides))
+
+
+def _view_of_bytes(
+    storage: object, first: Any, shape: Any, strides: Any, gradient: object, hooks: object, dtype: object, *_: object
+) -> _View:
+    if not isinstance(storage, _Storage) or not isinstance(dtype, torch.dtype):
+        raise TypeError("a tensor without a storage or a type")
+    return _View(storage, dtype, first, tuple(shape), tuple(strides))
+
+
+def _of_type(function: object, kind: object, args: Any, state: object) -> object:
+    """A subclass of tensors, or a tensor with attributes: as the tensor that it is, if it is one."""
+    return function.function(*args) if isinstance(function, Builder) else Call(function, tuple(args), state)
+
+
+_TYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+_STORAGES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+    "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
+}
+_KNOWN: dict[str, object] = {
+    **{f"torch.{name}": dtype for name, dtype in (_TYPES | _STORAGES).items()},
+    "torch.storage.UntypedStorage": torch.uint8,
+    "torch.Size": Builder(tuple),
+    "torch._utils._rebuild_tensor": Builder(_view),
+    "torch._utils._rebuild_tensor_v2": Builder(_view),
+    "torch._utils._rebuild_tensor_v3": Builder(_view_of_bytes),
+    "torch._utils._rebuild_parameter": Builder(lambda tensor, *_: tensor),
+    "torch._utils._rebuild_parameter_with_state": Builder(lambda tensor, *_: tensor),
+    "torch._tensor._rebuild_from_type_v2": Builder(_of_type),
+    "collections.OrderedDict": Builder(lambda: {}),
+    "collections.defaultdict": Builder(lambda *_: {}),
+    "argparse.Namespace": Name("argparse", "Namespace"),
+}
+
+
+def resolve(module: str, name: str) -> object:
+    """What stands for a name in pickles of torch: types, and builders of what tensors are made of."""
+    return _KNOWN.get(f"{module}.{name}", Name(module, name))
+
+
+def _unpickled(data: Bytes, start: int, persistent: Callable[[object], object]) -> tuple[object, list[str], int]:
+    """The content of a pickle, names in it for which nothing stands, and where it ends."""
+    unknown = set()
+
+    def noted(module: str, name: str) -> object:
+        if f"{module}.{name}" not in _KNOWN:
+            unknown.add(f"{module}.{name}")
+        return resolve(module, name)
+
+    content, end = load(data, start, resolve=noted, persistent=persistent)
+    if isinstance(content, dict):
+        content = {key: _settings(value) for key, value in content.items()}
+    return content, sorted(unknown), end
+
+
+def _settings(value: object) -> object:
+    """`value`; if it is a namespace, its settings."""
+    if not (isinstance(value, Call) and value.function == _KNOWN["argparse.Namespace"]):
+        return value
+    if not isinstance(value.state, dict) or not all(isinstance(name, str) for name in value.state):
+        raise ValueError("its settings are not named")
+    return argparse.Namespace(**value.state)
+
+
+# ---- the two kinds of files ------------------------------------------------------------------------------------------
+
+
+def _read_archive(file: BinaryIO) -> tuple[object, list[str]]:
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+    root = next(
+        (entry.filename.removesuffix(_PICKLE) for entry in entries if entry.filename.endswith("/" + _PICKLE)), ""
+    )
+    found = {entry.filename.removeprefix(root): entry for entry in entries}
+    if _PICKLE not in found or len(found) < len(entries):
+        raise ValueError("it is an archive, but not of torch.save")
+    if packed := [name for name, entry in found.items() if entry.compress_type != zipfile.ZIP_STORED]:
+        raise ValueError(f"{packed[0]} in it is compressed, which torch.save never does")
+    if _BYTE_ORDER in found and _content(file, found[_BYTE_ORDER]) != sys.byteorder.encode():
+        raise ValueError("its numbers are in the byte order of another machine")
+
+    def storage(persistent_id: Any) -> _Storage:
+        dtype, key, size = _described(persistent_id)
+        entry = found[_DATA + key]
+        if size > entry.file_size:
+            raise ValueError(f"{entry.filename} has {entry.file_size} bytes of {size}")
+        return _Storage(dtype, size, _start(file, entry))
+
+    content, unknown, _ = _unpickled(_content(file, found[_PICKLE]), 0, storage)
+    return content, unknown
+
+
+def _start(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
+    """Where the bytes of an entry begin. What they are is not compared with its checksum: it is that of holes."""
+    file.seek(entry.header_offset)
+    mark, *_, name, extra = _ENTRY.unpack(file.read(_ENTRY.size))
+    start = entry.header_offset + _ENTRY.size + name + extra
+    if mark != b"PK\x03\x04" or start + entry.file_size > file.seek(0, os.SEEK_END):
+        raise ValueError(f"{entry.filename} is not where it should be")
+    return start
+
+
+def _content(file: BinaryIO, entry: zipfile.ZipInfo) -> bytes:
+    file.seek(_start(file, entry))
+    return file.read(entry.file_size)
+
+
+def _read_stream(file: BinaryIO) -> tuple[object, list[str]]:
+    """As torch wrote before its release 1.6: what it is, its content, the storages' keys, and then these."""
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        (magic, at), storages = load(data), {}
+        if magic != MAGIC_NUMBER:
+            raise ValueError("it is no file of torch.save")
+        _, at = load(data, at)
+        system, at = load(data, at)
+        if not isinstance(system, dict) or system.get("little_endian") is not (sys.byteorder == "little"):
+            raise ValueError("its numbers are in the byte order of another machine")
+
+        def storage(persistent_id: Any) -> _Storage:
+            dtype, key, size = _described(persistent_id[:5])
+            if persistent_id[5:] != (None,):
+                raise ValueError("its storages are parts of others, as of torch before 0.4")
+            return storages.setdefault(key, _Storage(dtype, size))
+
+        content, unknown, at = _unpickled(data, at, storage)
+        keys, at = load(data, at)
+        if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or set(keys) != set(storages):
+            raise ValueError("its pickle names other storages than there are")
+        for key in keys:
+            storages[key].start = at + 8  # behind the number of its elements
+            at += 8 + storages[key].size
+        if at > len(data):
+            raise ValueError("it ends before its tensors do")
+    return content, unknown
+
+
+def _described(persistent_id: Any) -> tuple[torch.dtype, str, int]:
+    """Type, key and bytes of a storage."""
+    kind, dtype, key, _, count = persistent_id
+    if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(key, str) or type(count) is not int:
+        raise TypeError("an object elsewhere that is no storage")
+    return dtype, key, max(count, 0) * dtype.itemsize
+
+
+class _Window(io.RawIOBase):
+    """`size` bytes of `file` from `start` on, as a file of its own."""
+
+    def __init__(self, file: BinaryIO, start: int, size: int):
+        self._file, self._start, self._size, self._at = file, start, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence])
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._start + self._at)
+        data = self._file.read(max(0, min(len(buffer), self._size - self._at)))
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
 
 
 def create(path: Path, content: Mapping[str, object]) -> dict[Keys, Region]:
@@ -147,36 +326,9 @@ def create(path: Path, content: Mapping[str, object]) -> dict[Keys, Region]:
 def append(file: BinaryIO, tensor: Tensor) -> Region:
     """Write an archive of one tensor at the end of `file`, its bytes left out; where they go. `file` is read for that.
 
-    The tensor is as for `create`, and all that its storage holds. OSError, or RuntimeError, if writing fails.
+    The tensor is as for `create`. OSError, or RuntimeError, if writing fails.
     """
     start = file.seek(0, os.SEEK_END)
     with skip_data():
         torch.save(tensor, file)
-    with zipfile.ZipFile(_Tail(file, start)) as archive:
-        (entry,) = (entry for entry in archive.infolist() if entry.filename.endswith("/data/0"))
-    header = start + entry.header_offset
-    file.seek(header + _ENTRY.size - 4)
-    name, extra = struct.unpack("<HH", file.read(4))
-    return contiguous(header + _ENTRY.size + name + extra, tuple(tensor.shape), tensor.dtype)
-
-
-class _Tail(io.RawIOBase):
-    """What follows `start` in `file`, as a file of its own: not every reader finds an archive behind others."""
-
-    def __init__(self, file: BinaryIO, start: int):
-        self._file, self._start = file, start
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        return self._file.seek(offset + (self._start if whence == os.SEEK_SET else 0), whence) - self._start
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer)
-        data = self._file.read(len(view))
-        view[: len(data)] = data
-        return len(data)
+    return _tensor_in(file, start, file.seek(0, os.SEEK_END) - start)

@@ -32,11 +32,11 @@ _TRAINED_WHOLE = re.compile(r".*\.(modules_to_save|original_module)\..*")
 Place = tuple[Rank, int, str]  # rank, chunk and name of the weight that A and B are of
 
 
-def read(given: Given, spec: ModelSpec, dialect: Dialect, trusted: bool = False) -> MegatronAdapter:
+def read(given: Given, spec: ModelSpec, dialect: Dialect) -> MegatronAdapter:
     """The adapter at `given.path`, for a base model `spec` with names of `dialect`. ProblemError with all that is
     wrong with it.
     """
-    folder, files = open_checkpoint(given.path, trusted)
+    folder, files = open_checkpoint(given.path)
     return MegatronAdapter(given, folder, files, spec, dialect)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from cordee.config.load import config_from_dict
 from cordee.config.model_options import FeatureOptions, ModelOptions
 from cordee.errors import Problem, ProblemError
 from cordee.families import described
@@ -267,7 +268,7 @@ def spec_of_arguments(args: Namespace | None, vocab_size: int, where: str) -> Mo
     values["add_qkv_bias"] = bool(biased or given.get("add_qkv_bias"))
     values["add_dense_bias"] = bool(biased or given.get("add_dense_bias"))
     try:
-        return spec_from_options(ModelOptions(**values, **_scaling(given, where)))
+        return spec_from_options(config_from_dict(ModelOptions, {**values, **_scaling(given, where)}))
     except ProblemError as error:
         raise ProblemError(
             [Problem(where, p.option, f"by its settings: {p.why}", GIVE_MODEL) for p in error.problems]

@@ -6,11 +6,12 @@ reading the degrees of parallelism from them. Knows no model.
 
 from __future__ import annotations
 
+import math
 import re
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import product
+from itertools import islice, product, starmap
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -21,11 +22,12 @@ from cordee.families.rules import Index
 from cordee.weights.megatron.dialect import Dialect
 from cordee.weights.megatron.layout import Layout, Rank, chunks_of, current, layer_files, rank_files
 from cordee.weights.regions import Region
-from cordee.weights.torch_file import UNREADABLE, ForeignCode, Keys, TorchFile
+from cordee.weights.torch_file import UNREADABLE, Keys, TorchFile
 
 K = TypeVar("K")
 T = TypeVar("T")
 
+MOST_RANKS = 2**20  # along one axis
 COPY_AGAIN = "copy the checkpoint again, with all its folders"
 _MODEL = re.compile(r"model(\d*)|module")
 _WRAPPED = "base_model.model."  # what PEFT puts before names
@@ -41,10 +43,10 @@ _AGREED = (  # what all ranks must say alike
 )
 
 
-def open_checkpoint(path: Path, trusted: bool = False) -> tuple[Path, dict[Rank, RankFile]]:
+def open_checkpoint(path: Path) -> tuple[Path, dict[Rank, RankFile]]:
     """The folder of ranks at `path` and the file of every rank. ProblemError with all that is wrong with them."""
     folder = folder_of(path)
-    return folder, by_rank(folder, open_ranks(folder, trusted))
+    return folder, by_rank(folder, open_ranks(folder))
 
 
 def folder_of(path: Path) -> Path:
@@ -56,7 +58,7 @@ class Contents(Protocol):
     """What a rank holds, be it in one file or in several."""
 
     content: Any
-    passed_over: list[str]
+    not_read: list[str]
     tensors: dict[Keys, Region]
 
     def read(self, keys: Keys, index: Index) -> Tensor: ...
@@ -70,9 +72,9 @@ class RankFile:
     keys: dict[tuple[int, str], Keys]
 
     @staticmethod
-    def open(path: Path, trusted: bool) -> RankFile:
+    def open(path: Path) -> RankFile:
         """Raises one of `UNREADABLE`."""
-        file = TorchFile(path, trusted=trusted)
+        file = TorchFile(path)
         keys = {}
         for path_in_file in file.tensors:
             if match := _MODEL.fullmatch(path_in_file[0]):
@@ -89,12 +91,12 @@ class RankFile:
         return self.file.tensors[self.keys[virtual, name]]
 
 
-def open_ranks(folder: Path, trusted: bool) -> dict[tuple[int, ...], RankFile]:
+def open_ranks(folder: Path) -> dict[tuple[int, ...], RankFile]:
     """The file of every rank by the numbers in its name. ProblemError with all that cannot be read."""
     paths = rank_files(folder)
     if not paths:
         raise ProblemError([Problem(str(folder), None, "there are no folders of ranks in it", COPY_AGAIN)])
-    return open_all(paths, lambda path: RankFile.open(path, trusted))
+    return open_all(paths, RankFile.open)
 
 
 def open_all(paths: Mapping[K, Path], opener: Callable[[Path], T]) -> dict[K, T]:
@@ -103,9 +105,6 @@ def open_all(paths: Mapping[K, Path], opener: Callable[[Path], T]) -> dict[K, T]
     for key, path in paths.items():
         try:
             opened[key] = opener(path)
-        except ForeignCode as error:
-            fix = "take weights from elsewhere, or, if you trust their origin, add --trust-checkpoint"
-            problems.append(Problem(str(path), None, str(error), fix))
         except FileNotFoundError:
             problems.append(Problem(str(path), None, "the file of this rank is missing", COPY_AGAIN))
         except UNREADABLE as error:
@@ -133,18 +132,24 @@ def by_rank(folder: Path, files: dict[tuple[int, ...], RankFile]) -> dict[Rank, 
         max(size_of(args, "pipeline"), *(1 + rank.pipeline for rank in found)),
         max(size_of(args, "expert"), *(1 + rank.expert for rank in found)),
     )
-    expected = [Rank(*ranks) for ranks in product(*map(range, sizes))]
     problems = []
-    if missing := [rank for rank in expected if rank not in found]:
-        names = ", ".join(f"tensor {r.tensor} pipeline {r.pipeline} expert {r.expert}" for r in missing)
-        problems.append(Problem(str(folder), None, f"there are no folders of these ranks: {names}", COPY_AGAIN))
+    if missing := math.prod(sizes) - len(found):
+        absent = (rank for rank in starmap(Rank, product(*map(range, sizes))) if rank not in found)
+        names = ", ".join(f"tensor {r.tensor} pipeline {r.pipeline} expert {r.expert}" for r in islice(absent, 20))
+        more = f" and {missing - 20} more" if missing > 20 else ""
+        problems.append(Problem(str(folder), None, f"there are no folders of these ranks: {names}{more}", COPY_AGAIN))
     problems += disagreements(folder, found)
     raise_all(problems)
     return found
 
 
 def size_of(args: Namespace | None, kind: str) -> int:
-    return getattr(args, f"{kind}_model_parallel_size", None) or 1
+    """The degree of parallelism `kind` ("tensor", ...) in a checkpoint's settings, 1 if they do not have it."""
+    name = f"{kind}_model_parallel_size"
+    size = getattr(args, name, None)
+    if size is not None and (type(size) is not int or not 0 <= size <= MOST_RANKS):
+        raise ProblemError([Problem(f"args.{name}", size, f"it must be a number up to {MOST_RANKS}", COPY_AGAIN)])
+    return size or 1
 
 
 def disagreements(folder: Path, files: Mapping[Rank, RankFile]) -> Iterator[Problem]:

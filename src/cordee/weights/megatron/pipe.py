@@ -17,8 +17,8 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from itertools import product
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +50,12 @@ _EARLY = "attention."  # as AscendSpeed's first models of LLaMA's form called wh
 _NORM = re.compile(r"(?:final_layernorm\.)?(weight|bias)")
 
 
-def open_checkpoint(path: Path, trusted: bool = False) -> tuple[Path, dict[Rank, RankFile]]:
+def open_checkpoint(path: Path) -> tuple[Path, dict[Rank, RankFile]]:
     """As `files.open_checkpoint`, and checkpoints of a pipeline too, of which each tensor rank is one file."""
     folder = folder_of(path)
     if layers := layer_files(folder):
-        return folder, _of_layers(folder, layers, trusted)
-    ranks = open_ranks(folder, trusted)
+        return folder, _of_layers(folder, layers)
+    ranks = open_ranks(folder)
     if any(_NUMBERED.fullmatch(name) for file in ranks.values() for _, name in file.keys):
         return folder, _of_stages(folder, ranks)
     return folder, by_rank(folder, ranks)
@@ -66,7 +66,7 @@ class Gathered:
 
     def __init__(self, content: Any, files: Mapping[str, Contents]):
         self.content = content
-        self.passed_over = sorted({name for file in files.values() for name in file.passed_over})
+        self.not_read = sorted({name for file in files.values() for name in file.not_read})
         self.tensors = {(at, *keys): region for at, file in files.items() for keys, region in file.tensors.items()}
         self._files = files
 
@@ -77,15 +77,15 @@ class Gathered:
 # ---- a file for each module ------------------------------------------------------------------------------------------
 
 
-def _of_layers(folder: Path, paths: Mapping[tuple[int, int], Path], trusted: bool) -> dict[Rank, RankFile]:
-    layers = open_all(paths, lambda path: TorchFile(path, trusted=trusted))
-    settings = open_all(rank_files(folder), lambda path: RankFile(TorchFile(path, trusted=trusted), {}))
+def _of_layers(folder: Path, paths: Mapping[tuple[int, int], Path]) -> dict[Rank, RankFile]:
+    layers = open_all(paths, TorchFile)
+    settings = open_all(rank_files(folder), lambda path: RankFile(TorchFile(path), {}))
     raise_all(disagreements(folder, {Rank(*ranks): file for ranks, file in settings.items()}))
     first = next(iter(settings.values()), RankFile(Gathered({}, {}), {}))
     size = max(size_of(first.args, "tensor"), *(1 + rank for _, rank in layers))
     numbers = sorted({number for number, _ in layers})
-    lost = [key for key in product(numbers, range(size)) if key not in layers]
-    raise_all(_missing(folder, [_file_name(number, rank) for number, rank in lost]))
+    lost = (key for key in product(numbers, range(size)) if key not in layers)
+    raise_all(_missing(folder, (_file_name(number, rank) for number, rank in lost)))
     modules = {number: {keys[0] for keys in layers[number, 0].tensors} for number in numbers}
     starts = _starts(folder, modules)
     found = {}
@@ -109,7 +109,7 @@ def _of_stages(folder: Path, ranks: Mapping[tuple[int, ...], RankFile]) -> dict[
     """Stage by stage, all tensor ranks of one after the other; those of the first hold tensors of the same names."""
     files = {number: file for (number,), file in sorted(ranks.items())}
     last = max(files)
-    raise_all(_missing(folder, [f"mp_rank_{n:02d}_model_states.pt" for n in range(last) if n not in files]))
+    raise_all(_missing(folder, (f"mp_rank_{n:02d}_model_states.pt" for n in range(last) if n not in files)))
     names = {number: {name for _, name in file.keys} for number, file in files.items()}
     size = max(1 + number for number in files if names[number] == names[0])
     if left := len(files) % size:
@@ -163,8 +163,8 @@ def _starts(folder: Path, modules: Mapping[int, set[str]]) -> dict[int, str]:
         raise ProblemError([Problem(str(folder), None, why, COPY_AGAIN)])
     embedding, norm = min(embeddings), max(norms)
     gap = min(layers[0] - embedding, norm - layers[-1], max(GAPS))
-    lost = [number for number in range(embedding + gap, norm - gap + 1) if number not in layers]
-    raise_all(_missing(folder, [f"those of module {number}" for number in lost]))
+    lost = (number for number in range(embedding + gap, norm - gap + 1) if number not in layers)
+    raise_all(_missing(folder, (f"those of module {number}" for number in lost)))
     starts = {number: f"{MODEL}.encoder.layers.{n}." for n, number in enumerate(layers)}
     starts |= {embedding: f"{MODEL}.embedding.", norm: f"{MODEL}.encoder.final_layernorm."}
     _doubt_order(folder, modules)
@@ -188,6 +188,8 @@ def _named(start: str, name: str) -> str:
     return start + (f"self_{name}" if name.startswith(_EARLY) else name)
 
 
-def _missing(folder: Path, files: list[str]) -> Iterator[Problem]:
-    if files:
-        yield Problem(str(folder), None, f"files are missing: {', '.join(files)}", COPY_AGAIN)
+def _missing(folder: Path, files: Iterable[str], most: int = 20) -> Iterator[Problem]:
+    """A name or a setting may claim any number of files, so no more than `most` are looked for."""
+    if first := list(islice(files, most + 1)):
+        more = " and more" if len(first) > most else ""
+        yield Problem(str(folder), None, f"files are missing: {', '.join(first[:most])}{more}", COPY_AGAIN)

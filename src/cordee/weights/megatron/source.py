@@ -40,13 +40,11 @@ class Reading:
     spec: the model it holds; None: by the `config.json` beside it, else by the settings it carries.
     vocab_size: tokens, where the settings tell only how many rows there are with those that fill up.
     strict: refuse tensors that are not the model's.
-    trusted: unpickle whatever is in it.
     """
 
     spec: ModelSpec | None = None
     vocab_size: int | None = None
     strict: bool = True
-    trusted: bool = False
 
 
 def read(path: str | Path, reading: Reading = Reading()) -> MegatronSource:
@@ -57,7 +55,7 @@ def read(path: str | Path, reading: Reading = Reading()) -> MegatronSource:
     ProblemError with everything that is wrong.
     """
     path = Path(path)
-    folder, files = pipe.open_checkpoint(path, reading.trusted)
+    folder, files = pipe.open_checkpoint(path)
     dialect = _recognise(folder, files)
     return MegatronSource(path, folder, files, dialect, layout_of(files, dialect), reading)
 
@@ -213,8 +211,8 @@ class MegatronSource(Source):
 
     def _left_out(self) -> Iterator[str]:
         first = self.files[Rank()].file
-        if passed := first.passed_over:
-            yield f"objects beside the weights not read: {', '.join(passed)}"
+        if first.not_read:
+            yield f"objects beside the weights not read: {', '.join(first.not_read)}"
         if isinstance(first.content, dict) and first.content.get("optimizer") is not None:
             yield "the state of the optimizer is not converted"
 
