@@ -16,7 +16,7 @@ from cordee.config.schema import ConvertConfig, TokenizerOptions
 from cordee.convert import job
 from cordee.data.tokenizer import Tokenizer, load_tokenizer
 from cordee.errors import ProblemError
-from cordee.weights.gguf.vocabulary import CUTS, Kind, describe, restore
+from cordee.weights.gguf.vocabulary import CUTS, Kind, describe, restore, strange_ids
 from tests.weights import tiny
 
 CORPUS = [
@@ -184,3 +184,111 @@ def test_an_instruct_model_answers_as_in_transformers(smollm2, tmp_path):
 
 def test_the_kinds_of_tokens_are_the_librarys():
     assert {kind.name: kind.value for kind in Kind} == {kind.name: kind.value for kind in gguf.TokenType}
+
+
+# ---- how added tokens are matched ------------------------------------------------------------------------------------
+
+
+def _matched(directory: Path, kind: str, **flags: bool) -> None:
+    """A model whose added tokens `<|x|>` and `tool` are matched by `flags`."""
+    from tokenizers import AddedToken, Tokenizer
+
+    tiny.save(directory, {**tiny.LLAMA, "attention_bias": False, "vocab_size": 400})
+    if kind == "bytes":
+        byte_level(directory, CUTS[2].patterns)
+    else:
+        (directory / "pieces").mkdir()
+        pieces(directory / "pieces")
+        assert restore(describe(directory / "pieces", 400), directory) is None
+    backend = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    backend.add_special_tokens([AddedToken("<|x|>", special=True, **{"normalized": False} | flags)])
+    backend.add_tokens([AddedToken("tool", special=False, **{"normalized": False} | flags)])
+    backend.save(str(directory / "tokenizer.json"))
+
+
+def _matches_anywhere(directory: Path) -> bool:
+    """Whether the `tokenizers` library finds the added tokens of a directory as one that has no flags does: as they
+    are written, anywhere, before text is normalised. So llama.cpp does.
+    """
+    from tokenizers import Tokenizer
+
+    raw = json.loads((directory / "tokenizer.json").read_text())
+    plain = {"normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
+    without = raw | {"added_tokens": [token | plain for token in raw["added_tokens"]]}
+    texts = [place.replace("{}", token) for place in PLACES for token in ("<|x|>", "tool")]
+    ours, theirs = (Tokenizer.from_str(json.dumps(form)).encode_batch(texts) for form in (raw, without))
+    return [encoding.ids for encoding in ours] == [encoding.ids for encoding in theirs]
+
+
+PLACES = ("{}", "{}{}", " {} ", "a{}b", "a {} b", "\n{}\n", "<|x|>{}<|x|>")
+FLAGS = [{}, *({name: True} for name in ("normalized", "lstrip", "rstrip", "single_word"))]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "pieces"])
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+def test_how_added_tokens_are_matched_is_kept_or_told(flags, kind, tmp_path, caplog):
+    _matched(tmp_path / "a", kind, **flags)
+    options = {"load_dir": str(tmp_path / "a"), "save_dir": str(tmp_path / "b"), "save_model_type": "gguf"}
+    lost = not _matches_anywhere(tmp_path / "a")
+    assert lost == (bool(flags) and (kind, flags) != ("bytes", {"normalized": True}))  # whose text stays as it is
+    if not lost:
+        job.run(ConvertConfig(**options, verify=True))
+        assert "does not match" not in caplog.text
+        return
+    with pytest.raises(ProblemError) as caught:
+        job.run(ConvertConfig(**options, verify=True))
+    (problem,) = caught.value.problems
+    assert (problem.option, problem.value) == ("tokenizer", tmp_path / "a")
+    for said in (caplog.text, problem.why):
+        assert all(f"'{token}' ({', '.join(flags)})" in said for token in ("<|x|>", "tool"))
+
+
+def test_a_space_that_stands_only_before_the_first_word_is_told(tmp_path, caplog):
+    """As in tokenizers of `legacy: false`; llama.cpp puts one behind every added token."""
+    _matched(tmp_path / "a", "pieces")
+    raw = json.loads((tmp_path / "a" / "tokenizer.json").read_text())
+    split = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False}
+    raw |= {"normalizer": None, "pre_tokenizer": split}
+    (tmp_path / "a" / "tokenizer.json").write_text(json.dumps(raw))
+    job.run(ConvertConfig(load_dir=str(tmp_path / "a"), save_dir=str(tmp_path / "b"), save_model_type="gguf"))
+    assert "'<|x|>'" in caplog.text and "does not match" in caplog.text
+
+
+@pytest.mark.skipif(find_spec("llama_cpp") is None, reason="needs llama-cpp-python, of the extra bench")
+@pytest.mark.parametrize("kind", ["bytes", "pieces"])
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+def test_llama_cpp_gives_the_ids_that_are_read_back(flags, kind, tmp_path):
+    import llama_cpp  # pyright: ignore
+
+    _matched(tmp_path / "a", kind, **flags)
+    job.run(ConvertConfig(load_dir=str(tmp_path / "a"), save_dir=str(tmp_path / "b"), save_model_type="gguf"))
+    theirs = llama_cpp.Llama(str(tmp_path / "b" / "model.gguf"), vocab_only=True, verbose=False)
+    ours = GPTModel.from_pretrained(tmp_path / "b").tokenizer
+    for text in (place.replace("{}", token) for place in PLACES for token in ("<|x|>", "tool")):
+        ids = theirs.tokenize(text.encode(), add_bos=False, special=True)
+        assert ours.encode(text, add_special_tokens=False) == ids, text
+
+
+def test_malformed_tokenizers_are_left_out(tmp_path):
+    byte_level(tmp_path, CUTS[2].patterns)
+    values, out = describe(tmp_path, 400), tmp_path / "out"
+    out.mkdir()
+    for key, strange in (
+        ("tokens", 7),
+        ("tokens", ["a", 7]),
+        ("tokens", ["a" * 5000]),
+        ("merges", ["ab"]),
+        ("merges", ["no tokens"]),
+        ("token_type", [1, 2]),
+        ("scores", "x"),
+    ):
+        assert "left out" in str(restore(values | {f"tokenizer.ggml.{key}": strange}, out)), key
+    assert not any(out.iterdir())
+
+
+def test_ids_that_are_no_tokens_are_ignored_as_llama_cpp_does(tmp_path):
+    byte_level(tmp_path, CUTS[2].patterns)
+    values = describe(tmp_path, 400)
+    strange = {"tokenizer.ggml.padding_token_id": 2**32 - 1, "tokenizer.ggml.bos_token_id": -1}
+    assert strange_ids(values | strange) == strange
+    assert strange_ids(values) == {}

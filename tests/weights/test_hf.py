@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from cordee.errors import ProblemError
 from cordee.families.registry import spec_from_hf
-from cordee.weights import hf
+from cordee.weights import hf, mindformers
 from cordee.weights.staging import UNFINISHED
 from tests.weights import tiny
 
@@ -242,19 +243,101 @@ def test_an_index_that_does_not_fit_its_shards(llama):
     assert "where they are not" in text and "does not name" in text and moved in text
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"x": "../elsewhere"}}'])
+INDICES = [
+    *("{", "[]", "{}", "[" * 10**5),
+    *('{"weight_map": {}}', '{"weight_map": {"x": "../elsewhere"}}', '{"weight_map": {"x": ".."}}'),
+]
+
+
+@pytest.mark.parametrize("content", INDICES, ids=lambda content: content[:40])
 def test_an_index_that_is_none(content, llama):
     directory, tensors = llama
     tiny.shard(directory, tensors)
     (directory / "model.safetensors.index.json").write_text(content)
-    assert "model.safetensors.index.json" in problems_of(hf.read, directory)
+    assert str(directory) in problems_of(hf.read, directory)
+
+
+@pytest.mark.parametrize("length", [2, 2**40, 2**60, 2**63])
+@pytest.mark.parametrize("header", ["{}", "7", "[" * 10**5])
+def test_whether_names_are_mindformers_is_asked_of_no_more_than_a_header(length, header, llama):
+    directory, _ = llama
+    (directory / "model.safetensors").write_bytes(length.to_bytes(8, "little") + header.encode())
+    with (directory / "model.safetensors").open("r+b") as file:
+        file.truncate(2**40)  # takes no room
+    tracemalloc.start()
+    try:
+        assert not mindformers.recognises(directory)
+        assert tracemalloc.get_traced_memory()[1] < 2**29
+    finally:
+        tracemalloc.stop()
+
+
+def test_configurations_that_are_nested_without_end(llama):
+    directory, _ = llama
+    (directory / "config.json").write_text("[" * 10**5)
+    assert "not JSON" in problems_of(hf.read, directory)
+
+
+def test_an_index_of_a_gigabyte_is_not_read(llama):
+    directory, _ = llama
+    with (directory / "model.safetensors.index.json").open("wb") as file:
+        file.truncate(2**30)
+    tracemalloc.start()
+    try:
+        assert "1,073,741,824 bytes" in problems_of(hf.read, directory)
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_a_pipe_instead_of_a_shard_is_not_waited_for(kind, llama):
+    directory, tensors = llama
+    (directory / "model.safetensors").unlink()
+    first, *_ = tiny.shard(directory, tensors, suffix=kind)
+    first.unlink()
+    os.mkfifo(first)
+    assert first.name in problems_of(hf.read, directory)
+
+
+def _moved(entries: dict, by: int) -> None:
+    entries[min(entries)]["data_offsets"] = [offset + by for offset in entries[min(entries)]["data_offsets"]]
+
+
+def _overlapping(entries: dict) -> None:
+    first, second, *_ = sorted(entries.values(), key=lambda entry: entry["data_offsets"])
+    second |= first
+
+
+HEADERS = {
+    **{f"moved by {by}": lambda entries, by=by: _moved(entries, by) for by in (-4096, 3, 32, 2**60)},
+    "overlapping": _overlapping,
+    "a huge shape": lambda entries: entries[min(entries)].update(shape=[2**32, 2**32]),
+    "a hole": lambda entries: entries.pop(min(entries)),
+}
+
+
+@pytest.mark.parametrize("change", HEADERS)
+def test_safetensors_whose_tensors_are_elsewhere(change, llama):
+    """Which its library finds."""
+    directory, _ = llama
+    content = (directory / "model.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    entries = json.loads(content[8 : 8 + length])
+    entries.pop("__metadata__", None)
+    HEADERS[change](entries)
+    header = json.dumps(entries).encode()
+    changed = len(header).to_bytes(8, "little") + header + content[8 + length :]
+    for bad in (changed, (2**60).to_bytes(8, "little") + content[8:], content + bytes(64)):
+        (directory / "model.safetensors").write_bytes(bad)
+        assert "cannot be read" in problems_of(hf.read, directory)
 
 
 MEMORY = """
 import sys, torch
 from cordee.device import peak_resident_bytes
 from cordee.families.registry import spec_from_hf
-from cordee.weights import hf
+from cordee.weights import hf, mindformers
 directory = sys.argv[1]
 source = hf.read(directory)
 out = {name: torch.zeros(source.shape(name)) for name in source.names()}

@@ -12,14 +12,13 @@ two of them. Knows neither torch nor what a checkpoint holds.
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import zlib
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from cordee.files import remove_tree, sync_directory, write_durably
 from cordee.log import logger
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -175,26 +174,6 @@ def tidy(root: Path) -> list[str]:
 def discard(path: Path) -> None:
     """Remove a directory if it is there. What cannot be removed is in nobody's way, but takes room: a warning."""
     try:
-        if path.exists():
-            shutil.rmtree(path)
+        remove_tree(path)
     except OSError as error:
         logger.warning("%s could not be removed: %s", path, error)
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write a small file that is afterwards either the old or the new one, also after a power cut."""
-    scratch = path.with_name(f".{path.name}.new")
-    with scratch.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.rename(path)
-    sync_directory(path.parent)
-
-
-def sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

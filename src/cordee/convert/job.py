@@ -46,9 +46,12 @@ def run(options: ConvertConfig) -> int:
         logger.info(note)
     logger.info("%d tensors written to %s", len(source.names()), output)
     if options.verify:
-        from cordee.convert.verify import verify
+        from cordee.convert.verify import verify, verify_tokenizer
 
-        for note in verify(prepared.expected or source, format_of(output).read(output, None), prepared.dtypes):
+        written = format_of(output).read(output, None)
+        for note in verify(prepared.expected or source, written, prepared.dtypes):
+            logger.info(note)
+        for note in verify_tokenizer(prepared.tokenizer, written.companions):
             logger.info(note)
     return 0
 

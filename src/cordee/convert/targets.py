@@ -32,6 +32,7 @@ class Prepared:
 
     dtypes: by canonical name, what is written.
     expected: what has to be read back, where that is not to the bit what there was; None: the source itself.
+    tokenizer: directory of the tokenizer that has to be read back, where it is not copied as it is.
     """
 
     files: list[PlannedFile]
@@ -39,6 +40,7 @@ class Prepared:
     dtypes: Mapping[str, torch.dtype]
     open: Callable[[], Sink]
     expected: Source | None = None
+    tokenizer: Path | None = None
 
 
 def prepare(source: Source, path: Path, options: ConvertConfig) -> Prepared:
@@ -124,7 +126,7 @@ def _prepare_gguf(source: Source, path: Path, dtypes: dict[str, torch.dtype], op
         return gguf.GGUFSink(Staging(path, overwrite=options.overwrite), laid_out, source.companions, options.workers)
 
     expected = gguf.Held(laid_out, source)
-    return Prepared(laid_out.files(), max(laid_out.sizes), laid_out.dtypes, open_sink, expected)
+    return Prepared(laid_out.files(), max(laid_out.sizes), laid_out.dtypes, open_sink, expected, source.companions)
 
 
 # ---- Megatron and AscendSpeed ----------------------------------------------------------------------------------------

@@ -1,20 +1,23 @@
 """Whether what was written is what was read.
 
-Owns the comparison of two sources: every tensor bit for bit, by slices, and what the models compute.
+Owns the comparison of two sources: every tensor bit for bit, by slices, what the models compute, and token ids.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from cordee.errors import Problem, raise_all
+from cordee.data.tokenizer import holds_tokenizer
+from cordee.errors import Problem, ProblemError, raise_all
 from cordee.families.count import count_parameters
 from cordee.model.gpt import GPTModel
 from cordee.weights.codec import Source, slices
+from cordee.weights.gguf import vocabulary
 from cordee.weights.load import load_into
 
 PROMPT_LENGTH = 16
@@ -45,6 +48,20 @@ def verify(source: Source, written: Source, dtypes: Mapping[str, torch.dtype]) -
         why = f"the logits of what was written differ by up to {difference:g}, though all tensors are the same"
         raise_all([Problem("model", None, why, "compare the config.json of the two")])
     return [*notes, f"verified: the logits of {length} tokens are the same"]
+
+
+def verify_tokenizer(source: Path | None, written: Path | None) -> list[str]:
+    """Compare the tokenizer in `written` with that in `source` by the ids of texts with added tokens; what was found,
+    in words. Without one of the two there is nothing to compare.
+
+    ProblemError if they differ.
+    """
+    if source is None or written is None or not holds_tokenizer(source):
+        return []
+    fix = "choose another format, or give llama.cpp the ids that the model's own tokenizer makes"
+    if (why := vocabulary.mismatch(source, written)) is not None:
+        raise ProblemError([Problem("tokenizer", source, why, fix)])
+    return ["verified: texts with added tokens have the same token ids"]
 
 
 def _difference(source: Source, written: Source, name: str, dtype: torch.dtype) -> str | None:

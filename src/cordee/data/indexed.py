@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cordee.errors import Problem, ProblemError, raise_all
+from cordee.files import create_new, sync_directory
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -230,7 +231,7 @@ class IndexedDatasetBuilder:
         self._documents = 1  # boundaries: the first is 0
         paths = [bin_path(prefix), idx_path(prefix), Path(f"{prefix}.doc")]
         self._temporary = [path.with_name(path.name + ".incomplete") for path in paths]
-        self._bin, self._idx, self._doc = (path.open("w+b") for path in self._temporary)
+        self._bin, self._idx, self._doc = (create_new(path) for path in self._temporary)
         # The lengths follow the header in the index, so they are written where they stay.
         self._idx.write(bytes(_HEADER.size))
         self._doc.write(np.zeros(1, _OFFSET).tobytes())
@@ -341,12 +342,3 @@ class IndexedDatasetBuilder:
             block = self._idx.read(min(_BLOCK, self.sequences - start) * _LENGTH.itemsize)
             self._idx.seek(0, os.SEEK_END)
             yield np.frombuffer(block, _LENGTH)
-
-
-def sync_directory(path: Path) -> None:
-    """Make renames inside a directory last through a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

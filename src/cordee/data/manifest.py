@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 from cordee.data.indexed import IndexedDataset
 from cordee.errors import Problem, ProblemError
+from cordee.files import write_durably
 
 FORMAT = 1
 
@@ -44,14 +44,8 @@ class Manifest:
     left_out: dict[str, int] = field(default_factory=dict)
 
     def write(self, prefix: str | Path) -> None:
-        path = manifest_path(prefix)
-        temporary = path.with_name(path.name + ".incomplete")
         text = json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=2, ensure_ascii=False)
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_durably(manifest_path(prefix), text + "\n")
 
 
 def manifest_path(prefix: str | Path) -> Path:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cordee.data.indexed import sync_directory
+from cordee.files import create_new, sync_directory
 from cordee.log import logger
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -77,7 +77,7 @@ def _open(path: Path, shape: tuple[int, ...]) -> npt.NDArray[Any]:
 def _save(path: Path, array: npt.NDArray[Any]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(temporary, "wb") as file:
+        with create_new(temporary) as file:
             np.save(file, array, allow_pickle=False)
             file.flush()
             os.fsync(file.fileno())

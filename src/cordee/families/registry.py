@@ -193,7 +193,7 @@ def spec_from_directory(path: str | Path) -> ModelSpec:
 def _spec_from_file(file: Path) -> ModelSpec:
     try:
         hf = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ProblemError([Problem(str(file), None, f"not JSON: {error}", "copy the file again")]) from error
     if not isinstance(hf, dict):
         raise ProblemError([Problem(str(file), None, "not a JSON object", "copy the file again")])

@@ -6,12 +6,13 @@ Owns the page and its pictures (SVG, drawn by matplotlib, nothing fetched). Is h
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import jinja2
+
+from cordee.files import write_durably
 
 INK, MUTED, BLUE, ORANGE = "#1f2933", "#7b8794", "#2563a8", "#c2571a"
 
@@ -60,9 +61,7 @@ def write(report: Report, path: Path) -> None:
         memory_plot=_line_plot(report, "memory of one process, MiB", lambda step: step.memory / 2**20),
         improvement=report.untrained_perplexity / report.perplexity,
     )
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
+    write_durably(path, page)
 
 
 def _loss_plot(report: Report) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -28,6 +27,7 @@ from cordee.data.loader import Loader
 from cordee.data.tokenizer import holds_tokenizer
 from cordee.errors import Problem, ProblemError
 from cordee.families.count import count_parameters, training_flops_per_token
+from cordee.files import copy_files
 from cordee.log import logger
 from cordee.model.gpt import GPTModel
 from cordee.model.init import initialise
@@ -238,9 +238,8 @@ def _save_companions(plan: RunPlan, root: Path) -> None:
     scratch.mkdir(parents=True)
     plan.tokenizer.save(scratch)
     companions = plan.origin.companions if plan.origin.weights else None
-    settings = companions and companions / "generation_config.json"
-    if settings and settings.is_file():
-        shutil.copyfile(settings, scratch / settings.name)
+    if companions is not None:
+        copy_files(companions.glob("generation_config.json"), scratch)
     for file in sorted(scratch.iterdir()):
         file.rename(root / file.name)
     directory.discard(scratch)

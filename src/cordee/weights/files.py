@@ -25,6 +25,7 @@ from cordee.weights.torch_file import TorchFile
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+LARGEST_INDEX = 2**28  # bytes that are read of an index; those of the largest models have some millions
 COPY_AGAIN = "download or copy the file again"
 
 DTYPES = {name: dtype for dtype, name in NAMES_OF_TYPES.items()}
@@ -110,6 +111,9 @@ class _Directory:
             self.problem("", None, why, "copy the weights into the directory")
 
     def _open(self, name: str, kind: type[SafetensorsFile] | type[BinFile]) -> Iterator[TensorFile]:
+        if (self.path / name).exists() and not (self.path / name).is_file():  # a pipe would be waited for
+            self.problem(name, None, "it is no regular file", COPY_AGAIN)
+            return
         try:
             yield kind(self.path / name)
         except FileNotFoundError:
@@ -126,9 +130,12 @@ class _Directory:
                 yield file
 
     def _weight_map(self, index: str) -> dict[str, str]:
+        if (size := (self.path / index).stat().st_size) > LARGEST_INDEX:
+            self.problem(index, None, f"it has {size:,} bytes; an index has at most {LARGEST_INDEX:,}", COPY_AGAIN)
+            return {}
         try:
             weight_map = json.loads((self.path / index).read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             self.problem(index, None, f"not an index of shards: {error!r}", COPY_AGAIN)
             return {}
         plain = isinstance(weight_map, dict) and all(

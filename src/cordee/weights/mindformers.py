@@ -55,19 +55,23 @@ def check(spec: ModelSpec) -> None:
         raise ProblemError([Problem("--save-model-type", "mindformers", why, fix)])
 
 
+_LARGEST = 10**8  # bytes that are read of a header or an index; the library of safetensors takes no larger header
+
+
 def recognises(path: Path) -> bool:
     """Whether the files of safetensors in a directory have MindFormers' names."""
     index, single = path / "model.safetensors.index.json", path / "model.safetensors"
     if not (path / "config.json").is_file():
         return False
     if index.is_file():
-        return f'"{EMBEDDING}"' in index.read_text(encoding="utf-8", errors="replace")
+        with index.open(encoding="utf-8", errors="replace") as file:
+            return f'"{EMBEDDING}"' in file.read(_LARGEST)
     if not single.is_file():
         return False
     with single.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        header = file.read(min(length, single.stat().st_size))
+        header = file.read(min(length, _LARGEST))
     try:
-        return EMBEDDING in json.loads(header)
-    except ValueError:
+        return EMBEDDING in dict(json.loads(header))
+    except (ValueError, TypeError, RecursionError):
         return False

@@ -70,7 +70,7 @@ def read(given: Given, spec: ModelSpec) -> PeftAdapter:
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ProblemError([Problem(str(path / CONFIG), None, f"it cannot be read: {error}", COPY_AGAIN)]) from error
     if not isinstance(config, dict):
         raise ProblemError([Problem(str(path / CONFIG), None, "not a JSON object", COPY_AGAIN)])

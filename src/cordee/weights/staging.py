@@ -8,13 +8,14 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
-import shutil
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 
 from cordee.errors import Problem, ProblemError
+from cordee.files import copy_files, create_new, remove_tree
 
 logger = logging.getLogger("cordee")
 
@@ -47,12 +48,14 @@ class Staging:
 
     def __init__(self, path: str | Path, *, overwrite: bool = False):
         self.path = Path(path).absolute()
+        self._old = self.path.with_name(f".{self.path.name}.old")
         check_output(self.path, overwrite=overwrite)
+        check_output(self._old, overwrite=True)  # left by a process that was killed
         self.scratch = self.path.with_name(f".{self.path.name}.new")
         try:
             self._remove_what_was_left()
             self.scratch.mkdir(parents=True)
-            self._lock = (self.scratch / UNFINISHED).open("w")
+            self._lock = create_new(self.scratch / UNFINISHED)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise self.problem(error) from error
@@ -60,9 +63,9 @@ class Staging:
     def _remove_what_was_left(self) -> None:
         """By a process that was killed. ProblemError if one still writes there, or if it is somebody else's."""
         mark = self.scratch / UNFINISHED
-        if not self.scratch.exists():
+        if not os.path.lexists(self.scratch):
             return
-        if not mark.exists():
+        if self.scratch.is_symlink() or mark.is_symlink() or not mark.is_file():
             why = f"output is made in {self.scratch} until it is complete, and something else is there"
             raise ProblemError([Problem("output directory", self.path, why, "move that away, or give another")])
         with mark.open() as file:
@@ -71,7 +74,7 @@ class Staging:
             except BlockingIOError:
                 why, fix = "another process is writing it", "wait for that one, or give another"
                 raise ProblemError([Problem("output directory", self.path, why, fix)]) from None
-            shutil.rmtree(self.scratch)
+            remove_tree(self.scratch)
 
     def write_json(self, name: str, content: object) -> None:
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
@@ -88,11 +91,9 @@ class Staging:
         """Copy the files that belong to a model, or those of `patterns`, from a directory of it."""
         if source is None:
             return
-        found = sorted({file for pattern in patterns for file in source.glob(pattern) if file.is_file()})
-        for file in found:
-            shutil.copyfile(file, self.scratch / file.name)
-        if found:
-            logger.info("copied from %s: %s", source, ", ".join(file.name for file in found))
+        found = sorted({file for pattern in patterns for file in source.glob(pattern) if not file.is_dir()})
+        if copied := copy_files(found, self.scratch):
+            logger.info("copied from %s: %s", source, ", ".join(file.name for file in copied))
 
     def publish(self) -> None:
         """Give the output its name."""
@@ -101,15 +102,14 @@ class Staging:
         if not self.path.exists():
             self.scratch.rename(self.path)
             return
-        old = self.path.with_name(f".{self.path.name}.old")
-        self.path.rename(old)
+        remove_tree(self._old)
+        self.path.rename(self._old)
         self.scratch.rename(self.path)
-        shutil.rmtree(old)
+        remove_tree(self._old)
 
     def discard(self) -> None:
         self._lock.close()
-        if self.scratch.exists():
-            shutil.rmtree(self.scratch)
+        remove_tree(self.scratch)
 
     def problem(self, error: Exception) -> ProblemError:
         """What to tell when a file cannot be written."""
@@ -119,7 +119,7 @@ class Staging:
 
 def check_output(path: Path, *, overwrite: bool = False) -> None:
     """ProblemError if output must not go to `path`."""
-    if path.exists() and not path.is_dir():
+    if os.path.lexists(path) and not path.is_dir():
         why, fix = "there is a file of this name", "give another directory"
         raise ProblemError([Problem("output directory", path, why, fix)])
     if path.is_dir() and any(path.iterdir()):

@@ -6,12 +6,12 @@ Owns the reading of `tokenizer_config.json` and its neighbours. Knows nothing of
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cordee import files
 from cordee.errors import Problem, ProblemError, raise_all
 
 Arguments = Mapping[str, str | int | bool]  # of --tokenizer-kwargs
@@ -109,15 +109,11 @@ def read_json(path: Path) -> dict[str, Any]:
 def copy_files(source: Path, target: Path, said: Arguments) -> None:
     """Copy the tokenizer's files, with the user's arguments written into its config."""
     target.mkdir(parents=True, exist_ok=True)
-    for pattern in FILES:
-        for path in source.glob(pattern):
-            # copyfile, not copy: a read-only source must not make the copy read-only.
-            if path.resolve() != (target / path.name).resolve():
-                shutil.copyfile(path, target / path.name)
+    files.copy_files((path for pattern in FILES for path in source.glob(pattern)), target)
     if said:
         path = target / "tokenizer_config.json"
         config = read_json(path) | dict(said)
-        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        files.write_durably(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 def _content(token: Any) -> str | None:

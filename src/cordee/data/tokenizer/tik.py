@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 from cordee.data.tokenizer.base import Tokenizer
 from cordee.data.tokenizer.special import Arguments, copy_files, read_special_tokens
 from cordee.errors import Problem, ProblemError
+from cordee.files import copy_file
 from cordee.log import logger
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -127,10 +127,10 @@ class TikTokenizer(Tokenizer):
             return
         target.mkdir(parents=True, exist_ok=True)
         if self._source.suffix == ".json":
-            shutil.copyfile(self._source, target / self._source.name)
+            copy_file(self._source, target / self._source.name)
             logger.warning("Megatron's tiktoken vocabulary has no Hugging Face form; its own file was copied.")
             return
-        shutil.copyfile(self._source, target / "tokenizer.model")
+        copy_file(self._source, target / "tokenizer.model")
         words = {i: token for token, i in self._special.items()}
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",

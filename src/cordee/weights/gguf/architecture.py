@@ -158,22 +158,33 @@ def hf_config(row: Architecture, values: Values, names: Collection[str], factors
     """The `config.json` of a file with these values and tensors of these names.
 
     factors: what `ROPE_FACTORS` holds, if it is there.
+    ProblemError for a value that is no number, and for more layers than there are tensors.
     """
 
     def get(key: str) -> Any:
         value = values.get(f"{row.name}.{key}")
+        if value is not None and type(value) not in (int, float):
+            raise ProblemError([_strange(f"{row.name}.{key}", value, "it is no number")])
         return shortest(value) if isinstance(value, float) else value
 
     found = {name: get(key) for key, name in {**_KEYS, **row.keys}.items()}
     found |= {name: values.get(key) for key, name in _TOKENS.items()}
     hf = row.hf | {name: value for name, value in found.items() if value is not None}
     hf |= {name: tensor in names for name, tensor in row.present.items()}
-    if all(isinstance(hf.get(name), int) for name in ("num_attention_heads", "hidden_size")):  # else reading tells it
+    sizes = [hf.get(name) for name in ("num_attention_heads", "hidden_size")]
+    if all(isinstance(size, int) and size > 0 for size in sizes):  # else reading tells it
         hf |= {"head_dim": _head(get), **row.derive(get)}
-    if "head_dim" in hf and (turning := get("rope.dimension_count")) not in (None, hf["head_dim"]):
+    if hf.get("head_dim") and (turning := get("rope.dimension_count")) not in (None, hf["head_dim"]):
         hf["partial_rotary_factor"] = turning / hf["head_dim"]
+    if (layers := hf.get("num_hidden_layers", 0)) > len(names):
+        raise ProblemError([_strange(f"{row.name}.block_count", layers, f"the file has only {len(names)} tensors")])
     hf["rope_theta"] = get("rope.freq_base") or 10000.0
-    if (scaling := _scaling(get, factors, hf)) is not None:
+    if not 0 < hf["rope_theta"] < math.inf:
+        raise ProblemError([_strange(f"{row.name}.rope.freq_base", hf["rope_theta"], "it is no positive number")])
+    kind = values.get(f"{row.name}.rope.scaling.type")
+    if not isinstance(kind, str | None):
+        raise ProblemError([_strange(f"{row.name}.rope.scaling.type", kind, "it is no text")])
+    if (scaling := _scaling(get, kind, factors, hf)) is not None:
         hf["rope_scaling"] = scaling
     hf["tie_word_embeddings"] = "output.weight" not in names
     return hf
@@ -181,12 +192,17 @@ def hf_config(row: Architecture, values: Values, names: Collection[str], factors
 
 def shortest(value: float) -> float:
     """The number with the fewest digits that is `value` in float32: 1e-05 for what is stored of it."""
-    return float(str(np.float32(value)))
+    with np.errstate(over="ignore"):  # what is beyond float32 is infinite
+        return float(str(np.float32(value)))
 
 
-def _scaling(get: Get, factors: Sequence[float] | None, hf: HFConfig) -> HFConfig | None:
-    """The `rope_scaling` of a `config.json`."""
-    original, kind = get("rope.scaling.original_context_length"), get("rope.scaling.type")
+def _strange(key: str, value: object, why: str) -> Problem:
+    return Problem(key, str(value)[:80], why, "take another file of the model")
+
+
+def _scaling(get: Get, kind: str | None, factors: Sequence[float] | None, hf: HFConfig) -> HFConfig | None:
+    """The `rope_scaling` of a `config.json`, of the type `kind`."""
+    original = get("rope.scaling.original_context_length")
     if factors is not None:
         return _llama3(factors, original or _LLAMA3_LENGTH, hf)
     factor = get("rope.scaling.factor") or get("rope.scale_linear")
@@ -206,7 +222,8 @@ def _llama3(factors: Sequence[float], original: int, hf: HFConfig) -> HFConfig:
     wavelength = 2 * math.pi * hf["rope_theta"] ** (1 - 1 / len(factors))
     kept = (original / wavelength - _LLAMA3_LOW) / (_LLAMA3_HIGH - _LLAMA3_LOW)
     kept = min(max(kept, 0.0), 1.0)
-    factor = (1 - kept) / (1 / factors[-1] - kept) if kept < 1 else 1.0
+    slowed = 1 / factors[-1] - kept
+    factor = (1 - kept) / slowed if slowed > 0 and kept < 1 else 1.0
     return {
         "rope_type": "llama3",
         "factor": float(f"{factor:.5g}"),

@@ -56,9 +56,12 @@ class GGUFSource(RuledSource):
 
     def __init__(self, file: GGUFFile):
         self.path = file.path
-        row, names = architecture_of(file.values, str(file.path)), file.tensors.keys()
-        factors = file.read(ROPE_FACTORS, whole(file.tensors[ROPE_FACTORS].shape)) if ROPE_FACTORS in names else None
-        hf = hf_config(row, file.values, names, None if factors is None else factors.tolist())
+        strange = vocabulary.strange_ids(file.values)
+        self.notes = tuple(f"{key} is {value!r}, which is no token: ignored" for key, value in strange.items())
+        values = {key: value for key, value in file.values.items() if key not in strange}
+        row, names = architecture_of(values, str(file.path)), file.tensors.keys()
+        factors = _factors(file)
+        hf = hf_config(row, values, names, None if factors is None else factors.tolist())
         if (embedding := file.tensors.get("token_embd.weight")) is not None:
             stored = str(embedding.dtype).removeprefix("torch.")
             hf |= {"vocab_size": embedding.shape[0], "torch_dtype": stored}
@@ -66,7 +69,7 @@ class GGUFSource(RuledSource):
         self._rules = rules(self.spec.config, row.paired)
         self.files = dict.fromkeys(names, file)
         raise_all([*self._check_tensors(file), *self._check_factors(factors)])
-        self._restore_tokenizer(file.values)
+        self._restore_tokenizer(values)
 
     def _check_tensors(self, file: GGUFFile) -> Iterator[Problem]:
         shapes, needed = self._shapes, {ROPE_FACTORS: None}
@@ -87,10 +90,11 @@ class GGUFSource(RuledSource):
 
     def _check_factors(self, factors: Tensor | None) -> Iterator[Problem]:
         """The scaling was guessed from the factors; it has to make them."""
+        if factors is None:
+            return
         made = rope_factors(self.spec.config)
-        if factors is not None and (made is None or not torch.allclose(made, factors.float(), rtol=1e-4)):
-            why = "they are not those of Llama 3's scaling, the only one that is read from factors"
-            yield Problem(f"{self.path}: {ROPE_FACTORS}", None, why, "take the Hugging Face model")
+        if made is None or made.shape != factors.shape or not torch.allclose(made, factors, rtol=1e-4):
+            yield _strange_factors(self.path)
 
     def _restore_tokenizer(self, values: Mapping[str, Any]) -> None:
         directory = Path(tempfile.mkdtemp(prefix="cordee-gguf-"))
@@ -100,6 +104,21 @@ class GGUFSource(RuledSource):
             self.companions = directory
         else:
             self.notes = (*self.notes, why)
+
+
+def _factors(file: GGUFFile) -> Tensor | None:
+    """What `ROPE_FACTORS` holds, float32 `[rotary_dim / 2]`, if it is there. ProblemError if it cannot be factors."""
+    if (stored := file.tensors.get(ROPE_FACTORS)) is None:
+        return None
+    factors = file.read(ROPE_FACTORS, whole(stored.shape)).float()
+    if factors.ndim != 1 or not bool(((factors > 0) & factors.isfinite()).all()):
+        raise ProblemError([_strange_factors(file.path)])
+    return factors
+
+
+def _strange_factors(path: Path) -> Problem:
+    why = "they are not those of Llama 3's scaling, the only one that is read from factors"
+    return Problem(f"{path}: {ROPE_FACTORS}", None, why, "take the Hugging Face model")
 
 
 def rope_factors(config: ModelConfig) -> Tensor | None:
@@ -187,11 +206,22 @@ def plan(spec: ModelSpec, dtypes: Mapping[str, torch.dtype], companions: Path | 
         "general.quantization_version": 2,
         **vocabulary.describe(companions, spec.config.vocab_size),
     }
-    if values["tokenizer.ggml.model"] in vocabulary.NONE:
-        notes.append("no tokenizer is known for this model: the file has none, and llama.cpp will take only token ids")
+    notes += _notes_on_tokenizer(values, companions)
     for note in notes:
         logger.warning(note)
     return Plan(spec, row, values, tensors, found, dtypes, factors)
+
+
+def _notes_on_tokenizer(values: Mapping[str, Any], companions: Path | None) -> Iterator[str]:
+    """What is lost of the tokenizer in `companions`."""
+    if companions is None or values["tokenizer.ggml.model"] in vocabulary.NONE:
+        yield "no tokenizer is known for this model: the file has none, and llama.cpp will take only token ids"
+        return
+    with tempfile.TemporaryDirectory(prefix="cordee-gguf-") as directory:
+        if (why := vocabulary.restore(values, Path(directory))) is not None:
+            yield f"the tokenizer cannot be read back from the file: {why}"
+        elif lost := vocabulary.mismatch(companions, Path(directory)):
+            yield f"llama.cpp does not match tokens as {companions} does: {lost}"
 
 
 def _keeps_type(name: str, rule: Rule, shape: Shape) -> bool:

@@ -1,7 +1,8 @@
 """Files of GGUF: values by key, and tensors.
 
-Owns the container, through the `gguf` library, which is there only if its extra is installed. Tensors that are stored
-in blocks of few bits are read as float32, and nothing is read before it is asked for. Knows no key and no model.
+Owns unpacking and writing, through the `gguf` library, which is there only if its extra is installed; the header of
+what is read is in `header`. Tensors that are stored in blocks of few bits are read as float32, and nothing is read
+before it is asked for. Knows no key and no model.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from torch import Tensor
 from cordee.errors import Problem, ProblemError, raise_all
 from cordee.families.rules import Index, Shape
 from cordee.weights.files import COPY_AGAIN, Stored
+from cordee.weights.gguf.header import ByteOrderError, Header, Sizes, read_header
 from cordee.weights.regions import contiguous
 
 CHUNK = 2**20  # elements that are unpacked at a time: unpacking takes several times their memory
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 NAMES_OF_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # of those to write
-_DAMAGE = (ValueError, IndexError, KeyError, OverflowError, OSError)  # what the library raises for damaged files
 
 
 def library() -> ModuleType:
@@ -56,33 +57,32 @@ class GGUFFile:
 
     def __init__(self, path: Path):
         self.path = path
-        reader = self._opened()
-        self.values: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
-        if self.values.get("split.count", 1) > 1:
-            why = f"it is one of {self.values['split.count']} parts"
+        sizes = library().GGML_QUANT_SIZES
+        header = self._header(sizes)
+        self.values = header.values
+        if (parts := self.values.get("split.count", 1)) not in (0, 1):
+            why = f"it is one of {parts} parts"
             raise ProblemError([Problem(str(path), None, why, "join them with llama.cpp's llama-gguf-split --merge")])
         self.tensors: dict[str, Stored] = {}
         self._packed: dict[str, _Packed] = {}
-        sizes = library().GGML_QUANT_SIZES
-        for tensor in reader.tensors:
-            shape, kind = tuple(int(size) for size in reversed(tensor.shape)), tensor.tensor_type
-            self.tensors[tensor.name] = Stored(shape, _PLAIN.get(kind.name, torch.float32))
-            self._packed[tensor.name] = _Packed(tensor.data_offset, kind, *sizes[kind])
+        for name, entry in header.entries.items():
+            kind = library().GGMLQuantizationType(entry.kind)
+            self.tensors[name] = Stored(entry.shape, _PLAIN.get(kind.name, torch.float32))
+            self._packed[name] = _Packed(entry.offset, kind, *sizes[kind])
         raise_all(self._unknown_types())
 
-    def _opened(self) -> Any:
-        gguf = library()
+    def _header(self, sizes: Sizes) -> Header:
         if self.path.is_file() and self.path.stat().st_size == 0:
             raise ProblemError([Problem(str(self.path), None, "the file is empty", COPY_AGAIN)])
         try:
-            reader = gguf.GGUFReader(self.path)
-        except _DAMAGE as error:
-            why = f"it is no file of GGUF, is cut off, or has tensors of an unknown type: {error}"
-            raise ProblemError([Problem(str(self.path), None, why, COPY_AGAIN)]) from error
-        if reader.byte_order == "S":
+            return read_header(self.path, sizes)
+        except ByteOrderError as error:
             why = "its numbers have their bytes in the other order"
-            raise ProblemError([Problem(str(self.path), None, why, "take the file for this kind of processor")])
-        return reader
+            fix = "take the file for this kind of processor"
+            raise ProblemError([Problem(str(self.path), None, why, fix)]) from error
+        except (ValueError, OSError) as error:
+            why = f"it is no file of GGUF, or is cut off or damaged: {error}"
+            raise ProblemError([Problem(str(self.path), None, why, COPY_AGAIN)]) from error
 
     def _unknown_types(self) -> list[Problem]:
         """Types without a way to unpack them: integers, and what the library does not know."""

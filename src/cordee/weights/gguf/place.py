@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from cordee.errors import Problem, ProblemError
+from cordee.weights.gguf.header import MAGIC
 
 FILE = "model.gguf"  # what is written
-_MAGIC, _SUFFIX = b"GGUF", ".gguf"
+_SUFFIX = ".gguf"
 
 
 def recognises(path: Path) -> bool:
@@ -20,7 +21,7 @@ def recognises(path: Path) -> bool:
 
 def _begins(path: Path) -> bool:
     with path.open("rb") as file:
-        return file.read(len(_MAGIC)) == _MAGIC
+        return file.read(len(MAGIC)) == MAGIC
 
 
 def file_of(path: Path) -> Path:

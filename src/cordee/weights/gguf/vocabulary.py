@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -16,8 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from cordee.config.schema import TokenizerOptions
 from cordee.data.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
+from cordee.data.tokenizer.compare import added_tokens, differences
 from cordee.data.tokenizer.special import SpecialTokens, read_json, read_special_tokens
 from cordee.errors import Problem, ProblemError
+from cordee.files import left_out
+from cordee.log import logger
 
 if TYPE_CHECKING:
     import tokenizers
@@ -26,6 +30,8 @@ Values = Mapping[str, Any]
 NONE = ("none", "no_vocab")  # what files without a tokenizer say
 _BYTE_LEVEL, _PIECES = "gpt2", "llama"
 SPACE = "\u2581"  # how SentencePiece writes a space
+SHOWN = 8  # tokens that are told of
+LONGEST = 4096  # characters of a token that is believed: what it is made of is searched at each of them
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -131,6 +137,24 @@ def describe(directory: Path | None, rows: int) -> dict[str, Any]:
     return values | _roles(tokenizer, special, words) | _template(directory)
 
 
+def mismatch(directory: Path, written: Path) -> str | None:
+    """The added tokens of a directory for which the tokenizer in `written`, made from what a file says, gives other ids
+    than its own, in words; None if there are none.
+
+    llama.cpp finds such tokens as they are written, anywhere, and before it normalises a text; nothing in a file says
+    otherwise.
+    """
+    added = added_tokens(directory)
+    ours, theirs = (load_tokenizer(TokenizerOptions(), str(place)) for place in (directory, written))
+    found = differences(ours, theirs, list(added))
+    told = [
+        f"{token!r} ({', '.join(added[token]) or 'plain'}): the ids of {text!r} are {expected}, in the file {other}"
+        for token, (text, expected, other) in list(found.items())[:SHOWN]
+    ]
+    more = [f"and so for {len(found) - SHOWN} more"] if len(found) > SHOWN else []
+    return "; ".join(told + more) or None
+
+
 def _of_json(raw: Mapping[str, Any], words: Mapping[int, str], directory: Path) -> dict[str, Any]:
     """What a `tokenizer.json` says of tokens and merges."""
     model, pre_tokenizer = raw["model"], raw.get("pre_tokenizer")
@@ -191,6 +215,9 @@ def _roles(tokenizer: Tokenizer, special: SpecialTokens, words: Mapping[int, str
 def _template(directory: Path) -> dict[str, Any]:
     file = directory / "chat_template.jinja"
     if file.is_file():
+        if (why := left_out(file)) is not None:
+            logger.warning("not copied: %s: %s", file, why)
+            return {}
         return {"tokenizer.chat_template": file.read_text(encoding="utf-8")}
     given = read_json(directory / "tokenizer_config.json").get("chat_template")
     if isinstance(given, list):  # several, by name
@@ -208,20 +235,53 @@ def restore(values: Values, directory: Path) -> str | None:
         return "the file has no tokenizer"
     if model not in (_BYTE_LEVEL, _PIECES):
         return f"the tokenizer is left out: its kind {model!r} is unknown here"
+    if (why := _malformed(values)) is not None:
+        return f"the tokenizer is left out: {why}"
     kinds = values.get("tokenizer.ggml.token_type") or [Kind.NORMAL] * len(tokens)
-    while tokens and kinds[len(tokens) - 1] == Kind.UNUSED:  # rows that only fill up
-        tokens = tokens[:-1]
+    used = (i + 1 for i in reversed(range(len(tokens))) if kinds[i] != Kind.UNUSED)
+    tokens = tokens[: next(used, 0)]  # without rows that only fill up
     if len(set(tokens)) < len(tokens):
         return "the tokenizer is left out: some of its tokens are there twice"
-    if model == _PIECES:
-        backend = _pieces(values, tokens, kinds)
-    else:
-        pre = values.get("tokenizer.ggml.pre")
-        cut = next((cut for cut in CUTS if pre in cut.names), None)
-        if cut is None:
-            return f"the tokenizer is left out: how it cuts text, {pre!r}, is unknown here"
-        backend = _byte_level(values, tokens, cut)
+    pre = values.get("tokenizer.ggml.pre")
+    cut = next((cut for cut in CUTS if pre in cut.names), None)
+    if model == _BYTE_LEVEL and cut is None:
+        return f"the tokenizer is left out: how it cuts text, {pre!r}, is unknown here"
+    try:
+        backend = (
+            _byte_level(values, tokens, cut)
+            if cut is not None and model == _BYTE_LEVEL
+            else _pieces(values, tokens, kinds)
+        )
+    except Exception as error:  # the library raises plain `Exception` for merges of what is no token
+        return f"the tokenizer is left out: {error}"
     _write(backend, values, tokens, kinds, directory)
+    return None
+
+
+def strange_ids(values: Values) -> dict[str, object]:
+    """Keys of special tokens whose values are no tokens, which llama.cpp ignores; such values are -1 and the like."""
+    tokens = values.get("tokenizer.ggml.tokens")
+    limit = len(tokens) if isinstance(tokens, list) else 2**32
+    keys = [f"tokenizer.ggml.{role}_token_id" for role in ("bos", "eos", "unknown", "padding")]
+    given = {key: values[key] for key in keys if key in values}
+    return {key: value for key, value in given.items() if type(value) is not int or not 0 <= value < limit}
+
+
+def _malformed(values: Values) -> str | None:
+    """What is wrong with the form of the values that describe a tokenizer."""
+    tokens, merges = values.get("tokenizer.ggml.tokens"), values.get("tokenizer.ggml.merges", [])
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+        return "its tokens are no list of texts"
+    if max(map(len, tokens), default=0) > LONGEST:
+        return f"a token has more than {LONGEST:,} characters"
+    if not isinstance(merges, list) or not all(isinstance(merge, str) and merge.count(" ") == 1 for merge in merges):
+        return "its merges are no list of pairs"
+    for name in ("token_type", "scores"):
+        given = values.get(f"tokenizer.ggml.{name}", [])
+        if not isinstance(given, list | array) or (given and len(given) != len(tokens)):
+            return f"its {name} is no list of a number for each token"
+    if not isinstance(values.get("tokenizer.chat_template", ""), str):
+        return "its chat template is no text"
     return None
 
 

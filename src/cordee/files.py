@@ -1,0 +1,129 @@
+"""How files of others are copied, and how own files appear.
+
+Owns the distrust of links: a model directory is other people's, and a folder in which output is made may be shared.
+Files are copied only from inside a model directory, and own files are made new, never written through what is there.
+Knows no format.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from cordee.log import logger
+
+LARGEST = 2**30  # bytes of a file that is copied: tokenizers and licences have far fewer
+_OUTSIDE = "it is a link to a file outside the model directory"
+
+
+# ---- files of others -------------------------------------------------------------------------------------------------
+
+
+def copy_files(files: Iterable[Path], target: Path) -> list[Path]:
+    """Copy `files` of a model directory into the directory `target`, those that `left_out` has nothing against; which.
+
+    The others are reported once, each with the reason. What already is a name of the same file stays. OSError if a
+    copy cannot be made.
+    """
+    reasons, copied = {}, []
+    for file in files:
+        if os.path.realpath(file) == os.path.realpath(target / file.name):
+            continue
+        if (why := left_out(file)) is None:
+            copy_file(file, target / file.name)
+            copied.append(file)
+        else:
+            reasons[file] = why
+    if reasons:
+        logger.warning("not copied: %s", "; ".join(f"{file}: {why}" for file, why in reasons.items()))
+    return copied
+
+
+def left_out(file: Path) -> str | None:
+    """Why the content of a file in a model directory must not get into output; None if it may.
+
+    A link may lead anywhere inside the directory, or, from a snapshot of Hugging Face's cache, to the blobs of the
+    same repository; else it would give away whatever the user can read.
+    """
+    try:
+        real, directory = file.resolve(strict=True), file.parent.resolve(strict=True)
+        status = real.stat()
+    except (OSError, RuntimeError) as error:  # the latter for links in a circle
+        return f"it cannot be read: {error}"
+    if not real.is_relative_to(directory) and real.parent not in _blobs(directory):
+        return _OUTSIDE
+    if not stat.S_ISREG(status.st_mode):
+        return "it is no regular file"
+    if status.st_size > LARGEST:
+        return f"it has {status.st_size:,} bytes, more than {LARGEST:,}"
+    return None
+
+
+def _blobs(directory: Path) -> Iterable[Path]:
+    """Where the files of a snapshot are: `<repository>/snapshots/<revision>/...` beside `<repository>/blobs`."""
+    snapshots = (above.parent for above in (directory, *directory.parents) if above.parent.name == "snapshots")
+    return (folder.parent / "blobs" for folder in snapshots)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file, which `target` then is a new one of. Its owner may write it; no one else may do what they may not
+    with `source`. OSError if that fails.
+    """
+    # Opened without waiting: a pipe put there in the meantime would keep the reader until someone writes.
+    descriptor = os.open(source.resolve(), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with open(descriptor, "rb") as given:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(f"{source} is no regular file")
+        with create_new(target, status.st_mode & 0o666 | 0o600) as copy:
+            shutil.copyfileobj(given, copy, 1 << 20)
+
+
+# ---- own files -------------------------------------------------------------------------------------------------------
+
+
+def create_new(path: Path, mode: int = 0o666) -> BinaryIO:
+    """A new file, open for reading and writing; what was at `path` is removed, and what a link there led to is left
+    as it was. `mode`: permissions, from which the user's umask takes its part. OSError if that fails.
+    """
+    path.unlink(missing_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+    return cast(BinaryIO, open(descriptor, "w+b"))
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a small file that is afterwards either the old or the new one, also after a power cut. OSError if not."""
+    scratch = path.with_name(f".{path.name}.new")
+    try:
+        with create_new(scratch) as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.rename(path)
+    except OSError:
+        scratch.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames inside a directory last through a power cut. OSError if that fails."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a directory with all that is in it, or a link without what it leads to, if there is one. OSError if that
+    fails.
+    """
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
