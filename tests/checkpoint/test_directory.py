@@ -53,7 +53,7 @@ def spoil_format(path: Path):
         (spoil_short, "2 bytes instead of 4"),
         (spoil_manifest, "cannot be read"),
         (spoil_no_manifest, "cordee.json is missing"),
-        (spoil_format, "not a manifest of format 1"),
+        (spoil_format, "not of format 2"),
     ],
 )
 def test_damaged_latest_is_passed_over_and_reported(tmp_path: Path, spoil, why):
@@ -78,13 +78,27 @@ def test_tracker_can_be_edited_to_go_back(tmp_path: Path):
     assert directory.latest(tmp_path) == (20, [])
 
 
-@pytest.mark.parametrize("text", ["", "release", None])
-def test_without_a_readable_tracker_the_newest_counts(tmp_path: Path, text):
+@pytest.mark.parametrize(
+    "text", [b"", b"release", b"-10", b"1" * 5000, b"1_0", "\u0661\u0660".encode(), b"\xff\xfe", None]
+)
+def test_without_a_readable_tracker_the_newest_counts(tmp_path: Path, text: bytes | None):
     for iteration in (10, 20):
         make(tmp_path, iteration)
     tracker = tmp_path / directory.TRACKER
-    tracker.unlink() if text is None else tracker.write_text(text)
-    assert directory.latest(tmp_path) == (20, [])
+    tracker.unlink() if text is None else tracker.write_bytes(text)
+    iteration, said = directory.latest(tmp_path)
+    assert iteration == 20
+    assert len(said) == (text is not None) and all(directory.TRACKER in note for note in said)
+
+
+def test_tracker_that_names_no_checkpoint_is_said(tmp_path: Path):
+    make(tmp_path, 10)
+    (tmp_path / directory.TRACKER).write_text("9" * 18)
+    assert directory.latest(tmp_path)[0] == 10
+    assert len(directory.latest(tmp_path)[1]) == 1
+    (tmp_path / directory.TRACKER).unlink()
+    (tmp_path / directory.TRACKER).mkdir()
+    assert directory.latest(tmp_path)[0] == 10
 
 
 def test_nothing_there(tmp_path: Path):

@@ -126,9 +126,11 @@ class ModelSpec:
 
     @staticmethod
     def from_dict(stored: Mapping[str, Any]) -> ModelSpec:
-        """The model that `to_dict` stored."""
+        """The model that `to_dict` stored. ProblemError with all that is wrong with it."""
         spec = spec_from_hf(stored["hf_config"], "stored model")
-        assert spec.family.name == stored["family"], f"{spec.family.name} is not {stored['family']}"
+        if spec.family.name != stored["family"]:
+            why = f"its configuration is of family {spec.family.name}"
+            raise ProblemError([Problem("stored model: family", stored["family"], why, "copy the checkpoint again")])
         return replace(spec, base_prefix=stored["base_prefix"])
 
 

@@ -98,16 +98,20 @@ def _iteration(config: TrainConfig, root: Path, avoid: Collection[int], notes: l
     """The checkpoint to load: that of --ckpt-step, else the newest whole one."""
     if config.ckpt_step is not None:
         return config.ckpt_step
-    iteration, passed_over = directory.latest(root, avoid)
-    notes += [f"passed over a damaged checkpoint: {damaged}" for damaged in passed_over]
+    iteration, skipped = directory.latest(root, avoid)
+    notes += skipped
     if iteration is None:
-        why = f"none of its checkpoints is whole: {'; '.join(passed_over)}"
+        why = f"none of its checkpoints is whole: {'; '.join(skipped)}"
         raise ProblemError([Problem("--load", root, why, "restore one, or start anew with another --save")])
     return iteration
 
 
 def _checkpoint(config: TrainConfig, path: Path) -> Checkpoint:
-    if (why := directory.damage(path)) is not None:
+    try:
+        if (why := directory.damage(path)) is not None:
+            raise ValueError(why)
+        return Checkpoint(path, directory.read_manifest(path, directory.RUN), resume=not config.finetune)
+    except ValueError as error:
         have = ", ".join(str(iteration) for iteration in directory.iterations(path.parent)) or "none"
-        raise ProblemError([Problem("--load", path, why, f"choose another by --ckpt-step; there are: {have}")])
-    return Checkpoint(path, directory.read_manifest(path), resume=not config.finetune)
+        fix = f"choose another by --ckpt-step; there are: {have}"
+        raise ProblemError([Problem("--load", path, str(error), fix)]) from error

@@ -5,7 +5,6 @@ Owns the directory in which output is made, beside its final place, and what may
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import shutil
@@ -14,13 +13,14 @@ from pathlib import Path
 
 import torch
 
+from cordee import lock
 from cordee.errors import Problem, ProblemError
 
 logger = logging.getLogger("cordee")
 
 CONFIG = "config.json"
 MARKS = (CONFIG, "*.gguf")  # every output has one of these, which tells it from directories that hold something else
-UNFINISHED = ".unfinished"  # a file in what is being made; the process that makes it holds a lock on it
+UNFINISHED = ".unfinished"  # a file in what is being made, the lock of the process that makes it
 TERMS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 COMPANIONS = (  # files beside the weights that belong to the model: tokenizer, generation settings, code, terms of use
     "generation_config.json",
@@ -49,29 +49,26 @@ class Staging:
         self.path = Path(path).absolute()
         check_output(self.path, overwrite=overwrite)
         self.scratch = self.path.with_name(f".{self.path.name}.new")
+        mark = self.scratch / UNFINISHED
+        if self.scratch.exists() and not mark.exists():
+            why = f"output is made in {self.scratch} until it is complete, and something else is there"
+            raise ProblemError([Problem("output directory", self.path, why, "move that away, or give another")])
         try:
+            self._lock = lock.acquire(mark)
             self._remove_what_was_left()
-            self.scratch.mkdir(parents=True)
-            self._lock = (self.scratch / UNFINISHED).open("w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except lock.HeldError as who:
+            why, fix = f"another process is writing it: {who}", "wait for that one, or give another"
+            raise ProblemError([Problem("output directory", self.path, why, fix)]) from None
         except OSError as error:
             raise self.problem(error) from error
 
     def _remove_what_was_left(self) -> None:
-        """By a process that was killed. ProblemError if one still writes there, or if it is somebody else's."""
-        mark = self.scratch / UNFINISHED
-        if not self.scratch.exists():
-            return
-        if not mark.exists():
-            why = f"output is made in {self.scratch} until it is complete, and something else is there"
-            raise ProblemError([Problem("output directory", self.path, why, "move that away, or give another")])
-        with mark.open() as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                why, fix = "another process is writing it", "wait for that one, or give another"
-                raise ProblemError([Problem("output directory", self.path, why, fix)]) from None
-            shutil.rmtree(self.scratch)
+        """By a process that was killed."""
+        for left in self.scratch.iterdir():
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left)
+            elif left.name != UNFINISHED:
+                left.unlink()
 
     def write_json(self, name: str, content: object) -> None:
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
@@ -96,8 +93,7 @@ class Staging:
 
     def publish(self) -> None:
         """Give the output its name."""
-        self._lock.close()
-        (self.scratch / UNFINISHED).unlink()
+        self._lock.release()
         if not self.path.exists():
             self.scratch.rename(self.path)
             return
@@ -107,9 +103,9 @@ class Staging:
         shutil.rmtree(old)
 
     def discard(self) -> None:
-        self._lock.close()
         if self.scratch.exists():
             shutil.rmtree(self.scratch)
+        self._lock.release()
 
     def problem(self, error: Exception) -> ProblemError:
         """What to tell when a file cannot be written."""
