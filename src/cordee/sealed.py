@@ -34,6 +34,8 @@ def read(path: Path, form: Form, formats: int) -> dict[str, Any]:
     ValueError with what is wrong: no file of JSON, another format, changed since it was sealed, or not of `form`.
     FileNotFoundError and other OSErrors as they come.
     """
+    if path.exists() and not path.is_file():
+        raise ValueError("it is no file")  # opening a named pipe would wait for its writer
     with path.open("rb") as file:
         data = file.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -134,3 +137,36 @@ def test_retention(tmp_path: Path):
     spoil_short(tmp_path / "iter_0000020")
     assert directory.retain(tmp_path, 30, keep=1) == [10]
     assert directory.iterations(tmp_path) == [40, 30, 20]  # damaged and later ones are left to the user
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+@pytest.mark.parametrize("step", range(40))
+def test_a_replacement_killed_at_any_step(tmp_path: Path, monkeypatch, step: int):
+    """Before every rename, removal and flush: what is under a final name is the old checkpoint or the new, whole."""
+    make(tmp_path, 10, b"older")
+    make(tmp_path, 20, b"first")
+    steps = iter(range(1000))
+
+    def until_killed(function):
+        def call(*arguments, **options):
+            if next(steps) == step:
+                raise Killed
+            return function(*arguments, **options)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for owner, name in [(os, "rename"), (os, "fsync"), (os, "unlink"), (os, "rmdir"), (shutil, "rmtree")]:
+            patch.setattr(owner, name, until_killed(getattr(owner, name)))
+        with suppress(Killed):
+            make(tmp_path, 20, b"second")
+    for _ in range(2):  # a second look changes nothing
+        directory.tidy(tmp_path)
+        assert directory.latest(tmp_path) == (20, [])
+        for iteration in directory.iterations(tmp_path):
+            assert directory.damage(tmp_path / directory.name_of(iteration), contents=["__0_0.distcp"]) is None
+    assert (tmp_path / "iter_0000020" / "__0_0.distcp").read_bytes() in (b"first", b"second")
+    assert not list(tmp_path.glob(".iter_*"))

@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -173,11 +173,13 @@ def checksum(path: Path) -> int:
 
 def tracked(root: Path) -> int | None:
     """The iteration that the tracker file names, None without that file; ValueError if it names none."""
+    if not (root / TRACKER).exists():
+        return None
     try:
+        if not (root / TRACKER).is_file():
+            raise OSError("it is no file")  # opening a named pipe would wait for its writer
         with (root / TRACKER).open("rb") as file:
             told = file.read(64).strip()
-    except FileNotFoundError:
-        return None
     except OSError as error:
         raise ValueError(f"{root / TRACKER} cannot be read: {error}") from error
     if not re.fullmatch(rb"[0-9]{1,18}", told):
@@ -185,8 +187,10 @@ def tracked(root: Path) -> int | None:
     return int(told)
 
 
-def latest(root: Path, avoid: Collection[int] = ()) -> tuple[int | None, list[str]]:
-    """The newest whole checkpoint but those to `avoid`, and what had to be skipped to find it, in words.
+def latest(root: Path, avoid: Mapping[int, str] | None = None) -> tuple[int | None, list[str]]:
+    """The newest whole checkpoint, and what had to be skipped to find it, in words.
+
+    `avoid` are iterations that are known to be damaged, and how.
 
     The tracker file has the first word, so that it can be edited to go back; if what it names is damaged, older
     checkpoints come before newer ones.
@@ -203,17 +207,10 @@ def latest(root: Path, avoid: Collection[int] = ()) -> tuple[int | None, list[st
     else:
         order = [named, *(i for i in present if i < named), *(i for i in present if i > named)]
     for iteration in order:
-        if iteration in avoid:
-            continue
-        if (why := damage(root / name_of(iteration))) is None:
+        if (why := (avoid or {}).get(iteration) or damage(root / name_of(iteration))) is None:
             return iteration, skipped
-        skipped.append(skipping(root / name_of(iteration), why))
+        skipped.append(f"skipping corrupt checkpoint {root / name_of(iteration)}: {why}")
     return None, skipped
-
-
-def skipping(checkpoint: Path, why: str) -> str:
-    """What to say of a checkpoint that is not taken for `why`."""
-    return f"skipping corrupt checkpoint {checkpoint}: {why}"
 
 
 def temporary(root: Path, iteration: int) -> Path:

@@ -125,7 +125,7 @@ def _plan(config: TrainConfig, layout: Layout) -> RunPlan:
             logger.info("removed what an interrupted save had left: %s", name)
     collectives.from_first(None, layout)  # nobody looks for checkpoints before that is done
     fingerprints = _fingerprints(config, layout)
-    avoid: list[int] = []
+    avoid: dict[int, str] = {}
     while True:
         plan = together(layout, lambda: plan_run(config, layout.world_size, avoid, fingerprints))
         if (why := _damage(plan, layout)) is None:
@@ -134,8 +134,7 @@ def _plan(config: TrainConfig, layout: Layout) -> RunPlan:
         path = plan.origin.checkpoint.path
         if config.ckpt_step is not None or path == Path(config.load or ""):
             raise ProblemError([Problem("--load", path, why, "choose another checkpoint by --ckpt-step")])
-        logger.info("%s", directory.skipping(path, why))
-        avoid.append(plan.origin.checkpoint.manifest["iteration"])
+        avoid[plan.origin.checkpoint.manifest["iteration"]] = why
     agreement.require(plan, layout)
     for note in plan.notes:
         logger.info("%s", note)

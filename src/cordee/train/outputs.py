@@ -6,6 +6,7 @@ Owns which places of a run's options are locked, and what is said of one that an
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -19,8 +20,9 @@ LOCK = ".lock"
 
 def check_free(config: TrainConfig) -> list[Problem]:
     """The places that another run has now."""
-    held = ((option, given, lock.holder(file)) for file, (option, given) in _locks(config).items())
-    return [_taken(option, given, who) for option, given, who in held if who is not None]
+    patience = _patience()
+    held = ((place, lock.holder(file, next(patience))) for file, place in _locks(config).items())
+    return [_taken(*place, who) for place, who in held if who is not None]
 
 
 @contextmanager
@@ -29,10 +31,10 @@ def held(config: TrainConfig) -> Iterator[None]:
     have.
     """
     with ExitStack() as stack:
-        problems = []
+        problems, patience = [], _patience()
         for file, (option, given) in _locks(config).items():
             try:
-                stack.enter_context(lock.acquire(file))
+                stack.enter_context(lock.acquire(file, next(patience)))
             except lock.HeldError as who:
                 problems.append(_taken(option, given, who))
             except OSError as error:
@@ -40,6 +42,13 @@ def held(config: TrainConfig) -> Iterator[None]:
                 problems.append(Problem(option, given, f"it cannot be written to: {error}", fix))
         raise_all(problems)
         yield
+
+
+def _patience() -> Iterator[float]:
+    """What is left, at each moment, of the time in which a run that is dying lets go of all its places."""
+    end = time.monotonic() + lock.PATIENCE
+    while True:
+        yield end - time.monotonic()
 
 
 def _locks(config: TrainConfig) -> dict[Path, tuple[str, str]]:

@@ -7,7 +7,7 @@ problems are found together, so `cordee check` and the start of a job are the sa
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -69,11 +69,15 @@ Fingerprints = tuple[dict[str, int], ...]  # of the .bin and .idx of every datas
 
 
 def plan_run(
-    config: TrainConfig, world_size: int, avoid: Collection[int] = (), fingerprints: Fingerprints | None = None
+    config: TrainConfig,
+    world_size: int,
+    avoid: Mapping[int, str] | None = None,
+    fingerprints: Fingerprints | None = None,
 ) -> RunPlan:
     """The plan of a run over `world_size` processes; ProblemError with everything that is wrong with it.
 
-    Checkpoints of the iterations in `avoid` are not gone on from: they have turned out to be damaged. `fingerprints`
+    A run does not resume from checkpoints of the iterations in `avoid`: they have turned out to be damaged, as the
+    text says. `fingerprints`
     are what `fingerprint_data` returned on this host; None reads the data for them.
     """
     contradictions = check_train(config)
@@ -171,7 +175,7 @@ def _iterations(config: TrainConfig, batches: BatchSchedule, notes: list[str]) -
 
 
 def _start(
-    config: TrainConfig, avoid: Collection[int], found: Findings
+    config: TrainConfig, avoid: Mapping[int, str] | None, found: Findings
 ) -> tuple[Origin | None, Tokenizer | None, ModelSpec | None]:
     """Where the run begins, and what model and tokenizer that makes; None for what cannot be told."""
     chosen = found.attempt(lambda: choose(config, avoid, found.notes))
