@@ -22,8 +22,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 import cordee
-from cordee import sealed
+from cordee import lock, sealed
 from cordee.checkpoint import directory, source
+from cordee.config.option import to_flag
 from cordee.config.schema import ConvertConfig, EvaluateConfig, GenerateConfig, TrainConfig
 from cordee.convert import job as convert
 from cordee.data.check import check
@@ -32,7 +33,7 @@ from cordee.data.manifest import Manifest, TokenizerNote, manifest_path, read_ma
 from cordee.errors import Problem, ProblemError
 from cordee.evaluate import job as evaluate
 from cordee.generate import job as generate
-from cordee.train import job
+from cordee.train import job, outputs
 from cordee.train.check import check_run
 from tests.train import tiny
 from tests.train.test_kill import start, wait_until
@@ -366,11 +367,24 @@ def test_no_manifest_ends_in_a_traceback(trained: TrainConfig, copied: Path):
 # ---- two runs --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("option", ["save", "metrics_file", "tensorboard_dir"])
+def test_a_place_that_another_run_has(tmp_path: Path, monkeypatch, option: str):
+    monkeypatch.setattr(lock, "PATIENCE", 0.0)
+    place = {option: str(tmp_path / "place")}
+    given = tiny.config(tmp_path, **place)
+    with outputs.held(replace(given, **{"save": None, **place})):
+        for find in (check_run, problems_of_the_run):
+            (problem,) = find(given)
+            assert problem.option == to_flag(option) and f"process {os.getpid()} on" in problem.why
+    assert check_run(given) == []
+    assert not (tmp_path / "place").exists()
+
+
+@pytest.mark.slow
 def test_two_runs_into_one_folder(tmp_path: Path):
     """The second is refused by its check and as a rank that a launcher started; once the first is killed, it starts."""
-    given = tiny.config(
-        tmp_path, train_iters=10**6, save_interval=1, keep_last=2, metrics_file=str(tmp_path / "m.jsonl")
-    )
+    metrics = str(tmp_path / "m.jsonl")
+    given = tiny.config(tmp_path, train_iters=10**4, save_interval=1, keep_last=2, metrics_file=metrics)
     process = start(given, tmp_path)
     try:
         wait_until(process, lambda: directory.is_root(Path(given.save or "")))
@@ -380,8 +394,6 @@ def test_two_runs_into_one_folder(tmp_path: Path):
             assert found.keys() >= {"--save", "--metrics-file"}
             for option in ("--save", "--metrics-file"):
                 assert f"process {process.pid} on {os.uname().nodename}" in found[option].why
-        elsewhere = tiny.config(tmp_path, save=str(tmp_path / "other"), metrics_file=str(tmp_path / "m.jsonl"))
-        assert [problem.option for problem in check_run(elsewhere)] == ["--metrics-file"]
         refused = start(second, tmp_path)
         _, said = refused.communicate(timeout=120)
         assert refused.returncode == 2 and f"process {process.pid} on" in said and "Traceback" not in said
