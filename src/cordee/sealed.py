@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-MAX_BYTES = 64 << 20  # of a sealed file; what is larger is something else, and would only fill the memory
+MAX_BYTES = 256 << 20  # of a sealed file; what is larger is something else, and would only fill the memory
 CHECKSUM = "checksum"
 _LARGEST = 2**63 - 1
 
