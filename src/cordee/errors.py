@@ -21,7 +21,7 @@ class Problem:
     """
 
     option: str
-    value: object
+    value: object = field(hash=False)  # it may be anything that was given, a list too
     why: str
     fix: str
 

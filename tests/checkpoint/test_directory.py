@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -53,7 +56,7 @@ def spoil_format(path: Path):
         (spoil_short, "2 bytes instead of 4"),
         (spoil_manifest, "cannot be read"),
         (spoil_no_manifest, "cordee.json is missing"),
-        (spoil_format, "not a manifest of format 1"),
+        (spoil_format, "not of format 2"),
     ],
 )
 def test_damaged_latest_is_passed_over_and_reported(tmp_path: Path, spoil, why):
@@ -78,13 +81,27 @@ def test_tracker_can_be_edited_to_go_back(tmp_path: Path):
     assert directory.latest(tmp_path) == (20, [])
 
 
-@pytest.mark.parametrize("text", ["", "release", None])
-def test_without_a_readable_tracker_the_newest_counts(tmp_path: Path, text):
+@pytest.mark.parametrize(
+    "text", [b"", b"release", b"-10", b"1" * 5000, b"1_0", "\u0661\u0660".encode(), b"\xff\xfe", None]
+)
+def test_without_a_readable_tracker_the_newest_counts(tmp_path: Path, text: bytes | None):
     for iteration in (10, 20):
         make(tmp_path, iteration)
     tracker = tmp_path / directory.TRACKER
-    tracker.unlink() if text is None else tracker.write_text(text)
-    assert directory.latest(tmp_path) == (20, [])
+    tracker.unlink() if text is None else tracker.write_bytes(text)
+    iteration, said = directory.latest(tmp_path)
+    assert iteration == 20
+    assert len(said) == (text is not None) and all(directory.TRACKER in note for note in said)
+
+
+def test_tracker_that_names_no_checkpoint_is_said(tmp_path: Path):
+    make(tmp_path, 10)
+    (tmp_path / directory.TRACKER).write_text("9" * 18)
+    assert directory.latest(tmp_path)[0] == 10
+    assert len(directory.latest(tmp_path)[1]) == 1
+    (tmp_path / directory.TRACKER).unlink()
+    (tmp_path / directory.TRACKER).mkdir()
+    assert directory.latest(tmp_path)[0] == 10
 
 
 def test_nothing_there(tmp_path: Path):
@@ -120,3 +137,36 @@ def test_retention(tmp_path: Path):
     spoil_short(tmp_path / "iter_0000020")
     assert directory.retain(tmp_path, 30, keep=1) == [10]
     assert directory.iterations(tmp_path) == [40, 30, 20]  # damaged and later ones are left to the user
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+@pytest.mark.parametrize("step", range(40))
+def test_a_replacement_killed_at_any_step(tmp_path: Path, monkeypatch, step: int):
+    """Before every rename, removal and flush: what is under a final name is the old checkpoint or the new, whole."""
+    make(tmp_path, 10, b"older")
+    make(tmp_path, 20, b"first")
+    steps = iter(range(1000))
+
+    def until_killed(function):
+        def call(*arguments, **options):
+            if next(steps) == step:
+                raise Killed
+            return function(*arguments, **options)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for owner, name in [(os, "rename"), (os, "fsync"), (os, "unlink"), (os, "rmdir"), (shutil, "rmtree")]:
+            patch.setattr(owner, name, until_killed(getattr(owner, name)))
+        with suppress(Killed):
+            make(tmp_path, 20, b"second")
+    for _ in range(2):  # a second look changes nothing
+        directory.tidy(tmp_path)
+        assert directory.latest(tmp_path) == (20, [])
+        for iteration in directory.iterations(tmp_path):
+            assert directory.damage(tmp_path / directory.name_of(iteration), contents=["__0_0.distcp"]) is None
+    assert (tmp_path / "iter_0000020" / "__0_0.distcp").read_bytes() in (b"first", b"second")
+    assert not list(tmp_path.glob(".iter_*"))

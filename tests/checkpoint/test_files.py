@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 
 import pytest
 import torch
 
+from cordee import sealed
 from cordee.checkpoint import files, source
 from cordee.checkpoint.store import CheckpointStore
 from cordee.config.schema import ConvertConfig, ModelOptions
@@ -145,7 +147,8 @@ def test_damaged_source(saved):
 def test_checkpoint_of_another_model_than_it_says(saved):
     root, _ = saved
     manifest = root / "iter_0000002" / "cordee.json"
-    manifest.write_text(manifest.read_text().replace('"intermediate_size": 48', '"intermediate_size": 64'))
+    changed = json.loads(manifest.read_text().replace('"intermediate_size": 48', '"intermediate_size": 64'))
+    manifest.write_text(sealed.seal({key: value for key, value in changed.items() if key != sealed.CHECKSUM}))
     with pytest.raises(ProblemError, match=r"mlp\.gate_up\.weight is") as caught:
         source.read(root)
     assert len(caught.value.problems) == 4

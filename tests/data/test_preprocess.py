@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cordee import lock
 from cordee.config.schema import PreprocessConfig
 from cordee.data import preprocess, workers
 from cordee.data.indexed import IndexedDataset, IndexedDatasetBuilder
@@ -174,6 +176,19 @@ def test_what_exists_is_replaced_only_if_told_to(tmp_path):
     with pytest.raises(ProblemError, match=r"there is already out_text_document.bin and out_text_document.idx"):
         run(tmp_path, input=source)
     assert run(tmp_path, input=source, overwrite=True)[0].tolist() == [2, 3]
+
+
+def test_what_another_process_writes_is_left_to_it(tmp_path, monkeypatch):
+    source = str(write_jsonl(tmp_path / "x.jsonl", ["1"]))
+    before = files_of(tmp_path / "out_text_document") if run(tmp_path, input=source) else None
+    monkeypatch.setattr(lock, "acquire", functools.partial(lock.acquire, patience=0))
+    with (
+        lock.acquire(tmp_path / "out_text_document.lock"),
+        pytest.raises(ProblemError, match=f"another process writes .* process {os.getpid()} on"),
+    ):
+        run(tmp_path, input=source, overwrite=True)
+    assert files_of(tmp_path / "out_text_document") == before
+    assert outputs(tmp_path) == [f"out_text_document.{kind}" for kind in ("bin", "idx", "json")]
 
 
 def test_a_tokenizer_without_an_end_cannot_append_it(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import html
 import json
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from cordee import lock
 from cordee.config.schema import QuickstartConfig
 from cordee.errors import ProblemError
 from cordee.quickstart import corpus, job, report, tokenizer
@@ -120,3 +122,14 @@ def test_the_whole_climb(tmp_path):
     again = subprocess.run([*command, "--output", "run"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert again.returncode == 2
     assert "--overwrite" in again.stderr
+
+
+def test_a_folder_that_another_quickstart_writes_to(tmp_path, monkeypatch):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / job.MARKER).write_text("")
+    (folder / "precious").write_text("of a quickstart that is running")
+    monkeypatch.setattr(lock, "acquire", functools.partial(lock.acquire, patience=0))
+    with lock.acquire(tmp_path / ".out.lock"), pytest.raises(ProblemError, match="another quickstart writes to it"):
+        job.run(QuickstartConfig(output=str(folder), overwrite=True))
+    assert (folder / "precious").exists()

@@ -11,21 +11,72 @@ two of them. Knows neither torch nor what a checkpoint holds.
 
 from __future__ import annotations
 
-import json
 import re
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from cordee import sealed
 from cordee.files import remove_tree, sync_directory, write_durably
 from cordee.log import logger
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "cordee.json"
-FORMAT = 1
-_NAME = re.compile(r"iter_(\d{7,})")
-_UNFINISHED = re.compile(r"\.(iter_\d{7,})\.(new|old)")
+FORMAT = 2  # 1 had no checksum: what was changed in it, and what its data were, nobody can tell any more
+# What every checkpoint says, and what the manifest of a run says besides: the form of all that anybody reads of it.
+_FILE = sealed.record({"bytes": sealed.count(), "crc32": sealed.count()}, exact=True)
+_STYLES = ("constant", "linear", "cosine")
+RUN = {
+    "model": sealed.record({"family": sealed.text(), "hf_config": sealed.record({}), "base_prefix": sealed.flag}),
+    "trainer": sealed.record(
+        dict.fromkeys(
+            ("iteration", "consumed_samples", "consumed_tokens", "skipped_iterations", "skipped_samples"),
+            sealed.count(),
+        )
+    ),
+    "loss_scaler": sealed.record(
+        {"scale": sealed.number(0), "good_steps": sealed.count(), "overflows": sealed.count()}
+    ),
+    "schedule": sealed.record(
+        {
+            **dict.fromkeys(("max_lr", "min_lr", "init_lr", "warmup"), sealed.number()),
+            **dict.fromkeys(("start_weight_decay", "end_weight_decay"), sealed.number()),
+            **dict.fromkeys(("decay", "growth"), sealed.count(1)),
+            "style": sealed.text(*_STYLES, "inverse-square-root"),
+            "growth_style": sealed.text(*_STYLES),
+        },
+        exact=True,
+    ),
+    "optimizer": sealed.maybe(sealed.text()),
+    "data": sealed.record(
+        {
+            "seq_length": sealed.count(1),
+            "seed": sealed.count(),
+            "order": sealed.text(),
+            "sets": sealed.listed(
+                sealed.record(
+                    {
+                        **dict.fromkeys(("tokens", "first", "last", "bin", "idx"), sealed.count()),
+                        "weight": sealed.number(),
+                    }
+                )
+            ),
+        }
+    ),
+    "config": sealed.record({}, dict.fromkeys(("tokenizer_name_or_path", "load"), sealed.maybe(sealed.text()))),
+}
+_MANIFEST = sealed.record(
+    {
+        "iteration": sealed.count(),
+        "files": sealed.table(_FILE, r"(?!\.\.?$)[A-Za-z0-9._-]{1,255}", least=1),
+    },
+    RUN,
+)
+_NAME = re.compile(r"iter_([0-9]{7,18})")
+_UNFINISHED = re.compile(r"\.(iter_[0-9]{7,18})\.(new|old)")
+_THREADS = 4  # that read a checkpoint's files to check them; zlib lets others run meanwhile
 
 
 def name_of(iteration: int) -> str:
@@ -36,8 +87,14 @@ def iterations(root: Path) -> list[int]:
     """Iterations of all checkpoints under `root`, whole or not, the newest first."""
     if not root.is_dir():
         return []
-    found = (_NAME.fullmatch(path.name) for path in root.iterdir() if path.is_dir())
-    return sorted((int(match[1]) for match in found if match), reverse=True)
+    found = (_iteration_of(path) for path in root.iterdir() if path.is_dir())
+    return sorted((iteration for iteration in found if iteration is not None), reverse=True)
+
+
+def _iteration_of(path: Path) -> int | None:
+    """The iteration that the name of a directory says; None if it is no name of a checkpoint."""
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match and name_of(int(match[1])) == path.name else None
 
 
 def is_root(path: Path) -> bool:
@@ -46,33 +103,57 @@ def is_root(path: Path) -> bool:
 
 
 def damage(directory: Path, *, contents: Collection[str] = ()) -> str | None:
-    """What is wrong with the checkpoint in `directory`, None if nothing is: missing or short files, and changed bytes
-    in the files named in `contents`, which are read for that.
+    """What is wrong with the checkpoint in `directory`, None if nothing is: a manifest that was changed, missing or
+    short files, and changed bytes in the files named in `contents`, which are read for that.
     """
     try:
         manifest = read_manifest(directory)
+    except ValueError as error:
+        return str(error)
+    named = _iteration_of(directory)
+    if named is not None and manifest["iteration"] != named:
+        return f"it is the checkpoint of iteration {manifest['iteration']}, which its name is not"
+    sizes = (_misfit(directory / name, expected) for name, expected in manifest["files"].items())
+    return next((why for why in sizes if why), None) or changed(directory, manifest, contents)
+
+
+def _misfit(path: Path, expected: dict[str, int]) -> str | None:
+    if not path.is_file():
+        return f"{path.name} is missing"
+    size = path.stat().st_size
+    return None if size == expected["bytes"] else f"{path.name} has {size} bytes instead of {expected['bytes']}"
+
+
+def changed(directory: Path, manifest: dict[str, Any], names: Iterable[str]) -> str | None:
+    """Which of the files `names` of a checkpoint has other bytes than were saved, in words; None if none has.
+
+    They are read, several at a time, in blocks. A file that the manifest does not know counts as changed.
+    """
+
+    def fault(name: str) -> str | None:
+        expected = manifest["files"].get(name)
+        if expected is None:
+            return f"{name} is none of its files"
+        try:
+            same = checksum(directory / name) == expected["crc32"]
+        except OSError as error:
+            return f"{name} cannot be read ({error})"
+        return None if same else f"{name} was changed: its checksum is not the one it was saved with"
+
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="checksum") as threads:
+        return next((why for why in threads.map(fault, sorted(set(names))) if why), None)
+
+
+def read_manifest(directory: Path, needed: Collection[str] = ()) -> dict[str, Any]:
+    """The manifest of a checkpoint, which has the keys `needed`; ValueError for one that is not to be believed."""
+    try:
+        manifest = sealed.read(directory / MANIFEST, _MANIFEST, FORMAT)
     except FileNotFoundError:
-        return f"{MANIFEST} is missing"
-    except (OSError, ValueError, KeyError) as error:
-        return f"{MANIFEST} cannot be read ({error})"
-    for name, expected in manifest["files"].items():
-        path = directory / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if (size := path.stat().st_size) != expected["bytes"]:
-            return f"{name} has {size} bytes instead of {expected['bytes']}"
-        if name in contents and checksum(path) != expected["crc32"]:
-            return f"{name} was changed: its checksum is not the one it was saved with"
-    return None
-
-
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint; ValueError for one that this version cannot read."""
-    manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ValueError(f"not a manifest of format {FORMAT}")
-    if not isinstance(manifest["files"], dict) or not manifest["files"]:
-        raise ValueError("it names no files")
+        raise ValueError(f"{MANIFEST} is missing") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{MANIFEST} cannot be read ({error})") from error
+    if missing := [key for key in needed if key not in manifest]:
+        raise ValueError(f"{MANIFEST} lacks {', '.join(missing)}")
     return manifest
 
 
@@ -90,33 +171,45 @@ def checksum(path: Path) -> int:
 
 
 def tracked(root: Path) -> int | None:
-    """The iteration that the tracker file names; None if there is none or it is not a number."""
-    try:
-        return int((root / TRACKER).read_text(encoding="utf-8").strip())
-    except (OSError, ValueError):
+    """The iteration that the tracker file names, None without that file; ValueError if it names none."""
+    if not (root / TRACKER).exists():
         return None
+    try:
+        if not (root / TRACKER).is_file():
+            raise OSError("it is no file")  # opening a named pipe would wait for its writer
+        with (root / TRACKER).open("rb") as file:
+            told = file.read(64).strip()
+    except OSError as error:
+        raise ValueError(f"{root / TRACKER} cannot be read: {error}") from error
+    if not re.fullmatch(rb"[0-9]{1,18}", told):
+        raise ValueError(f"{root / TRACKER} names no iteration")
+    return int(told)
 
 
-def latest(root: Path, avoid: Collection[int] = ()) -> tuple[int | None, list[str]]:
-    """The newest whole checkpoint but those to `avoid`, and which damaged ones had to be passed over to find it.
+def latest(root: Path, avoid: Mapping[int, str] | None = None) -> tuple[int | None, list[str]]:
+    """The newest whole checkpoint, and what had to be skipped to find it, in words.
+
+    `avoid` are iterations that are known to be damaged, and how.
 
     The tracker file has the first word, so that it can be edited to go back; if what it names is damaged, older
     checkpoints come before newer ones.
     """
-    named = tracked(root)
+    skipped = []
+    try:
+        named = tracked(root)
+    except ValueError as error:
+        named = None
+        skipped.append(f"ignored: {error}; the newest checkpoint counts")
     present = iterations(root)
     if named is None:
         order = present
     else:
         order = [named, *(i for i in present if i < named), *(i for i in present if i > named)]
-    passed_over = []
     for iteration in order:
-        if iteration in avoid:
-            continue
-        if (why := damage(root / name_of(iteration))) is None:
-            return iteration, passed_over
-        passed_over.append(f"{root / name_of(iteration)}: {why}")
-    return None, passed_over
+        if (why := (avoid or {}).get(iteration) or damage(root / name_of(iteration))) is None:
+            return iteration, skipped
+        skipped.append(f"skipping corrupt checkpoint {root / name_of(iteration)}: {why}")
+    return None, skipped
 
 
 def temporary(root: Path, iteration: int) -> Path:
@@ -127,7 +220,7 @@ def temporary(root: Path, iteration: int) -> Path:
 def publish(root: Path, iteration: int, manifest: dict[str, Any]) -> None:
     """Complete the checkpoint in its temporary directory and give it its name; then the tracker names it."""
     new, final = temporary(root, iteration), root / name_of(iteration)
-    write_durably(new / MANIFEST, json.dumps(manifest, indent=1))
+    write_durably(new / MANIFEST, sealed.seal(manifest))
     sync_directory(new)
     old = _set_aside(final) if final.exists() else None
     new.rename(final)

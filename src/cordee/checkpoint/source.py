@@ -6,6 +6,7 @@ and `evaluate` read it like any other format, in one process, a tensor or a part
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cordee.checkpoint import directory
-from cordee.checkpoint.files import read_metadata, read_tensor, tensors
+from cordee.checkpoint.files import METADATA, read_metadata, read_tensor, tensors
 from cordee.data.tokenizer import holds_tokenizer
 from cordee.errors import Problem, ProblemError, raise_all
 from cordee.families.registry import ModelSpec
@@ -31,17 +32,16 @@ def read(path: str | Path, iteration: int | None = None) -> CheckpointSource:
     whole one. ProblemError if there is none or it is damaged.
     """
     path = Path(path)
-    notes: list[str] = []
+    notes: list[str] = []  # what was skipped
     if not (path / directory.MANIFEST).is_file():
         if iteration is None:
-            iteration, passed_over = directory.latest(path)
-            notes = [f"passed over a damaged checkpoint: {damaged}" for damaged in passed_over]
+            iteration, notes = directory.latest(path)
         if iteration is None:
             why = "; ".join(["it holds no whole checkpoint", *notes])
             raise ProblemError([Problem("checkpoint", path, why, "give a directory that --save has written")])
         path = path / directory.name_of(iteration)
     if (why := directory.damage(path)) is not None:
-        raise ProblemError([Problem("checkpoint", path, why, "take another checkpoint")])
+        raise _unusable(path, why)
     return CheckpointSource(path, tuple(notes))
 
 
@@ -50,30 +50,46 @@ def _companions(root: Path, config: dict[str, Any]) -> Path | None:
     if holds_tokenizer(root):
         return root
     places = (config.get(option) for option in ("tokenizer_name_or_path", "load"))
-    return next((Path(place) for place in places if place and Path(place).is_dir()), None)
+    return next((Path(place) for place in places if place and os.path.isdir(place)), None)
 
 
 class CheckpointSource(Source):
-    """The float32 master weights of a checkpoint."""
+    """The float32 master weights of a checkpoint. Files are checked against their checksums when first read from."""
 
     def __init__(self, path: Path, notes: tuple[str, ...] = ()):
         self.path = path
         self.notes = notes
-        self.manifest = directory.read_manifest(path)
-        self.spec = ModelSpec.from_dict(self.manifest["model"])
-        self.companions = _companions(path.parent, self.manifest["config"])
+        self._checked: set[str] = set()
+        try:
+            self.manifest = directory.read_manifest(path, ("model", "config"))
+        except ValueError as error:
+            raise _unusable(path, str(error)) from error
+        self._require_unchanged({METADATA})
         try:
             self._metadata = read_metadata(path)
         except ValueError as error:
-            raise ProblemError([Problem("checkpoint", path, str(error), "take another checkpoint")]) from error
+            raise _unusable(path, str(error)) from error
+        self.spec = ModelSpec.from_dict(self.manifest["model"])
+        self.companions = _companions(path.parent, self.manifest["config"])
         self._kept = tensors(self._metadata)
+        self._files: dict[str, set[str]] = {}
+        for index, place in self._metadata.storage_data.items():
+            self._files.setdefault(index.fqn, set()).add(place.relative_path)
         raise_all(self._misfits())
 
     def dtype(self, name: str) -> torch.dtype:
         return self._kept[f"model.{name}"].properties.dtype
 
     def tensor(self, name: str, index: Sequence[slice] | None = None) -> Tensor:
+        self._require_unchanged(self._files[f"model.{name}"])
         return read_tensor(self.path, self._metadata, f"model.{name}", None if index is None else tuple(index))
+
+    def _require_unchanged(self, names: set[str]) -> None:
+        """ProblemError if a file that is read from now has other bytes than were saved; each is checked once."""
+        new = names - self._checked
+        if new and (why := directory.changed(self.path, self.manifest, new)) is not None:
+            raise _unusable(self.path, why)
+        self._checked |= new
 
     def _misfits(self) -> list[Problem]:
         problems = []
@@ -84,3 +100,7 @@ class CheckpointSource(Source):
                 why = f"{name} is {found}, and the model it says it holds has {list(shape)}"
                 problems.append(Problem("checkpoint", self.path, why, "take another checkpoint"))
         return problems
+
+
+def _unusable(path: Path, why: str) -> ProblemError:
+    return ProblemError([Problem("checkpoint", path, why, "take another checkpoint, or copy this one again")])

@@ -251,6 +251,11 @@ def restore(
     `group` call it together. ProblemError names every parameter that does not fit.
     """
     metadata = read_metadata(directory_)
+    unknown = {place.relative_path for place in metadata.storage_data.values()}
+    unknown -= directory.read_manifest(directory_)["files"].keys()
+    if unknown:  # nobody has checked those
+        why = f"its tensors are in {', '.join(sorted(unknown))}, which is none of its files"
+        raise ProblemError([Problem("--load", directory_, why, "take another checkpoint")])
     kept = tensors(metadata)
     wanted = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
     _raise_misfits(directory_, kept, wanted)

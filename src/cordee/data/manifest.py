@@ -7,17 +7,38 @@ by another tool) is as good; it can only be checked less.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cordee import sealed
 from cordee.data.indexed import IndexedDataset
 from cordee.errors import Problem, ProblemError
 from cordee.files import write_durably
 
-FORMAT = 1
+FORMAT = 2  # 1 had no checksum: what was changed in it nobody can tell any more
+_FORM = sealed.record(
+    {
+        "format": sealed.count(),
+        **dict.fromkeys(("documents", "tokens"), sealed.count()),
+        "max_token": sealed.count(-1),
+        "tokenizer": sealed.maybe(
+            sealed.record(
+                {
+                    **dict.fromkeys(("type", "fingerprint"), sealed.text()),
+                    "vocab_size": sealed.count(),
+                    "eod": sealed.maybe(sealed.count()),
+                },
+                exact=True,
+            )
+        ),
+        "append_eod": sealed.flag,
+        "sources": sealed.table(sealed.maybe(sealed.count())),
+        "left_out": sealed.table(sealed.count()),
+    },
+    exact=True,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +65,7 @@ class Manifest:
     left_out: dict[str, int] = field(default_factory=dict)
 
     def write(self, prefix: str | Path) -> None:
-        text = json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=2, ensure_ascii=False)
+        text = sealed.seal({"format": FORMAT, **dataclasses.asdict(self)})
         write_durably(manifest_path(prefix), text + "\n")
 
 
@@ -58,11 +79,11 @@ def read_manifest(dataset: IndexedDataset) -> Manifest | None:
     Raises `ProblemError` if it cannot be read or tells of another dataset.
     """
     path = manifest_path(dataset.prefix)
-    if not path.is_file():
+    if not path.exists():
         return None
     try:
-        manifest = _parse(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, KeyError) as error:
+        manifest = _from_fields(sealed.read(path, _FORM, FORMAT))
+    except (OSError, ValueError) as error:
         raise ProblemError([_unusable(path, f"it cannot be read: {error}")]) from error
     if (manifest.documents, manifest.tokens) != (dataset.num_documents, dataset.num_tokens):
         why = (
@@ -95,10 +116,8 @@ def merged(manifests: Sequence[Manifest]) -> Manifest:
     )
 
 
-def _parse(fields: dict[str, Any]) -> Manifest:
-    if fields.pop("format") != FORMAT:
-        raise ValueError("its format is of another version")
-    note = fields.pop("tokenizer")
+def _from_fields(fields: dict[str, Any]) -> Manifest:
+    note, _ = fields.pop("tokenizer"), fields.pop("format")
     return Manifest(tokenizer=None if note is None else TokenizerNote(**note), **fields)
 
 

@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from cordee import lock
 from cordee.config.check import check_preprocess
 from cordee.config.schema import PreprocessConfig
 from cordee.data.documents import Job, Tokenized
@@ -83,26 +84,37 @@ def _tokenize(config: PreprocessConfig) -> int:
     tokenizer = load_tokenizer(config)
     job = Job(tokenizer=tokenizer, keys=keys, eod=_eod(config, tokenizer), seq_length=config.seq_length)
     tally = _Tally(keys, config.skip_invalid)
-    with (
-        Workers(job, config.workers * config.n_subs) as workers,
-        ExitStack() as stack,
-        _progress(tally, config.log_interval) as show,
-    ):
-        builders = {key: stack.enter_context(IndexedDatasetBuilder(prefix)) for key, prefix in prefixes.items()}
-        for result in workers.map(_chunks(sources)):
-            tally.add(result)
-            for key, column in result.columns.items():
-                builders[key].add_documents(column.tokens, column.lengths)
-            show()
-        tally.require_documents(builders)
-        for prefix in prefixes.values():
-            manifest_path(prefix).unlink(missing_ok=True)  # of the pair that is replaced now
-    for key, prefix in prefixes.items():
-        manifest = tally.manifest(key, builders[key], tokenizer, job.eod is not None, sources)
-        manifest.write(prefix)
-        logger.info("%s: %d documents, %d tokens", prefix, manifest.documents, manifest.tokens)
+    with Workers(job, config.workers * config.n_subs) as workers, _own(config, prefixes.values()):
+        with ExitStack() as stack, _progress(tally, config.log_interval) as show:
+            builders = {key: stack.enter_context(IndexedDatasetBuilder(prefix)) for key, prefix in prefixes.items()}
+            for result in workers.map(_chunks(sources)):
+                tally.add(result)
+                for key, column in result.columns.items():
+                    builders[key].add_documents(column.tokens, column.lengths)
+                show()
+            tally.require_documents(builders)
+            for prefix in prefixes.values():
+                manifest_path(prefix).unlink(missing_ok=True)  # of the pair that is replaced now
+        for key, prefix in prefixes.items():
+            manifest = tally.manifest(key, builders[key], tokenizer, job.eod is not None, sources)
+            manifest.write(prefix)
+            logger.info("%s: %d documents, %d tokens", prefix, manifest.documents, manifest.tokens)
     tally.report()
     return 0
+
+
+@contextmanager
+def _own(config: PreprocessConfig, prefixes: Iterable[str]) -> Iterator[None]:
+    """Have the outputs alone. ProblemError if another process has one, or has completed it meanwhile."""
+    with ExitStack() as stack:
+        for prefix in prefixes:
+            try:
+                stack.enter_context(lock.acquire(Path(f"{prefix}.lock")))
+            except lock.HeldError as who:
+                why, fix = f"another process writes {prefix}: {who}", "wait for that one, or give another prefix"
+                raise ProblemError([Problem("--output-prefix", config.output_prefix, why, fix)]) from None
+        raise_all(_output_problems(config, prefixes))
+        yield
 
 
 def _output_problems(config: PreprocessConfig, prefixes: Iterable[str]) -> Iterator[Problem]:
@@ -297,8 +309,9 @@ def _merge(config: PreprocessConfig) -> int:
         except ProblemError as error:
             problems += error.problems
     raise_all(dict.fromkeys(problems))
-    for key, prefixes in groups.items():
-        _merge_group(prefixes, outputs[key])
+    with _own(config, outputs.values()):
+        for key, prefixes in groups.items():
+            _merge_group(prefixes, outputs[key])
     return 0
 
 

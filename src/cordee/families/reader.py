@@ -166,9 +166,9 @@ class ConfigReader:
         return given[0]
 
     def integer(self, key: str, default: Any = REQUIRED) -> Any:
-        """A positive whole number."""
+        """A positive whole number below 2^31."""
         value = self.value(key, default)
-        if value is default or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        if value is default or (isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31):
             return value
         return self._wrong(key, value, "a positive whole number", 1)
 

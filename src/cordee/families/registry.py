@@ -126,9 +126,11 @@ class ModelSpec:
 
     @staticmethod
     def from_dict(stored: Mapping[str, Any]) -> ModelSpec:
-        """The model that `to_dict` stored."""
+        """The model that `to_dict` stored. ProblemError with all that is wrong with it."""
         spec = spec_from_hf(stored["hf_config"], "stored model")
-        assert spec.family.name == stored["family"], f"{spec.family.name} is not {stored['family']}"
+        if spec.family.name != stored["family"]:
+            why = f"its configuration is of family {spec.family.name}"
+            raise ProblemError([Problem("stored model: family", stored["family"], why, "copy the checkpoint again")])
         return replace(spec, base_prefix=stored["base_prefix"])
 
 
@@ -163,12 +165,17 @@ def _read(hf: Mapping[str, Any], where: str) -> tuple[ModelSpec, set[str]]:
 def _family_of(hf: Mapping[str, Any], where: str) -> Family:
     architectures = {name: family for family in families().values() for name in family.architectures}
     if given := hf.get("architectures"):
+        if not isinstance(given, list) or not isinstance(given[0], str):
+            why = "it is no array of names"
+            raise ProblemError([Problem(f"{where}: architectures", given, why, "give the name in an array")])
         if given[0] in architectures:
             return architectures[given[0]]
         why, fix = f"no family for this architecture; {nearest(given[0], architectures)}", GUIDE
         raise ProblemError([Problem(f"{where}: architectures", given[0], why, fix)])
     types = {name: family for family in families().values() for name in family.model_types}
     given = hf.get("model_type")
+    if given is not None and not isinstance(given, str):
+        raise ProblemError([Problem(f"{where}: model_type", given, "it is no name", "give the name of a model type")])
     if given in types:
         return types[given]
     if given is None:

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from cordee import launch
+from cordee import launch, lock
 from cordee.config.load import config_from_dict
 from cordee.config.schema import (
     ConvertConfig,
@@ -98,7 +98,11 @@ class Climb:
 def run(config: QuickstartConfig) -> int:
     """Run every phase; 0 if the report was written."""
     source = _source(config)
-    climb = Climb(config, _fresh_folder(config), Console())
+    with _own_folder(config) as folder:
+        return _climb(Climb(config, folder, Console()), source)
+
+
+def _climb(climb: Climb, source: Path | None) -> int:
     text = _collect(climb, source)
     size = _learn_tokenizer(climb, text)
     _preprocess(climb, text)
@@ -122,6 +126,22 @@ def _source(config: QuickstartConfig) -> Path | None:
     if source is not None and not source.exists():
         raise ProblemError([Problem("--input", source, "there is no such file or folder", "give one that exists")])
     return source
+
+
+@contextmanager
+def _own_folder(config: QuickstartConfig) -> Iterator[Path]:
+    """The folder, made anew, for as long as no other quickstart may replace it. The lock is beside it."""
+    folder = Path(config.output).absolute()
+    try:
+        own = lock.acquire(folder.with_name(f".{folder.name}.lock"))
+    except lock.HeldError as who:
+        why = f"another quickstart writes to it: {who}"
+        raise ProblemError([Problem("--output", folder, why, "wait for that one, or give another folder")]) from None
+    except OSError as error:
+        fix = "give a folder in a place that can be written to"
+        raise ProblemError([Problem("--output", folder, f"it cannot be made: {error}", fix)]) from error
+    with own:
+        yield _fresh_folder(config)
 
 
 def _fresh_folder(config: QuickstartConfig) -> Path:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from cordee import launch
 from cordee.config.schema import TrainConfig
-from cordee.errors import Problem, ProblemError
+from cordee.errors import Findings, Problem
+from cordee.train import outputs
 from cordee.train.plan import plan_run
 
 
@@ -13,8 +14,6 @@ def check_run(config: TrainConfig) -> list[Problem]:
 
     The number of processes is the launcher's, or --nproc-per-node.
     """
-    try:
-        plan_run(config, launch.world_size(config.nproc_per_node))
-    except ProblemError as error:
-        return error.problems
-    return []
+    found = Findings(outputs.check_free(config))
+    found.attempt(lambda: plan_run(config, launch.world_size(config.nproc_per_node)))
+    return found.problems

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,7 +26,7 @@ from cordee.data.batch import NextToken
 from cordee.data.build import Datasets, build_datasets
 from cordee.data.loader import Loader
 from cordee.data.tokenizer import holds_tokenizer
-from cordee.errors import Problem, ProblemError
+from cordee.errors import Findings, Problem, ProblemError
 from cordee.families.count import count_parameters, training_flops_per_token
 from cordee.files import copy_files
 from cordee.log import logger
@@ -39,10 +40,10 @@ from cordee.parallel.describe import describe
 from cordee.parallel.execution import Executor, LocalExecutor
 from cordee.parallel.layout import Layout, process_group
 from cordee.parallel.pipeline.executor import PipelineExecutor
-from cordee.train import agreement, objectives
+from cordee.train import agreement, objectives, outputs
 from cordee.train.exits import COMPLETE, Exit, ExitRule
 from cordee.train.metrics import Meter, measure_peak_flops
-from cordee.train.plan import RunPlan, plan_run
+from cordee.train.plan import Fingerprints, RunPlan, fingerprint_data, plan_run
 from cordee.train.reports import Reports, build_reports
 from cordee.train.signals import watch
 from cordee.train.state import TrainState
@@ -82,6 +83,8 @@ def train(config: TrainConfig, layout: Layout, on: torch.device, exits: ExitRule
     """Train as `config` says on the ranks of `layout`, this one computing on device `on`. Returns why it ended."""
     with ExitStack() as stack, exits.bounded_after_loss():
         with collectives.contact("while planning the run"):
+            first = layout.rank == 0
+            together(layout, lambda: stack.enter_context(outputs.held(config)) if first else None)
             plan = _plan(config, layout)
         with collectives.contact("while building the model and opening the data"):
             parts, state = _build(plan, layout, on, exits, stack)
@@ -121,21 +124,33 @@ def _plan(config: TrainConfig, layout: Layout) -> RunPlan:
         for name in directory.tidy(Path(config.save)):
             logger.info("removed what an interrupted save had left: %s", name)
     collectives.from_first(None, layout)  # nobody looks for checkpoints before that is done
-    avoid: list[int] = []
+    fingerprints = _fingerprints(config, layout)
+    avoid: dict[int, str] = {}
     while True:
-        plan = together(layout, lambda: plan_run(config, layout.world_size, avoid))
+        plan = together(layout, lambda: plan_run(config, layout.world_size, avoid, fingerprints))
         if (why := _damage(plan, layout)) is None:
             break
         assert plan.origin.checkpoint is not None
         path = plan.origin.checkpoint.path
         if config.ckpt_step is not None or path == Path(config.load or ""):
             raise ProblemError([Problem("--load", path, why, "choose another checkpoint by --ckpt-step")])
-        logger.info("passed over a damaged checkpoint: %s: %s", path, why)
-        avoid.append(plan.origin.checkpoint.manifest["iteration"])
+        avoid[plan.origin.checkpoint.manifest["iteration"]] = why
     agreement.require(plan, layout)
     for note in plan.notes:
         logger.info("%s", note)
     return plan
+
+
+def _fingerprints(config: TrainConfig, layout: Layout) -> Fingerprints | None:
+    """Those of the data on this host, read by its first rank alone; hosts may have copies, which `agreement` compares.
+
+    None if it cannot be read, or there is none: what is planned then tells all that is wrong.
+    """
+    host, mine = socket.gethostname(), None
+    if collectives.gather(host, layout).index(host) == layout.rank:
+        mine = Findings().attempt(lambda: fingerprint_data(config))
+    of_host = (found for where, found in collectives.gather((host, mine), layout) if where == host)
+    return next((found for found in of_host if found is not None), None)
 
 
 def _damage(plan: RunPlan, layout: Layout) -> str | None:

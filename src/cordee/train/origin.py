@@ -6,7 +6,7 @@ choose; only what is no checkpoint brings it when it is opened.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,8 +67,8 @@ def described(origin: Origin) -> Origin | None:
     return replace(origin, spec=spec_from_directory(origin.weights), companions=origin.weights)
 
 
-def choose(config: TrainConfig, avoid: Collection[int], notes: list[str]) -> Origin:
-    """What --load names, without damaged checkpoints of the iterations in `avoid`. ProblemError if that is nothing."""
+def choose(config: TrainConfig, avoid: Mapping[int, str] | None, notes: list[str]) -> Origin:
+    """What --load names, but for checkpoints known to be damaged (`avoid`). ProblemError if that is nothing."""
     if config.load is None:
         return Origin()
     path = Path(config.load)
@@ -94,20 +94,24 @@ def _of_checkpoint(checkpoint: Checkpoint) -> Origin:
     return Origin(checkpoint, companions=checkpoint.path.parent)
 
 
-def _iteration(config: TrainConfig, root: Path, avoid: Collection[int], notes: list[str]) -> int:
+def _iteration(config: TrainConfig, root: Path, avoid: Mapping[int, str] | None, notes: list[str]) -> int:
     """The checkpoint to load: that of --ckpt-step, else the newest whole one."""
     if config.ckpt_step is not None:
         return config.ckpt_step
-    iteration, passed_over = directory.latest(root, avoid)
-    notes += [f"passed over a damaged checkpoint: {damaged}" for damaged in passed_over]
+    iteration, skipped = directory.latest(root, avoid)
+    notes += skipped
     if iteration is None:
-        why = f"none of its checkpoints is whole: {'; '.join(passed_over)}"
+        why = f"none of its checkpoints is whole: {'; '.join(skipped)}"
         raise ProblemError([Problem("--load", root, why, "restore one, or start anew with another --save")])
     return iteration
 
 
 def _checkpoint(config: TrainConfig, path: Path) -> Checkpoint:
-    if (why := directory.damage(path)) is not None:
+    try:
+        if (why := directory.damage(path)) is not None:
+            raise ValueError(why)
+        return Checkpoint(path, directory.read_manifest(path, directory.RUN), resume=not config.finetune)
+    except ValueError as error:
         have = ", ".join(str(iteration) for iteration in directory.iterations(path.parent)) or "none"
-        raise ProblemError([Problem("--load", path, why, f"choose another by --ckpt-step; there are: {have}")])
-    return Checkpoint(path, directory.read_manifest(path), resume=not config.finetune)
+        fix = f"choose another by --ckpt-step; there are: {have}"
+        raise ProblemError([Problem("--load", path, str(error), fix)]) from error

@@ -7,7 +7,7 @@ problems are found together, so `cordee check` and the start of a job are the sa
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from cordee.config.check import check_train, fewest_processes, without_effect
 from cordee.config.schema import TokenizerOptions, TrainConfig
 from cordee.data import check as data_check
 from cordee.data.build import plan_parts
-from cordee.data.indexed import IndexedDataset
+from cordee.data.indexed import IndexedDataset, bin_path, fingerprint, idx_path
 from cordee.data.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
 from cordee.errors import Findings, Problem, ProblemError, raise_all
 from cordee.families.described import canonical
@@ -64,10 +64,21 @@ class RunPlan:
         return checkpoint if checkpoint is not None and checkpoint.resume else None
 
 
-def plan_run(config: TrainConfig, world_size: int, avoid: Collection[int] = ()) -> RunPlan:
+READ_OF_DATA = 1 << 30  # bytes, over all .bin and over all .idx, that tell whether the data changed: some seconds
+Fingerprints = tuple[dict[str, int], ...]  # of the .bin and .idx of every dataset to train on
+
+
+def plan_run(
+    config: TrainConfig,
+    world_size: int,
+    avoid: Mapping[int, str] | None = None,
+    fingerprints: Fingerprints | None = None,
+) -> RunPlan:
     """The plan of a run over `world_size` processes; ProblemError with everything that is wrong with it.
 
-    Checkpoints of the iterations in `avoid` are not gone on from: they have turned out to be damaged.
+    A run does not resume from checkpoints of the iterations in `avoid`: they have turned out to be damaged, as the
+    text says. `fingerprints`
+    are what `fingerprint_data` returned on this host; None reads the data for them.
     """
     contradictions = check_train(config)
     found = Findings(
@@ -95,7 +106,7 @@ def plan_run(config: TrainConfig, world_size: int, avoid: Collection[int] = ()) 
         counts = sorted({size // batches.slice_size for size in batches.batch_sizes()})
         division = found.attempt(lambda: pipeline_check.division(config, shape, spec.config, counts))
         found.notes += pipeline_check.notes(division, counts)
-    data = found.attempt(lambda: _data_identity(config))
+    data = found.attempt(lambda: _data_identity(config, fingerprints))
     plan = None
     if origin is not None and spec is not None and data is not None:
         whole = RunPlan(
@@ -164,7 +175,7 @@ def _iterations(config: TrainConfig, batches: BatchSchedule, notes: list[str]) -
 
 
 def _start(
-    config: TrainConfig, avoid: Collection[int], found: Findings
+    config: TrainConfig, avoid: Mapping[int, str] | None, found: Findings
 ) -> tuple[Origin | None, Tokenizer | None, ModelSpec | None]:
     """Where the run begins, and what model and tokenizer that makes; None for what cannot be told."""
     chosen = found.attempt(lambda: choose(config, avoid, found.notes))
@@ -317,13 +328,32 @@ def _has_sequences(config: TrainConfig) -> bool:
     return all(first < last for first, last in ranges)
 
 
-def _data_identity(config: TrainConfig) -> dict[str, Any]:
+def fingerprint_data(config: TrainConfig) -> Fingerprints:
+    """What tells changed bytes of the data to train on; ProblemError if it cannot be read.
+
+    The more datasets, the less is read of each, so that no blend takes longer to start than another.
+    """
+    prefixes = plan_parts(config)["train"].blend.prefixes
+    bound = READ_OF_DATA // len(set(prefixes))
+
+    def read(prefix: str) -> dict[str, int]:
+        try:
+            return {"bin": fingerprint(bin_path(prefix), bound), "idx": fingerprint(idx_path(prefix), bound)}
+        except OSError as error:
+            fix = "give a prefix whose files can be read"
+            raise ProblemError([Problem("dataset", prefix, f"it cannot be read: {error}", fix)]) from error
+
+    found = {prefix: read(prefix) for prefix in dict.fromkeys(prefixes)}
+    return tuple(found[prefix] for prefix in prefixes)
+
+
+def _data_identity(config: TrainConfig, fingerprints: Fingerprints | None) -> dict[str, Any]:
     """What decides which sample comes when: two runs with equal identities see the same ones."""
     part = plan_parts(config)["train"]
     weights = part.blend.weights or (1.0,)
+    opened = [IndexedDataset(prefix) for prefix in part.blend.prefixes]
     sets = []
-    for prefix, weight in zip(part.blend.prefixes, weights, strict=True):
-        indexed = IndexedDataset(prefix)
+    for indexed, weight, content in zip(opened, weights, fingerprints or fingerprint_data(config), strict=True):
         first, last = part.sequences(indexed)
-        sets.append({"tokens": indexed.num_tokens, "first": first, "last": last, "weight": weight})
+        sets.append({"tokens": indexed.num_tokens, "first": first, "last": last, "weight": weight, **content})
     return {"seq_length": config.seq_length, "seed": config.seed, "order": config.dataloader_type, "sets": sets}

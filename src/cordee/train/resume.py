@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from cordee.data.build import plan_parts
 from cordee.errors import Problem, raise_all
 from cordee.optim.schedule import Schedule
 from cordee.train import experts
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from cordee.train.state import TrainState
 
 
+CONTENTS = ("bin", "idx")  # fingerprints of the files of a dataset
 _LENGTHS = {"warmup", "decay", "growth"}  # of a schedule: what another length of the run changes
 
 
@@ -65,10 +67,28 @@ def _data_problems(plan: RunPlan, manifest: dict[str, Any]) -> Iterator[Problem]
         if then[key] != now[key]:
             why = f"the run had {then[key]}, so its place in the data would mean other samples"
             yield Problem(option, now[key], why, f"give {then[key]}, or start anew from the weights: --finetune")
-    if then["sets"] != now["sets"]:
+    option = "--data-path" if plan.config.data_path else "--train-data-path"
+    if [_selection(part) for part in then["sets"]] != [_selection(part) for part in now["sets"]]:
         why = "the run was on other data, or on other parts of it, so its place in the data would mean other samples"
         fix = "give the same data, weights and --split, or start anew from the weights: --finetune"
-        yield Problem("--data-path", " ".join(plan.config.data_path or plan.config.train_data_path), why, fix)
+        yield Problem(option, " ".join(plan.config.data_path or plan.config.train_data_path), why, fix)
+        return
+    changed = {
+        f"{prefix}.{kind}"
+        for prefix, before, after in zip(
+            plan_parts(plan.config)["train"].blend.prefixes, then["sets"], now["sets"], strict=True
+        )
+        for kind in CONTENTS
+        if before[kind] != after[kind]
+    }
+    for file in sorted(changed):
+        why = "its bytes changed since the checkpoint was saved, so its place in the data would mean other samples"
+        yield Problem(option, file, why, "give the data as it was, or start anew from the weights: --finetune")
+
+
+def _selection(part: dict[str, Any]) -> dict[str, Any]:
+    """What is taken of a dataset, whatever its tokens are."""
+    return {key: value for key, value in part.items() if key not in CONTENTS}
 
 
 def _schedule_problems(plan: RunPlan, then: Schedule) -> Iterator[Problem]:

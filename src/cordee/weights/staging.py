@@ -5,7 +5,6 @@ Owns the directory in which output is made, beside its final place, and what may
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -14,14 +13,15 @@ from pathlib import Path
 
 import torch
 
+from cordee import lock
 from cordee.errors import Problem, ProblemError
-from cordee.files import copy_files, create_new, remove_tree
+from cordee.files import copy_files, remove_tree
 
 logger = logging.getLogger("cordee")
 
 CONFIG = "config.json"
 MARKS = (CONFIG, "*.gguf")  # every output has one of these, which tells it from directories that hold something else
-UNFINISHED = ".unfinished"  # a file in what is being made; the process that makes it holds a lock on it
+UNFINISHED = ".unfinished"  # a file in what is being made, the lock of the process that makes it
 TERMS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 COMPANIONS = (  # files beside the weights that belong to the model: tokenizer, generation settings, code, terms of use
     "generation_config.json",
@@ -52,29 +52,27 @@ class Staging:
         check_output(self.path, overwrite=overwrite)
         check_output(self._old, overwrite=True)  # left by a process that was killed
         self.scratch = self.path.with_name(f".{self.path.name}.new")
+        mark = self.scratch / UNFINISHED
+        mine = mark.is_file() and not self.scratch.is_symlink() and not mark.is_symlink()
+        if os.path.lexists(self.scratch) and not mine:
+            why = f"output is made in {self.scratch} until it is complete, and something else is there"
+            raise ProblemError([Problem("output directory", self.path, why, "move that away, or give another")])
         try:
+            self._lock = lock.acquire(mark)
             self._remove_what_was_left()
-            self.scratch.mkdir(parents=True)
-            self._lock = create_new(self.scratch / UNFINISHED)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except lock.HeldError as who:
+            why, fix = f"another process is writing it: {who}", "wait for that one, or give another"
+            raise ProblemError([Problem("output directory", self.path, why, fix)]) from None
         except OSError as error:
             raise self.problem(error) from error
 
     def _remove_what_was_left(self) -> None:
-        """By a process that was killed. ProblemError if one still writes there, or if it is somebody else's."""
-        mark = self.scratch / UNFINISHED
-        if not os.path.lexists(self.scratch):
-            return
-        if self.scratch.is_symlink() or mark.is_symlink() or not mark.is_file():
-            why = f"output is made in {self.scratch} until it is complete, and something else is there"
-            raise ProblemError([Problem("output directory", self.path, why, "move that away, or give another")])
-        with mark.open() as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                why, fix = "another process is writing it", "wait for that one, or give another"
-                raise ProblemError([Problem("output directory", self.path, why, fix)]) from None
-            remove_tree(self.scratch)
+        """By a process that was killed."""
+        for left in self.scratch.iterdir():
+            if left.is_dir():
+                remove_tree(left)
+            elif left.name != UNFINISHED:
+                left.unlink()
 
     def write_json(self, name: str, content: object) -> None:
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
@@ -97,8 +95,7 @@ class Staging:
 
     def publish(self) -> None:
         """Give the output its name."""
-        self._lock.close()
-        (self.scratch / UNFINISHED).unlink()
+        self._lock.release()
         if not self.path.exists():
             self.scratch.rename(self.path)
             return
@@ -108,8 +105,8 @@ class Staging:
         remove_tree(self._old)
 
     def discard(self) -> None:
-        self._lock.close()
         remove_tree(self.scratch)
+        self._lock.release()
 
     def problem(self, error: Exception) -> ProblemError:
         """What to tell when a file cannot be written."""

@@ -1,0 +1,420 @@
+"""What a run trusts: every reader of a checkpoint refuses changed bytes, and no manifest ends in a traceback.
+
+Damage is done by plain writes to files, and what is right is that nobody gives other numbers than before.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+
+import cordee
+from cordee import lock, sealed
+from cordee.checkpoint import directory, source
+from cordee.config.option import to_flag
+from cordee.config.schema import ConvertConfig, EvaluateConfig, GenerateConfig, TrainConfig
+from cordee.convert import job as convert
+from cordee.data.check import check
+from cordee.data.indexed import IndexedDataset, fingerprint
+from cordee.data.manifest import Manifest, TokenizerNote, manifest_path, read_manifest
+from cordee.errors import Problem, ProblemError
+from cordee.evaluate import job as evaluate
+from cordee.generate import job as generate
+from cordee.train import job, outputs
+from cordee.train.check import check_run
+from tests.train import tiny
+from tests.train.test_kill import start, wait_until
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """A run of four steps with checkpoints of 2 and 4, and a tokenizer of numbers beside them."""
+    folder = tmp_path_factory.mktemp("trained")
+    words = {str(number): number for number in range(tiny.VOCAB - 1)} | {"<eos>": tiny.VOCAB - 1}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<eos>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    (folder / "tokenizer").mkdir()
+    tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>"}
+    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "text.txt").write_text("1 2 3 4 5 6")
+    given = tiny.config(folder, tokenizer_name_or_path=str(folder / "tokenizer"), train_iters=4, micro_batch_size=8)
+    job.run(given)
+    return given
+
+
+@pytest.fixture
+def copied(trained: TrainConfig, tmp_path: Path) -> Path:
+    """A copy of the newest checkpoint, the only one in its root."""
+    root = tmp_path / "run"
+    shutil.copytree(trained.save or "", root)
+    shutil.rmtree(root / "iter_0000002")
+    return root / "iter_0000004"
+
+
+def readers(given: TrainConfig, root: Path) -> dict[str, Callable[[], object]]:
+    """Everything that loads weights from a checkpoint, by its name."""
+    text = str(Path(given.save or "").parent / "text.txt")
+    load, out = str(root), root.parent / "out"
+    resumed = tiny.resumed(given, load=load, save=load, train_iters=6, override_opt_param_scheduler=True)
+    return {
+        "generate": lambda: generate.run(GenerateConfig(load=load, prompt=("1 2",), max_new_tokens=1)),
+        "evaluate": lambda: evaluate.run(EvaluateConfig(load=load, task_data_path=(text,))),
+        "convert": lambda: convert.run(ConvertConfig(load_dir=load, save_dir=str(out))),
+        "api": lambda: cordee.GPTModel.from_pretrained(load),
+        "train": lambda: job.run(resumed),
+    }
+
+
+def flip(path: Path, place: float) -> Callable[[], None]:
+    """Flip one bit at a share of the length of a file; what puts it back."""
+    data = bytearray(path.read_bytes())
+    at = min(int(place * len(data)), len(data) - 1)
+
+    def write() -> None:
+        data[at] ^= 1 << at % 8
+        path.write_bytes(data)
+
+    write()
+    return write
+
+
+def test_everybody_reads_what_is_as_it_was_saved(trained: TrainConfig, copied: Path):
+    for read in readers(trained, copied.parent).values():
+        read()
+
+
+@pytest.mark.parametrize("name", ["generate", "evaluate", "convert", "api", "train"])
+def test_a_flipped_bit_is_refused(trained: TrainConfig, copied: Path, name: str):
+    read = readers(trained, copied.parent)[name]
+    refused = 0
+    for file in sorted(copied.iterdir()):
+        for place in (0.0, 0.01, 0.3, 0.7, 0.99, 1.0):
+            back = flip(file, place)
+            with pytest.raises(ProblemError) as caught:
+                read()
+            assert file.name in str(caught.value)
+            back()
+            refused += 1
+    assert refused == 18  # of the manifest, the metadata and the data
+    assert not (copied.parent.parent / "out").exists()
+    assert sorted(path.name for path in copied.parent.glob("iter_*")) == [copied.name]
+    read()  # and all of it was put back
+
+
+def test_an_output_that_is_replaced_outlives_a_damaged_source(trained: TrainConfig, copied: Path):
+    out = copied.parent.parent / "out"
+    options = ConvertConfig(load_dir=str(copied), save_dir=str(out), overwrite=True)
+    convert.run(options)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    flip(copied / "__0_0.distcp", 0.5)
+    with pytest.raises(ProblemError, match="checksum"):
+        convert.run(options)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert not list(out.parent.glob(".*"))
+
+
+# ---- manifests -------------------------------------------------------------------------------------------------------
+
+NUMBERS = [-1, 2**62, 2**70, 1e308, float("nan")]
+WRONG: list[Any] = [None, True, *NUMBERS, "x", "../x", "\ud800\0" * 300, [], [[]], {}, {"": 0}]
+CONFIG_READ = ("tokenizer_name_or_path", "load", "moe_aux_loss_coeff")
+
+
+def places(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The place of every value in a manifest, of arrays the first; of a run's options those that somebody reads."""
+    for key in node if isinstance(node, dict) else range(min(1, len(node))) if isinstance(node, list) else ():
+        if path != ("config",) or key in CONFIG_READ:
+            yield (*path, key)
+            yield from places(node[key], (*path, key))
+
+
+def changed(manifest: dict[str, Any], place: tuple[Any, ...]) -> Iterator[dict[str, Any]]:
+    """The manifest without what is at `place`, with something else there, and with it nested once more."""
+    for wrong in [*WRONG, "delete", "nest", "rename"]:
+        result = copy.deepcopy(manifest)
+        parent = result
+        for key in place[:-1]:
+            parent = parent[key]
+        value = parent[place[-1]]
+        if wrong in ("delete", "rename"):
+            del parent[place[-1]]
+            if wrong == "rename" and isinstance(parent, dict):
+                parent[f"{place[-1]}_"] = value
+        else:
+            parent[place[-1]] = [value] if wrong == "nest" else wrong
+        yield result
+
+
+def unsealed(path: Path) -> dict[str, Any]:
+    manifest = json.loads((path / directory.MANIFEST).read_text())
+    del manifest[sealed.CHECKSUM]
+    return manifest
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def no_text(file: Path) -> None:
+    file.write_bytes(b"\xff\xfe" + file.read_bytes())
+
+
+def array(file: Path) -> None:
+    file.write_text("[]")
+
+
+def deep(file: Path) -> None:
+    file.write_text('{"format": 2, "files": ' + "[" * 10**6 + "]" * 10**6 + "}")
+
+
+def deep_but_readable(file: Path) -> None:
+    file.write_text('{"format": 2, "files": ' + "[" * 900 + "]" * 900 + "}")
+
+
+def huge_number(file: Path) -> None:
+    file.write_text('{"format": 2, "iteration": ' + "9" * 5000 + "}")
+
+
+def half(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def of_another_format(file: Path) -> None:
+    file.write_text(file.read_text().replace('"format": 2', '"format": 1'))
+
+
+def another_place_in_the_data(file: Path) -> None:
+    text = file.read_text()
+    assert text.count('"consumed_samples": 32') == 1
+    file.write_text(text.replace('"consumed_samples": 32', '"consumed_samples": 33'))
+
+
+def without_its_checksum(file: Path) -> None:
+    file.write_text(json.dumps(unsealed(file.parent)))
+
+
+def a_directory(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+def a_pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        empty,
+        no_text,
+        array,
+        deep,
+        deep_but_readable,
+        huge_number,
+        half,
+        of_another_format,
+        another_place_in_the_data,
+        without_its_checksum,
+        a_directory,
+        a_pipe,
+    ],
+)
+def test_a_damaged_manifest_is_refused_or_skipped(trained: TrainConfig, tmp_path: Path, capsys, spoil):
+    root = tmp_path / "run"
+    shutil.copytree(trained.save or "", root)
+    spoil(root / "iter_0000004" / directory.MANIFEST)
+    with pytest.raises(ProblemError):
+        source.read(root / "iter_0000004")
+    weights = source.read(root)
+    assert weights.path.name == "iter_0000002" and "skipping corrupt checkpoint" in weights.notes[0]
+    resumed = tiny.resumed(trained, load=str(root), save=str(root))
+    assert any(problem.option == "--load" for problem in check_run(replace(resumed, ckpt_step=4)))
+    job.run(resumed)
+    assert "skipping corrupt checkpoint" in capsys.readouterr().err
+    assert tiny.losses(resumed) == tiny.losses(trained)
+
+
+def test_a_checkpoint_under_the_name_of_another_is_skipped(trained: TrainConfig, copied: Path):
+    copied.rename(copied.with_name("iter_0000009"))
+    resumed = tiny.resumed(trained, load=str(copied.parent), save=str(copied.parent))
+    with pytest.raises(ProblemError, match="iteration 4"):
+        job.run(resumed)
+
+
+@pytest.mark.parametrize("name", ["iteration", "consumed_samples", "consumed_tokens", "skipped_samples"])
+def test_counters_that_cannot_be(trained: TrainConfig, copied: Path, name: str):
+    manifest = unsealed(copied)
+    manifest["trainer"][name] = 2**62
+    (copied / directory.MANIFEST).write_text(sealed.seal(manifest))
+    with pytest.raises(ProblemError):
+        job.run(tiny.resumed(trained, load=str(copied.parent), save=str(copied.parent), train_iters=5))
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["bin", "idx"])
+def test_changed_data_is_refused(tmp_path: Path, kind: str):
+    given = tiny.config(tmp_path, exit_interval=2, micro_batch_size=8)
+    job.run(given)
+    file = Path(f"{given.data_path[0]}.{kind}")
+    if kind == "bin":  # another token of the vocabulary, of the same number of bytes
+        tokens = np.memmap(file, np.uint16, "r+")
+        tokens[len(tokens) // 2] = (tokens[len(tokens) // 2] + 1) % tiny.VOCAB
+        tokens.flush()
+    else:  # one token of the second document becomes one of the first
+        lengths = np.memmap(file, np.int32, "r+", offset=34, shape=2)
+        offsets = np.memmap(file, np.int64, "r+", offset=34 + 80 * 4, shape=2)
+        lengths[0], lengths[1], offsets[1] = lengths[0] + 1, lengths[1] - 1, offsets[1] + 2
+        lengths.flush(), offsets.flush()
+    for find in (check_run, problems_of_the_run):
+        (problem,) = find(tiny.resumed(given))
+        assert problem.option == "--data-path" and problem.value == str(file)
+    assert job.run(tiny.resumed(given, finetune=True, save=str(tmp_path / "anew"))) == 0
+
+
+def problems_of_the_run(given: TrainConfig) -> list[Problem]:
+    with pytest.raises(ProblemError) as caught:
+        job.run(given)
+    return caught.value.problems
+
+
+def test_a_fingerprint_reads_so_much_and_sees_what_it_reads(tmp_path: Path):
+    file, piece, pieces = tmp_path / "file", 1 << 20, 8
+    file.write_bytes(bytes(pieces * piece))
+    whole, part = fingerprint(file), fingerprint(file, 3 * piece)
+    expected = zlib.crc32(bytes(pieces * piece), zlib.crc32((pieces * piece).to_bytes(8, "little")))
+    assert whole == expected
+    for at, seen in [(0, True), (piece + 5, False), (3 * piece + piece // 2, True), (pieces * piece - 1, True)]:
+        with file.open("r+b") as opened:
+            opened.seek(at)
+            opened.write(b"\1")
+        assert fingerprint(file) != whole
+        assert (fingerprint(file, 3 * piece) != part) == seen
+        file.write_bytes(bytes(pieces * piece))
+    file.write_bytes(bytes(pieces * piece + 1))
+    assert fingerprint(file, 3 * piece) != part
+
+
+# ---- notes beside datasets -------------------------------------------------------------------------------------------
+
+
+def test_no_note_of_a_dataset_ends_in_a_traceback(tmp_path: Path):
+    dataset = IndexedDataset(tiny.make_data(tmp_path))
+    note = TokenizerNote(type="HF", fingerprint="f" * 8, vocab_size=tiny.VOCAB, eod=0)
+    Manifest(
+        documents=dataset.num_documents,
+        tokens=dataset.num_tokens,
+        max_token=60,
+        tokenizer=note,
+        sources={"a.txt": 7, "b.txt": None},
+        left_out={"empty text": 1},
+    ).write(dataset.prefix)
+    file = manifest_path(dataset.prefix)
+    before, whole = read_manifest(dataset), json.loads(file.read_text())
+    assert before is not None and before.tokenizer == note
+    file.write_text(file.read_text().replace('"max_token": 60', '"max_token": 10'))
+    with pytest.raises(ProblemError, match="checksum"):
+        read_manifest(dataset)
+    del whole[sealed.CHECKSUM]
+    refused = 0
+    for place in places(whole):
+        for wrong in changed(whole, place):
+            file.write_text(sealed.seal(wrong))
+            refused += bool(check(tiny.config(tmp_path), train_samples=1, vocab_size=tiny.VOCAB))
+    assert refused > 100
+    for spoil in (empty, no_text, array, deep, huge_number, a_directory):
+        file.rmdir() if file.is_dir() else None
+        file.write_text("{}")
+        spoil(file)
+        with pytest.raises(ProblemError):
+            read_manifest(dataset)
+
+
+def test_no_manifest_ends_in_a_traceback(trained: TrainConfig, copied: Path):
+    """Sealed anew, as only somebody who means it would: refused by problems, or meaning what it says."""
+    manifest, file = unsealed(copied), copied / directory.MANIFEST
+    resumed = tiny.resumed(trained, load=str(copied.parent), save=str(copied.parent))
+    seen = 0
+    for place in places(manifest):
+        for wrong in changed(manifest, place):
+            file.write_text(sealed.seal(wrong))
+            check_run(resumed)
+            try:
+                source.read(copied.parent)
+            except ProblemError:
+                seen += 1
+    assert seen > 100
+
+
+# ---- two runs --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("option", ["save", "metrics_file", "tensorboard_dir"])
+def test_a_place_that_another_run_has(tmp_path: Path, monkeypatch, option: str):
+    monkeypatch.setattr(lock, "PATIENCE", 0.0)
+    place = {option: str(tmp_path / "place")}
+    given = tiny.config(tmp_path, **place)
+    with outputs.held(replace(given, **{"save": None, **place})):
+        for find in (check_run, problems_of_the_run):
+            (problem,) = find(given)
+            assert problem.option == to_flag(option) and f"process {os.getpid()} on" in problem.why
+    assert check_run(given) == []
+    assert not (tmp_path / "place").exists()
+
+
+@pytest.mark.slow
+def test_two_runs_into_one_folder(tmp_path: Path):
+    """The second is refused by its check and as a rank that a launcher started; once the first is killed, it starts."""
+    metrics = str(tmp_path / "m.jsonl")
+    given = tiny.config(tmp_path, train_iters=10**4, save_interval=1, keep_last=2, metrics_file=metrics)
+    process = start(given, tmp_path)
+    try:
+        wait_until(process, lambda: directory.is_root(Path(given.save or "")))
+        second = tiny.resumed(given, train_iters=10)
+        for find in (check_run, problems_of_the_run):
+            found = {problem.option: problem for problem in find(second)}
+            assert found.keys() >= {"--save", "--metrics-file"}
+            for option in ("--save", "--metrics-file"):
+                assert f"process {process.pid} on {os.uname().nodename}" in found[option].why
+        refused = start(second, tmp_path)
+        _, said = refused.communicate(timeout=120)
+        assert refused.returncode == 2 and f"process {process.pid} on" in said and "Traceback" not in said
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.wait()
+    done = directory.latest(Path(given.save or ""))[0]
+    assert done is not None
+    assert job.run(tiny.resumed(given, train_iters=done + 1, override_opt_param_scheduler=True)) == 0
+    assert not list(tmp_path.rglob("*.lock"))
+
+
+def test_a_run_that_is_not_even_planned_leaves_nothing(tmp_path: Path):
+    given = tiny.config(tmp_path, tensorboard_dir=str(tmp_path / "board"), num_layers=None)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ProblemError):
+        job.run(given)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_place_that_stands_for_two_options_is_locked_once(tmp_path: Path):
+    given = tiny.config(tmp_path, train_iters=2, micro_batch_size=8, tensorboard_dir=str(tmp_path / "x" / ".." / "run"))
+    assert job.run(given) == 0
