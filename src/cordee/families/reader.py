@@ -7,10 +7,12 @@ mathematics in a way the family does not implement. All of it is collected and r
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
-from cordee.errors import Problem, raise_all
+from cordee.errors import Problem, ProblemError, raise_all
 
 T = TypeVar("T")
 REQUIRED = object()
@@ -127,6 +129,17 @@ IRRELEVANT = frozenset(
     }
 )
 IRRELEVANT_PREFIXES = ("summary_",)  # the classification head of GPT-2's double-headed model
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in `file`; ProblemError if it holds something else."""
+    why = "not a JSON object"
+    try:
+        if isinstance(found := json.loads(file.read_text(encoding="utf-8")), dict):
+            return found
+    except (OSError, ValueError, RecursionError) as error:
+        why = f"not JSON: {error}"
+    raise ProblemError([Problem(str(file), None, why, "copy the file again")])
 
 
 class ConfigReader:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import json
 import logging
 import pkgutil
 from collections.abc import Iterator, Mapping
@@ -26,7 +25,7 @@ from cordee.families.count import canonical_shapes
 from cordee.families.family import Family, HFConfig
 from cordee.families.features import PATTERN, Features, features_of, given_features, lost, missing, same, with_defaults
 from cordee.families.options import Shape, followers, resolve, shape_of
-from cordee.families.reader import ConfigReader, nearest
+from cordee.families.reader import ConfigReader, nearest, read_object
 from cordee.families.rules import Rule
 from cordee.model.config import ModelConfig
 
@@ -191,13 +190,7 @@ def spec_from_directory(path: str | Path) -> ModelSpec:
 
 
 def _spec_from_file(file: Path) -> ModelSpec:
-    try:
-        hf = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ProblemError([Problem(str(file), None, f"not JSON: {error}", "copy the file again")]) from error
-    if not isinstance(hf, dict):
-        raise ProblemError([Problem(str(file), None, "not a JSON object", "copy the file again")])
-    return spec_from_hf(hf, str(file))
+    return spec_from_hf(read_object(file), str(file))
 
 
 def presets() -> dict[str, Family]:
