@@ -6,6 +6,7 @@ change a known model. Knows no family: each turns a `Shape` into its own `config
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -139,6 +140,15 @@ def resolve(
     return shape
 
 
+def ignored(options: ModelOptions, shape: Shape) -> Iterator[str]:
+    """What `options` say in vain of the model of this `shape` that they led to, in words."""
+    groups = options.num_query_groups
+    if groups is not None and groups != shape.num_query_groups == shape.num_attention_heads:
+        yield f"ignored: --num-query-groups {groups} (without --group-query-attention each head has its own keys)"
+    if options.add_gate is False and shape.gated:
+        yield "ignored: --no-add-gate (gate and up are one matrix here, which is what it asks of a gated MLP)"
+
+
 _ACTIVATIONS: dict[str, tuple[Activation, bool]] = {  # what options name: it, and whether the MLP is gated
     "swiglu": ("silu", True),
     "geglu": ("gelu", True),
@@ -240,13 +250,16 @@ class _Resolver:
         return self.first(options.kv_channels, max(1, hidden // heads))
 
     def groups(self, heads: int) -> int:
+        """Key and value heads: one for each head, unless --group-query-attention or the base says otherwise."""
         given, grouped = self.options.num_query_groups, self.options.group_query_attention
         if grouped is False and given is not None:
             self.problem("num_query_groups", "--group-query-attention is off", "give only one of the two")
-        if given is None and grouped is None and self.base:
-            multi_head = self.base.num_query_groups == self.base.num_attention_heads
-            given = heads if multi_head else self.base.num_query_groups
-        groups = self.first(given, 1 if grouped else heads)
+        base = self.base.num_query_groups if self.base else None
+        if base and base == self.base.num_attention_heads:
+            base = None
+        if not self.first(grouped, base is not None):
+            return heads  # whatever --num-query-groups says, as in Megatron
+        groups = self.first(given, base, 1)
         if heads % groups:
             self.problem(
                 "num_query_groups", f"{heads} heads cannot share {groups} groups", "take a divisor of the heads"
@@ -259,11 +272,15 @@ class _Resolver:
         given = [name for name in _ACTIVATIONS if getattr(self.options, name)]
         for name in given[1:]:
             self.problem(name, f"--{given[0].replace('_', '-')} sets another activation", "give only one of the two")
-        if given:
-            return _ACTIVATIONS[given[0]]
+        add_gate = self.options.add_gate
+        if add_gate and given and not _ACTIVATIONS[given[0]][1]:
+            self.problem("add_gate", f"an MLP with {to_flag(given[0])} has no gate", "give only one of the two")
+        # AscendSpeed has a gate with --swiglu, which makes one matrix of gate and up, or with add_gate: two matrices.
+        if given or add_gate:
+            return _ACTIVATIONS[given[0] if given else "swiglu"]
         refused = {form for name, form in _ACTIVATIONS.items() if getattr(self.options, name) is False}
         base = (self.base.activation, self.base.gated) if self.base else None
-        if base and base not in refused and not (base[1] and self.options.swiglu is False):
+        if base and base not in refused and not (base[1] and False in (self.options.swiglu, add_gate)):
             return base
         return "gelu", False
 
