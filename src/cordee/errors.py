@@ -21,7 +21,7 @@ class Problem:
     """
 
     option: str
-    value: object
+    value: object = field(hash=False)  # it may be a list, which has no hash
     why: str
     fix: str
 

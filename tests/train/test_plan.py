@@ -80,6 +80,13 @@ def test_options_model_data_and_places_in_one_round(tmp_path: Path):
     assert "absent" in said and "num-query-groups" in said
 
 
+def test_a_problem_with_a_list_is_shown_like_any_other(tmp_path: Path):
+    listed = {**spec_from_preset("qwen3-30b-a3b").hf_config, "mlp_only_layers": [999]}
+    (tmp_path / "config.json").write_text(json.dumps(listed))
+    found = check_run(tiny.config(tmp_path, **dict.fromkeys(tiny.MODEL), model=str(tmp_path)))
+    assert [999] in [problem.value for problem in found]
+
+
 def test_experts_need_a_model_that_has_some(tmp_path: Path):
     with pytest.raises(ProblemError, match="the model has no experts"):
         plan_run(tiny.config(tmp_path, expert_model_parallel_size=2), 2)

@@ -95,7 +95,7 @@ class ModelOptions(FeatureOptions, VocabularyOptions):
         metavar="PRESET|DIR",
     )
     num_layers: int | None = option(
-        None, "number of transformer layers", aliases=("--encoder-num-layers",), above=0, at_most=100_000
+        None, "number of transformer layers", aliases=("--encoder-num-layers",), above=0, at_most=10_000
     )
     hidden_size: int | None = option(None, "width of the residual stream", above=0)
     ffn_hidden_size: int | None = option(

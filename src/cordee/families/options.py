@@ -16,6 +16,7 @@ from cordee.errors import Problem, raise_all
 from cordee.families.features import Features, sparse_layers
 from cordee.families.rope import mscale
 from cordee.model.config import (
+    MAX_LAYERS,
     Activation,
     AttentionConfig,
     LatentAttentionConfig,
@@ -24,6 +25,7 @@ from cordee.model.config import (
     ModelConfig,
     MoEConfig,
     YarnScaling,
+    too_large,
 )
 
 T = TypeVar("T")
@@ -69,7 +71,6 @@ def shape_of(config: ModelConfig) -> Shape:
     """
     attention, mlp, norm = config.layers[0].attention, config.layers[0].mlp, config.layers[0].norm
     latent = isinstance(attention, LatentAttentionConfig)
-    head_dim = attention.nope_head_dim + attention.rope_head_dim if latent else attention.head_dim
     if isinstance(mlp, MoEConfig):
         mlp = mlp.expert
     scaling = attention.rope.scaling if attention.rope else None
@@ -80,7 +81,7 @@ def shape_of(config: ModelConfig) -> Shape:
         ffn_hidden_size=mlp.ffn_hidden_size,
         num_attention_heads=attention.num_heads,
         num_query_groups=attention.num_heads if latent else attention.num_kv_heads,
-        kv_channels=head_dim,
+        kv_channels=attention.key_dim,
         max_position_embeddings=config.max_position_embeddings,
         position_embedding_type=_position_type(config),
         rotary_base=attention.rope.theta if attention.rope else 10000.0,
@@ -183,7 +184,7 @@ class _Resolver:
         bias = self.options.add_bias_linear
         return Shape(
             vocab_size=self.vocabulary(tokens),
-            num_layers=self.needed("num_layers"),
+            num_layers=self.layers(),
             hidden_size=hidden,
             ffn_hidden_size=self.width(hidden, gated),
             num_attention_heads=heads,
@@ -223,6 +224,11 @@ class _Resolver:
             self.problem(name, "nothing says how large the model is", f"give --{name.replace('_', '-')}, or --model")
             return 1
         return value
+
+    def layers(self) -> int:
+        if (count := self.needed("num_layers")) > MAX_LAYERS:
+            self.problems.append(too_large("--num-layers", count, MAX_LAYERS))
+        return count
 
     def width(self, hidden: int, gated: bool) -> int:
         """Width of the first layer's MLP or, where it has experts, of one of these."""

@@ -13,9 +13,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cordee.errors import Problem, ProblemError, raise_all
+from cordee.model.config import MAX_LAYERS, too_large
 
 T = TypeVar("T")
 REQUIRED = object()
+
+# Keys that count layers, of which families make lists: a limit has to hold before a `ModelConfig` can check it.
+LAYER_COUNTS = ("n_layer", "num_hidden_layers", "num_layers", "num_nextn_predict_layers")
 
 # Keys that change what a model computes, with the values, besides null, at which they change nothing. A family that
 # implements one reads it; for the others any further value is a problem, never a silently different model.
@@ -179,8 +183,13 @@ class ConfigReader:
         return given[0]
 
     def integer(self, key: str, default: Any = REQUIRED) -> Any:
-        """A positive whole number."""
+        """A positive whole number; one of layers is 1 if it is above their limit, which is a problem."""
         value = self.value(key, default)
+        if key in LAYER_COUNTS and isinstance(value, int) and value > MAX_LAYERS:
+            self._stood_in.add(key)
+            problem = too_large(key, value, MAX_LAYERS)
+            self.problem(key, problem.why, problem.fix)
+            return 1
         if value is default or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
             return value
         return self._wrong(key, value, "a positive whole number", 1)

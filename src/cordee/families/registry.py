@@ -154,7 +154,11 @@ def _read(hf: Mapping[str, Any], where: str) -> tuple[ModelSpec, set[str]]:
     family = _family_of(hf, where)
     complete = family.skeleton(hf)
     reader = ConfigReader(complete, where)
-    config = family.read(reader)
+    try:
+        config = family.read(reader)
+    except ProblemError as error:  # of a model that is too large
+        further = (replace(problem, option=f"{where}: {problem.option}") for problem in error.problems)
+        raise ProblemError([*reader.problems, *further]) from error
     reader.finish()
     return ModelSpec(family, complete, config), set(reader.unread())
 
