@@ -87,6 +87,17 @@ def test_a_problem_with_a_list_is_shown_like_any_other(tmp_path: Path):
     assert [999] in [problem.value for problem in found]
 
 
+def test_a_new_model_ends_texts_as_its_tokenizer_does(tmp_path: Path):
+    """A preset's eos is that of its published tokenizer, and an ordinary token of another."""
+    small = {**dict.fromkeys(tiny.MODEL), "model": "llama2-7b", "num_layers": 1, "padded_vocab_size": 61}
+    given = tiny.config(tmp_path, **{**small, "tokenizer_type": "NullTokenizer", "vocab_size": 61})
+    hf_config = plan_run(given, 1).spec.hf_config
+    assert (hf_config["bos_token_id"], hf_config["eos_token_id"]) == (None, 60)
+    assert spec_from_preset("llama2-7b").with_tokens(1, 2) == spec_from_preset("llama2-7b")
+    several = ModelSpec(**vars(spec_from_preset("llama2-7b")) | {"hf_config": {"eos_token_id": [2, 315]}})
+    assert several.with_tokens(None, 315) == several
+
+
 def test_experts_need_a_model_that_has_some(tmp_path: Path):
     with pytest.raises(ProblemError, match="the model has no experts"):
         plan_run(tiny.config(tmp_path, expert_model_parallel_size=2), 2)
@@ -345,6 +356,13 @@ def test_no_add_gate_alone_means_no_gate(tmp_path: Path):
     layer, notes = layer_of(tmp_path, "--no-add-gate", **GPT)
     assert (layer.mlp.gated, layer.mlp.activation, notes) == (False, "gelu", [])
     assert layer_of(tmp_path, "--add-gate") == layer_of(tmp_path, "--swiglu")  # as AscendSpeed has it by default
+
+
+def test_rows_that_are_said_exactly_are_not_rounded(tmp_path: Path):
+    rows = {"padded_vocab_size": 100, "make_vocab_size_divisible_by": 64}
+    _, notes = layer_of(tmp_path, "--swiglu", **rows)
+    assert len(notes) == 1 and "--make-vocab-size-divisible-by 64" in notes[0]
+    assert layer_of(tmp_path, "--swiglu", **{**rows, "make_vocab_size_divisible_by": 50})[1] == []
 
 
 def test_query_groups_count_only_with_group_query_attention(tmp_path: Path):

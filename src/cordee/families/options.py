@@ -142,12 +142,17 @@ def resolve(
 
 
 def ignored(options: ModelOptions, shape: Shape) -> Iterator[str]:
-    """What `options` say in vain of the model of this `shape` that they led to, in words."""
+    """What `options` say in vain of the model of this `shape` that they led to, or leave out in vain, in words."""
     groups = options.num_query_groups
     if groups is not None and groups != shape.num_query_groups == shape.num_attention_heads:
         yield f"ignored: --num-query-groups {groups} (without --group-query-attention each head has its own keys)"
     if options.add_gate is False and shape.gated:
         yield "ignored: --no-add-gate (gate and up are one matrix here, which is what it asks of a gated MLP)"
+    rows, multiple = options.padded_vocab_size, options.make_vocab_size_divisible_by
+    if rows is not None and multiple is not None and rows % multiple:
+        yield f"ignored: --make-vocab-size-divisible-by {multiple} (--padded-vocab-size is {rows})"
+    if options.multi_head_latent_attention and not options.qk_layernorm:
+        yield "latent attention has norms of its compressed vectors, as in MindSpeed-LLM with --qk-layernorm"
 
 
 _ACTIVATIONS: dict[str, tuple[Activation, bool]] = {  # what options name: it, and whether the MLP is gated
@@ -261,7 +266,7 @@ class _Resolver:
         if grouped is False and given is not None:
             self.problem("num_query_groups", "--group-query-attention is off", "give only one of the two")
         base = self.base.num_query_groups if self.base else None
-        if base and base == self.base.num_attention_heads:
+        if self.base and base == self.base.num_attention_heads:
             base = None
         if not self.first(grouped, base is not None):
             return heads  # whatever --num-query-groups says, as in Megatron

@@ -115,6 +115,13 @@ class ModelSpec:
         logger.warning("left out, as the vocabulary has %d tokens: %s", rows, names)
         return replace(self, hf_config=self.hf_config | dict.fromkeys(strange))  # null: a default may not fit either
 
+    def with_tokens(self, bos: int | None, eos: int | None) -> ModelSpec:
+        """The same model for another tokenizer: texts begin with `bos` and end with `eos`, None for no such token."""
+        said = self.hf_config.get("eos_token_id")
+        if said is None or eos in (said if isinstance(said, list) else [said]):
+            return self
+        return replace(self, hf_config=self.hf_config | {"bos_token_id": bos, "eos_token_id": eos})
+
     def with_vocab_size(self, vocab_size: int) -> ModelSpec:
         """The same model with `vocab_size` rows in its embedding and head."""
         return self.with_options(ModelOptions(padded_vocab_size=vocab_size, vocab_size=vocab_size))

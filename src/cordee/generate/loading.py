@@ -125,9 +125,10 @@ def stop_ids(spec: ModelSpec, companions: Path | None, tokenizer: Tokenizer | No
 
 
 def _token_ids(given: object, where: str, vocab_size: int) -> set[int]:
-    ids = [] if given is None else given if isinstance(given, list) else [given]
-    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+    listed = [] if given is None else given if isinstance(given, list) else [given]
+    ids = {i for i in listed if type(i) is int}  # which true is not
+    if len(ids) < len(set(map(repr, listed))):
         raise ProblemError([Problem(where, given, "not a token id or a list of token ids", "correct the file")])
     if strange := {i for i in ids if not 0 <= i < vocab_size}:
         logger.warning("%s: ignored, as the model has %d tokens: %s", where, vocab_size, sorted(strange))
-    return {*ids} - strange
+    return ids - strange

@@ -204,7 +204,8 @@ def _asked(config: TrainConfig, origin: Origin, tokenizer: Tokenizer | None, not
     elif origin.spec is not None:
         loaded = origin.spec
     else:
-        return spec_from_options(config, tokenizer.vocab_size if tokenizer else None)
+        fresh = spec_from_options(config, tokenizer.vocab_size if tokenizer else None)
+        return fresh.with_tokens(tokenizer.bos, tokenizer.eos) if tokenizer else fresh  # not those of a preset
     # What is loaded has its rows; options that count tokens, or say how rows were padded, only have to agree with them.
     shape = replace(config, vocab_size=None, make_vocab_size_divisible_by=None)
     wanted = (spec_named(config.model) if config.model else loaded).with_options(shape)
