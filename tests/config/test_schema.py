@@ -50,7 +50,7 @@ def test_every_spelling_names_one_option(config):
         ("--use-rotary-position-embeddings", "position_embedding_type", "shorthand"),
         ("--use-distributed-optimizer", "zero_stage", "shorthand"),
         ("--disable-bias-linear", "add_bias_linear", "negation"),
-        ("--no-add-gate", "swiglu", "negation"),
+        ("--no-add-gate", "add_gate", "negation"),
         ("--tokenizer-not-use-fast", "tokenizer_use_fast", "negation"),
         ("--no-load-optim", "load_optim", "negation"),
         ("--no-load-rng", "load_rng", "negation"),

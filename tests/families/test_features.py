@@ -159,6 +159,7 @@ def _shape_words(config: ModelConfig) -> dict:
     words |= {"add_qkv_bias": shape["qkv_bias"], "add_dense_bias": shape["dense_bias"]}
     words |= {"add_bias_linear": shape["mlp_bias"], "untie_embeddings_and_output_weights": not shape["tied"]}
     words |= {"make_vocab_size_divisible_by": 1}
+    words |= {"group_query_attention": shape["num_query_groups"] != shape["num_attention_heads"] or None}
     if shape["position_embedding_type"] != "rope":
         del words["rotary_base"]
     match shape["rope_scaling"]:

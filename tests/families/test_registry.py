@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from cordee.config.option import options_of
 from cordee.config.schema import ModelOptions
 from cordee.errors import ProblemError
 from cordee.families.options import shape_of
@@ -21,7 +22,7 @@ from cordee.families.registry import (
     spec_from_options,
     spec_from_preset,
 )
-from cordee.model.config import Llama3Scaling, RopeConfig
+from cordee.model.config import MAX_LAYERS, MAX_TOKENS, MAX_WIDTH, Llama3Scaling, RopeConfig
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -407,6 +408,43 @@ def test_special_tokens_that_a_vocabulary_lacks_are_left_out_and_named(caplog):
     assert spec.hf_config["eos_token_id"] == 32000
 
 
+HUGE = 10**9
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"])
+def test_no_model_is_so_large(key):
+    size = 10**12 if key == "vocab_size" else HUGE
+    found = problems_of(spec_from_hf, {**LLAMA, key: size})
+    names = {"intermediate_size": "ffn_hidden_size"}
+    assert found[f"config.json: {names.get(key, key)}"].value == size
+
+
+@pytest.mark.parametrize("preset", sorted(presets()))
+def test_no_family_makes_lists_of_layers_without_end(preset):
+    hf = spec_from_preset(preset).hf_config
+    for key in ("num_hidden_layers", "num_layers", "n_layer", "num_nextn_predict_layers"):
+        if key in hf:
+            assert problems_of(spec_from_hf, {**hf, key: HUGE})[f"config.json: {key}"].value == HUGE
+    for key in ("num_experts", "num_local_experts", "n_routed_experts"):
+        if hf.get(key):
+            assert problems_of(spec_from_hf, {**hf, key: HUGE})
+
+
+@pytest.mark.parametrize("model", [None, "llama2-7b", "deepseek-v2", "bloom-560m"])
+@pytest.mark.parametrize("name", ["num_layers", "hidden_size", "ffn_hidden_size"])
+def test_no_options_ask_for_so_large_a_model(model, name):
+    flags = {"model": model} if model else LLAMA_FLAGS
+    assert problems_of(from_flags_dict, {**flags, name: HUGE})
+
+
+def test_limits_are_far_above_published_models():
+    for config in (spec_from_preset(name).config for name in presets()):
+        assert 10 * config.num_layers < MAX_LAYERS and 10 * config.vocab_size < MAX_TOKENS
+        assert 10 * config.hidden_size < MAX_WIDTH
+    (declared,) = (option.declared for option in options_of(ModelOptions) if option.name == "num_layers")
+    assert declared.at_most == MAX_LAYERS  # of the flag, which is refused by its name
+
+
 def test_a_preset_cannot_leave_its_family():
     (problem,) = problems_of(from_flags_dict, {"model": "gpt2", "swiglu": True}).values()
     assert "gpt2" in problem.fix
@@ -428,10 +466,11 @@ def test_an_option_reaches_the_model_or_is_refused(preset):
     wanted = {name: 2 * getattr(shape, name) for name in doubled}
     wanted |= {"attention_dropout": 0.25, "hidden_dropout": 0.25, "init_method_std": 0.5, "norm_epsilon": 0.5}
     wanted |= {"num_layers": 2, "num_query_groups": 1, "rotary_base": 1234.0, "vocab_size": 77}
+    with_it = {"num_query_groups": {"group_query_attention": True}}
     arrived = set()
     for name, value in wanted.items():
         try:
-            changed = spec.with_options(ModelOptions(**{name: value}))
+            changed = spec.with_options(ModelOptions(**{name: value}, **with_it.get(name, {})))
         except ProblemError:
             continue
         assert getattr(shape_of(changed.config), name) == value, name

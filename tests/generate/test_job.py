@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import resource
+import shutil
 
 import pytest
+import torch
 
+from cordee.api import GPTModel
 from cordee.config.load import config_from_dict
 from cordee.config.schema import ConvertConfig, DecodingOptions, GenerateConfig, TokenizerOptions
 from cordee.convert import job as convert
@@ -18,7 +21,7 @@ from cordee.generate import job
 from cordee.generate.engine import generate
 from cordee.generate.loading import load_model, stop_ids
 from cordee.weights import hf
-from tests.generate.folders import model_directory, write_tokenizer
+from tests.generate.folders import Folder, model_directory, write_tokenizer
 
 
 def run(folder, **options):
@@ -126,18 +129,82 @@ def test_the_tokenizer_can_be_elsewhere(llama, tmp_path, capsys):
         run(llama, load=tmp_path / "model", prompt=["Once"])
 
 
-def test_stop_tokens_come_from_the_files(llama, tmp_path):
+NO = object()
+
+
+def with_ids(folder, directory, of_config, of_generation):
+    """The model of `folder` with `eos_token_id` in its config.json and generation_config.json, NO for no such key or
+    file, and no tokenizer."""
+    shutil.copyfile(folder.directory / "model.safetensors", directory / "model.safetensors")
+    config = json.loads((folder.directory / "config.json").read_text())
+    config.pop("eos_token_id")
+    config |= {} if of_config is NO else {"eos_token_id": of_config}
+    (directory / "config.json").write_text(json.dumps(config))
+    if of_generation is not NO:
+        (directory / "generation_config.json").write_text(json.dumps(of_generation))
+    return Folder(directory)
+
+
+PROMPT = [0, 50, 60]
+
+
+@pytest.mark.parametrize(
+    "of_config, of_generation",
+    [
+        *((ids, NO) for ids in (1, 191, [1, 191], NO, None, -1, 9999, [191, 9999])),
+        *((191, {"eos_token_id": ids}) for ids in (1, [274, 1], None)),
+        (191, {"temperature": 0.6}),
+        (NO, {"eos_token_id": 191}),
+    ],
+)
+def test_texts_end_where_transformers_ends_them(llama, tmp_path, of_config, of_generation):
+    folder = with_ids(llama, tmp_path, of_config, of_generation)
+    peer = folder.peer()
+    expected = peer.generate(torch.tensor([PROMPT]), max_new_tokens=8, do_sample=False)[0, len(PROMPT) :].tolist()
+    model = GPTModel.from_pretrained(tmp_path)
+    assert model.generate(PROMPT, max_new_tokens=8) == expected
+    stop = stop_ids(model.spec, tmp_path, None)
+    ids = peer.generation_config.eos_token_id
+    assert stop == {i for i in (ids if isinstance(ids, list) else [ids]) if i is not None and 0 <= i < 320}
+    # A tokenizer's eos ends a text too, though transformers does not look at it.
+    assert stop_ids(model.spec, tmp_path, load_tokenizer(TokenizerOptions(), str(llama.directory))) == stop | {1}
+
+
+def test_the_tokenizers_eos_hides_no_other_stop_token(shared, tmp_path):
+    """config.json alone says [2, 315], the tokenizer </s>, which is 2: transformers stops after seven tokens."""
+    source = shared / "data/models/stories260K"
+    for file in ("model.safetensors", "tokenizer.json", "tokenizer_config.json", "config.json"):
+        (tmp_path / file).write_bytes((source / file).read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "eos_token_id": [2, 315]}))
+    model = GPTModel.from_pretrained(tmp_path)
+    prompt = model.tokenizer.encode("Once upon a time")
+    peer = Folder(tmp_path).peer()
+    expected = peer.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False)[0, len(prompt) :].tolist()
+    assert expected[-1] == 315
+    assert model.generate(prompt, max_new_tokens=40) == expected
+
+
+@pytest.mark.parametrize("ids", ["x", {"a": 1}, [1, "a"], True, 1.0, [1.5], [[1]]])
+def test_what_is_no_token_id_is_a_problem(llama, tmp_path, ids):
+    """transformers refuses these where it loads or generates."""
     spec = hf.read(llama.directory).spec
-    with_eos = load_tokenizer(TokenizerOptions(), str(llama.directory))
-    assert stop_ids(spec, llama.directory, None) == {1}  # generation_config.json as transformers writes it
-    assert stop_ids(spec, None, None) == stop_ids(spec, tmp_path, None) == {1}  # config.json
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
-    assert stop_ids(spec, tmp_path, None) == {5, 7}
-    assert stop_ids(spec, tmp_path, with_eos) == {1, 5, 7}
-    (tmp_path / "generation_config.json").write_text("{}")
-    other = spec_from_hf({**spec.hf_config, "eos_token_id": 99})
-    assert stop_ids(other, tmp_path, None) == {99}
-    assert stop_ids(other, tmp_path, with_eos) == {1}  # that of config.json belongs to another tokenizer
+    for config, file in ((spec.hf_config | {"eos_token_id": ids}, None), (spec.hf_config, {"eos_token_id": ids})):
+        if file is not None:
+            (tmp_path / "generation_config.json").write_text(json.dumps(file))
+        with pytest.raises(ProblemError) as error:
+            stop_ids(spec_from_hf(config), tmp_path, None)
+        (problem,) = error.value.problems
+        assert problem.option.endswith("eos_token_id") and problem.value == ids
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"7", b"\xff\xfe", b"[" * 100_000])
+def test_a_damaged_generation_config_is_a_problem(llama, tmp_path, content):
+    (tmp_path / "generation_config.json").write_bytes(content)
+    with pytest.raises(ProblemError) as error:
+        stop_ids(hf.read(llama.directory).spec, tmp_path, None)
+    (problem,) = error.value.problems
+    assert problem.option == str(tmp_path / "generation_config.json")
 
 
 @pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import pytest
 import torch
 
@@ -35,12 +37,38 @@ def test_filters_equal_transformers(temperature, top_k, top_p):
 
 @pytest.mark.parametrize(
     "top_p, kept",
-    [(0.3, 1), (0.49, 1), (0.5, 2), (0.79, 2), (0.81, 3), (0.99, 4)],
+    [(0.0, 1), (0.3, 1), (0.49, 1), (0.5, 1), (0.51, 2), (0.79, 2), (0.8, 2), (0.81, 3), (0.95, 3), (0.99, 4), (1, 4)],
 )
-def test_top_p_keeps_the_first_token_over_the_threshold(top_p, kept):
+def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p, kept):
     found = filtered(log(0.05, 0.5, 0.15, 0.3), top_p=top_p)
     assert (found > -INF).sum() == kept
     assert found[0, 1] > -INF  # the most likely token always stays
+
+
+@pytest.mark.parametrize("weights", [(1, 1, 1, 1), (4, 2, 1, 1), (1,) * 10, (7, 5, 3, 3, 3, 1, 1), tuple(range(1, 60))])
+@pytest.mark.parametrize("shift", [0.0, -3.0])
+def test_top_p_counts_as_fractions_do(weights, shift):
+    total, ordered = sum(weights), sorted(weights, reverse=True)
+    logits = log(*(weight / total for weight in weights)) + shift
+    sums = [Fraction(sum(ordered[:count]), total) for count in range(1, len(weights) + 1)]
+    for reached in {*sums, *(middle + Fraction(1, 3 * total) for middle in sums[:-1])}:
+        right = next(count for count, together in enumerate(sums, 1) if together >= reached)
+        assert (filtered(logits, top_p=float(reached)) > -INF).sum() == right
+
+
+def test_top_p_takes_lower_ids_of_equally_likely_tokens():
+    assert (filtered(torch.zeros(1, 4), top_p=0.5) > -INF).tolist() == [[True, True, False, False]]
+
+
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.99])
+def test_top_p_neither_drops_nor_adds_tokens_of_a_large_vocabulary(top_p):
+    assert (filtered(torch.full((1, 150_000), -7.0), top_p=top_p) > -INF).sum() == round(150_000 * top_p)
+
+
+def test_top_p_leaves_removed_tokens_removed():
+    found = filtered(torch.tensor([[-INF, 1.0, -INF, 1.0]]), top_p=0.9999)
+    assert found.tolist() == [[-INF, 1.0, -INF, 1.0]]
+    assert filtered(torch.tensor([[-INF, 1.0, -INF]]), top_p=0.0).tolist() == [[-INF, 1.0, -INF]]
 
 
 def test_top_k_keeps_ties_together():

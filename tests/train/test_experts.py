@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 
+from cordee.config.option import to_flag
 from cordee.config.schema import TrainConfig
 from cordee.errors import ProblemError
 from cordee.families.registry import spec_from_options, spec_from_preset
 from cordee.model.config import BalanceConfig, CapacityConfig
 from cordee.train import job
 from cordee.train.check import check_run
-from cordee.train.experts import with_training
+from cordee.train.experts import ignored, with_training
+from cordee.train.plan import plan_run
 from tests.train import tiny
 
 MIXTURE = {"num_experts": 4, "moe_router_topk": 2, "untie_embeddings_and_output_weights": True}
@@ -98,3 +100,53 @@ def test_a_run_trains_its_experts_as_told(tmp_path):
     assert balanced[7]["load_balancing_loss"] < plain[7]["load_balancing_loss"]
     limited = losses_of(tmp_path / "limited", moe_expert_capacity_factor=0.5)
     assert all(line["dropped_fraction"] > 0.4 for line in limited) and "dropped_fraction" not in plain[0]
+
+
+SOFTMAX = {"moe_router_load_balancing_type": "softmax_topk", "group_query_attention": None, "num_query_groups": None}
+SOFTMAX |= {"multi_head_latent_attention": True, "kv_lora_rank": 8}
+SOFTMAX |= {"qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+NO_LOSS = {"moe_aux_loss_coeff": 1.0, "seq_aux": True}
+NO_LOSS |= {"moe_device_level_aux_loss_coeff": 0.1, "moe_comm_aux_loss_coeff": 0.1}
+
+
+def test_softmax_topk_trains_no_auxiliary_loss(tmp_path):
+    """MindSpeed-LLM: "softmax over all then top-k, no renormalise, no aux"."""
+
+    def run(name: str, **given):
+        config = tiny.config(make(tmp_path / name), **MIXTURE, **SOFTMAX, train_iters=3, save_interval=3, **given)
+        assert job.run(config) == 0
+        return config
+
+    plain, asked = run("plain"), run("asked", **NO_LOSS)
+    assert tiny.losses(plain) == tiny.losses(asked)
+    assert not any("ignored" in note for note in plan_run(tiny.resumed(plain), 1).notes)
+    (note,) = (note for note in plan_run(tiny.resumed(asked), 1).notes if "ignored" in note)
+    assert all(to_flag(name) in note for name in NO_LOSS)
+    assert any("norms of its compressed vectors" in note for note in plan_run(tiny.resumed(plain), 1).notes)
+    untold = check_run(tiny.resumed(asked, moe_router_load_balancing_type=None))
+    assert "--moe-router-load-balancing-type" in {problem.option for problem in untold}
+
+
+def make(folder):
+    folder.mkdir()
+    return folder
+
+
+def test_softmax_topk_leaves_out_the_loss_of_a_configuration_but_not_that_of_logits():
+    spec = spec_from_preset("deepseek-v2-lite")
+    assert next(layer.mlp for layer in spec.config.layers[1:]).balance.expert > 0
+    kind = {"moe_router_load_balancing_type": "softmax_topk"}
+    assert "own configuration" in next(ignored(spec, options(**kind)))
+    assert mixture("deepseek-v2-lite", **kind, moe_z_loss_coeff=0.1).balance == BalanceConfig(z=0.1)
+    assert not list(ignored(spec, options(moe_aux_loss_coeff=0.1)))  # nobody names a type: the loss is asked for
+    assert mixture("deepseek-v2-lite", moe_aux_loss_coeff=0.1).balance.expert == 0.1
+
+
+@pytest.mark.parametrize("said", [{"moe_router_load_balancing_type": "aux_loss"}, {"num_experts": 8}])
+def test_only_group_limited_routers_look_at_single_sequences(said):
+    given = {**said, "moe_aux_loss_coeff": 0.1, "seq_aux": True}
+    assert mixture("mixtral-8x7b", **given).balance == BalanceConfig(expert=0.1)
+    assert "--seq-aux" in next(ignored(spec_from_preset("mixtral-8x7b"), options(**given)))
+    limited = {**given, "moe_router_load_balancing_type": "group_limited_greedy"}
+    assert mixture("deepseek-v2", **limited).balance.per_sequence
+    assert not list(ignored(spec_from_preset("deepseek-v2"), options(**limited)))

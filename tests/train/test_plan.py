@@ -7,12 +7,16 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cordee.checkpoint import directory
+from cordee.config.load import load_as_far_as_possible
+from cordee.config.schema import ModelOptions, TrainConfig
 from cordee.errors import ProblemError
-from cordee.families.registry import ModelSpec, spec_from_preset
+from cordee.families.registry import ModelSpec, spec_from_options, spec_from_preset
+from cordee.model.config import LayerConfig
 from cordee.train import job
 from cordee.train.check import check_run
 from cordee.train.plan import plan_run
@@ -74,6 +78,24 @@ def test_options_model_data_and_places_in_one_round(tmp_path: Path):
     assert options.count("--seq-length") == 1
     said = "\n".join(map(str, problems))
     assert "absent" in said and "num-query-groups" in said
+
+
+def test_a_problem_with_a_list_is_shown_like_any_other(tmp_path: Path):
+    listed = {**spec_from_preset("qwen3-30b-a3b").hf_config, "mlp_only_layers": [999]}
+    (tmp_path / "config.json").write_text(json.dumps(listed))
+    found = check_run(tiny.config(tmp_path, **dict.fromkeys(tiny.MODEL), model=str(tmp_path)))
+    assert [999] in [problem.value for problem in found]
+
+
+def test_a_new_model_ends_texts_as_its_tokenizer_does(tmp_path: Path):
+    """A preset's eos is that of its published tokenizer, and an ordinary token of another."""
+    small = {**dict.fromkeys(tiny.MODEL), "model": "llama2-7b", "num_layers": 1, "padded_vocab_size": 61}
+    given = tiny.config(tmp_path, **{**small, "tokenizer_type": "NullTokenizer", "vocab_size": 61})
+    hf_config = plan_run(given, 1).spec.hf_config
+    assert (hf_config["bos_token_id"], hf_config["eos_token_id"]) == (None, 60)
+    assert spec_from_preset("llama2-7b").with_tokens(1, 2) == spec_from_preset("llama2-7b")
+    several = ModelSpec(**vars(spec_from_preset("llama2-7b")) | {"hf_config": {"eos_token_id": [2, 315]}})
+    assert several.with_tokens(None, 315) == several
 
 
 def test_experts_need_a_model_that_has_some(tmp_path: Path):
@@ -306,3 +328,59 @@ def test_a_run_that_goes_on_by_a_changed_config_json(tmp_path: Path):
     (model / "config.json").write_text(json.dumps(hf | {"intermediate_size": 32, "head_dim": 8, "rope_theta": 5e3}))
     (problem,) = check_run(tiny.resumed(given))
     assert "the run was of another model: in what no option says" in problem.why
+
+
+GPT = {"normalization": "LayerNorm", "position_embedding_type": "learned_absolute", "add_bias_linear": True}
+
+
+def layer_of(folder: Path, *argv: str, **options: Any) -> tuple[LayerConfig, list[str]]:
+    """The first layer of the model that flags in this order lead to, and what is said to be ignored."""
+    given = tiny.config(folder, **{"swiglu": None, "group_query_attention": None, "num_query_groups": None, **options})
+    flags = load_as_far_as_possible(TrainConfig, argv)
+    said = {name: getattr(flags.config, name) for name, origin in flags.origins.items() if origin != "default"}
+    plan = plan_run(replace(given, **said), 1)
+    return plan.spec.config.layers[0], [note for note in plan.notes if note.startswith("ignored")]
+
+
+@pytest.mark.parametrize("flags", [("--swiglu", "--no-add-gate"), ("--no-add-gate", "--swiglu")])
+def test_no_add_gate_with_swiglu_is_the_fused_form_of_the_same(tmp_path: Path, flags: tuple[str, ...]):
+    """AscendSpeed: with --swiglu gate and up are one matrix, which is what --no-add-gate says of the gate layer."""
+    layer, notes = layer_of(tmp_path, *flags)
+    assert layer == layer_of(tmp_path, "--swiglu")[0] and layer.mlp.gated
+    assert len(notes) == 1 and "--no-add-gate" in notes[0]
+    with pytest.raises(ProblemError, match="no family has a model"):  # GPT-2 has no gate, and it is not dropped
+        layer_of(tmp_path, *flags, **GPT)
+
+
+def test_no_add_gate_alone_means_no_gate(tmp_path: Path):
+    layer, notes = layer_of(tmp_path, "--no-add-gate", **GPT)
+    assert (layer.mlp.gated, layer.mlp.activation, notes) == (False, "gelu", [])
+    assert layer_of(tmp_path, "--add-gate") == layer_of(tmp_path, "--swiglu")  # as AscendSpeed has it by default
+
+
+def test_rows_that_are_said_exactly_are_not_rounded(tmp_path: Path):
+    rows = {"padded_vocab_size": 100, "make_vocab_size_divisible_by": 64}
+    _, notes = layer_of(tmp_path, "--swiglu", **rows)
+    assert len(notes) == 1 and "--make-vocab-size-divisible-by 64" in notes[0]
+    assert layer_of(tmp_path, "--swiglu", **{**rows, "make_vocab_size_divisible_by": 50})[1] == []
+
+
+def test_query_groups_count_only_with_group_query_attention(tmp_path: Path):
+    """Megatron's arguments.py gives the model None for --num-query-groups where --group-query-attention is off."""
+    layer, notes = layer_of(tmp_path, "--swiglu", "--num-query-groups", "2")
+    assert (layer.attention.num_heads, layer.attention.num_kv_heads) == (4, 4)
+    assert len(notes) == 1 and "--num-query-groups 2" in notes[0]
+    layer, notes = layer_of(tmp_path, "--swiglu", "--num-query-groups", "2", "--group-query-attention")
+    assert (layer.attention.num_kv_heads, notes) == (2, [])
+    assert layer_of(tmp_path, "--swiglu", "--group-query-attention")[0].attention.num_kv_heads == 1
+    assert layer_of(tmp_path, "--swiglu", "--num-query-groups", "4")[1] == []  # that many there are
+
+
+@pytest.mark.parametrize("model, heads", [("llama3-8b", 2), ("llama2-7b", 32)])
+def test_query_groups_of_a_known_model_count_if_it_has_groups(tmp_path: Path, model: str, heads: int):
+    unsaid = dict.fromkeys(tiny.MODEL) | {"num_layers": 1, "model": model, "num_query_groups": 2}
+    plan = plan_run(tiny.config(tmp_path, **unsaid), 1)
+    assert plan.spec.config.layers[0].attention.num_kv_heads == heads
+    assert any("--num-query-groups" in note for note in plan.notes) == (model == "llama2-7b")
+    same = spec_from_options(ModelOptions(model=model, group_query_attention=model == "llama3-8b"))
+    assert same == spec_from_preset(model)

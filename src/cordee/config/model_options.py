@@ -95,7 +95,7 @@ class ModelOptions(FeatureOptions, VocabularyOptions):
         metavar="PRESET|DIR",
     )
     num_layers: int | None = option(
-        None, "number of transformer layers", aliases=("--encoder-num-layers",), above=0, at_most=100_000
+        None, "number of transformer layers", aliases=("--encoder-num-layers",), above=0, at_most=10_000
     )
     hidden_size: int | None = option(None, "width of the residual stream", above=0)
     ffn_hidden_size: int | None = option(
@@ -105,7 +105,7 @@ class ModelOptions(FeatureOptions, VocabularyOptions):
     kv_channels: int | None = option(None, "width of one head [hidden / heads]", above=0)
     group_query_attention: bool | None = option(None, "let several query heads share keys and values")
     num_query_groups: int | None = option(
-        None, "number of key and value heads [1], with --group-query-attention", above=0
+        None, "number of key and value heads [1]; ignored without --group-query-attention", above=0
     )
     max_position_embeddings: int | None = option(None, "longest sequence the model can hold, in tokens", above=0)
     position_embedding_type: Literal["learned_absolute", "rope", "alibi"] | None = option(
@@ -147,7 +147,10 @@ class ModelOptions(FeatureOptions, VocabularyOptions):
     norm_epsilon: float | None = option(
         None, "added to the variance inside norms [1e-5]", aliases=("--layernorm-epsilon",), above=0
     )
-    swiglu: bool | None = option(None, "gated MLP: down(silu(gate) * up) [off: gelu]", negations=("--no-add-gate",))
+    swiglu: bool | None = option(None, "gated MLP: down(silu(gate) * up) [off: gelu]")
+    add_gate: bool | None = option(
+        None, "AscendSpeed's switch of a gate that is a matrix of its own: as --swiglu; --no-add-gate leaves it to that"
+    )
     openai_gelu: bool | None = option(None, "the tanh form of gelu, as GPT-2 has it [off: the exact form]")
     geglu: bool | None = option(None, "gated MLP: down(gelu(gate) * up) [off]")
     gelu_tanh: bool | None = option(None, "the same with the tanh form of gelu, as Gemma has it [off]")

@@ -15,7 +15,8 @@ from cordee.model.config import BalanceConfig, ModelConfig, RouterConfig
 
 
 def read(hf: ConfigReader) -> ModelConfig:
-    hf.value("num_nextn_predict_layers", None)
+    if hf.value("num_nextn_predict_layers", 0):
+        hf.integer("num_nextn_predict_layers")
     # Coefficient of the paper where the configuration has none: the published one leaves it out.
     balance = BalanceConfig(expert=hf.number("aux_loss_alpha", 0.0001), per_sequence=hf.flag("seq_aux", True))
     return deepseek.read_model(hf, read_router(hf), balance)

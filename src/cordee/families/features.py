@@ -197,6 +197,7 @@ def _balancing(router: RouterConfig) -> str:
 
 def _pattern(config: ModelConfig, sparse: list[int]) -> dict[str, Any]:
     """Where experts begin and how often they come, if such a rule gives these layers."""
-    have = [number in sparse for number in range(config.num_layers)]
-    rules = ({PATTERN[0]: sparse[0], PATTERN[1]: every} for every in range(1, 1 + config.num_layers))
+    have = [isinstance(layer.mlp, MoEConfig) for layer in config.layers]
+    steps = (sparse[1] - sparse[0],) if len(sparse) > 1 else range(1, 1 + config.num_layers)
+    rules = ({PATTERN[0]: sparse[0], PATTERN[1]: every} for every in steps)
     return next((rule for rule in rules if sparse_layers(config.num_layers, rule) == have), {})

@@ -6,6 +6,7 @@ change a known model. Knows no family: each turns a `Shape` into its own `config
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from cordee.errors import Problem, raise_all
 from cordee.families.features import Features, sparse_layers
 from cordee.families.rope import mscale
 from cordee.model.config import (
+    MAX_LAYERS,
     Activation,
     AttentionConfig,
     LatentAttentionConfig,
@@ -23,6 +25,7 @@ from cordee.model.config import (
     ModelConfig,
     MoEConfig,
     YarnScaling,
+    too_large,
 )
 
 T = TypeVar("T")
@@ -68,7 +71,6 @@ def shape_of(config: ModelConfig) -> Shape:
     """
     attention, mlp, norm = config.layers[0].attention, config.layers[0].mlp, config.layers[0].norm
     latent = isinstance(attention, LatentAttentionConfig)
-    head_dim = attention.nope_head_dim + attention.rope_head_dim if latent else attention.head_dim
     if isinstance(mlp, MoEConfig):
         mlp = mlp.expert
     scaling = attention.rope.scaling if attention.rope else None
@@ -79,7 +81,7 @@ def shape_of(config: ModelConfig) -> Shape:
         ffn_hidden_size=mlp.ffn_hidden_size,
         num_attention_heads=attention.num_heads,
         num_query_groups=attention.num_heads if latent else attention.num_kv_heads,
-        kv_channels=head_dim,
+        kv_channels=attention.key_dim,
         max_position_embeddings=config.max_position_embeddings,
         position_embedding_type=_position_type(config),
         rotary_base=attention.rope.theta if attention.rope else 10000.0,
@@ -139,6 +141,20 @@ def resolve(
     return shape
 
 
+def ignored(options: ModelOptions, shape: Shape) -> Iterator[str]:
+    """What `options` say in vain of the model of this `shape` that they led to, or leave out in vain, in words."""
+    groups = options.num_query_groups
+    if groups is not None and groups != shape.num_query_groups == shape.num_attention_heads:
+        yield f"ignored: --num-query-groups {groups} (without --group-query-attention each head has its own keys)"
+    if options.add_gate is False and shape.gated:
+        yield "ignored: --no-add-gate (gate and up are one matrix here, which is what it asks of a gated MLP)"
+    rows, multiple = options.padded_vocab_size, options.make_vocab_size_divisible_by
+    if rows is not None and multiple is not None and rows % multiple:
+        yield f"ignored: --make-vocab-size-divisible-by {multiple} (--padded-vocab-size is {rows})"
+    if options.multi_head_latent_attention and not options.qk_layernorm:
+        yield "latent attention has norms of its compressed vectors, as in MindSpeed-LLM with --qk-layernorm"
+
+
 _ACTIVATIONS: dict[str, tuple[Activation, bool]] = {  # what options name: it, and whether the MLP is gated
     "swiglu": ("silu", True),
     "geglu": ("gelu", True),
@@ -173,7 +189,7 @@ class _Resolver:
         bias = self.options.add_bias_linear
         return Shape(
             vocab_size=self.vocabulary(tokens),
-            num_layers=self.needed("num_layers"),
+            num_layers=self.layers(),
             hidden_size=hidden,
             ffn_hidden_size=self.width(hidden, gated),
             num_attention_heads=heads,
@@ -214,6 +230,11 @@ class _Resolver:
             return 1
         return value
 
+    def layers(self) -> int:
+        if (count := self.needed("num_layers")) > MAX_LAYERS:
+            self.problems.append(too_large("--num-layers", count, MAX_LAYERS))
+        return count
+
     def width(self, hidden: int, gated: bool) -> int:
         """Width of the first layer's MLP or, where it has experts, of one of these."""
         width = self.pick("ffn_hidden_size", hidden * 8 // 3 // 64 * 64 if gated else 4 * hidden)
@@ -240,13 +261,16 @@ class _Resolver:
         return self.first(options.kv_channels, max(1, hidden // heads))
 
     def groups(self, heads: int) -> int:
+        """Key and value heads: one for each head, unless --group-query-attention or the base says otherwise."""
         given, grouped = self.options.num_query_groups, self.options.group_query_attention
         if grouped is False and given is not None:
             self.problem("num_query_groups", "--group-query-attention is off", "give only one of the two")
-        if given is None and grouped is None and self.base:
-            multi_head = self.base.num_query_groups == self.base.num_attention_heads
-            given = heads if multi_head else self.base.num_query_groups
-        groups = self.first(given, 1 if grouped else heads)
+        base = self.base.num_query_groups if self.base else None
+        if self.base and base == self.base.num_attention_heads:
+            base = None
+        if not self.first(grouped, base is not None):
+            return heads  # whatever --num-query-groups says, as in Megatron
+        groups = self.first(given, base, 1)
         if heads % groups:
             self.problem(
                 "num_query_groups", f"{heads} heads cannot share {groups} groups", "take a divisor of the heads"
@@ -259,11 +283,15 @@ class _Resolver:
         given = [name for name in _ACTIVATIONS if getattr(self.options, name)]
         for name in given[1:]:
             self.problem(name, f"--{given[0].replace('_', '-')} sets another activation", "give only one of the two")
-        if given:
-            return _ACTIVATIONS[given[0]]
+        add_gate = self.options.add_gate
+        if add_gate and given and not _ACTIVATIONS[given[0]][1]:
+            self.problem("add_gate", f"an MLP with {to_flag(given[0])} has no gate", "give only one of the two")
+        # AscendSpeed has a gate with --swiglu, which makes one matrix of gate and up, or with add_gate: two matrices.
+        if given or add_gate:
+            return _ACTIVATIONS[given[0] if given else "swiglu"]
         refused = {form for name, form in _ACTIVATIONS.items() if getattr(self.options, name) is False}
         base = (self.base.activation, self.base.gated) if self.base else None
-        if base and base not in refused and not (base[1] and self.options.swiglu is False):
+        if base and base not in refused and not (base[1] and False in (self.options.swiglu, add_gate)):
             return base
         return "gelu", False
 

@@ -7,13 +7,19 @@ mathematics in a way the family does not implement. All of it is collected and r
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
-from cordee.errors import Problem, raise_all
+from cordee.errors import Problem, ProblemError, raise_all
+from cordee.model.config import MAX_LAYERS, too_large
 
 T = TypeVar("T")
 REQUIRED = object()
+
+# Keys that count layers, of which families make lists: a limit has to hold before a `ModelConfig` can check it.
+LAYER_COUNTS = ("n_layer", "num_hidden_layers", "num_layers", "num_nextn_predict_layers")
 
 # Keys that change what a model computes, with the values, besides null, at which they change nothing. A family that
 # implements one reads it; for the others any further value is a problem, never a silently different model.
@@ -129,6 +135,17 @@ IRRELEVANT = frozenset(
 IRRELEVANT_PREFIXES = ("summary_",)  # the classification head of GPT-2's double-headed model
 
 
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in `file`; ProblemError if it holds something else."""
+    why = "not a JSON object"
+    try:
+        if isinstance(found := json.loads(file.read_text(encoding="utf-8")), dict):
+            return found
+    except (OSError, ValueError, RecursionError) as error:
+        why = f"not JSON: {error}"
+    raise ProblemError([Problem(str(file), None, why, "copy the file again")])
+
+
 class ConfigReader:
     """Reads typed values from a configuration, notes every problem and goes on with a stand-in value."""
 
@@ -166,8 +183,13 @@ class ConfigReader:
         return given[0]
 
     def integer(self, key: str, default: Any = REQUIRED) -> Any:
-        """A positive whole number below 2^31."""
+        """A positive whole number below 2^31; one of layers is 1 if it is above their limit, which is a problem."""
         value = self.value(key, default)
+        if key in LAYER_COUNTS and isinstance(value, int) and value > MAX_LAYERS:
+            self._stood_in.add(key)
+            problem = too_large(key, value, MAX_LAYERS)
+            self.problem(key, problem.why, problem.fix)
+            return 1
         if value is default or (isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31):
             return value
         return self._wrong(key, value, "a positive whole number", 1)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import json
 import logging
 import pkgutil
 from collections.abc import Iterator, Mapping
@@ -26,7 +25,7 @@ from cordee.families.count import canonical_shapes
 from cordee.families.family import Family, HFConfig
 from cordee.families.features import PATTERN, Features, features_of, given_features, lost, missing, same, with_defaults
 from cordee.families.options import Shape, followers, resolve, shape_of
-from cordee.families.reader import ConfigReader, nearest
+from cordee.families.reader import ConfigReader, nearest, read_object
 from cordee.families.rules import Rule
 from cordee.model.config import ModelConfig
 
@@ -116,6 +115,13 @@ class ModelSpec:
         logger.warning("left out, as the vocabulary has %d tokens: %s", rows, names)
         return replace(self, hf_config=self.hf_config | dict.fromkeys(strange))  # null: a default may not fit either
 
+    def with_tokens(self, bos: int | None, eos: int | None) -> ModelSpec:
+        """The same model for another tokenizer: texts begin with `bos` and end with `eos`, None for no such token."""
+        said = self.hf_config.get("eos_token_id")
+        if said is None or eos in (said if isinstance(said, list) else [said]):
+            return self
+        return replace(self, hf_config=self.hf_config | {"bos_token_id": bos, "eos_token_id": eos})
+
     def with_vocab_size(self, vocab_size: int) -> ModelSpec:
         """The same model with `vocab_size` rows in its embedding and head."""
         return self.with_options(ModelOptions(padded_vocab_size=vocab_size, vocab_size=vocab_size))
@@ -157,7 +163,11 @@ def _read(hf: Mapping[str, Any], where: str) -> tuple[ModelSpec, set[str]]:
     family = _family_of(hf, where)
     complete = family.skeleton(hf)
     reader = ConfigReader(complete, where)
-    config = family.read(reader)
+    try:
+        config = family.read(reader)
+    except ProblemError as error:  # of a model that is too large
+        further = (replace(problem, option=f"{where}: {problem.option}") for problem in error.problems)
+        raise ProblemError([*reader.problems, *further]) from error
     reader.finish()
     return ModelSpec(family, complete, config), set(reader.unread())
 
@@ -198,13 +208,7 @@ def spec_from_directory(path: str | Path) -> ModelSpec:
 
 
 def _spec_from_file(file: Path) -> ModelSpec:
-    try:
-        hf = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ProblemError([Problem(str(file), None, f"not JSON: {error}", "copy the file again")]) from error
-    if not isinstance(hf, dict):
-        raise ProblemError([Problem(str(file), None, "not a JSON object", "copy the file again")])
-    return spec_from_hf(hf, str(file))
+    return spec_from_hf(read_object(file), str(file))
 
 
 def presets() -> dict[str, Family]:

@@ -60,6 +60,7 @@ class _Prepared:
     source: Source
     tokenizer: Tokenizer
     prompts: list[tuple[str, list[int]]]  # texts and their tokens
+    stop: frozenset[int]
 
 
 def check_run(config: GenerateConfig) -> list[Problem]:
@@ -72,8 +73,7 @@ def check_run(config: GenerateConfig) -> list[Problem]:
 def run(config: GenerateConfig) -> int:
     """Continue the prompts of `config` and show them. ProblemError with all that keeps it from starting."""
     prepared = _prepare(config)
-    source, tokenizer = prepared.source, prepared.tokenizer
-    stop = stop_ids(source.spec, source.companions, tokenizer)
+    source, tokenizer, stop = prepared.source, prepared.tokenizer, prepared.stop
     samples = [
         _Sample(prompt, tokens, number)
         for prompt, tokens in prepared.prompts
@@ -99,7 +99,7 @@ def _prepare(config: GenerateConfig) -> _Prepared:
     texts = found.attempt(lambda: _prompts(config)) or []
     found.attempt(lambda: check_new(config.output))
     source = found.attempt(lambda: formats.read(config.load))
-    tokenizer, prompts = None, []
+    tokenizer, prompts, stop = None, [], None
     if source is not None:
         found.problems += check_part(source, config, inference.degrees(config))
         tokenizer = found.attempt(lambda: load_tokenizer(config, source.companions and str(source.companions)))
@@ -108,9 +108,10 @@ def _prepare(config: GenerateConfig) -> _Prepared:
         ids = encode_prompts(tokenizer, texts)
         found.problems += check(source.spec.config, ids, config)
         prompts = list(zip(texts, ids, strict=True))
+        stop = found.attempt(lambda: stop_ids(source.spec, source.companions, tokenizer))
     raise_all(found.problems)
-    assert source is not None and tokenizer is not None
-    return _Prepared(source, tokenizer, prompts)
+    assert source is not None and tokenizer is not None and stop is not None
+    return _Prepared(source, tokenizer, prompts, stop)
 
 
 def _prompts(options: GenerateOptions) -> list[str]:

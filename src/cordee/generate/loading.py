@@ -5,12 +5,9 @@ Owns what generation and evaluation need before they start. Where weights come f
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,6 +16,7 @@ from cordee import launch
 from cordee.config.schema import EvaluateConfig, GenerateConfig
 from cordee.data.tokenizer import Tokenizer
 from cordee.errors import Findings, Problem, ProblemError
+from cordee.families.reader import read_object
 from cordee.families.registry import ModelSpec
 from cordee.log import logger
 from cordee.model.config import ModelConfig
@@ -111,19 +109,26 @@ def check_vocabulary(tokenizer: Tokenizer, model: ModelConfig) -> list[Problem]:
 
 
 def stop_ids(spec: ModelSpec, companions: Path | None, tokenizer: Tokenizer | None) -> frozenset[int]:
-    """The tokens that end a text: those of the `generation_config.json` beside the model, and the tokenizer's eos.
+    """The tokens that end a text: those at which transformers' `generate` stops, and the tokenizer's eos.
 
-    Only if there are none, those of the model's `config.json`, which may have come with another tokenizer.
+    transformers takes `eos_token_id`, a token or a list of them, from the `generation_config.json` beside the model,
+    and from `config.json` only where there is no such file. Ids that the model lacks are reported and ignored: it never
+    writes them. ProblemError for what is not an id.
     """
     file = None if companions is None else companions / "generation_config.json"
-    ids = _eos(json.loads(file.read_text(encoding="utf-8"))) if file is not None and file.is_file() else set()
-    if tokenizer is not None and tokenizer.eos is not None:
-        ids.add(tokenizer.eos)
-    return frozenset(ids or _eos(spec.hf_config))
+    if file is not None and file.is_file():
+        where, given = str(file), read_object(file).get("eos_token_id")
+    else:
+        where, given = "config.json", spec.hf_config.get("eos_token_id")
+    ids = _token_ids(given, f"{where}: eos_token_id", spec.config.vocab_size)
+    return frozenset(ids if tokenizer is None or tokenizer.eos is None else {*ids, tokenizer.eos})
 
 
-def _eos(config: Mapping[str, Any]) -> set[int]:
-    given = config.get("eos_token_id")
-    if given is None:
-        return set()
-    return set(given) if isinstance(given, list) else {given}
+def _token_ids(given: object, where: str, vocab_size: int) -> set[int]:
+    listed = [] if given is None else given if isinstance(given, list) else [given]
+    ids = {i for i in listed if type(i) is int}  # which true is not
+    if len(ids) < len(set(map(repr, listed))):
+        raise ProblemError([Problem(where, given, "not a token id or a list of token ids", "correct the file")])
+    if strange := {i for i in ids if not 0 <= i < vocab_size}:
+        logger.warning("%s: ignored, as the model has %d tokens: %s", where, vocab_size, sorted(strange))
+    return ids - strange

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from cordee.config.schema import DecodingOptions
 
+TIE = 1e-6  # float32 logits hold a probability no more exactly, so a sum this little below top_p has reached it
+
 
 def choose(logits: Tensor, options: DecodingOptions, draws: Sequence[tuple[int, int]]) -> Tensor:
     """One token for each row of `logits` `[rows, vocab]`, int64 `[rows]`.
@@ -35,7 +37,9 @@ def filtered(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: fl
     """Logits `[..., vocab]` in float32, divided by `temperature`, at -inf where a filter removed the token.
 
     top_k: keeps what is at least the k-th largest value, so ties stay together; 0 keeps all. top_p: of what is left,
-    keeps the smallest set of most likely tokens whose probability exceeds `top_p` (Holtzman et al. 2020).
+    keeps the smallest set of most likely tokens whose probability reaches `top_p` (Holtzman et al. 2020), lower ids
+    first where tokens are equally likely, and never less than one token; 1 keeps all. Probabilities are summed in
+    float64: in float32 the sum over a large vocabulary is off by more than a token's share.
     """
     logits = logits.float() / temperature
     if 0 < top_k < logits.shape[-1]:
@@ -43,8 +47,9 @@ def filtered(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: fl
         logits = logits.masked_fill(logits < smallest, float("-inf"))
     if top_p < 1.0:
         ordered, order = logits.sort(descending=True, stable=True)
-        before = F.pad(ordered.softmax(-1).cumsum(-1)[..., :-1], (1, 0))  # what more likely tokens have together
-        removed = torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order, before > top_p)
+        reached = ordered.double().softmax(-1).cumsum(-1) >= top_p - TIE
+        behind = F.pad(reached[..., :-1], (1, 0))  # False for the most likely token
+        removed = torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order, behind)
         logits = logits.masked_fill(removed, float("-inf"))
     return logits
 

@@ -6,8 +6,18 @@ between layers differs in their `LayerConfig`, so no model code asks for a famil
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
+
+from cordee.errors import Problem, raise_all
+
+# Far above any model there is. What is larger is a slip or a damaged file, and would fill the memory with lists of
+# layers and tensors long before anything else is found to be wrong.
+MAX_LAYERS = 10_000
+MAX_EXPERTS = 1_000_000  # of all layers together
+MAX_WIDTH = 2**24  # channels of the residual stream, inside an MLP, and of all heads together
+MAX_TOKENS = 2**31 - 1  # of a vocabulary or a sequence: ids and positions are int32 where they are stored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +163,10 @@ class AttentionConfig:
     def q_per_group(self) -> int:
         return self.num_heads // self.num_kv_heads
 
+    @property
+    def key_dim(self) -> int:
+        return self.head_dim
+
 
 @dataclass(frozen=True, kw_only=True)
 class LatentAttentionConfig:
@@ -172,6 +186,10 @@ class LatentAttentionConfig:
     rope: RopeConfig
     scale: float
     bias: bool = False
+
+    @property
+    def key_dim(self) -> int:
+        return self.nope_head_dim + self.rope_head_dim
 
 
 # ---- feed-forward ----------------------------------------------------------------------------------------------------
@@ -261,6 +279,11 @@ class MoEConfig:
     capacity: CapacityConfig | None = None
 
 
+def too_large(option: str, size: int, limit: int) -> Problem:
+    """What to say of a size above its limit."""
+    return Problem(option, size, f"no model is so large: the limit is {limit:,}", "correct the model's description")
+
+
 # ---- layers and model ------------------------------------------------------------------------------------------------
 
 
@@ -282,7 +305,10 @@ class LayerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder. `norm_head`: logits are products with the L2-normalised rows of the head (Baichuan 2)."""
+    """A decoder. `norm_head`: logits are products with the L2-normalised rows of the head (Baichuan 2).
+
+    ProblemError for one that is larger than the limits above.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -300,6 +326,23 @@ class ModelConfig:
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
     init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        raise_all(too_large(name, size, limit) for name, size, limit in self._sizes() if size > limit)
+
+    def _sizes(self) -> Iterator[tuple[str, int, int]]:
+        """What has a limit: name, size and limit."""
+        yield "vocab_size", self.vocab_size, MAX_TOKENS
+        yield "hidden_size", self.hidden_size, MAX_WIDTH
+        yield "max_position_embeddings", self.max_position_embeddings, MAX_TOKENS
+        yield "num_layers", len(self.layers), MAX_LAYERS
+        mixtures = [layer.mlp for layer in self.layers if isinstance(layer.mlp, MoEConfig)]
+        yield "num_experts of all layers", sum(mlp.router.num_experts for mlp in mixtures), MAX_EXPERTS
+        dense = [layer.mlp for layer in self.layers if isinstance(layer.mlp, MLPConfig)]
+        widths = (mlp.ffn_hidden_size for mlp in (*dense, *(mixture.expert for mixture in mixtures)))
+        yield "ffn_hidden_size", max(widths, default=0), MAX_WIDTH
+        heads = (layer.attention.num_heads * layer.attention.key_dim for layer in self.layers)
+        yield "num_attention_heads x kv_channels", max(heads, default=0), MAX_WIDTH
 
     @property
     def num_layers(self) -> int:

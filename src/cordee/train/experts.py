@@ -18,16 +18,48 @@ from cordee.model.config import BalanceConfig, CapacityConfig, ModelConfig, MoEC
 
 _OF_CAPACITY = ("moe_token_drop_policy", "moe_pad_expert_input_to_capacity")
 _OF_GROUPS = ("moe_device_level_aux_loss_coeff", "moe_comm_aux_loss_coeff")
+_KIND = "moe_router_load_balancing_type"
+_IGNORED_BY = {  # what MindSpeed-LLM's routers of these types do not look at; the loss of logits (z) they all have
+    "softmax_topk": ("moe_aux_loss_coeff", "seq_aux", *_OF_GROUPS),
+    "aux_loss": ("seq_aux",),
+}
 
 
 def with_training(spec: ModelSpec, options: TrainConfig) -> ModelSpec:
-    """The model with its experts trained as `options` say. ProblemError for options that could have no effect."""
+    """The model with its experts trained as `options` say, without those that `ignored` tells of.
+
+    ProblemError for others that could have no effect.
+    """
+    options = replace(options, **dict.fromkeys(_ignored(options)))
     raise_all(_problems(spec.config, options))
     layers = (
         replace(layer, mlp=_trained(layer.mlp, options)) if isinstance(layer.mlp, MoEConfig) else layer
         for layer in spec.config.layers
     )
     return replace(spec, config=replace(spec.config, layers=tuple(layers)))
+
+
+def ignored(spec: ModelSpec, options: TrainConfig) -> Iterator[str]:
+    """What is said of experts in vain, in words: softmax_topk has no auxiliary loss, whoever asks for one."""
+    kind = _kind(options)
+    if names := [to_flag(name) for name in _ignored(options) if getattr(options, name)]:
+        yield f"ignored: {', '.join(names)} ({to_flag(_KIND)} is {kind})"
+    balances = {layer.mlp.balance for layer in spec.config.layers if isinstance(layer.mlp, MoEConfig)}
+    if kind == "softmax_topk" and any(_has_loss(balance) for balance in balances):
+        yield f"ignored: the auxiliary loss of the model's own configuration ({to_flag(_KIND)} is {kind})"
+
+
+def _kind(options: TrainConfig) -> str | None:
+    """How the router balances, as far as options say: Megatron's default goes with --num-experts."""
+    return options.moe_router_load_balancing_type or (None if options.num_experts is None else "aux_loss")
+
+
+def _ignored(options: TrainConfig) -> tuple[str, ...]:
+    return _IGNORED_BY.get(_kind(options) or "", ())
+
+
+def _has_loss(balance: BalanceConfig) -> bool:
+    return bool(balance.expert or balance.device or balance.communication)
 
 
 def given_options(options: ExpertTrainingOptions) -> dict[str, Any]:
@@ -38,11 +70,14 @@ def given_options(options: ExpertTrainingOptions) -> dict[str, Any]:
 
 def check_resumed(options: TrainConfig, before: Mapping[str, Any]) -> Iterator[Problem]:
     """What a run was told `before`, and is not told now that it goes on: it would train by another loss, unseen."""
-    for field in fields(ExpertTrainingOptions):
-        said = before.get(field.name)
-        if said is not None and getattr(options, field.name) is None:
-            why = f"the run was begun with {to_flag(field.name)} {said}"
-            yield Problem(to_flag(field.name), None, why, "give it again, or another value")
+    names = [field.name for field in fields(ExpertTrainingOptions)]
+    if before.get(_KIND) == "softmax_topk" or before.get("seq_aux") is not None:  # it decided which loss there is
+        names.append(_KIND)
+    for name in names:
+        said = before.get(name)
+        if said is not None and getattr(options, name) is None:
+            why = f"the run was begun with {to_flag(name)} {said}"
+            yield Problem(to_flag(name), None, why, "give it again, or another value")
 
 
 def _trained(moe: MoEConfig, options: TrainConfig) -> MoEConfig:
@@ -57,9 +92,10 @@ def _balance(moe: MoEConfig, options: TrainConfig) -> BalanceConfig:
         "communication": options.moe_comm_aux_loss_coeff,
         "z": options.moe_z_loss_coeff,
     }
-    if moe.balance.num_devices == 1:  # groups are the model's, not those that ranks hold: any layout has the same loss
+    own = BalanceConfig(z=moe.balance.z) if _kind(options) == "softmax_topk" else moe.balance
+    if own.num_devices == 1:  # groups are the model's, not those that ranks hold: any layout has the same loss
         given |= {"num_devices": moe.router.num_groups, "top_devices": moe.router.top_groups}
-    return replace(moe.balance, **{name: value for name, value in given.items() if value is not None})
+    return replace(own, **{name: value for name, value in given.items() if value is not None})
 
 
 def _capacity(capacity: CapacityConfig | None, options: TrainConfig) -> CapacityConfig | None:
@@ -85,7 +121,7 @@ def _problems(config: ModelConfig, options: TrainConfig) -> Iterator[Problem]:
             yield _problem(options, name, "the model has no experts", "leave it out, or take a model with experts")
         return
     balance = _balance(mixtures[0], options)
-    if options.seq_aux is not None and not (balance.expert or balance.device or balance.communication):
+    if options.seq_aux is not None and not _has_loss(balance):
         yield _problem(options, "seq_aux", "there is no such loss", "add --moe-aux-loss-coeff, or leave it out")
     if options.moe_expert_capacity_factor == 0:
         why = "experts without capacity compute nothing"

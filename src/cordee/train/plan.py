@@ -23,15 +23,15 @@ from cordee.data.indexed import IndexedDataset, bin_path, fingerprint, idx_path
 from cordee.data.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
 from cordee.errors import Findings, Problem, ProblemError, raise_all
 from cordee.families.described import canonical
+from cordee.families.options import ignored, shape_of
 from cordee.families.registry import ModelSpec, differences, spec_from_options, spec_named
 from cordee.model.config import ModelConfig
 from cordee.optim.schedule import Schedule, build_schedule
 from cordee.parallel.degrees import Degrees, degrees
 from cordee.parallel.pipeline import check as pipeline_check
 from cordee.parallel.pipeline.split import Division, noop_layers
-from cordee.train import objectives, resume
+from cordee.train import experts, objectives, resume
 from cordee.train.batch_schedule import BatchSchedule, build_batch_schedule
-from cordee.train.experts import with_training
 from cordee.train.origin import Checkpoint, Origin, choose, described, opened
 
 
@@ -100,7 +100,8 @@ def plan_run(
     )
     division = None
     if spec is not None:
-        spec = found.attempt(partial(with_training, spec, config)) or spec
+        found.notes += experts.ignored(spec, config)
+        spec = found.attempt(partial(experts.with_training, spec, config)) or spec
         found.problems += _fit_problems(config, spec, tokenizer)
         found.problems += _layout_problems(config, spec, shape)
         counts = sorted({size // batches.slice_size for size in batches.batch_sizes()})
@@ -201,6 +202,12 @@ def _tokenizer(config: TrainConfig, origin: Origin) -> Tokenizer | None:
 
 
 def _spec(config: TrainConfig, origin: Origin, tokenizer: Tokenizer | None, notes: list[str]) -> ModelSpec:
+    spec = _asked(config, origin, tokenizer, notes)
+    notes += ignored(config, shape_of(spec.config))
+    return spec
+
+
+def _asked(config: TrainConfig, origin: Origin, tokenizer: Tokenizer | None, notes: list[str]) -> ModelSpec:
     if config.num_layers is not None and (placeholders := noop_layers(config)):  # which --num-layers counts
         config = replace(config, num_layers=config.num_layers - len(placeholders))
     if origin.checkpoint is not None:
@@ -208,7 +215,8 @@ def _spec(config: TrainConfig, origin: Origin, tokenizer: Tokenizer | None, note
     elif origin.spec is not None:
         loaded = origin.spec
     else:
-        return spec_from_options(config, tokenizer.vocab_size if tokenizer else None)
+        fresh = spec_from_options(config, tokenizer.vocab_size if tokenizer else None)
+        return fresh.with_tokens(tokenizer.bos, tokenizer.eos) if tokenizer else fresh  # not those of a preset
     # What is loaded has its rows; options that count tokens, or say how rows were padded, only have to agree with them.
     shape = replace(config, vocab_size=None, make_vocab_size_divisible_by=None)
     wanted = (spec_named(config.model) if config.model else loaded).with_options(shape)
