@@ -1,0 +1,64 @@
+"""Where added tokens stand in a text.
+
+Owns the cutting of a text at its added tokens, which the `tokenizers` library does, so that every flag means there what
+it means in a `tokenizer.json`. Knows nothing of how the text between them is cut.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from cordee.data.tokenizer.special import MATCHING, AddedToken
+
+if TYPE_CHECKING:
+    import tokenizers
+
+
+def library_token(token: AddedToken) -> tokenizers.AddedToken:
+    """The token as the `tokenizers` library describes it."""
+    from tokenizers import AddedToken as LibraryToken
+
+    return LibraryToken(token.content, special=token.special, **{name: getattr(token, name) for name in MATCHING})
+
+
+class Matcher:
+    """Cuts texts at added tokens, given by id. `split_special` leaves special ones to be cut as text."""
+
+    def __init__(self, tokens: Mapping[int, AddedToken], split_special: bool = False):
+        self._tokens = dict(tokens)
+        self._split_special = split_special
+        self._ids = list(tokens)
+        matched = [token.content for token in tokens.values() if not (split_special and token.special)]
+        # Most texts have no added token: one search tells. The longest first is what a token hides behind.
+        self._any = re.compile("|".join(map(re.escape, sorted(matched, key=len, reverse=True)))) if matched else None
+        self._library = self._build()
+
+    def _build(self) -> tokenizers.Tokenizer:
+        from tokenizers import Tokenizer, models
+
+        library = Tokenizer(models.BPE())  # without a vocabulary: it drops the text between the tokens
+        library.add_tokens([library_token(token) for token in self._tokens.values()])
+        library.encode_special_tokens = self._split_special
+        return library
+
+    def pieces(self, text: str) -> Iterator[str | int]:
+        """The text in order: what stands between added tokens, and their ids. Nothing of it is empty, so only the
+        first piece can begin where the text does."""
+        if self._any is None or self._any.search(text) is None:
+            if text:
+                yield text
+            return
+        found = self._library.encode(text, add_special_tokens=False)
+        end = 0
+        for i, (start, stop) in zip(found.ids, found.offsets, strict=True):
+            if start > end:
+                yield text[end:start]
+            yield self._ids[i]
+            end = stop
+        if end < len(text):
+            yield text[end:]
+
+    def __reduce__(self) -> tuple[type[Matcher], tuple[Mapping[int, AddedToken], bool]]:
+        return type(self), (self._tokens, self._split_special)
