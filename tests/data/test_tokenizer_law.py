@@ -44,7 +44,8 @@ PLAIN = [
 ]
 # What added tokens are tried in: before, between and behind spaces, words and each other.
 ATOMS = ["", " ", "  ", "\n", "x", "dog", "The", "\u4f60", "\u00e9", ".", "_"]
-ADDED = ["<|im_start|>", "<|im_end|>", "<s>", "</s>", "<unk>", "<pad>", "<tool>", "<x>", "dog", "Ab"]
+NEW = ["<pad>", "<tool>", "<x>", "Zqxj", "<x><x>"]
+ADDED = ["<|im_start|>", "<|im_end|>", "<s>", "</s>", "<unk>", "dog", *NEW]
 
 
 def texts_of(added: list[str], seed: int = 0) -> list[str]:
@@ -130,8 +131,8 @@ def _sentencepiece(**values: Any) -> Made:
         sentence_iterator=iter(CORPUS),
         model_writer=model,
         remove_extra_whitespaces=False,
-        hard_vocab_limit=False,
         split_digits=True,
+        hard_vocab_limit=False,
         minloglevel=2,
         **options | values,
     )
@@ -237,11 +238,11 @@ SETTINGS: dict[str, Setting] = {
     "lstrip": decoder(flagged("<tool>", lstrip=True), flagged("<x>", True, lstrip=True)),
     "rstrip": decoder(flagged("<tool>", rstrip=True), flagged("<x>", True, rstrip=True)),
     "both strip": decoder(flagged("<tool>", lstrip=True, rstrip=True), flagged("<x>", True), pad_token="<x>"),
-    "single word": decoder(flagged("<x>", single_word=True), flagged("Ab", True, single_word=True)),
+    "single word": decoder(flagged("<x>", single_word=True), flagged("Zqxj", True, single_word=True)),
     "one in another": decoder(flagged("<x>"), flagged("<x><x>"), flagged("dog<x>", True)),
     "no effect": config(spaces_between_special_tokens=True, use_default_system_prompt=True, model_max_length=7),
     "added_tokens.json": lambda size: {
-        "added_tokens.json": {"<|im_start|>": size, "<|im_end|>": size + 1, "Ab": size + 2},
+        "added_tokens.json": {"<|im_start|>": size, "<|im_end|>": size + 1, "Zqxj": size + 2},
         "tokenizer_config.json": {"eos_token": "<|im_end|>", "legacy": False},
     },
     "special_tokens_map.json": lambda size: {
@@ -272,8 +273,8 @@ def write(made: Made, files: Files, folder: Path) -> Path:
         (folder / name).write_bytes(content)
     own = dict(made.config)
     laid = files.get("tokenizer_config.json", {})
-    if made.kind == "tiktoken":
-        if "added_tokens_decoder" in laid:
+    if "added_tokens_decoder" in own:
+        if laid.get("added_tokens_decoder"):
             laid = laid | {"added_tokens_decoder": own["added_tokens_decoder"] | laid["added_tokens_decoder"]}
         elif set(files) - {"tokenizer_config.json"}:  # the older files are read only without the newer one
             tokens = own.pop("added_tokens_decoder")
@@ -343,27 +344,321 @@ def assert_agree(ours: Tokenizer, theirs: Any, texts: list[str], adapt: Callable
 # ---- the law ---------------------------------------------------------------------------------------------------------
 
 
+def at_random(seed: int) -> Setting:
+    """Several settings at once, among them tokens that take each other's places."""
+    choose = random.Random(seed)
+
+    def token(special: bool | None = None) -> dict[str, Any]:
+        flags = {key: choose.random() < 0.3 for key in ("lstrip", "rstrip", "single_word")}
+        return flagged(choose.choice(NEW), choose.random() < 0.5 if special is None else special, **flags)
+
+    def role() -> Any:
+        content = choose.choice(ADDED)
+        full = {"__type": "AddedToken", **token(special=True), "content": content}
+        return choose.choice([content, content, full])
+
+    values: dict[str, Any] = {key: role() for key in ("bos_token", "eos_token", "pad_token") if choose.random() < 0.4}
+    for key in ("add_bos_token", "add_eos_token", "legacy", "split_special_tokens", "clean_up_tokenization_spaces"):
+        if choose.random() < 0.4:
+            values[key] = choose.random() < 0.5
+    if choose.random() < 0.4:
+        key = choose.choice(["extra_special_tokens", "additional_special_tokens"])
+        values[key] = choose.sample(ADDED, choose.randint(0, 3))
+    tokens = list({token["content"]: token for token in (token() for _ in range(choose.randint(0, 3)))}.values())
+    return decoder(*tokens, **values) if tokens else config(**values)
+
+
+def assert_law(name: str, tokenizer: Made, setting: Setting, texts: list[str], folder: Path) -> None:
+    files = setting(tokenizer.size)
+    directory = write(tokenizer, files, folder / "directory")
+    newer = with_newer_name(directory, folder / "newer")
+    ours, theirs = load(directory), transformers_tokenizer(newer, tokenizer.kind)
+    legacy = json.loads((directory / "tokenizer_config.json").read_text()).get("legacy", True)
+    has_prefix = tokenizer.kind == "model" and "no prefix" not in name
+    try:
+        assert_agree(ours, theirs, texts, lambda text: with_first_space(text, legacy, has_prefix))
+    except AssertionError as error:
+        raise AssertionError(f"{name}, {files}: {error}") from error
+    ours.save(folder / "saved")
+    again = load(folder / "saved")
+    assert again.encode_batch(texts) == ours.encode_batch(texts), (name, files)
+    assert (again.vocab_size, again.bos, again.eos, again.pad) == (ours.vocab_size, ours.bos, ours.eos, ours.pad)
+
+
+@pytest.fixture
+def known_ranks(made, monkeypatch) -> None:
+    """The small file of ranks is one of those whose pattern is known."""
+    monkeypatch.setitem(tik._KINDS, made["tiktoken"].size - 2, tik._LLAMA3)
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_ids_are_those_of_transformers(made, name, tmp_path, monkeypatch):
+def test_ids_are_those_of_transformers(made, name, tmp_path, known_ranks):
+    for number, setting in enumerate(SETTINGS.values()):
+        assert_law(name, made[name], setting, texts_of(ADDED, seed=number), tmp_path / str(number))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ids_are_those_of_transformers_with_settings_at_random(made, name, tmp_path, known_ranks):
+    for seed in range(12):
+        assert_law(name, made[name], at_random(seed), texts_of(ADDED, seed=seed), tmp_path / str(seed))
+
+
+@pytest.mark.parametrize("name", ["byte level", "byte level, bos", "sentencepiece", "tiktoken", "merges"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"add_bos_token": True, "add_eos_token": True},
+        {"add_bos_token": False, "add_eos_token": True},
+        {"eos_token": "<x>", "pad_token": "<pad>", "unk_token": "<unk>"},
+        {"eos_token": "<x>", "add_bos_token": True, "add_eos_token": True},
+    ],
+)
+def test_arguments_are_those_of_transformers(made, name, arguments, tmp_path, known_ranks):
     tokenizer = made[name]
-    if tokenizer.kind == "tiktoken":
-        monkeypatch.setitem(tik._KINDS, tokenizer.size - 2, tik._LLAMA3)
-    for number, (setting, files) in enumerate(SETTINGS.items()):
-        directory = write(tokenizer, files(tokenizer.size), tmp_path / str(number))
-        newer = with_newer_name(directory, tmp_path / f"{number} newer")
-        ours, theirs = load(directory), transformers_tokenizer(newer, tokenizer.kind)
-        legacy = files(tokenizer.size).get("tokenizer_config.json", {}).get("legacy", True)
-        has_prefix = tokenizer.kind == "model" and "no prefix" not in name
+    files = {"special_tokens_map.json": {"eos_token": "<tool>"}}
+    directory = write(tokenizer, files, tmp_path / "directory")
+    if tokenizer.kind == "model":
+        arguments = {"add_bos_token": True, **arguments}
+    texts = texts_of(ADDED)
+    ours = load(directory, **arguments)
+    assert_agree(ours, transformers_tokenizer(directory, tokenizer.kind, **arguments), texts)
+    ours.save(tmp_path / "saved")
+    again = load(tmp_path / "saved")
+    assert again.encode_batch(texts) == ours.encode_batch(texts)
+    assert (again.vocab_size, again.bos, again.eos, again.pad) == (ours.vocab_size, ours.bos, ours.eos, ours.pad)
 
-        def adapt(text: str, legacy=legacy, has_prefix=has_prefix) -> str:
-            return with_first_space(text, legacy, has_prefix)
 
-        texts = texts_of(ADDED, seed=number)
-        try:
-            assert_agree(ours, theirs, texts, adapt)
-        except AssertionError as error:
-            raise AssertionError(f"{name}, {setting}: {error}") from error
-        ours.save(tmp_path / f"{number} saved")
-        again = load(tmp_path / f"{number} saved")
-        assert again.encode_batch(texts) == ours.encode_batch(texts), setting
-        assert (again.vocab_size, again.bos, again.eos, again.pad) == (ours.vocab_size, ours.bos, ours.eos, ours.pad)
+def test_without_a_space_before_the_text(made, tmp_path):
+    """`add_prefix_space: false`, which transformers' generic class ignores and LlamaTokenizer obeys: as a model that
+    has no such space by itself."""
+    model = pytest.importorskip("sentencepiece.sentencepiece_model_pb2").ModelProto()
+    model.ParseFromString(made["sentencepiece"].files["tokenizer.model"])
+    model.normalizer_spec.add_dummy_prefix = False
+    tokenizer = made["sentencepiece"]
+    bare = Made("model", {"tokenizer.model": model.SerializeToString()}, tokenizer.config, tokenizer.size)
+    ours = load(write(tokenizer, config(add_prefix_space=False)(tokenizer.size), tmp_path / "ours"))
+    theirs = transformers_tokenizer(write(bare, {}, tmp_path / "theirs"), "model")
+    assert_agree(ours, theirs, texts_of(ADDED))
+
+
+# ---- why there are exceptions ----------------------------------------------------------------------------------------
+
+
+def sentencepiece_ids(made: Made, text: str) -> list[int]:
+    import sentencepiece
+
+    return sentencepiece.SentencePieceProcessor(model_proto=made.files["tokenizer.model"]).encode(text)
+
+
+def test_exception_first_space(made, tmp_path):
+    """Exception 1: with `legacy: false` SentencePiece and we put a space before the first one, transformers 5 not."""
+    tokenizer = made["sentencepiece"]
+    directory = write(tokenizer, config(legacy=False)(0), tmp_path)
+    ours, theirs = load(directory), transformers_tokenizer(directory, "model")
+    for text in ("  indented", " ", "\u2581x"):
+        assert ours.encode(text, add_special_tokens=False) == sentencepiece_ids(tokenizer, text)
+        assert theirs(text, add_special_tokens=False).input_ids != sentencepiece_ids(tokenizer, text)
+
+
+def test_exception_skipped_roles(made, tmp_path):
+    """Exception 2: a role that the file does not mark as special is no text either."""
+    raw = json.loads(made["byte level"].files["tokenizer.json"])
+    for token in raw["added_tokens"]:
+        token["special"] = False
+    plain = Made("json", {"tokenizer.json": json.dumps(raw).encode()}, made["byte level"].config, 320)
+    directory = write(plain, decoder(flagged("<x>"))(320), tmp_path)
+    ids = load(directory).encode("x</s>")
+    assert load(directory).decode(ids, skip_special_tokens=True) == "x"
+    assert transformers_tokenizer(directory, "json").decode(ids, skip_special_tokens=True) == "x</s>"
+
+
+def test_exception_further_tokens_of_the_older_file(made, tmp_path):
+    """Exception 3: further special tokens that transformers 4 read and transformers 5 loses."""
+    tokenizer = made["sentencepiece"]
+    directory = write(tokenizer, {"special_tokens_map.json": {"additional_special_tokens": ["<x>"]}}, tmp_path)
+    assert load(directory).encode("<x>") == [1, tokenizer.size]
+    assert transformers_tokenizer(directory, "model").convert_tokens_to_ids("<x>") == 0
+
+
+def test_exception_bos_by_itself(made, tmp_path):
+    """Exception 4: LlamaTokenizer documents that `add_bos_token` is true if it is not said, and transformers 4 kept to
+    it; in transformers 5 it is so only with a tokenizer.json."""
+    tokenizer = made["sentencepiece"]
+    own = {key: value for key, value in tokenizer.config.items() if key != "add_bos_token"}
+    directory = write(Made("model", tokenizer.files, own, tokenizer.size), {}, tmp_path)
+    assert load(directory).encode("dog") == [1, *transformers_tokenizer(directory, "model")("dog").input_ids]
+
+
+def test_exception_llama_class(made, tmp_path):
+    """Exception 5: LlamaTokenizer of transformers 5 makes a tokenizer of its own out of the vocabulary, which does
+    neither what tokenizer.json says nor what SentencePiece does."""
+    from transformers import AutoTokenizer
+
+    for name, texts in (("metaspace", ["  indented", " x"]), ("sentencepiece", ["  indented", "a  b"])):
+        tokenizer = made[name]
+        directory = write(tokenizer, config(tokenizer_class="LlamaTokenizer", unk_token="<unk>")(0), tmp_path / name)
+        ours, theirs = load(directory), AutoTokenizer.from_pretrained(str(directory))
+        assert type(theirs).__name__ == "LlamaTokenizer"
+        faithful = transformers_tokenizer(directory, tokenizer.kind)
+        for text in texts:
+            assert ours.encode(text) == faithful(text).input_ids
+        assert any(ours.encode(text) != theirs(text).input_ids for text in texts), name
+        assert ours.encode("The dog sleeps") == faithful("The dog sleeps").input_ids
+
+
+def test_exception_arguments_of_one_end(made, tmp_path):
+    """Exception 6: one of `add_bos_token` and `add_eos_token` given for a tokenizer.json leaves the other end as it is;
+    transformers 5 takes the bos of the file away when asked for an eos."""
+    directory = write(made["byte level, bos"], {}, tmp_path)
+    assert load(directory, add_eos_token=True).encode("x") == [0, *load(directory).encode("x")[1:], 1]
+    assert transformers_tokenizer(directory, "json", add_eos_token=True)("x").input_ids[0] != 0
+
+
+def test_exception_control_tokens_out_of_text(tmp_path):
+    """Exception 7: SentencePiece never cuts a control token out of text; where text is not to match special tokens,
+    transformers 5 does so with unigram models."""
+    unigram = _sentencepiece(model_type="unigram", vocab_size=350)
+    directory = write(unigram, config(split_special_tokens=True, add_bos_token=False)(0), tmp_path)
+    assert load(directory).encode("x</s>") == sentencepiece_ids(unigram, "x</s>")
+    assert 2 in transformers_tokenizer(directory, "model")("x</s>").input_ids
+
+
+def test_exception_gaps(made, tmp_path):
+    """Exception 8: an added token of a SentencePiece directory has the id that its file states, as the model was
+    trained; transformers 5 gives it the next one."""
+    tokenizer = made["sentencepiece"]
+    directory = write(tokenizer, {"added_tokens.json": {"<tool>": tokenizer.size + 5}}, tmp_path)
+    ours = load(directory)
+    assert ours.encode("<tool>") == [1, tokenizer.size + 5] and ours.vocab_size == tokenizer.size + 6
+    assert transformers_tokenizer(directory, "model").convert_tokens_to_ids("<tool>") == tokenizer.size
+
+
+# ---- what is said, and what is refused -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "said"),
+    [
+        ("byte level", config(add_prefix_space=True), "add_prefix_space is ignored"),
+        ("byte level", config(do_lower_case=True), "do_lower_case is ignored"),
+        ("metaspace", config(tokenizer_class="LlamaTokenizerFast"), "as written"),
+        ("metaspace", config(tokenizer_class="LlamaTokenizer", legacy=False), "`legacy: false` is ignored"),
+        ("sentencepiece", config(do_lower_case=True), "do_lower_case is ignored"),
+        ("sentencepiece", config(add_bos_token=None), "bos is put before"),
+        ("sentencepiece", config(sp_model_kwargs={"enable_sampling": True}), "sp_model_kwargs is ignored"),
+        ("tiktoken", config(add_prefix_space=True), "add_prefix_space is ignored"),
+        ("tiktoken", config(added_tokens_decoder=None), "the known ones are taken"),
+        ("sentencepiece", lambda size: {"added_tokens.json": {"<x>": size + 1}}, "ids of added tokens are"),
+        ("word piece", config(add_prefix_space=False, do_lower_case=True, legacy=True), None),
+        ("byte level", config(add_prefix_space=False, spaces_between_special_tokens=True), None),
+        ("sentencepiece", config(legacy=True), None),
+    ],
+)
+def test_what_differs_or_has_no_effect_is_said_once(made, name, setting, said, tmp_path, known_ranks, caplog):
+    caplog.set_level("INFO", logger="cordee")
+    directory = write(made[name], setting(made[name].size), tmp_path)
+    caplog.clear()
+    load(directory).encode_batch(["x", "y"])
+    messages = [record.getMessage() for record in caplog.records if record.name == "cordee"]
+    assert len(messages) == (said is not None)
+    assert said is None or said in messages[0]
+
+
+@pytest.mark.parametrize("name", ["byte level", "sentencepiece", "tiktoken", "merges"])
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer_config.json", []),
+        ("tokenizer_config.json", {"added_tokens_decoder": ["<x>"]}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"-1": {"content": "<x>"}}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"one": {"content": "<x>"}}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"900": "<x>"}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"900": {"content": 5}}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"900": {"content": "<x>", "lstrip": "no"}}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"900": {"content": "<x>"}, "901": {"content": "<x>"}}}),
+        ("tokenizer_config.json", {"eos_token": 5}),
+        ("tokenizer_config.json", {"eos_token": ["</s>"]}),
+        ("tokenizer_config.json", {"eos_token": {"lstrip": True}}),
+        ("tokenizer_config.json", {"add_bos_token": "yes"}),
+        ("tokenizer_config.json", {"legacy": 3}),
+        ("tokenizer_config.json", {"additional_special_tokens": "<x>"}),
+        ("tokenizer_config.json", {"extra_special_tokens": [7]}),
+        ("added_tokens.json", ["<x>"]),
+        ("added_tokens.json", {"<x>": "900"}),
+        ("added_tokens.json", {"<x>": -1}),
+        ("added_tokens.json", {"<x>": True}),
+        ("added_tokens.json", {"<x>": 900, "<y>": 900}),
+        ("added_tokens.json", {"<x>": 0, "</s>": 1}),
+        ("special_tokens_map.json", ["<x>"]),
+        ("special_tokens_map.json", {"eos_token": 5}),
+        ("config.json", {"eos_token_id": "2"}),
+        ("generation_config.json", {"eos_token_id": [1, None]}),
+    ],
+)
+def test_what_the_files_cannot_say_is_a_problem(made, name, file, content, tmp_path, known_ranks):
+    made_here = made[name]
+    own = {key: value for key, value in made_here.config.items() if key != "added_tokens_decoder"}
+    directory = write(Made(made_here.kind, made_here.files, own, made_here.size), {}, tmp_path)
+    laid = own | content if file == "tokenizer_config.json" and isinstance(content, dict) else content
+    (directory / file).write_text(json.dumps(laid))
+    with pytest.raises(ProblemError):
+        load(directory)
+
+
+# ---- real tokenizers -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("source", "files", "laid", "text", "size", "ids"),
+    [
+        (
+            "llama",
+            {"added_tokens.json": {"<|im_start|>": 32000, "<|im_end|>": 32001}},
+            {"eos_token": "<|im_end|>", "legacy": False},
+            "<|im_start|>user\nhi",
+            32002,
+            [1, 32000, 1792, 13, 2918],
+        ),
+        ("llama", {}, {"legacy": False}, "<s>x </s>b", 32000, [1, 1, 29916, 29871, 2, 29890]),
+        ("llama", {}, {"legacy": True}, "<s>x </s>b", 32000, [1, 1, 921, 29871, 2, 289]),
+        (
+            "llama3",
+            {},
+            {"add_bos_token": True, "add_eos_token": True},
+            "Good day.",
+            128256,
+            [128000, 15571, 1938, 13, 128001],
+        ),
+    ],
+)
+def test_published_ids(shared, tmp_path, source, files, laid, text, size, ids):
+    directory = shared / "data" / "tokenizers" / source
+    shutil.copyfile(directory / "tokenizer.model", tmp_path / "tokenizer.model")
+    own = json.loads((directory / "tokenizer_config.json").read_text()) | laid
+    for name, content in {**files, "tokenizer_config.json": own}.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    ours = load(tmp_path)
+    assert (ours.encode(text), ours.vocab_size) == (ids, size)
+    if files:
+        assert ours.eod == ours.eos == 32001
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("source", "kind", "names"),
+    [
+        ("llama", "model", ["tokenizer.model"]),
+        ("llama", "json", ["tokenizer.json"]),
+        ("mistral", "json", ["tokenizer.json"]),
+        ("llama3", "tiktoken", ["tokenizer.model"]),
+        ("gpt2", "merges", ["vocab.json", "merges.txt"]),
+        ("qwen2", "merges", ["vocab.json", "merges.txt"]),
+    ],
+)
+def test_real_ids_are_those_of_transformers(shared, source, kind, names, tmp_path):
+    directory = shared / "data" / "tokenizers" / source
+    files = {name: (directory / name).read_bytes() for name in names}
+    own = json.loads((directory / "tokenizer_config.json").read_text())
+    size = load(write(Made(kind, files, own, 0), {}, tmp_path / "own")).vocab_size
+    for seed in (3, 5):
+        assert_law(source, Made(kind, files, own, size), at_random(seed), texts_of(ADDED, seed), tmp_path / str(seed))

@@ -165,6 +165,7 @@ def from_transformers(directory: Path, arguments: Arguments) -> HFTokenizer:
     if not tokenizer.is_fast:
         why = f"its {type(tokenizer).__name__} has no fast form"
         raise ProblemError([Problem("--tokenizer-name-or-path", directory, why, "save it with a tokenizer.json")])
+    _raise_contradictions(tokenizer.backend_tokenizer, special)
     # Class defaults count too: what transformers calls the bos token is one even if no file says so.
     found = {name: getattr(tokenizer, name) for name in NAMES if getattr(tokenizer, name) is not None}
     complete = dataclasses.replace(special, named=found | dict(special.named))
@@ -182,10 +183,14 @@ def _add_tokens(backend: tokenizers.Tokenizer, special: SpecialTokens) -> None:
     known |= {token.content for token in stated}
     tokens = [*stated, *(token for token in special.tokens() if token.content not in known)]
     backend.add_tokens([library_token(token) for token in tokens if token.content])
+    _raise_contradictions(backend, special)
+
+
+def _raise_contradictions(backend: tokenizers.Tokenizer, special: SpecialTokens) -> None:
     got = {token: backend.token_to_id(token.content) for token in special.stated}
-    why = "in tokenizer.json its id is {}; new tokens get the ids behind the vocabulary in their order"
+    why = "in the vocabulary its id is {}; new tokens get the ids behind it in their order"
     raise_all(
-        Problem("added tokens", f"{token.content} = {token.id}", why.format(i), "correct the id, or that file")
+        Problem("added tokens", f"{token.content} = {token.id}", why.format(i), "correct the id, or the vocabulary")
         for token, i in got.items()
         if i != token.id
     )

@@ -23,6 +23,7 @@ NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 FLAGS = ("add_bos_token", "add_eos_token")
 EXTRA = ("extra_special_tokens", "additional_special_tokens")
 SWITCHES = ("legacy", "add_prefix_space", "split_special_tokens", "clean_up_tokenization_spaces", "do_lower_case")
+IGNORED = ("sp_model_kwargs", "fix_mistral_regex")
 MATCHING = ("lstrip", "rstrip", "single_word", "normalized")
 # What of a model directory belongs to the tokenizer and travels with it.
 FILES = (
@@ -59,9 +60,10 @@ class SpecialTokens:
 
     `named` are the tokens by their role, `ids` the ids that the model's files give where no token is named, `stated`
     the tokens whose ids the files state, in the order of those (`in_config`: tokenizer_config.json states them, and so
-    how they are matched), `roles` how the named ones are matched, `extra` further special tokens (`lists_extra`: a file has
-    a list of them, be it empty), `absent` the roles that the config says no token has, `flags` whether bos and eos go around a text and `switches` the other settings that change ids (absent: not said), `notes` what of
-    the files `transformers` reads otherwise, `said` the arguments themselves.
+    how they are matched), `roles` how the named ones are matched, `extra` further special tokens (`lists_extra`: a file
+    has a list of them, be it empty), `absent` the roles that the config says no token has, `flags` whether bos and eos
+    go around a text and `switches` the other settings that change ids (absent: not said), `notes` what of the files
+    is ignored or read otherwise than `transformers` does, `said` the arguments themselves.
     """
 
     named: Mapping[str, str] = field(default_factory=dict)
@@ -132,6 +134,8 @@ def read_special_tokens(directory: Path, arguments: Arguments) -> SpecialTokens:
     flags, switches = reader.booleans(config, FLAGS), reader.booleans(config, SWITCHES)
     ids = reader.role_ids(model)
     reader.distinct(stated)
+    ignored = [name for name in IGNORED if config.get(name)]
+    notes += [f"{name} is ignored: it makes other ids of the same text" for name in ignored]
     raise_all(reader.problems)
     named = {token.content for token in roles.values()}
     known_special = named | {token.content for token in extra}

@@ -70,11 +70,11 @@ class SentencePieceTokenizer(Tokenizer):
         self.bos, self.eos = roles.bos, roles.eos
         self._roles = roles
         self._model = model
-        self._bare = _model_of(model.serialized_model_proto() + _NO_PREFIX)
         self._matched = dict(matched or {})
         self._matcher = Matcher(self._matched, split_special)
-        self._first = self._bare if prefix == "never" else model
-        self._later = model if prefix == "always" else self._bare
+        bare = model if prefix == "always" else _model_of(model.serialized_model_proto() + _NO_PREFIX)
+        self._first = bare if prefix == "never" else model
+        self._later = bare
         self._before = [self.bos] if add_bos and self.bos is not None else []
         self._after = [self.eos] if add_eos and self.eos is not None else []
         self._directory = directory
@@ -126,8 +126,11 @@ class SentencePieceTokenizer(Tokenizer):
     def _decode(self, run: list[int], before: list[str]) -> str:
         """The text of ids without added tokens, behind the text `before`: SentencePiece takes the space that it puts
         before a text away again, `transformers` only at the beginning of the whole text."""
-        whole = self._directory is not None and (before or self._first is self._bare)
-        return (self._bare if whole else self._model).decode(run)
+        text = self._first.decode(run)
+        if self._directory is None or not before or not run:
+            return text
+        taken = self._first.id_to_piece(run[0]).startswith(SPACE) and self._first.decode_pieces([SPACE + "a"]) == "a"
+        return " " + text if taken else text
 
     def vocabulary(self) -> dict[int, str]:
         model = self._model
@@ -201,14 +204,14 @@ def sentencepiece(path: Path) -> SentencePieceTokenizer:
 
 def from_directory(directory: Path, arguments: Arguments) -> SentencePieceTokenizer:
     """The tokenizer of a Hugging Face directory with a SentencePiece `tokenizer.model`: added tokens stand for
-    themselves inside a text; bos and eos go around it as `tokenizer_config.json` says (Llama-class tokenizers add bos if
-    nothing is said)."""
+    themselves inside a text; bos and eos go around it as `tokenizer_config.json` says (Llama-class tokenizers add bos
+    if nothing is said)."""
     special = read_special_tokens(directory, arguments)
     model = read_model(directory / "tokenizer.model", "--tokenizer-name-or-path")
     own = _own_roles(model)
     _raise_contradictions(model, special)
-    report_deviations(directory, special, _deviations(model, special))
     matched = _with_ids(model, [*special.tokens(), *_control_tokens(model, special)])
+    report_deviations(directory, special, _deviations(model, special, matched))
     ids = {token.content: i for i, token in matched.items()}
     bos, eos = special.id("bos", ids), special.id("eos", ids)
     roles = Roles(
@@ -266,7 +269,9 @@ def _raise_contradictions(model: SentencePieceProcessor, special: SpecialTokens)
     )
 
 
-def _deviations(model: SentencePieceProcessor, special: SpecialTokens) -> Iterator[str]:
+def _deviations(
+    model: SentencePieceProcessor, special: SpecialTokens, matched: Mapping[int, AddedToken]
+) -> Iterator[str]:
     """Where ids are not those of `transformers` 5, and why."""
     if "add_bos_token" not in special.flags:
         yield "bos is put before a text, as LlamaTokenizer documents; transformers 5 needs add_bos_token for it"
@@ -274,6 +279,12 @@ def _deviations(model: SentencePieceProcessor, special: SpecialTokens) -> Iterat
         yield "text is cut by SentencePiece; LlamaTokenizer of transformers 5 cuts runs of spaces otherwise"
         if "legacy" not in special.switches:
             yield "without `legacy`, text behind a special token begins with a space; with `legacy: false` it does not"
+    elif not special.switches.get("legacy", True):
+        yield "a space is put before a text that begins with one too; transformers 5 does not with `legacy: false`"
+    if special.switches.get("split_special_tokens") or {model.bos_id(), model.eos_id()} - {-1, *matched}:
+        yield "text never becomes a control token that it is not to match; with some models transformers 5 lets it"
+    if model.normalize("x\uff21").lower().endswith("xa"):  # the full-width letter
+        yield "SentencePiece normalizes the text; transformers 5 treats line ends otherwise"
     behind = [token.id for token in special.stated if token.id is not None and token.id >= model.vocab_size()]
     if behind != list(range(model.vocab_size(), model.vocab_size() + len(behind))):
         yield "the ids of added tokens are those of its files; transformers 5 closes the gaps between them"

@@ -187,7 +187,7 @@ def from_directory(directory: Path, path: Path, arguments: Arguments) -> TikToke
     said = read_special_tokens(directory, arguments)
     ranks = read_ranks(path, "--tokenizer-name-or-path")
     kind = _kind(ranks, path, "--tokenizer-name-or-path")
-    special = _with_ids(ranks, kind, said)
+    special = _with_ids(ranks, kind, said, path)
     report_deviations(directory, said, _deviations(kind, said))
     ids = {token.content: i for i, token in special.items()}
     bos, eos = said.id("bos", ids), said.id("eos", ids)
@@ -207,16 +207,18 @@ def from_directory(directory: Path, path: Path, arguments: Arguments) -> TikToke
     )
 
 
-def _with_ids(ranks: Mapping[bytes, int], kind: _Kind, said: SpecialTokens) -> dict[int, AddedToken]:
+def _with_ids(ranks: Mapping[bytes, int], kind: _Kind, said: SpecialTokens, path: Path) -> dict[int, AddedToken]:
     """The added tokens by id. As in `transformers`, those of the files are all special, ids that are left out get
     tokens that nothing is written like, and further tokens come before those with a role."""
     letters = _byte_letters()
     words = {i: "".join(letters[byte] for byte in token) for token, i in ranks.items()}
     own = {word: i for i, word in words.items()}
+    why = f"{path.name} has another token with this id, or this token with another id"
     raise_all(
-        Problem("added tokens", f"{token.content} = {token.id}", f"this id has {words[token.id]!r}", "correct the id")
+        Problem("added tokens", f"{token.content} = {token.id}", why, "correct the id")
         for token in said.stated
-        if token.id in words and words[token.id] != token.content
+        if token.id is not None
+        and (words.get(token.id, token.content) != token.content or own.get(token.content, token.id) != token.id)
     )
     special = {token.id: replace(token, special=True) for token in said.stated if token.id is not None}
     if not special:
