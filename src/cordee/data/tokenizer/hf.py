@@ -2,8 +2,8 @@
 
 Owns how such files become a tokenizer, and `transformers`' conversion of formats that nothing here reads. A
 `tokenizer.json` is taken as it is written. (transformers 5 builds Llama-class tokenizers anew from its vocabulary
-instead, which for text that begins with spaces, or has characters outside the vocabulary, gives other ids than the
-file and than SentencePiece do.)
+instead, which for text that begins with spaces, has characters outside the vocabulary, or follows a special token
+(`legacy: false`), gives other ids than the file and than SentencePiece do: docs/tokenizers.md.)
 """
 
 from __future__ import annotations

@@ -33,6 +33,9 @@ class Matcher:
         matched = [token.content for token in tokens.values() if not (split_special and token.special)]
         # Most texts have no added token: one search tells. The longest first is what a token hides behind.
         self._any = re.compile("|".join(map(re.escape, sorted(matched, key=len, reverse=True)))) if matched else None
+        # Without flags the longest token at a place is what the library finds too, and the search is faster.
+        flagged = any(getattr(token, name) for token in tokens.values() for name in MATCHING)
+        self._by_content = None if flagged else {token.content: i for i, token in tokens.items()}
         self._library = self._build()
 
     def _build(self) -> tokenizers.Tokenizer:
@@ -50,15 +53,25 @@ class Matcher:
             if text:
                 yield text
             return
-        found = self._library.encode(text, add_special_tokens=False)
         end = 0
-        for i, (start, stop) in zip(found.ids, found.offsets, strict=True):
+        for i, start, stop in self._found(text):
             if start > end:
                 yield text[end:start]
-            yield self._ids[i]
+            yield i
             end = stop
         if end < len(text):
             yield text[end:]
+
+    def _found(self, text: str) -> Iterator[tuple[int, int, int]]:
+        """The id of every token in the text, where it begins and where it ends with the spaces that it takes."""
+        if self._by_content is not None:
+            assert self._any is not None
+            for match in self._any.finditer(text):
+                yield self._by_content[match.group()], match.start(), match.end()
+            return
+        found = self._library.encode(text, add_special_tokens=False)
+        for i, (start, stop) in zip(found.ids, found.offsets, strict=True):
+            yield self._ids[i], start, stop
 
     def __reduce__(self) -> tuple[type[Matcher], tuple[Mapping[int, AddedToken], bool]]:
         return type(self), (self._tokens, self._split_special)
