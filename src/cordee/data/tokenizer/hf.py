@@ -2,26 +2,36 @@
 
 Owns how such files become a tokenizer, and `transformers`' conversion of formats that nothing here reads. A
 `tokenizer.json` is taken as it is written. (transformers 5 builds Llama-class tokenizers anew from its vocabulary
-instead, which for text that begins with spaces, or has characters outside the vocabulary, gives other ids than the
-file and than SentencePiece do.)
+instead, which for text that begins with spaces, has characters outside the vocabulary, or follows a special token
+(`legacy: false`), gives other ids than the file and than SentencePiece do: docs/tokenizers.md.)
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cordee.data.tokenizer.base import Tokenizer
-from cordee.data.tokenizer.special import FLAGS, NAMES, Arguments, SpecialTokens, copy_files, read_special_tokens
-from cordee.errors import Problem, ProblemError
+from cordee.data.tokenizer.matching import library_token
+from cordee.data.tokenizer.special import (
+    FLAGS,
+    NAMES,
+    Arguments,
+    SpecialTokens,
+    read_special_tokens,
+    report_deviations,
+    save_directory,
+)
+from cordee.errors import Problem, ProblemError, raise_all
 
 if TYPE_CHECKING:
     import tokenizers
 
 END_OF_TEXT = "<|endoftext|>"
+SPACE, BYTE_SPACE = "\u2581", "\u0120"  # how SentencePiece and byte-level BPE write a space
 
 
 class HFTokenizer(Tokenizer):
@@ -37,6 +47,7 @@ class HFTokenizer(Tokenizer):
         # A file may carry the truncation and padding of some earlier use; here they would lose or invent tokens.
         backend.no_truncation()
         backend.no_padding()
+        backend.encode_special_tokens = special.switches.get("split_special_tokens", False)
         self.type = type
         self._backend = backend
         self._special = special
@@ -46,6 +57,9 @@ class HFTokenizer(Tokenizer):
         self.bos = special.id("bos", ids)
         self.eos = special.id("eos", ids)
         self._pad = special.id("pad", ids)
+        # It would take spaces of the text away from what BPE gives back exactly, so there it has no effect.
+        cleans_up = special.switches.get("clean_up_tokenization_spaces", False)
+        self._cleans_up = cleans_up and backend.model.__class__.__name__ != "BPE"
         if special.said.keys() & set(FLAGS):
             self._put_around()
 
@@ -62,7 +76,8 @@ class HFTokenizer(Tokenizer):
         if skip_special_tokens:
             # A vocabulary file does not always mark them as special.
             ids = (i for i in ids if i not in (self.bos, self.eos, self._pad))
-        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        text = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return _clean_up(text) if self._cleans_up else text
 
     def vocabulary(self) -> dict[int, str]:
         return {i: token for token, i in self._backend.get_vocab(with_added_tokens=True).items()}
@@ -70,7 +85,10 @@ class HFTokenizer(Tokenizer):
     def save(self, directory: str | Path) -> None:
         target = Path(directory)
         if self._directory is not None:
-            copy_files(self._directory, target, self._special.said)
+            save_directory(self._directory, target, self._special.said)
+            if (target / "tokenizer.json").is_file() and self._special.said.keys() & set(FLAGS):
+                # What goes around a text stands in this file, whatever the config says.
+                self._backend.save(str(target / "tokenizer.json"))
             return
         target.mkdir(parents=True, exist_ok=True)
         self._backend.save(str(target / "tokenizer.json"))
@@ -107,7 +125,8 @@ def from_tokenizer_json(directory: Path, arguments: Arguments) -> HFTokenizer:
     except Exception as error:  # the library raises plain `Exception` for every damage
         raise ProblemError([Problem("tokenizer", path, f"it cannot be read: {error}", "copy it again")]) from error
     special = read_special_tokens(directory, arguments)
-    _add_missing(backend, special)
+    _add_tokens(backend, special)
+    report_deviations(directory, special, _deviations(backend, special))
     return HFTokenizer(backend, special, directory=directory)
 
 
@@ -136,7 +155,9 @@ def from_transformers(directory: Path, arguments: Arguments) -> HFTokenizer:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(directory), trust_remote_code=False, local_files_only=True, **arguments
+        )
     except Exception as error:  # what it raises hangs on the format
         why = f"there is no tokenizer that can be read: {error}"
         fix = "give a directory with tokenizer.json, tokenizer.model, or vocab.json and merges.txt"
@@ -144,21 +165,67 @@ def from_transformers(directory: Path, arguments: Arguments) -> HFTokenizer:
     if not tokenizer.is_fast:
         why = f"its {type(tokenizer).__name__} has no fast form"
         raise ProblemError([Problem("--tokenizer-name-or-path", directory, why, "save it with a tokenizer.json")])
+    _raise_contradictions(tokenizer.backend_tokenizer, special)
     # Class defaults count too: what transformers calls the bos token is one even if no file says so.
     found = {name: getattr(tokenizer, name) for name in NAMES if getattr(tokenizer, name) is not None}
     complete = dataclasses.replace(special, named=found | dict(special.named))
     return HFTokenizer(tokenizer.backend_tokenizer, complete, directory=directory)
 
 
-def _add_missing(backend: tokenizers.Tokenizer, special: SpecialTokens) -> None:
-    """Special tokens of the config that the file does not match in text as such; those that the vocabulary lacks get
-    the next ids, in the order of the config."""
-    from tokenizers import AddedToken
+def _add_tokens(backend: tokenizers.Tokenizer, special: SpecialTokens) -> None:
+    """Make text match the tokens of the directory; those that the vocabulary lacks get the next ids. How a token is
+    matched is said by the config, else by the file, else by its role.
 
-    details = {token["content"]: token for token in special.added.values()}
-    matched = {token.content for token in backend.get_added_tokens_decoder().values()}
-    for content in special.all_tokens():
-        if content not in matched:
-            told = details.get(content, {})
-            matching = {key: bool(told.get(key, False)) for key in ("lstrip", "rstrip", "single_word", "normalized")}
-            backend.add_tokens([AddedToken(content, special=bool(told.get("special", True)), **matching)])
+    Raises `ProblemError` if the vocabulary has another id for a token than its neighbours state.
+    """
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    stated = [token for token in special.stated if special.in_config or token.content not in known]
+    known |= {token.content for token in stated}
+    tokens = [*stated, *(token for token in special.tokens() if token.content not in known)]
+    backend.add_tokens([library_token(token) for token in tokens if token.content])
+    _raise_contradictions(backend, special)
+
+
+def _raise_contradictions(backend: tokenizers.Tokenizer, special: SpecialTokens) -> None:
+    got = {token: backend.token_to_id(token.content) for token in special.stated}
+    why = "in the vocabulary its id is {}; new tokens get the ids behind it in their order"
+    raise_all(
+        Problem("added tokens", f"{token.content} = {token.id}", why.format(i), "correct the id, or the vocabulary")
+        for token, i in got.items()
+        if i != token.id
+    )
+
+
+def _deviations(backend: tokenizers.Tokenizer, special: SpecialTokens) -> Iterator[str]:
+    """Where ids are not those of `transformers` 5, and which settings have no effect beside a `tokenizer.json`."""
+
+    def plain(text: str) -> list[str]:
+        return backend.encode(text, add_special_tokens=False).tokens
+
+    spaced = any(token.startswith((SPACE, BYTE_SPACE)) for token in plain("x")[:1])
+    if special.tokenizer_class == "LlamaTokenizer" and spaced:
+        yield "tokenizer.json is read as written; LlamaTokenizer of transformers 5 cuts spaces before a text otherwise"
+        if not special.switches.get("legacy", True) and plain("x")[:1] == _behind_special(backend, plain):
+            yield "`legacy: false` is ignored: by tokenizer.json, text behind a special token begins with a space"
+    if special.switches.get("add_prefix_space", spaced) != spaced:
+        yield "add_prefix_space is ignored: tokenizer.json says how text begins"
+    if special.switches.get("do_lower_case") and plain("X") != plain("x"):
+        yield "do_lower_case is ignored: tokenizer.json says how text is normalized"
+    if special.said.keys() & set(FLAGS):
+        yield "of add_bos_token and add_eos_token, the one that is not given stays as in tokenizer.json"
+
+
+def _behind_special(backend: tokenizers.Tokenizer, plain: Callable[[str], list[str]]) -> list[str] | None:
+    """How "x" is cut behind a special token."""
+    special = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
+    return plain(special[0] + "x")[1:2] if special else None
+
+
+def _clean_up(text: str) -> str:
+    """What WordPiece puts a space before belongs to the word before it, in English."""
+    for mark in (" .", " ?", " !", " ,"):
+        text = text.replace(mark, mark[1:])
+    text = text.replace(" ' ", "'")
+    for ending in (" n't", " 'm", " 's", " 've", " 're"):
+        text = text.replace(ending, ending[1:])
+    return text

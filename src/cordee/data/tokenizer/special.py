@@ -1,23 +1,30 @@
-"""Special tokens of a Hugging Face tokenizer directory: which there are, and what the user puts in their place.
+"""What a Hugging Face tokenizer directory says beside its vocabulary, and what the user puts in its place.
 
-Owns the reading of `tokenizer_config.json` and its neighbours. Knows nothing of how text is cut.
+Owns the reading of `tokenizer_config.json` and its neighbours, in the order of precedence that `transformers` 5 has:
+one description that every kind of tokenizer obeys. Knows nothing of how text is cut.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from cordee import files
 from cordee.errors import Problem, ProblemError, raise_all
+from cordee.log import logger
 
 Arguments = Mapping[str, str | int | bool]  # of --tokenizer-kwargs
 
-NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
+# In the order in which transformers gives ids to those that the vocabulary lacks.
+NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 FLAGS = ("add_bos_token", "add_eos_token")
+EXTRA = ("extra_special_tokens", "additional_special_tokens")
+SWITCHES = ("legacy", "add_prefix_space", "split_special_tokens", "clean_up_tokenization_spaces", "do_lower_case")
+IGNORED = ("sp_model_kwargs", "fix_mistral_regex")
+MATCHING = ("lstrip", "rstrip", "single_word", "normalized")
 # What of a model directory belongs to the tokenizer and travels with it.
 FILES = (
     "tokenizer.json",
@@ -34,18 +41,43 @@ FILES = (
 
 
 @dataclass(frozen=True)
+class AddedToken:
+    """A token that text may contain as it stands. `id` is None if no file states it; the flags say how it is matched
+    and whether it is left out of decoded text, as in the `tokenizers` library."""
+
+    content: str
+    id: int | None = None
+    special: bool = True
+    normalized: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+
+
+@dataclass(frozen=True)
 class SpecialTokens:
     """What the files of a directory say, with the user's arguments laid over it.
 
-    `named` are the tokens by their role, `ids` the ids that the model's files give where no token is named, `added`
-    the tokens with fixed ids outside the vocabulary file, `flags` whether bos and eos go around a text (None: not
-    said), `said` the arguments themselves.
+    `named` are the tokens by their role, `ids` the ids that the model's files give where no token is named, `stated`
+    the tokens whose ids the files state, in the order of those (`in_config`: tokenizer_config.json states them, and so
+    how they are matched), `roles` how the named ones are matched, `extra` further special tokens (`lists_extra`: a file
+    has a list of them, be it empty), `absent` the roles that the config says no token has, `flags` whether bos and eos
+    go around a text and `switches` the other settings that change ids (absent: not said), `notes` what of the files
+    is ignored or read otherwise than `transformers` does, `said` the arguments themselves.
     """
 
     named: Mapping[str, str] = field(default_factory=dict)
     ids: Mapping[str, int] = field(default_factory=dict)
-    added: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    stated: tuple[AddedToken, ...] = ()
+    in_config: bool = False
+    roles: tuple[AddedToken, ...] = ()
+    extra: tuple[AddedToken, ...] = ()
+    lists_extra: bool = False
+    absent: frozenset[str] = frozenset()
     flags: Mapping[str, bool] = field(default_factory=dict)
+    switches: Mapping[str, bool] = field(default_factory=dict)
+    tokenizer_class: str = ""
+    notes: tuple[str, ...] = ()
     said: Arguments = field(default_factory=dict)
 
     def id(self, role: str, vocabulary: Mapping[str, int]) -> int | None:
@@ -55,29 +87,193 @@ class SpecialTokens:
             return self.ids.get(f"{role}_token_id")
         return vocabulary.get(token)
 
+    def tokens(self) -> list[AddedToken]:
+        """Every token that text may contain as it stands, in the order in which new ids are given."""
+        return unique([*self.stated, *self.roles, *self.extra])
+
     def all_tokens(self) -> list[str]:
-        """Every special token that text may contain, those with fixed ids first and in their order."""
-        fixed = [str(self.added[i]["content"]) for i in sorted(self.added)]
-        return list(dict.fromkeys([*fixed, *(self.named[name] for name in NAMES if name in self.named)]))
+        """How the tokens of `tokens` are written."""
+        return [token.content for token in self.tokens()]
+
+
+def unique(tokens: Iterable[AddedToken]) -> list[AddedToken]:
+    """The first token of each content, in their order."""
+    found: dict[str, AddedToken] = {}
+    for token in tokens:
+        found.setdefault(token.content, token)
+    return list(found.values())
 
 
 def read_special_tokens(directory: Path, arguments: Arguments) -> SpecialTokens:
-    """Raises `ProblemError` for arguments that are unknown or files that are no JSON."""
+    """Raises `ProblemError` for arguments that are unknown and for files that do not say what such files say."""
     raise_unknown(arguments)
-    named_by_user = {name: str(arguments[name]) for name in NAMES if name in arguments}
     config = read_json(directory / "tokenizer_config.json")
-    older = read_json(directory / "special_tokens_map.json")
     model = {**read_json(directory / "config.json"), **read_json(directory / "generation_config.json")}
-    named = {name: _content(config.get(name, older.get(name))) for name in NAMES} | named_by_user
-    ids = {name: _first(model.get(name)) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    flags = {name: bool(config[name]) for name in FLAGS if isinstance(config.get(name), bool)}
+    reader = _Reader()
+    notes = []
+    in_config = config.get("added_tokens_decoder") is not None
+    if in_config:
+        stated = reader.decoder(config["added_tokens_decoder"])
+        missing = read_json(directory / "added_tokens.json").keys() - {token.content for token in stated}
+        if missing:
+            notes.append(f"added_tokens.json is not read beside added_tokens_decoder, which lacks {sorted(missing)}")
+    else:  # the files of older versions; a token's entry there is the newer one
+        older = read_json(directory / "special_tokens_map.json")
+        if config.get("extra_special_tokens", config.get("additional_special_tokens")) is not None:
+            older = {key: value for key, value in older.items() if not key.endswith("_special_tokens")}
+        if older.get("additional_special_tokens"):
+            notes.append("transformers 5 loses some of the additional_special_tokens of special_tokens_map.json")
+        config |= older
+        stated = reader.encoder(read_json(directory / "added_tokens.json"))
+    config |= arguments
+    roles = reader.roles(config)
+    extra = reader.extra(config)
+    further = config.get("extra_special_tokens")
+    if isinstance(further, dict):  # tokens with roles of their own
+        roles |= reader.roles(further, every=True)
+    flags, switches = reader.booleans(config, FLAGS), reader.booleans(config, SWITCHES)
+    ids = reader.role_ids(model)
+    reader.distinct(stated)
+    ignored = [name for name in IGNORED if config.get(name)]
+    notes += [f"{name} is ignored: it makes other ids of the same text" for name in ignored]
+    raise_all(reader.problems)
+    named = {token.content for token in roles.values()}
+    known_special = named | {token.content for token in extra}
     return SpecialTokens(
-        named={name: token for name, token in named.items() if token is not None},
-        ids={name: i for name, i in ids.items() if i is not None},
-        added={int(i): token for i, token in config.get("added_tokens_decoder", {}).items()},
-        flags=flags | {name: bool(arguments[name]) for name in FLAGS if name in arguments},
+        named={name: token.content for name, token in roles.items()},
+        ids=ids,
+        stated=tuple(
+            replace(token, special=token.special or token.content in named)
+            if in_config
+            else replace(token, special=token.content in known_special, normalized=token.content not in known_special)
+            for token in sorted(stated, key=lambda token: token.id or 0)
+        ),
+        in_config=in_config,
+        roles=tuple(replace(token, special=True) for token in unique(roles.values())),
+        extra=tuple(replace(token, special=token.special or token.content in named) for token in extra),
+        lists_extra=any(isinstance(config.get(key, {}), list | None) for key in EXTRA),
+        absent=frozenset(name for name in NAMES if name in config and config[name] is None),
+        flags=flags,
+        switches=switches,
+        tokenizer_class=str(config.get("tokenizer_class") or "").removesuffix("Fast"),
+        notes=tuple(notes),
         said=dict(arguments),
     )
+
+
+class _Reader:
+    """Turns the values of the files into tokens and collects what is wrong with them."""
+
+    def __init__(self) -> None:
+        self.problems: list[Problem] = []
+
+    def wrong(self, key: str, value: object, why: str) -> None:
+        text = json.dumps(value, ensure_ascii=False)
+        shown = text if len(text) <= 80 else text[:77] + "..."
+        self.problems.append(Problem(key, shown, why, "correct the tokenizer's files, or copy them again"))
+
+    def token(self, key: str, value: Any, special: bool, id: int | None = None) -> AddedToken | None:
+        """A token is written as text, or as an object with its text and how it is matched."""
+        if isinstance(value, str):
+            return AddedToken(value, id, special, normalized=not special)
+        if not isinstance(value, dict) or not isinstance(value.get("content"), str):
+            self.wrong(key, value, "it is neither text nor an object with a content that is text")
+            return None
+        flags = {name: value[name] for name in (*MATCHING, "special") if value.get(name) is not None}
+        if not all(isinstance(flag, bool) for flag in flags.values()):
+            self.wrong(key, value, f"{', '.join(flags)} are true or false")
+            return None
+        flags.setdefault("special", special)
+        flags.setdefault("normalized", not flags["special"])
+        return AddedToken(value["content"], id, **flags)
+
+    def decoder(self, value: Any) -> list[AddedToken]:
+        """`added_tokens_decoder`: tokens by id."""
+        key = "added_tokens_decoder"
+        if not isinstance(value, dict):
+            self.wrong(key, value, "it is no object of tokens by id")
+            return []
+        found = []
+        for i, token in value.items():
+            if not (i.isascii() and i.isdigit()):
+                self.wrong(key, i, "it is no id")
+            elif not isinstance(token, dict):
+                self.wrong(key, token, "it is no object with a content that is text")
+            else:
+                found.append(self.token(key, token, False, int(i)))
+        return [token for token in found if token is not None]
+
+    def encoder(self, value: Mapping[str, Any]) -> list[AddedToken]:
+        """`added_tokens.json`: ids by token."""
+        for token, i in value.items():
+            if not _is_id(i):
+                self.wrong("added_tokens.json", {token: i}, "it is no id")
+        return [AddedToken(token, i) for token, i in value.items() if _is_id(i)]
+
+    def roles(self, config: Mapping[str, Any], every: bool = False) -> dict[str, AddedToken]:
+        """The named tokens by role; a config may have roles of its own, such as `image_token`."""
+        named = [name for name in NAMES if name in config and not every]
+        named += [
+            key
+            for key, value in config.items()
+            if key not in named and (every or (key.endswith("_token") and (isinstance(value, str) or _is_token(value))))
+        ]
+        tokens = {
+            name: self.token(name, config[name], not _is_token(config[name]))
+            for name in named
+            if config[name] not in (None, "")
+        }
+        return {name: token for name, token in tokens.items() if token is not None and token.content}
+
+    def extra(self, config: Mapping[str, Any]) -> list[AddedToken]:
+        """`extra_special_tokens`, which older versions call `additional_special_tokens`."""
+        key = "extra_special_tokens" if config.get("extra_special_tokens") else "additional_special_tokens"
+        value = config.get(key)
+        if value is None or (isinstance(value, dict) and key == "extra_special_tokens"):
+            return []
+        if not isinstance(value, list):
+            self.wrong(key, value, "it is no list of tokens")
+            return []
+        tokens = [self.token(key, token, not _is_token(token)) for token in value]
+        return unique(token for token in tokens if token is not None and token.content)
+
+    def booleans(self, config: Mapping[str, Any], names: Iterable[str]) -> dict[str, bool]:
+        given = {name: config[name] for name in names if config.get(name) is not None}
+        for name, value in given.items():
+            if not isinstance(value, bool):
+                self.wrong(name, value, "it is neither true nor false")
+        return given
+
+    def role_ids(self, model: Mapping[str, Any]) -> dict[str, int]:
+        """Ids that the model's own files give to roles, the first where there are several; a negative one is none."""
+        found = {}
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = model.get(name)
+            several = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(isinstance(i, int) and not isinstance(i, bool) for i in several):
+                self.wrong(name, value, "it is neither an id nor a list of ids")
+            elif several and several[0] >= 0:
+                found[name] = several[0]
+        return found
+
+    def distinct(self, tokens: Iterable[AddedToken]) -> None:
+        """One id has one token, and one token one id."""
+        by_id: dict[int | None, str] = {}
+        by_content: dict[str, int | None] = {}
+        for token in tokens:
+            if by_id.setdefault(token.id, token.content) != token.content:
+                self.wrong("added tokens", {token.content: token.id}, f"{by_id[token.id]!r} has this id too")
+            if by_content.setdefault(token.content, token.id) != token.id:
+                self.wrong("added tokens", {token.content: token.id}, f"it also has the id {by_content[token.content]}")
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_token(value: Any) -> bool:
+    """Whether an object of the config is a token written out in full (by transformers 4 and later)."""
+    return isinstance(value, dict) and value.get("__type") == "AddedToken"
 
 
 def raise_unknown(arguments: Arguments) -> None:
@@ -92,18 +288,25 @@ def raise_unknown(arguments: Arguments) -> None:
         for name in FLAGS
         if not isinstance(arguments.get(name, True), bool)
     ]
+    problems += [
+        Problem("--tokenizer-kwargs", f"{name} {arguments[name]}", "it is no token", "write the token")
+        for name in NAMES
+        if not isinstance(arguments.get(name, ""), str)
+    ]
     raise_all(problems)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, {} if there is no such file."""
+    """The object in a JSON file, {} if there is no such file. Raises `ProblemError` if the file holds anything else."""
     if not path.is_file():
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ProblemError([Problem("tokenizer", path, f"it is not JSON: {error}", "copy it again")]) from error
-    return value if isinstance(value, dict) else {}
+    if not isinstance(value, dict):
+        raise ProblemError([Problem("tokenizer", path, "it is no JSON object", "copy it again")])
+    return value
 
 
 def copy_files(source: Path, target: Path, said: Arguments) -> None:
@@ -116,11 +319,17 @@ def copy_files(source: Path, target: Path, said: Arguments) -> None:
         files.write_durably(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
-def _content(token: Any) -> str | None:
-    """A token is written as text, or as an object with its text and how it is matched."""
-    return token.get("content") if isinstance(token, dict) else token
+def save_directory(source: Path, target: Path, said: Arguments) -> None:
+    """Copy the tokenizer's files so that the copy says what the user's arguments said."""
+    copy_files(source, target, said)
+    older = target / "special_tokens_map.json"
+    named = {name: said[name] for name in NAMES if name in said}
+    if named and older.is_file():  # without added_tokens_decoder this file comes before the config
+        content = read_json(older) | named
+        files.write_durably(older, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def _first(ids: Any) -> int | None:
-    """Some models have several ids in one role."""
-    return (ids[0] if ids else None) if isinstance(ids, list) else ids
+def report_deviations(directory: Path, special: SpecialTokens, deviations: Iterable[str]) -> None:
+    """Say once where the ids of a directory's tokenizer are not those of `transformers` 5, and why."""
+    if deviations := [*special.notes, *deviations]:
+        logger.info("tokenizer %s, where it differs from transformers 5: %s", directory, "; ".join(deviations))

@@ -7,18 +7,31 @@ differ in which special tokens exist and which of them text may contain.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from cordee.data.tokenizer.base import Tokenizer
-from cordee.data.tokenizer.special import NAMES, Arguments, copy_files, read_special_tokens
-from cordee.errors import Problem, ProblemError
+from cordee.data.tokenizer.matching import Matcher
+from cordee.data.tokenizer.special import (
+    AddedToken,
+    Arguments,
+    SpecialTokens,
+    read_special_tokens,
+    report_deviations,
+    save_directory,
+    unique,
+)
+from cordee.errors import Problem, ProblemError, raise_all
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
+
+SPACE = "\u2581"  # how SentencePiece writes a space
+# In protobuf a later value takes the place of an earlier one: the model again, with normalizer_spec (field 3) having
+# add_dummy_prefix (field 3) false.
+_NO_PREFIX = b"\x1a\x02\x18\x00"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +45,11 @@ class Roles:
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model with special tokens laid over it.
+    """A SentencePiece model with added tokens laid over it.
 
-    `matched` are the special tokens, by text, that stand for themselves inside a text; the pieces between them are
-    encoded each on its own. `added` are tokens behind the model's own.
+    `matched` are the tokens, by id, that stand for themselves inside a text; the pieces between them are encoded each
+    on its own. SentencePiece puts a space before a text: before every piece (`prefix` "always"), only before a text
+    that does not begin with such a token ("first"), or never.
     """
 
     def __init__(
@@ -44,8 +58,9 @@ class SentencePieceTokenizer(Tokenizer):
         model: SentencePieceProcessor,
         roles: Roles,
         *,
-        matched: Mapping[str, int] | None = None,
-        added: Mapping[int, str] | None = None,
+        matched: Mapping[int, AddedToken] | None = None,
+        prefix: Literal["always", "first", "never"] = "always",
+        split_special: bool = False,
         add_bos: bool = False,
         add_eos: bool = False,
         directory: Path | None = None,
@@ -56,15 +71,15 @@ class SentencePieceTokenizer(Tokenizer):
         self._roles = roles
         self._model = model
         self._matched = dict(matched or {})
-        self._added = dict(added or {})
+        self._matcher = Matcher(self._matched, split_special)
+        bare = model if prefix == "always" else _model_of(model.serialized_model_proto() + _NO_PREFIX)
+        self._first = bare if prefix == "never" else model
+        self._later = bare
         self._before = [self.bos] if add_bos and self.bos is not None else []
         self._after = [self.eos] if add_eos and self.eos is not None else []
         self._directory = directory
         self._said = dict(said or {})
-        self.vocab_size = max([model.vocab_size() - 1, *self._added]) + 1
-        # The longest first, so that no token hides behind another that begins like it.
-        longest_first = sorted(self._matched, key=len, reverse=True)
-        self._splitter = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if self._matched else None
+        self.vocab_size = max([model.vocab_size() - 1, *self._matched]) + 1
 
     @property
     def eod(self) -> int | None:
@@ -81,62 +96,80 @@ class SentencePieceTokenizer(Tokenizer):
         return batch
 
     def _encode(self, text: str) -> list[int]:
-        if self._splitter is None:
-            return self._model.encode(text)
         ids: list[int] = []
-        for piece in self._splitter.split(text):
-            if piece in self._matched:
-                ids.append(self._matched[piece])
-            elif piece:
-                ids += self._model.encode(piece)
+        model = self._first
+        for piece in self._matcher.pieces(text):
+            if isinstance(piece, int):
+                ids.append(piece)
+            else:
+                ids += model.encode(piece)
+            model = self._later
         return ids
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
-        special = {i: text for text, i in self._matched.items()} | self._added
-        skipped = {self.bos, self.eos, self.eod, self.pad, *special} if skip_special_tokens else set()
+        skipped = set()
+        if skip_special_tokens:
+            skipped = {self.bos, self.eos, self.eod, self.pad}
+            skipped |= {i for i, token in self._matched.items() if token.special}
         text: list[str] = []
         run: list[int] = []
         for i in ids:
             if i in skipped:
                 continue
-            if i in special:
-                text += [self._model.decode(run), special[i]]
+            if i in self._matched:
+                text += [self._decode(run, text), self._matched[i].content]
                 run = []
             else:
                 run.append(i)
-        return "".join([*text, self._model.decode(run)])
+        return "".join([*text, self._decode(run, text)])
+
+    def _decode(self, run: list[int], before: list[str]) -> str:
+        """The text of ids without added tokens, behind the text `before`: SentencePiece takes the space that it puts
+        before a text away again, `transformers` only at the beginning of the whole text."""
+        text = self._first.decode(run)
+        if self._directory is None or not before or not run:
+            return text
+        taken = self._first.id_to_piece(run[0]).startswith(SPACE) and self._first.decode_pieces([SPACE + "a"]) == "a"
+        return " " + text if taken else text
 
     def vocabulary(self) -> dict[int, str]:
         model = self._model
-        return {i: model.id_to_piece(i) for i in range(model.vocab_size())} | self._added
+        words = {i: model.id_to_piece(i) for i in range(model.vocab_size())}
+        return words | {i: token.content for i, token in self._matched.items()}
 
     def save(self, directory: str | Path) -> None:
         target = Path(directory)
         if self._directory is not None:
-            copy_files(self._directory, target, self._said)
+            save_directory(self._directory, target, self._said)
             return
         target.mkdir(parents=True, exist_ok=True)
         (target / "tokenizer.model").write_bytes(self._model.serialized_model_proto())
         words = self.vocabulary()
         named = {"bos_token": self.bos, "eos_token": self.eos, "pad_token": self._roles.pad}
+        added = {i: asdict(token) for i, token in self._matched.items() if i >= self._model.vocab_size()}
         config = {
             "tokenizer_class": "LlamaTokenizer",
+            "legacy": True,
             **{name: words[i] for name, i in named.items() if i is not None},
             "add_bos_token": bool(self._before),
             "add_eos_token": bool(self._after),
             "added_tokens_decoder": {
-                str(i): {"content": token, "special": True, "normalized": False} for i, token in self._added.items()
+                str(i): {key: value for key, value in token.items() if key != "id"} for i, token in added.items()
             },
         }
         (target / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def read_model(path: Path, option: str) -> SentencePieceProcessor:
-    """Raises `ProblemError` if the file is no SentencePiece model."""
+def _model_of(proto: bytes) -> SentencePieceProcessor:
     from sentencepiece import SentencePieceProcessor
 
+    return SentencePieceProcessor(model_proto=proto)
+
+
+def read_model(path: Path, option: str) -> SentencePieceProcessor:
+    """Raises `ProblemError` if the file is no SentencePiece model."""
     try:
-        return SentencePieceProcessor(model_proto=path.read_bytes())
+        return _model_of(path.read_bytes())
     except (RuntimeError, TypeError, OSError) as error:
         why = f"it is no SentencePiece model: {error}"
         raise ProblemError(
@@ -160,46 +193,41 @@ def sentencepiece(path: Path) -> SentencePieceTokenizer:
     """Megatron's SentencePieceTokenizer: behind the model's tokens come <CLS>, <SEP>, <EOD>, <MASK> and those of pad,
     bos and eos that the model lacks; <EOD> ends a document, and text may contain all of them."""
     model = read_model(path, "--tokenizer-model")
-    pieces = {model.id_to_piece(i): i for i in range(model.vocab_size())}
-    added: dict[int, str] = {}
-
-    def add(token: str) -> int:
-        if token not in pieces:
-            pieces[token] = len(pieces)
-            added[pieces[token]] = token
-        return pieces[token]
-
-    matched = {token: add(token) for token in ("<CLS>", "<SEP>", "<EOD>", "<MASK>")}
     own = (("pad", model.pad_id()), ("bos", model.bos_id()), ("eos", model.eos_id()))
     texts = {role: model.id_to_piece(i) if i >= 0 else f"<{role.upper()}>" for role, i in own}
-    matched |= {text: add(text) for text in texts.values()}
-    ids = {role: matched[text] for role, text in texts.items()}
-    roles = Roles(bos=ids["bos"], eos=ids["eos"], pad=ids["pad"], eod=matched["<EOD>"])
-    return SentencePieceTokenizer("SentencePieceTokenizer", model, roles, matched=matched, added=added)
+    tokens = [AddedToken(content) for content in ("<CLS>", "<SEP>", "<EOD>", "<MASK>", *texts.values())]
+    matched = _with_ids(model, tokens)
+    ids = {token.content: i for i, token in matched.items()}
+    roles = Roles(bos=ids[texts["bos"]], eos=ids[texts["eos"]], pad=ids[texts["pad"]], eod=ids["<EOD>"])
+    return SentencePieceTokenizer("SentencePieceTokenizer", model, roles, matched=matched)
 
 
 def from_directory(directory: Path, arguments: Arguments) -> SentencePieceTokenizer:
-    """The tokenizer of a Hugging Face directory with a SentencePiece `tokenizer.model`: special tokens stand for
-    themselves inside a text, and bos and eos go around it as `tokenizer_config.json` says (Llama-class tokenizers
-    add bos if nothing is said)."""
+    """The tokenizer of a Hugging Face directory with a SentencePiece `tokenizer.model`: added tokens stand for
+    themselves inside a text; bos and eos go around it as `tokenizer_config.json` says (Llama-class tokenizers add bos
+    if nothing is said)."""
     special = read_special_tokens(directory, arguments)
     model = read_model(directory / "tokenizer.model", "--tokenizer-name-or-path")
     own = _own_roles(model)
-    added = {i: str(token["content"]) for i, token in special.added.items() if i >= model.vocab_size()}
-    ids = {text: i for i, text in added.items()}
-    ids |= {str(token["content"]): i for i, token in special.added.items() if i < model.vocab_size()}
-    for name in NAMES:
-        token = special.named.get(name)
-        if token is not None and token not in ids:
-            ids[token] = _id_of(model, token, ids, added)
+    _raise_contradictions(model, special)
+    matched = _with_ids(model, [*special.tokens(), *_control_tokens(model, special)])
+    report_deviations(directory, special, _deviations(model, special, matched))
+    ids = {token.content: i for i, token in matched.items()}
     bos, eos = special.id("bos", ids), special.id("eos", ids)
-    roles = Roles(bos=own.bos if bos is None else bos, eos=own.eos if eos is None else eos, pad=special.id("pad", ids))
+    roles = Roles(
+        bos=own.bos if bos is None and "bos_token" not in special.absent else bos,
+        eos=own.eos if eos is None and "eos_token" not in special.absent else eos,
+        pad=special.id("pad", ids),
+    )
+    switches = special.switches
+    legacy = switches.get("legacy", True)
     return SentencePieceTokenizer(
         "PretrainedFromHF",
         model,
         roles,
-        matched=ids,
-        added=added,
+        matched=matched,
+        prefix="never" if not switches.get("add_prefix_space", True) else "always" if legacy else "first",
+        split_special=switches.get("split_special_tokens", False),
         add_bos=special.flags.get("add_bos_token", True),
         add_eos=special.flags.get("add_eos_token", False),
         directory=directory,
@@ -207,14 +235,61 @@ def from_directory(directory: Path, arguments: Arguments) -> SentencePieceTokeni
     )
 
 
-def _id_of(model: SentencePieceProcessor, token: str, ids: Mapping[str, int], added: dict[int, str]) -> int:
-    """Id of a named special token; one that neither the model nor the config holds is put behind all others."""
-    i = model.piece_to_id(token)
-    if model.id_to_piece(i) == token:
-        return i
-    i = max([model.vocab_size() - 1, *ids.values()]) + 1
-    added[i] = token
-    return i
+def _control_tokens(model: SentencePieceProcessor, special: SpecialTokens) -> list[AddedToken]:
+    """The model's own tokens in roles that the config leaves open, and if no file lists further special tokens, all its
+    control tokens."""
+    own = {"bos_token": model.bos_id(), "eos_token": model.eos_id(), "unk_token": model.unk_id()}
+    ids = [i for name, i in own.items() if i >= 0 and name not in special.named and name not in special.absent]
+    if not special.lists_extra:
+        ids += [i for i in range(model.vocab_size()) if model.is_control(i)]
+    return [AddedToken(model.id_to_piece(i)) for i in ids]
+
+
+def _with_ids(model: SentencePieceProcessor, tokens: Iterable[AddedToken]) -> dict[int, AddedToken]:
+    """The tokens by id: the one that is stated, that of the model's piece, or else the next one behind all others."""
+    matched: dict[int, AddedToken] = {}
+    for token in unique(tokens):
+        i = _piece(model, token.content) if token.id is None else token.id
+        matched[max([model.vocab_size() - 1, *matched]) + 1 if i is None else i] = token
+    return matched
+
+
+def _piece(model: SentencePieceProcessor, content: str) -> int | None:
+    """Id of the model's piece that is written so."""
+    i = model.piece_to_id(content)
+    return i if model.id_to_piece(i) == content else None
+
+
+def _raise_contradictions(model: SentencePieceProcessor, special: SpecialTokens) -> None:
+    own = {token: _piece(model, token.content) for token in special.stated}
+    raise_all(
+        Problem("added tokens", f"{token.content} = {token.id}", f"in tokenizer.model it is {i}", "correct the id")
+        for token, i in own.items()
+        if i not in (None, token.id)
+    )
+
+
+def _deviations(
+    model: SentencePieceProcessor, special: SpecialTokens, matched: Mapping[int, AddedToken]
+) -> Iterator[str]:
+    """Where ids are not those of `transformers` 5, and why."""
+    if "add_bos_token" not in special.flags:
+        yield "bos is put before a text, as LlamaTokenizer documents; transformers 5 needs add_bos_token for it"
+    if special.tokenizer_class == "LlamaTokenizer":
+        yield "text is cut by SentencePiece; LlamaTokenizer of transformers 5 cuts runs of spaces otherwise"
+        if "legacy" not in special.switches:
+            yield "without `legacy`, text behind a special token begins with a space; with `legacy: false` it does not"
+    elif not special.switches.get("legacy", True):
+        yield "a space is put before a text that begins with one too; transformers 5 does not with `legacy: false`"
+    if special.switches.get("split_special_tokens") or {model.bos_id(), model.eos_id()} - {-1, *matched}:
+        yield "text never becomes a control token that it is not to match; with some models transformers 5 lets it"
+    if model.normalize("x\uff21").lower().endswith("xa"):  # the full-width letter
+        yield "SentencePiece normalizes the text; transformers 5 treats line ends otherwise"
+    behind = [token.id for token in special.stated if token.id is not None and token.id >= model.vocab_size()]
+    if behind != list(range(model.vocab_size(), model.vocab_size() + len(behind))):
+        yield "the ids of added tokens are those of its files; transformers 5 closes the gaps between them"
+    if special.switches.get("do_lower_case"):
+        yield "do_lower_case is ignored: the model's own rules normalize text"
 
 
 def _own_roles(model: SentencePieceProcessor) -> Roles:

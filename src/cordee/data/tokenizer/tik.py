@@ -9,13 +9,22 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cordee.data.tokenizer.base import Tokenizer
-from cordee.data.tokenizer.special import Arguments, copy_files, read_special_tokens
-from cordee.errors import Problem, ProblemError
+from cordee.data.tokenizer.matching import Matcher
+from cordee.data.tokenizer.special import (
+    AddedToken,
+    Arguments,
+    SpecialTokens,
+    read_special_tokens,
+    report_deviations,
+    save_directory,
+    unique,
+)
+from cordee.errors import Problem, ProblemError, raise_all
 from cordee.files import copy_file
 from cordee.log import logger
 
@@ -73,7 +82,7 @@ _MEGATRON_VOCAB_SIZE = 1 << 17
 
 
 class TikTokenizer(Tokenizer):
-    """Ranked byte strings and special tokens, which stand for themselves inside a text; nothing is put around one.
+    """Ranked byte strings and added tokens (`special`, by id), which stand for themselves inside a text.
 
     `source` is the file or the Hugging Face directory it was read from.
     """
@@ -81,12 +90,15 @@ class TikTokenizer(Tokenizer):
     def __init__(
         self,
         ranks: Mapping[bytes, int],
-        special: Mapping[str, int],
+        special: Mapping[int, AddedToken],
         pattern: str,
         *,
         bos: int | None,
         eos: int | None,
         pad: int | None = None,
+        split_special: bool = False,
+        add_bos: bool = False,
+        add_eos: bool = False,
         type: str,
         source: Path,
         said: Arguments | None = None,
@@ -98,8 +110,14 @@ class TikTokenizer(Tokenizer):
         self._pad = pad
         self._ranks, self._special = dict(ranks), dict(special)
         self._encoding = tiktoken.Encoding(
-            source.name, pat_str=pattern, mergeable_ranks=self._ranks, special_tokens=self._special
+            source.name,
+            pat_str=pattern,
+            mergeable_ranks=self._ranks,
+            special_tokens={token.content: i for i, token in self._special.items()},
         )
+        self._matcher = Matcher(self._special, split_special)
+        self._before = [bos] if add_bos and bos is not None else []
+        self._after = [eos] if add_eos and eos is not None else []
         self._source = source
         self._said = dict(said or {})
         self.vocab_size = self._encoding.n_vocab
@@ -109,21 +127,30 @@ class TikTokenizer(Tokenizer):
         return self.eod if self._pad is None else self._pad
 
     def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
-        return [self._encoding.encode(text, allowed_special="all") for text in texts]
+        batch = [self._encode(text) for text in texts]
+        if add_special_tokens and (self._before or self._after):
+            return [[*self._before, *ids, *self._after] for ids in batch]
+        return batch
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for piece in self._matcher.pieces(text):
+            ids += [piece] if isinstance(piece, int) else self._encoding.encode_ordinary(piece)
+        return ids
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
-        skipped = set(self._special.values()) if skip_special_tokens else set()
+        skipped = {i for i, token in self._special.items() if token.special} if skip_special_tokens else set()
         return self._encoding.decode([i for i in ids if i not in skipped])
 
     def vocabulary(self) -> dict[int, str]:
         letters = _byte_letters()
         ranked = {i: "".join(letters[byte] for byte in token) for token, i in self._ranks.items()}
-        return ranked | {i: token for token, i in self._special.items()}
+        return ranked | {i: token.content for i, token in self._special.items()}
 
     def save(self, directory: str | Path) -> None:
         target = Path(directory)
         if self._source.is_dir():
-            copy_files(self._source, target, self._said)
+            save_directory(self._source, target, self._said)
             return
         target.mkdir(parents=True, exist_ok=True)
         if self._source.suffix == ".json":
@@ -131,7 +158,7 @@ class TikTokenizer(Tokenizer):
             logger.warning("Megatron's tiktoken vocabulary has no Hugging Face form; its own file was copied.")
             return
         copy_file(self._source, target / "tokenizer.model")
-        words = {i: token for token, i in self._special.items()}
+        words = {i: token.content for i, token in self._special.items()}
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "added_tokens_decoder": {
@@ -148,33 +175,71 @@ def from_file(path: Path) -> TikTokenizer:
         return _from_megatron(path)
     ranks = read_ranks(path, "--tokenizer-model")
     kind = _kind(ranks, path, "--tokenizer-model")
-    special = {token: len(ranks) + i for i, token in enumerate(kind.special)}
-    bos = None if kind.bos is None else special[kind.bos]
-    return TikTokenizer(ranks, special, kind.pattern, bos=bos, eos=special[kind.eos], type="TikTokenizer", source=path)
+    special = {len(ranks) + i: AddedToken(content) for i, content in enumerate(kind.special)}
+    ids = {token.content: i for i, token in special.items()}
+    bos = None if kind.bos is None else ids[kind.bos]
+    return TikTokenizer(ranks, special, kind.pattern, bos=bos, eos=ids[kind.eos], type="TikTokenizer", source=path)
 
 
 def from_directory(directory: Path, path: Path, arguments: Arguments) -> TikTokenizer:
     """The tokenizer of a Hugging Face directory whose vocabulary is the file of ranks `path`; its config names the
     special tokens, and where it names none the known ones are taken."""
-    named = read_special_tokens(directory, arguments)
+    said = read_special_tokens(directory, arguments)
     ranks = read_ranks(path, "--tokenizer-name-or-path")
     kind = _kind(ranks, path, "--tokenizer-name-or-path")
-    special = {str(token["content"]): i for i, token in named.added.items()}
-    special = special or {token: len(ranks) + i for i, token in enumerate(kind.special)}
-    for token in named.all_tokens():
-        special.setdefault(token, max(len(ranks) - 1, *special.values()) + 1)
-    bos, eos = named.id("bos", special), named.id("eos", special)
+    special = _with_ids(ranks, kind, said, path)
+    report_deviations(directory, said, _deviations(kind, said))
+    ids = {token.content: i for i, token in special.items()}
+    bos, eos = said.id("bos", ids), said.id("eos", ids)
     return TikTokenizer(
         ranks,
         special,
         kind.pattern,
-        bos=special.get(kind.bos or "") if bos is None else bos,
-        eos=special.get(kind.eos) if eos is None else eos,
-        pad=named.id("pad", special),
+        bos=ids.get(kind.bos or "") if bos is None else bos,
+        eos=ids.get(kind.eos) if eos is None else eos,
+        pad=said.id("pad", ids),
+        split_special=said.switches.get("split_special_tokens", False),
+        add_bos=said.flags.get("add_bos_token", False),
+        add_eos=said.flags.get("add_eos_token", False),
         type="PretrainedFromHF",
         source=directory,
-        said=named.said,
+        said=said.said,
     )
+
+
+def _with_ids(ranks: Mapping[bytes, int], kind: _Kind, said: SpecialTokens, path: Path) -> dict[int, AddedToken]:
+    """The added tokens by id. As in `transformers`, those of the files are all special, ids that are left out get
+    tokens that nothing is written like, and further tokens come before those with a role."""
+    letters = _byte_letters()
+    words = {i: "".join(letters[byte] for byte in token) for token, i in ranks.items()}
+    own = {word: i for i, word in words.items()}
+    why = f"{path.name} has another token with this id, or this token with another id"
+    raise_all(
+        Problem("added tokens", f"{token.content} = {token.id}", why, "correct the id")
+        for token in said.stated
+        if token.id is not None
+        and (words.get(token.id, token.content) != token.content or own.get(token.content, token.id) != token.id)
+    )
+    special = {token.id: replace(token, special=True) for token in said.stated if token.id is not None}
+    if not special:
+        special = {len(ranks) + i: AddedToken(content) for i, content in enumerate(kind.special)}
+    for i in range(len(ranks), max(special)):
+        special.setdefault(i, AddedToken(f"<|reserved_token_{i}|>"))
+    known = {token.content for token in special.values()}
+    for token in unique([*said.extra, *said.roles]):
+        if token.content not in known:
+            special[own.get(token.content, max([len(ranks) - 1, *special]) + 1)] = token
+    return special
+
+
+def _deviations(kind: _Kind, said: SpecialTokens) -> Iterator[str]:
+    """Where ids are not those of `transformers` 5, and which settings have no effect beside a file of ranks."""
+    if not said.stated:
+        yield "no file states its special tokens, so the known ones are taken; transformers 5 has none"
+    if kind is not _LLAMA3:
+        yield "text is cut as the model's own code cuts it; transformers 5 cuts every such file as Llama 3"
+    if said.switches.get("add_prefix_space"):
+        yield "add_prefix_space is ignored: such a tokenizer has none"
 
 
 def read_ranks(path: Path, option: str) -> dict[bytes, int]:
@@ -212,7 +277,7 @@ def _from_megatron(path: Path) -> TikTokenizer:
     ids = {token: i for i, token in enumerate(special)}
     return TikTokenizer(
         ranks,
-        ids,
+        {i: AddedToken(token) for token, i in ids.items()},
         _MEGATRON_PATTERN,
         bos=ids["<s>"],
         eos=ids["</s>"],

@@ -1,0 +1,77 @@
+"""Where added tokens stand in a text.
+
+Owns the cutting of a text at its added tokens, which the `tokenizers` library does, so that every flag means there what
+it means in a `tokenizer.json`. Knows nothing of how the text between them is cut.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from cordee.data.tokenizer.special import MATCHING, AddedToken
+
+if TYPE_CHECKING:
+    import tokenizers
+
+
+def library_token(token: AddedToken) -> tokenizers.AddedToken:
+    """The token as the `tokenizers` library describes it."""
+    from tokenizers import AddedToken as LibraryToken
+
+    return LibraryToken(token.content, special=token.special, **{name: getattr(token, name) for name in MATCHING})
+
+
+class Matcher:
+    """Cuts texts at added tokens, given by id. `split_special` leaves special ones to be cut as text."""
+
+    def __init__(self, tokens: Mapping[int, AddedToken], split_special: bool = False):
+        self._tokens = dict(tokens)
+        self._split_special = split_special
+        self._ids = list(tokens)
+        matched = [token.content for token in tokens.values() if not (split_special and token.special)]
+        # Most texts have no added token: one search tells. The longest first is what a token hides behind.
+        self._any = re.compile("|".join(map(re.escape, sorted(matched, key=len, reverse=True)))) if matched else None
+        # Without flags the longest token at a place is what the library finds too, and the search is faster.
+        flagged = any(getattr(token, name) for token in tokens.values() for name in MATCHING)
+        self._by_content = None if flagged else {token.content: i for i, token in tokens.items()}
+        self._library = self._build()
+
+    def _build(self) -> tokenizers.Tokenizer:
+        from tokenizers import Tokenizer, models
+
+        library = Tokenizer(models.BPE())  # without a vocabulary: it drops the text between the tokens
+        library.add_tokens([library_token(token) for token in self._tokens.values()])
+        library.encode_special_tokens = self._split_special
+        return library
+
+    def pieces(self, text: str) -> Iterator[str | int]:
+        """The text in order: what stands between added tokens, and their ids. Nothing of it is empty, so only the
+        first piece can begin where the text does."""
+        if self._any is None or self._any.search(text) is None:
+            if text:
+                yield text
+            return
+        end = 0
+        for i, start, stop in self._found(text):
+            if start > end:
+                yield text[end:start]
+            yield i
+            end = stop
+        if end < len(text):
+            yield text[end:]
+
+    def _found(self, text: str) -> Iterator[tuple[int, int, int]]:
+        """The id of every token in the text, where it begins and where it ends with the spaces that it takes."""
+        if self._by_content is not None:
+            assert self._any is not None
+            for match in self._any.finditer(text):
+                yield self._by_content[match.group()], match.start(), match.end()
+            return
+        found = self._library.encode(text, add_special_tokens=False)
+        for i, (start, stop) in zip(found.ids, found.offsets, strict=True):
+            yield self._ids[i], start, stop
+
+    def __reduce__(self) -> tuple[type[Matcher], tuple[Mapping[int, AddedToken], bool]]:
+        return type(self), (self._tokens, self._split_special)
