@@ -164,6 +164,19 @@ def test_each_block_is_megatrons_order_of_its_samples(tmp_path, lengths, seq_len
         ours[len(ours)]
 
 
+def test_a_run_that_has_become_longer_goes_on_in_blocks_like_its_first(tmp_path):
+    """Twelve samples took two epochs, the second shuffled apart; so do the twenty of each block, all that are in it."""
+    prefix = str(peer.write_pair(tmp_path / "x", [7, 20, 3, 1, 30, 25]))
+    indexed = IndexedDataset(prefix)
+    first = Order.plan(indexed.sequence_lengths, 12, 8)
+    order = Order.of_blocks(indexed.sequence_lengths, 10**6, 8, first.block.epochs, first.block.last_apart)
+    ours = GPTDataset(indexed, 0, 6, order, 8, 5)
+    assert len(ours) >= 10**6
+    for block in (0, 1, 4000):
+        theirs = peer.datasets((12, 0, 0), seq_length=8, seed=seed_of(5, block), blend=([prefix], None), split="1")[0]
+        assert_same_block(ours, block, theirs)
+
+
 def test_a_sample_is_the_same_wherever_a_run_begins(tmp_path):
     prefix = str(peer.write_pair(tmp_path / "x", [7, 20, 3, 1, 30, 25]))
     read = gpt_dataset(prefix, 10**15, 8, 5)
