@@ -13,6 +13,7 @@ import platform
 import resource
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cordee.log import logger
@@ -180,19 +181,35 @@ def resident_bytes() -> int:
 
 def anonymous_bytes() -> int:
     """Bytes of this process in RAM that are not pages of files, which the system may drop at any time (Linux)."""
-    return _status("RssAnon")
+    return _field("/proc/self/status", "RssAnon")
 
 
 def peak_resident_bytes() -> int:
     """Bytes of this program in RAM at most so far."""
     try:
-        return _status("VmHWM")  # getrusage begins with the peak of the process that has started this
+        return _field(
+            "/proc/self/status", "VmHWM"
+        )  # getrusage begins with the peak of the process that has started this
     except (FileNotFoundError, StopIteration):
         # macOS counts ru_maxrss in bytes, others in KiB.
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _status(field: str) -> int:
-    """Bytes that Linux tells of this process under `field`."""
-    with open("/proc/self/status", encoding="utf-8") as file:
+def available_memory() -> int:
+    """Bytes of RAM that programs can still take before the machine swaps, or the group of processes that this one is
+    in reaches its limit (Linux; elsewhere all of the machine's)."""
+    try:
+        available = _field("/proc/meminfo", "MemAvailable")
+    except (FileNotFoundError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+    except OSError:
+        return available
+    return available if limit == "max" else min(available, int(limit))
+
+
+def _field(path: str, field: str) -> int:
+    """Bytes that Linux tells in `path` under `field`."""
+    with open(path, encoding="utf-8") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +15,11 @@ from hypothesis import strategies as st
 
 from cordee.config.schema import TrainConfig
 from cordee.data.build import build_datasets, plan_parts
-from cordee.data.gpt_dataset import BlendedDataset, Epochs, GPTDataset, blend_sizes, build_blend, normalise
-from cordee.data.indexed import IndexedDataset
+from cordee.data.gpt_dataset import BlendedDataset, GPTDataset, build_blend
+from cordee.data.indexed import IndexedDataset, IndexedDatasetBuilder
+from cordee.data.order import Epochs, Order, blend_period, blend_sizes, normalise, periodic_sizes
+from cordee.data.order_cache import cached_arrays
+from cordee.errors import ProblemError
 from cordee.log import logger
 from tests.data import peer
 
@@ -22,11 +28,23 @@ def config(**values) -> TrainConfig:
     return TrainConfig(**{"seq_length": 8, "lr": 1e-3, "train_iters": 1} | values)
 
 
-def assert_same_dataset(ours: GPTDataset, theirs) -> None:
-    for name in ("document_index", "sample_index", "shuffle_index"):
-        mine, other = getattr(ours, name), getattr(theirs, name)
+def gpt_dataset(prefix, num_samples: int | None, seq_length: int, seed: int, cache_dir: Path | None = None):
+    indexed = IndexedDataset(prefix)
+    order = Order.plan(indexed.sequence_lengths, num_samples, seq_length)
+    return GPTDataset(indexed, 0, len(indexed), order, seq_length, seed, cache_dir)
+
+
+def assert_same_block(ours: GPTDataset, block: int, theirs) -> None:
+    for name, mine in zip(("document_index", "sample_index", "shuffle_index"), ours.indexes(block), strict=True):
+        other = getattr(theirs, name)
         assert mine.dtype == other.dtype, name
         np.testing.assert_array_equal(mine, other, err_msg=name)
+    assert ours.order.block.samples == len(theirs)
+
+
+def assert_same_dataset(ours: GPTDataset, theirs) -> None:
+    assert ours.order.blocks == 1
+    assert_same_block(ours, 0, theirs)
     assert len(ours) == len(theirs)
     for i in range(len(ours)):
         text, _ = theirs._query_document_sample_shuffle_indices(i)
@@ -85,25 +103,26 @@ def test_around_the_ends_of_epochs(tmp_path, samples):
     """One epoch has 10 samples and some tokens more; the last epoch is shuffled apart below 80 % of them."""
     prefix = str(peer.write_pair(tmp_path / "x", [7, 20, 3, 1, 30, 25]))
     theirs = peer.datasets((samples, 0, 0), seq_length=8, seed=5, blend=([prefix], None), split="1")[0]
-    assert_same_dataset(GPTDataset(IndexedDataset(prefix), 0, 6, samples, 8, 5), theirs)
+    assert_same_dataset(gpt_dataset(prefix, samples, 8, 5), theirs)
 
 
 def test_one_epoch_if_no_number_is_asked_for(tmp_path):
     prefix = str(peer.write_pair(tmp_path / "x", [7, 20, 3, 1, 30, 25]))
     theirs = peer.datasets((None, None, None), seq_length=8, seed=5, blend=([prefix], None), split="1")[0]
-    assert_same_dataset(GPTDataset(IndexedDataset(prefix), 0, 6, None, 8, 5), theirs)
+    assert_same_dataset(gpt_dataset(prefix, None, 8, 5), theirs)
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
 def test_samples_follow_each_other_and_share_a_token(tmp_path, dtype):
     """The definition, without Megatron: unshuffled, sample j is tokens [8 j, 8 j + 8] of the documents in order."""
     prefix = peer.write_pair(tmp_path / "x", [5, 0, 9, 1, 30, 4], dtype=dtype)
-    dataset = GPTDataset(IndexedDataset(prefix), 0, 6, 15, 8, 1)
-    stream = np.concatenate([dataset.indexed[i] for i in dataset.document_index])
+    dataset = gpt_dataset(prefix, 15, 8, 1)
+    documents, _, shuffle = dataset.indexes(0)
+    stream = np.concatenate([dataset.indexed[i] for i in documents])
     for i in range(len(dataset)):
-        begin = int(dataset.shuffle_index[i]) * 8
+        begin = int(shuffle[i]) * 8
         np.testing.assert_array_equal(dataset[i], stream[begin : begin + 9])
-    assert sorted(dataset.shuffle_index.tolist()) == list(range(len(dataset)))
+    assert sorted(shuffle.tolist()) == list(range(len(dataset)))
 
 
 @given(st.integers(2, 500), st.integers(1, 400), st.integers(1, 60))
@@ -113,6 +132,120 @@ def test_epochs_are_the_fewest_that_hold_the_samples(tokens, samples, seq_length
     assert plan.epochs * tokens >= samples * seq_length + 1
     assert plan.epochs == 1 or (plan.epochs - 1) * tokens < samples * seq_length + 1
     assert plan.samples >= samples
+
+
+# ---- orders in blocks ------------------------------------------------------------------------------------------------
+
+
+def seed_of(seed: int, block: int) -> int:
+    return int(np.random.SeedSequence((seed, block)).generate_state(1)[0]) if block else seed
+
+
+@pytest.mark.parametrize(
+    ("lengths", "seq_length", "epochs"),
+    [
+        ([7, 20, 3, 1, 30, 25], 8, 2**20 // (6 + 86 // 8)),
+        ([2, 0, 3], 250, 2**20 // 3),  # less than a sample an epoch
+    ],
+)
+def test_each_block_is_megatrons_order_of_its_samples(tmp_path, lengths, seq_length, epochs):
+    prefix = str(peer.write_pair(tmp_path / "x", lengths))
+    ours = gpt_dataset(prefix, 10**9 * 4096, seq_length, 5)
+    samples = (epochs * sum(lengths) - 1) // seq_length
+    assert ours.order.block.samples == samples and len(ours) == -(-(10**9 * 4096) // samples) * samples
+    for block in (0, 3, ours.order.blocks - 1):
+        sizes, seed = (samples, 0, 0), seed_of(5, block)
+        theirs = peer.datasets(sizes, seq_length=seq_length, seed=seed, blend=([prefix], None), split="1")[0]
+        assert_same_block(ours, block, theirs)
+        for place in {0, samples // 2, samples - 1}:
+            text, _ = theirs._query_document_sample_shuffle_indices(place)
+            np.testing.assert_array_equal(ours[block * samples + place], text)
+    with pytest.raises(IndexError):
+        ours[len(ours)]
+
+
+def test_a_run_that_has_become_longer_goes_on_in_blocks_like_its_first(tmp_path):
+    """Twelve samples took two epochs, the second shuffled apart; so do the twenty of each block, all that are in it."""
+    prefix = str(peer.write_pair(tmp_path / "x", [7, 20, 3, 1, 30, 25]))
+    indexed = IndexedDataset(prefix)
+    first = Order.plan(indexed.sequence_lengths, 12, 8)
+    order = Order.of_blocks(indexed.sequence_lengths, 10**6, 8, first.block.epochs, first.block.last_apart)
+    ours = GPTDataset(indexed, 0, 6, order, 8, 5)
+    assert len(ours) >= 10**6
+    for block in (0, 1, 4000):
+        theirs = peer.datasets((12, 0, 0), seq_length=8, seed=seed_of(5, block), blend=([prefix], None), split="1")[0]
+        assert_same_block(ours, block, theirs)
+
+
+def test_a_sample_is_the_same_wherever_a_run_begins(tmp_path):
+    prefix = str(peer.write_pair(tmp_path / "x", [7, 20, 3, 1, 30, 25]))
+    read = gpt_dataset(prefix, 10**15, 8, 5)
+    size = read.order.block.samples
+    places = [0, 1, size - 1, size, 2 * size + 5, 10**12, 3, size + 1, 10**15 - 1]
+    for place, sample in [(place, read[place]) for place in places]:
+        np.testing.assert_array_equal(gpt_dataset(prefix, 10**15, 8, 5)[place], sample)
+
+
+@pytest.mark.parametrize(
+    ("documents", "samples", "blocks"),
+    [
+        (10**6, 64 * 10**6 - 1, 1),  # 64 epochs, whatever their size
+        (10**6, 64 * 10**6, 65),  # their last token is in the 65th, and 2^20 entries hold no second epoch
+        (10, 2**25 - 10, 1),  # 10 documents and 10 samples an epoch: five entries less than 2^26
+        (10, 2**25 + 10, -(-(2**25 + 10) // (2**20 // 20 * 10 - 1))),
+    ],
+)
+def test_megatrons_order_is_kept_up_to_many_epochs_and_entries(documents, samples, blocks):
+    lengths = np.full(documents, 8, np.int32)
+    assert Order.plan(lengths, samples, 8).blocks == blocks
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=9), st.integers(1, 60), st.integers(26, 90))
+@settings(max_examples=100, deadline=None)
+def test_a_longer_order_begins_with_the_shorter_one(lengths, seq_length, exponent):
+    lengths = np.array([*lengths, 2], np.int32)
+    short, long = (Order.plan(lengths, samples, seq_length) for samples in (2**exponent, 2**exponent * 1000 + 1))
+    assert short.block == long.block and short.samples >= 2**exponent and long.samples > 2**exponent * 1000
+
+
+def test_a_block_holds_a_whole_epoch_and_a_sample():
+    """Four million documents of three tokens altogether: no whole epoch is small, and seven tokens take three."""
+    lengths = np.zeros(2**22, np.int32)
+    lengths[:2] = [2, 1]
+    assert Order.plan(lengths, 1000, 7).block == Epochs.of(3, 3, False, 7)
+
+
+@pytest.mark.parametrize(("documents", "samples"), [(300_000, 10_000), (10, 300_000), (50_000, 100_000)])
+def test_memory_of_an_order_is_known_before(tmp_path, documents, samples):
+    prefix = tmp_path / "x"
+    with IndexedDatasetBuilder(prefix, np.uint16) as builder:
+        builder.add_documents(np.zeros(2 * documents, np.uint16), np.full(documents, 2))
+    tracemalloc.start()
+    try:
+        dataset = gpt_dataset(prefix, samples, 8, 5)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert 0.5 * dataset.order.bytes_to_build < peak < dataset.order.bytes_to_build + 5e6
+
+
+def test_a_run_of_a_billion_steps_is_opened_in_little_memory(tmp_path):
+    """In a process of its own, whose memory is bounded: an order as long as the run takes a hundred times as much."""
+    names = [str(peer.write_pair(tmp_path / name, [7, 20, 3, 1, 30, 25])) for name in "ab"]
+    script = f"""
+import resource
+resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
+from cordee.config.schema import TrainConfig
+from cordee.data.build import build_datasets
+a, b = {names!r}
+blend = ("0.3", a, "0.7", b)
+options = TrainConfig(seq_length=8, lr=1.0, train_data_path=blend, valid_data_path=(a,), test_data_path=(b,))
+for dataset in build_datasets(options, 10**9 * 4096, 10**12, 10**12):
+    assert len(dataset) >= 10**12 and len(dataset[10**12 - 1]) == 9
+"""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 # ---- blends ----------------------------------------------------------------------------------------------------------
@@ -218,6 +351,44 @@ def test_a_blend_takes_each_datasets_samples_in_order():
     assert [index for value, index in drawn if value == 1] == list(range(9))
 
 
+def test_a_blend_draws_no_more_than_there_is(tmp_path):
+    """Ten shares rounded up make 18 samples of the 10 asked for; Megatron raises an IndexError there."""
+    prefixes = [str(peer.write_pair(tmp_path / f"x{i}", [90 if i == 0 else 30])) for i in range(10)]
+    weights = [0.91] + [0.01] * 9
+    with pytest.raises(IndexError, match="oversamples"):
+        peer.datasets((10, 0, 0), seq_length=8, seed=1, blend=(prefixes, weights), split="1")
+    pairs = [text for pair in zip(map(str, weights), prefixes, strict=True) for text in pair]
+    with pytest.raises(ProblemError) as raised:
+        build_datasets(config(data_path=tuple(pairs), split="1"), 10, 0, 0)
+    (problem,) = raised.value.problems
+    assert "draws 17 of dataset 1, which has 11" in problem.why
+
+
+@pytest.mark.parametrize("weights", [[1, 3], [0.5, 0.3, 0.2], [1, 1e-4, 1e-7]])
+def test_a_blend_with_a_period_repeats_megatrons_choice(weights):
+    """Each dataset's own samples go on from period to period, none left out and none twice."""
+    period, size = 1000, 10**15
+    normalised = normalise(normalise(weights))
+    chosen, own = megatron_blend(normalised, period)
+    sizes = periodic_sizes(weights, size, period)
+    blend = BlendedDataset([Numbers(i, count) for i, count in enumerate(sizes)], weights, size, period=period)
+    drawn = np.bincount(chosen, minlength=len(weights))
+    for turn in (0, 1, 7, size // period - 1):
+        for place in (0, 1, 500, 999):
+            expected = [chosen[place], turn * drawn[chosen[place]] + own[place]]
+            assert blend[turn * period + place].tolist() == expected
+    first = [blend[i].tolist() for i in range(3 * period)]
+    for number in range(len(weights)):
+        assert [i for dataset, i in first if dataset == number] == list(range(3 * drawn[number]))
+
+
+def test_a_blend_repeats_itself_only_beside_an_order_in_blocks():
+    short, long = (Order.plan(np.array([8] * 10, np.int32), samples, 8) for samples in (1000, 10**9))
+    assert blend_period(2**26, [short, long]) == 2**26
+    assert blend_period(10**10, [short, short]) == 10**10
+    assert blend_period(2**26 + 1, [short, long]) == 2**20
+
+
 # ---- cache -----------------------------------------------------------------------------------------------------------
 
 
@@ -233,7 +404,7 @@ def build(tmp_path: Path, **values) -> GPTDataset:
     if not (tmp_path / "x.idx").exists():
         peer.write_pair(prefix, [7, 20, 3, 1, 30, 25])
     arguments = {"num_samples": 30, "seq_length": 8, "seed": 5, "cache_dir": tmp_path / "cache"} | values
-    return GPTDataset(IndexedDataset(prefix), 0, 6, **arguments)
+    return gpt_dataset(prefix, **arguments)
 
 
 def cached(tmp_path: Path) -> dict[str, float]:
@@ -263,7 +434,7 @@ def test_other_data_under_the_same_name_is_another_entry(tmp_path):
     assert len(cached(tmp_path)) == 6
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "nonsense", "other shape"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "nonsense", "other shape", "one bit", "other order", "no checksum"])
 @pytest.mark.parametrize("which", ["documents", "samples", "shuffle"])
 def test_a_damaged_order_is_built_again(tmp_path, said, damage, which):
     first = list(build(tmp_path))
@@ -271,12 +442,65 @@ def test_a_damaged_order_is_built_again(tmp_path, said, damage, which):
     content = path.read_bytes()
     if damage == "other shape":
         np.save(path, np.zeros((3, 3), np.int32))
+    elif damage == "no checksum":  # the right shape, other samples
+        np.save(path, np.load(path)[::-1])
+    elif damage == "one bit":
+        path.write_bytes(content[:-8] + bytes([content[-8] ^ 1]) + content[-7:])
+    elif damage == "other order":
+        build(tmp_path, seed=6)
+        (other,) = set((tmp_path / "cache").glob(f"*-{which}.npy")) - {path}
+        path.write_bytes(other.read_bytes())
     else:
         path.write_bytes({"cut": content[:-4], "empty": b"", "nonsense": b"x" * len(content)}[damage])
     again = build(tmp_path)
     assert len(said) == 1 and "damaged" in said[0]
     assert path.read_bytes() == content
     np.testing.assert_array_equal(first, list(again))
+
+
+def test_every_byte_of_a_kept_order_counts(tmp_path, said):
+    def keep(value: int = 7) -> list[int]:
+        return cached_arrays(tmp_path, "key", {"a": (4,)}, lambda: {"a": np.arange(4) * value})["a"].tolist()
+
+    keep()
+    content = (tmp_path / "key-a.npy").read_bytes()
+    for place in range(len(content)):
+        number = int.from_bytes(content, "little") ^ (1 << 8 * place + place % 8)
+        (tmp_path / "key-a.npy").write_bytes(number.to_bytes(len(content), "little"))
+        assert keep() == [0, 7, 14, 21]
+    assert len(said) == len(content)
+    assert keep(8) == [0, 7, 14, 21] and len(said) == len(content)  # what is kept is read, not built
+
+
+def test_a_damaged_blend_is_built_again(tmp_path, said):
+    datasets = [Numbers(0, 100), Numbers(1, 100)]
+    BlendedDataset(datasets, [1, 3], 100, tmp_path)
+    path = next(tmp_path.glob("*-dataset.npy"))
+    content = path.read_bytes()
+    path.write_bytes(content[:-6] + bytes([content[-6] ^ 1]) + content[-5:])
+    again = BlendedDataset(datasets, [1, 3], 100, tmp_path)
+    np.testing.assert_array_equal(again.dataset_index, megatron_blend(normalise([1, 3]), 100)[0])
+    assert len(said) == 1 and path.read_bytes() == content
+
+
+def test_a_planted_link_is_not_written_through(tmp_path):
+    first = build(tmp_path)
+    (tmp_path / "victim").write_text("mine")
+    for path in list((tmp_path / "cache").iterdir()):
+        path.with_name(f".{path.name}.{os.getpid()}").symlink_to(tmp_path / "victim")
+        path.unlink()
+    np.testing.assert_array_equal(list(first), list(build(tmp_path)))
+    assert (tmp_path / "victim").read_text() == "mine" and len(cached(tmp_path)) == 3
+
+
+def test_small_blocks_are_not_kept_and_large_ones_are(tmp_path):
+    dataset = build(tmp_path, num_samples=10**12)
+    dataset[10**11]
+    assert not (tmp_path / "cache").exists()
+    large = Order(6, Epochs.of(86, 2**17, False, 8), 2)
+    kept = GPTDataset(dataset.indexed, 0, 6, large, 8, 5, tmp_path / "cache")
+    np.testing.assert_array_equal(kept[len(kept) - 1], GPTDataset(dataset.indexed, 0, 6, large, 8, 5)[len(kept) - 1])
+    assert len(cached(tmp_path)) == 3
 
 
 def test_where_nothing_can_be_written_the_order_stays_in_memory(tmp_path, said):

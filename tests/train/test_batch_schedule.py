@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cordee.config.schema import TrainConfig
 from cordee.train.batch_schedule import build_batch_schedule
@@ -44,3 +46,21 @@ def test_number_of_steps(samples: int):
         steps += 1
     assert growing.whole_steps(samples) == (steps, consumed)
     assert schedule(1, global_batch_size=16).whole_steps(samples) == (samples // 16, samples // 16 * 16)
+
+
+@given(st.integers(1, 5), st.integers(1, 3), st.integers(0, 6), st.integers(1, 400), st.integers(0, 600))
+def test_steps_are_those_taken_one_by_one(start: int, increment: int, stages: int, ramp: int, samples: int):
+    end = start + increment * stages
+    growing = schedule(1, global_batch_size=end, rampup_batch_size=(start, increment, ramp))
+    steps = consumed = 0
+    while consumed + growing.batch_size(consumed) <= samples:
+        consumed += growing.batch_size(consumed)
+        steps += 1
+    assert growing.whole_steps(samples) == (steps, consumed)
+
+
+def test_steps_of_a_long_ramp_are_counted_at_once():
+    """10^15 steps of one sample, then two a step, of which the sixth is not whole."""
+    growing = schedule(1, global_batch_size=2, rampup_batch_size=(1, 1, 10**15))
+    assert growing.whole_steps(10**15 + 11) == (10**15 + 5, 10**15 + 10)
+    assert schedule(1, global_batch_size=2).whole_steps(10**30 + 1) == (10**30 // 2, 10**30)

@@ -14,6 +14,7 @@ import pytest
 from cordee.checkpoint import directory
 from cordee.config.load import load_as_far_as_possible
 from cordee.config.schema import ModelOptions, TrainConfig
+from cordee.data.build import build_datasets
 from cordee.errors import ProblemError
 from cordee.families.registry import ModelSpec, spec_from_options, spec_from_preset
 from cordee.model.config import LayerConfig
@@ -256,6 +257,30 @@ def test_nothing_left_to_train_is_told(run):
     assert any("step 6 of 6: nothing is left to train" in note for note in plan_run(tiny.resumed(run), 1).notes)
     longer = tiny.resumed(run, train_iters=9, override_opt_param_scheduler=True)
     assert not any("nothing is left" in note for note in plan_run(longer, 1).notes)
+
+
+def test_order_of_the_data_stays_as_it_was(run):
+    """Six steps are within the first epoch; sixty go on in blocks of an epoch, where Megatron would shuffle all."""
+    longer = plan_run(tiny.resumed(run, train_iters=60, override_opt_param_scheduler=True), 1)
+    same = plan_run(tiny.resumed(run), 1)
+    assert longer.data["blocks"] == [[1, False]] == same.data["blocks"]
+    assert plan_run(replace(run, save=str(Path(run.save, "new")), train_iters=60), 1).data["blocks"] == [[4, True]]
+    assert any("another length" in note for note in longer.notes)
+    assert not any("another length" in note for note in same.notes)
+    before, after = (
+        build_datasets(run, count, 0, 0, train_blocks=plan.data["blocks"]).train
+        for count, plan in ((48, same), (480, longer))
+    )
+    assert before is not None and after is not None and len(after) >= 480
+    assert all((before[i] == after[i]).all() for i in range(len(before)))
+
+
+@pytest.mark.parametrize("option", ["train_iters", "eval_iters"])
+def test_more_tokens_than_can_be_counted(tmp_path: Path, option: str):
+    """2^63 tokens are 2^56 steps of 8 samples of 16 tokens, and samples overlap by one."""
+    split = {"split": "60,20,20"}
+    assert options_of(check_run(tiny.config(tmp_path, **split, **{option: 2**63 // (8 * 17)}))) == []
+    assert options_of(check_run(tiny.config(tmp_path, **split, **{option: 2**56}))) == ["--" + option.replace("_", "-")]
 
 
 def test_schedule_of_the_checkpoint_or_of_the_options(run):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import pickle
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -120,6 +123,40 @@ def test_resumed_run_is_bit_for_bit_the_uninterrupted_one(tmp_path: Path, option
     for name in ours.names():
         assert torch.equal(ours.tensor(name), theirs.tensor(name))
     assert ours.manifest["trainer"] == theirs.manifest["trainer"]
+
+
+@pytest.mark.parametrize("order", ["single", "cyclic"])
+@pytest.mark.parametrize("length", [6, 80])
+def test_a_run_that_has_become_longer_or_shorter_sees_the_samples_it_would_have_seen(tmp_path: Path, order, length):
+    """Megatron shuffles 40 steps, which take three epochs, otherwise than 6 or 80."""
+    given = tiny.config(
+        tmp_path, train_iters=40, lr_decay_style="constant", lr_warmup_iters=0, dataloader_type=order, exit_interval=4
+    )
+    job.run(given)
+    expected = tiny.losses(given)
+    going_on = tiny.resumed(given, ckpt_step=2, train_iters=length, exit_interval=4, save=str(tmp_path / "again"))
+    job.run(going_on)
+    assert tiny.losses(going_on) == expected[2:]
+    blocks = directory.read_manifest(tmp_path / "again" / "iter_0000004")["data"]["blocks"]
+    assert blocks == directory.read_manifest(Path(given.save) / "iter_0000004")["data"]["blocks"]
+
+
+@pytest.mark.slow
+def test_a_run_of_a_billion_steps_resumes_bit_for_bit(tmp_path: Path):
+    """Its order is in blocks; no memory and no time hangs on its length. In a process of its own, which has too little
+    memory for an order of that length."""
+    given = tiny.config(tmp_path, train_iters=10**9, eval_iters=10**9, eval_interval=10**6, exit_interval=4)
+    script = """
+import pickle, resource, sys
+from cordee.train import job
+resource.setrlimit(resource.RLIMIT_DATA, (4 << 30, 4 << 30))
+sys.exit(job.run(pickle.load(sys.stdin.buffer)))
+"""
+    for config in (given, tiny.resumed(given, ckpt_step=2, exit_interval=4, save=str(tmp_path / "again"))):
+        done = subprocess.run([sys.executable, "-c", script], input=pickle.dumps(config), capture_output=True)
+        assert done.returncode == 0, done.stderr.decode()
+    again = replace(given, save=str(tmp_path / "again"))
+    assert len(tiny.losses(given)) == 4 and tiny.losses(again) == tiny.losses(given)[2:]
 
 
 def test_dropout_depends_on_the_seed_and_nothing_else(tmp_path: Path):

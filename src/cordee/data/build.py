@@ -1,7 +1,8 @@
 """From the data options of a run to its datasets for training, validation and test.
 
-Owns how `--data-path` and `--split` are read and which part of which file a dataset takes. Knows nothing of ranks: in
-a run of several processes one calls `build_datasets` first, so that the others find the sample orders in the cache.
+Owns how `--data-path` and `--split` are read, which part of which file a dataset takes and how it is ordered. Knows
+nothing of ranks: in a run of several processes one calls `build_datasets` first, so that the others find the sample
+orders in the cache.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cordee.config.schema import DataOptions, TrainConfig
-from cordee.data.gpt_dataset import BlendedDataset, Dataset, GPTDataset, blend_sizes, normalise
+from cordee.data.gpt_dataset import BlendedDataset, Dataset, GPTDataset
 from cordee.data.indexed import IndexedDataset
+from cordee.data.order import Order, blend_period, blend_sizes, normalise, periodic_sizes
 from cordee.errors import Problem, raise_all
 from cordee.log import logger
 
@@ -52,8 +54,30 @@ class Part:
         return round(self.begin * float(len(indexed))), round(self.end * float(len(indexed)))
 
 
-def build_datasets(config: TrainConfig, train_samples: int, valid_samples: int, test_samples: int) -> Datasets:
-    """Datasets of at least so many samples each.
+@dataclass(frozen=True)
+class PartOrder:
+    """How the samples of a part are ordered: of each of its datasets, and of the blend of them, which has `size`
+    samples and repeats its choice of datasets after `period`."""
+
+    datasets: tuple[Order, ...]
+    size: int
+    period: int
+
+    def describe(self) -> dict[str, Any]:
+        """What decides which sample comes when besides the data, as JSON holds it; the same for runs of two lengths
+        that begin with the same samples."""
+        blocks = [[order.block.epochs, order.block.last_apart] for order in self.datasets]
+        return {"blocks": blocks, "period": self.period if self.period < self.size else None}
+
+
+def build_datasets(
+    config: TrainConfig,
+    train_samples: int,
+    valid_samples: int,
+    test_samples: int,
+    train_blocks: Sequence[tuple[int, bool]] | None = None,
+) -> Datasets:
+    """Datasets of at least so many samples each. `train_blocks`: as `plan_order` takes them.
 
     Raises `ProblemError` for options or files that do not fit; `cordee.data.check` finds them all beforehand.
     """
@@ -63,7 +87,56 @@ def build_datasets(config: TrainConfig, train_samples: int, valid_samples: int, 
         prefix: IndexedDataset(prefix)
         for prefix in dict.fromkeys(p for name, part in parts.items() if asked[name] for p in part.blend.prefixes)
     }
-    return Datasets(*(_build_part(parts.get(name), files, config, asked[name]) for name in SPLITS))
+    built: list[Dataset | None] = []
+    for name in SPLITS:
+        part, dataset = parts.get(name), None
+        if part is not None and asked[name]:
+            indexed = [files[prefix] for prefix in part.blend.prefixes]
+            blocks = train_blocks if name == "train" else None
+            order = plan_order(part, indexed, config.seq_length, asked[name], blocks)
+            dataset = _build_part(part, indexed, config, order)
+        built.append(dataset)
+    return Datasets(*built)
+
+
+def plan_order(
+    part: Part,
+    indexed: Sequence[IndexedDataset],
+    seq_length: int,
+    samples: int,
+    blocks: Sequence[tuple[int, bool]] | None = None,
+) -> PartOrder:
+    """The order of `samples` samples of a part whose datasets are `indexed`.
+
+    `blocks`: epochs of a block of each dataset, and whether the last of them is shuffled apart, of the run that this
+    one resumes. Its order goes on in such blocks, whatever the length of the run is now. Raises `ProblemError`.
+    """
+    raise_all(problem for dataset in indexed for problem in part_problems(part, dataset))
+    lengths = []
+    for dataset in indexed:
+        first, last = part.sequences(dataset)
+        lengths.append(dataset.sequence_lengths[first:last])
+
+    def orders(sizes: Sequence[int]) -> list[Order]:
+        return [Order.plan(each, size, seq_length) for each, size in zip(lengths, sizes, strict=True)]
+
+    weights = part.blend.weights
+    sizes, size = ([samples], samples) if weights is None else blend_sizes(weights, samples)
+    found = orders(sizes)
+    period = size if weights is None else blend_period(size, found)
+    if weights is not None and period < size:
+        sizes = periodic_sizes(weights, size, period)
+        found = orders(sizes)
+    if blocks is not None:
+        kept = zip(lengths, sizes, blocks, strict=True)
+        found = [Order.of_blocks(each, count, seq_length, *block) for each, count, block in kept]
+    return PartOrder(tuple(found), size, period)
+
+
+def plan_train_order(config: TrainConfig, samples: int) -> PartOrder:
+    """That of the training data."""
+    part = plan_parts(config)["train"]
+    return plan_order(part, [IndexedDataset(prefix) for prefix in part.blend.prefixes], config.seq_length, samples)
 
 
 def plan_parts(options: DataOptions) -> dict[str, Part]:
@@ -135,33 +208,30 @@ def _parse_split(split: str, problems: list[Problem]) -> tuple[float, ...]:
     return tuple(ends[1:])
 
 
-def _build_part(
-    part: Part | None, files: dict[str, IndexedDataset], config: TrainConfig, samples: int
-) -> Dataset | None:
-    if part is None or not samples:
-        return None
+def _build_part(part: Part, indexed: Sequence[IndexedDataset], config: TrainConfig, order: PartOrder) -> Dataset:
+    datasets = [_build_one(part, one, config, own) for one, own in zip(indexed, order.datasets, strict=True)]
     if part.blend.weights is None:
-        return _build_one(part, files[part.blend.prefixes[0]], config, samples)
-    sizes, size = blend_sizes(part.blend.weights, samples)
-    datasets = [
-        _build_one(part, files[prefix], config, count) for prefix, count in zip(part.blend.prefixes, sizes, strict=True)
-    ]
-    return BlendedDataset(datasets, part.blend.weights, size, _cache_dir(config, part.blend.prefixes[0]))
+        return datasets[0]
+    cache_dir = _cache_dir(config, part.blend.prefixes[0])
+    blend = BlendedDataset(datasets, part.blend.weights, order.size, cache_dir, order.period)
+    if order.period < order.size:
+        text = "%s data: the blend of %s samples repeats its choice of datasets every %s, which Megatron's does not"
+        logger.info(text, part.name, f"{order.size:,}", f"{order.period:,}")
+    for prefix, drawn in zip(part.blend.prefixes, blend.drawn, strict=True):
+        if not drawn:
+            logger.warning("%s data %s: its weight is too small for any of %d samples", part.name, prefix, order.period)
+    return blend
 
 
-def _build_one(part: Part, indexed: IndexedDataset, config: TrainConfig, samples: int) -> GPTDataset:
-    raise_all(part_problems(part, indexed))
+def _build_one(part: Part, indexed: IndexedDataset, config: TrainConfig, order: Order) -> GPTDataset:
     first, last = part.sequences(indexed)
     cache_dir = _cache_dir(config, indexed.prefix)
-    dataset = GPTDataset(indexed, first, last, samples, config.seq_length, config.seed, cache_dir)
-    logger.info(
-        "%s data %s: %d sequences, %d samples in %d epochs",
-        part.name,
-        indexed.prefix,
-        last - first,
-        len(dataset),
-        dataset.epochs.epochs,
-    )
+    dataset = GPTDataset(indexed, first, last, order, config.seq_length, config.seed, cache_dir)
+    numbers = (last - first, len(dataset), order.epochs)
+    logger.info("%s data %s: %d sequences, %d samples in %d epochs", part.name, indexed.prefix, *numbers)
+    if order.blocks > 1:
+        text = "%s data %s: every %d epochs are shuffled on their own; Megatron shuffles all together, in %.1f GiB"
+        logger.info(text, part.name, indexed.prefix, order.block.epochs, order.bytes_of_one_block / 2**30)
     return dataset
 
 

@@ -12,22 +12,22 @@ the samples are then shuffled. "Documents" are here the sequences of the indexed
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from cordee.data.indexed import IndexedDataset
+from cordee.data.order import Epochs, Order, block_seed, normalise
 from cordee.data.order_cache import Arrays, cached_arrays, content_key
+from cordee.errors import Problem, raise_all
 
-# A last epoch of which less than this part is needed is shuffled on its own, so that the epochs before it are whole.
-_WHOLE_EPOCH = 0.80
-# A blend asks each dataset for this much more than its share, because rounding may draw a sample too many.
-_SURPLUS = 0.005
+_CHUNK = 1 << 16  # numbers of an index that are worked out at a time
 
 Int64s = npt.NDArray[np.int64]
 
@@ -40,35 +40,20 @@ class Dataset(Protocol):
     def __getitem__(self, index: int) -> Int64s: ...
 
 
-@dataclass(frozen=True)
-class Epochs:
-    """How often a dataset is passed over for `num_samples` samples, and how its last pass is shuffled."""
+class Indexes(NamedTuple):
+    """Megatron's document, sample and shuffle index of one block of an order."""
 
-    epochs: int
-    samples: int  # all that fit in these epochs, at least as many as asked for
-    samples_before_last: int  # those of the epochs before the last
-    last_apart: bool  # the last epoch is shuffled on its own
-
-    @classmethod
-    def plan(cls, tokens: int, num_samples: int | None, seq_length: int) -> Epochs:
-        """For `tokens` per epoch; `num_samples` None is one epoch."""
-        assert tokens > 1, "a dataset of one token has nothing to predict"
-        needed = 0 if num_samples is None else num_samples * seq_length + 1
-        epochs = max(1, -(-needed // tokens))
-        samples = (epochs * tokens - 1) // seq_length
-        before_last = ((epochs - 1) * tokens - 1) // seq_length
-        if epochs == 1 or num_samples is None:
-            return cls(epochs, samples, 0, last_apart=False)
-        of_an_epoch = (tokens - 1) // seq_length
-        last_apart = num_samples - before_last < int(_WHOLE_EPOCH * of_an_epoch)
-        return cls(epochs, samples, before_last, last_apart)
+    documents: npt.NDArray[np.int32]
+    samples: npt.NDArray[Any]
+    shuffle: npt.NDArray[Any]
 
 
 class GPTDataset:
     """Samples of `seq_length + 1` tokens, int64, from the sequences `[first, last)` of an indexed dataset.
 
-    It holds at least `num_samples` samples (None: those of one epoch). The indexes are kept in `cache_dir` under a
-    name that follows from their content and opened by memory map.
+    `order` says how many samples there are and in which blocks they are ordered. A block is built when a sample of it
+    is first asked for, and two are held. Blocks are kept in `cache_dir` under a name that follows from their content
+    and opened by memory map, but for small ones.
     """
 
     def __init__(
@@ -76,45 +61,63 @@ class GPTDataset:
         indexed: IndexedDataset,
         first: int,
         last: int,
-        num_samples: int | None,
+        order: Order,
         seq_length: int,
         seed: int,
         cache_dir: Path | None = None,
     ):
         self.indexed = indexed
+        self.order = order
         self.seq_length = seq_length
-        lengths = indexed.sequence_lengths[first:last]
-        self.epochs = Epochs.plan(int(lengths.sum(dtype=np.int64)), num_samples, seq_length)
-        plan = self.epochs
-        documents = plan.epochs * (last - first)
-        key = content_key(
-            order="gpt",
-            lengths=lengths,
-            first=first,
-            epochs=plan.epochs,
-            last_apart=plan.last_apart,
-            seq_length=seq_length,
-            seed=seed,
-        )
-        shapes = {"documents": (documents,), "samples": (plan.samples + 1, 2), "shuffle": (plan.samples,)}
-        arrays = cached_arrays(
-            cache_dir,
-            key,
-            shapes,
-            lambda: _build_indexes(indexed.sequence_lengths, first, last, plan, seq_length, seed),
-        )
-        self.document_index = arrays["documents"]
-        self.sample_index = arrays["samples"]
-        self.shuffle_index = arrays["shuffle"]
+        self._first, self._last, self._seed = first, last, seed
+        self._cache_dir = None if order.is_small else cache_dir
+        self._block = functools.lru_cache(maxsize=2)(self._open_block)
+        self._lock = threading.Lock()  # the threads of a loader wait for a block instead of building it twice
+        if order.blocks == 1:
+            self.indexes(0)
 
     def __len__(self) -> int:
-        return self.epochs.samples
+        return self.order.samples
 
     def __getitem__(self, index: int) -> Int64s:
         """Sample `index` as int64 [seq_length + 1]."""
-        sample = int(self.shuffle_index[index])
-        (begin, begin_offset), (end, end_offset) = self.sample_index[sample : sample + 2].tolist()
-        return self.indexed.gather(self.document_index[begin : end + 1], begin_offset, end_offset + 1)
+        block, place = divmod(index, self.order.block.samples)
+        indexes = self.indexes(block)
+        sample = int(indexes.shuffle[place])
+        (begin, begin_offset), (end, end_offset) = indexes.samples[sample : sample + 2].tolist()
+        return self.indexed.gather(indexes.documents[begin : end + 1], begin_offset, end_offset + 1)
+
+    def indexes(self, block: int) -> Indexes:
+        """Those of a block of the order."""
+        if not 0 <= block < self.order.blocks:
+            raise IndexError(f"block {block} of {self.order.blocks}")
+        with self._lock:
+            return self._block(block)
+
+    def _open_block(self, block: int) -> Indexes:
+        plan, first, last = self.order.block, self._first, self._last
+        lengths = self.indexed.sequence_lengths
+        seed = block_seed(self._seed, block)
+        if self._cache_dir is None:
+            return Indexes(**_build_indexes(lengths, first, last, plan, self.seq_length, seed))
+        key = content_key(
+            order="gpt",
+            lengths=lengths[first:last],
+            first=first,
+            epochs=plan.epochs,
+            last_apart=plan.last_apart,
+            seq_length=self.seq_length,
+            seed=seed,
+        )
+        shapes = {
+            "documents": (plan.epochs * (last - first),),
+            "samples": (plan.samples + 1, 2),
+            "shuffle": (plan.samples,),
+        }
+        arrays = cached_arrays(
+            self._cache_dir, key, shapes, lambda: _build_indexes(lengths, first, last, plan, self.seq_length, seed)
+        )
+        return Indexes(**arrays)
 
 
 def _build_indexes(
@@ -124,8 +127,8 @@ def _build_indexes(
     random = np.random.RandomState(seed)
     documents = build_document_index(np.arange(first, last, dtype=np.int32), plan.epochs, random, plan.last_apart)
     samples = build_sample_index(sequence_lengths, documents, seq_length, plan.samples)
-    boundary = plan.samples_before_last if plan.last_apart else plan.samples
-    return {"documents": documents, "samples": samples, "shuffle": build_shuffle_index(boundary, plan.samples, random)}
+    shuffle = build_shuffle_index(plan.boundary, plan.samples, random)
+    return {"documents": documents, "samples": samples, "shuffle": shuffle}
 
 
 def build_document_index(
@@ -148,15 +151,17 @@ def build_sample_index(
 
     Sample j begins with token `j * seq_length` of the stream; the document that holds it is the first to end after it.
     """
-    lengths = sequence_lengths[document_index]
     largest = max(len(document_index), int(sequence_lengths.max(initial=0)))
-    ends = np.cumsum(lengths, dtype=np.int64)
-    starts = np.arange(samples + 1, dtype=np.int64) * seq_length
-    positions = np.searchsorted(ends, starts, side="right")
-    positions[0] = 0  # the stream begins with the first document, even an empty one
+    ends = sequence_lengths[document_index].astype(np.int64)
+    np.cumsum(ends, out=ends)
     index = np.empty((samples + 1, 2), np.int32 if largest <= np.iinfo(np.int32).max else np.int64)
-    index[:, 0] = positions
-    index[:, 1] = starts - (ends[positions] - lengths[positions])
+    for begin in range(0, samples + 1, _CHUNK):
+        starts = np.arange(begin, min(begin + _CHUNK, samples + 1), dtype=np.int64) * seq_length
+        positions = np.searchsorted(ends, starts, side="right")
+        if begin == 0:
+            positions[0] = 0  # the stream begins with the first document, even an empty one
+        index[begin : begin + _CHUNK, 0] = positions
+        index[begin : begin + _CHUNK, 1] = starts - (ends[positions] - sequence_lengths[document_index[positions]])
     return index
 
 
@@ -171,45 +176,61 @@ def build_shuffle_index(boundary: int, samples: int, random: np.random.RandomSta
 
 
 class BlendedDataset:
-    """Samples of several datasets in the proportion of their weights, each dataset's own in order."""
+    """Samples of several datasets in the proportion of their weights, each dataset's own in order.
 
-    def __init__(self, datasets: Sequence[Dataset], weights: Sequence[float], size: int, cache_dir: Path | None = None):
+    Which dataset comes when is Megatron's choice for the first `period` samples (None: for all of them), and then the
+    same again; each dataset's own samples go on.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[Dataset],
+        weights: Sequence[float],
+        size: int,
+        cache_dir: Path | None = None,
+        period: int | None = None,
+    ):
         self.datasets = list(datasets)
         self.size = size
+        self.period = period or size
         # Megatron normalises once for the sizes and once more here; the last bit of a weight can decide a tie.
         normalised = normalise(normalise(weights))
         arrays = cached_arrays(
             cache_dir,
-            content_key(order="blend", weights=normalised.tolist(), size=size),
-            {"dataset": (size,), "sample": (size,)},
-            lambda: dict(zip(("dataset", "sample"), build_blend(normalised, size), strict=True)),
+            content_key(order="blend", weights=normalised.tolist(), size=self.period),
+            {"dataset": (self.period,), "sample": (self.period,)},
+            lambda: dict(zip(("dataset", "sample"), build_blend(normalised, self.period), strict=True)),
         )
         self.dataset_index = arrays["dataset"]
         self.dataset_sample_index = arrays["sample"]
-        drawn = np.bincount(self.dataset_index, minlength=len(self.datasets))
-        assert all(count <= len(dataset) for count, dataset in zip(drawn.tolist(), self.datasets, strict=True))
+        self.drawn = _count(self.dataset_index, len(self.datasets))  # of each dataset in a period
+        raise_all(self._oversampled())
 
     def __len__(self) -> int:
         return self.size
 
     def __getitem__(self, index: int) -> Int64s:
-        return self.datasets[self.dataset_index[index]][int(self.dataset_sample_index[index])]
+        turn, place = divmod(index, self.period)
+        dataset = int(self.dataset_index[place])
+        return self.datasets[dataset][turn * self.drawn[dataset] + int(self.dataset_sample_index[place])]
+
+    def _oversampled(self) -> Iterator[Problem]:
+        """Datasets of which a blend of few samples draws more than there are: rounding up the shares of many datasets
+        makes it larger than was asked for, and Megatron refuses these too."""
+        turns, rest = divmod(self.size, self.period)
+        last = _count(self.dataset_index[:rest], len(self.datasets))
+        for number, (dataset, each, more) in enumerate(zip(self.datasets, self.drawn, last, strict=True), 1):
+            if (count := turns * each + more) > len(dataset):
+                why = f"a blend of {self.size} samples draws {count} of dataset {number}, which has {len(dataset)}"
+                yield Problem("blend", None, why, "ask for more samples, give that dataset more text, or blend fewer")
 
 
-def normalise(weights: Sequence[float] | npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    array = np.asarray(weights, np.float64)
-    return array / np.sum(array)
-
-
-def blend_sizes(weights: Sequence[float], size: int) -> tuple[list[int], int]:
-    """For a blend of `size` samples: how many samples each dataset has to hold, and how many the blend then has.
-
-    As Megatron from release 0.8 on, which adds the surplus of 0.5 % to the rounded share; release 0.6 adds it before
-    rounding. A dataset can so be asked for one sample more than there, which matters to its order only where that
-    sample needs another epoch.
-    """
-    shares = [math.ceil(size * weight) for weight in normalise(weights).tolist()]
-    return [math.ceil(share * (1 + _SURPLUS)) for share in shares], sum(shares)
+def _count(numbers: npt.NDArray[np.int16], kinds: int) -> list[int]:
+    """How often each of the numbers below `kinds` occurs."""
+    counts = np.zeros(kinds, np.int64)
+    for begin in range(0, len(numbers), _CHUNK):  # counting makes a copy of eight bytes each
+        counts += np.bincount(numbers[begin : begin + _CHUNK], minlength=kinds)
+    return counts.tolist()
 
 
 def build_blend(weights: npt.NDArray[np.float64], size: int) -> tuple[npt.NDArray[np.int16], Int64s]:
@@ -227,20 +248,22 @@ def build_blend(weights: npt.NDArray[np.float64], size: int) -> tuple[npt.NDArra
     blocks = -(-size // length)
     begins = np.arange(blocks, dtype=np.int64) * length
     drawn = _guess_drawn(weights, begins)
-    choices = np.zeros((length, blocks), np.int16)
-    ends = np.zeros_like(drawn)
+    dataset_index = np.empty((blocks, length), np.int16)
+    sample_index = np.empty((blocks, length), np.int64)
+    ends = drawn.copy()
     todo = np.arange(blocks)
     while todo.size:
-        ends[todo], choices[:, todo] = _draw(weights, begins[todo], drawn[todo], length)
-        wrong = np.flatnonzero((drawn[1:] != ends[:-1]).any(axis=1)) + 1
-        drawn[wrong] = ends[wrong - 1]
-        todo = wrong
-    dataset_index = np.ascontiguousarray(choices.T).reshape(-1)[:size]
-    sample_index = np.empty(size, np.int64)
-    for dataset in range(len(weights)):
-        places = np.flatnonzero(dataset_index == dataset)
-        sample_index[places] = np.arange(len(places))
-    return dataset_index, sample_index
+        counts = drawn[todo]
+        for step in range(length):
+            samples = np.maximum(begins[todo] + step, 1).astype(np.float64)
+            chosen = np.argmax(samples[:, None] * weights - counts, axis=1)
+            taken = np.arange(len(todo)), chosen
+            dataset_index[todo, step], sample_index[todo, step] = chosen, counts[taken]
+            counts[taken] += 1
+        ends[todo] = counts
+        todo = np.flatnonzero((drawn[1:] != ends[:-1]).any(axis=1)) + 1
+        drawn[todo] = ends[todo - 1]
+    return dataset_index.reshape(-1)[:size], sample_index.reshape(-1)[:size]
 
 
 def _guess_drawn(weights: npt.NDArray[np.float64], begins: Int64s) -> Int64s:
@@ -250,17 +273,3 @@ def _guess_drawn(weights: npt.NDArray[np.float64], begins: Int64s) -> Int64s:
     missing = begins - drawn.sum(axis=1)
     ranks = np.argsort(np.argsort(drawn - shares, axis=1, kind="stable"), axis=1)
     return drawn + (ranks < missing[:, None])
-
-
-def _draw(
-    weights: npt.NDArray[np.float64], begins: Int64s, drawn: Int64s, steps: int
-) -> tuple[Int64s, npt.NDArray[np.int16]]:
-    """Take `steps` choices in every block: the counts after them [blocks, datasets] and the choices [steps, blocks]."""
-    drawn = drawn.copy()
-    choices = np.empty((steps, len(begins)), np.int16)
-    rows = np.arange(len(begins))
-    for step in range(steps):
-        samples = np.maximum(begins + step, 1).astype(np.float64)
-        choices[step] = chosen = np.argmax(samples[:, None] * weights - drawn, axis=1)
-        drawn[rows, chosen] += 1
-    return drawn, choices

@@ -6,10 +6,13 @@ of what they mean.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,9 @@ from cordee.files import create_new, sync_directory
 from cordee.log import logger
 
 Arrays = dict[str, npt.NDArray[Any]]
+
+_SEAL = 4  # bytes of the checksum that ends a file
+_DAMAGE = (ValueError, OSError, EOFError)
 
 
 def content_key(**facts: object) -> str:
@@ -44,34 +50,62 @@ def cached_arrays(
 ) -> Arrays:
     """The arrays that `build` makes, from `directory` if it holds them whole, else built and put there.
 
-    Several processes may do this at the same time: each writes under its own name and renames, and all write the
-    same. Without a directory, or where it cannot be written, the arrays stay in memory.
+    Every opening reads all bytes and compares them with the checksum at their end. Several processes may do this at
+    the same time: one builds, and the others wait for it where the file system has locks; where it has none, each
+    writes the same under its own name and renames. Without a directory, or where it cannot be written, the arrays
+    stay in memory.
     """
     if directory is None:
         return build()
     paths = {name: directory / f"{key}-{name}.npy" for name in shapes}
+
+    def kept() -> Arrays:
+        return {name: _open(path, shapes[name]) for name, path in paths.items()}
+
     if all(path.is_file() for path in paths.values()):
         try:
-            return {name: _open(path, shapes[name]) for name, path in paths.items()}
-        except (ValueError, OSError, EOFError) as error:
+            return kept()
+        except _DAMAGE as error:
             logger.warning("The sample order in %s is damaged (%s); it is built again.", directory, error)
-    arrays = build()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for name, path in paths.items():
-            _save(path, arrays[name])
-        sync_directory(directory)
-    except OSError as error:
-        logger.warning("The sample order cannot be kept in %s (%s); every start builds it anew.", directory, error)
-        return arrays
-    return {name: _open(path, shapes[name]) for name, path in paths.items()}
+    with _one_process(directory):
+        with suppress(*_DAMAGE):  # another process has built it meanwhile
+            return kept()
+        arrays = build()
+        try:
+            for name, path in paths.items():
+                _save(path, arrays[name])
+            sync_directory(directory)
+            return kept()
+        except _DAMAGE as error:
+            logger.warning("The sample order cannot be kept in %s (%s); every start builds it anew.", directory, error)
+            return arrays
+
+
+@contextmanager
+def _one_process(directory: Path) -> Iterator[None]:
+    """Hold the lock of `directory`, which is made if it can be; go on without where there is none."""
+    with ExitStack() as stack:
+        with suppress(OSError):
+            directory.mkdir(parents=True, exist_ok=True)
+            handle = os.open(directory, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
 def _open(path: Path, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    content = np.memmap(path, np.uint8, "r")
+    if content[-_SEAL:].tobytes() != _seal(path, content[:-_SEAL]):
+        raise ValueError(f"the checksum of {path.name} does not match")
     array = np.load(path, mmap_mode="r", allow_pickle=False)
     if array.shape != shape:
         raise ValueError(f"{path.name} has shape {array.shape} instead of {shape}")
     return np.asarray(array)
+
+
+def _seal(path: Path, content: npt.NDArray[np.uint8]) -> bytes:
+    """Checksum of what a file holds and of its name, which says what that was built from."""
+    return zlib.crc32(path.name.encode(), zlib.crc32(content.data)).to_bytes(_SEAL, "little")
 
 
 def _save(path: Path, array: npt.NDArray[Any]) -> None:
@@ -79,6 +113,8 @@ def _save(path: Path, array: npt.NDArray[Any]) -> None:
     try:
         with create_new(temporary) as file:
             np.save(file, array, allow_pickle=False)
+            file.flush()
+            file.write(_seal(path, np.memmap(temporary, np.uint8, "r")))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

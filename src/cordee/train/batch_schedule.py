@@ -5,7 +5,9 @@ Owns the global batch, its ramp-up and its division into micro-batches. Knows ne
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass
+from functools import partial
 
 from cordee.config.schema import BatchOptions
 
@@ -58,13 +60,18 @@ class BatchSchedule:
     def whole_steps(self, samples: int) -> tuple[int, int]:
         """How many whole steps fit in the first `samples` samples, and how many samples those are."""
         steps, consumed = 0, 0
-        while self.rampup is not None and consumed <= self.rampup[2]:
-            if consumed + self.batch_size(consumed) > samples:
-                return steps, consumed
-            consumed += self.batch_size(consumed)
-            steps += 1
-        further = (samples - consumed) // self.global_batch_size
-        return steps + further, consumed + further * self.global_batch_size
+        while consumed + (size := self.batch_size(consumed)) <= samples:
+            fit = (samples - consumed) // size
+            if size < self.global_batch_size:  # as many as there are before the first that is larger
+                after = partial(self._batch_size_after, consumed, size)
+                fit = bisect.bisect_right(range(min(fit, 2**62)), size, key=after)  # no longer range has a length
+            steps += fit
+            consumed += fit * size
+        return steps, consumed
+
+    def _batch_size_after(self, consumed: int, size: int, steps: int) -> int:
+        """That of the step after `steps` more of `size` samples."""
+        return self.batch_size(consumed + steps * size)
 
 
 def build_batch_schedule(options: BatchOptions, data_size: int, sizes: tuple[int, ...] | None = None) -> BatchSchedule:

@@ -290,9 +290,10 @@ def _loaders(plan: RunPlan, layout: Layout, stack: ExitStack) -> dict[str, Loade
 def _datasets(plan: RunPlan, layout: Layout) -> Datasets:
     """Datasets of all parts; rank 0 works out the orders and keeps them where the other ranks find them."""
     counts = [plan.samples[name] for name in ("train", "valid", "test")]
+    blocks = plan.data["blocks"]
 
     def build() -> Datasets:
-        return build_datasets(plan.config, *counts)
+        return build_datasets(plan.config, *counts, train_blocks=blocks)
 
     if layout.rank == 0:
         datasets = together(layout, build)

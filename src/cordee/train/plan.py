@@ -16,9 +16,10 @@ from typing import Any
 from cordee.checkpoint import directory
 from cordee.config import deepspeed
 from cordee.config.check import check_train, fewest_processes, without_effect
+from cordee.config.option import to_flag
 from cordee.config.schema import TokenizerOptions, TrainConfig
 from cordee.data import check as data_check
-from cordee.data.build import plan_parts
+from cordee.data.build import plan_parts, plan_train_order
 from cordee.data.indexed import IndexedDataset, bin_path, fingerprint, idx_path
 from cordee.data.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
 from cordee.errors import Findings, Problem, ProblemError, raise_all
@@ -107,7 +108,7 @@ def plan_run(
         counts = sorted({size // batches.slice_size for size in batches.batch_sizes()})
         division = found.attempt(lambda: pipeline_check.division(config, shape, spec.config, counts))
         found.notes += pipeline_check.notes(division, counts)
-    data = found.attempt(lambda: _data_identity(config, fingerprints))
+    data = found.attempt(lambda: _data_identity(config, fingerprints) | _order_identity(config, samples))
     plan = None
     if origin is not None and spec is not None and data is not None:
         whole = RunPlan(
@@ -315,6 +316,12 @@ def _samples(config: TrainConfig, batches: BatchSchedule, iterations: int, notes
     """Samples that the run reads of each part. The final test is left out where --split leaves it no sequence."""
     held_out = config.eval_iters * batches.global_batch_size
     train = config.train_samples or iterations * batches.global_batch_size
+    lengths = {"train_samples" if config.train_samples else "train_iters": train, "eval_iters": held_out}
+    raise_all(
+        Problem(to_flag(name), getattr(config, name), "it makes more tokens than 64 bits count", "give less")
+        for name, count in lengths.items()
+        if count * (config.seq_length + 1) >= 2**63
+    )
     samples = {"train": 0 if config.skip_train else train, "valid": held_out, "test": held_out}
     parts = plan_parts(config)
     for name in ("valid", "test"):
@@ -365,3 +372,10 @@ def _data_identity(config: TrainConfig, fingerprints: Fingerprints | None) -> di
         first, last = part.sequences(indexed)
         sets.append({"tokens": indexed.num_tokens, "first": first, "last": last, "weight": weight, **content})
     return {"seq_length": config.seq_length, "seed": config.seed, "order": config.dataloader_type, "sets": sets}
+
+
+def _order_identity(config: TrainConfig, samples: dict[str, int]) -> dict[str, Any]:
+    """What the number of samples decides of their order; nothing for a run that trains on none."""
+    count = samples.get("train")
+    described = plan_train_order(config, count).describe() if count else {"blocks": None, "period": None}
+    return {**described, "samples": count}

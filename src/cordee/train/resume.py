@@ -53,7 +53,21 @@ def join(plan: RunPlan, manifest: dict[str, Any]) -> RunPlan:
             *experts.check_resumed(plan.config, manifest["config"]),
         ]
     )
-    return plan
+    return _in_order(plan, manifest["data"])
+
+
+def _in_order(plan: RunPlan, then: dict[str, Any]) -> RunPlan:
+    """`plan` with the order of its data as it was `then`. Megatron's hangs on the length of a run: another length would
+    bring other samples, some a second time before others come at all."""
+    if not then.get("blocks") or not plan.data["blocks"]:
+        return plan
+    kept, samples, notes = {"blocks": then["blocks"]}, plan.samples, plan.notes
+    if plan.config.dataloader_type == "cyclic":  # what is longer is in further passes over the same samples
+        kept["samples"] = then["samples"]
+        samples = {**samples, "train": then["samples"]}
+    if plan.data["blocks"] != then["blocks"]:
+        notes = (*notes, "the run has another length than before: its data keeps the order that it began with")
+    return replace(plan, data={**plan.data, **kept}, samples=samples, notes=notes)
 
 
 def _data_problems(plan: RunPlan, manifest: dict[str, Any]) -> Iterator[Problem]:
@@ -84,6 +98,12 @@ def _data_problems(plan: RunPlan, manifest: dict[str, Any]) -> Iterator[Problem]
     for file in sorted(changed):
         why = "its bytes changed since the checkpoint was saved, so its place in the data would mean other samples"
         yield Problem(option, file, why, "give the data as it was, or start anew from the weights: --finetune")
+    if then.get("blocks") and now["blocks"] and then["period"] != now["period"]:
+        after = [each["period"] or "no" for each in (then, now)]
+        why = f"the blend of the run repeats its choice of datasets after {after[0]} samples, this one after {after[1]}"
+        option = "--train-samples" if plan.config.train_samples else "--train-iters"
+        value = plan.config.train_samples or plan.config.train_iters
+        yield Problem(option, value, why, "keep the length, or start anew from the weights: --finetune")
 
 
 def _selection(part: dict[str, Any]) -> dict[str, Any]:
