@@ -12,8 +12,10 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 MAX_BYTES = 256 << 20  # of a sealed file; what is larger is something else, and would only fill the memory
 CHECKSUM = "checksum"
@@ -22,14 +24,14 @@ _LARGEST = 2**63 - 1
 Form = Callable[[Any], str | None]
 
 
-def seal(fields: Mapping[str, Any]) -> str:
-    """The text of a file with `fields` and the CRC-32 of their canonical JSON (sorted keys, ASCII)."""
-    content = json.loads(json.dumps(fields))  # as it will be read: tuples are lists, all keys are text
-    return json.dumps({**content, CHECKSUM: _checksum(content)}, indent=1)
+def seal(content: Mapping[str, Any]) -> str:
+    """The text of a file with `content` and the CRC-32 of their canonical JSON (sorted keys, ASCII)."""
+    plain = json.loads(json.dumps(content))  # as it will be read: tuples are lists, all keys are text
+    return json.dumps({**plain, CHECKSUM: _checksum(plain)}, indent=1)
 
 
 def read(path: Path, form: Form, formats: int) -> dict[str, Any]:
-    """The fields of a sealed file whose "format" is `formats`, without the checksum.
+    """The fields of a sealed file whose "format" is `formats`, without these two.
 
     ValueError with what is wrong: no file of JSON, another format, changed since it was sealed, or not of `form`.
     FileNotFoundError and other OSErrors as they come.
@@ -41,18 +43,19 @@ def read(path: Path, form: Form, formats: int) -> dict[str, Any]:
     if len(data) > MAX_BYTES:
         raise ValueError(f"it has more than {MAX_BYTES} bytes")
     try:
-        fields = json.loads(data.decode("utf-8"))
-        if not isinstance(fields, dict):
+        found = json.loads(data.decode("utf-8"))
+        if not isinstance(found, dict):
             raise ValueError("it is no JSON object")
-        if fields.get("format") != formats:
+        if found.get("format") != formats:
             raise ValueError(f"it is not of format {formats}, the one this version reads")
-        if fields.pop(CHECKSUM, None) != _checksum(fields):
+        if found.pop(CHECKSUM, None) != _checksum(found):
             raise ValueError("it was changed: its checksum is not the one it was written with")
-        if (why := form(fields)) is not None:
+        del found["format"]
+        if (why := form(found)) is not None:
             raise ValueError(why)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    return fields
+    return found
 
 
 def _checksum(content: dict[str, Any]) -> int:
@@ -128,6 +131,40 @@ def record(required: Mapping[str, Form], optional: Mapping[str, Form] | None = N
         return next((f"{name}: {why}" for name in known if name in value and (why := known[name](value[name]))), None)
 
     return fault
+
+
+def row(*forms: Form) -> Form:
+    """An array of as many values as there are `forms`, each as its own says."""
+
+    def fault(value: Any) -> str | None:
+        if not isinstance(value, list) or len(value) != len(forms):
+            return f"{_shown(value)} is no array of {len(forms)}"
+        return next((why for form, item in zip(forms, value, strict=True) if (why := form(item))), None)
+
+    return fault
+
+
+def of(kind: type, **special: Form) -> Form:
+    """An object with the fields of a dataclass and no others, each as its type says, or `special`."""
+    types = get_type_hints(kind)
+    return record(
+        {field.name: special.get(field.name) or _of_type(types[field.name]) for field in fields(kind)}, exact=True
+    )
+
+
+def _of_type(kind: Any) -> Form:
+    simple = {int: count(), float: number(), str: text(), bool: flag}
+    if kind in simple:
+        return simple[kind]
+    arguments = get_args(kind)
+    if get_origin(kind) is Literal:
+        return text(*arguments)
+    if get_origin(kind) is dict:
+        return table(_of_type(arguments[1]))
+    if NoneType in arguments:
+        (other,) = (argument for argument in arguments if argument is not NoneType)
+        return maybe(_of_type(other))
+    return of(kind)
 
 
 def table(form: Form, names: str = ".*", least: int = 0) -> Form:

@@ -25,54 +25,12 @@ from cordee.log import logger
 TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "cordee.json"
 FORMAT = 2  # 1 had no checksum: what was changed in it, and what its data were, nobody can tell any more
-# What every checkpoint says, and what the manifest of a run says besides: the form of all that anybody reads of it.
 _FILE = sealed.record({"bytes": sealed.count(), "crc32": sealed.count()}, exact=True)
-_STYLES = ("constant", "linear", "cosine")
-RUN = {
-    "model": sealed.record({"family": sealed.text(), "hf_config": sealed.record({}), "base_prefix": sealed.flag}),
-    "trainer": sealed.record(
-        dict.fromkeys(
-            ("iteration", "consumed_samples", "consumed_tokens", "skipped_iterations", "skipped_samples"),
-            sealed.count(),
-        )
-    ),
-    "loss_scaler": sealed.record(
-        {"scale": sealed.number(0), "good_steps": sealed.count(), "overflows": sealed.count()}
-    ),
-    "schedule": sealed.record(
-        {
-            **dict.fromkeys(("max_lr", "min_lr", "init_lr", "warmup"), sealed.number()),
-            **dict.fromkeys(("start_weight_decay", "end_weight_decay"), sealed.number()),
-            **dict.fromkeys(("decay", "growth"), sealed.count(1)),
-            "style": sealed.text(*_STYLES, "inverse-square-root"),
-            "growth_style": sealed.text(*_STYLES),
-        },
-        exact=True,
-    ),
-    "optimizer": sealed.maybe(sealed.text()),
-    "data": sealed.record(
-        {
-            "seq_length": sealed.count(1),
-            "seed": sealed.count(),
-            "order": sealed.text(),
-            "sets": sealed.listed(
-                sealed.record(
-                    {
-                        **dict.fromkeys(("tokens", "first", "last", "bin", "idx"), sealed.count()),
-                        "weight": sealed.number(),
-                    }
-                )
-            ),
-        }
-    ),
-    "config": sealed.record({}, dict.fromkeys(("tokenizer_name_or_path", "load"), sealed.maybe(sealed.text()))),
-}
 _MANIFEST = sealed.record(
     {
         "iteration": sealed.count(),
         "files": sealed.table(_FILE, r"(?!\.\.?$)[A-Za-z0-9._-]{1,255}", least=1),
-    },
-    RUN,
+    }
 )
 _NAME = re.compile(r"iter_([0-9]{7,18})")
 _UNFINISHED = re.compile(r"\.(iter_[0-9]{7,18})\.(new|old)")
@@ -144,16 +102,16 @@ def changed(directory: Path, manifest: dict[str, Any], names: Iterable[str]) -> 
         return next((why for why in threads.map(fault, sorted(set(names))) if why), None)
 
 
-def read_manifest(directory: Path, needed: Collection[str] = ()) -> dict[str, Any]:
-    """The manifest of a checkpoint, which has the keys `needed`; ValueError for one that is not to be believed."""
+def read_manifest(directory: Path, form: sealed.Form | None = None) -> dict[str, Any]:
+    """The manifest of a checkpoint, what is in it besides files of `form`; ValueError if it is not to be believed."""
     try:
         manifest = sealed.read(directory / MANIFEST, _MANIFEST, FORMAT)
     except FileNotFoundError:
         raise ValueError(f"{MANIFEST} is missing") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{MANIFEST} cannot be read ({error})") from error
-    if missing := [key for key in needed if key not in manifest]:
-        raise ValueError(f"{MANIFEST} lacks {', '.join(missing)}")
+    if form is not None and (why := form(manifest)) is not None:
+        raise ValueError(f"{MANIFEST} is of another form: {why}")
     return manifest
 
 

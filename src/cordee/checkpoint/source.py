@@ -14,12 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cordee import sealed
 from cordee.checkpoint import directory
 from cordee.checkpoint.files import METADATA, read_metadata, read_tensor, tensors
 from cordee.data.tokenizer import holds_tokenizer
 from cordee.errors import Problem, ProblemError, raise_all
-from cordee.families.registry import ModelSpec
+from cordee.families.registry import STORED_SPEC, ModelSpec
 from cordee.weights.codec import Source
+
+# What is read of a manifest here.
+_FORM = sealed.record(
+    {
+        "model": STORED_SPEC,
+        "config": sealed.record({}, dict.fromkeys(("tokenizer_name_or_path", "load"), sealed.maybe(sealed.text()))),
+    }
+)
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -61,7 +70,7 @@ class CheckpointSource(Source):
         self.notes = notes
         self._checked: set[str] = set()
         try:
-            self.manifest = directory.read_manifest(path, ("model", "config"))
+            self.manifest = directory.read_manifest(path, _FORM)
         except ValueError as error:
             raise _unusable(path, str(error)) from error
         self._require_unchanged({METADATA})

@@ -18,27 +18,6 @@ from cordee.errors import Problem, ProblemError
 from cordee.files import write_durably
 
 FORMAT = 2  # 1 had no checksum: what was changed in it nobody can tell any more
-_FORM = sealed.record(
-    {
-        "format": sealed.count(),
-        **dict.fromkeys(("documents", "tokens"), sealed.count()),
-        "max_token": sealed.count(-1),
-        "tokenizer": sealed.maybe(
-            sealed.record(
-                {
-                    **dict.fromkeys(("type", "fingerprint"), sealed.text()),
-                    "vocab_size": sealed.count(),
-                    "eod": sealed.maybe(sealed.count()),
-                },
-                exact=True,
-            )
-        ),
-        "append_eod": sealed.flag,
-        "sources": sealed.table(sealed.maybe(sealed.count())),
-        "left_out": sealed.table(sealed.count()),
-    },
-    exact=True,
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +61,7 @@ def read_manifest(dataset: IndexedDataset) -> Manifest | None:
     if not path.exists():
         return None
     try:
-        manifest = _from_fields(sealed.read(path, _FORM, FORMAT))
+        manifest = _from_fields(sealed.read(path, sealed.of(Manifest, max_token=sealed.count(-1)), FORMAT))
     except (OSError, ValueError) as error:
         raise ProblemError([_unusable(path, f"it cannot be read: {error}")]) from error
     if (manifest.documents, manifest.tokens) != (dataset.num_documents, dataset.num_tokens):
@@ -117,7 +96,7 @@ def merged(manifests: Sequence[Manifest]) -> Manifest:
 
 
 def _from_fields(fields: dict[str, Any]) -> Manifest:
-    note, _ = fields.pop("tokenizer"), fields.pop("format")
+    note = fields.pop("tokenizer")
     return Manifest(tokenizer=None if note is None else TokenizerNote(**note), **fields)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import cordee.families
+from cordee import sealed
 from cordee.config.option import to_flag
 from cordee.config.schema import ModelOptions
 from cordee.errors import Problem, ProblemError, raise_all
@@ -132,12 +133,15 @@ class ModelSpec:
 
     @staticmethod
     def from_dict(stored: Mapping[str, Any]) -> ModelSpec:
-        """The model that `to_dict` stored. ProblemError with all that is wrong with it."""
+        """The model that `to_dict` stored, which is of the form `STORED_SPEC`. ProblemError with all that is wrong."""
         spec = spec_from_hf(stored["hf_config"], "stored model")
         if spec.family.name != stored["family"]:
             why = f"its configuration is of family {spec.family.name}"
             raise ProblemError([Problem("stored model: family", stored["family"], why, "copy the checkpoint again")])
         return replace(spec, base_prefix=stored["base_prefix"])
+
+
+STORED_SPEC = sealed.record({"family": sealed.text(), "hf_config": sealed.record({}), "base_prefix": sealed.flag})
 
 
 def _is_no_token(key: str) -> bool:

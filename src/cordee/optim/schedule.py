@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 from cordee.config.schema import BatchOptions, OptimizerOptions
 
@@ -27,11 +28,11 @@ class Schedule:
     init_lr: float = 0.0
     warmup: float = 0
     decay: int
-    style: str = "linear"
+    style: Literal["constant", "linear", "cosine", "inverse-square-root"] = "linear"
     start_weight_decay: float = 0.0
     end_weight_decay: float = 0.0
     growth: int
-    growth_style: str = "constant"
+    growth_style: Literal["constant", "linear", "cosine"] = "constant"
 
     def effective(self) -> dict[str, float | str]:
         """The fields that make a difference: two schedules with equal ones are the same."""

@@ -16,6 +16,7 @@ from cordee.config.schema import TrainConfig
 from cordee.convert import formats
 from cordee.errors import Problem, ProblemError
 from cordee.families.registry import ModelSpec, spec_from_directory, spec_named
+from cordee.train import resume
 
 if TYPE_CHECKING:
     from cordee.weights.codec import Source
@@ -110,7 +111,7 @@ def _checkpoint(config: TrainConfig, path: Path) -> Checkpoint:
     try:
         if (why := directory.damage(path)) is not None:
             raise ValueError(why)
-        return Checkpoint(path, directory.read_manifest(path, directory.RUN), resume=not config.finetune)
+        return Checkpoint(path, directory.read_manifest(path, resume.FORM), resume=not config.finetune)
     except ValueError as error:
         have = ", ".join(str(iteration) for iteration in directory.iterations(path.parent)) or "none"
         fix = f"choose another by --ckpt-step; there are: {have}"

@@ -11,18 +11,51 @@ from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from cordee import sealed
 from cordee.data.build import plan_parts
 from cordee.errors import Problem, raise_all
+from cordee.families.registry import STORED_SPEC
 from cordee.optim.schedule import Schedule
 from cordee.train import experts
+from cordee.train.state import TrainState
 
 if TYPE_CHECKING:
     from cordee.optim.precision import LossScaler
     from cordee.train.plan import RunPlan
-    from cordee.train.state import TrainState
 
 
 CONTENTS = ("bin", "idx")  # fingerprints of the files of a dataset
+# The form of what a manifest says of a run, all that is read of it to resume.
+FORM = sealed.record(
+    {
+        "model": STORED_SPEC,
+        "trainer": sealed.of(TrainState),
+        "loss_scaler": sealed.record(
+            {"scale": sealed.number(0), "good_steps": sealed.count(), "overflows": sealed.count()}
+        ),
+        "schedule": sealed.of(Schedule, decay=sealed.count(1), growth=sealed.count(1)),
+        "optimizer": sealed.maybe(sealed.text()),
+        "data": sealed.record(
+            {
+                "seq_length": sealed.count(1),
+                "seed": sealed.count(),
+                "order": sealed.text(),
+                "sets": sealed.listed(
+                    sealed.record(
+                        {
+                            **dict.fromkeys(("tokens", "first", "last", *CONTENTS), sealed.count()),
+                            "weight": sealed.number(),
+                        }
+                    )
+                ),
+                "blocks": sealed.maybe(sealed.listed(sealed.row(sealed.count(1), sealed.flag))),
+                "period": sealed.maybe(sealed.count(1)),
+                "samples": sealed.maybe(sealed.count()),
+            }
+        ),
+        "config": sealed.record({}),
+    }
+)
 _LENGTHS = {"warmup", "decay", "growth"}  # of a schedule: what another length of the run changes
 
 
@@ -59,7 +92,7 @@ def join(plan: RunPlan, manifest: dict[str, Any]) -> RunPlan:
 def _in_order(plan: RunPlan, then: dict[str, Any]) -> RunPlan:
     """`plan` with the order of its data as it was `then`. Megatron's hangs on the length of a run: another length would
     bring other samples, some a second time before others come at all."""
-    if not then.get("blocks") or not plan.data["blocks"]:
+    if not then["blocks"] or not plan.data["blocks"]:
         return plan
     kept, samples, notes = {"blocks": then["blocks"]}, plan.samples, plan.notes
     if plan.config.dataloader_type == "cyclic":  # what is longer is in further passes over the same samples
@@ -98,7 +131,7 @@ def _data_problems(plan: RunPlan, manifest: dict[str, Any]) -> Iterator[Problem]
     for file in sorted(changed):
         why = "its bytes changed since the checkpoint was saved, so its place in the data would mean other samples"
         yield Problem(option, file, why, "give the data as it was, or start anew from the weights: --finetune")
-    if then.get("blocks") and now["blocks"] and then["period"] != now["period"]:
+    if then["blocks"] and now["blocks"] and then["period"] != now["period"]:
         after = [each["period"] or "no" for each in (then, now)]
         why = f"the blend of the run repeats its choice of datasets after {after[0]} samples, this one after {after[1]}"
         option = "--train-samples" if plan.config.train_samples else "--train-iters"
