@@ -103,6 +103,8 @@ def _resumed(folder: Path, content: bytes, described: str) -> None:
     from torch.distributed.checkpoint import metadata as torchs
     from torch.distributed.checkpoint.filesystem import _StorageInfo
 
+    from cordee import sealed
+    from cordee.checkpoint import directory
     from cordee.checkpoint.store import restore
 
     none, size = torch.Size([0]), torch.Size([4])
@@ -117,6 +119,9 @@ def _resumed(folder: Path, content: bytes, described: str) -> None:
     (folder / "__0_0.distcp").write_bytes(content)
     places = {index: _StorageInfo("__0_0.distcp", 0, len(content))}
     (folder / ".metadata").write_bytes(pickle.dumps(Metadata({"model.bias": kept}, storage_data=places)))
+    files = {name: directory.file_entry(folder / name) for name in (".metadata", "__0_0.distcp")}
+    manifest = sealed.seal({"format": directory.FORMAT, "iteration": 1, "files": files})
+    (folder / directory.MANIFEST).write_text(manifest)
     model = torch.nn.Module()
     model.bias = torch.nn.Parameter(torch.zeros(4))
     restore(folder, model)
