@@ -17,7 +17,7 @@ from cordee.data.check import token_problems
 from cordee.data.indexed import IndexedDataset, idx_path
 from cordee.data.manifest import read_manifest
 from cordee.data.readers import input_files, read_file
-from cordee.data.readers.chunk import Invalid
+from cordee.data.readers.chunk import MAX_RECORD_BYTES, Invalid, too_large
 from cordee.data.readers.stream import open_stream
 from cordee.data.tokenizer import Tokenizer
 from cordee.errors import Problem, ProblemError, raise_all
@@ -128,7 +128,10 @@ def _texts(file: Path, options: EvaluateOptions) -> Iterator[tuple[list[str], fl
 
 def _whole_text(file: Path) -> str:
     with open_stream(file) as stream:
-        content = stream.file.read()
+        content = stream.file.read(MAX_RECORD_BYTES + 1)
+    if len(content) > MAX_RECORD_BYTES:
+        fix = "cut it into several files, or leave --whole-files out"
+        raise ProblemError([Problem("--task-data-path", file, too_large(), fix)])
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
