@@ -528,7 +528,7 @@ print(peak_resident_bytes())
     assert not list(tmp_path.glob("out*"))
 
 
-@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.txt", "x.csv", "x.parquet"])
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.txt", "x.csv", "x.parquet", "x.jsonl.gz", "x.txt.gz"])
 def test_memory_does_not_grow_with_the_file(tmp_path, name, monkeypatch):
     for module in (chunk, stream, json_files, csv_files):
         monkeypatch.setattr(module, "CHUNK_BYTES", 1 << 14)
@@ -545,6 +545,8 @@ def test_memory_does_not_grow_with_the_file(tmp_path, name, monkeypatch):
     else:
         header = "text\n" if name == "x.csv" else ""
         path.write_text(header + "".join((json.dumps({"text": t}) if "json" in name else t) + "\n" for t in texts))
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(path.read_bytes(), 1))
     del texts
     count = 0
     list(read_file(path, ("text",)).__iter__().__next__().rows(("text",)))  # imports

@@ -107,9 +107,15 @@ def _values(text: bytes | None, keys: Sequence[str]) -> Sequence[object] | Broke
     return [record.get(key, MISSING) for key in keys]
 
 
+def _inside(depth: int) -> bytes:
+    """The pattern of what stands inside brackets: whole strings, whole brackets of so many levels, and all else."""
+    brackets = rb"|[\[{]" + _inside(depth - 1) + rb"[\]}]" if depth else b""
+    return rb'(?:[^"\[\]{}]++|"(?:[^"\\]++|\\.)*+"' + brackets + rb")*+"
+
+
 _SPACE = re.compile(rb"[ \t\r\n]*+")
 _CHARACTERS = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)  # of a string
-_INSIDE = re.compile(rb'(?:[^"\[\]{}]++|"(?:[^"\\]++|\\.)*+")*+', re.DOTALL)  # up to a bracket, past whole strings
+_INSIDE = re.compile(_inside(2), re.DOTALL)  # more levels are rare, and found one by one
 _WORD = re.compile(rb'[^"\[\]{},\ \t\r\n]*+')  # a number, true, null, or what is none of these
 
 
