@@ -496,6 +496,19 @@ def test_a_value_of_a_table_that_is_too_large(tmp_path, small_records):
     assert [": row 3: " in invalid[0], ": row 4: " in invalid[1], len(invalid)] == [True, True, 2]
 
 
+@pytest.mark.parametrize("name", ["x.csv", "x.parquet"])
+def test_rows_without_text_are_cut_into_chunks(tmp_path, name):
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"text": [""] * 1000}), tmp_path / "x.parquet")
+    (tmp_path / "x.csv").write_text("text,n\n" + ",1\n\n1\n" * 500)
+    chunks = list(read_file(tmp_path / name, ("text",)))
+    assert len(chunks) == -(-1000 // 64)  # of CHUNK_BYTES = 64 rows each
+    rows, invalid = everything(chunks)
+    assert len(rows) + len(invalid) == 1000
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks of a program are known on Linux only")
 def test_memory_does_not_hang_on_the_length_of_a_line(tmp_path):
     """A line of 18 MB, which is one record and too large, in every format; packed or not."""

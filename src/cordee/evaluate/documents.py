@@ -112,18 +112,20 @@ def _texts(file: Path, options: EvaluateOptions) -> Iterator[tuple[list[str], fl
         yield [_whole_text(file)], 1.0
         return
     broken: list[Invalid] = []
+    count = 0
     try:
         for chunk in read_file(file, options.json_keys):
             rows, invalid = chunk.rows(options.json_keys)
-            broken += invalid
+            broken += invalid[: SHOWN - len(broken)]
+            count += len(invalid)
             if broken and not options.skip_invalid:
-                raise ProblemError([_broken_record(record) for record in broken[:SHOWN]])
+                raise ProblemError([_broken_record(record) for record in broken])
             yield [text for row in rows for text in row], chunk.done
     except ProblemError as error:
         raise ProblemError([_renamed(problem) for problem in error.problems]) from error
     if broken:
-        shown = "; ".join(f"{record.place}: {record.why}" for record in broken[:SHOWN])
-        logger.warning("%d records left out that could not be read: %s", len(broken), shown)
+        shown = "; ".join(f"{record.place}: {record.why}" for record in broken)
+        logger.warning("%d records left out that could not be read: %s", count, shown)
 
 
 def _whole_text(file: Path) -> str:

@@ -119,11 +119,9 @@ def table_chunks(source: str, rows: Iterable[tuple[tuple[object, ...], float]]) 
     done = 0.0
     for row, done in rows:
         characters = sum(len(value) for value in row if isinstance(value, str))
-        if characters > MAX_RECORD_BYTES:  # not sent to a worker only to be refused there
-            group.append(Broken(too_large()))
-            continue
-        group.append(row)
-        size += characters
+        # What is too large is not sent to a worker only to be refused there.
+        group.append(row if characters <= MAX_RECORD_BYTES else Broken(too_large()))
+        size += 1 + min(characters, MAX_RECORD_BYTES)  # rows without text take memory, too
         if size >= CHUNK_BYTES:
             yield TableChunk(source=source, first=count + 1, values=group, done=done)
             count += len(group)

@@ -92,7 +92,7 @@ def read(path: Path, keys: Sequence[str]) -> Iterator[Chunk]:
             chosen = fields if isinstance(fields, Broken) else tuple(fields[column] for column in columns)
             numbers.append(lines.first)
             group.append(chosen)
-            size += 0 if isinstance(chosen, Broken) else sum(map(len, chosen))
+            size += 1 if isinstance(chosen, Broken) else 1 + sum(map(len, chosen))  # an empty row takes memory, too
             if size >= CHUNK_BYTES:
                 yield CsvChunk(source=str(path), numbers=numbers, fields=group, done=stream.done())
                 numbers, group, size = [], [], 0
