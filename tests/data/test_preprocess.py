@@ -116,6 +116,25 @@ def test_empty_texts_are_no_documents_and_counted(tmp_path, said):
     assert "Left out of 4 records: 3 empty text" in said
 
 
+def test_elements_of_an_array_that_are_no_records_stop_the_job_or_are_counted(tmp_path, said):
+    source = tmp_path / "x.json"
+    source.write_text('[{"text":"1 2"},"loose text",null,7,{"text":"3"}]')
+    with pytest.raises(ProblemError, match="3 of the first 5 records"):
+        run(tmp_path, input=str(source))
+    assert outputs(tmp_path) == []
+    assert [s.tolist() for s in run(tmp_path, input=str(source), skip_invalid=True)[:]] == [[1, 2], [3]]
+    assert "Left out of 5 records: 3 invalid" in said
+
+
+def test_an_array_that_is_cut_off_leaves_nothing(tmp_path, small_chunks):
+    source = tmp_path / "x.json"
+    content = json.dumps([{"text": text} for text in numbers(1000)])
+    source.write_text(content[: content.index("}", len(content) // 2) + 1])
+    with pytest.raises(ProblemError, match="the file ends inside the array"):
+        run(tmp_path, input=str(source), skip_invalid=True)
+    assert outputs(tmp_path) == []
+
+
 def test_long_records_are_left_out_under_all_keys(tmp_path, said):
     source = write_jsonl(tmp_path / "x.jsonl", ["1 2 3", "1 2", "1"], title=["7", "8", "7 8 9"])
     run(tmp_path, input=str(source), json_keys=("text", "title"), append_eod=True, seq_length=4)

@@ -1,15 +1,32 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import random
+import subprocess
+import sys
+import tempfile
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from cordee.data.readers import chunk, csv_files, extension, hub, input_files, json_files, read_file, readers, stream
+from cordee.data.readers import (
+    arrow_files,
+    chunk,
+    csv_files,
+    extension,
+    hub,
+    input_files,
+    json_files,
+    read_file,
+    readers,
+    stream,
+)
 from cordee.data.readers.chunk import Chunk
 from cordee.errors import ProblemError
 from cordee.log import logger
@@ -167,6 +184,28 @@ def test_plain_text_is_what_datasets_reads(tmp_path):
     assert everything(read_file(path, ("text",)))[0] == [(text,) for text in loaded["text"]]
 
 
+@settings(deadline=None)
+@given(
+    text=st.text("ab \n\r\f\v\x1c\x1d\x1e\x85\u2028\u2029\ufeff", max_size=30),
+    mark=st.booleans(),
+    size=st.integers(1, 9),
+)
+def test_plain_text_has_the_lines_that_python_reads(text, mark, size):
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream, "CHUNK_BYTES", size)
+        path = Path(folder) / "x.txt"
+        path.write_bytes(text.encode("utf-8-sig" if mark else "utf-8"))
+        rows, invalid = everything(read_file(path, ("text",)))
+        with open(path, encoding="utf-8-sig") as file:
+            assert [line for (line,) in rows] == [line.removesuffix("\n") for line in file] and not invalid
+
+
+def test_plain_text_of_an_old_mac_counts_its_lines(tmp_path):
+    (tmp_path / "x.txt").write_bytes(b"a" * 100 + b"\rb\r" + b"c\xff\r")
+    _, invalid = everything(read_file(tmp_path / "x.txt", ("text",)))
+    assert ": line 3: " in invalid[0]
+
+
 def test_plain_text_has_no_other_key(tmp_path):
     (tmp_path / "x.txt").write_text("a\n")
     with pytest.raises(ProblemError, match="lines have no key but 'text'"):
@@ -205,11 +244,95 @@ def test_a_broken_object_does_not_hide_the_next(tmp_path):
     assert len(invalid) == 1 and f"{path}: record 2: it is not JSON" in invalid[0]
 
 
-def test_an_array_that_is_cut_off(tmp_path):
+def test_elements_of_an_array_that_are_no_records_are_named(tmp_path):
     path = tmp_path / "x.json"
-    path.write_text(json.dumps(records())[:-40])
-    with pytest.raises(ProblemError, match="ends inside an object"):
-        list(read_file(path, ("text",)))
+    path.write_text('[{"text":"a"},"loose [text",null,7,{"text":"b"}, [{"text": "c"}], {}]')
+    rows, invalid = everything(read_file(path, ("text",)))
+    assert rows == [("a",), ("b",)]
+    assert [line.removeprefix(f"{path}: ") for line in invalid] == [
+        "record 2: it is a JSON str, not an object",
+        "record 3: it is a JSON NoneType, not an object",
+        "record 4: it is a JSON int, not an object",
+        "record 6: it is a JSON list, not an object",
+        "record 7: it has no 'text'",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ('[{"text": "a"},\n {"text": "b"}', "line 2, after record 2: the file ends inside the array"),
+        ('[{"text": "a"},\n {"text": "b', "line 2, after record 1: the file ends inside the array"),
+        ('[{"text": "a"},', "line 1, after record 1: the file ends inside the array"),
+        ("[", "line 1, after record 0: the file ends inside the array"),
+        ('[{"text": "a"}\n{"text": "b"}]', "line 2, after record 1: a comma or the closing bracket is missing"),
+        ('[{"text": "a"}}', "line 1, after record 1: a comma or the closing bracket is missing"),
+        ('[{"text": "a"} {"text": "b"}]', "after record 1: a comma or the closing bracket is missing"),
+        ('[null {"text": "b"}]', "after record 1: a comma or the closing bracket is missing"),
+        ('[{"text": "a"},]', "after record 1: ']' stands where a value should"),
+        ('[{"text": "a"},,{"text": "b"}]', "after record 1: ',' stands where a value should"),
+        ('[{"text": "a"}][{"text": "b"}]', "after record 1: there is more behind the end of the array"),
+        ('[{"text": "a"}]\n\n{"text": "b"}', "line 3, after record 1: there is more behind the end of the array"),
+        ('{\n"text": "a"}\n{\n"text": ', "line 4, after record 1: the file ends inside an object"),
+        ('{\n"text": "a"},\n{"text": "b"}', "line 2, after record 1: ',' stands where a value should"),
+    ],
+)
+def test_values_that_are_not_separated_as_they_must_be(tmp_path, content, why):
+    path = tmp_path / "x.json"
+    path.write_text(content)
+    with pytest.raises(ProblemError) as caught:
+        everything(read_file(path, ("text",)))
+    assert why in caught.value.problems[0].why
+
+
+def test_what_stands_between_objects_is_not_passed_over(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text('{\n"text": "a"} garbage {\n"text": "b"}')
+    rows, invalid = everything(read_file(path, ("text",)))
+    assert rows == [("a",), ("b",)] and len(invalid) == 1 and "record 2: it is not JSON" in invalid[0]
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text('a\\"[]{},: \n\u2028', max_size=9),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["text", "b}", "["]), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+ARRAYS = st.lists(st.fixed_dictionaries({"text": st.text('a\\"[]{},: \n\u2028', max_size=9)}) | VALUES, max_size=5)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    array=ARRAYS,
+    indent=st.sampled_from([None, 0, 1]),
+    change=st.sampled_from(["none", "cut", "byte", "drop", "add"]),
+    data=st.data(),
+)
+def test_an_array_is_what_json_makes_of_it_or_a_problem(array, indent, change, data):
+    content = json.dumps(array, indent=indent, ensure_ascii=data.draw(st.booleans())).encode()
+    place = data.draw(st.integers(0, len(content) - 1))
+    byte = bytes([data.draw(st.sampled_from(b'[]{},:"\\ \n1a\xff\0\xef'))])
+    cut = {"none": content, "cut": content[:place], "byte": content[:place] + byte + content[place + 1 :]}
+    cut |= {"drop": content[:place] + content[place + 1 :], "add": content[:place] + byte + content[place:]}
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_files, "CHUNK_BYTES", data.draw(st.integers(1, 20)))
+        path = Path(folder) / "x.json"
+        path.write_bytes(cut[change])
+        try:
+            rows, invalid = everything(read_file(path, ("text",)))
+        except ProblemError:
+            rows, invalid = [], ["a problem"]
+    try:
+        theirs = json.loads(cut[change])
+    except ValueError:
+        assert invalid or not cut[change].strip()
+        return
+    theirs = theirs if isinstance(theirs, list) else [theirs]
+    good = [value for value in theirs if isinstance(value, dict) and isinstance(value.get("text"), str)]
+    if change == "none":
+        assert len(invalid) == len(theirs) - len(good)
+    assert rows == [(value["text"],) for value in good] or (change != "none" and invalid)
 
 
 @pytest.mark.parametrize(("name", "content"), [("x.jsonl", b'{"text": "\\ud800"}\n'), ("x.csv", b"text\nab\xff\n")])
@@ -237,6 +360,18 @@ def test_csv_lines_that_do_not_fit(tmp_path):
     assert places[0] == "line 3: it has 1 fields, the header 2"
     assert places[1] == "line 5: it has 3 fields, the header 2"
     assert places[2].startswith("line 6: it is not CSV")
+
+
+def test_a_quote_that_is_not_closed_is_named_by_where_it_begins(tmp_path):
+    (tmp_path / "x.csv").write_text('text\na\n"b\nc\nd\n')
+    rows, invalid = everything(read_file(tmp_path / "x.csv", ("text",)))
+    assert rows == [("a",)] and invalid == [f"{tmp_path / 'x.csv'}: line 3: it is not CSV: unexpected end of data"]
+
+
+def test_a_header_that_is_no_csv(tmp_path):
+    (tmp_path / "x.csv").write_text('"text"s\na\n')
+    with pytest.raises(ProblemError, match="in its header: it is not CSV"):
+        list(read_file(tmp_path / "x.csv", ("text",)))
 
 
 def test_a_long_csv_field(tmp_path, monkeypatch):
@@ -279,15 +414,134 @@ def test_a_damaged_file(tmp_path, name):
         list(read_file(tmp_path / name, ("text",)))
 
 
-def test_a_gzip_file_that_is_cut_off(tmp_path):
-    zipped(write_jsonl)(tmp_path / "x.jsonl.gz")
-    content = (tmp_path / "x.jsonl.gz").read_bytes()
-    (tmp_path / "x.jsonl.gz").write_bytes(content[:-20])
-    with pytest.raises(ProblemError, match="cannot be unpacked"):
-        list(read_file(tmp_path / "x.jsonl.gz", ("text",)))
+@pytest.mark.parametrize("name", ["jsonl.gz", "json.gz", "csv.gz"])
+def test_a_gzip_file_that_is_cut_off(tmp_path, name):
+    file, write = FORMATS[name]
+    write(tmp_path / file)
+    content = (tmp_path / file).read_bytes()
+    for length in range(len(content)):
+        (tmp_path / file).write_bytes(content[:length])
+        with pytest.raises(ProblemError, match="cannot be unpacked"):
+            list(read_file(tmp_path / file, ("text",)))
 
 
-@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.txt", "x.csv", "x.parquet"])
+@pytest.mark.parametrize("name", ["parquet", "arrow file", "arrow stream"])
+def test_a_table_that_is_cut_off(tmp_path, name, monkeypatch):
+    """A stream may lack its end mark by its format, so that one cut between two batches is whole: that is said."""
+    said = []
+    monkeypatch.setattr(arrow_files.logger, "warning", lambda text, *values: said.append(text % values))
+    file, write = FORMATS[name]
+    write(tmp_path / file)
+    everything(read_file(tmp_path / file, ("text",)))
+    assert not said
+    content = (tmp_path / file).read_bytes()
+    for length in [*range(0, len(content), len(content) // 20), len(content) - 8]:
+        (tmp_path / file).write_bytes(content[:length])
+        said.clear()
+        try:
+            everything(read_file(tmp_path / file, ("text",)))
+            assert len(said) == 1 and "no end-of-stream mark" in said[0]
+        except ProblemError:
+            assert not said
+
+
+# ---- large records ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_records(monkeypatch):
+    for module in (chunk, stream, json_files, csv_files):
+        monkeypatch.setattr(module, "MAX_RECORD_BYTES", 200)
+
+
+def write_sizes(path: Path, sizes: list[int]) -> None:
+    """Records that take so many bytes each: a line, an object, a row."""
+    if ".json" in path.name:
+        lines = ["{" + f'"text": "{"x" * (size - 12)}"' + "}" for size in sizes]
+        content = "\n".join(lines) + "\n" if "jsonl" in path.name else f"[{', '.join(lines)}]"
+    else:
+        content = "".join("x" * size + "\n" for size in sizes)
+    path.write_bytes(gzip.compress(content.encode()) if path.suffix == ".gz" else content.encode())
+
+
+@pytest.mark.parametrize("small_chunks", [1, 7, 64, 190], indirect=True)
+@pytest.mark.parametrize("name", ["x.txt", "x.jsonl", "x.json", "x.txt.gz", "x.jsonl.gz", "x.json.gz"])
+def test_a_record_that_is_too_large_is_named_and_passed_over(tmp_path, name, small_records, small_chunks):
+    for sizes in itertools.product([20, 199, 200, 201, 202, 1000], repeat=2):
+        sizes = [50, *sizes, 60]
+        write_sizes(tmp_path / name, sizes)
+        rows, invalid = everything(read_file(tmp_path / name, ("text",)))
+        less = 12 if ".json" in name else 0
+        assert [len(text) for (text,) in rows] == [size - less for size in sizes if size <= 200]
+        places = [f": {'record' if 'json' in name and 'jsonl' not in name else 'line'} {i}: " for i in range(5)]
+        large = [places[i] for i, size in enumerate(sizes, 1) if size > 200]
+        assert len(invalid) == len(large) and all(place in line for place, line in zip(large, invalid, strict=True))
+
+
+@pytest.mark.parametrize("content", ["y" * 201, '"' + "y\n" * 101 + '"', '"y\n' + "z\n" * 101, ("y" * 99 + ",") * 3])
+def test_a_record_of_csv_that_is_too_large_ends_the_file(tmp_path, small_records, content):
+    (tmp_path / "x.csv").write_text(f"text\na\n{content}\nb\n")
+    with pytest.raises(ProblemError, match="the record in line 3 is larger than"):
+        list(read_file(tmp_path / "x.csv", ("text",)))
+
+
+def test_a_value_of_a_table_that_is_too_large(tmp_path, small_records):
+    import pyarrow
+    from pyarrow import parquet
+
+    texts = ["a", "\u00e9" * 100, "\u00e9" * 101, "x" * 201, "b"]
+    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "x.parquet")
+    rows, invalid = everything(read_file(tmp_path / "x.parquet", ("text",)))
+    assert [text for (text,) in rows] == ["a", texts[1], "b"]
+    assert [": row 3: " in invalid[0], ": row 4: " in invalid[1], len(invalid)] == [True, True, 2]
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.parquet"])
+def test_rows_without_text_are_cut_into_chunks(tmp_path, name):
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"text": [""] * 1000}), tmp_path / "x.parquet")
+    (tmp_path / "x.csv").write_text("text,n\n" + ",1\n\n1\n" * 500)
+    chunks = list(read_file(tmp_path / name, ("text",)))
+    assert len(chunks) == -(-1000 // 64)  # of CHUNK_BYTES = 64 rows each
+    rows, invalid = everything(chunks)
+    assert len(rows) + len(invalid) == 1000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks of a program are known on Linux only")
+def test_memory_does_not_hang_on_the_length_of_a_line(tmp_path):
+    """A line of 18 MB, which is one record and too large, in every format; packed or not."""
+    line = "1 " * 9_000_000
+    (tmp_path / "x.txt").write_text(line)
+    (tmp_path / "x.jsonl").write_text(json.dumps({"text": line}) + "\n")
+    (tmp_path / "x.json").write_text(json.dumps([{"text": line}]))
+    (tmp_path / "x.csv").write_text(f"text\n{line}\n")
+    (tmp_path / "y.csv").write_text('text\n"' + f"{'1' * 999}\n" * 18_000)
+    for name in ("x.txt", "x.jsonl", "x.json", "x.csv"):
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress((tmp_path / name).read_bytes(), 1))
+    program = f"""
+from pathlib import Path
+from cordee.config.schema import PreprocessConfig
+from cordee.data.preprocess import run
+from cordee.device import peak_resident_bytes
+from cordee.errors import ProblemError
+for path in sorted(Path({str(tmp_path)!r}).iterdir()):
+    try:
+        run(PreprocessConfig(input=str(path), output_prefix={str(tmp_path / "out")!r},
+            tokenizer_type="NullTokenizer", vocab_size=100))
+    except ProblemError as error:
+        assert "larger than 16 MiB" in str(error), error
+    else:
+        raise AssertionError(path)
+print(peak_resident_bytes())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 150_000_000
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.txt", "x.csv", "x.parquet", "x.jsonl.gz", "x.txt.gz"])
 def test_memory_does_not_grow_with_the_file(tmp_path, name, monkeypatch):
     for module in (chunk, stream, json_files, csv_files):
         monkeypatch.setattr(module, "CHUNK_BYTES", 1 << 14)
@@ -304,6 +558,8 @@ def test_memory_does_not_grow_with_the_file(tmp_path, name, monkeypatch):
     else:
         header = "text\n" if name == "x.csv" else ""
         path.write_text(header + "".join((json.dumps({"text": t}) if "json" in name else t) + "\n" for t in texts))
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(path.read_bytes(), 1))
     del texts
     count = 0
     list(read_file(path, ("text",)).__iter__().__next__().rows(("text",)))  # imports

@@ -13,7 +13,7 @@ from cordee.config.load import config_from_dict
 from cordee.config.schema import ConvertConfig, EvaluateConfig
 from cordee.convert import job as convert
 from cordee.errors import ProblemError
-from cordee.evaluate import job
+from cordee.evaluate import documents, job
 from cordee.evaluate.task import all_tasks
 from tests.generate.folders import TEXT, write_tokenizer
 
@@ -40,6 +40,26 @@ def test_results_are_shown_and_written(llama, text, tmp_path, capsys):
     assert result["parts"] == {str(text): result["metrics"]}
     shown = capsys.readouterr().out
     assert f"{result['metrics']['perplexity']:.6g}" in shown and f"{result['metrics']['tokens']:,}" in shown
+
+
+@pytest.mark.parametrize("content", ['[{"text": "a b"}, {"text": "c"}', '[{"text": "a b"} {"text": "c"}]'])
+def test_an_array_that_is_no_json_is_a_problem(llama, tmp_path, content):
+    file = tmp_path / "x.json"
+    file.write_text(content)
+    with pytest.raises(ProblemError) as caught:
+        run(llama, file, skip_invalid=True)
+    (problem,) = caught.value.problems
+    assert (problem.option, problem.value) == ("--task-data-path", file) and "line 1, after record" in problem.why
+
+
+def test_a_file_that_is_one_document_has_a_largest_size(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "MAX_RECORD_BYTES", 40)
+    file = tmp_path / "x.txt"
+    file.write_text(TEXT[:40])
+    run(llama, file, whole_files=True)
+    file.write_text(TEXT[:41])
+    with pytest.raises(ProblemError, match="is larger than"):
+        run(llama, file, whole_files=True)
 
 
 def test_a_total_stands_below_several_files(llama, text, tmp_path, capsys):

@@ -70,6 +70,28 @@ def test_prompts_of_a_file(llama, tmp_path, caplog):
     assert [record["prompt"] for record in records] == ["Once", "She loved"]
 
 
+def test_prompts_are_the_lines_that_python_reads(tmp_path):
+    """Neither of the separators that only `str.splitlines` takes for line ends, nor the byte order mark, counts."""
+    file = tmp_path / "prompts.txt"
+    content = "\ufeffa\fb\vc\u2028d\u2029e\x85f\x1cg\x1dh\x1ei\r\n second \rthird\n"
+    file.write_bytes(content.encode())
+    with open(file, encoding="utf-8-sig") as lines:
+        expected = [line.removesuffix("\n") for line in lines]
+    assert len(expected) == 3
+    assert job._prompts(GenerateConfig(load="", prompts_file=str(file))) == expected
+
+
+def test_prompts_that_are_no_utf8_are_named(llama, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(b"a\nb\xff\nc\nd\xfe\n")
+    with pytest.raises(ProblemError) as caught:
+        run(llama, prompts_file=file)
+    assert [(problem.option, problem.value) for problem in caught.value.problems] == [
+        ("--prompts-file", f"{file}: line 2"),
+        ("--prompts-file", f"{file}: line 4"),
+    ]
+
+
 def test_a_single_prompt_has_no_heading(llama, capsys):
     run(llama, prompt=["Once"])
     assert capsys.readouterr().out.startswith("Once")

@@ -19,7 +19,16 @@ from cordee.families.registry import spec_from_options
 from cordee.train import job
 from cordee.train.metrics import Meter, StepResult, measure_peak_flops
 from cordee.train.reports import build_reports
-from cordee.train.sinks import Live, log_line, memory_line, perplexity, progress_text, rate, validation_lines
+from cordee.train.sinks import (
+    JsonSink,
+    Live,
+    log_line,
+    memory_line,
+    perplexity,
+    progress_text,
+    rate,
+    validation_lines,
+)
 from cordee.train.state import TrainState
 from tests.train import tiny
 
@@ -185,3 +194,31 @@ def test_progress_line(monkeypatch, width: int):
 
 def test_rate_of_matrix_products():
     assert 1e8 < measure_peak_flops(torch.float32, torch.device("cpu")) < 1e14
+
+
+def test_half_a_line_of_a_killed_run_swallows_no_record(tmp_path: Path, caplog):
+    """A metrics.jsonl cut at every byte: what a resumed run appends stands on lines of its own, behind all that were
+    finished."""
+    path = tmp_path / "metrics.jsonl"
+    first = [{"kind": "train", "iteration": i, "loss": 2.5} for i in range(2)]
+    content = "".join(json.dumps(line) + "\n" for line in first).encode()
+    for length in range(len(content) + 1):
+        path.write_bytes(content[:length])
+        caplog.clear()
+        sink = JsonSink(path, "lm loss")
+        sink.validation(7, "validation", 1.5)
+        sink.close()
+        lines = [json.loads(line) for line in path.read_bytes().splitlines()]
+        whole = [line for line in first if len(content[:length].split(json.dumps(line).encode())) == 2]
+        assert lines[:-1] == whole and lines[-1]["iteration"] == 7
+        cut = bool(content[:length].rpartition(b"\n")[2]) and content[: length + 1][-1:] != b"\n"
+        assert len(caplog.records) == cut
+
+
+def test_a_last_line_that_is_longer_than_a_block_is_ended(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    long = json.dumps({"iteration": 1, "name": "x" * 200_000}).encode()
+    for content, kept in ((long, long + b"\n"), (b"{}\n" + long[:-1], b"{}\n"), (b"{}\n", b"{}\n"), (b"", b"")):
+        path.write_bytes(content)
+        JsonSink(path, "lm loss").close()
+        assert path.read_bytes() == kept

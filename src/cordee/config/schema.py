@@ -475,7 +475,8 @@ class PreprocessOptions:
 
     input: str | None = option(
         None,
-        "file or directory: json, jsonl, csv, txt, parquet, arrow; to merge: directory of .bin/.idx",
+        "file or directory: json, jsonl, csv, txt, parquet, arrow, a document at most 16 MiB; to merge: directory of "
+        ".bin/.idx",
         metavar="PATH",
     )
     output_prefix: str = required("writes PREFIX_KEY_document.bin and .idx", metavar="PREFIX")

@@ -17,7 +17,7 @@ from cordee.data.check import token_problems
 from cordee.data.indexed import IndexedDataset, idx_path
 from cordee.data.manifest import read_manifest
 from cordee.data.readers import input_files, read_file
-from cordee.data.readers.chunk import Invalid
+from cordee.data.readers.chunk import MAX_RECORD_BYTES, Invalid, too_large
 from cordee.data.readers.stream import open_stream
 from cordee.data.tokenizer import Tokenizer
 from cordee.errors import Problem, ProblemError, raise_all
@@ -112,23 +112,28 @@ def _texts(file: Path, options: EvaluateOptions) -> Iterator[tuple[list[str], fl
         yield [_whole_text(file)], 1.0
         return
     broken: list[Invalid] = []
+    count = 0
     try:
         for chunk in read_file(file, options.json_keys):
             rows, invalid = chunk.rows(options.json_keys)
-            broken += invalid
+            broken += invalid[: SHOWN - len(broken)]
+            count += len(invalid)
             if broken and not options.skip_invalid:
-                raise ProblemError([_broken_record(record) for record in broken[:SHOWN]])
+                raise ProblemError([_broken_record(record) for record in broken])
             yield [text for row in rows for text in row], chunk.done
     except ProblemError as error:
         raise ProblemError([_renamed(problem) for problem in error.problems]) from error
     if broken:
-        shown = "; ".join(f"{record.place}: {record.why}" for record in broken[:SHOWN])
-        logger.warning("%d records left out that could not be read: %s", len(broken), shown)
+        shown = "; ".join(f"{record.place}: {record.why}" for record in broken)
+        logger.warning("%d records left out that could not be read: %s", count, shown)
 
 
 def _whole_text(file: Path) -> str:
     with open_stream(file) as stream:
-        content = stream.file.read()
+        content = stream.file.read(MAX_RECORD_BYTES + 1)
+    if len(content) > MAX_RECORD_BYTES:
+        fix = "cut it into several files, or leave --whole-files out"
+        raise ProblemError([Problem("--task-data-path", file, too_large(), fix)])
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

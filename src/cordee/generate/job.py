@@ -18,6 +18,8 @@ from cordee import launch, log
 from cordee.config.check import check_generate
 from cordee.config.schema import GenerateConfig, GenerateOptions
 from cordee.convert import formats
+from cordee.data.readers import text_files
+from cordee.data.readers.chunk import Invalid
 from cordee.data.tokenizer import Tokenizer, load_tokenizer
 from cordee.errors import Findings, Problem, ProblemError, raise_all
 from cordee.generate.engine import check, stream
@@ -117,11 +119,18 @@ def _prepare(config: GenerateConfig) -> _Prepared:
 def _prompts(options: GenerateOptions) -> list[str]:
     if options.prompts_file is None:
         return list(options.prompt)
+    fix = "give a text file in UTF-8 with one prompt per line"
+    # The reader of text files says what a line is.
+    lines: list[str] = []
+    broken: list[Invalid] = []
     try:
-        lines = Path(options.prompts_file).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        fix = "give a text file in UTF-8 with one prompt per line"
+        for chunk in text_files.read(Path(options.prompts_file), (text_files.KEY,)):
+            rows, invalid = chunk.rows((text_files.KEY,))
+            lines += [line for (line,) in rows]
+            broken += invalid
+    except OSError as error:
         raise ProblemError([Problem("--prompts-file", options.prompts_file, str(error), fix)]) from error
+    raise_all(Problem("--prompts-file", record.place, record.why, fix) for record in broken)
     prompts = [line for line in lines if line.strip()]
     if not prompts:
         raise ProblemError(

@@ -266,7 +266,7 @@ def _generate(climb: Climb) -> list[report.Sample]:
                 output=str(output),
             )
         )
-    lines = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in output.read_bytes().splitlines()]  # of bytes: a text may hold U+2028
     return [report.Sample(line["prompt"], line["text"]) for line in lines]
 
 

@@ -5,18 +5,21 @@ Owns reading their text columns a few rows at a time.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cordee.data.readers.chunk import Chunk, table_chunks
 from cordee.errors import Problem, ProblemError
+from cordee.log import logger
 
 if TYPE_CHECKING:
     import pyarrow
 
 EXTENSIONS = (".parquet", ".arrow")
 _ROWS = 64  # read at a time
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 _TEXT_TYPES = ("string", "large_string", "string_view")
 
 
@@ -64,8 +67,11 @@ def _record_batches(ipc: Any, file: pyarrow.MemoryMappedFile, path: Path, keys: 
     _check_columns(path, reader.schema, keys)
     if is_file:
         yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
-    else:
-        yield from reader
+        return
+    yield from reader
+    file.seek(-len(_END_OF_STREAM), io.SEEK_END)
+    if file.read() != _END_OF_STREAM:  # the format lets writers leave it out
+        logger.warning("%s has no end-of-stream mark: whoever wrote it may have been killed before the end", path)
 
 
 def _rows(batch: pyarrow.RecordBatch, keys: list[str]) -> Iterator[tuple[object, ...]]:

@@ -10,6 +10,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 CHUNK_BYTES = 1 << 18  # about a tenth of a second of tokenizing
+# What a record, as it is stored, and each of its texts may have at most. Tokenizers take one text whole: measured, up
+# to 165 bytes of memory per byte of it and a second per megabyte, so about 2.8 GB in a process that tokenizes.
+MAX_RECORD_BYTES = 1 << 24
 
 Row = tuple[str, ...]  # one text per key
 
@@ -40,10 +43,20 @@ class TableChunk(Chunk):
 
     source: str
     first: int  # number of the first row, from 1
-    values: list[tuple[object, ...]]
+    values: list[tuple[object, ...] | Broken]
 
     def rows(self, keys: Sequence[str]) -> tuple[list[Row], list[Invalid]]:
         return valid_rows(keys, ((f"{self.source}: row {self.first + i}", row) for i, row in enumerate(self.values)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class InvalidChunk(Chunk):
+    """A record that the reader itself cannot use."""
+
+    record: Invalid
+
+    def rows(self, keys: Sequence[str]) -> tuple[list[Row], list[Invalid]]:
+        return [], [self.record]
 
 
 class Broken:
@@ -51,6 +64,11 @@ class Broken:
 
     def __init__(self, why: str):
         self.why = why
+
+
+def too_large(what: str = "it") -> str:
+    """Why a record of more than `MAX_RECORD_BYTES` is invalid."""
+    return f"{what} is larger than {MAX_RECORD_BYTES >> 20} MiB, the most that one document may have: cut it"
 
 
 def valid_rows(
@@ -74,18 +92,14 @@ def _why_invalid(keys: Sequence[str], values: Sequence[object]) -> str | None:
             return f"it has no {key!r}"
         if not isinstance(value, str):
             return f"its {key!r} is {'null' if value is None else type(value).__name__}, not text"
-        if not _is_unicode(value):
-            return f"its {key!r} is not valid Unicode text"
+        try:
+            size = len(value.encode())
+        except UnicodeEncodeError as error:
+            # Lone surrogates, from JSON or from bytes that are no UTF-8, are no characters: no tokenizer takes them.
+            return f"its {key!r} is not valid Unicode text: {error}"
+        if size > MAX_RECORD_BYTES:
+            return too_large(f"its {key!r}")
     return None
-
-
-def _is_unicode(text: str) -> bool:
-    """Lone surrogates, from JSON or from bytes that are no UTF-8, are no characters: no tokenizer takes them."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 class _Missing:
@@ -100,12 +114,14 @@ MISSING = _Missing()
 
 def table_chunks(source: str, rows: Iterable[tuple[tuple[object, ...], float]]) -> Iterator[TableChunk]:
     """Group rows, given with the share of the source that is read with each, to chunks of bounded size."""
-    group: list[tuple[object, ...]] = []
+    group: list[tuple[object, ...] | Broken] = []
     size = count = 0
     done = 0.0
     for row, done in rows:
-        group.append(row)
-        size += sum(len(value) for value in row if isinstance(value, str))
+        characters = sum(len(value) for value in row if isinstance(value, str))
+        # What is too large is not sent to a worker only to be refused there.
+        group.append(row if characters <= MAX_RECORD_BYTES else Broken(too_large()))
+        size += 1 + min(characters, MAX_RECORD_BYTES)  # rows without text take memory, too
         if size >= CHUNK_BYTES:
             yield TableChunk(source=source, first=count + 1, values=group, done=done)
             count += len(group)

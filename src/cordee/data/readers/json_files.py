@@ -12,49 +12,92 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
-from cordee.data.readers.chunk import CHUNK_BYTES, MISSING, Broken, Chunk, Invalid, Row, valid_rows
+from cordee.data.readers.chunk import (
+    CHUNK_BYTES,
+    MAX_RECORD_BYTES,
+    MISSING,
+    Broken,
+    Chunk,
+    Invalid,
+    InvalidChunk,
+    Row,
+    too_large,
+    valid_rows,
+)
 from cordee.data.readers.stream import BOM, line_blocks, open_stream
 from cordee.errors import Problem, ProblemError
 
 EXTENSIONS = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
+_START = 1 << 16  # bytes that tell the form of a file
 
 
 @dataclass(frozen=True, kw_only=True)
 class JsonChunk(Chunk):
-    """Objects, not yet parsed, each with the number of its line (`unit` "line") or its own (`unit` "record")."""
+    """Values, not yet parsed, each with the number of its line (`unit` "line") or its own (`unit` "record")."""
 
     source: str
     unit: str
     first: int
-    objects: bytes | list[bytes]  # whole lines, or one object each
+    objects: bytes | list[bytes | None]  # whole lines, or one value each, None for one that is too large
 
     def rows(self, keys: Sequence[str]) -> tuple[list[Row], list[Invalid]]:
         texts = self.objects.split(b"\n") if isinstance(self.objects, bytes) else self.objects
-        numbered = ((self.first + i, text) for i, text in enumerate(texts) if text and not text.isspace())
+        numbered = (
+            (self.first + i, text) for i, text in enumerate(texts) if text is None or (text and not text.isspace())
+        )
         return valid_rows(keys, ((f"{self.source}: {self.unit} {n}", _values(text, keys)) for n, text in numbered))
 
 
 def read(path: Path, keys: Sequence[str]) -> Iterator[Chunk]:
-    """The chunks of one file."""
-    if ".jsonl" in path.suffixes or _has_object_per_line(path):
-        for block, number, done in line_blocks(path):
-            yield JsonChunk(source=str(path), unit="line", first=number, objects=block, done=done)
+    """The chunks of one file. Raises `ProblemError` if it ends too early or its values are not separated as they must
+    be; what is wrong inside a value makes that an invalid record."""
+    start = _start(path)
+    if ".jsonl" in path.suffixes or (not start.startswith(b"[") and start.split(b"\n", 1)[0].strip() != b"{"):
+        yield from _lines(path)
         return
-    group: list[bytes] = []
-    size, first, done = 0, 1, 0.0
-    for text, done in _objects(path):
-        group.append(text)
-        size += len(text)
-        if size >= CHUNK_BYTES:
-            yield JsonChunk(source=str(path), unit="record", first=first, objects=group, done=done)
-            first += len(group)
-            group, size = [], 0
+    group: list[bytes | None] = []
+    size, first = 0, 1
+    with open_stream(path) as stream:
+        scanner = _Scanner(path, stream.file)
+        for text in scanner.array() if start.startswith(b"[") else scanner.sequence():
+            group.append(text)
+            size += len(text or b"")
+            if size >= CHUNK_BYTES:
+                yield JsonChunk(source=str(path), unit="record", first=first, objects=group, done=stream.done())
+                first += len(group)
+                group, size = [], 0
     if group:
-        yield JsonChunk(source=str(path), unit="record", first=first, objects=group, done=done)
+        yield JsonChunk(source=str(path), unit="record", first=first, objects=group, done=1.0)
 
 
-def _values(text: bytes, keys: Sequence[str]) -> Sequence[object] | Broken:
+def _lines(path: Path) -> Iterator[Chunk]:
+    with open_stream(path) as stream:
+        for block, number in line_blocks(stream.file, b"\n"):
+            if block is None:
+                yield InvalidChunk(record=Invalid(f"{path}: line {number}", too_large()), done=stream.done())
+            else:
+                lines = block.removeprefix(BOM) if number == 1 else block
+                yield JsonChunk(source=str(path), unit="line", first=number, objects=lines, done=stream.done())
+
+
+def _start(path: Path) -> bytes:
+    """The first line that is not blank, or what of it tells the form of the file."""
+    start = b""
+    with open_stream(path) as stream:
+        while not start and (block := stream.file.read(_START)):
+            start = block.removeprefix(BOM).lstrip()
+        return start + stream.file.readline(_START)
+
+
+def _is_blank(text: bytes | None) -> bool:
+    return text is not None and (not text or text.isspace())
+
+
+def _values(text: bytes | None, keys: Sequence[str]) -> Sequence[object] | Broken:
+    if text is None:
+        return Broken(too_large())
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -64,47 +107,133 @@ def _values(text: bytes, keys: Sequence[str]) -> Sequence[object] | Broken:
     return [record.get(key, MISSING) for key in keys]
 
 
-def _has_object_per_line(path: Path) -> bool:
-    with open_stream(path) as stream:
-        start = stream.file.read(CHUNK_BYTES).removeprefix(BOM).lstrip()
-    return not start.startswith(b"[") and start.split(b"\n", 1)[0].strip() != b"{"
+def _inside(depth: int) -> bytes:
+    """The pattern of what stands inside brackets: whole strings, whole brackets of so many levels, and all else."""
+    brackets = rb"|[\[{]" + _inside(depth - 1) + rb"[\]}]" if depth else b""
+    return rb'(?:[^"\[\]{}]++|"(?:[^"\\]++|\\.)*+"' + brackets + rb")*+"
 
 
-def _objects(path: Path) -> Iterator[tuple[bytes, float]]:
-    """The outermost objects of an array, or those that follow each other, as bytes with the share of the file read.
+_SPACE = re.compile(rb"[ \t\r\n]*+")
+_CHARACTERS = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)  # of a string
+_INSIDE = re.compile(_inside(2), re.DOTALL)  # more levels are rare, and found one by one
+_WORD = re.compile(rb'[^"\[\]{},\ \t\r\n]*+')  # a number, true, null, or what is none of these
 
-    Only brackets and strings are looked at: memory holds one object, and one that is broken inside does not hide the
-    next. Raises `ProblemError` if the file ends inside an object.
+
+class _Scanner:
+    """Values one after the other in a file, as bytes, found by their brackets and quotes alone.
+
+    Memory holds one block and one value; a value of more than `MAX_RECORD_BYTES` is passed over, and is None.
     """
-    structure = re.compile(rb'[{}"]')
-    in_string = re.compile(rb'["\\]')
-    buffer, begin, place, depth, quoted = b"", 0, 0, 0, False
-    with open_stream(path) as stream:
-        while block := stream.file.read(CHUNK_BYTES):
-            # Keep what belongs to an object that is still open.
-            keep = begin if depth else place
-            buffer, begin, place = buffer[keep:] + block, 0, place - keep
-            while found := (in_string if quoted else structure).search(buffer, place):
-                mark, place = found.group(), found.end()
-                if quoted:
-                    if mark == b"\\":
-                        if place == len(buffer):
-                            place -= 1  # the escaped character comes with the next block
-                            break
-                        place += 1
-                    else:
-                        quoted = False
-                elif mark == b'"':
-                    quoted = True
-                elif mark == b"{":
-                    begin = place - 1 if depth == 0 else begin
-                    depth += 1
-                elif depth:
-                    depth -= 1
-                    if depth == 0:
-                        yield buffer[begin:place], stream.done()
-            else:
-                place = len(buffer)
-    if depth:
-        why = "it ends inside an object, so it is cut off or a bracket is missing"
-        raise ProblemError([Problem("--input", path, why, "copy it again, or write one object a line")])
+
+    def __init__(self, path: Path, file: IO[bytes]):
+        self._path = path
+        self._file = file
+        self._block = file.read(CHUNK_BYTES + len(BOM)).removeprefix(BOM)
+        self._place = 0
+        self._lines = 1  # before the block, and one
+        self._values = 0
+        self._inside = ""
+
+    def array(self) -> Iterator[bytes | None]:
+        """The elements of the one array that the file must be."""
+        self._inside = "the array"
+        self._next()
+        self._take()
+        more = self._next() != b"]"
+        while more:
+            yield self._value()
+            mark = self._next()
+            if mark not in (b",", b"]"):
+                raise self._problem("a comma or the closing bracket is missing" if mark else "")
+            if more := mark == b",":
+                self._take()
+        self._take()
+        if self._next():
+            raise self._problem("there is more behind the end of the array")
+
+    def sequence(self) -> Iterator[bytes | None]:
+        """Values with nothing but white space between them."""
+        self._inside = "an object"
+        while self._next():
+            yield self._value()
+
+    def _value(self) -> bytes | None:
+        if self._next() in (b",", b"]", b"}"):
+            raise self._problem(f"{self._next().decode()!r} stands where a value should")
+        kept = bytearray()
+        size = 0
+        for piece in self._pieces():
+            size += len(piece)
+            if size <= MAX_RECORD_BYTES:
+                kept += piece
+        self._values += 1
+        return bytes(kept) if size <= MAX_RECORD_BYTES else None
+
+    def _pieces(self) -> Iterator[bytes]:
+        """The pieces of the value that begins here."""
+        depth = 0
+        while True:
+            mark = self._take()
+            yield mark
+            if mark == b'"':
+                yield from self._rest_of_string()
+            elif mark in (b"{", b"["):
+                depth += 1
+            elif mark in (b"}", b"]"):
+                depth -= 1
+            if not depth:
+                break
+            yield from self._run(_INSIDE)
+        if mark not in (b'"', b"}", b"]"):
+            yield from self._run(_WORD)
+
+    def _rest_of_string(self) -> Iterator[bytes]:
+        mark = b""
+        while mark != b'"':
+            yield from self._run(_CHARACTERS)
+            mark = self._take()
+            yield mark
+            if mark == b"\\":
+                yield self._take()  # the escaped character, which the block before did not hold
+
+    def _run(self, pattern: re.Pattern[bytes]) -> Iterator[bytes]:
+        """What `pattern` matches from here on, over the borders of blocks."""
+        while self._more():
+            start, self._place = self._place, _end(pattern, self._block, self._place)
+            yield self._block[start : self._place]
+            if self._place < len(self._block):
+                return
+
+    def _next(self) -> bytes:
+        """The next byte that is no white space, which stays; none at the end."""
+        while self._more():
+            self._place = _end(_SPACE, self._block, self._place)
+            if self._place < len(self._block):
+                return self._block[self._place : self._place + 1]
+        return b""
+
+    def _take(self) -> bytes:
+        if not self._more():
+            raise self._problem("")
+        self._place += 1
+        return self._block[self._place - 1 : self._place]
+
+    def _more(self) -> bool:
+        """Whether there is another byte; it is in the block then."""
+        if self._place == len(self._block):
+            self._lines += self._block.count(b"\n")
+            self._block, self._place = self._file.read(CHUNK_BYTES), 0
+        return bool(self._block)
+
+    def _problem(self, why: str) -> ProblemError:
+        """What is wrong here, and where that is; if nothing, the file ends too early."""
+        line = self._lines + self._block.count(b"\n", 0, self._place)
+        why = why or f"the file ends inside {self._inside}, so it is cut off or a bracket is missing"
+        fix = "copy it again, or write one object a line"
+        return ProblemError([Problem("--input", self._path, f"line {line}, after record {self._values}: {why}", fix)])
+
+
+def _end(pattern: re.Pattern[bytes], block: bytes, place: int) -> int:
+    found = pattern.match(block, place)
+    assert found is not None, "these patterns match nothing, too"
+    return found.end()

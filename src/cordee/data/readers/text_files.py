@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cordee.data.readers.chunk import Broken, Chunk, Invalid, Row, valid_rows
-from cordee.data.readers.stream import line_blocks
+from cordee.data.readers.chunk import Chunk, Invalid, InvalidChunk, Row, too_large, valid_rows
+from cordee.data.readers.stream import line_blocks, open_stream
 from cordee.errors import Problem, ProblemError
 
 EXTENSIONS = (".txt", ".txt.gz")
@@ -16,15 +16,15 @@ KEY = "text"
 
 @dataclass(frozen=True, kw_only=True)
 class TextChunk(Chunk):
-    """Whole lines of a file, not yet decoded."""
+    """Whole lines of a file."""
 
     source: str
     first: int
-    lines: bytes
+    lines: str
 
     def rows(self, keys: Sequence[str]) -> tuple[list[Row], list[Invalid]]:
-        lines = self.lines.replace(b"\r\n", b"\n").replace(b"\r", b"\n").removesuffix(b"\n").split(b"\n")
-        return valid_rows(keys, ((f"{self.source}: line {self.first + i}", _decode(x)) for i, x in enumerate(lines)))
+        lines = self.lines.removesuffix("\n").split("\n")
+        return valid_rows(keys, ((f"{self.source}: line {self.first + i}", (line,)) for i, line in enumerate(lines)))
 
 
 def read(path: Path, keys: Sequence[str]) -> Iterator[Chunk]:
@@ -32,12 +32,10 @@ def read(path: Path, keys: Sequence[str]) -> Iterator[Chunk]:
     if tuple(keys) != (KEY,):
         why = f"{path} is plain text, whose lines have no key but {KEY!r}"
         raise ProblemError([Problem("--json-keys", " ".join(keys), why, f"leave it out, or write --json-keys {KEY}")])
-    for block, number, done in line_blocks(path):
-        yield TextChunk(source=str(path), first=number, lines=block, done=done)
-
-
-def _decode(line: bytes) -> Sequence[object] | Broken:
-    try:
-        return (line.decode("utf-8"),)
-    except UnicodeDecodeError as error:
-        return Broken(f"it is not UTF-8: {error}")
+    with open_stream(path) as stream:
+        for lines, number in line_blocks(stream.text(), "\n"):
+            if lines is None:
+                record = Invalid(f"{path}: line {number}", too_large())
+                yield InvalidChunk(record=record, done=stream.done())
+            else:
+                yield TextChunk(source=str(path), first=number, lines=lines, done=stream.done())
