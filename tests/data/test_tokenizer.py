@@ -511,3 +511,10 @@ def test_both_files_of_llama_agree(shared, real_texts, tmp_path):
     texts = [*real_texts, *LEADING, "tail </s> <s>x", " "]
     assert by_json.encode_batch(texts) == by_model.encode_batch(texts)
     assert by_json.fingerprint() == by_model.fingerprint()
+
+
+@pytest.mark.slow
+def test_tiktoken_text_that_it_cannot_cut(tiktoken_file):
+    tokenizer = load_tokenizer(TokenizerOptions(tokenizer_type="TikTokenizer", tokenizer_model=str(tiktoken_file)))
+    with pytest.raises(ProblemError, match="1,000,001 characters"):
+        tokenizer.encode(" " * 10**6 + "x")

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from cordee.api import GPTModel
 from cordee.config.schema import ConvertConfig
@@ -302,3 +303,30 @@ def test_without_the_library(exported, tmp_path, monkeypatch):
     (tmp_path / "a.gguf").write_bytes(exported)
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert "cordee[gguf]" in problem_of(formats.read, tmp_path)
+
+
+@pytest.mark.parametrize("given", [3, [3], [3, 5], [3, 5, 7]])
+def test_every_token_that_ends_a_text(tmp_path, given):
+    """llama.cpp stops at eos, and at what it calls the ends of a turn (eot) and of a message (eom)."""
+    save(tmp_path / "hf", {**MODELS["llama"], "eos_token_id": given})
+    words = {f"<{i}>": i for i in range(61)}
+    backend = Tokenizer(models.BPE(words, [], byte_fallback=False))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<3>").save_pretrained(tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "gguf", save_model_type="gguf")
+    fields = gguf.GGUFReader(tmp_path / "gguf" / "model.gguf").fields
+    ends = [
+        fields[f"tokenizer.ggml.{role}_token_id"]
+        for role in ("eos", "eot", "eom")
+        if f"tokenizer.ggml.{role}_token_id" in fields
+    ]
+    assert [field.contents() for field in ends] == (given if isinstance(given, list) else [given])
+    convert(tmp_path / "gguf", tmp_path / "back")
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["eos_token_id"] == (3 if given == [3] else given)
+
+
+def test_more_ends_than_a_file_has_places_for(tmp_path, caplog):
+    save(tmp_path / "hf", {**MODELS["llama"], "eos_token_id": [3, 5, 7, 9]})
+    convert(tmp_path / "hf", tmp_path / "gguf", save_model_type="gguf")
+    assert "left out: [7, 9]" in caplog.text

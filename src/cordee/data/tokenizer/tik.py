@@ -135,8 +135,15 @@ class TikTokenizer(Tokenizer):
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = []
         for piece in self._matcher.pieces(text):
-            ids += [piece] if isinstance(piece, int) else self._encoding.encode_ordinary(piece)
+            ids += [piece] if isinstance(piece, int) else self._ordinary(piece)
         return ids
+
+    def _ordinary(self, text: str) -> list[int]:
+        try:
+            return self._encoding.encode(text, disallowed_special=())  # `encode_ordinary` panics instead
+        except ValueError as error:  # the library's regular expressions have a stack of limited size
+            why = f"it cannot cut a text of {len(text):,} characters that holds a run of spaces too long: {error}"
+            raise ProblemError([Problem("tokenizer", self._source, why, "take such texts out of the input")]) from error
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
         skipped = {i for i, token in self._special.items() if token.special} if skip_special_tokens else set()

@@ -53,6 +53,8 @@ _TOKENS = {
     "tokenizer.ggml.eos_token_id": "eos_token_id",
     "tokenizer.ggml.padding_token_id": "pad_token_id",
 }
+# Tokens that end a turn or a message; llama.cpp stops at them as at eos.
+FURTHER_ENDS = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
 _EXPERTS = {"expert_used_count": "num_experts_per_tok", "expert_feed_forward_length": "moe_intermediate_size"}
 Get = Callable[[str], Any]
 
@@ -169,6 +171,10 @@ def hf_config(row: Architecture, values: Values, names: Collection[str], factors
 
     found = {name: get(key) for key, name in {**_KEYS, **row.keys}.items()}
     found |= {name: values.get(key) for key, name in _TOKENS.items()}
+    further = (values.get(key) for key in FURTHER_ENDS)
+    ends = dict.fromkeys(i for i in (found["eos_token_id"], *further) if i is not None)
+    if len(ends) > 1:
+        found["eos_token_id"] = list(ends)
     hf = row.hf | {name: value for name, value in found.items() if value is not None}
     hf |= {name: tensor in names for name, tensor in row.present.items()}
     sizes = [hf.get(name) for name in ("num_attention_heads", "hidden_size")]
@@ -188,6 +194,13 @@ def hf_config(row: Architecture, values: Values, names: Collection[str], factors
         hf["rope_scaling"] = scaling
     hf["tie_word_embeddings"] = "output.weight" not in names
     return hf
+
+
+def further_ends(config: HFConfig, eos: int | None) -> tuple[dict[str, int], list[int]]:
+    """The tokens besides `eos` that a `config.json` says end a text, by the key of a file; those it has no key for."""
+    given = config.get("eos_token_id")
+    ends = [i for i in given if i != eos] if isinstance(given, list) else []
+    return dict(zip(FURTHER_ENDS, ends, strict=False)), ends[len(FURTHER_ENDS) :]
 
 
 def shortest(value: float) -> float:

@@ -26,7 +26,14 @@ from cordee.model.config import AttentionConfig, Llama3Scaling, ModelConfig
 from cordee.model.rotary import inverse_frequencies
 from cordee.weights.codec import PlannedFile, Sink, Source
 from cordee.weights.gguf import vocabulary
-from cordee.weights.gguf.architecture import ROPE_FACTORS, Architecture, architecture_of, choose, hf_config
+from cordee.weights.gguf.architecture import (
+    ROPE_FACTORS,
+    Architecture,
+    architecture_of,
+    choose,
+    further_ends,
+    hf_config,
+)
 from cordee.weights.gguf.file import NAMES_OF_TYPES, GGUFFile, create
 from cordee.weights.gguf.place import FILE, file_of
 from cordee.weights.gguf.tensors import rules
@@ -206,6 +213,10 @@ def plan(spec: ModelSpec, dtypes: Mapping[str, torch.dtype], companions: Path | 
         "general.quantization_version": 2,
         **vocabulary.describe(companions, spec.config.vocab_size),
     }
+    ends, left = further_ends(spec.hf_config, values.get("tokenizer.ggml.eos_token_id"))
+    values |= ends
+    if left:
+        notes.append(f"a file of GGUF has no place for more tokens that end a text; left out: {left}")
     notes += _notes_on_tokenizer(values, companions)
     for note in notes:
         logger.warning(note)
