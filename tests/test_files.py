@@ -192,7 +192,7 @@ def test_checkpoints_are_not_written_through_links(tmp_path, victim):
     new.mkdir()
     (new / "data").write_text("x")
     (new / f".{checkpoint.MANIFEST}.new").symlink_to(victim)
-    manifest = {"format": checkpoint.FORMAT, "files": {"data": checkpoint.file_entry(new / "data")}}
+    manifest = {"format": checkpoint.FORMAT, "iteration": 10, "files": {"data": checkpoint.file_entry(new / "data")}}
     checkpoint.publish(tmp_path, 10, manifest)
     assert checkpoint.latest(tmp_path) == (10, [])
     assert not (tmp_path / checkpoint.TRACKER).is_symlink()
