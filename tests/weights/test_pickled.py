@@ -19,8 +19,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cordee.checkpoint.files import read_metadata
 from cordee.weights.pickled import Call, Name, load
-from cordee.weights.torch_file import UNREADABLE, TorchFile, tensor_in
+from cordee.weights.torch_file import UNREADABLE, TorchFile, resolve, tensor_in
 from tests.weights import gadgets
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -164,6 +165,7 @@ def with_numbers(first: int, shape: list[int], strides: list[int]) -> bytes:
         (0, [2], [2**62]),
         (2**62, [1], [1]),
         (0, [2, 2], [1]),
+        (0, [0, 2**63], [1, 1]),
         (True, [1], [1]),
     ],
 )
@@ -259,6 +261,60 @@ def test_a_tensor_among_others(tmp_path):
     os.truncate(path, places[2][0] + 10)
     with pytest.raises(UNREADABLE):
         tensor_in(path, *places[2])
+
+
+def test_tensors_that_an_npu_has_saved(tmp_path):
+    """torch_npu names a builder of its own, for tensors that lie in the file as any other."""
+    path, tensor = tmp_path / "x.pt", torch.randn(3, 4)
+    old, new = b"ctorch._utils\n_rebuild_tensor_v2\n", b"ctorch_npu.utils.storage\n_rebuild_npu_tensor\n"
+    data = saved({"w": tensor.t()})
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("data.pkl"))
+        pickled = archive.read(name)
+    path.write_bytes(rewritten(data, {"data.pkl": pickled.replace(old, new)}))
+    file = TorchFile(path)
+    assert file.not_read == [] and torch.equal(file.read(("w",), ()), tensor.t())
+
+
+def nested(depth: int) -> bytes:
+    return b"]" * depth + b"a" * (depth - 1)
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        gadgets.name("torch", "Size") + b"]q\x00(" + b"K\x01" * 1000 + b"e\x85R.",  # sizes that are a list
+        gadgets.name("torch", "Size") + b"(" + b"K\x01" * 1000 + b"t\x85R.",
+        gadgets.name("argparse", "Namespace") + b")\x81}(" + gadgets.text("self") + nested(5000) + b"ub.",
+        nested(200_000) + b".",
+        b"}"
+        + gadgets.text("args")
+        + gadgets.name("argparse", "Namespace")
+        + b")\x81}("
+        + gadgets.text("self")
+        + b"K\x01"
+        + gadgets.text("__class__")
+        + b"K\x02ub"
+        + b"s.",
+    ],
+    ids=["list of sizes", "many sizes", "deep state", "deep list", "names of settings"],
+)
+def test_content_that_harms_where_it_is_used(tmp_path, pickled):
+    """It is read as something, or refused: nothing is shown, copied or called by its own names."""
+    (tmp_path / "x.pt").write_bytes(gadgets.archive(pickled))
+    with suppress(*UNREADABLE):
+        TorchFile(tmp_path / "x.pt")
+    (tmp_path / ".metadata").write_bytes(pickled)
+    with pytest.raises(ValueError):
+        read_metadata(tmp_path)
+
+
+def test_memory_of_sizes_that_are_made_of_one_another(tmp_path):
+    """One list of 10^5 numbers, of which 10^4 tuples would be made: 8 GB of a pickle of 300 kB."""
+    many = b"]q\x00(" + b"K\x01" * 100_000 + b"e0" + gadgets.name("torch", "Size") + b"q\x010"
+    pickled = many + b"](" + b"h\x01h\x00\x85R" * 10_000 + b"e."
+    with pytest.raises(ValueError):
+        load(pickled, resolve=resolve)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint16, torch.float64, torch.complex64, torch.bool])

@@ -70,7 +70,7 @@ def _metadata(content: object) -> Metadata:
 
 def _kept(name: object, described: object) -> TensorStorageMetadata | BytesStorageMetadata:
     if not isinstance(name, str):
-        raise ValueError(f"{name!r} is no name of a tensor")
+        raise ValueError("a tensor has no name")
     if _kind(described) == "BytesStorageMetadata":
         return BytesStorageMetadata()
     fields = _fields(described, "TensorStorageMetadata")
@@ -92,7 +92,7 @@ def _index(at: object) -> MetadataIndex:
     fields = _fields(at, "MetadataIndex")
     name, offset = fields["fqn"], fields.get("offset")
     if not isinstance(name, str):
-        raise ValueError(f"{name!r} is no name of a tensor")
+        raise ValueError("the place of a tensor has no name")
     return MetadataIndex(name, None if offset is None else torch.Size(_sizes(offset)))
 
 
@@ -101,15 +101,17 @@ def _place(place: object) -> _StorageInfo:
     fields = _fields(place, "_StorageInfo")
     file, offset, length = fields["relative_path"], *_sizes((fields["offset"], fields["length"]))
     if not isinstance(file, str) or file in ("", ".", "..") or Path(file).name != file or "\0" in file:
-        raise ValueError(f"{file!r} is no file of its directory")
+        raise ValueError("the place of a tensor is no file of its directory")
     if fields.get("transform_descriptors"):
-        raise ValueError(f"{file} is encoded by {fields['transform_descriptors']}, which is not read")
+        raise ValueError(f"{file} is compressed or encoded otherwise, which is not read")
     return _StorageInfo(file, offset, length)
 
 
 def _sizes(numbers: object) -> Shape:
-    if not isinstance(numbers, tuple) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
-        raise ValueError(f"{numbers!r} are no sizes")
+    if not isinstance(numbers, tuple) or not set(map(type, numbers)) <= {int}:
+        raise ValueError("the sizes of a tensor are no numbers")
+    if not 0 <= min(numbers, default=0) <= max(numbers, default=0) < 2**63:
+        raise ValueError("the sizes of a tensor are too large, or negative")
     return numbers
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,14 +27,15 @@ from torch.distributed.checkpoint.storage import StorageWriter
 from torch.optim import Optimizer
 
 from cordee.checkpoint import directory
-from cordee.checkpoint.files import SafeReader, read_metadata, tensors
-from cordee.errors import Problem, ProblemError, RankLostError
+from cordee.checkpoint.files import SafeReader, missing_bytes, read_metadata, tensors
+from cordee.errors import Findings, Problem, ProblemError, RankLostError
 from cordee.log import logger
 from cordee.parallel import collectives
 
 # It is said on every save and load of a run in one process, where it is what is meant.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
+T = TypeVar("T")
 Tensors = dict[str, Tensor]
 State = dict[str, Any]
 
@@ -148,10 +149,10 @@ class CheckpointStore:
             with collectives.contact(f"while writing the checkpoint of iteration {iteration}"):
                 self._together(lambda: self._prepare(new))
                 alone = self._group is None
-                dcp.save(staged, storage_writer=self._writer(new), process_group=self._group, no_dist=alone)
+                written = dcp.save(staged, storage_writer=self._writer(new), process_group=self._group, no_dist=alone)
                 files = self._together(lambda: self._own_files(new))
                 entries = {name: entry for part in files for name, entry in part.items()}
-                self._together(lambda: self._publish(iteration, entries, state))
+                self._together(lambda: self._publish(iteration, written, entries, state))
         except (dcp.CheckpointException, _RanksFailed) as error:
             if self._first:
                 directory.discard(new)
@@ -168,11 +169,12 @@ class CheckpointStore:
         own = list(new.glob(f"__{rank}_*")) + ([new / ".metadata"] if rank == 0 else [])
         return {path.name: directory.file_entry(path) for path in own}
 
-    def _publish(self, iteration: int, files: dict[str, dict[str, int]], state: State) -> None:
+    def _publish(self, iteration: int, written: dcp.Metadata, files: dict[str, dict[str, int]], state: State) -> None:
         if not self._first:
             return
         new = directory.temporary(self.root, iteration)
-        read_metadata(new)  # ValueError if what was written is not what was saved
+        if (lack := missing_bytes(new, written)) is not None:
+            raise OSError(f"what was written is not what was saved: {lack}")
         manifest = {"format": directory.FORMAT, "iteration": iteration, "files": files, **state}
         directory.publish(self.root, iteration, manifest)
         if self._keep_last is not None and (removed := directory.retain(self.root, iteration, self._keep_last)):
@@ -250,12 +252,7 @@ def restore(
     An optimizer that had no state when it was saved (every step was skipped) has none afterwards. All ranks of
     `group` call it together. ProblemError names every parameter that does not fit.
     """
-    metadata = read_metadata(directory_)
-    unknown = {place.relative_path for place in metadata.storage_data.values()}
-    unknown -= directory.read_manifest(directory_)["files"].keys()
-    if unknown:  # nobody has checked those
-        why = f"its tensors are in {', '.join(sorted(unknown))}, which is none of its files"
-        raise ProblemError([Problem("--load", directory_, why, "take another checkpoint")])
+    metadata = _agreed(lambda: _metadata(directory_), group)
     kept = tensors(metadata)
     wanted = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
     _raise_misfits(directory_, kept, wanted)
@@ -266,6 +263,30 @@ def restore(
         dcp.load(wanted, storage_reader=reader, process_group=group, no_dist=group is None)
     except dcp.CheckpointException as error:  # of all ranks, to all of them
         raise ProblemError(_unread(directory_, error), everywhere=True) from error
+
+
+def _metadata(path: Path) -> dcp.Metadata:
+    """ProblemError if it cannot be read, or has tensors in files that the manifest does not vouch for."""
+    try:
+        metadata = read_metadata(path)
+        unknown = {place.relative_path for place in metadata.storage_data.values()}
+        unknown -= directory.read_manifest(path)["files"].keys()
+        if unknown:
+            raise ValueError(f"its tensors are in {', '.join(sorted(unknown))}, which is none of its files")
+    except ValueError as error:
+        raise ProblemError([Problem("--load", path, str(error), "take another checkpoint")]) from error
+    return metadata
+
+
+def _agreed(part: Callable[[], T], group: ProcessGroup | None) -> T:
+    """What `part` returns on this rank; ProblemError on all ranks of `group` if it has problems on one."""
+    found = Findings()
+    result = found.attempt(part)
+    outcomes = [found.problems] if group is None else collectives.gather_in(group, found.problems)
+    if problems := [problem for outcome in outcomes for problem in outcome]:
+        raise ProblemError(dict.fromkeys(problems), everywhere=True)
+    assert result is not None
+    return result
 
 
 def _unread(path: Path, error: dcp.CheckpointException) -> Iterator[Problem]:

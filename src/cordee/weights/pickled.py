@@ -10,9 +10,20 @@ from __future__ import annotations
 import pickle
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
+
+_DAMAGE = (
+    IndexError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    struct.error,
+    UnicodeDecodeError,
+    OverflowError,
+    RecursionError,
+)
 
 
 class Bytes(Protocol):
@@ -36,19 +47,20 @@ class Name:
 
 @dataclass(eq=False, slots=True)
 class Call:
-    """What Python would build: `function`, called with `args`, then given `state`, `items` and `pairs`."""
+    """What Python would build: `function`, called with `args`, then given `state`.
+
+    Items that a class of lists or dicts would be given are not kept: nothing that is read has such.
+    """
 
     function: object
     args: tuple[object, ...]
     state: object = None
-    items: list[object] = field(default_factory=list)
-    pairs: list[tuple[object, object]] = field(default_factory=list)
 
     def append(self, item: object) -> None:
-        self.items.append(item)
+        pass
 
     def __setitem__(self, key: object, value: object) -> None:
-        self.pairs.append((key, value))
+        pass
 
     def __repr__(self) -> str:
         return "(not read)"
@@ -81,7 +93,7 @@ def load(
     machine = _Machine(data, start, resolve, persistent)
     try:
         return machine.run(), machine.at
-    except (IndexError, KeyError, TypeError, AttributeError, struct.error, UnicodeDecodeError, OverflowError) as error:
+    except _DAMAGE as error:
         raise ValueError(f"its pickle is damaged at byte {machine.at}: {type(error).__name__} {error}") from error
 
 
@@ -104,15 +116,31 @@ class _Machine:
 
     def run(self) -> object:
         operations = {code[0]: partial(operation, self, *given) for code, (operation, *given) in _OPERATIONS.items()}
+        data, memo, stack, at = self._data, self._memo, self._stack, self.at
         while True:
-            code = self._data[self.at]
-            self.at += 1
-            if code == pickle.STOP[0]:
-                return self._stack.pop()
-            operation = operations.get(code)
-            if operation is None:
-                raise ValueError(f"its pickle has the opcode {bytes([code])!r}, which no file of weights has")
-            operation()
+            code = data[at]
+            at += 1
+            # Metadata of many ranks has millions of opcodes, and two of three are one of these.
+            if code == _BINGET:
+                stack.append(memo[data[at]])
+                at += 1
+            elif code == _LONG_BINGET:
+                stack.append(memo[int.from_bytes(data[at : at + 4], "little")])
+                at += 4
+            elif code == _MEMOIZE:
+                memo[len(memo)] = stack[-1]
+            elif code == _BININT1:
+                stack.append(data[at])
+                at += 1
+            else:
+                self.at = at
+                if code == pickle.STOP[0]:
+                    return stack.pop()
+                operation = operations.get(code)
+                if operation is None:
+                    raise ValueError(f"its pickle has the opcode {bytes([code])!r}, which no file of weights has")
+                operation()
+                stack, at = self._stack, self.at
 
     # ---- arguments of opcodes ----------------------------------------------------------------------------------------
 
@@ -235,7 +263,7 @@ class _Machine:
     def call_with_keywords(self) -> None:
         keywords, args, function = self._stack.pop(), self._stack.pop(), self._stack.pop()
         if keywords:
-            raise ValueError(f"{function} is called with keywords, which no file of weights does")
+            raise ValueError("something is called with keywords, which no file of weights does")
         self._stack.append(_call(function, args))
 
     def build(self) -> None:
@@ -264,6 +292,10 @@ def _flat(key: object) -> object:
 
 _BYTE, _SHORT, _SIGNED = struct.Struct("B"), struct.Struct("<H"), struct.Struct("<i")
 _WORD, _LONG, _REAL = struct.Struct("<I"), struct.Struct("<Q"), struct.Struct(">d")
+
+_BINGET, _LONG_BINGET, _MEMOIZE, _BININT1 = (
+    code[0] for code in (pickle.BINGET, pickle.LONG_BINGET, pickle.MEMOIZE, pickle.BININT1)
+)
 
 _OPERATIONS: dict[bytes, tuple[Callable[..., None], *tuple[object, ...]]] = {  # of each opcode, with what it is given
     pickle.PROTO: (_Machine.skip, 1),

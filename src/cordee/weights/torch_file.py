@@ -33,6 +33,7 @@ Keys = tuple[str, ...]
 _ENTRY = struct.Struct("<4s5H3L2H")
 _PICKLE, _BYTE_ORDER, _DATA = "data.pkl", "byteorder", "data/"
 _DEPTH = 32  # of dicts in dicts
+_DIMS = 64  # of a tensor, as many as torch allows
 _ENTRIES = 2**22  # of all those dicts: they may hold one another, so that few bytes become many
 UNREADABLE = (zipfile.BadZipFile, NotImplementedError, struct.error, OSError, ValueError)  # of a damaged file
 
@@ -96,8 +97,8 @@ class _View:
 
     def __post_init__(self) -> None:
         numbers = (self.first, *self.shape, *self.strides)
-        if len(self.shape) != len(self.strides) or not all(type(n) is int and n >= 0 for n in numbers):
-            raise ValueError(f"a tensor of shape {self.shape} with strides {self.strides} from {self.first} on")
+        if not all(type(n) is int and 0 <= n < 2**63 for n in numbers) or len(self.shape) != len(self.strides):
+            raise ValueError("the place of a tensor in its storage is none")
         span = sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
         end = self.first + 1 + span if 0 not in self.shape else 0
         if end * self.dtype.itemsize > self.storage.size:
@@ -130,7 +131,7 @@ def _views(content: object) -> Iterator[tuple[Keys, _View]]:
 def _view(storage: object, first: Any, shape: Any, strides: Any, *_: object) -> _View:
     if not isinstance(storage, _Storage):
         raise TypeError("a tensor without a storage")
-    return _View(storage, storage.dtype, first, tuple(shape), tuple(strides))
+    return _View(storage, storage.dtype, first, _sizes(shape), _sizes(strides))
 
 
 def _view_of_bytes(
@@ -138,12 +139,19 @@ def _view_of_bytes(
 ) -> _View:
     if not isinstance(storage, _Storage) or not isinstance(dtype, torch.dtype):
         raise TypeError("a tensor without a storage or a type")
-    return _View(storage, dtype, first, tuple(shape), tuple(strides))
+    return _View(storage, dtype, first, _sizes(shape), _sizes(strides))
+
+
+def _sizes(numbers: object) -> tuple[int, ...]:
+    """The sizes of a tensor; a longer tuple, or another object, could be made into ever larger ones."""
+    if not isinstance(numbers, tuple) or len(numbers) > _DIMS or not all(type(n) is int for n in numbers):
+        raise TypeError("the sizes of a tensor are no numbers")
+    return numbers
 
 
 def _of_type(function: object, kind: object, args: Any, state: object) -> object:
     """A subclass of tensors, or a tensor with attributes: as the tensor that it is, if it is one."""
-    return function.function(*args) if isinstance(function, Builder) else Call(function, tuple(args), state)
+    return function.function(*args) if isinstance(function, Builder) else Call(function, (), state)
 
 
 _TYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
@@ -164,13 +172,14 @@ _STORAGES = {
 _KNOWN: dict[str, object] = {
     **{f"torch.{name}": dtype for name, dtype in (_TYPES | _STORAGES).items()},
     "torch.storage.UntypedStorage": torch.uint8,
-    "torch.Size": Builder(tuple),
+    "torch.Size": Builder(_sizes),
     "torch._utils._rebuild_tensor": Builder(_view),
     "torch._utils._rebuild_tensor_v2": Builder(_view),
     "torch._utils._rebuild_tensor_v3": Builder(_view_of_bytes),
     "torch._utils._rebuild_parameter": Builder(lambda tensor, *_: tensor),
     "torch._utils._rebuild_parameter_with_state": Builder(lambda tensor, *_: tensor),
     "torch._tensor._rebuild_from_type_v2": Builder(_of_type),
+    "torch_npu.utils.storage._rebuild_npu_tensor": Builder(_view),  # whose storage is one of the CPU
     "collections.OrderedDict": Builder(lambda: {}),
     "collections.defaultdict": Builder(lambda *_: {}),
     "argparse.Namespace": Name("argparse", "Namespace"),
@@ -203,7 +212,9 @@ def _settings(value: object) -> object:
         return value
     if not isinstance(value.state, dict) or not all(isinstance(name, str) for name in value.state):
         raise ValueError("its settings are not named")
-    return argparse.Namespace(**value.state)
+    settings = argparse.Namespace()
+    vars(settings).update(value.state)
+    return settings
 
 
 # ---- the two kinds of files ------------------------------------------------------------------------------------------
