@@ -79,15 +79,33 @@ def test_no_format_gives_away_what_links_lead_to(target, model, tmp_path, caplog
 
 
 def test_neither_does_a_tokenizer_nor_a_run(model, tmp_path, caplog):
+    """Without one of its files the others would be another tokenizer, so none is copied."""
     tokenizer = load_tokenizer(TokenizerOptions(tokenizer_kwargs={"add_bos_token": False}), str(model))
-    tokenizer.save(tmp_path / "saved")
-    assert str(model / "vocab.txt") in caplog.text
+    with pytest.raises(ProblemError) as caught:
+        tokenizer.save(tmp_path / "saved")
+    assert {problem.value for problem in caught.value.problems} == {model / "chat_template.jinja", model / "vocab.txt"}
     origin = SimpleNamespace(companions=model, weights=model)
+    plan = cast(RunPlan, SimpleNamespace(tokenizer=tokenizer, origin=origin))
     (tmp_path / "run").mkdir()
-    _save_companions(cast(RunPlan, SimpleNamespace(tokenizer=tokenizer, origin=origin)), tmp_path / "run")
-    assert str(model / "generation_config.json") in caplog.text
-    for folder in (tmp_path / "saved", tmp_path / "run"):
-        assert (folder / "tokenizer.json").is_file() and not leaks(folder)
+    _save_companions(plan, tmp_path / "run")
+    assert str(model / "vocab.txt") in caplog.text and not list((tmp_path / "run").iterdir())
+    assert not leaks(tmp_path / "saved")
+    for name in ("chat_template.jinja", "vocab.txt"):
+        (model / name).unlink()
+    _save_companions(plan, tmp_path / "run")
+    assert str(model / "generation_config.json") in caplog.text and not leaks(tmp_path / "run")
+    text = "some text, 123"
+    assert load_tokenizer(TokenizerOptions(), str(tmp_path / "run")).encode(text) == tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_linked_tokenizer_is_not_half_converted(model, tmp_path, caplog, name):
+    """The vocabulary alone, or with another config, would be another tokenizer."""
+    (tmp_path / "store").mkdir()
+    (model / name).rename(tmp_path / "store" / name)
+    (model / name).symlink_to(tmp_path / "store" / name)
+    job.run(ConvertConfig(load_dir=str(model), save_dir=str(tmp_path / "out")))
+    assert not list((tmp_path / "out").glob("tokenizer*")) and "is left out" in caplog.text
 
 
 def _snapshot(cache: Path, repository: str, blob: str, content: str) -> Path:

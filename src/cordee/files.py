@@ -1,26 +1,44 @@
-"""How files of others are copied, and how own files appear.
+"""How files of others are read and copied, and how own files appear.
 
-Owns the distrust of links: a model directory is other people's, and a folder in which output is made may be shared.
+Owns the distrust of files: a model directory is other people's, and a folder in which output is made may be shared.
 Files are copied only from inside a model directory, and own files are made new, never written through what is there.
-Knows no format.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import stat
 from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from cordee.log import logger
 
 LARGEST = 2**30  # bytes of a file that is copied: tokenizers and licences have far fewer
+LARGEST_JSON = 2**28  # bytes of a JSON file; of those that belong to models the largest have a tenth of it
 _OUTSIDE = "it is a link to a file outside the model directory"
 
 
 # ---- files of others -------------------------------------------------------------------------------------------------
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file. ValueError if it holds something else, or more than `LARGEST_JSON` bytes; OSError if it
+    cannot be read.
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a pipe is not waited for
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is no regular file")
+        if status.st_size > LARGEST_JSON:
+            raise ValueError(f"it has {status.st_size:,} bytes, more than {LARGEST_JSON:,}")
+        data = file.read(LARGEST_JSON)
+    try:
+        return json.loads(data.decode("utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def copy_files(files: Iterable[Path], target: Path) -> list[Path]:

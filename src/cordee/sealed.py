@@ -17,11 +17,16 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-MAX_BYTES = 256 << 20  # of a sealed file; what is larger is something else, and would only fill the memory
+from cordee.files import read_json
+
 CHECKSUM = "checksum"
 _LARGEST = 2**63 - 1
 
 Form = Callable[[Any], str | None]
+
+
+class OtherFormat(ValueError):
+    """A file that another version has written."""
 
 
 def seal(content: Mapping[str, Any]) -> str:
@@ -30,27 +35,21 @@ def seal(content: Mapping[str, Any]) -> str:
     return json.dumps({**plain, CHECKSUM: _checksum(plain)}, indent=1)
 
 
-def read(path: Path, form: Form, formats: int) -> dict[str, Any]:
-    """The fields of a sealed file whose "format" is `formats`, without these two.
+def read(path: Path, form: Form, version: int) -> dict[str, Any]:
+    """The fields of a sealed file whose "format" is `version`, without that and the checksum.
 
-    ValueError with what is wrong: no file of JSON, another format, changed since it was sealed, or not of `form`.
+    ValueError with what is wrong: no file of JSON, another format (`OtherFormat`), changed since it was sealed, or not
+    of `form`.
     FileNotFoundError and other OSErrors as they come.
     """
-    if path.exists() and not path.is_file():
-        raise ValueError("it is no file")  # opening a named pipe would wait for its writer
-    with path.open("rb") as file:
-        data = file.read(MAX_BYTES + 1)
-    if len(data) > MAX_BYTES:
-        raise ValueError(f"it has more than {MAX_BYTES} bytes")
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise ValueError("it is no JSON object")
+    if found.pop("format", None) != version:
+        raise OtherFormat(f"it is not of format {version}, the one that this version of Cordée reads")
     try:
-        found = json.loads(data.decode("utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("it is no JSON object")
-        if found.get("format") != formats:
-            raise ValueError(f"it is not of format {formats}, the one this version reads")
-        if found.pop(CHECKSUM, None) != _checksum(found):
+        if found.pop(CHECKSUM, None) != _checksum({"format": version, **found}):
             raise ValueError("it was changed: its checksum is not the one it was written with")
-        del found["format"]
         if (why := form(found)) is not None:
             raise ValueError(why)
     except RecursionError:

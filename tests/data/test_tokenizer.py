@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
 import pickle
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -14,6 +16,8 @@ import pytest
 
 from cordee.config.schema import TokenizerOptions
 from cordee.data.tokenizer import Tokenizer, check_tokenizer, holds_tokenizer, load_tokenizer, tik
+from cordee.data.tokenizer.matching import Matcher
+from cordee.data.tokenizer.special import AddedToken
 from cordee.errors import ProblemError
 
 CORPUS = [
@@ -518,3 +522,25 @@ def test_tiktoken_text_that_it_cannot_cut(tiktoken_file):
     tokenizer = load_tokenizer(TokenizerOptions(tokenizer_type="TikTokenizer", tokenizer_model=str(tiktoken_file)))
     with pytest.raises(ProblemError, match="1,000,001 characters"):
         tokenizer.encode(" " * 10**6 + "x")
+
+
+@pytest.mark.parametrize("token_id", ["1073741824", "10000000000", "9" * 5000])
+def test_ids_far_behind_the_vocabulary(tiktoken_file, token_id):
+    """Every id in between would be a token."""
+    decoder = {token_id: {"content": "<|far|>", "special": True}}
+    (tiktoken_file.parent / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder}))
+    with pytest.raises(ProblemError):
+        load(tiktoken_file.parent)
+
+
+@pytest.mark.parametrize("count", [40, 400])
+def test_added_tokens_are_found_however_many_there_are(count):
+    """The leftmost, and of those that begin there the longest."""
+    words = ["".join(letters) for letters in itertools.product("abc", "def", "ghi", "jkl", "mno")]
+    words = [*words[: count // 2], *(word[:3] for word in words[:: len(words) // (count // 2) or 1])][:count]
+    tokens = {i: AddedToken(word, normalized=False) for i, word in enumerate(dict.fromkeys(words))}
+    text = "xadgjmadg cei" + "".join(words[::7]) + " aadgadgjmx"
+    pattern = "|".join(sorted((token.content for token in tokens.values()), key=len, reverse=True))
+    ids = {token.content: i for i, token in tokens.items()}
+    expected = [ids.get(piece, piece) for piece in re.split(f"({pattern})", text) if piece]
+    assert list(Matcher(tokens).pieces(text)) == expected

@@ -7,6 +7,7 @@ and `evaluate` read it like any other format, in one process, a tensor or a part
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ class CheckpointSource(Source):
         self.path = path
         self.notes = notes
         self._checked: set[str] = set()
+        self._checking = threading.Lock()
         try:
             self.manifest = directory.read_manifest(path, _FORM)
         except ValueError as error:
@@ -95,10 +97,13 @@ class CheckpointSource(Source):
 
     def _require_unchanged(self, names: set[str]) -> None:
         """ProblemError if a file that is read from now has other bytes than were saved; each is checked once."""
-        new = names - self._checked
-        if new and (why := directory.changed(self.path, self.manifest, new)) is not None:
-            raise _unusable(self.path, why)
-        self._checked |= new
+        if names <= self._checked:
+            return
+        with self._checking:  # other threads wait for the file that they need
+            new = names - self._checked
+            if new and (why := directory.changed(self.path, self.manifest, new)) is not None:
+                raise _unusable(self.path, why)
+            self._checked |= new
 
     def _misfits(self) -> list[Problem]:
         problems = []

@@ -15,6 +15,7 @@ from cordee.config.option import options_of, to_flag
 from cordee.config.schema import TrainConfig
 from cordee.config.values import Raw, Unfit, convert, to_raw
 from cordee.errors import Problem
+from cordee.files import read_json
 
 FLAG = "--deepspeed-config"
 ACCUMULATION = "gradient_accumulation_steps"
@@ -132,12 +133,14 @@ def _entry(name: str, value: object) -> Entry:
 def _fields(path: str) -> tuple[dict[str, Any], list[Problem]]:
     """The fields of the file by their names, sections and fields joined by a dot."""
     try:
-        root = json.loads(Path(path).read_text(encoding="utf-8"))
+        root = read_json(Path(path))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         return {}, [Problem(FLAG, path, f"the file cannot be read: {reason}", "give a readable JSON file")]
     except json.JSONDecodeError as error:
         return {}, [Problem(FLAG, path, f"it is not JSON: line {error.lineno}: {error.msg}", "mend the file")]
+    except ValueError as error:
+        return {}, [Problem(FLAG, path, str(error), "give DeepSpeed's configuration file")]
     if not isinstance(root, dict):
         return {}, [Problem(FLAG, path, "it does not hold an object", "give DeepSpeed's configuration file")]
     return dict(_flat(root)), []

@@ -7,7 +7,6 @@ tensor, whatever the model.
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +16,7 @@ from cordee.config.schema import ConvertConfig
 from cordee.convert.check import check_dialect, check_format, check_model, check_options, target_type
 from cordee.convert.formats import Format, format_of
 from cordee.errors import Findings, Problem, ProblemError, raise_all
+from cordee.files import read_json
 
 if TYPE_CHECKING:
     from cordee.convert.targets import Prepared
@@ -141,7 +141,7 @@ def _count_tokens(file: str | None) -> int | None:
     if file is None:
         return None
     try:
-        return len(json.loads(Path(file).read_text(encoding="utf-8")))
+        return len(read_json(Path(file)))
     except (OSError, ValueError, TypeError) as error:
         raise ProblemError(
             [Problem("--vocab-file", file, f"it cannot be read: {error}", "give a vocab.json")]
@@ -161,9 +161,7 @@ def _tell(source: Source, prepared: Prepared, output: Path, options: ConvertConf
     for file in prepared.files:
         table.add_row(file.path, f"{file.nbytes:,}")
     table.add_row("sum", f"{sum(file.nbytes for file in prepared.files):,}")
-    memory = (1 + options.workers) * prepared.largest
-    if source.sliceable:
-        memory = min(memory, (1 + options.workers) * SLICES_HELD * SLICE)
+    memory = (1 + options.workers) * min(prepared.largest, SLICES_HELD * SLICE)
     Console().print(table)
     Console().print(f"memory: about {-(-memory // 2**20):,} MiB beside the program; nothing is written (--dry-run)")
 
@@ -180,7 +178,7 @@ def copy(source: Source, sink: Sink) -> None:
     with Progress(*columns, TimeRemainingColumn()) as progress:
         task = progress.add_task("converting", total=sum(sizes.values()))
         for name, size in sizes.items():
-            sink.take(name, source.held(name))
+            sink.take(name, source.view(name))
             progress.advance(task, size)
 
 

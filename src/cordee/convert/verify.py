@@ -69,7 +69,7 @@ def _difference(source: Source, written: Source, name: str, dtype: torch.dtype) 
         return "it is missing or has another shape"
     if written.dtype(name) != dtype:
         return f"its type is {written.dtype(name)}"
-    expected_view, found_view = source.held(name), written.held(name)
+    expected_view, found_view = source.view(name), written.view(name)
     for index in slices(source.shape(name), dtype.itemsize):
         expected, found = expected_view.read(index).to(dtype), found_view.read(index)
         if not _equal(expected, found, source.exact):

@@ -16,6 +16,7 @@ from cordee import sealed
 from cordee.data.indexed import IndexedDataset
 from cordee.errors import Problem, ProblemError
 from cordee.files import write_durably
+from cordee.log import logger
 
 FORMAT = 2  # 1 had no checksum: what was changed in it nobody can tell any more
 
@@ -62,6 +63,9 @@ def read_manifest(dataset: IndexedDataset) -> Manifest | None:
         return None
     try:
         manifest = _from_fields(sealed.read(path, sealed.of(Manifest, max_token=sealed.count(-1)), FORMAT))
+    except sealed.OtherFormat as error:
+        logger.warning("ignored: %s: %s; preprocess again to have the data checked against it", path, error)
+        return None
     except (OSError, ValueError) as error:
         raise ProblemError([_unusable(path, f"it cannot be read: {error}")]) from error
     if (manifest.documents, manifest.tokens) != (dataset.num_documents, dataset.num_tokens):

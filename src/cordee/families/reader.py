@@ -7,12 +7,12 @@ mathematics in a way the family does not implement. All of it is collected and r
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from cordee.errors import Problem, ProblemError, raise_all
+from cordee.files import read_json
 from cordee.model.config import MAX_LAYERS, too_large
 
 T = TypeVar("T")
@@ -139,9 +139,9 @@ def read_object(file: Path) -> dict[str, Any]:
     """The JSON object in `file`; ProblemError if it holds something else."""
     why = "not a JSON object"
     try:
-        if isinstance(found := json.loads(file.read_text(encoding="utf-8")), dict):
+        if isinstance(found := read_json(file), dict):
             return found
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         why = f"not JSON: {error}"
     raise ProblemError([Problem(str(file), None, why, "copy the file again")])
 

@@ -25,7 +25,7 @@ from cordee.config.schema import PerformanceOptions, TrainConfig
 from cordee.data.batch import NextToken
 from cordee.data.build import Datasets, build_datasets
 from cordee.data.loader import Loader
-from cordee.data.tokenizer import holds_tokenizer
+from cordee.data.tokenizer import VOCABULARIES, holds_tokenizer
 from cordee.errors import Findings, Problem, ProblemError
 from cordee.families.count import count_parameters, training_flops_per_token
 from cordee.files import copy_files
@@ -251,11 +251,17 @@ def _save_companions(plan: RunPlan, root: Path) -> None:
     scratch = root / ".tokenizer.new"
     directory.discard(scratch)
     scratch.mkdir(parents=True)
-    plan.tokenizer.save(scratch)
+    try:
+        plan.tokenizer.save(scratch)
+    except ProblemError as error:
+        logger.warning("the tokenizer is not put beside the checkpoints: %s", error)
+        directory.discard(scratch)
+        return
     companions = plan.origin.companions if plan.origin.weights else None
     if companions is not None:
         copy_files(companions.glob("generation_config.json"), scratch)
-    for file in sorted(scratch.iterdir()):
+    # What makes it a tokenizer comes last: a process that is killed in between does it again the next time.
+    for file in sorted(scratch.iterdir(), key=lambda file: (file.name in VOCABULARIES, file.name)):
         file.rename(root / file.name)
     directory.discard(scratch)
 

@@ -88,7 +88,7 @@ class Merged(Source):
         return self.view(name).read(normalise(index, self.shape(name)))
 
     def view(self, name: str) -> View:
-        base, changes = self._base.held(name), self._adapter.changes(name)
+        base, changes = self._base.view(name), self._adapter.changes(name)
         if changes is None:
             return base
         op, of_parts = changes

@@ -54,14 +54,12 @@ class Source(ABC):
     notes: what reading left out or put right, in words; whoever uses the source reports it once.
     companions: directory with the tokenizer and other files that go with the weights, None if none is known.
     exact: whether a value has the same bits in whichever slice it is read; sums and products differ by a rounding.
-    sliceable: whether reading a tensor slice by slice takes about the time and less memory than reading it whole.
     """
 
     spec: ModelSpec
     notes: tuple[str, ...] = ()
     companions: Path | None = None
     exact: bool = True
-    sliceable: bool = True
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
@@ -89,13 +87,6 @@ class Source(ABC):
     def view(self, name: str) -> View:
         """A parameter, to be read by slices."""
         return Leaf(self.shape(name), lambda index: self.tensor(name, index))
-
-    def held(self, name: str) -> View:
-        """A parameter to be read slice by slice once: in memory, if this source is not sliceable."""
-        if self.sliceable:
-            return self.view(name)
-        tensor = self.tensor(name)
-        return Leaf(tuple(tensor.shape), lambda index: tensor[index])
 
     def copy_into(self, out: Tensor, name: str, index: Sequence[slice] | None = None) -> None:
         """Copy a parameter, or the part at `index`, into `out` of the same shape, converting its type."""

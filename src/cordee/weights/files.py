@@ -6,7 +6,6 @@ wrong with them. Knows no family and no canonical name.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from cordee.errors import Problem, raise_all
 from cordee.families.rules import Index
+from cordee.files import read_json
 from cordee.weights import torch_file
 from cordee.weights.regions import contiguous
 from cordee.weights.safetensors_file import NAMES_OF_TYPES, starts
@@ -25,7 +25,6 @@ from cordee.weights.torch_file import TorchFile
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-LARGEST_INDEX = 2**28  # bytes that are read of an index; those of the largest models have some millions
 COPY_AGAIN = "download or copy the file again"
 
 DTYPES = {name: dtype for dtype, name in NAMES_OF_TYPES.items()}
@@ -130,12 +129,9 @@ class _Directory:
                 yield file
 
     def _weight_map(self, index: str) -> dict[str, str]:
-        if (size := (self.path / index).stat().st_size) > LARGEST_INDEX:
-            self.problem(index, None, f"it has {size:,} bytes; an index has at most {LARGEST_INDEX:,}", COPY_AGAIN)
-            return {}
         try:
-            weight_map = json.loads((self.path / index).read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            weight_map = read_json(self.path / index)["weight_map"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
             self.problem(index, None, f"not an index of shards: {error!r}", COPY_AGAIN)
             return {}
         plain = isinstance(weight_map, dict) and all(

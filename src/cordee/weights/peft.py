@@ -6,7 +6,6 @@ beside it. Names are those of Hugging Face's modules, so any base can take them,
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ import torch
 from cordee.errors import Problem, ProblemError, raise_all
 from cordee.families.registry import ModelSpec
 from cordee.families.rules import Leaf, Op, Shape, View
+from cordee.files import read_json
 from cordee.weights.adapter import Change, Given, LowRank
 from cordee.weights.files import COPY_AGAIN, UNREADABLE, BinFile, SafetensorsFile, TensorFile
 
@@ -69,8 +69,8 @@ def read(given: Given, spec: ModelSpec) -> PeftAdapter:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        config = read_json(path / CONFIG)
+    except (OSError, ValueError) as error:
         raise ProblemError([Problem(str(path / CONFIG), None, f"it cannot be read: {error}", COPY_AGAIN)]) from error
     if not isinstance(config, dict):
         raise ProblemError([Problem(str(path / CONFIG), None, "not a JSON object", COPY_AGAIN)])

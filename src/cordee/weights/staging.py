@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 
 from cordee import lock
+from cordee.data.tokenizer.special import FILES as TOKENIZER_FILES
 from cordee.errors import Problem, ProblemError
-from cordee.files import copy_files, remove_tree
+from cordee.files import copy_files, left_out, remove_tree
 
 logger = logging.getLogger("cordee")
 
@@ -23,20 +24,9 @@ CONFIG = "config.json"
 MARKS = (CONFIG, "*.gguf")  # every output has one of these, which tells it from directories that hold something else
 UNFINISHED = ".unfinished"  # a file in what is being made, the lock of the process that makes it
 TERMS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
-COMPANIONS = (  # files beside the weights that belong to the model: tokenizer, generation settings, code, terms of use
-    "generation_config.json",
-    "tokenizer*",
-    "*.py",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "*.tiktoken",
-    "spiece.model",
-    "chat_template*",
-    *TERMS,
-)
+TOKENIZER = ("tokenizer*", "spiece.model", "chat_template*", *TOKENIZER_FILES)
+# Files beside the weights that belong to the model: tokenizer, generation settings, code, terms of use.
+COMPANIONS = ("generation_config.json", "*.py", *TOKENIZER, *TERMS)
 
 
 class Staging:
@@ -89,8 +79,12 @@ class Staging:
         """Copy the files that belong to a model, or those of `patterns`, from a directory of it."""
         if source is None:
             return
-        found = sorted({file for pattern in patterns for file in source.glob(pattern) if not file.is_dir()})
-        if copied := copy_files(found, self.scratch):
+        found = {file for pattern in patterns for file in source.glob(pattern) if not file.is_dir()}
+        tokenizer = found & {file for pattern in TOKENIZER for file in source.glob(pattern)}
+        if any(left_out(file) for file in tokenizer):
+            logger.warning("the tokenizer in %s is left out: without the file that is not copied it is another", source)
+            found -= {file for file in tokenizer if left_out(file) is None}
+        if copied := copy_files(sorted(found), self.scratch):
             logger.info("copied from %s: %s", source, ", ".join(file.name for file in copied))
 
     def publish(self) -> None:

@@ -5,13 +5,13 @@ Owns `--hf-datasets-params`. The library is an extra; nothing else here needs it
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from cordee.data.readers.chunk import MISSING, Chunk, table_chunks
 from cordee.errors import Problem, ProblemError
+from cordee.files import read_json
 
 _OPTION = "--hf-datasets-params"
 _ROWS = 64  # read at a time
@@ -20,7 +20,7 @@ _ROWS = 64  # read at a time
 def read_params(path: Path) -> dict[str, Any]:
     """The arguments in the file. Raises `ProblemError` if it holds no JSON object."""
     try:
-        params = json.loads(path.read_text(encoding="utf-8"))
+        params = read_json(path)
     except (OSError, ValueError) as error:
         fix = 'write the arguments as JSON, for example {"path": "json", "data_files": "x.jsonl", "streaming": true}'
         raise ProblemError([Problem(_OPTION, path, f"it cannot be read as JSON: {error}", fix)]) from error

@@ -16,8 +16,9 @@ from cordee.data.tokenizer.base import Tokenizer
 from cordee.data.tokenizer.null import NullTokenizer
 from cordee.errors import Problem, raise_all
 
-__all__ = ["Tokenizer", "check_tokenizer", "holds_tokenizer", "load_tokenizer"]
+__all__ = ["VOCABULARIES", "Tokenizer", "check_tokenizer", "holds_tokenizer", "load_tokenizer"]
 
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")  # of which a directory has one
 # The files each type cannot do without; PretrainedFromHF has a directory instead.
 _NEEDED = {
     "GPT2BPETokenizer": ("vocab_file", "merge_file"),
@@ -100,7 +101,7 @@ def _directory_problems(options: TokenizerOptions, fallback: str | None) -> Iter
 
 
 def _vocabulary_files(directory: Path) -> Iterator[Path]:
-    for pattern in ("tokenizer.json", "tokenizer.model", "*.tiktoken", "vocab.json", "vocab.txt"):
+    for pattern in (*VOCABULARIES, "*.tiktoken"):
         yield from directory.glob(pattern)
 
 

@@ -1,7 +1,7 @@
 """Whether two tokenizers give the same ids where added tokens stand in a text.
 
 Owns the texts that show how a token is matched: with or without the spaces beside it, inside a word, before or after
-the text is normalised. Knows no format.
+the text is normalised. Knows of a directory only what `special.py` reads.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cordee.data.tokenizer.base import Tokenizer
-from cordee.data.tokenizer.special import read_json, read_special_tokens
+from cordee.data.tokenizer.special import MATCHING, read_json, read_special_tokens
 
-FLAGS = ("normalized", "lstrip", "rstrip", "single_word")  # how a token is matched, as `tokenizer.json` says it
 _PLACES = ("{}", "{}{}", " {} ", "a{}b", "a {} b", "a{} b", "1\n{}\n")
 
 
@@ -28,7 +27,7 @@ def added_tokens(directory: Path) -> dict[str, list[str]]:
     """The tokens of a directory that stand for themselves in a text, each with the flags that it has."""
     listed: list[dict[str, Any]] = read_json(directory / "tokenizer.json").get("added_tokens", [])
     named = [*read_json(directory / "added_tokens.json"), *read_special_tokens(directory, {}).all_tokens()]
-    flags = {str(token["content"]): [flag for flag in FLAGS if token.get(flag)] for token in listed}
+    flags = {str(token["content"]): [flag for flag in MATCHING if token.get(flag)] for token in listed}
     return flags | {token: [] for token in named if token not in flags}
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from cordee.data.tokenizer.base import Tokenizer
 from cordee.data.tokenizer.matching import library_token
 from cordee.data.tokenizer.special import (
-    FLAGS,
+    AROUND,
     NAMES,
     Arguments,
     SpecialTokens,
@@ -60,7 +60,7 @@ class HFTokenizer(Tokenizer):
         # It would take spaces of the text away from what BPE gives back exactly, so there it has no effect.
         cleans_up = special.switches.get("clean_up_tokenization_spaces", False)
         self._cleans_up = cleans_up and backend.model.__class__.__name__ != "BPE"
-        if special.said.keys() & set(FLAGS):
+        if special.said.keys() & set(AROUND):
             self._put_around()
 
     @property
@@ -86,7 +86,7 @@ class HFTokenizer(Tokenizer):
         target = Path(directory)
         if self._directory is not None:
             save_directory(self._directory, target, self._special.said)
-            if (target / "tokenizer.json").is_file() and self._special.said.keys() & set(FLAGS):
+            if (target / "tokenizer.json").is_file() and self._special.said.keys() & set(AROUND):
                 # What goes around a text stands in this file, whatever the config says.
                 self._backend.save(str(target / "tokenizer.json"))
             return
@@ -211,7 +211,7 @@ def _deviations(backend: tokenizers.Tokenizer, special: SpecialTokens) -> Iterat
         yield "add_prefix_space is ignored: tokenizer.json says how text begins"
     if special.switches.get("do_lower_case") and plain("X") != plain("x"):
         yield "do_lower_case is ignored: tokenizer.json says how text is normalized"
-    if special.said.keys() & set(FLAGS):
+    if special.said.keys() & set(AROUND):
         yield "of add_bos_token and add_eos_token, the one that is not given stays as in tokenizer.json"
 
 

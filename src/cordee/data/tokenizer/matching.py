@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     import tokenizers
 
 
+_FEW = 50  # tokens that do not begin alike, which a search tries at every letter
+
+
 def library_token(token: AddedToken) -> tokenizers.AddedToken:
     """The token as the `tokenizers` library describes it."""
     from tokenizers import AddedToken as LibraryToken
@@ -31,9 +34,13 @@ class Matcher:
         self._split_special = split_special
         self._ids = list(tokens)
         matched = [token.content for token in tokens.values() if not (split_special and token.special)]
-        # Most texts have no added token: one search tells. The longest first is what a token hides behind.
-        self._any = re.compile("|".join(map(re.escape, sorted(matched, key=len, reverse=True)))) if matched else None
-        # Without flags the longest token at a place is what the library finds too, and the search is faster.
+        self._matches = bool(matched)
+        # Most texts have no added token: one search tells, and is faster than the library unless it has to try many
+        # tokens at every letter. The longest first is what a token hides behind.
+        quick = 0 < len(matched) <= _FEW or len({content[:1] for content in matched}) == 1
+        pattern = "|".join(map(re.escape, sorted(matched, key=len, reverse=True)))
+        self._any = re.compile(pattern) if quick else None
+        # Without flags the longest token at a place is what the library finds too.
         flagged = any(getattr(token, name) for token in tokens.values() for name in MATCHING)
         self._by_content = None if flagged else {token.content: i for i, token in tokens.items()}
         self._library = self._build()
@@ -49,7 +56,7 @@ class Matcher:
     def pieces(self, text: str) -> Iterator[str | int]:
         """The text in order: what stands between added tokens, and their ids. Nothing of it is empty, so only the
         first piece can begin where the text does."""
-        if self._any is None or self._any.search(text) is None:
+        if not self._matches or (self._any is not None and self._any.search(text) is None):
             if text:
                 yield text
             return
@@ -64,8 +71,7 @@ class Matcher:
 
     def _found(self, text: str) -> Iterator[tuple[int, int, int]]:
         """The id of every token in the text, where it begins and where it ends with the spaces that it takes."""
-        if self._by_content is not None:
-            assert self._any is not None
+        if self._by_content is not None and self._any is not None:
             for match in self._any.finditer(text):
                 yield self._by_content[match.group()], match.start(), match.end()
             return

@@ -20,7 +20,7 @@ Arguments = Mapping[str, str | int | bool]  # of --tokenizer-kwargs
 
 # In the order in which transformers gives ids to those that the vocabulary lacks.
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-FLAGS = ("add_bos_token", "add_eos_token")
+AROUND = ("add_bos_token", "add_eos_token")  # what is put around a text
 EXTRA = ("extra_special_tokens", "additional_special_tokens")
 SWITCHES = ("legacy", "add_prefix_space", "split_special_tokens", "clean_up_tokenization_spaces", "do_lower_case")
 IGNORED = ("sp_model_kwargs", "fix_mistral_regex")
@@ -131,7 +131,7 @@ def read_special_tokens(directory: Path, arguments: Arguments) -> SpecialTokens:
     further = config.get("extra_special_tokens")
     if isinstance(further, dict):  # tokens with roles of their own
         roles |= reader.roles(further, every=True)
-    flags, switches = reader.booleans(config, FLAGS), reader.booleans(config, SWITCHES)
+    flags, switches = reader.booleans(config, AROUND), reader.booleans(config, SWITCHES)
     ids = reader.role_ids(model)
     reader.distinct(stated)
     ignored = [name for name in IGNORED if config.get(name)]
@@ -195,8 +195,8 @@ class _Reader:
             return []
         found = []
         for i, token in value.items():
-            if not (i.isascii() and i.isdigit()):
-                self.wrong(key, i, "it is no id")
+            if not (i.isascii() and i.isdigit() and len(i) <= 10 and _is_id(int(i))):
+                self.wrong(key, i[:40], "it is no id")
             elif not isinstance(token, dict):
                 self.wrong(key, token, "it is no object with a content that is text")
             else:
@@ -268,7 +268,7 @@ class _Reader:
 
 
 def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 
 
 def _is_token(value: Any) -> bool:
@@ -278,14 +278,14 @@ def _is_token(value: Any) -> bool:
 
 def raise_unknown(arguments: Arguments) -> None:
     """Raise `ProblemError` for arguments that would have no effect, or not the one that is meant."""
-    known = (*NAMES, *FLAGS)
+    known = (*NAMES, *AROUND)
     fix = f"only these are understood: {', '.join(known)}"
     problems = [
         Problem("--tokenizer-kwargs", name, "it has no effect here", fix) for name in arguments if name not in known
     ]
     problems += [
         Problem("--tokenizer-kwargs", f"{name} {arguments[name]}", "it is neither true nor false", "write one of them")
-        for name in FLAGS
+        for name in AROUND
         if not isinstance(arguments.get(name, True), bool)
     ]
     problems += [
@@ -301,8 +301,8 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        value = files.read_json(path)
+    except (OSError, ValueError) as error:
         raise ProblemError([Problem("tokenizer", path, f"it is not JSON: {error}", "copy it again")]) from error
     if not isinstance(value, dict):
         raise ProblemError([Problem("tokenizer", path, "it is no JSON object", "copy it again")])
@@ -310,9 +310,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def copy_files(source: Path, target: Path, said: Arguments) -> None:
-    """Copy the tokenizer's files, with the user's arguments written into its config."""
+    """Copy the tokenizer's files, with the user's arguments written into its config.
+
+    ProblemError for files that must not be copied: without one of them the others are another tokenizer.
+    """
     target.mkdir(parents=True, exist_ok=True)
-    files.copy_files((path for pattern in FILES for path in source.glob(pattern)), target)
+    found = [path for pattern in FILES for path in source.glob(pattern)]
+    reasons = ((path, files.left_out(path)) for path in found)
+    raise_all(
+        Problem("tokenizer", path, why, "put the file itself in the link's place") for path, why in reasons if why
+    )
+    files.copy_files(found, target)
     if said:
         path = target / "tokenizer_config.json"
         config = read_json(path) | dict(said)

@@ -25,7 +25,7 @@ from cordee.data.tokenizer.special import (
     unique,
 )
 from cordee.errors import Problem, ProblemError, raise_all
-from cordee.files import copy_file
+from cordee.files import copy_file, read_json
 from cordee.log import logger
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -79,6 +79,9 @@ _MEGATRON_PATTERN = (
 _MEGATRON_NAMED = ("<unk>", "<s>", "</s>", "<mask>", "<pad>", "<cls>", "<sep>")
 _MEGATRON_SPECIAL = 1000
 _MEGATRON_VOCAB_SIZE = 1 << 17
+
+
+_MOST_GAPS = 1 << 14  # ids between the ranks and the last special token: Llama 3 has 256, Qwen 208
 
 
 class TikTokenizer(Tokenizer):
@@ -230,7 +233,10 @@ def _with_ids(ranks: Mapping[bytes, int], kind: _Kind, said: SpecialTokens, path
     special = {token.id: replace(token, special=True) for token in said.stated if token.id is not None}
     if not special:
         special = {len(ranks) + i: AddedToken(content) for i, content in enumerate(kind.special)}
-    for i in range(len(ranks), max(special)):
+    if (largest := max(special)) - len(ranks) > _MOST_GAPS:
+        why = f"its id is {largest}, and the file of ranks has {len(ranks)}"
+        raise ProblemError([Problem("added tokens", special[largest].content, why, "correct the id")])
+    for i in range(len(ranks), largest):
         special.setdefault(i, AddedToken(f"<|reserved_token_{i}|>"))
     known = {token.content for token in special.values()}
     for token in unique([*said.extra, *said.roles]):
@@ -275,7 +281,7 @@ def _kind(ranks: Mapping[bytes, int], path: Path, option: str) -> _Kind:
 def _from_megatron(path: Path) -> TikTokenizer:
     special = [*_MEGATRON_NAMED, *(f"<SPECIAL_{i}>" for i in range(len(_MEGATRON_NAMED), _MEGATRON_SPECIAL))]
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))[: _MEGATRON_VOCAB_SIZE - len(special)]
+        entries = read_json(path)[: _MEGATRON_VOCAB_SIZE - len(special)]
         ranks = {base64.b64decode(entry["token_bytes"]): len(special) + entry["rank"] for entry in entries}
     except (ValueError, TypeError, KeyError, OSError) as error:
         why = f"it is no list of rank, token_bytes and token_str: {error}"

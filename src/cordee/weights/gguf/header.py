@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from cordee.log import logger
+
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 ALIGNMENT, MAX_DIMS = 32, 4  # bytes where the file does not say; dims of a tensor
@@ -163,8 +165,10 @@ def _placed(entries: Mapping[str, Entry], end: int, size: int, alignment: int, s
             raise ValueError(f"it ends {start + expected + nbytes - size:,} bytes too early for tensor {name!r}")
         placed[name] = Entry(entry.shape, entry.kind, start + expected)
         expected += _padded(nbytes, alignment)
-    if size > start + expected:
-        raise ValueError(f"{size - start - expected:,} bytes follow its last tensor")
+    if 0 < (left := size - start - expected) < ALIGNMENT:  # the end of the last tensor: all are read from too early on
+        raise ValueError(f"{left} bytes follow its last tensor, so that it was not written with alignment {alignment}")
+    if left > 0:
+        logger.warning("%s bytes behind the last tensor of a file of GGUF are not read", f"{left:,}")
     return placed
 
 
