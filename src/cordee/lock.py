@@ -29,11 +29,10 @@ from typing import Self
 from cordee.log import logger
 
 HEARTBEAT_SECONDS = 5.0
-LEASE = (
-    3 * HEARTBEAT_SECONDS
-)  # seconds without a heartbeat after which a holder counts as dead, where no kernel decides
+LEASE = 3 * HEARTBEAT_SECONDS  # without a heartbeat after which a holder counts as dead, where no kernel decides
 PATIENCE = 3.0  # seconds that a dying process gets to exit: a launcher starts the next at once
 _POLL = 0.05
+_TIME = "%Y-%m-%d %H:%M:%S"
 _NO_FLOCK = {errno.ENOSYS, errno.ENOTSUP, errno.EINVAL, errno.ENOLCK}
 
 
@@ -123,12 +122,12 @@ def acquire(path: Path, patience: float = PATIENCE) -> Lock:
     HeldError if another process has it and still does after `patience` seconds; OSError if it cannot be made, or
     something else than a regular file is there.
     """
-    made: list[Path] = []
+    made = [place for place in path.parents if not place.exists()]
     end = time.monotonic() + patience
     try:
         while True:
             try:
-                made += _make(path.parent)
+                path.parent.mkdir(parents=True, exist_ok=True)
                 return Lock(path, _take(path), made)
             except (HeldError, FileNotFoundError):  # the latter: who released it has removed its directory
                 if time.monotonic() > end:
@@ -167,7 +166,13 @@ def _take(path: Path) -> int:
         _require_expired(descriptor, path, exclusive)
         if not _is_at(descriptor, path):  # its holder has released it meanwhile, and so removed it
             raise HeldError(path, _read(descriptor))
-        mine = _write(descriptor, path)
+        mine = Holder(machine(), socket.gethostname(), os.getpid(), time.strftime(_TIME), secrets.token_hex(8))
+        try:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(asdict(mine)).encode(), 0)
+        except OSError:
+            path.unlink()  # this process has it, but cannot record that
+            raise
         if not exclusive:  # of several that found nobody there, the last to write has it
             time.sleep(HEARTBEAT_SECONDS)
             if (now := _read(descriptor)) != mine:
@@ -176,18 +181,6 @@ def _take(path: Path) -> int:
         os.close(descriptor)
         raise
     return descriptor
-
-
-def _write(descriptor: int, path: Path) -> Holder:
-    started = time.strftime("%Y-%m-%d %H:%M:%S")
-    mine = Holder(machine(), socket.gethostname(), os.getpid(), started, secrets.token_hex(8))
-    try:
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(asdict(mine)).encode(), 0)
-    except OSError:
-        path.unlink()  # this process has it, but cannot record that
-        raise
-    return mine
 
 
 def _flock(descriptor: int, path: Path, kind: int) -> bool:
@@ -233,10 +226,9 @@ def _open(path: Path, flags: int) -> int:
 
 def _read(descriptor: int) -> Holder | None:
     """The lock record; None if there is none, or not all of it yet."""
-    try:
+    with suppress(ValueError, TypeError, RecursionError):
         return Holder(**json.loads(os.pread(descriptor, 4096, 0)))
-    except (ValueError, TypeError, RecursionError):
-        return None
+    return None
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
@@ -249,10 +241,3 @@ def _unmake(directories: list[Path]) -> None:
     for directory in directories:
         with suppress(OSError):  # it holds something by now, or is gone
             directory.rmdir()
-
-
-def _make(directory: Path) -> list[Path]:
-    """Make a directory with its parents; those that were not there, the innermost first."""
-    missing = [place for place in (directory, *directory.parents) if not place.exists()]
-    directory.mkdir(parents=True, exist_ok=True)
-    return missing
