@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from typing import cast
 import numpy as np
 import pytest
 
-from cordee import files
+from cordee import files, lock
 from cordee.checkpoint import directory as checkpoint
 from cordee.config.schema import ConvertConfig, TokenizerOptions
 from cordee.convert import job
@@ -253,6 +254,50 @@ def test_what_a_kill_left_between_the_two_renames_is_replaced(tmp_path):
     _published(tmp_path / "out", "2")
     _published(tmp_path / "out", "3", overwrite=True)
     assert (tmp_path / "out" / "config.json").read_text() == "3"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("finish", [Staging.publish, Staging.discard])
+@pytest.mark.parametrize("old", [False, True])
+def test_a_kill_while_finishing_output_keeps_no_later_run_from_it(tmp_path, monkeypatch, finish, old):
+    """Before every call that changes a name, what is there is what a kill then leaves: each is tried by a later run."""
+    if old:
+        _published(tmp_path / "out", "1")
+    kept = []
+
+    def copy_first(change):
+        def changed(path, *arguments, **values):
+            kept.append(tmp_path.with_name(f"{tmp_path.name}-{len(kept)}"))
+            shutil.copytree(tmp_path, kept[-1])
+            return change(path, *arguments, **values)
+
+        return changed
+
+    staging = Staging(tmp_path / "out", overwrite=old)
+    (staging.scratch / "config.json").write_text("2")
+    with monkeypatch.context() as patch:
+        for name in ("rename", "unlink", "rmdir"):
+            patch.setattr(Path, name, copy_first(getattr(Path, name)))
+        finish(staging)
+    assert len(kept) >= 2
+    for left in kept:
+        _published(left / "out", "3", overwrite=True)
+        assert [path.name for path in left.iterdir()] == ["out"]
+        assert (left / "out" / "config.json").read_text() == "3"
+
+
+def test_output_that_another_process_completed_meanwhile_is_not_replaced(tmp_path, monkeypatch):
+    acquire = lock.acquire
+
+    def completed_first(path: Path) -> lock.Lock:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "config.json").write_text("1")
+        return acquire(path)
+
+    monkeypatch.setattr(lock, "acquire", completed_first)
+    with pytest.raises(ProblemError):
+        _published(tmp_path / "out", "2")
+    assert (tmp_path / "out" / "config.json").read_text() == "1"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -57,7 +59,7 @@ def test_what_a_killed_holder_leaves_is_no_obstacle(tmp_path: Path):
     process = holding(path)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert json.loads(path.read_text())["pid"] == process.pid  # the note is there, the lock is not
+    assert json.loads(path.read_text())["pid"] == process.pid  # the lock record is there, the lock is not
     assert lock.holder(path, patience=0) is None
     with lock.acquire(path, patience=0):
         assert json.loads(path.read_text())["pid"] == os.getpid()
@@ -100,6 +102,52 @@ def test_a_planted_link_is_not_written_through(tmp_path: Path):
     assert (tmp_path / "target").read_text() == "precious"
 
 
+def put_fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("put", [put_fifo, Path.mkdir])
+def test_what_is_no_regular_file_is_no_lock(tmp_path: Path, put):
+    path = tmp_path / "lock"
+    put(path)
+    assert lock.holder(path) is None
+    with pytest.raises(OSError):
+        lock.acquire(path)
+    assert path.exists() and not path.is_file()
+
+
+def test_what_the_system_does_not_tell_is_no_holder(tmp_path: Path, monkeypatch):
+    def stale(descriptor: int, kind: int) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    (tmp_path / "lock").write_text("")
+    monkeypatch.setattr(fcntl, "flock", stale)
+    assert lock.holder(tmp_path / "lock") is None
+
+
+def test_a_group_can_lock_what_one_of_it_has_locked(tmp_path: Path):
+    before = os.umask(0o002)
+    try:
+        with lock.acquire(tmp_path / "lock"):
+            assert (tmp_path / "lock").stat().st_mode & 0o777 == 0o664
+    finally:
+        os.umask(before)
+
+
+def test_directories_that_their_maker_removes_are_made_again(tmp_path: Path, monkeypatch):
+    open_file, removed = os.open, []
+
+    def removed_before(path, flags: int, *mode: int) -> int:
+        if not removed:
+            removed.append(Path(path).parent.rmdir())
+        return open_file(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", removed_before)
+    with lock.acquire(tmp_path / "deep" / "lock", patience=60) as mine:
+        assert removed and mine.path.is_file()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch):
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -115,13 +163,13 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch):
 
 @pytest.fixture
 def quick(monkeypatch) -> None:
-    monkeypatch.setattr(lock, "BEAT", 0.05)
-    monkeypatch.setattr(lock, "SILENCE", 0.2)
+    monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.05)
+    monkeypatch.setattr(lock, "LEASE", 0.2)
 
 
-@pytest.fixture(params=["no flock", "flock of one host"])
+@pytest.fixture(params=["no flock", "flock of one machine"])
 def blind(request, quick, monkeypatch) -> None:
-    """A file system without flock, or one whose locks another host does not see."""
+    """A file system without flock, or one whose locks another machine does not see."""
 
     def refuse(descriptor: int, kind: int) -> None:
         if request.param == "no flock":
@@ -130,32 +178,86 @@ def blind(request, quick, monkeypatch) -> None:
     monkeypatch.setattr(fcntl, "flock", refuse)
 
 
-def from_elsewhere(path: Path) -> None:
-    note = json.loads(path.read_text())
-    path.write_text(json.dumps({**note, "host": "elsewhere"}))
+@pytest.fixture
+def said(monkeypatch) -> list[str]:
+    lines: list[str] = []
+    for kind in ("warning", "error"):
+        monkeypatch.setattr(lock.logger, kind, lambda text, *values, kind=kind: lines.append(f"{kind}: {text}"))
+    return lines
 
 
-def test_signs_of_life_tell_a_holder_on_another_host(tmp_path: Path, blind, monkeypatch):
-    monkeypatch.setattr(lock, "SILENCE", 60.0)  # so long a sign may take on a busy machine
+def wait_until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+STALE = {"machine": "elsewhere", "host": "node0", "pid": 1, "started": "2020-01-01 00:00:00", "token": "x"}
+
+
+def test_equal_host_names_are_not_one_machine(tmp_path: Path, blind, monkeypatch):
+    monkeypatch.setattr(lock, "LEASE", 60.0)  # so long a heartbeat may take on a busy machine
     path = tmp_path / "lock"
     with lock.acquire(path):
-        from_elsewhere(path)
+        monkeypatch.setattr(lock, "machine", lambda: "another")
         with pytest.raises(lock.HeldError) as caught:
             lock.acquire(path, patience=0)
-        assert caught.value.holder.host == "elsewhere"
-        assert lock.holder(path, patience=0) is not None
+        assert caught.value.holder.host == os.uname().nodename and str(path) in str(caught.value)
 
 
-def test_without_signs_of_life_a_holder_is_dead(tmp_path: Path, blind):
+def test_a_machine_is_known_by_its_kernel(monkeypatch):
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    name = boot.read_text().strip() if boot.exists() else os.uname().nodename
+    assert lock.machine() == name
+    monkeypatch.setattr(Path, "read_text", lambda path: (_ for _ in ()).throw(FileNotFoundError()))
+    assert lock.machine() == os.uname().nodename
+
+
+def test_without_heartbeats_a_holder_is_dead(tmp_path: Path, blind):
     path = tmp_path / "lock"
-    path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": "2020-01-01 00:00:00"}))
-    assert lock.holder(path, patience=0) is None
+    path.write_text(json.dumps(STALE))
     with lock.acquire(path, patience=0):
         assert json.loads(path.read_text())["pid"] == os.getpid()
 
 
+def test_who_only_looks_waits_for_no_lease(tmp_path: Path, blind, monkeypatch):
+    def sleep(seconds: float) -> None:
+        raise AssertionError
+
+    path = tmp_path / "lock"
+    path.write_text(json.dumps(STALE))
+    monkeypatch.setattr(time, "sleep", sleep)
+    assert lock.holder(path) is None
+
+
+def test_a_heartbeat_that_fails_is_not_the_last(tmp_path: Path, quick, said, monkeypatch):
+    beat, beats = os.utime, []
+
+    def stale(descriptor: int) -> None:
+        beats.append(descriptor)
+        if len(beats) in (2, 4):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        beat(descriptor)
+
+    monkeypatch.setattr(os, "utime", stale)
+    with lock.acquire(tmp_path / "lock"):
+        wait_until(lambda: len(beats) > 5)
+    assert [line.partition(":")[0] for line in said] == ["warning"]
+
+
+@pytest.mark.parametrize("removed", [False, True])
+def test_a_lock_that_another_process_took_is_reported_and_left_to_it(tmp_path: Path, quick, said, removed: bool):
+    path = tmp_path / "lock"
+    with lock.acquire(path):
+        path.unlink() if removed else path.write_text(json.dumps(STALE))
+        wait_until(lambda: bool(said))
+    assert [line.partition(":")[0] for line in said] == ["error"]
+    assert not path.exists() if removed else json.loads(path.read_text()) == STALE
+
+
 @pytest.mark.parametrize("text", [b"", b"{", b"\xff", b"[1]", b"[" * 4000, b'{"host": 1, "pid": "x", "started": 3}'])
-def test_a_note_that_says_nothing_is_no_obstacle(tmp_path: Path, quick, text: bytes):
+def test_an_unreadable_lock_record_is_ignored(tmp_path: Path, quick, text: bytes):
     path = tmp_path / "lock"
     path.write_bytes(text)
     with lock.acquire(path, patience=0):

@@ -1,12 +1,13 @@
-"""One writer at a time: a file that says which process writes to a place, locked as long as that process lives.
+"""One writer at a time: a lock file that records which process writes to a place, locked as long as that process lives.
 
 Owns taking and releasing such locks and telling a live holder from a dead one. Knows nothing of what is protected.
 
-What is promised. Where `flock` works, the kernel decides: it drops the lock of a process that died, however it died,
-and on a file system whose locks reach over hosts (NFS since Linux 2.6.12, Lustre with -o flock) it decides for all of
-them. Where `flock` is missing or reaches over one host only, a live holder is known by its sign of life, the time of
-the file, which it renews every `BEAT` seconds: who finds the note of another host waits `SILENCE` for it. A process
-that is stopped for longer than that (SIGSTOP, a hung file server) is taken for dead there, and nowhere else.
+On one machine, and where `flock` reaches over machines (NFS since Linux 2.6.12, Lustre with -o flock), the kernel
+keeps others out and drops the lock of a process that died. Whether it reaches, no process can see. So a lock record of
+another machine, and without `flock` any, also has a lease: its holder renews the time of the file every
+`HEARTBEAT_SECONDS`, and who finds it waits `LEASE` seconds for that. Where locks do not reach, a process that is
+stopped for longer (SIGSTOP, a hung file server) loses its lock, and of two machines that start in the same moment both
+may get it: the one whose record was replaced reports that at its next heartbeat.
 """
 
 from __future__ import annotations
@@ -15,158 +16,179 @@ import errno
 import fcntl
 import json
 import os
+import secrets
 import socket
+import stat
 import threading
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from cordee.log import logger
 
-BEAT = 5.0  # seconds between two signs of life
-SILENCE = 3 * BEAT  # without a sign of life after which a holder counts as dead, where no kernel can tell
-PATIENCE = 3.0  # seconds that a process which is dying gets to be gone: a launcher starts the next at once
+HEARTBEAT_SECONDS = 5.0
+LEASE = 3 * HEARTBEAT_SECONDS  # without a heartbeat after which a holder counts as dead, where no kernel decides
+PATIENCE = 3.0  # seconds that a dying process gets to exit: a launcher starts the next at once
 _POLL = 0.05
+_TIME = "%Y-%m-%d %H:%M:%S"
 _NO_FLOCK = {errno.ENOSYS, errno.ENOTSUP, errno.EINVAL, errno.ENOLCK}
+
+
+def machine() -> str:
+    """What identifies this machine until it reboots: its boot id, since host names repeat, or else its host name."""
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return socket.gethostname()
 
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that has a lock; `started` is when it took it, local time."""
+    """The process that has a lock, as the lock record has it; `started`: local time; `token`: random, of this lock."""
 
+    machine: str
     host: str
     pid: int
     started: str
+    token: str
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}, since {self.started}"
 
 
 class HeldError(Exception):
-    """Another process has the lock: `holder`, None if it has not said yet who it is."""
+    """Another process has the lock file `path`: `holder`, None if its record is not written yet."""
 
-    def __init__(self, holder: Holder | None):
-        super().__init__(holder)
+    def __init__(self, path: Path, holder: Holder | None):
+        super().__init__(path, holder)
+        self.path = path
         self.holder = holder
 
     def __str__(self) -> str:
-        return str(self.holder or "a process that has just begun")
+        return f"{self.holder or 'a process that has just begun'} (lock file {self.path})"
 
 
 class Lock:
-    """A lock that this process has until `release`; a context manager. `acquire` makes it."""
+    """A lock that this process has until `release`; a context manager. `acquire` makes it.
+
+    `path`: where the lock file is; who renames the directory it is in sets it anew.
+    """
 
     def __init__(self, path: Path, descriptor: int, made: list[Path]):
         self.path = path
         self._descriptor = descriptor
         self._made = made
+        self._record = _read(descriptor)
         self._released = threading.Event()
         self._beating = threading.Thread(target=self._beat, name="lock", daemon=True)
         self._beating.start()
 
     def release(self) -> None:
-        """Let others have it; twice is once. Nothing is left behind, nor directories that were made for it alone."""
+        """Let others have it; twice is once. Removes the lock file and the directories that were made for it alone."""
         if self._released.is_set():
             return
         self._released.set()
         self._beating.join()
         with suppress(OSError):  # a place that vanished or became read-only keeps nobody from releasing it
-            if _is_at(self._descriptor, self.path):
+            if _is_at(self._descriptor, self.path) and _read(self._descriptor) == self._record:
                 self.path.unlink()
         _unmake(self._made)
         os.close(self._descriptor)
 
     def _beat(self) -> None:
-        while not self._released.wait(BEAT):
+        failed = False
+        while not self._released.wait(HEARTBEAT_SECONDS):
             try:
-                os.utime(self._descriptor)
+                os.utime(self._descriptor)  # whose answer also tells an NFS client that the record has changed
+                if not os.fstat(self._descriptor).st_nlink or _read(self._descriptor) != self._record:
+                    logger.error("%s: another process took this lock and may write to the same place", self.path)
+                    return
             except OSError as error:
-                logger.warning("%s gives no more signs of life, which matters to other hosts: %s", self.path, error)
-                return
+                if not failed:
+                    logger.warning("%s: a heartbeat failed, other machines may take the lock: %s", self.path, error)
+                failed = True
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.release()
 
 
 def acquire(path: Path, patience: float = PATIENCE) -> Lock:
     """The lock of the file `path`, made with its directories if it is not there.
 
-    HeldError if another process has it and still does after `patience` seconds; OSError if it cannot be made.
+    HeldError if another process has it and still does after `patience` seconds; OSError if it cannot be made, or
+    something else than a regular file is there.
     """
-    made = _make(path.parent)
+    made = [place for place in path.parents if not place.exists()]
     end = time.monotonic() + patience
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-        try:
-            if _take(descriptor, path):
-                return Lock(path, descriptor, made)
-        except HeldError:
-            if time.monotonic() > end:
-                os.close(descriptor)
-                raise
-        except BaseException:
-            os.close(descriptor)
-            _unmake(made)
-            raise
-        os.close(descriptor)
-        time.sleep(_POLL)
+    try:
+        while True:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                return Lock(path, _take(path), made)
+            except (HeldError, FileNotFoundError):  # the latter: who released it has removed its directory
+                if time.monotonic() > end:
+                    raise
+            time.sleep(_POLL)
+    except BaseException:
+        _unmake(made)
+        raise
 
 
 def holder(path: Path, patience: float = PATIENCE) -> HeldError | None:
-    """Who has the lock of the file `path` and still does after `patience` seconds; None if nobody. Writes nothing."""
+    """Who has the lock of the file `path` and still does after `patience` seconds; None if nobody. Writes nothing.
+
+    The kernel alone decides, no lease is waited for: a holder on another machine whose locks this one does not see is
+    found by `acquire`. None, too, if there is no file that can be read.
+    """
     end = time.monotonic() + patience
-    while True:
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError:
-            return None  # what stands against writing there, others say
-        try:
-            local = _flock(descriptor, fcntl.LOCK_SH)
-            fcntl.flock(descriptor, fcntl.LOCK_UN) if local else None  # who wants to write is not kept from it
-            _require_silence(descriptor, path, local)
-            return None
-        except HeldError as held:
-            if time.monotonic() > end:
-                return held
-        finally:
-            os.close(descriptor)
-        time.sleep(_POLL)
+    with suppress(OSError):
+        while True:
+            try:
+                with os.fdopen(_open(path, os.O_RDONLY)) as file:
+                    _flock(file.fileno(), path, fcntl.LOCK_SH)
+                    return None
+            except HeldError as held:
+                if time.monotonic() > end:
+                    return held
+            time.sleep(_POLL)
+    return None
 
 
-def _take(descriptor: int, path: Path) -> bool:
-    """Make the open file the lock of this process; False if it is not the file at `path` any more. HeldError."""
-    exclusive = _flock(descriptor, fcntl.LOCK_EX)
-    _require_silence(descriptor, path, exclusive)
-    if not _is_at(descriptor, path):  # its holder has released it meanwhile, and so removed it
-        return False
-    note = Holder(socket.gethostname(), os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S"))
+def _take(path: Path) -> int:
+    """Make the file at `path` the lock of this process: its descriptor. HeldError."""
+    descriptor = _open(path, os.O_RDWR | os.O_CREAT)
     try:
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(asdict(note)).encode(), 0)
-    except OSError:
-        path.unlink()  # which is this process's, only that it could not say so
+        exclusive = _flock(descriptor, path, fcntl.LOCK_EX)
+        _require_expired(descriptor, path, exclusive)
+        if not _is_at(descriptor, path):  # its holder has released it meanwhile, and so removed it
+            raise HeldError(path, _read(descriptor))
+        mine = Holder(machine(), socket.gethostname(), os.getpid(), time.strftime(_TIME), secrets.token_hex(8))
+        try:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(asdict(mine)).encode(), 0)
+        except OSError:
+            path.unlink()  # this process has it, but cannot record that
+            raise
+        if not exclusive:  # of several that found nobody there, the last to write has it
+            time.sleep(HEARTBEAT_SECONDS)
+            if (now := _read(descriptor)) != mine:
+                raise HeldError(path, now)
+    except BaseException:
+        os.close(descriptor)
         raise
-    if not exclusive:  # of several that found nobody there, the last to write has it
-        time.sleep(BEAT)
-        if _note(descriptor) != note:
-            raise HeldError(_note(descriptor))
-    return True
+    return descriptor
 
 
-def _flock(descriptor: int, kind: int) -> bool:
+def _flock(descriptor: int, path: Path, kind: int) -> bool:
     """Lock an open file; False if this file system cannot. HeldError if another process has it."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise HeldError(_note(descriptor)) from None
+        raise HeldError(path, _read(descriptor)) from None
     except OSError as error:
         if error.errno not in _NO_FLOCK:
             raise
@@ -174,51 +196,48 @@ def _flock(descriptor: int, kind: int) -> bool:
     return True
 
 
-def _require_silence(descriptor: int, path: Path, exclusive: bool) -> None:
-    """HeldError if the note in the file is of a process that lives, as far as the kernel's word does not settle it."""
-    note = _note(descriptor)
-    if note is None or (exclusive and note.host == socket.gethostname()):
+def _require_expired(descriptor: int, path: Path, exclusive: bool) -> None:
+    """HeldError if the lease in the file is renewed; a record of this machine has none where the kernel decides."""
+    record = _read(descriptor)
+    if record is None or (exclusive and record.machine == machine()):
         return
-    before, end = _life(path), time.monotonic() + SILENCE
-    while time.monotonic() < end and _is_at(descriptor, path):
-        if _life(path) != before:
-            raise HeldError(note)
+    before, end = _renewed(path), time.monotonic() + LEASE
+    while time.monotonic() < end:
         time.sleep(_POLL)
+        if _renewed(path) != before:
+            raise HeldError(path, record)
 
 
-def _life(path: Path) -> int | None:
-    """The last sign of life in ns; None if the file is gone. Opened for it: NFS asks its server only then."""
-    try:
-        with path.open("rb") as file:
-            return os.fstat(file.fileno()).st_mtime_ns
-    except FileNotFoundError:
-        return None
+def _renewed(path: Path) -> int | None:
+    """The last heartbeat in ns; None if the file is gone. Opened for it: NFS asks its server only then."""
+    with suppress(FileNotFoundError), os.fdopen(_open(path, os.O_RDONLY)) as file:
+        return os.fstat(file.fileno()).st_mtime_ns
+    return None
 
 
-def _note(descriptor: int) -> Holder | None:
-    """What the holder has written; None if nothing, or not all of it yet."""
-    try:
-        fields = json.loads(os.pread(descriptor, 4096, 0))
-        return Holder(str(fields["host"]), int(fields["pid"]), str(fields["started"]))
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return None
+def _open(path: Path, flags: int) -> int:
+    """Open a regular file, without waiting for the other end of a pipe. OSError if it is something else."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(f"{path} is no regular file")
+    return descriptor
+
+
+def _read(descriptor: int) -> Holder | None:
+    """The lock record; None if there is none, or not all of it yet."""
+    with suppress(ValueError, TypeError, RecursionError):
+        return Holder(**json.loads(os.pread(descriptor, 4096, 0)))
+    return None
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
-    try:
+    with suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
-    except FileNotFoundError:
-        return False
+    return False
 
 
 def _unmake(directories: list[Path]) -> None:
     for directory in directories:
         with suppress(OSError):  # it holds something by now, or is gone
             directory.rmdir()
-
-
-def _make(directory: Path) -> list[Path]:
-    """Make a directory with its parents; those that were not there, the innermost first."""
-    missing = [place for place in (directory, *directory.parents) if not place.exists()]
-    directory.mkdir(parents=True, exist_ok=True)
-    return missing

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import gc
 import os
+import secrets
 import subprocess
 import sys
+import threading
+import time
 import tracemalloc
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +20,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cordee import lock
 from cordee.config.schema import TrainConfig
+from cordee.data import order_cache
 from cordee.data.build import build_datasets, plan_parts
 from cordee.data.gpt_dataset import BlendedDataset, GPTDataset, build_blend
 from cordee.data.indexed import IndexedDataset, IndexedDatasetBuilder
@@ -483,14 +492,102 @@ def test_a_damaged_blend_is_built_again(tmp_path, said):
     assert len(said) == 1 and path.read_bytes() == content
 
 
-def test_a_planted_link_is_not_written_through(tmp_path):
+def test_a_planted_link_is_not_written_through(tmp_path, monkeypatch):
     first = build(tmp_path)
     (tmp_path / "victim").write_text("mine")
     for path in list((tmp_path / "cache").iterdir()):
-        path.with_name(f".{path.name}.{os.getpid()}").symlink_to(tmp_path / "victim")
+        path.with_name(f".{path.name}.{'00' * 8}").symlink_to(tmp_path / "victim")
         path.unlink()
+    monkeypatch.setattr(secrets, "token_hex", lambda count: "00" * count)
     np.testing.assert_array_equal(list(first), list(build(tmp_path)))
     assert (tmp_path / "victim").read_text() == "mine" and len(cached(tmp_path)) == 3
+
+
+@pytest.fixture
+def waits(monkeypatch) -> list[str]:
+    """Log lines about waiting; nobody does in earnest."""
+    lines: list[str] = []
+    monkeypatch.setattr(logger, "info", lambda text, *values: lines.append(text % values))
+    monkeypatch.setattr(order_cache, "_POLL", 0.01)
+    return lines
+
+
+def keep(directory: Path, built: list[int], names: str = "a") -> dict[str, int]:
+    def build():
+        built.append(1)
+        return {name: np.full(4, len(built)) for name in names}
+
+    return {
+        name: int(array[0])
+        for name, array in cached_arrays(directory, "key", dict.fromkeys(names, (4,)), build).items()
+    }
+
+
+def test_who_finds_another_process_building_waits_for_it(tmp_path, said, waits, monkeypatch):
+    """A builder that fails is followed, one that succeeds is read from, and the waiting is logged once."""
+    first, built, tries = lock.acquire(tmp_path / ".key.lock"), [], []
+    acquire = lock.acquire
+    monkeypatch.setattr(lock, "acquire", lambda *given, **values: tries.append(1) or acquire(*given, **values))
+    waiting = threading.Thread(target=lambda: keep(tmp_path, built))
+    waiting.start()
+    while waiting.is_alive() and len(tries) < 3:
+        time.sleep(0.01)
+    assert str(os.getpid()) in waits[0] and not built
+    first.release()
+    waiting.join()
+    assert built == [1] and len(waits) == 1 and not said
+    with acquire(tmp_path / ".key.lock"):
+        assert keep(tmp_path, built) == {"a": 1}
+    assert built == [1]
+
+
+def test_a_builder_that_hangs_is_not_waited_for_without_end(tmp_path, said, waits, monkeypatch):
+    monkeypatch.setattr(order_cache, "PATIENCE", 0.05)
+    built: list[int] = []
+    with lock.acquire(tmp_path / ".key.lock"):
+        assert keep(tmp_path, built) == {"a": 1}
+        assert not (tmp_path / "key-a.npy").exists()
+    assert len(said) == 1
+
+
+def test_where_nothing_can_be_kept_nobody_waits(tmp_path, said, waits, monkeypatch):
+    """Two processes, both in the middle of building; else the barrier breaks."""
+
+    def refuse(*arguments, **values):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(lock, "acquire", refuse)
+    barrier = threading.Barrier(2)
+
+    def build():
+        barrier.wait(60)
+        return {"a": np.zeros(4)}
+
+    with ThreadPoolExecutor(2) as threads:
+        both = [threads.submit(cached_arrays, tmp_path, "key", {"a": (4,)}, build) for _ in range(2)]
+    assert [one.result()["a"].tolist() for one in both] == [[0] * 4] * 2
+    assert not waits
+
+
+def test_a_file_that_is_right_is_not_replaced(tmp_path, said):
+    built: list[int] = []
+    keep(tmp_path, built, "ab")
+    right = (tmp_path / "key-a.npy").stat()
+    (tmp_path / "key-b.npy").unlink()
+    assert keep(tmp_path, built, "ab") == {"a": 1, "b": 2}
+    assert os.path.samestat((tmp_path / "key-a.npy").stat(), right)
+
+
+def test_open_blocks_are_freed_with_their_dataset(tmp_path):
+    dataset = build(tmp_path, num_samples=10**12)
+    dataset[0]
+    gone = weakref.ref(dataset)
+    gc.disable()
+    try:
+        del dataset
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_small_blocks_are_not_kept_and_large_ones_are(tmp_path):

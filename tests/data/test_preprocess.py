@@ -210,6 +210,14 @@ def test_what_another_process_writes_is_left_to_it(tmp_path, monkeypatch):
     assert outputs(tmp_path) == [f"out_text_document.{kind}" for kind in ("bin", "idx", "json")]
 
 
+def test_a_lock_that_cannot_be_had_is_a_problem(tmp_path):
+    os.mkfifo(tmp_path / "out.lock")
+    given = PreprocessConfig(output_prefix=str(tmp_path / "out"))
+    with pytest.raises(ProblemError) as error, preprocess._own(given, [str(tmp_path / "out")]):
+        pass
+    assert [problem.option for problem in error.value.problems] == ["--output-prefix"]
+
+
 def test_a_tokenizer_without_an_end_cannot_append_it(tmp_path):
     from tokenizers import Tokenizer, models
 

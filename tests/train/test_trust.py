@@ -9,6 +9,7 @@ import copy
 import json
 import os
 import shutil
+import threading
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -405,6 +406,38 @@ def test_two_runs_into_one_folder(tmp_path: Path):
     assert done is not None
     assert job.run(tiny.resumed(given, train_iters=done + 1, override_opt_param_scheduler=True)) == 0
     assert not list(tmp_path.rglob("*.lock"))
+
+
+def test_records_of_another_machine_cost_one_lease_over_all_places(tmp_path: Path, monkeypatch):
+    """All three wait at the same time, else the barrier breaks; and a check waits for none of them."""
+    given = tiny.config(tmp_path, metrics_file=str(tmp_path / "m"), tensorboard_dir=str(tmp_path / "board"))
+    record = {"machine": "elsewhere", "host": "node0", "pid": 1, "started": "2020-01-01 00:00:00", "token": "x"}
+    files = [Path(given.save or "") / ".lock", tmp_path / ".m.lock", tmp_path / "board" / ".lock"]
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(record))
+    monkeypatch.setattr(lock, "LEASE", 1e9)
+    assert outputs.check_free(given) == []
+    monkeypatch.setattr(lock, "LEASE", 0.1)
+    barrier, acquire = threading.Barrier(3), lock.acquire
+
+    def waiting(file: Path) -> lock.Lock:
+        barrier.wait(60)
+        return acquire(file)
+
+    monkeypatch.setattr(lock, "acquire", waiting)
+    with outputs.held(given):
+        assert all(json.loads(file.read_text())["pid"] == os.getpid() for file in files)
+
+
+def test_a_place_that_cannot_be_locked_is_a_problem(tmp_path: Path):
+    given = tiny.config(tmp_path, metrics_file=str(tmp_path / "m"), tensorboard_dir=str(tmp_path / "board"))
+    (tmp_path / "board").mkdir()
+    os.mkfifo(tmp_path / "board" / ".lock")
+    with pytest.raises(ProblemError) as error, outputs.held(given):
+        pass
+    assert [problem.option for problem in error.value.problems] == ["--tensorboard-dir"]
+    assert list(tmp_path.rglob("*.lock")) == [tmp_path / "board" / ".lock"]
 
 
 def test_a_run_that_is_not_even_planned_leaves_nothing(tmp_path: Path):

@@ -12,9 +12,9 @@ the samples are then shuffled. "Documents" are here the sequences of the indexed
 
 from __future__ import annotations
 
-import functools
 import math
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -28,6 +28,7 @@ from cordee.data.order_cache import Arrays, cached_arrays, content_key
 from cordee.errors import Problem, raise_all
 
 _CHUNK = 1 << 16  # numbers of an index that are worked out at a time
+_HELD = 2  # blocks of an order
 
 Int64s = npt.NDArray[np.int64]
 
@@ -71,7 +72,7 @@ class GPTDataset:
         self.seq_length = seq_length
         self._first, self._last, self._seed = first, last, seed
         self._cache_dir = None if order.is_small else cache_dir
-        self._block = functools.lru_cache(maxsize=2)(self._open_block)
+        self._blocks: OrderedDict[int, Indexes] = OrderedDict()  # the last used ones
         self._lock = threading.Lock()  # the threads of a loader wait for a block instead of building it twice
         if order.blocks == 1:
             self.indexes(0)
@@ -92,7 +93,12 @@ class GPTDataset:
         if not 0 <= block < self.order.blocks:
             raise IndexError(f"block {block} of {self.order.blocks}")
         with self._lock:
-            return self._block(block)
+            if block not in self._blocks:
+                while len(self._blocks) >= _HELD:
+                    self._blocks.popitem(last=False)
+                self._blocks[block] = self._open_block(block)
+            self._blocks.move_to_end(block)
+            return self._blocks[block]
 
     def _open_block(self, block: int) -> Indexes:
         plan, first, last = self.order.block, self._first, self._last

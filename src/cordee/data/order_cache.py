@@ -6,24 +6,29 @@ of what they mean.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
+import secrets
+import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from cordee import lock
 from cordee.files import create_new, sync_directory
 from cordee.log import logger
 
 Arrays = dict[str, npt.NDArray[Any]]
 
+PATIENCE = 600.0  # seconds for which another process may build: one that is hung must not keep this one for ever
+_POLL = 0.5
+_NOT_KEPT = "The sample order cannot be kept in %s (%s); every start builds it anew."
 _SEAL = 4  # bytes of the checksum that ends a file
 _DAMAGE = (ValueError, OSError, EOFError)
 
@@ -50,47 +55,72 @@ def cached_arrays(
 ) -> Arrays:
     """The arrays that `build` makes, from `directory` if it holds them whole, else built and put there.
 
-    Every opening reads all bytes and compares them with the checksum at their end. Several processes may do this at
-    the same time: one builds, and the others wait for it where the file system has locks; where it has none, each
-    writes the same under its own name and renames. Without a directory, or where it cannot be written, the arrays
-    stay in memory.
+    Every opening reads all bytes and compares them with the checksum at their end. Of several processes that do this at
+    the same time one builds, and the others wait for it, up to `PATIENCE` seconds. Without a directory, or where it
+    cannot be written, nobody waits and the arrays stay in memory.
     """
     if directory is None:
         return build()
     paths = {name: directory / f"{key}-{name}.npy" for name in shapes}
-
-    def kept() -> Arrays:
-        return {name: _open(path, shapes[name]) for name, path in paths.items()}
-
-    if all(path.is_file() for path in paths.values()):
+    end, damaged, waiting = time.monotonic() + PATIENCE, None, False
+    while True:
+        if (state := _state(paths)) not in (None, damaged):
+            try:
+                return _open_all(paths, shapes)
+            except _DAMAGE as error:
+                damaged = state
+                logger.warning("The sample order in %s is damaged (%s); it is built again.", directory, error)
         try:
-            return kept()
-        except _DAMAGE as error:
-            logger.warning("The sample order in %s is damaged (%s); it is built again.", directory, error)
-    with _one_process(directory):
-        with suppress(*_DAMAGE):  # another process has built it meanwhile
-            return kept()
-        arrays = build()
-        try:
-            for name, path in paths.items():
-                _save(path, arrays[name])
-            sync_directory(directory)
-            return kept()
-        except _DAMAGE as error:
-            logger.warning("The sample order cannot be kept in %s (%s); every start builds it anew.", directory, error)
-            return arrays
+            own = lock.acquire(directory / f".{key}.lock", patience=0)
+        except lock.HeldError as who:
+            if time.monotonic() > end:
+                logger.warning("The sample order is built in memory: in %.0f s it was not by %s", PATIENCE, who)
+                return build()
+            if not waiting:
+                logger.info("waiting for %s to build the sample order", who)
+        except OSError as error:
+            logger.warning(_NOT_KEPT, directory, error)
+            return build()
+        else:
+            with own:
+                return _build(directory, paths, shapes, build)
+        waiting = True
+        time.sleep(_POLL)
 
 
-@contextmanager
-def _one_process(directory: Path) -> Iterator[None]:
-    """Hold the lock of `directory`, which is made if it can be; go on without where there is none."""
-    with ExitStack() as stack:
-        with suppress(OSError):
-            directory.mkdir(parents=True, exist_ok=True)
-            handle = os.open(directory, os.O_RDONLY)
-            stack.callback(os.close, handle)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+def _build(
+    directory: Path, paths: Mapping[str, Path], shapes: Mapping[str, tuple[int, ...]], build: Callable[[], Arrays]
+) -> Arrays:
+    """Build and keep the arrays, unless another process has done so before this one got the lock."""
+    with suppress(*_DAMAGE):
+        return _open_all(paths, shapes)
+    arrays = build()
+    try:
+        kept = {name: _keep(path, arrays[name]) for name, path in paths.items()}
+        sync_directory(directory)
+        return kept
+    except _DAMAGE as error:
+        logger.warning(_NOT_KEPT, directory, error)
+        return arrays
+
+
+def _state(paths: Mapping[str, Path]) -> list[int] | None:
+    """What changes when a file is replaced, in ns; None if not all are there."""
+    with suppress(OSError):
+        return [path.stat().st_mtime_ns for path in paths.values()]
+    return None
+
+
+def _keep(path: Path, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The array in its file, which is left as it is if it is right: others may have it open."""
+    with suppress(*_DAMAGE):
+        return _open(path, array.shape)
+    _save(path, array)
+    return _open(path, array.shape)
+
+
+def _open_all(paths: Mapping[str, Path], shapes: Mapping[str, tuple[int, ...]]) -> Arrays:
+    return {name: _open(path, shapes[name]) for name, path in paths.items()}
 
 
 def _open(path: Path, shape: tuple[int, ...]) -> npt.NDArray[Any]:
@@ -109,7 +139,7 @@ def _seal(path: Path, content: npt.NDArray[np.uint8]) -> bytes:
 
 
 def _save(path: Path, array: npt.NDArray[Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         with create_new(temporary) as file:
             np.save(file, array, allow_pickle=False)

@@ -113,6 +113,9 @@ def _own(config: PreprocessConfig, prefixes: Iterable[str]) -> Iterator[None]:
             except lock.HeldError as who:
                 why, fix = f"another process writes {prefix}: {who}", "wait for that one, or give another prefix"
                 raise ProblemError([Problem("--output-prefix", config.output_prefix, why, fix)]) from None
+            except OSError as error:
+                why, fix = f"{prefix} cannot be written: {error}", "make room or allow it, or give another prefix"
+                raise ProblemError([Problem("--output-prefix", config.output_prefix, why, fix)]) from error
         raise_all(_output_problems(config, prefixes))
         yield
 

@@ -6,8 +6,8 @@ Owns which places of a run's options are locked, and what is said of one that an
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -19,10 +19,9 @@ LOCK = ".lock"
 
 
 def check_free(config: TrainConfig) -> list[Problem]:
-    """The places that another run has now."""
-    patience = _patience()
-    held = ((place, lock.holder(file, next(patience))) for file, place in _locks(config).items())
-    return [_taken(*place, who) for place, who in held if who is not None]
+    """The places that another run has now, as far as the kernel of this machine knows."""
+    found = _all_at_once(lock.holder, config)
+    return [_taken(*place, who) for place, who in found if isinstance(who, lock.HeldError)]
 
 
 @contextmanager
@@ -31,24 +30,32 @@ def held(config: TrainConfig) -> Iterator[None]:
     have.
     """
     with ExitStack() as stack:
-        problems, patience = [], _patience()
-        for file, (option, given) in _locks(config).items():
+
+        def acquire(file: Path) -> Exception | None:
             try:
-                stack.enter_context(lock.acquire(file, next(patience)))
-            except lock.HeldError as who:
-                problems.append(_taken(option, given, who))
-            except OSError as error:
+                stack.enter_context(lock.acquire(file))
+            except (lock.HeldError, OSError) as error:
+                return error
+            return None
+
+        problems = []
+        for (option, given), error in _all_at_once(acquire, config):
+            if isinstance(error, lock.HeldError):
+                problems.append(_taken(option, given, error))
+            elif error is not None:
                 fix = "give a place that can be written to"
                 problems.append(Problem(option, given, f"it cannot be written to: {error}", fix))
         raise_all(problems)
         yield
 
 
-def _patience() -> Iterator[float]:
-    """What is left, at each moment, of the time in which a run that is dying lets go of all its places."""
-    end = time.monotonic() + lock.PATIENCE
-    while True:
-        yield end - time.monotonic()
+def _all_at_once(
+    look: Callable[[Path], Exception | None], config: TrainConfig
+) -> list[tuple[tuple[str, str], Exception | None]]:
+    """What stands against each place, by threads: waiting for a lease, or for a run that is dying, is waiting once."""
+    locks = _locks(config)
+    with ThreadPoolExecutor(max(1, len(locks))) as threads:
+        return list(zip(locks.values(), threads.map(look, locks), strict=True))
 
 
 def _locks(config: TrainConfig) -> dict[Path, tuple[str, str]]:

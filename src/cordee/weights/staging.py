@@ -9,6 +9,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -43,8 +44,7 @@ class Staging:
         check_output(self._old, overwrite=True)  # left by a process that was killed
         self.scratch = self.path.with_name(f".{self.path.name}.new")
         mark = self.scratch / UNFINISHED
-        mine = mark.is_file() and not self.scratch.is_symlink() and not mark.is_symlink()
-        if os.path.lexists(self.scratch) and not mine:
+        if os.path.lexists(self.scratch) and not _is_ours(self.scratch):
             why = f"output is made in {self.scratch} until it is complete, and something else is there"
             raise ProblemError([Problem("output directory", self.path, why, "move that away, or give another")])
         try:
@@ -55,9 +55,14 @@ class Staging:
             raise ProblemError([Problem("output directory", self.path, why, fix)]) from None
         except OSError as error:
             raise self.problem(error) from error
+        try:
+            check_output(self.path, overwrite=overwrite)  # another process may have completed it meanwhile
+        except ProblemError:
+            self.discard()
+            raise
 
     def _remove_what_was_left(self) -> None:
-        """By a process that was killed."""
+        """By a process that was killed, or by this one."""
         for left in self.scratch.iterdir():
             if left.is_dir():
                 remove_tree(left)
@@ -89,23 +94,33 @@ class Staging:
 
     def publish(self) -> None:
         """Give the output its name."""
-        self._lock.release()
-        if not self.path.exists():
-            self.scratch.rename(self.path)
-            return
-        remove_tree(self._old)
-        self.path.rename(self._old)
+        if self.path.exists():
+            remove_tree(self._old)
+            self.path.rename(self._old)
         self.scratch.rename(self.path)
+        self._lock.path = self.path / UNFINISHED  # released last: what has no such file would not be taken for ours
+        self._lock.release()
         remove_tree(self._old)
 
     def discard(self) -> None:
-        remove_tree(self.scratch)
+        """Remove what was made, unless it is published."""
+        if self._lock.path.parent == self.scratch and self.scratch.exists():
+            self._remove_what_was_left()
         self._lock.release()
+        with suppress(OSError):  # it is gone, or the next process has it by now
+            self.scratch.rmdir()
 
     def problem(self, error: Exception) -> ProblemError:
         """What to tell when a file cannot be written."""
         why = f"it cannot be written: {error}"
         return ProblemError([Problem("output directory", self.path, why, "make room or allow it, or give another")])
+
+
+def _is_ours(scratch: Path) -> bool:
+    """Whether output was made in what is there: a directory with our mark, or one that did not get it yet."""
+    mark = scratch / UNFINISHED
+    marked = mark.is_file() and not mark.is_symlink()
+    return scratch.is_dir() and not scratch.is_symlink() and (marked or not any(scratch.iterdir()))
 
 
 def check_output(path: Path, *, overwrite: bool = False) -> None:
