@@ -34,7 +34,7 @@ def read_json(path: Path) -> Any:
             raise ValueError("it is no regular file")
         if status.st_size > LARGEST_JSON:
             raise ValueError(f"it has {status.st_size:,} bytes, more than {LARGEST_JSON:,}")
-        data = file.read(LARGEST_JSON)
+        data = file.read(max(status.st_size, 1 << 16))  # a buffer of as many bytes is made at once
     try:
         return json.loads(data.decode("utf-8"))
     except RecursionError:
