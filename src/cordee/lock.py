@@ -45,6 +45,14 @@ class Holder:
         return f"process {self.pid} on {self.host}, since {self.started}"
 
 
+def machine() -> str:
+    """What tells this machine from others: the id of its boot, its host name where the system has none."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return socket.gethostname()
+
+
 class HeldError(Exception):
     """Another process has the lock: `holder`, None if it has not said yet who it is."""
 
