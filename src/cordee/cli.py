@@ -29,7 +29,7 @@ _MODEL = {option.name for option in options_of(schema.ModelOptions)}
 _TOKENIZER = {option.name for option in options_of(schema.TokenizerOptions)} | {"tokenizer"}
 _LAYOUT = {option.name for option in options_of(schema.ParallelOptions)} | {"processes"}
 
-# What a check finds of the second may come from a wrong value of the first, so that it is not told.
+# What a check finds of the second may come from a wrong value of the first, so that it is not reported.
 FOLLOWING = (
     (_MODEL | {"load"}, _MODEL | _TOKENIZER | {"load", "model options", "seq_length"}),
     (_TOKENIZER, _TOKENIZER),
@@ -156,7 +156,7 @@ def _infer(command: Command, loaded: Loaded[Any], argv: Sequence[str]) -> int:
 
 
 def _check(command: Command, loaded: Loaded[Any], argv: Sequence[str]) -> int:
-    """Check as `train` does, and say what would run."""
+    """Check as `train` does, and the contents of the data as its ranks do when they start; print what would run."""
     loaded = _with_processes(loaded)
     _raise_all(_problems(command, loaded), loaded)
     print(f"ok\n\n{_summary(loaded.config)}\n\n# options that are not at their default\n{render.changes(loaded)}")
@@ -164,7 +164,7 @@ def _check(command: Command, loaded: Loaded[Any], argv: Sequence[str]) -> int:
 
 
 def _with_processes(loaded: Loaded[Any]) -> Loaded[Any]:
-    """One process per local device, if neither a launcher nor the user has said how many."""
+    """One process per local device, if neither a launcher nor the user has given how many."""
     if launch.rank_info().launcher or loaded.config.nproc_per_node:
         return loaded
     return loaded.derive(nproc_per_node=_load("cordee.device:count")())
@@ -234,7 +234,7 @@ COMMANDS = {
         about="Find everything that would stop `cordee train` with the same options; starts nothing.",
         example="cordee check --config run.yaml --nproc-per-node 8",
         schema=schema.TrainConfig,
-        check="cordee.train.check:check_run",
+        check="cordee.train.check:check_with_contents",
         start=_check,
     ),
     "plan": Command(

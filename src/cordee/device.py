@@ -12,8 +12,9 @@ import os
 import platform
 import resource
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from cordee.log import logger
@@ -181,35 +182,59 @@ def resident_bytes() -> int:
 
 def anonymous_bytes() -> int:
     """Bytes of this process in RAM that are not pages of files, which the system may drop at any time (Linux)."""
-    return _field("/proc/self/status", "RssAnon")
+    return _field(Path("/proc/self/status"), "RssAnon")
 
 
 def peak_resident_bytes() -> int:
     """Bytes of this program in RAM at most so far."""
     try:
-        return _field(
-            "/proc/self/status", "VmHWM"
-        )  # getrusage begins with the peak of the process that has started this
+        # getrusage begins with the peak of the process that has started this one
+        return _field(Path("/proc/self/status"), "VmHWM")
     except (FileNotFoundError, StopIteration):
         # macOS counts ru_maxrss in bytes, others in KiB.
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def available_memory() -> int:
-    """Bytes of RAM that programs can still take before the machine swaps, or the group of processes that this one is
-    in reaches its limit (Linux; elsewhere all of the machine's)."""
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes of RAM that programs can still take before the machine swaps, or one of the control groups that this
+    process is in reaches its limit (Linux; elsewhere all of the machine's). `root` is that of the file system."""
     try:
-        available = _field("/proc/meminfo", "MemAvailable")
+        available = _field(root / "proc/meminfo", "MemAvailable")
     except (FileNotFoundError, StopIteration):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([available, *_left_in_groups(root)])
+
+
+# Where control groups of each version are mounted, and their files: limit, use, and the name of the part of the use
+# that is cache of files nobody reads, which the kernel drops before it refuses memory.
+_GROUPS_V1 = (("memory",), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_GROUPS_V2 = ((".", "unified"), "memory.max", "memory.current", "inactive_file")
+
+
+def _left_in_groups(root: Path) -> Iterator[int]:
+    """Bytes that are left of the limit of each control group above this process that has one."""
     try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return available
-    return available if limit == "max" else min(available, int(limit))
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        mounts, limit, use, cache = _GROUPS_V1 if controllers else _GROUPS_V2
+        group = PurePosixPath(path.lstrip("/"))
+        # A container may see its own group as the root of all: then the directories below it are not there.
+        for folder in (root / "sys/fs/cgroup" / mount / place for mount in mounts for place in (group, *group.parents)):
+            try:
+                text = (folder / limit).read_text(encoding="ascii").strip()
+                if text != "max":
+                    used = int((folder / use).read_text(encoding="ascii"))
+                    yield max(0, int(text) - used + _field(folder / "memory.stat", cache, unit=1))
+            except (OSError, StopIteration):
+                continue
 
 
-def _field(path: str, field: str) -> int:
-    """Bytes that Linux tells in `path` under `field`."""
-    with open(path, encoding="utf-8") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
+def _field(path: Path, field: str, unit: int = 1024) -> int:
+    """Bytes that Linux reports in `path` under `field`, in units of so many."""
+    with path.open(encoding="utf-8") as file:
+        return next(int(words[1]) * unit for words in map(str.split, file) if words[0].rstrip(":") == field)

@@ -40,7 +40,7 @@ def jobs(monkeypatch):
             module.check_run = checks.get(command)
             monkeypatch.setitem(sys.modules, name, module)
     module = types.ModuleType("cordee.train.check")
-    module.check_run = check_train
+    module.check_run = module.check_with_contents = check_train
     monkeypatch.setitem(sys.modules, "cordee.train.check", module)
     return ran
 

@@ -1,12 +1,10 @@
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 
 import pytest
 
-from cordee import device
 from cordee.config.schema import TrainConfig
 from cordee.data import check as data_check
 from cordee.data.build import build_datasets, plan_parts
@@ -175,40 +173,7 @@ print([name for name in ("torch", "transformers", "tokenizers", "pyarrow", "data
     assert done.stdout.strip() == "[]"
 
 
-# ---- sizes of orders -------------------------------------------------------------------------------------------------
-
-
-def test_an_order_that_memory_does_not_hold_is_refused(tmp_path, monkeypatch):
-    """64 epochs of 40 documents and 640 samples of 8 tokens: 2,560 entries of 16 bytes and 40,959 of 12."""
-    prefix = str(peer.write_pair(tmp_path / "x", [128] * 40))
-    options, asked = config(data_path=(prefix,), split="1"), {"train_samples": 64 * 640 - 1, "valid_samples": 0}
-    bytes_needed = 64 * 40 * 16 + (64 * 640 - 1) * 12
-    monkeypatch.setattr(device, "available_memory", lambda: bytes_needed)
-    assert whys(options, **asked) == []
-    monkeypatch.setattr(device, "available_memory", lambda: bytes_needed - 1)
-    (why,) = whys(options, **asked)
-    assert why.startswith("--data-path: train: the order of 40,959 samples in 64 epochs of 40 sequences takes")
-    # A thousand million times as long, the order is in blocks, each of no more than 2^20 entries.
-    monkeypatch.setattr(device, "available_memory", lambda: 2**20 * 16)
-    assert whys(options, train_samples=10**15, valid_samples=10**15) == []
-
-
-def test_a_blend_that_memory_does_not_hold_is_refused(tmp_path, monkeypatch):
-    """One epoch of each dataset is enough, so it is Megatron's, of ten bytes a sample."""
-    prefix = str(peer.write_pair(tmp_path / "x", [20000]))
-    options = config(data_path=("1", prefix, "1", prefix), split="1")
-    monkeypatch.setattr(device, "available_memory", lambda: 40_000)
-    assert whys(options, train_samples=4000, valid_samples=0) == []
-    (why,) = whys(options, train_samples=4002, valid_samples=0)
-    assert why.startswith("--data-path: train: the blend of 4,002 samples takes")
-
-
 def test_a_permutation_of_blocks_is_refused(prefix):
     options = config(data_path=(prefix,), split="1", dataloader_type="cyclic")
     assert whys(options, valid_samples=0) == []
     assert [why.split(":")[0] for why in whys(options, train_samples=10**12)] == ["--dataloader-type"]
-
-
-def test_memory_that_is_left_is_less_than_the_machines():
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert 0 < device.available_memory() <= total

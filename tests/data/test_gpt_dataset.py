@@ -20,8 +20,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cordee import lock
+from cordee import device, lock
 from cordee.config.schema import TrainConfig
+from cordee.data import check as data_check
+from cordee.data import gpt_dataset as gpt
 from cordee.data import order_cache
 from cordee.data.build import build_datasets, plan_parts
 from cordee.data.gpt_dataset import BlendedDataset, GPTDataset, build_blend
@@ -37,10 +39,11 @@ def config(**values) -> TrainConfig:
     return TrainConfig(**{"seq_length": 8, "lr": 1e-3, "train_iters": 1} | values)
 
 
-def gpt_dataset(prefix, num_samples: int | None, seq_length: int, seed: int, cache_dir: Path | None = None):
+def gpt_dataset(prefix, num_samples: int | None, seq_length: int, seed: int, cache_dir=None, verified=False):
     indexed = IndexedDataset(prefix)
-    order = Order.plan(indexed.sequence_lengths, num_samples, seq_length)
-    return GPTDataset(indexed, 0, len(indexed), order, seq_length, seed, cache_dir)
+    tokens = int(indexed.sequence_lengths.sum(dtype=np.int64))
+    order = Order.plan(len(indexed), tokens, num_samples, seq_length)
+    return GPTDataset(indexed, 0, len(indexed), order, seq_length, seed, cache_dir, verified)
 
 
 def assert_same_block(ours: GPTDataset, block: int, theirs) -> None:
@@ -177,8 +180,8 @@ def test_a_run_that_has_become_longer_goes_on_in_blocks_like_its_first(tmp_path)
     """Twelve samples took two epochs, the second shuffled apart; so do the twenty of each block, all that are in it."""
     prefix = str(peer.write_pair(tmp_path / "x", [7, 20, 3, 1, 30, 25]))
     indexed = IndexedDataset(prefix)
-    first = Order.plan(indexed.sequence_lengths, 12, 8)
-    order = Order.of_blocks(indexed.sequence_lengths, 10**6, 8, first.block.epochs, first.block.last_apart)
+    first = Order.plan(6, 86, 12, 8)
+    order = Order.of_blocks(6, 86, 10**6, 8, first.block.epochs, first.block.last_apart)
     ours = GPTDataset(indexed, 0, 6, order, 8, 5)
     assert len(ours) >= 10**6
     for block in (0, 1, 4000):
@@ -205,23 +208,21 @@ def test_a_sample_is_the_same_wherever_a_run_begins(tmp_path):
     ],
 )
 def test_megatrons_order_is_kept_up_to_many_epochs_and_entries(documents, samples, blocks):
-    lengths = np.full(documents, 8, np.int32)
-    assert Order.plan(lengths, samples, 8).blocks == blocks
+    assert Order.plan(documents, 8 * documents, samples, 8).blocks == blocks
 
 
-@given(st.lists(st.integers(0, 40), min_size=1, max_size=9), st.integers(1, 60), st.integers(26, 90))
+@given(st.integers(2, 10), st.integers(2, 400), st.integers(1, 60), st.integers(26, 90))
 @settings(max_examples=100, deadline=None)
-def test_a_longer_order_begins_with_the_shorter_one(lengths, seq_length, exponent):
-    lengths = np.array([*lengths, 2], np.int32)
-    short, long = (Order.plan(lengths, samples, seq_length) for samples in (2**exponent, 2**exponent * 1000 + 1))
+def test_a_longer_order_begins_with_the_shorter_one(documents, tokens, seq_length, exponent):
+    short, long = (
+        Order.plan(documents, tokens, samples, seq_length) for samples in (2**exponent, 2**exponent * 1000 + 1)
+    )
     assert short.block == long.block and short.samples >= 2**exponent and long.samples > 2**exponent * 1000
 
 
 def test_a_block_holds_a_whole_epoch_and_a_sample():
     """Four million documents of three tokens altogether: no whole epoch is small, and seven tokens take three."""
-    lengths = np.zeros(2**22, np.int32)
-    lengths[:2] = [2, 1]
-    assert Order.plan(lengths, 1000, 7).block == Epochs.of(3, 3, False, 7)
+    assert Order.plan(2**22, 3, 1000, 7).block == Epochs.of(3, 3, False, 7)
 
 
 @pytest.mark.parametrize(("documents", "samples"), [(300_000, 10_000), (10, 300_000), (50_000, 100_000)])
@@ -392,7 +393,7 @@ def test_a_blend_with_a_period_repeats_megatrons_choice(weights):
 
 
 def test_a_blend_repeats_itself_only_beside_an_order_in_blocks():
-    short, long = (Order.plan(np.array([8] * 10, np.int32), samples, 8) for samples in (1000, 10**9))
+    short, long = (Order.plan(10, 80, samples, 8) for samples in (1000, 10**9))
     assert blend_period(2**26, [short, long]) == 2**26
     assert blend_period(10**10, [short, short]) == 10**10
     assert blend_period(2**26 + 1, [short, long]) == 2**20
@@ -479,6 +480,75 @@ def test_every_byte_of_a_kept_order_counts(tmp_path, said):
         assert keep() == [0, 7, 14, 21]
     assert len(said) == len(content)
     assert keep(8) == [0, 7, 14, 21] and len(said) == len(content)  # what is kept is read, not built
+
+
+def test_what_was_just_verified_is_opened_without_reading_it(tmp_path, said):
+    def keep(**verified) -> list[int]:
+        return cached_arrays(tmp_path, "key", {"a": (4,)}, lambda: {"a": np.arange(4)}, **verified)["a"].tolist()
+
+    assert keep(verified=True) == [0, 1, 2, 3]  # it is not there yet
+    path = tmp_path / "key-a.npy"
+    content = path.read_bytes()
+    path.write_bytes(content[:-4] + bytes(4))
+    assert keep(verified=True) == [0, 1, 2, 3] and not said and path.read_bytes() != content
+    assert keep() == [0, 1, 2, 3] and len(said) == 1 and path.read_bytes() == content
+
+
+def test_only_an_order_in_one_block_counts_as_verified(tmp_path, monkeypatch):
+    verified = []
+    monkeypatch.setattr(gpt, "cached_arrays", lambda *given: verified.append(given[-1]) or cached_arrays(*given))
+    build(tmp_path, verified=True)
+    large = Order(6, Epochs.of(86, 2**17, False, 8), 2)
+    GPTDataset(IndexedDataset(tmp_path / "x"), 0, 6, large, 8, 5, tmp_path / "cache", verified=True)[0]
+    assert verified == [True, False]
+
+
+def test_tokens_are_counted_by_where_sequences_lie(tmp_path):
+    dataset = IndexedDataset(peer.write_pair(tmp_path / "x", [7, 0, 20, 3, 1, 30, 25, 0]))
+    for first in range(9):
+        for last in range(first, 9):
+            assert dataset.tokens_between(first, last) == dataset.sequence_lengths[first:last].sum()
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_order_is_refused_where_it_is_built_not_where_it_is_read(tmp_path, monkeypatch):
+    """64 epochs of 40 documents and 640 samples of 8 tokens: 2,560 entries of 16 bytes and 40,959 of 12."""
+    prefix = str(peer.write_pair(tmp_path / "x", [128] * 40))
+    bytes_needed = 64 * 40 * 16 + (64 * 640 - 1) * 12
+    options = config(data_path=(prefix,), split="1")
+
+    def left(available: int) -> None:
+        monkeypatch.setattr(device, "available_memory", lambda: available)
+
+    left(bytes_needed - 1)
+    assert data_check.check(options, train_samples=64 * 640 - 1) == []
+    with pytest.raises(ProblemError) as caught:
+        build_datasets(options, 64 * 640 - 1, 0, 0)
+    (problem,) = caught.value.problems
+    assert (problem.option, problem.value) == ("dataset", prefix) and not list((tmp_path / "cordee-cache").glob("*"))
+    left(bytes_needed)
+    build_datasets(options, 64 * 640 - 1, 0, 0)
+    left(0)  # nothing is built
+    build_datasets(options, 64 * 640 - 1, 0, 0)
+    left(2**20 * 16)  # a thousand million times as long, the order is in blocks, each of no more than 2^20 entries
+    build_datasets(options, 10**15, 10**15, 0).train[10**14]
+
+
+def test_a_blend_is_refused_where_it_is_built(tmp_path, monkeypatch):
+    """Ten bytes a sample; each dataset's order is there already."""
+    prefix = str(peer.write_pair(tmp_path / "x", [20000]))
+    options = config(data_path=("1", prefix, "1", prefix), split="1")
+    build_datasets(options, 4000, 0, 0)
+    for path in (tmp_path / "cordee-cache").glob("*-dataset.npy"):
+        path.unlink()
+    monkeypatch.setattr(device, "available_memory", lambda: 39_999)
+    with pytest.raises(ProblemError) as caught:
+        build_datasets(options, 4000, 0, 0)
+    assert [problem.option for problem in caught.value.problems] == ["blend"]
+    monkeypatch.setattr(device, "available_memory", lambda: 40_000)
+    build_datasets(options, 4000, 0, 0)
 
 
 def test_a_damaged_blend_is_built_again(tmp_path, said):

@@ -15,8 +15,10 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from cordee import device, lock
 from cordee.checkpoint import directory, source
 from cordee.checkpoint.store import CheckpointStore
+from cordee.data import order_cache
 from cordee.errors import ProblemError
 from cordee.parallel.degrees import Degrees
 from cordee.parallel.layout import Layout
@@ -160,7 +162,7 @@ def test_damaged_latest_is_passed_over(tmp_path: Path, capsys, spoil, says: str)
     capsys.readouterr()
     job.run(tiny.resumed(given))
     said = capsys.readouterr().err
-    assert says in said and "going on from" in said and "iter_0000004" in said
+    assert says in said and "resuming from" in said and "iter_0000004" in said
     assert tiny.losses(given) == before
     assert directory.latest(Path(given.save)) == (6, [])
 
@@ -288,3 +290,53 @@ def test_gradient_that_is_not_finite_is_found(gradient: float, why: str):
     layout = Layout(Degrees())
     problem = not_finite.find(model, torch.tensor(1.0), layout, step=7, values="norm inf", samples=range(8, 16))
     assert problem.option == "step 7" and why in problem.why and "samples 8 to 15" in problem.fix
+
+
+# ---- what ranks have to agree on -------------------------------------------------------------------------------------
+
+
+def run_without_the_checkpoint(rank: int, world_size: int, given) -> list[str]:
+    with pytest.raises(ProblemError) as caught:
+        tiny.train_rank(rank, world_size, replace(given, load=None) if rank else given)
+    return [problem.option for problem in caught.value.problems]
+
+
+def test_ranks_of_which_one_has_no_checkpoint_do_not_start(tmp_path: Path, pool):
+    """What is compared comes before what all ranks do with the checkpoint, so none waits for another."""
+    given = tiny.config(tmp_path, train_iters=2, micro_batch_size=8)
+    job.run(given)
+    given = replace(given, load=given.save, save=None, save_interval=None, micro_batch_size=1, nproc_per_node=2)
+    assert pool.run(run_without_the_checkpoint, 2, given) == [["checkpoint"], ["checkpoint"]]
+
+
+def sums_at_the_start(rank: int, world_size: int, given, machines: str, full: str) -> int | list[str]:
+    """Checksums of arrays of sample orders that a rank computes until it trains, on the machine that a letter names;
+    or the options that it refuses. The machines in `full` have no memory left.
+    """
+    sums = []
+
+    def seal(path: Path, content: object) -> bytes:
+        sums.append(path)
+        return _seal(path, content)
+
+    _seal = order_cache._seal
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lock, "machine", lambda: machines[rank])
+        patch.setattr(order_cache, "_seal", seal)
+        patch.setattr(device, "available_memory", lambda: 0 if machines[rank] in full else 2**40)
+        try:
+            tiny.train_rank(rank, world_size, given)
+        except ProblemError as error:
+            return [problem.option for problem in error.problems]
+    return len(sums)
+
+
+def test_one_rank_of_each_machine_verifies_the_orders_and_only_who_builds_needs_memory(tmp_path: Path, pool):
+    given = tiny.config(tmp_path, train_iters=2, save=None, save_interval=None, nproc_per_node=4)
+
+    def start(machines: str, full: str) -> list[int | list[str]]:
+        return pool.run(sums_at_the_start, 4, given, machines, full)
+
+    assert start("abab", "a") == [["dataset"]] * 4  # rank 0 would have to build it
+    assert start("abab", "b") == [6, 3, 0, 0]  # it writes three arrays and reads them; rank 1 reads them
+    assert start("aaaa", "a") == [3, 0, 0, 0]

@@ -19,7 +19,7 @@ from cordee.errors import ProblemError
 from cordee.families.registry import ModelSpec, spec_from_options, spec_from_preset
 from cordee.model.config import LayerConfig
 from cordee.train import job
-from cordee.train.check import check_run
+from cordee.train.check import check_run, check_with_contents
 from cordee.train.plan import plan_run
 from tests.train import tiny
 
@@ -409,3 +409,9 @@ def test_query_groups_of_a_known_model_count_if_it_has_groups(tmp_path: Path, mo
     assert any("--num-query-groups" in note for note in plan.notes) == (model == "llama2-7b")
     same = spec_from_options(ModelOptions(model=model, group_query_attention=model == "llama3-8b"))
     assert same == spec_from_preset(model)
+
+
+def test_a_split_without_training_is_refused(tmp_path: Path):
+    for find in (check_run, check_with_contents):
+        (problem,) = find(tiny.config(tmp_path, split="0,1,1"))
+        assert (problem.option, problem.value) == ("--split", "0,1,1")

@@ -12,7 +12,7 @@ import shutil
 import threading
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,12 @@ from cordee.convert import job as convert
 from cordee.data.check import check
 from cordee.data.indexed import IndexedDataset, fingerprint
 from cordee.data.manifest import Manifest, TokenizerNote, manifest_path, read_manifest
-from cordee.errors import Problem, ProblemError
+from cordee.errors import Findings, Problem, ProblemError
 from cordee.evaluate import job as evaluate
 from cordee.generate import job as generate
-from cordee.train import job, outputs
-from cordee.train.check import check_run
+from cordee.train import job, outputs, plan
+from cordee.train.check import check_run, check_with_contents
+from cordee.train.state import TrainState
 from tests.train import tiny
 from tests.train.test_kill import start, wait_until
 
@@ -132,9 +133,72 @@ def test_an_output_that_is_replaced_outlives_a_damaged_source(trained: TrainConf
 
 # ---- manifests -------------------------------------------------------------------------------------------------------
 
-NUMBERS = [-1, 2**62, 2**70, 1e308, float("nan")]
-WRONG: list[Any] = [None, True, *NUMBERS, "x", "../x", "\ud800\0" * 300, [], [[]], {}, {"": 0}]
+WRONG: dict[str, Any] = {
+    "null": None,
+    "true": True,
+    "-1": -1,
+    "2**62": 2**62,
+    "2**70": 2**70,
+    "1e308": 1e308,
+    "nan": float("nan"),
+    "text": "x",
+    "path": "../x",
+    "surrogates": "\ud800\0" * 300,
+    "[]": [],
+    "[[]]": [[]],
+    "{}": {},
+    "{'': 0}": {"": 0},
+}
+KINDS = (*WRONG, "delete", "nest", "rename")
 CONFIG_READ = ("tokenizer_name_or_path", "load", "moe_aux_loss_coeff")
+# What a manifest may say as well: places that nobody reads, and values that mean what they say, so that those who read
+# them go by them: the default in other words, a large number, another model of the same tensors.
+ABSENT, LARGE, EMPTY = {"null", "delete", "rename"}, {"2**62", "2**70", "1e308"}, {"{}", "{'': 0}"}
+TEXT = {"text", "path", "surrogates"}
+MEANT: dict[str, set[str]] = {
+    "written_by": set(KINDS),
+    "model.hf_config.model_type": set(KINDS),  # the family is named beside it
+    "model.hf_config.architectures": ABSENT | {"[]", "{}"},
+    "model.hf_config.architectures.0": {"delete", "rename"},
+    "model.hf_config.attention_dropout": ABSENT | LARGE,
+    "model.hf_config.initializer_range": ABSENT | LARGE,
+    "model.hf_config.rope_theta": ABSENT | LARGE,
+    "model.hf_config.rms_norm_eps": LARGE,
+    "model.hf_config.rope_scaling": ABSENT | EMPTY,
+    **{f"model.hf_config.{name}": ABSENT for name in ("head_dim", "hidden_act", "attention_bias", "mlp_bias")},
+    "model.hf_config.tie_word_embeddings": {"true"},
+    "model.base_prefix": {"true"},
+    # `test_counters_that_cannot_be` and the contents of the files refuse these when the run starts.
+    **{f"trainer.{field.name}": {"2**62"} for field in fields(TrainState)},
+    **{f"loss_scaler.{name}": {"2**62"} for name in ("scale", "good_steps", "overflows")},
+    "files.__0_0.distcp": {"delete"},
+    "files.__0_0.distcp.crc32": {"2**62"},
+    "schedule.start_weight_decay": {"-1", "2**62"},  # of a weight decay that does not change
+    "schedule.growth": {"2**62"},
+    "data.blocks": {"null", "[]"},  # a run that trained on nothing has no order to keep
+    "data.blocks.0": {"delete", "rename"},
+    "data.blocks.0.0": {"2**62"},
+    "data.period": {"null"},
+    "data.samples": {"null", "2**62"},
+    "config": EMPTY,
+    "config.load": ABSENT | TEXT,
+    "config.tokenizer_name_or_path": ABSENT | TEXT,
+    "config.moe_aux_loss_coeff": ABSENT,
+}
+MEANT_OF_A_NOTE: dict[str, set[str]] = {
+    "max_token": {"-1"},  # of no tokens
+    "append_eod": {"true"},
+    "tokenizer": {"null"},
+    "tokenizer.type": TEXT,  # there is no tokenizer to compare it with
+    "tokenizer.fingerprint": TEXT,
+    "tokenizer.vocab_size": {"2**62"},
+    "tokenizer.eod": {"null", "2**62"},
+    **{name: EMPTY for name in ("sources", "left_out")},
+    **{f"sources.{name}": {"null", "2**62", "delete", "rename"} for name in ("a.txt", "b.txt")},
+    "left_out.empty text": {"2**62", "delete", "rename"},
+}
+# Every so many-th place of each kind of change, other ones for every kind; all of them on demand.
+every = pytest.mark.parametrize("every", [20, pytest.param(1, marks=(pytest.mark.slow, pytest.mark.exhaustive))])
 
 
 def places(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -145,21 +209,23 @@ def places(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
             yield from places(node[key], (*path, key))
 
 
-def changed(manifest: dict[str, Any], place: tuple[Any, ...]) -> Iterator[dict[str, Any]]:
-    """The manifest without what is at `place`, with something else there, and with it nested once more."""
-    for wrong in [*WRONG, "delete", "nest", "rename"]:
-        result = copy.deepcopy(manifest)
-        parent = result
-        for key in place[:-1]:
-            parent = parent[key]
-        value = parent[place[-1]]
-        if wrong in ("delete", "rename"):
-            del parent[place[-1]]
-            if wrong == "rename" and isinstance(parent, dict):
-                parent[f"{place[-1]}_"] = value
-        else:
-            parent[place[-1]] = [value] if wrong == "nest" else wrong
-        yield result
+def changed(manifest: dict[str, Any], every: int) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Name of a place, kind of a change, and the manifest so changed: without what is there, with something else, or
+    with it nested once more."""
+    for number, kind in enumerate(KINDS):
+        for place in list(places(manifest))[number % every :: every]:
+            result = copy.deepcopy(manifest)
+            parent = result
+            for key in place[:-1]:
+                parent = parent[key]
+            value = parent[place[-1]]
+            if kind in ("delete", "rename"):
+                del parent[place[-1]]
+                if kind == "rename" and isinstance(parent, dict):
+                    parent[f"{place[-1]}_"] = value
+            else:
+                parent[place[-1]] = [value] if kind == "nest" else WRONG[kind]
+            yield ".".join(map(str, place)), kind, result
 
 
 def unsealed(path: Path) -> dict[str, Any]:
@@ -285,9 +351,10 @@ def test_changed_data_is_refused(tmp_path: Path, kind: str):
         offsets = np.memmap(file, np.int64, "r+", offset=34 + 80 * 4, shape=2)
         lengths[0], lengths[1], offsets[1] = lengths[0] + 1, lengths[1] - 1, offsets[1] + 2
         lengths.flush(), offsets.flush()
-    for find in (check_run, problems_of_the_run):
+    for find in (check_with_contents, problems_of_the_run):
         (problem,) = find(tiny.resumed(given))
         assert problem.option == "--data-path" and problem.value == str(file)
+    assert check_run(tiny.resumed(given)) == []  # before the run is launched, which reads them
     assert job.run(tiny.resumed(given, finetune=True, save=str(tmp_path / "anew"))) == 0
 
 
@@ -295,6 +362,42 @@ def problems_of_the_run(given: TrainConfig) -> list[Problem]:
     with pytest.raises(ProblemError) as caught:
         job.run(given)
     return caught.value.problems
+
+
+def reads_of_a_run(rank: int, world_size: int, given: TrainConfig) -> list[str]:
+    """Files that the start of a run fingerprints on a rank."""
+    read: list[str] = []
+
+    def count(path: Path, bound: int) -> int:
+        read.append(path.suffix)
+        return fingerprint(path, bound)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "fingerprint", count)
+        assert check_run(given) == [] and not read
+        tiny.train_rank(rank, world_size, given)
+    return read
+
+
+def test_contents_of_the_data_are_read_by_one_rank_and_kept(tmp_path: Path, pool):
+    given = tiny.config(tmp_path, train_iters=2, nproc_per_node=2)
+    assert pool.run(reads_of_a_run, 2, given) == [[".bin", ".idx"], []]
+    (kept,) = directory.read_manifest(Path(given.save or "", "iter_0000002"))["data"]["sets"]
+    for name in ("bin", "idx"):
+        assert kept[name] == fingerprint(Path(f"{given.data_path[0]}.{name}"))
+
+
+def test_data_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch):
+    def broken(path: Path, bound: int) -> int:
+        raise OSError("input/output error")
+
+    monkeypatch.setattr(plan, "fingerprint", broken)
+    given = tiny.config(tmp_path)
+    for find in (check_with_contents, problems_of_the_run):
+        (problem,) = find(given)
+        assert (problem.option, problem.value) == ("dataset", given.data_path[0])
+    (problem,) = check_with_contents(replace(given, data_path=(str(tmp_path / "absent"),)))  # in one way only
+    assert "neither absent.bin" in problem.why
 
 
 def test_a_fingerprint_reads_so_much_and_sees_what_it_reads(tmp_path: Path):
@@ -317,7 +420,8 @@ def test_a_fingerprint_reads_so_much_and_sees_what_it_reads(tmp_path: Path):
 # ---- notes beside datasets -------------------------------------------------------------------------------------------
 
 
-def test_no_note_of_a_dataset_ends_in_a_traceback(tmp_path: Path):
+@every
+def test_no_note_of_a_dataset_ends_in_a_traceback(tmp_path: Path, every: int):
     dataset = IndexedDataset(tiny.make_data(tmp_path))
     note = TokenizerNote(type="HF", fingerprint="f" * 8, vocab_size=tiny.VOCAB, eod=0)
     Manifest(
@@ -335,12 +439,10 @@ def test_no_note_of_a_dataset_ends_in_a_traceback(tmp_path: Path):
     with pytest.raises(ProblemError, match="checksum"):
         read_manifest(dataset)
     del whole[sealed.CHECKSUM]
-    refused = 0
-    for place in places(whole):
-        for wrong in changed(whole, place):
-            file.write_text(sealed.seal(wrong))
-            refused += bool(check(tiny.config(tmp_path), train_samples=1, vocab_size=tiny.VOCAB))
-    assert refused > 100
+    for place, kind, wrong in changed(whole, every):
+        file.write_text(sealed.seal(wrong))
+        refused = bool(check(tiny.config(tmp_path), train_samples=1, vocab_size=tiny.VOCAB))
+        assert refused != (kind in MEANT_OF_A_NOTE.get(place, ())), (place, kind)
     for spoil in (empty, no_text, array, deep, huge_number, a_directory):
         file.rmdir() if file.is_dir() else None
         file.write_text("{}")
@@ -349,20 +451,16 @@ def test_no_note_of_a_dataset_ends_in_a_traceback(tmp_path: Path):
             read_manifest(dataset)
 
 
-def test_no_manifest_ends_in_a_traceback(trained: TrainConfig, copied: Path):
+@every
+def test_no_manifest_ends_in_a_traceback(trained: TrainConfig, copied: Path, every: int):
     """Sealed anew, as only somebody who means it would: refused by problems, or meaning what it says."""
     manifest, file = unsealed(copied), copied / directory.MANIFEST
     resumed = tiny.resumed(trained, load=str(copied.parent), save=str(copied.parent))
-    seen = 0
-    for place in places(manifest):
-        for wrong in changed(manifest, place):
-            file.write_text(sealed.seal(wrong))
-            check_run(resumed)
-            try:
-                source.read(copied.parent)
-            except ProblemError:
-                seen += 1
-    assert seen > 100
+    for place, kind, wrong in changed(manifest, every):
+        file.write_text(sealed.seal(wrong))
+        found = Findings(check_with_contents(resumed))
+        found.attempt(lambda: source.read(copied.parent))
+        assert bool(found.problems) != (kind in MEANT.get(place, ())), (place, kind)
 
 
 # ---- two runs --------------------------------------------------------------------------------------------------------

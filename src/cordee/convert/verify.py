@@ -5,13 +5,13 @@ Owns the comparison of two sources: every tensor bit for bit, by slices, what th
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from cordee import device
 from cordee.data.tokenizer import holds_tokenizer
 from cordee.errors import Problem, ProblemError, raise_all
 from cordee.families.count import count_parameters
@@ -38,7 +38,7 @@ def verify(source: Source, written: Source, dtypes: Mapping[str, torch.dtype]) -
     raise_all(problems)
     how = "bit for bit" if source.exact else "up to a rounding"
     notes = [f"verified: {len(source.names())} tensors are {how} what was read"]
-    needed, available = 8 * count_parameters(source.spec.config), _available_memory()
+    needed, available = 8 * count_parameters(source.spec.config), device.available_memory()
     if needed > available:
         return [*notes, f"logits not compared: that takes {needed:,} bytes of memory, {available:,} are available"]
     length = min(PROMPT_LENGTH, *(model.spec.config.max_position_embeddings for model in (source, written)))
@@ -100,10 +100,3 @@ def _logits(source: Source, dtypes: Mapping[str, torch.dtype], length: int) -> T
             parameter.copy_(parameter.to(dtypes[name]))
         prompt = torch.arange(length)[None] * 7 % source.spec.config.vocab_size
         return model(prompt)
-
-
-def _available_memory() -> int:
-    """Bytes; 0 where the system does not tell."""
-    if "SC_AVPHYS_PAGES" not in os.sysconf_names:
-        return 0
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,8 +1,8 @@
 """From the data options of a run to its datasets for training, validation and test.
 
 Owns how `--data-path` and `--split` are read, which part of which file a dataset takes and how it is ordered. Knows
-nothing of ranks: in a run of several processes one calls `build_datasets` first, so that the others find the sample
-orders in the cache.
+nothing of ranks: in a run of several processes one calls `build_datasets` first, so that the others find those sample
+orders in the cache that are kept there.
 """
 
 from __future__ import annotations
@@ -76,10 +76,13 @@ def build_datasets(
     valid_samples: int,
     test_samples: int,
     train_blocks: Sequence[tuple[int, bool]] | None = None,
+    verified: bool = False,
 ) -> Datasets:
-    """Datasets of at least so many samples each. `train_blocks`: as `plan_order` takes them.
+    """Datasets of at least so many samples each. `train_blocks`: as `plan_order` takes them. `verified`: another
+    process of this machine has just verified or built the sample orders in the cache, so they are not read whole.
 
-    Raises `ProblemError` for options or files that do not fit; `cordee.data.check` finds them all beforehand.
+    Raises `ProblemError` for options or files that do not fit, which `cordee.data.check` finds all beforehand, and for
+    an order that is not in the cache and takes more memory to build than this machine has left.
     """
     parts = plan_parts(config)
     asked: dict[str, int] = dict(zip(SPLITS, (train_samples, valid_samples, test_samples), strict=True))
@@ -94,7 +97,7 @@ def build_datasets(
             indexed = [files[prefix] for prefix in part.blend.prefixes]
             blocks = train_blocks if name == "train" else None
             order = plan_order(part, indexed, config.seq_length, asked[name], blocks)
-            dataset = _build_part(part, indexed, config, order)
+            dataset = _build_part(part, indexed, config, order, verified)
         built.append(dataset)
     return Datasets(*built)
 
@@ -109,16 +112,17 @@ def plan_order(
     """The order of `samples` samples of a part whose datasets are `indexed`.
 
     `blocks`: epochs of a block of each dataset, and whether the last of them is shuffled apart, of the run that this
-    one resumes. Its order goes on in such blocks, whatever the length of the run is now. Raises `ProblemError`.
+    one resumes. Its order continues in such blocks, whatever the length of the run is now. Raises `ProblemError`.
     """
     raise_all(problem for dataset in indexed for problem in part_problems(part, dataset))
-    lengths = []
-    for dataset in indexed:
-        first, last = part.sequences(dataset)
-        lengths.append(dataset.sequence_lengths[first:last])
+    ranges = [part.sequences(dataset) for dataset in indexed]
+    counts = [
+        (last - first, dataset.tokens_between(first, last))
+        for dataset, (first, last) in zip(indexed, ranges, strict=True)
+    ]
 
     def orders(sizes: Sequence[int]) -> list[Order]:
-        return [Order.plan(each, size, seq_length) for each, size in zip(lengths, sizes, strict=True)]
+        return [Order.plan(*count, size, seq_length) for count, size in zip(counts, sizes, strict=True)]
 
     weights = part.blend.weights
     sizes, size = ([samples], samples) if weights is None else blend_sizes(weights, samples)
@@ -128,15 +132,9 @@ def plan_order(
         sizes = periodic_sizes(weights, size, period)
         found = orders(sizes)
     if blocks is not None:
-        kept = zip(lengths, sizes, blocks, strict=True)
-        found = [Order.of_blocks(each, count, seq_length, *block) for each, count, block in kept]
+        kept = zip(counts, sizes, blocks, strict=True)
+        found = [Order.of_blocks(*count, size, seq_length, *block) for count, size, block in kept]
     return PartOrder(tuple(found), size, period)
-
-
-def plan_train_order(config: TrainConfig, samples: int) -> PartOrder:
-    """That of the training data."""
-    part = plan_parts(config)["train"]
-    return plan_order(part, [IndexedDataset(prefix) for prefix in part.blend.prefixes], config.seq_length, samples)
 
 
 def plan_parts(options: DataOptions) -> dict[str, Part]:
@@ -208,12 +206,14 @@ def _parse_split(split: str, problems: list[Problem]) -> tuple[float, ...]:
     return tuple(ends[1:])
 
 
-def _build_part(part: Part, indexed: Sequence[IndexedDataset], config: TrainConfig, order: PartOrder) -> Dataset:
-    datasets = [_build_one(part, one, config, own) for one, own in zip(indexed, order.datasets, strict=True)]
+def _build_part(
+    part: Part, indexed: Sequence[IndexedDataset], config: TrainConfig, order: PartOrder, verified: bool
+) -> Dataset:
+    datasets = [_build_one(part, one, config, own, verified) for one, own in zip(indexed, order.datasets, strict=True)]
     if part.blend.weights is None:
         return datasets[0]
     cache_dir = _cache_dir(config, part.blend.prefixes[0])
-    blend = BlendedDataset(datasets, part.blend.weights, order.size, cache_dir, order.period)
+    blend = BlendedDataset(datasets, part.blend.weights, order.size, cache_dir, order.period, verified)
     if order.period < order.size:
         text = "%s data: the blend of %s samples repeats its choice of datasets every %s, which Megatron's does not"
         logger.info(text, part.name, f"{order.size:,}", f"{order.period:,}")
@@ -223,10 +223,10 @@ def _build_part(part: Part, indexed: Sequence[IndexedDataset], config: TrainConf
     return blend
 
 
-def _build_one(part: Part, indexed: IndexedDataset, config: TrainConfig, order: Order) -> GPTDataset:
+def _build_one(part: Part, indexed: IndexedDataset, config: TrainConfig, order: Order, verified: bool) -> GPTDataset:
     first, last = part.sequences(indexed)
     cache_dir = _cache_dir(config, indexed.prefix)
-    dataset = GPTDataset(indexed, first, last, order, config.seq_length, config.seed, cache_dir)
+    dataset = GPTDataset(indexed, first, last, order, config.seq_length, config.seed, cache_dir, verified)
     numbers = (last - first, len(dataset), order.epochs)
     logger.info("%s data %s: %d sequences, %d samples in %d epochs", part.name, indexed.prefix, *numbers)
     if order.blocks > 1:
@@ -243,7 +243,7 @@ def part_problems(part: Part, indexed: IndexedDataset) -> list[Problem]:
     elif last == first:
         why = f"its share of {len(indexed)} sequences leaves none for {part.name}"
         fix = f"give {part.name} a larger share in --split, give more documents, or ask for no {part.name} samples"
-    elif int(indexed.sequence_lengths[first:last].sum()) < 2:
+    elif indexed.tokens_between(first, last) < 2:
         why, fix = f"{part.name} has fewer than two tokens, so nothing can be predicted", "give more text"
     else:
         return []

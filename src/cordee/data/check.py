@@ -1,15 +1,15 @@
 """Everything about a run's data that can be known before the run.
 
-Owns the checks of `.bin/.idx` files against the run's options, its tokenizer and the memory that its sample orders
-take: all problems at once, without torch.
+Owns the checks of `.bin/.idx` files against the run's options, its tokenizer and how it orders samples: all problems at
+once, without torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from cordee import device
 from cordee.config.option import to_flag
 from cordee.config.schema import DataOptions, TrainConfig
 from cordee.data.build import SPLITS, Part, part_problems, plan_order, plan_parts
@@ -20,7 +20,6 @@ from cordee.errors import Problem, ProblemError
 if TYPE_CHECKING:
     from cordee.data.tokenizer import Tokenizer
 
-_BLEND_ENTRY = 10  # bytes of a sample in the index of a blend
 _PERMUTATION_ENTRY = 8  # bytes of a sample in the permutation of a cyclic order
 _NEED_EOD = ("eod_mask_loss", "reset_position_ids", "reset_attention_mask")
 
@@ -37,7 +36,8 @@ def check(
     """All problems of the data a run asks for.
 
     The numbers of samples say which parts are needed at all. `vocab_size` (of the model) and `tokenizer` are compared
-    with what is known of each dataset. Reads every index once, and no tokens.
+    with what is known of each dataset. Reads every index once, and no tokens. The memory that building an order takes
+    is not checked: this machine may be another than the one that builds it, if it has to be built at all.
     """
     problems = list(_eod_problems(options, tokenizer))
     try:
@@ -49,42 +49,22 @@ def check(
     for prefix in dict.fromkeys(prefix for part in needed.values() for prefix in part.blend.prefixes):
         using = [part for part in needed.values() if prefix in part.blend.prefixes]
         problems += _dataset_problems(prefix, using, vocab_size, tokenizer)
-    for name, part in needed.items():
-        try:
-            problems += _order_problems(options, part, asked[name])
-        except ProblemError:  # of a dataset, found above
-            continue
+    if "train" in needed and options.dataloader_type == "cyclic":
+        with suppress(ProblemError):  # of a dataset, found above
+            problems += _permutation_problems(options, needed["train"], train_samples)
     return problems
 
 
-def _order_problems(options: TrainConfig, part: Part, samples: int) -> Iterator[Problem]:
-    """What keeps the order of a part from being worked out. Its memory hangs on the samples it holds, where Megatron's
-    order is kept."""
+def _permutation_problems(options: TrainConfig, part: Part, samples: int) -> Iterator[Problem]:
+    """Why the samples of a part cannot be permuted: their order is in blocks, since all at once they are too many."""
     indexed = [IndexedDataset(prefix) for prefix in part.blend.prefixes]
     order = plan_order(part, indexed, options.seq_length, samples)
-    available = device.available_memory()
-    for prefix, own in zip(part.blend.prefixes, order.datasets, strict=True):
-        if own.bytes_to_build > available:
-            what = f"the order of {own.samples:,} samples in {own.epochs:,} epochs of {own.documents:,} sequences"
-            yield _too_large(part, prefix, what, own.bytes_to_build, available)
-    if part.blend.weights is not None and order.period * _BLEND_ENTRY > available:
-        what = f"the blend of {order.size:,} samples"
-        yield _too_large(part, None, what, order.period * _BLEND_ENTRY, available)
-    if part.name == "train" and options.dataloader_type == "cyclic" and any(own.blocks > 1 for own in order.datasets):
+    if any(own.blocks > 1 for own in order.datasets):
         samples = order.size if part.blend.weights is not None else order.datasets[0].samples
-        why = f"it permutes all {samples:,} samples at once, in {_gib(samples * _PERMUTATION_ENTRY)} on every rank"
+        size = samples * _PERMUTATION_ENTRY / 2**30
+        why = f"it permutes all {samples:,} samples at once, in {size:,.1f} GiB on every rank"
         fix = "take --dataloader-type single, whose order is shuffled too, or a shorter run"
         yield Problem("--dataloader-type", "cyclic", why, fix)
-
-
-def _too_large(part: Part, prefix: str | None, what: str, needed: int, available: int) -> Problem:
-    why = f"{part.name}: {what} takes {_gib(needed)} of memory to build, and this machine has {_gib(available)} left"
-    fix = "ask for fewer samples, take a larger --seq-length, or a machine with more memory"
-    return Problem(part.blend.option, prefix, why, fix)
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:,.1f} GiB"
 
 
 def _eod_problems(options: DataOptions, tokenizer: Tokenizer | None) -> Iterator[Problem]:

@@ -22,13 +22,15 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from cordee import device
 from cordee.data.indexed import IndexedDataset
 from cordee.data.order import Epochs, Order, block_seed, normalise
 from cordee.data.order_cache import Arrays, cached_arrays, content_key
-from cordee.errors import Problem, raise_all
+from cordee.errors import Problem, ProblemError, raise_all
 
 _CHUNK = 1 << 16  # numbers of an index that are worked out at a time
 _HELD = 2  # blocks of an order
+_BLEND_ENTRY = 10  # bytes of a sample in the index of a blend
 
 Int64s = npt.NDArray[np.int64]
 
@@ -54,7 +56,9 @@ class GPTDataset:
 
     `order` says how many samples there are and in which blocks they are ordered. A block is built when a sample of it
     is first asked for, and two are held. Blocks are kept in `cache_dir` under a name that follows from their content
-    and opened by memory map, but for small ones.
+    and opened by memory map, but for small ones. `verified`: another process of this machine has just verified or built
+    what is kept of an order in one block, so its bytes are not compared with their checksum. ProblemError for a block
+    that has to be built and takes more memory than this machine has left.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class GPTDataset:
         seq_length: int,
         seed: int,
         cache_dir: Path | None = None,
+        verified: bool = False,
     ):
         self.indexed = indexed
         self.order = order
@@ -73,6 +78,7 @@ class GPTDataset:
         self._first, self._last, self._seed = first, last, seed
         self._cache_dir = None if order.is_small else cache_dir
         self._blocks: OrderedDict[int, Indexes] = OrderedDict()  # the last used ones
+        self._verified = verified and order.blocks == 1  # nobody has opened a further block before this process
         self._lock = threading.Lock()  # the threads of a loader wait for a block instead of building it twice
         if order.blocks == 1:
             self.indexes(0)
@@ -104,8 +110,14 @@ class GPTDataset:
         plan, first, last = self.order.block, self._first, self._last
         lengths = self.indexed.sequence_lengths
         seed = block_seed(self._seed, block)
+
+        def build() -> Arrays:
+            what = f"the order of {plan.samples:,} samples in {plan.epochs:,} epochs of {last - first:,} sequences"
+            _require_memory("dataset", self.indexed.prefix, what, self.order.bytes_to_build)
+            return _build_indexes(lengths, first, last, plan, self.seq_length, seed)
+
         if self._cache_dir is None:
-            return Indexes(**_build_indexes(lengths, first, last, plan, self.seq_length, seed))
+            return Indexes(**build())
         key = content_key(
             order="gpt",
             lengths=lengths[first:last],
@@ -120,10 +132,19 @@ class GPTDataset:
             "samples": (plan.samples + 1, 2),
             "shuffle": (plan.samples,),
         }
-        arrays = cached_arrays(
-            self._cache_dir, key, shapes, lambda: _build_indexes(lengths, first, last, plan, self.seq_length, seed)
-        )
-        return Indexes(**arrays)
+        return Indexes(**cached_arrays(self._cache_dir, key, shapes, build, self._verified))
+
+
+def _require_memory(option: str, value: str | None, what: str, needed: int) -> None:
+    """ProblemError if building `what` takes more memory than there is: the system would kill the process instead."""
+    if needed > (available := device.available_memory()):
+        why = f"{what} takes {_gib(needed)} of memory to build, and this machine has {_gib(available)} left"
+        fix = "ask for fewer samples, take a larger --seq-length, or build it on a machine with more memory"
+        raise ProblemError([Problem(option, value, why, fix)])
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:,.1f} GiB"
 
 
 def _build_indexes(
@@ -185,7 +206,7 @@ class BlendedDataset:
     """Samples of several datasets in the proportion of their weights, each dataset's own in order.
 
     Which dataset comes when is Megatron's choice for the first `period` samples (None: for all of them), and then the
-    same again; each dataset's own samples go on.
+    same again; each dataset's own samples continue. `cache_dir`, `verified` and ProblemError: as for `GPTDataset`.
     """
 
     def __init__(
@@ -195,17 +216,24 @@ class BlendedDataset:
         size: int,
         cache_dir: Path | None = None,
         period: int | None = None,
+        verified: bool = False,
     ):
         self.datasets = list(datasets)
         self.size = size
         self.period = period or size
         # Megatron normalises once for the sizes and once more here; the last bit of a weight can decide a tie.
         normalised = normalise(normalise(weights))
+
+        def build() -> Arrays:
+            _require_memory("blend", None, f"the blend of {self.size:,} samples", self.period * _BLEND_ENTRY)
+            return dict(zip(("dataset", "sample"), build_blend(normalised, self.period), strict=True))
+
         arrays = cached_arrays(
             cache_dir,
             content_key(order="blend", weights=normalised.tolist(), size=self.period),
             {"dataset": (self.period,), "sample": (self.period,)},
-            lambda: dict(zip(("dataset", "sample"), build_blend(normalised, self.period), strict=True)),
+            build,
+            verified,
         )
         self.dataset_index = arrays["dataset"]
         self.dataset_sample_index = arrays["sample"]
@@ -245,7 +273,7 @@ def build_blend(weights: npt.NDArray[np.float64], size: int) -> tuple[npt.NDArra
     Sample i comes from the dataset that is most behind its share, the one with the largest
     `weight * max(i, 1) - drawn`; the lowest of equals (Megatron's rule).
 
-    Each choice hangs on all before it, yet a wrong count of what was drawn corrects itself after few samples. So the
+    Each choice depends on all before it, yet a wrong count of what was drawn corrects itself after few samples. So the
     samples are cut in as many blocks as they are long, every block starts from a guess, and all take their steps
     together as one array. A block whose guess was not where the block before it ended is done again from there, until
     none is left; the result is therefore the rule's, to the last sample.

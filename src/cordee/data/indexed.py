@@ -129,6 +129,13 @@ class IndexedDataset:
         pieces = zip(starts.tolist(), stops.tolist(), strict=True)
         return np.concatenate([self._tokens[start:stop] for start, stop in pieces], dtype=np.int64, casting="unsafe")
 
+    def tokens_between(self, first: int, last: int) -> int:
+        """Tokens of the sequences `[first, last)`, by where they begin and end: no other entry is read."""
+        if first == last:
+            return 0
+        size = int(self.sequence_offsets[last - 1]) - int(self.sequence_offsets[first])
+        return size // self.dtype.itemsize + int(self.sequence_lengths[last - 1])
+
     @property
     def num_documents(self) -> int:
         return len(self.document_indices) - 1

@@ -31,8 +31,8 @@ class Loader:
     Micro-batches follow each other in the order of samples: one of `micro` samples on each rank takes the next
     `micro * size`, rank r the r-th `micro` of these. `order` "single" takes samples as the dataset numbers them,
     "cyclic" in a new permutation for every pass over the dataset (Megatron's cyclic sampler without data sharding, for
-    one rank; its permutation hangs on the ranks otherwise). With `num_workers` threads, the next step is read while the
-    current one is computed.
+    one rank; its permutation depends on the ranks otherwise). With `num_workers` threads, the next step is read while
+    the current one is computed.
     """
 
     def __init__(

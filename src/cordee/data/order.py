@@ -1,6 +1,6 @@
 """How the samples of a dataset or a blend are ordered, as far as numbers say it: epochs, blocks, sizes, memory.
 
-Owns the laws by which a number of samples becomes epochs and blocks; they hang on the data and the options alone,
+Owns the laws by which a number of samples becomes epochs and blocks; they depend on the data and the options alone,
 never on a machine. Builds no array and reads no file.
 """
 
@@ -65,9 +65,8 @@ class Order:
     blocks: int
 
     @classmethod
-    def plan(cls, lengths: npt.NDArray[np.int32], num_samples: int | None, seq_length: int) -> Order:
-        """For at least `num_samples` samples (None: those of one epoch) of documents of these lengths."""
-        documents, tokens = len(lengths), int(lengths.sum(dtype=np.int64))
+    def plan(cls, documents: int, tokens: int, num_samples: int | None, seq_length: int) -> Order:
+        """For at least `num_samples` samples (None: those of one epoch) of documents with `tokens` tokens together."""
         whole = Epochs.plan(tokens, num_samples, seq_length)
         if whole.epochs <= _MANY_EPOCHS or documents * whole.epochs + whole.samples <= _LARGE:
             return cls(documents, whole, 1)
@@ -79,11 +78,11 @@ class Order:
 
     @classmethod
     def of_blocks(
-        cls, lengths: npt.NDArray[np.int32], num_samples: int, seq_length: int, epochs: int, last_apart: bool
+        cls, documents: int, tokens: int, num_samples: int, seq_length: int, epochs: int, last_apart: bool
     ) -> Order:
-        """As many blocks of `epochs` as hold `num_samples` samples: how a run that has become longer goes on."""
-        block = Epochs.of(int(lengths.sum(dtype=np.int64)), epochs, last_apart, seq_length)
-        return cls(len(lengths), block, -(-num_samples // block.samples))
+        """As many blocks of `epochs` as hold `num_samples` samples: how a run that is extended resumes."""
+        block = Epochs.of(tokens, epochs, last_apart, seq_length)
+        return cls(documents, block, -(-num_samples // block.samples))
 
     @property
     def samples(self) -> int:

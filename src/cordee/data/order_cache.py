@@ -52,12 +52,14 @@ def cached_arrays(
     key: str,
     shapes: Mapping[str, tuple[int, ...]],
     build: Callable[[], Arrays],
+    verified: bool = False,
 ) -> Arrays:
     """The arrays that `build` makes, from `directory` if it holds them whole, else built and put there.
 
-    Every opening reads all bytes and compares them with the checksum at their end. Of several processes that do this at
-    the same time one builds, and the others wait for it, up to `PATIENCE` seconds. Without a directory, or where it
-    cannot be written, nobody waits and the arrays stay in memory.
+    Opening reads all bytes and compares them with the checksum at their end, unless they are `verified`: another process
+    of this machine has just verified or built them. Of several processes that do this at the same time one builds, and
+    the others wait for it, up to `PATIENCE` seconds. Without a directory, or where it cannot be written, nobody waits
+    and the arrays stay in memory.
     """
     if directory is None:
         return build()
@@ -66,7 +68,7 @@ def cached_arrays(
     while True:
         if (state := _state(paths)) not in (None, damaged):
             try:
-                return _open_all(paths, shapes)
+                return _open_all(paths, shapes, verified and damaged is None and not waiting)
             except _DAMAGE as error:
                 damaged = state
                 logger.warning("The sample order in %s is damaged (%s); it is built again.", directory, error)
@@ -119,13 +121,13 @@ def _keep(path: Path, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return _open(path, array.shape)
 
 
-def _open_all(paths: Mapping[str, Path], shapes: Mapping[str, tuple[int, ...]]) -> Arrays:
-    return {name: _open(path, shapes[name]) for name, path in paths.items()}
+def _open_all(paths: Mapping[str, Path], shapes: Mapping[str, tuple[int, ...]], verified: bool = False) -> Arrays:
+    return {name: _open(path, shapes[name], verified) for name, path in paths.items()}
 
 
-def _open(path: Path, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+def _open(path: Path, shape: tuple[int, ...], verified: bool = False) -> npt.NDArray[Any]:
     content = np.memmap(path, np.uint8, "r")
-    if content[-_SEAL:].tobytes() != _seal(path, content[:-_SEAL]):
+    if not verified and content[-_SEAL:].tobytes() != _seal(path, content[:-_SEAL]):
         raise ValueError(f"the checksum of {path.name} does not match")
     array = np.load(path, mmap_mode="r", allow_pickle=False)
     if array.shape != shape:

@@ -18,7 +18,7 @@ from typing import TypeVar
 
 import torch
 
-from cordee import device, launch, log
+from cordee import device, launch, lock, log
 from cordee.checkpoint import directory
 from cordee.checkpoint.store import CheckpointStore, restore
 from cordee.config.schema import PerformanceOptions, TrainConfig
@@ -124,10 +124,13 @@ def _plan(config: TrainConfig, layout: Layout) -> RunPlan:
         for name in directory.tidy(Path(config.save)):
             logger.info("removed what an interrupted save had left: %s", name)
     collectives.from_first(None, layout)  # nobody looks for checkpoints before that is done
-    fingerprints = _fingerprints(config, layout)
+    unread = Findings()
+    fingerprints = _fingerprints(config, layout, unread)
     avoid: dict[int, str] = {}
     while True:
         plan = together(layout, lambda: plan_run(config, layout.world_size, avoid, fingerprints))
+        collectives.raise_together(unread.problems, layout)  # after what planning finds of the same files
+        agreement.require(plan, layout)  # so all ranks have the same checkpoint, or none
         if (why := _damage(plan, layout)) is None:
             break
         assert plan.origin.checkpoint is not None
@@ -135,31 +138,32 @@ def _plan(config: TrainConfig, layout: Layout) -> RunPlan:
         if config.ckpt_step is not None or path == Path(config.load or ""):
             raise ProblemError([Problem("--load", path, why, "choose another checkpoint by --ckpt-step")])
         avoid[plan.origin.checkpoint.manifest["iteration"]] = why
-    agreement.require(plan, layout)
     for note in plan.notes:
         logger.info("%s", note)
     return plan
 
 
-def _fingerprints(config: TrainConfig, layout: Layout) -> Fingerprints | None:
-    """Those of the data on this host, read by its first rank alone; hosts may have copies, which `agreement` compares.
+def _first_of_machine(layout: Layout) -> int:
+    """The lowest rank that runs on the machine of this one; containers of a machine count as several, for each may
+    have files of its own."""
+    mine = (lock.machine(), socket.gethostname())
+    return collectives.gather(mine, layout).index(mine)
 
-    None if it cannot be read, or there is none: what is planned then tells all that is wrong.
-    """
-    host, mine = socket.gethostname(), None
-    if collectives.gather(host, layout).index(host) == layout.rank:
-        mine = Findings().attempt(lambda: fingerprint_data(config))
-    of_host = (found for where, found in collectives.gather((host, mine), layout) if where == host)
-    return next((found for found in of_host if found is not None), None)
+
+def _fingerprints(config: TrainConfig, layout: Layout, unread: Findings) -> Fingerprints | None:
+    """Those of the data on this machine, read by its first rank alone; machines may have copies, which `agreement`
+    compares. None, and the problems of the reader in `unread`, if it cannot be read."""
+    first = _first_of_machine(layout)
+    mine = unread.attempt(lambda: fingerprint_data(config)) if first == layout.rank else None
+    return collectives.gather(mine, layout)[first]
 
 
 def _damage(plan: RunPlan, layout: Layout) -> str | None:
     """What is wrong with the contents of the checkpoint to load; each rank reads its share of the files."""
-    checkpoint = plan.origin.checkpoint
-    if checkpoint is None:
-        return None
-    names = sorted(checkpoint.manifest["files"])[layout.rank :: layout.world_size]
-    why = directory.damage(checkpoint.path, contents=names)
+    why = None
+    if (checkpoint := plan.origin.checkpoint) is not None:
+        names = sorted(checkpoint.manifest["files"])[layout.rank :: layout.world_size]
+        why = directory.damage(checkpoint.path, contents=names)
     return next((found for found in collectives.gather(why, layout) if found), None)
 
 
@@ -191,7 +195,7 @@ def _build(
     if (resumed := plan.resumed) is not None:
         state = TrainState.from_dict(resumed.manifest["trainer"])
         scaler.load_state_dict(resumed.manifest["loss_scaler"])
-        logger.info("going on from %s", resumed.path)
+        logger.info("resuming from %s", resumed.path)
     loaders = _loaders(plan, layout, stack)
     store = None
     if config.save is not None:
@@ -232,7 +236,7 @@ def _executor(
 
 
 def _fill(plan: RunPlan, model: GPTModel, optimizer: torch.optim.Optimizer, layout: Layout) -> None:
-    """Values of the parameters and, where the run goes on, the state of the optimizer."""
+    """Values of the parameters and, where the run resumes, the state of the optimizer."""
     origin = plan.origin
     if origin.checkpoint is not None:
         takes_state = origin.checkpoint.resume and plan.config.load_optim
@@ -294,20 +298,20 @@ def _loaders(plan: RunPlan, layout: Layout, stack: ExitStack) -> dict[str, Loade
 
 
 def _datasets(plan: RunPlan, layout: Layout) -> Datasets:
-    """Datasets of all parts; rank 0 works out the orders and keeps them where the other ranks find them."""
+    """Datasets of all parts. Of the sample orders that are kept in the cache rank 0 builds those that are missing, the
+    first rank of every machine verifies them, and the others open them; small blocks of an order each rank builds
+    itself, when it comes to them."""
     counts = [plan.samples[name] for name in ("train", "valid", "test")]
-    blocks = plan.data["blocks"]
+    first = _first_of_machine(layout)
+    turn = 0 if layout.rank == 0 else 1 if layout.rank == first else 2
 
     def build() -> Datasets:
-        return build_datasets(plan.config, *counts, train_blocks=blocks)
+        return build_datasets(plan.config, *counts, train_blocks=plan.data["blocks"], verified=turn == 2)
 
-    if layout.rank == 0:
-        datasets = together(layout, build)
-        collectives.from_first(None, layout)
-        return datasets
-    together(layout, lambda: None)
-    collectives.from_first(None, layout)
-    return build()
+    built = [together(layout, build if now == turn else lambda: None) for now in range(3)]  # each after those before
+    datasets = built[turn]
+    assert datasets is not None
+    return datasets
 
 
 def _reports(plan: RunPlan, layout: Layout, on: torch.device, loss_name: str) -> Reports:

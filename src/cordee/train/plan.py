@@ -19,7 +19,7 @@ from cordee.config.check import check_train, fewest_processes, without_effect
 from cordee.config.option import to_flag
 from cordee.config.schema import TokenizerOptions, TrainConfig
 from cordee.data import check as data_check
-from cordee.data.build import plan_parts, plan_train_order
+from cordee.data.build import Part, plan_order, plan_parts
 from cordee.data.indexed import IndexedDataset, bin_path, fingerprint, idx_path
 from cordee.data.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
 from cordee.errors import Findings, Problem, ProblemError, raise_all
@@ -60,7 +60,7 @@ class RunPlan:
 
     @property
     def resumed(self) -> Checkpoint | None:
-        """The checkpoint that the run goes on from."""
+        """The checkpoint that the run resumes from."""
         checkpoint = self.origin.checkpoint
         return checkpoint if checkpoint is not None and checkpoint.resume else None
 
@@ -78,8 +78,8 @@ def plan_run(
     """The plan of a run over `world_size` processes; ProblemError with everything that is wrong with it.
 
     A run does not resume from checkpoints of the iterations in `avoid`: they have turned out to be damaged, as the
-    text says. `fingerprints`
-    are what `fingerprint_data` returned on this host; None reads the data for them.
+    text says. `fingerprints` are what `fingerprint_data` returned on this machine. With None, which is for plans that
+    are not trained, the contents of the data are neither in the plan nor compared with those of a run to resume.
     """
     contradictions = check_train(config)
     found = Findings(
@@ -108,7 +108,7 @@ def plan_run(
         counts = sorted({size // batches.slice_size for size in batches.batch_sizes()})
         division = found.attempt(lambda: pipeline_check.division(config, shape, spec.config, counts))
         found.notes += pipeline_check.notes(division, counts)
-    data = found.attempt(lambda: _data_identity(config, fingerprints) | _order_identity(config, samples))
+    data = found.attempt(lambda: _data_identity(config, samples, fingerprints))
     plan = None
     if origin is not None and spec is not None and data is not None:
         whole = RunPlan(
@@ -128,15 +128,15 @@ def plan_run(
         # With options that contradict each other the schedule is none that anybody wants.
         plan = whole if contradictions else found.attempt(lambda: _joined(whole))
     # What a contradiction already says of an option may be found in other words further on.
-    said = {(problem.option, str(problem.value)) for problem in contradictions}
+    known = {(problem.option, str(problem.value)) for problem in contradictions}
     further = found.problems[len(contradictions) :]
-    raise_all(dict.fromkeys([*contradictions, *(p for p in further if (p.option, str(p.value)) not in said)]))
+    raise_all(dict.fromkeys([*contradictions, *(p for p in further if (p.option, str(p.value)) not in known)]))
     assert plan is not None
     return plan
 
 
 def _smallest(config: TrainConfig) -> Degrees:
-    """The fewest processes that `config` fits, so that what does not hang on their number is checked all the same."""
+    """The fewest processes that `config` fits, so that what does not depend on their number is checked all the same."""
     try:
         return degrees(config, fewest_processes(config))
     except ProblemError:  # degrees that fit no number of processes, which is known already
@@ -144,7 +144,7 @@ def _smallest(config: TrainConfig) -> Degrees:
 
 
 def _joined(plan: RunPlan) -> RunPlan:
-    """`plan` as it goes on from its checkpoint, if it does."""
+    """`plan` as it resumes from its checkpoint, if it does."""
     if (resumed := plan.resumed) is None:
         return plan
     done = resumed.manifest["trainer"]["iteration"]
@@ -179,7 +179,7 @@ def _iterations(config: TrainConfig, batches: BatchSchedule, notes: list[str]) -
 def _start(
     config: TrainConfig, avoid: Mapping[int, str] | None, found: Findings
 ) -> tuple[Origin | None, Tokenizer | None, ModelSpec | None]:
-    """Where the run begins, and what model and tokenizer that makes; None for what cannot be told."""
+    """Where the run begins, and what model and tokenizer that makes; None for what is unknown."""
     chosen = found.attempt(lambda: choose(config, avoid, found.notes))
     if chosen is None:
         return None, None, None
@@ -223,22 +223,22 @@ def _asked(config: TrainConfig, origin: Origin, tokenizer: Tokenizer | None, not
     wanted = (spec_named(config.model) if config.model else loaded).with_options(shape)
     problems = list(_vocabulary_problems(config, loaded.config.vocab_size))
     changed = differences(loaded.config, wanted.config)
-    told = ", ".join(f"{flag} {values}" for flag, values in changed.items()) or "in what no option says"
+    listed = ", ".join(f"{flag} {values}" for flag, values in changed.items()) or "in what no option says"
     resumes = origin.checkpoint is not None and origin.checkpoint.resume
     if wanted.shapes() != loaded.shapes():
         fix = "leave the model options out: what is loaded says its shape"
-        problems.append(Problem("--load", config.load, f"the options ask for another model: {told}", fix))
+        problems.append(Problem("--load", config.load, f"the options ask for another model: {listed}", fix))
     elif resumes and _lasting(loaded.config) != _lasting(wanted.config):
         fix = "leave these options out, or start anew from the weights: --finetune"
-        problems.append(Problem("--load", config.load, f"the run was of another model: {told}", fix))
+        problems.append(Problem("--load", config.load, f"the run was of another model: {listed}", fix))
     elif canonical(loaded.config) != canonical(wanted.config):
-        notes.append(f"the options change what the model that is loaded computes: {told}")
+        notes.append(f"the options change what the model that is loaded computes: {listed}")
     raise_all(problems)
     return wanted
 
 
 def _lasting(config: ModelConfig) -> ModelConfig:
-    """`config` without what a run that goes on may be told otherwise: it is of training, not of what weights mean."""
+    """`config` without what a resumed run may be given otherwise: it is of training, not of what weights mean."""
     dropout = {"embedding_dropout": 0.0, "attention_dropout": 0.0, "hidden_dropout": 0.0}
     return canonical(replace(config, init_std=0.0, **dropout))
 
@@ -280,11 +280,11 @@ def _save_problems(config: TrainConfig, origin: Origin) -> Iterator[Problem]:
     yield from _unwritable("--save", root)
     if directory.is_root(root):
         checkpoint = origin.checkpoint
-        goes_on = checkpoint is not None and checkpoint.resume and checkpoint.path.parent.samefile(root)
-        if not goes_on:
+        resumes = checkpoint is not None and checkpoint.resume and checkpoint.path.parent.samefile(root)
+        if not resumes:
             newest = max(directory.iterations(root), default=0)
             why = f"it holds the checkpoints of another run, up to iteration {newest}"
-            yield Problem("--save", root, why, f"go on with that run: --load {root}; or give another directory")
+            yield Problem("--save", root, why, f"resume that run: --load {root}; or give another directory")
 
 
 def _report_problems(config: TrainConfig) -> Iterator[Problem]:
@@ -343,12 +343,19 @@ def _has_sequences(config: TrainConfig) -> bool:
     return all(first < last for first, last in ranges)
 
 
+def _training_part(config: TrainConfig) -> Part:
+    if (part := plan_parts(config).get("train")) is None:
+        fix = "give training a share, for example 969,30,1"
+        raise ProblemError([Problem("--split", config.split, "its first share, that of training, is zero", fix)])
+    return part
+
+
 def fingerprint_data(config: TrainConfig) -> Fingerprints:
     """What tells changed bytes of the data to train on; ProblemError if it cannot be read.
 
     The more datasets, the less is read of each, so that no blend takes longer to start than another.
     """
-    prefixes = plan_parts(config)["train"].blend.prefixes
+    prefixes = _training_part(config).blend.prefixes
     bound = READ_OF_DATA // len(set(prefixes))
 
     def read(prefix: str) -> dict[str, int]:
@@ -362,20 +369,16 @@ def fingerprint_data(config: TrainConfig) -> Fingerprints:
     return tuple(found[prefix] for prefix in prefixes)
 
 
-def _data_identity(config: TrainConfig, fingerprints: Fingerprints | None) -> dict[str, Any]:
-    """What decides which sample comes when: two runs with equal identities see the same ones."""
-    part = plan_parts(config)["train"]
+def _data_identity(config: TrainConfig, samples: dict[str, int], fingerprints: Fingerprints | None) -> dict[str, Any]:
+    """What decides which sample comes when: two runs with equal identities see the same ones. Nothing about the order
+    for a run that trains on no samples."""
+    part, count = _training_part(config), samples.get("train")
     weights = part.blend.weights or (1.0,)
     opened = [IndexedDataset(prefix) for prefix in part.blend.prefixes]
     sets = []
-    for indexed, weight, content in zip(opened, weights, fingerprints or fingerprint_data(config), strict=True):
+    for indexed, weight, content in zip(opened, weights, fingerprints or ({},) * len(opened), strict=True):
         first, last = part.sequences(indexed)
         sets.append({"tokens": indexed.num_tokens, "first": first, "last": last, "weight": weight, **content})
-    return {"seq_length": config.seq_length, "seed": config.seed, "order": config.dataloader_type, "sets": sets}
-
-
-def _order_identity(config: TrainConfig, samples: dict[str, int]) -> dict[str, Any]:
-    """What the number of samples decides of their order; nothing for a run that trains on none."""
-    count = samples.get("train")
-    described = plan_train_order(config, count).describe() if count else {"blocks": None, "period": None}
-    return {**described, "samples": count}
+    order = plan_order(part, opened, config.seq_length, count).describe() if count else {"blocks": None, "period": None}
+    whole = {"seq_length": config.seq_length, "seed": config.seed, "order": config.dataloader_type, "sets": sets}
+    return whole | order | {"samples": count}

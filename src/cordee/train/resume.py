@@ -1,7 +1,7 @@
-"""What the manifest of a checkpoint says about a run, and going on from it.
+"""What the manifest of a checkpoint says about a run, and resuming from it.
 
-Owns the run's part of the manifest and what has to be the same for the samples, the schedule and the optimizer to go
-on as if nothing had been.
+Owns the run's part of the manifest and what has to be the same for the samples, the schedule and the optimizer to
+continue as if nothing had been.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def describe(plan: RunPlan, state: TrainState, scaler: LossScaler) -> dict[str, 
 
 
 def join(plan: RunPlan, manifest: dict[str, Any]) -> RunPlan:
-    """`plan` as it goes on from a checkpoint with `manifest`; ProblemError with all that keeps it from doing so."""
+    """`plan` as it resumes from a checkpoint with `manifest`; ProblemError with all that keeps it from doing so."""
     then = Schedule(**manifest["schedule"])
     if plan.config.use_checkpoint_opt_param_scheduler:
         plan = replace(plan, schedule=then)
@@ -90,12 +90,12 @@ def join(plan: RunPlan, manifest: dict[str, Any]) -> RunPlan:
 
 
 def _in_order(plan: RunPlan, then: dict[str, Any]) -> RunPlan:
-    """`plan` with the order of its data as it was `then`. Megatron's hangs on the length of a run: another length would
-    bring other samples, some a second time before others come at all."""
+    """`plan` with the order of its data as it was `then`. Megatron's depends on the length of a run: another length
+    would bring other samples, some a second time before others come at all."""
     if not then["blocks"] or not plan.data["blocks"]:
         return plan
     kept, samples, notes = {"blocks": then["blocks"]}, plan.samples, plan.notes
-    if plan.config.dataloader_type == "cyclic":  # what is longer is in further passes over the same samples
+    if plan.config.dataloader_type == "cyclic":  # what is added is further passes over the same samples
         kept["samples"] = then["samples"]
         samples = {**samples, "train": then["samples"]}
     if plan.data["blocks"] != then["blocks"]:
@@ -108,7 +108,7 @@ def _data_problems(plan: RunPlan, manifest: dict[str, Any]) -> Iterator[Problem]
     then, now = manifest["data"], plan.data
     if then["seed"] != now["seed"] and plan.config.load_rng:
         why = f"the run had seed {then['seed']}, which decides the order of its data"
-        fix = f"give --seed {then['seed']}, or --no-load-rng to go on with another order"
+        fix = f"give --seed {then['seed']}, or --no-load-rng to resume with another order"
         yield Problem("--seed", now["seed"], why, fix)
     for key, option in (("seq_length", "--seq-length"), ("order", "--dataloader-type")):
         if then[key] != now[key]:
@@ -126,7 +126,7 @@ def _data_problems(plan: RunPlan, manifest: dict[str, Any]) -> Iterator[Problem]
             plan_parts(plan.config)["train"].blend.prefixes, then["sets"], now["sets"], strict=True
         )
         for kind in CONTENTS
-        if before[kind] != after[kind]
+        if kind in after and before[kind] != after[kind]  # a plan that is not trained may not have read it
     }
     for file in sorted(changed):
         why = "its bytes changed since the checkpoint was saved, so its place in the data would mean other samples"
@@ -175,11 +175,11 @@ def _optimizer_problems(plan: RunPlan, manifest: dict[str, Any]) -> Iterator[Pro
     if not plan.config.load_optim:
         return
     if then is None:
-        fix = "go on without it: --no-load-optim"
+        fix = "resume without it: --no-load-optim"
         yield Problem("--load", plan.config.load, "the checkpoint was saved without the state of the optimizer", fix)
     elif _algorithm(then) != _algorithm(now):
         why = f"the checkpoint has the state of {then}"
-        yield Problem("--optimizer", now, why, f"give {then}, or go on without that state: --no-load-optim")
+        yield Problem("--optimizer", now, why, f"give {then}, or resume without that state: --no-load-optim")
 
 
 def _algorithm(optimizer: str) -> str:
