@@ -25,8 +25,8 @@ _LARGEST = 2**63 - 1
 Form = Callable[[Any], str | None]
 
 
-class OtherFormat(ValueError):
-    """A file that another version has written."""
+class OlderFormat(ValueError):
+    """A file that an older version has written."""
 
 
 def seal(content: Mapping[str, Any]) -> str:
@@ -38,15 +38,16 @@ def seal(content: Mapping[str, Any]) -> str:
 def read(path: Path, form: Form, version: int) -> dict[str, Any]:
     """The fields of a sealed file whose "format" is `version`, without that and the checksum.
 
-    ValueError with what is wrong: no file of JSON, another format (`OtherFormat`), changed since it was sealed, or not
+    ValueError with what is wrong: no file of JSON, another format (`OlderFormat`), changed since it was sealed, or not
     of `form`.
     FileNotFoundError and other OSErrors as they come.
     """
     found = read_json(path)
     if not isinstance(found, dict):
         raise ValueError("it is no JSON object")
-    if found.pop("format", None) != version:
-        raise OtherFormat(f"it is not of format {version}, the one that this version of Cordée reads")
+    if (told := found.pop("format", None)) != version:
+        kind = OlderFormat if type(told) is int and 0 < told < version else ValueError
+        raise kind(f"it is not of format {version}, the one that this version of Cordée reads")
     try:
         if found.pop(CHECKSUM, None) != _checksum({"format": version, **found}):
             raise ValueError("it was changed: its checksum is not the one it was written with")

@@ -137,10 +137,17 @@ def test_a_note_about_other_data(prefix):
     )
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"format": 99}', '{"format": 1, "tokenizer": null, "colour": 1}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": 99}', '{"format": 2, "tokenizer": null, "colour": 1}'])
 def test_a_note_that_cannot_be_read(tmp_path, prefix, text):
     (tmp_path / "x.json").write_text(text)
     assert "it cannot be read" in whys(config(data_path=(prefix,)))[0]
+
+
+def test_a_note_of_an_older_version_is_ignored(tmp_path, prefix, caplog):
+    """The dataset is as good without it."""
+    (tmp_path / "x.json").write_text('{"format": 1, "tokens": 3}')
+    assert read_manifest(IndexedDataset(prefix)) is None and str(tmp_path / "x.json") in caplog.text
+    assert not whys(config(data_path=(prefix,)))
 
 
 def test_a_note_is_read_as_written(prefix):

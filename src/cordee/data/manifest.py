@@ -63,7 +63,7 @@ def read_manifest(dataset: IndexedDataset) -> Manifest | None:
         return None
     try:
         manifest = _from_fields(sealed.read(path, sealed.of(Manifest, max_token=sealed.count(-1)), FORMAT))
-    except sealed.OtherFormat as error:
+    except sealed.OlderFormat as error:
         logger.warning("ignored: %s: %s; preprocess again to have the data checked against it", path, error)
         return None
     except (OSError, ValueError) as error:
