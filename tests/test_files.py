@@ -311,3 +311,29 @@ def test_a_small_file_that_cannot_be_written_leaves_the_old_one(tmp_path, monkey
     with pytest.raises(OSError, match="No space"):
         files.write_durably(tmp_path / "note", "new")
     assert (tmp_path / "note").read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["note"]
+
+
+def test_a_link_that_changes_while_it_is_judged(tmp_path, secret, monkeypatch):
+    """What is judged is what was opened: one that leads elsewhere a moment later gives nothing away."""
+    (tmp_path / "model").mkdir()
+    file = tmp_path / "model" / "LICENSE"
+    file.symlink_to(secret)
+    resolve = Path.resolve
+
+    def resolved(path, strict=False):
+        found = resolve(path, strict)
+        if path == file:  # judged as a file of the directory
+            return file.parent / "LICENSE"
+        return found
+
+    monkeypatch.setattr(Path, "resolve", resolved)
+    (tmp_path / "out").mkdir()
+    assert files.copy_files([file], tmp_path / "out") == [] and not list((tmp_path / "out").iterdir())
+
+
+def test_a_scratch_directory_of_another_user_is_not_taken(tmp_path, monkeypatch):
+    (tmp_path / ".out.new").mkdir()
+    (tmp_path / ".out.new" / ".unfinished").touch()
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with pytest.raises(ProblemError, match="something else is there"):
+        Staging(tmp_path / "out")

@@ -17,8 +17,7 @@ from typing import Any, BinaryIO, cast
 from cordee.log import logger
 
 LARGEST = 2**30  # bytes of a file that is copied: tokenizers and licences have far fewer
-LARGEST_JSON = 2**28  # bytes of a JSON file; of those that belong to models the largest have a tenth of it
-_OUTSIDE = "it is a link to a file outside the model directory"
+LARGEST_JSON = 2**26  # bytes of a JSON file: twice the largest that belongs to a model
 
 
 # ---- files of others -------------------------------------------------------------------------------------------------
@@ -28,10 +27,8 @@ def read_json(path: Path) -> Any:
     """The value in a JSON file. ValueError if it holds something else, or more than `LARGEST_JSON` bytes; OSError if it
     cannot be read.
     """
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a pipe is not waited for
+    with _open_regular(path) as file:
         status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("it is no regular file")
         if status.st_size > LARGEST_JSON:
             raise ValueError(f"it has {status.st_size:,} bytes, more than {LARGEST_JSON:,}")
         data = file.read(max(status.st_size, 1 << 16))  # a buffer of as many bytes is made at once
@@ -51,34 +48,57 @@ def copy_files(files: Iterable[Path], target: Path) -> list[Path]:
     for file in files:
         if os.path.realpath(file) == os.path.realpath(target / file.name):
             continue
-        if (why := left_out(file)) is None:
-            copy_file(file, target / file.name)
-            copied.append(file)
-        else:
-            reasons[file] = why
+        try:
+            given = _open_inside(file)
+        except (OSError, ValueError) as error:
+            reasons[file] = error
+            continue
+        with given:
+            _copy(given, target / file.name)
+        copied.append(file)
     if reasons:
         logger.warning("not copied: %s", "; ".join(f"{file}: {why}" for file, why in reasons.items()))
     return copied
 
 
 def left_out(file: Path) -> str | None:
-    """Why the content of a file in a model directory must not get into output; None if it may.
+    """Why the content of a file in a model directory must not get into output; None if it may."""
+    try:
+        _open_inside(file).close()
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def _open_inside(file: Path) -> BinaryIO:
+    """A file of a model directory, opened to copy its content into output. ValueError if that must not be there.
 
     A link may lead anywhere inside the directory, or, from a snapshot of Hugging Face's cache, to the blobs of the
-    same repository; else it would give away whatever the user can read.
+    same repository; else it would give away whatever the user can read. What is judged is what was opened, so that a
+    link which changes meanwhile changes nothing.
     """
+    directory = file.parent.resolve(strict=True)
+    given = _open_regular(file)
     try:
-        real, directory = file.resolve(strict=True), file.parent.resolve(strict=True)
-        status = real.stat()
-    except (OSError, RuntimeError) as error:  # the latter for links in a circle
-        return f"it cannot be read: {error}"
-    if not real.is_relative_to(directory) and real.parent not in _blobs(directory):
-        return _OUTSIDE
-    if not stat.S_ISREG(status.st_mode):
-        return "it is no regular file"
-    if status.st_size > LARGEST:
-        return f"it has {status.st_size:,} bytes, more than {LARGEST:,}"
-    return None
+        at = Path(f"/proc/self/fd/{given.fileno()}")
+        real = Path(os.readlink(at)) if at.is_symlink() else file.resolve(strict=True)
+        if not real.is_relative_to(directory) and real.parent not in _blobs(directory):
+            raise ValueError("it is a link to a file outside the model directory")
+        if (size := os.fstat(given.fileno()).st_size) > LARGEST:
+            raise ValueError(f"it has {size:,} bytes, more than {LARGEST:,}")
+    except (OSError, ValueError):
+        given.close()
+        raise
+    return given
+
+
+def _open_regular(file: Path) -> BinaryIO:
+    """A regular file, opened. ValueError for others: a pipe would keep its reader until someone writes."""
+    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError("it is no regular file")
+    return cast(BinaryIO, open(descriptor, "rb"))
 
 
 def _blobs(directory: Path) -> Iterable[Path]:
@@ -88,17 +108,16 @@ def _blobs(directory: Path) -> Iterable[Path]:
 
 
 def copy_file(source: Path, target: Path) -> None:
+    """Copy a file of the user's. OSError or ValueError if that fails."""
+    with _open_regular(source) as given:
+        _copy(given, target)
+
+
+def _copy(given: BinaryIO, target: Path) -> None:
     """Copy a file, which `target` then is a new one of. Its owner may write it; no one else may do what they may not
-    with `source`. OSError if that fails.
-    """
-    # Opened without waiting: a pipe put there in the meantime would keep the reader until someone writes.
-    descriptor = os.open(source.resolve(), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    with open(descriptor, "rb") as given:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(f"{source} is no regular file")
-        with create_new(target, status.st_mode & 0o666 | 0o600) as copy:
-            shutil.copyfileobj(given, copy, 1 << 20)
+    with the file that is given."""
+    with create_new(target, os.fstat(given.fileno()).st_mode & 0o666 | 0o600) as copy:
+        shutil.copyfileobj(given, copy, 1 << 20)
 
 
 # ---- own files -------------------------------------------------------------------------------------------------------

@@ -48,13 +48,15 @@ def test_no_reader_runs_any_gadget(tmp_path):
 
 
 def nested(leaves):
-    keys = st.text() | st.integers() | st.tuples(st.integers(), st.text())
+    numbers = st.integers(-(2**63), 2**63 - 1)
+    keys = st.text() | numbers | st.tuples(numbers, st.text())
     containers = lambda inner: st.lists(inner) | st.dictionaries(keys, inner) | st.lists(inner).map(tuple)  # noqa: E731
     return st.recursive(leaves, containers)
 
 
 simple = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
-sets = st.frozensets(st.integers()) | st.sets(st.text())  # which are data from protocol 4 on, as bytes from 3
+# Sets are data from protocol 4 on, bytes from 3.
+sets = st.frozensets(st.integers(-(2**63), 2**63 - 1)) | st.sets(st.text())
 cases = st.tuples(nested(simple), st.just(2)) | st.tuples(nested(simple | st.binary()), st.just(3))
 cases |= st.tuples(nested(simple | st.binary() | sets), st.sampled_from([4, 5]))
 
@@ -327,3 +329,26 @@ def test_types(tmp_path, dtype):
             file.read((name,), ()).view(torch.uint8 if dtype.itemsize == 1 else dtype),
             expected.view(torch.uint8 if dtype.itemsize == 1 else dtype),
         )
+
+
+def test_values_that_torch_would_change_when_it_reads_them(tmp_path):
+    """The imaginary part of a conjugate: its bytes are those of what it is the negative of."""
+    values = torch.randn(3)
+    torch.save({"w": torch.complex(torch.zeros(3), -values).conj().imag}, tmp_path / "x.bin")
+    assert torch.equal(torch.load(tmp_path / "x.bin", weights_only=True)["w"], values)
+    with pytest.raises(UNREADABLE):
+        TorchFile(tmp_path / "x.bin")
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        b"}(" + b"".join(b"\x8a\x0a" + (i * (2**61 - 1)).to_bytes(10, "little") + b"N" for i in range(8, 5000)) + b"u.",
+        b"}" + gadgets.text("x" * 1000) + b"q\x00(" + b"h\x00" * 1000 + b"tNs.",
+    ],
+    ids=["numbers of one hash", "a long tuple"],
+)
+def test_keys_that_harm(tmp_path, pickled):
+    (tmp_path / "x.bin").write_bytes(gadgets.archive(pickled))
+    with suppress(*UNREADABLE):
+        assert not TorchFile(tmp_path / "x.bin").tensors

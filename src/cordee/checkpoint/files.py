@@ -48,9 +48,10 @@ def read_metadata(directory: Path) -> Metadata:
     try:
         content, _ = load((directory / METADATA).read_bytes(), resolve=resolve)
         metadata = _metadata(content)
+        lack = missing_bytes(directory, metadata)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{directory / METADATA} cannot be read: {error}") from error
-    if (lack := missing_bytes(directory, metadata)) is not None:
+    if lack is not None:
         raise ValueError(lack)
     return metadata
 

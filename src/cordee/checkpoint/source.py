@@ -6,11 +6,9 @@ and `evaluate` read it like any other format, in one process, a tensor or a part
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,12 +22,7 @@ from cordee.families.registry import STORED_SPEC, ModelSpec
 from cordee.weights.codec import Source
 
 # What is read of a manifest here.
-_FORM = sealed.record(
-    {
-        "model": STORED_SPEC,
-        "config": sealed.record({}, dict.fromkeys(("tokenizer_name_or_path", "load"), sealed.maybe(sealed.text()))),
-    }
-)
+_FORM = sealed.record({"model": STORED_SPEC})
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -55,14 +48,6 @@ def read(path: str | Path, iteration: int | None = None) -> CheckpointSource:
     return CheckpointSource(path, tuple(notes))
 
 
-def _companions(root: Path, config: dict[str, Any]) -> Path | None:
-    """Where the tokenizer is: beside the checkpoints, else where the run took it from, if that is still there."""
-    if holds_tokenizer(root):
-        return root
-    places = (config.get(option) for option in ("tokenizer_name_or_path", "load"))
-    return next((Path(place) for place in places if place and os.path.isdir(place)), None)
-
-
 class CheckpointSource(Source):
     """The float32 master weights of a checkpoint. Files are checked against their checksums when first read from."""
 
@@ -81,7 +66,7 @@ class CheckpointSource(Source):
         except ValueError as error:
             raise _unusable(path, str(error)) from error
         self.spec = ModelSpec.from_dict(self.manifest["model"])
-        self.companions = _companions(path.parent, self.manifest["config"])
+        self.companions = path.parent if holds_tokenizer(path.parent) else None
         self._kept = tensors(self._metadata)
         self._files: dict[str, set[str]] = {}
         for index, place in self._metadata.storage_data.items():

@@ -57,9 +57,9 @@ def cached_arrays(
     """The arrays that `build` makes, from `directory` if it holds them whole, else built and put there.
 
     Opening reads all bytes and compares them with the checksum at their end, unless they are `verified`: another
-    process of this machine has just verified or built them. Of several processes that do this at the same time one builds, and
-    the others wait for it, up to `PATIENCE` seconds. Without a directory, or where it cannot be written, nobody waits
-    and the arrays stay in memory.
+    process of this machine has just verified or built them. Of several processes that do this at the same time one
+    builds, and the others wait for it, up to `PATIENCE` seconds. Without a directory, or where it cannot be written,
+    nobody waits and the arrays stay in memory.
     """
     if directory is None:
         return build()

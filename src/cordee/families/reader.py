@@ -17,6 +17,7 @@ from cordee.model.config import MAX_LAYERS, too_large
 
 T = TypeVar("T")
 REQUIRED = object()
+_MANY = 1e30  # what is larger is no number that a model computes with
 
 # Keys that count layers, of which families make lists: a limit has to hold before a `ModelConfig` can check it.
 LAYER_COUNTS = ("n_layer", "num_hidden_layers", "num_layers", "num_nextn_predict_layers")
@@ -197,14 +198,14 @@ class ConfigReader:
     def number(self, key: str, default: Any = REQUIRED) -> Any:
         """A number that is not negative."""
         value = self.value(key, default)
-        if value is default or (isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0):
+        if value is default or (isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < _MANY):
             return value
         return self._wrong(key, value, "a number of at least 0", 1.0)
 
     def positive(self, key: str, default: Any = REQUIRED) -> Any:
         """A number above 0."""
         value = self.value(key, default)
-        if value is default or (isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0):
+        if value is default or (isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < _MANY):
             return value
         return self._wrong(key, value, "a number above 0", 1.0)
 

@@ -15,7 +15,7 @@ from cordee import lock
 from cordee.config.schema import TrainConfig
 from cordee.errors import Problem, raise_all
 
-LOCK = ".lock"
+LOCK, METRICS = ".lock", "metrics.jsonl"
 
 
 def check_free(config: TrainConfig) -> list[Problem]:
@@ -66,8 +66,17 @@ def _locks(config: TrainConfig) -> dict[Path, tuple[str, str]]:
             files[Path(os.path.realpath(given)) / LOCK] = (option, given)
     if (given := config.metrics_file) is not None:
         path = Path(os.path.realpath(given))
-        files[path.with_name(f".{path.name}{LOCK}")] = ("--metrics-file", given)
+        beside_checkpoints = path.name == METRICS  # as those are of a run that has its --save there
+        file = path.with_name(LOCK if beside_checkpoints else f".{path.name}{LOCK}")
+        files.setdefault(file, ("--metrics-file", given))
     return files
+
+
+def metrics_path(config: TrainConfig) -> Path | None:
+    """Where the records of a run go as lines of JSON: beside its checkpoints, if no other place is given."""
+    if config.metrics_file is not None:
+        return Path(config.metrics_file)
+    return None if config.save is None else Path(config.save) / METRICS
 
 
 def _taken(option: str, given: str, who: lock.HeldError) -> Problem:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cordee.config.schema import TrainConfig
 from cordee.log import logger
+from cordee.train import outputs
 from cordee.train.metrics import Meter, StepResult
 from cordee.train.sinks import ConsoleSink, JsonSink, Live, Sink, TensorBoardSink
 from cordee.train.state import TrainState
@@ -80,9 +81,8 @@ def build_reports(config: TrainConfig, make_meter: Callable[[], Meter], loss_nam
     """The reports of rank 0."""
     live = Live() if Live.possible() else None
     lines: list[Sink] = [ConsoleSink(loss_name, live.print if live else None, throughput=config.log_throughput)]
-    path = config.metrics_file or (Path(config.save) / "metrics.jsonl" if config.save else None)
-    if path is not None:
-        lines += _opened(str(path), lambda: JsonSink(Path(path), loss_name))
+    if (path := outputs.metrics_path(config)) is not None:
+        lines += _opened(str(path), lambda: JsonSink(path, loss_name))
     reports = [Report(config.log_interval, make_meter(), lines)]
     if (folder := config.tensorboard_dir) is not None:
         board = _opened(folder, lambda: TensorBoardSink(Path(folder), loss_name))

@@ -173,6 +173,8 @@ class JsonSink:
         self._loss_name = loss_name
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():
+            raise OSError(f"{path} is no regular file")  # opening a pipe would wait for its reader
         _end_last_line(path)
         self._file = path.open("a", encoding="utf-8")
 

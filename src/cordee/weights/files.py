@@ -72,7 +72,7 @@ class BinFile:
         self.path = path
         self._file = TorchFile(path)
         content = self._file.content
-        if not isinstance(content, dict) or self._file.tensors.keys() != {(str(name),) for name in content}:
+        if not isinstance(content, dict) or self._file.tensors.keys() != {(name,) for name in content}:
             raise ValueError("it holds something else than tensors by name")
         self.tensors = {name: Stored(region.shape, region.dtype) for (name,), region in self._file.tensors.items()}
 

@@ -283,10 +283,11 @@ def _call(function: object, args: object) -> object:
 
 
 def _flat(key: object) -> object:
-    """`key`, which is to be hashed: Python hashes nested tuples by a recursion that nothing stops."""
-    nested = isinstance(key, tuple | frozenset) and any(isinstance(item, tuple | frozenset) for item in key)
-    if nested:
-        raise TypeError("keys of nested tuples")
+    """`key`, which is to be hashed: Python hashes nested tuples by a recursion that nothing stops, and of large numbers
+    any count may be alike."""
+    for item in key if isinstance(key, tuple | frozenset) else (key,):
+        if isinstance(item, tuple | frozenset) or (isinstance(item, int) and not -(2**63) <= item < 2**63):
+            raise TypeError("keys of nested tuples, or of large numbers")
     return key
 
 

@@ -17,7 +17,7 @@ import torch
 from cordee import lock
 from cordee.data.tokenizer.special import FILES as TOKENIZER_FILES
 from cordee.errors import Problem, ProblemError
-from cordee.files import copy_files, left_out, remove_tree
+from cordee.files import copy_files, create_new, left_out, remove_tree
 
 logger = logging.getLogger("cordee")
 
@@ -71,7 +71,8 @@ class Staging:
 
     def write_json(self, name: str, content: object) -> None:
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        (self.scratch / name).write_text(text, encoding="utf-8")
+        with create_new(self.scratch / name) as file:
+            file.write(text.encode())
 
     def write_config(self, hf_config: Mapping[str, object], dtypes: Iterable[torch.dtype]) -> None:
         """Write `config.json`, its type key (transformers 4 or 5 spelling) telling the type of the weights, if one."""
@@ -117,10 +118,14 @@ class Staging:
 
 
 def _is_ours(scratch: Path) -> bool:
-    """Whether output was made in what is there: a directory with our mark, or one that did not get it yet."""
+    """Whether output was made in what is there: a directory of this user with our mark, or one that did not get it yet.
+
+    Into a directory of somebody else they could put links meanwhile.
+    """
     mark = scratch / UNFINISHED
     marked = mark.is_file() and not mark.is_symlink()
-    return scratch.is_dir() and not scratch.is_symlink() and (marked or not any(scratch.iterdir()))
+    own = scratch.is_dir() and not scratch.is_symlink() and scratch.stat().st_uid == os.geteuid()
+    return own and (marked or not any(scratch.iterdir()))
 
 
 def check_output(path: Path, *, overwrite: bool = False) -> None:

@@ -110,7 +110,7 @@ class _View:
 
 
 def _views(content: object) -> Iterator[tuple[Keys, _View]]:
-    """All tensors in nested dicts, by the keys that lead to them, in their order."""
+    """All tensors in nested dicts, by the keys that lead to them (text or numbers), in their order."""
     waiting: list[tuple[Keys, object]] = [((), content)]
     for _ in range(_ENTRIES):
         if not waiting:
@@ -121,25 +121,30 @@ def _views(content: object) -> Iterator[tuple[Keys, _View]]:
         elif isinstance(found, dict):
             if len(keys) == _DEPTH:
                 raise ValueError(f"it holds dicts in dicts, more than {_DEPTH} deep")
-            waiting += [((*keys, str(key)), value) for key, value in reversed(found.items())]
+            named = [(key, value) for key, value in found.items() if isinstance(key, str | int)]
+            waiting += [((*keys, str(key)), value) for key, value in reversed(named)]
     raise ValueError(f"it holds more than {_ENTRIES} objects in dicts")
 
 
 # ---- the pickle ------------------------------------------------------------------------------------------------------
 
 
-def _view(storage: object, first: Any, shape: Any, strides: Any, *_: object) -> _View:
+def _view(storage: object, first: Any, shape: Any, strides: Any, *more: object) -> _View:
+    """`more`: whether it has gradients, hooks, and whether its values are to be negated or conjugated; an NPU's format
+    of memory in its place."""
     if not isinstance(storage, _Storage):
         raise TypeError("a tensor without a storage")
+    if any(isinstance(flags, dict) and flags for flags in more[2:]):
+        raise ValueError("a tensor is negated or conjugated where it is read, which is not done here")
     return _View(storage, storage.dtype, first, _sizes(shape), _sizes(strides))
 
 
 def _view_of_bytes(
-    storage: object, first: Any, shape: Any, strides: Any, gradient: object, hooks: object, dtype: object, *_: object
+    storage: object, first: Any, shape: Any, strides: Any, gradient: object, hooks: object, dtype: object, *more: object
 ) -> _View:
     if not isinstance(storage, _Storage) or not isinstance(dtype, torch.dtype):
         raise TypeError("a tensor without a storage or a type")
-    return _View(storage, dtype, first, _sizes(shape), _sizes(strides))
+    return _view(replace(storage, dtype=dtype), first, shape, strides, gradient, hooks, *more)
 
 
 def _sizes(numbers: object) -> tuple[int, ...]:

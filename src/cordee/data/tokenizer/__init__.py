@@ -102,7 +102,7 @@ def _directory_problems(options: TokenizerOptions, fallback: str | None) -> Iter
 
 def _vocabulary_files(directory: Path) -> Iterator[Path]:
     for pattern in (*VOCABULARIES, "*.tiktoken"):
-        yield from directory.glob(pattern)
+        yield from (path for path in directory.glob(pattern) if path.is_file())
 
 
 def _from_directory(directory: Path, options: TokenizerOptions) -> Tokenizer:
@@ -120,7 +120,7 @@ def _from_directory(directory: Path, options: TokenizerOptions) -> Tokenizer:
             if _is_text(model)
             else spm.from_directory(directory, arguments)
         )
-    if files := sorted(directory.glob("*.tiktoken")):
+    if files := sorted(path for path in directory.glob("*.tiktoken") if path.is_file()):
         return tik.from_directory(directory, files[0], arguments)
     return hf.from_transformers(directory, arguments)
 

@@ -279,7 +279,9 @@ def _deviations(
         yield "text is cut by SentencePiece; LlamaTokenizer of transformers 5 cuts runs of spaces otherwise"
         if "legacy" not in special.switches:
             yield "without `legacy`, text behind a special token begins with a space; with `legacy: false` it does not"
-    elif not special.switches.get("legacy", True):
+    elif (kind := special.tokenizer_class) not in (None, "PreTrainedTokenizerFast"):
+        yield f"text is cut by SentencePiece; {kind} of transformers 5 may be built from the vocabulary instead"
+    if special.tokenizer_class != "LlamaTokenizer" and not special.switches.get("legacy", True):
         yield "a space is put before a text that begins with one too; transformers 5 does not with `legacy: false`"
     if special.switches.get("split_special_tokens") or {model.bos_id(), model.eos_id()} - {-1, *matched}:
         yield "text never becomes a control token that it is not to match; with some models transformers 5 lets it"
