@@ -145,6 +145,34 @@ GOOD = {f"{Q}.lora_A.weight": torch.ones(2, 24), f"{Q}.lora_B.weight": torch.one
         ({f"{Q}.lora_A.weight": torch.ones(2, 24)}, {}, (), "has only"),
         ({**GOOD, f"{Q}.lora_B.weight": torch.ones(23, 2)}, {}, (), "do not make"),
         ({**GOOD, f"{Q}.lora_B.weight": torch.ones(24, 3)}, {}, (), "do not make"),
+        ({name: torch.tensor(1.0) for name in GOOD}, {}, (), "do not make"),
+        ({f"{Q}.lora_A.weight": torch.ones(0, 24), f"{Q}.lora_B.weight": torch.ones(24, 0)}, {}, (), "have rank 0"),
+        (GOOD, {"r": 3}, (), "have rank 2"),
+        (GOOD, {"rank_pattern": {"q_proj": 3}}, (), "have rank 2"),
+        (GOOD, {"rank_pattern": {"q_proj": 2.5}}, (), "rank_pattern"),
+        (GOOD, {"r": True}, (), "positive number"),
+        *(
+            (GOOD, {"lora_alpha": alpha}, (), "lora_alpha")
+            for alpha in (float("nan"), float("inf"), 10**400, True, "4")
+        ),
+        *((GOOD, {"alpha_pattern": value}, (), "alpha_pattern") for value in ([], ["q_proj"], "8", 8)),
+        *(
+            (GOOD, {"alpha_pattern": {"q_proj": value}}, (), "alpha_pattern")
+            for value in (None, "8", float("nan"), 10**400, [1])
+        ),
+        *(
+            (GOOD, {"alpha_pattern": {pattern: 8}}, (), "might never end")
+            for pattern in (
+                *("(", "(.*)*x", "(a|a)" * 30, ".*.*.*.*x", "q" * 201, "a{99999999999}", "(?x:(.*) *)", "(.*)(?#)*x"),
+                "[",
+            )
+        ),
+        (GOOD, {"alpha_pattern": {f"{i}.*": 8 for i in range(99)}}, (), "might never end"),
+        *(
+            ({name: tensor.to(dtype) for name, tensor in GOOD.items()}, {}, (), "are quantised, which")
+            for dtype in (torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn)
+        ),
+        ({**GOOD, f"{Q}.lora_A": torch.ones(2, 24)}, {}, (), "of the same weights"),
         ({**GOOD, f"{Q}.base_layer.bias": torch.ones(23)}, {}, (), "that of the model"),
         ({name.replace("layers.0", "layers.7"): tensor for name, tensor in GOOD.items()}, {}, (), "no such tensors"),
     ],
@@ -164,6 +192,17 @@ def test_a_good_adapter_of_that_form_is_merged(tmp_path):
     found = load_file(tmp_path / "out" / "model.safetensors")
     torch.testing.assert_close(found[name], before[name] + 4)  # 4/2 times a product of twos
     assert all(torch.equal(found[other], before[other]) for other in found.keys() - {name})
+
+
+def test_patterns_are_of_what_names_end_with(tmp_path):
+    """The first that matches says it, as in PEFT."""
+    before = tiny.save(tmp_path / "base", tiny.LLAMA)
+    patterns = {"proj": 2, r"layers\.1\..*": 6, r"layers\.(?:0|5)\.self_attn.*": 8, "q_proj": 10}
+    adapter = handmade(tmp_path / "adapter", GOOD, r=3, rank_pattern={"q_proj": 2}, alpha_pattern=patterns)
+    convert(tmp_path / "base", tmp_path / "out", "--lora-load", str(adapter))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    torch.testing.assert_close(found[name], before[name] + 8)  # 8/2 times a product of twos
 
 
 def test_files_that_are_no_adapter(tmp_path):
@@ -290,3 +329,26 @@ def test_what_cannot_be_merged_of_megatron(tmp_path):
     with pytest.raises(ProblemError):
         formats.read(tmp_path / "adapter")  # by itself it is no model
     assert load(tmp_path / "base", "mp_rank_00")["iteration"] == 1
+
+
+@pytest.mark.parametrize(
+    ("spoil", "alpha", "expected"),
+    [
+        (lambda tensor: tensor.sum(), ALPHA, "do not make"),
+        (lambda tensor: tensor[:0], ALPHA, "do not make"),
+        (lambda tensor: tensor.bool(), ALPHA, "of type torch.bool"),
+        (lambda tensor: tensor, [ALPHA], "args.lora_alpha"),
+        (lambda tensor: tensor, float("nan"), "args.lora_alpha"),
+    ],
+)
+def test_spoiled_adapters_of_megatron(tmp_path, spoil, alpha, expected):
+    tiny.save(tmp_path / "hf", LLAMA)
+    convert(tmp_path / "hf", tmp_path / "base", *CORE)
+    shutil.copytree(tmp_path / "base", tmp_path / "spoiled")
+    trained(tmp_path / "spoiled", tmp_path / "adapter", alpha)
+    (file,) = (tmp_path / "adapter").rglob("model_optim_rng.pt")
+    content = torch.load(file, weights_only=False)
+    content["model"] = {name: spoil(tensor) for name, tensor in content["model"].items()}
+    torch.save(content, file)
+    lora = ("--lora-load", str(tmp_path / "adapter"))
+    assert expected in problems_of(tmp_path / "base", tmp_path / "out", *lora)

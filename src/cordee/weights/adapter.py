@@ -31,6 +31,11 @@ class Given:
     modules: tuple[str, ...] | None = None
 
 
+def is_factor(value: object) -> bool:
+    """Whether a value of a stranger's settings is a positive number that products in float32 can be made with."""
+    return type(value) in (int, float) and 0 < value <= torch.finfo(torch.float32).max  # type: ignore[operator]
+
+
 class Adapter(Protocol):
     """notes: what reading left out or assumed, in words."""
 

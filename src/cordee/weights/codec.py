@@ -40,6 +40,11 @@ def type_of(view: View) -> torch.dtype:
     return view.read(tuple(slice(0, min(1, size)) for size in view.shape)).dtype
 
 
+def is_of_weights(dtype: torch.dtype | None) -> bool:
+    """Whether weights are stored in this type as they are: not quantised, and no numbers of another kind."""
+    return dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
 @dataclass(frozen=True)
 class PlannedFile:
     """A file with weights to be written: its path in the output directory, and the bytes of its tensors."""

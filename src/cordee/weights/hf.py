@@ -18,7 +18,7 @@ import torch
 from cordee.errors import Problem, raise_all
 from cordee.families.registry import ModelSpec, spec_from_directory
 from cordee.families.rules import Rule, Shape, View, whole
-from cordee.weights.codec import PlannedFile, Sink, type_of
+from cordee.weights.codec import PlannedFile, Sink, is_of_weights, type_of
 from cordee.weights.files import SAFETENSORS, SAFETENSORS_INDEX, TensorFile, open_files
 from cordee.weights.regions import Destination
 from cordee.weights.ruled import RuledSource
@@ -120,7 +120,7 @@ class HFSource(RuledSource):
                 if stored.shape != shape:
                     why = f"its shape is {list(stored.shape)}, but by config.json it is {list(shape)}"
                     yield Problem(option, None, why, "take the config.json that belongs to these weights")
-                if stored.dtype is None or not stored.dtype.is_floating_point or stored.dtype.itemsize < 2:
+                if not is_of_weights(stored.dtype):
                     why = f"weights of type {stored.dtype} are quantised, which is not supported"
                     yield Problem(option, None, why, "take the unquantised checkpoint")
 

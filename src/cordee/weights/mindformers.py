@@ -59,19 +59,19 @@ _LARGEST = 10**8  # bytes that are read of a header or an index; the library of 
 
 
 def recognises(path: Path) -> bool:
-    """Whether the files of safetensors in a directory have MindFormers' names."""
+    """Whether the files of safetensors in a directory have MindFormers' names; not if they cannot be read."""
     index, single = path / "model.safetensors.index.json", path / "model.safetensors"
-    if not (path / "config.json").is_file():
-        return False
-    if index.is_file():
-        with index.open(encoding="utf-8", errors="replace") as file:
-            return f'"{EMBEDDING}"' in file.read(_LARGEST)
-    if not single.is_file():
-        return False
-    with single.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = file.read(min(length, _LARGEST))
     try:
+        if not (path / "config.json").is_file():
+            return False
+        if index.is_file():
+            with index.open(encoding="utf-8", errors="replace") as file:
+                return f'"{EMBEDDING}"' in file.read(_LARGEST)
+        if not single.is_file():
+            return False
+        with single.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = file.read(min(length, _LARGEST))
         return EMBEDDING in dict(json.loads(header))
-    except (ValueError, TypeError, RecursionError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return False

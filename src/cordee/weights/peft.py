@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,8 @@ from cordee.errors import Problem, ProblemError, raise_all
 from cordee.families.registry import ModelSpec
 from cordee.families.rules import Leaf, Op, Shape, View
 from cordee.files import read_json
-from cordee.weights.adapter import Change, Given, LowRank
+from cordee.weights.adapter import Change, Given, LowRank, is_factor
+from cordee.weights.codec import is_of_weights
 from cordee.weights.files import COPY_AGAIN, UNREADABLE, BinFile, SafetensorsFile, TensorFile
 
 CONFIG = "adapter_config.json"
@@ -44,6 +45,8 @@ UNMERGEABLE = (
     "use_qalora",
     "velora_config",
 )
+LONGEST = 200  # characters of a pattern
+MOST_PATTERNS, MOST_CHOICES = 10_000, 60  # of them, and of what can match in several ways in all of them
 _FACTOR = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?")
 
 
@@ -84,12 +87,62 @@ def _check_config(given: Given, config: Mapping[str, Any]) -> Iterator[Problem]:
     for key in UNMERGEABLE:
         if config.get(key):
             yield Problem(f"{where}: {key}", config[key], "such an adapter is no sum of matrices", fix)
-    for key, kinds in (("r", int), ("lora_alpha", int | float)):
-        if not isinstance(config.get(key), kinds) or config[key] <= 0:
-            yield Problem(f"{where}: {key}", config.get(key), "it must be a positive number", COPY_AGAIN)
+    if not is_factor(config.get("lora_alpha")):
+        yield Problem(f"{where}: lora_alpha", config.get("lora_alpha"), "it must be a positive number", COPY_AGAIN)
+    if not _is_rank(config.get("r")):
+        yield Problem(f"{where}: r", config.get("r"), "it must be a whole positive number", COPY_AGAIN)
+    yield from _check_patterns(f"{where}: alpha_pattern", config.get("alpha_pattern"), _is_finite)
+    yield from _check_patterns(f"{where}: rank_pattern", config.get("rank_pattern"), _is_rank)
     for flag, value, key in (("--lora-r", given.r, "r"), ("--lora-alpha", given.alpha, "lora_alpha")):
         if value is not None and value != config.get(key):
             yield Problem(flag, value, f"{where} says {config.get(key)}", "leave it out")
+
+
+def _is_rank(value: object) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_finite(value: object) -> bool:
+    return value == 0 or is_factor(value) or (type(value) in (int, float) and is_factor(-value))  # type: ignore
+
+
+def _check_patterns(option: str, patterns: object, valid: Callable[[object], bool]) -> Iterator[Problem]:
+    if patterns is None:
+        return
+    if not isinstance(patterns, dict):
+        yield Problem(option, type(patterns).__name__, "it must be an object of names and numbers", COPY_AGAIN)
+        return
+    for pattern, value in patterns.items():
+        if not valid(value):
+            yield Problem(f"{option}: {pattern[:LONGEST]}", value, "it is no number that can stand there", COPY_AGAIN)
+    costs = {pattern: _choices(pattern) for pattern in patterns}
+    fix = "write the names of the modules themselves"
+    if wrong := next((pattern for pattern, cost in costs.items() if cost is None), None):
+        why = "it is no name and no simple pattern, and matching it might never end"
+        yield Problem(option, wrong[:LONGEST], why, fix)
+    elif len(costs) > MOST_PATTERNS or sum(cost or 0 for cost in costs.values()) > MOST_CHOICES:
+        yield Problem(option, None, f"there are {len(costs)} patterns, and matching them might never end", fix)
+
+
+def _choices(pattern: str) -> int | None:
+    """How many parts of a pattern can match in several ways, which multiply; None if it is not simple.
+
+    The signs that could repeat a group at a distance (comments, flags, spaces between) are not allowed at all.
+    """
+    plain = re.sub(r"\\.", "x", pattern).replace("(?:", "(")
+    choices = len(re.findall(r"[*+?{(]", plain))
+    if len(pattern) > LONGEST or choices > 3 or re.search(r"\)[*+?{]|\(\?|[^\w.\-^$|()\[\]*+?{},/]", plain):
+        return None
+    try:
+        _compiled(pattern)
+    except (re.error, OverflowError, RecursionError):
+        return None
+    return choices
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    """Patterns are of what names of modules end with, by PEFT's own law."""
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def _open(path: Path) -> TensorFile:
@@ -122,10 +175,15 @@ class PeftAdapter:
         }
         self._factors: dict[str, _Factors] = {}
         self._whole: dict[str, str] = {}  # tensors that take the place of the base's, by its names
+        self._twice: list[str] = []  # what others in the file stand for already
+        self._alphas, self._ranks = (
+            [(_compiled(pattern), value) for pattern, value in (config.get(key) or {}).items()]
+            for key in ("alpha_pattern", "rank_pattern")
+        )
         self._changes: dict[str, Change] = {}
         unknown = self._sort()
         raise_all([*self._check_names(unknown), *self._check_modules(given.modules)])
-        raise_all([*self._check_shapes(), *self._check_tied()])
+        raise_all([*self._check_shapes(), *self._check_types(), *self._check_tied()])
         self._changes = {name: self._low_rank(name) for name in self._factors}
         self._changes |= {name: self._replacement(name) for name in self._whole}
 
@@ -146,10 +204,12 @@ class PeftAdapter:
                 foreign = self._known(f"{module}.weight")
                 if foreign is not None:
                     factors = self._factors.setdefault(foreign, _Factors(bool(embedding)))
-                    factors.names[letter] = name
+                    if factors.names.setdefault(letter, name) != name or factors.embedding != bool(embedding):
+                        self._twice.append(name)
                     continue
             elif (foreign := self._known(inner.replace(".base_layer.", "."))) is not None:
-                self._whole[foreign] = name
+                if self._whole.setdefault(foreign, name) != name:
+                    self._twice.append(name)
                 continue
             unknown.append(name)
         return unknown
@@ -164,6 +224,9 @@ class PeftAdapter:
             why = f"family {self._spec.family.name} has no such tensors: {', '.join(sorted(unknown)[:5])}"
             fix = "take an adapter of this model, or merge it with PEFT's own merge_and_unload"
             yield Problem(str(self._file.path), None, why, fix)
+        if self._twice:
+            why = f"other tensors in it are of the same weights as {', '.join(sorted(self._twice)[:5])}"
+            yield Problem(str(self._file.path), None, why, COPY_AGAIN)
         for foreign, factors in self._factors.items():
             if len(factors.names) < 2:
                 why = f"of {foreign} it has only {', '.join(factors.names.values())}"
@@ -181,14 +244,24 @@ class PeftAdapter:
         fix = "take the adapter of this model"
         for foreign, factors in self._factors.items():
             a, b = (self._stored(factors.names[letter]) for letter in "AB")
-            made = (b[0], a[-1]) if not self._transposed(factors) else (a[-1], b[0])
+            made = (*b[:1], *a[1:]) if not self._transposed(factors) else (*a[1:], *b[:1])
             if (len(a), len(b)) != (2, 2) or a[0] != b[1] or made != self._shapes[foreign]:
                 why = f"A of {list(a)} and B of {list(b)} do not make {list(self._shapes[foreign])}"
                 yield Problem(f"{self._file.path}: {foreign}", None, why, fix)
+            elif a[0] != (r := self._said(factors, self._ranks, "r")):
+                why = f"A of {list(a)} and B of {list(b)} have rank {a[0]}, but {CONFIG} says {r}"
+                yield Problem(f"{self._file.path}: {foreign}", None, why, COPY_AGAIN)
         for foreign, name in self._whole.items():
             if (shape := self._stored(name)) != self._shapes[foreign]:
                 why = f"its shape is {list(shape)}, that of the model {list(self._shapes[foreign])}"
                 yield Problem(f"{self._file.path}: {name}", None, why, fix)
+
+    def _check_types(self) -> Iterator[Problem]:
+        used = {*self._whole.values(), *(name for factors in self._factors.values() for name in factors.names.values())}
+        for name in sorted(used):
+            if not is_of_weights(dtype := self._file.tensors[name].dtype):
+                why = f"weights of type {dtype or 'unknown'} are quantised, which is not supported"
+                yield Problem(f"{self._file.path}: {name}", None, why, "take an adapter that is not quantised")
 
     def _check_tied(self) -> Iterator[Problem]:
         """PEFT trains one end of a tied pair alone, which one tensor for both cannot express."""
@@ -210,14 +283,15 @@ class PeftAdapter:
         factors = self._factors[foreign]
         a, b = (partial(self._file.read, factors.names[letter]) for letter in "AB")
         r = self._stored(factors.names["A"])[0]
-        alpha = self._alpha(foreign.removesuffix(".weight"))
+        alpha = self._said(factors, self._alphas, "lora_alpha")
         scale = alpha / (math.sqrt(r) if self._config.get("use_rslora") else r)
         return LowRank(a, b, r, scale, self._transposed(factors))
 
-    def _alpha(self, module: str) -> float:
-        """Modules may have one of their own, by a pattern that their name ends with."""
-        patterns: Mapping[str, float] = self._config.get("alpha_pattern") or {}
-        return next((a for p, a in patterns.items() if re.match(rf"(.*\.)?({p})$", module)), self._config["lora_alpha"])
+    def _said(self, factors: _Factors, patterns: Sequence[tuple[re.Pattern[str], float]], key: str) -> float:
+        """What the configuration says of a module, by the first pattern that its name in the file matches, if any."""
+        factor = _FACTOR.fullmatch(factors.names["A"].removeprefix(PREFIX))
+        module = factor[1] if factor else ""
+        return next((value for pattern, value in patterns if pattern.match(module)), self._config[key])
 
     def _replacement(self, foreign: str) -> Change:
         name = self._whole[foreign]

@@ -17,9 +17,10 @@ from torch import Tensor
 from cordee.errors import Problem, ProblemError, raise_all
 from cordee.families.registry import ModelSpec
 from cordee.families.rules import Index, Op
-from cordee.weights.adapter import Change, Given, LowRank
+from cordee.weights.adapter import Change, Given, LowRank, is_factor
+from cordee.weights.codec import is_of_weights
 from cordee.weights.megatron.dialect import Dialect
-from cordee.weights.megatron.files import COPY_AGAIN, RankFile, layout_of, open_checkpoint
+from cordee.weights.megatron.files import COPY_AGAIN, RankFile, layout_of, open_checkpoint, shown
 from cordee.weights.megatron.layout import Rank
 from cordee.weights.megatron.padding import padded_rows
 from cordee.weights.megatron.placement import Placement, Slot, place
@@ -47,7 +48,7 @@ class MegatronAdapter:
         self.notes: tuple[str, ...] = ()
         self._path = folder
         self._files = files
-        layout = layout_of(files, dialect)
+        layout = layout_of(folder, files, dialect, spec.config.num_layers)
         found = sum(len(chunk.layers) for chunk in layout.chunks)
         if found != spec.config.num_layers:
             why = f"its ranks hold adapters of {found} layers, but the model has {spec.config.num_layers}"
@@ -55,7 +56,8 @@ class MegatronAdapter:
         self._placements = place(spec, layout, dialect, padded_rows(spec.config.vocab_size, layout.tensor))
         self._factors = _factors(files)
         raise_all([*self._check_names(), *self._check_modules(given.modules)])
-        raise_all([*self._check_rank(given.r), *self._check_shapes()])
+        raise_all(self._check_shapes())
+        raise_all(self._check_rank(given.r))
         self._alpha = self._alpha_of(given)
 
     def changes(self, name: str) -> tuple[Op, Sequence[Change | None]] | None:
@@ -114,9 +116,13 @@ class MegatronAdapter:
     def _check_shapes(self) -> Iterator[Problem]:
         for _, shape, slot in self._slots():
             if (keys := self._factors.get(_place(slot))) is not None:
-                a, b = (self._files[slot.rank].file.tensors[keys[letter]].shape for letter in "AB")
-                fits = len(a) == len(b) == 2 and a[0] == b[1] and a[1] == shape[-1] and b[0] >= slot.row + shape[0]
-                if not fits:
+                regions = [self._files[slot.rank].file.tensors[keys[letter]] for letter in "AB"]
+                if wrong := [str(region.dtype) for region in regions if not is_of_weights(region.dtype)]:
+                    why = f"A or B of {slot.name} is of type {wrong[0]}"
+                    yield Problem(str(self._path), None, why, "take an adapter that is not quantised")
+                a, b = (region.shape for region in regions)
+                fits = len(a) == len(b) == len(shape) == 2 and a[0] == b[1] > 0 and a[1] == shape[1]
+                if not fits or b[0] < slot.row + shape[0]:
                     why = f"A of {list(a)} and B of {list(b)} do not make {list(shape)} of {slot.name}"
                     yield Problem(str(self._path), None, why, "take the adapter of this model")
 
@@ -124,6 +130,8 @@ class MegatronAdapter:
         """As the settings in the checkpoint say, else as the user does, else what is usual."""
         args: Namespace | None = self._files[Rank()].args
         stored = getattr(args, "lora_alpha", None)
+        if stored is not None and not is_factor(stored):
+            raise ProblemError([Problem("args.lora_alpha", shown(stored), "it must be a positive number", COPY_AGAIN)])
         if stored is not None and given.alpha not in (None, stored):
             why = f"the adapter was trained with {stored}"
             raise ProblemError([Problem("--lora-alpha", given.alpha, why, "leave it out")])

@@ -229,6 +229,11 @@ _SAME = (
         "rope_scaling_mscale",
     }
 )
+_ALSO = (  # what else is read
+    *("rope_scaling_type", "rope_scaling_factor", "low_freq_factor", "high_freq_factor", "norm_epsilon"),
+    *("layernorm_epsilon", "num_query_groups", "original_max_position_embeddings", "rope_scaling_beta_fast"),
+    *("rope_scaling_beta_slow", "rope_scaling_mscale", "rope_scaling_original_max_position_embeddings"),
+)
 
 
 def spec_of_arguments(args: Namespace | None, vocab_size: int, where: str) -> ModelSpec:
@@ -244,7 +249,7 @@ def spec_of_arguments(args: Namespace | None, vocab_size: int, where: str) -> Mo
     if refused := [name for name in REFUSED if getattr(args, name, None) not in (None, False)]:
         why = f"its settings say what flags of cordee train do not: {', '.join(refused)}"
         raise ProblemError([Problem(where, None, why, GIVE_MODEL)])
-    given = {name: value for name, value in vars(args).items() if isinstance(value, str | int | float)}
+    given = _given(args, where)
     if given.get("position_embedding_type") != "rope" and not given.get("use_rotary_position_embeddings"):
         for name in ("rotary_base", "rotary_percent", "rotary_seq_len_interpolation_factor"):
             given.pop(name, None)  # Megatron has defaults for them, whatever the positions are
@@ -273,6 +278,21 @@ def spec_of_arguments(args: Namespace | None, vocab_size: int, where: str) -> Mo
         raise ProblemError(
             [Problem(where, p.option, f"by its settings: {p.why}", GIVE_MODEL) for p in error.problems]
         ) from error
+
+
+def _given(args: Namespace, where: str) -> dict[str, Any]:
+    """The settings that are plain values."""
+    given = {name: value for name, value in vars(args).items() if isinstance(value, str | int | float)}
+    said = (_SAME | _FLAGS | set(_ALSO)) & given.keys()
+    if endless := sorted(name for name in said if not _is_reasonable(given[name])):
+        why = f"by its settings: no model has such values of {', '.join(endless)}"
+        raise ProblemError([Problem(where, None, why, GIVE_MODEL)])
+    return given
+
+
+def _is_reasonable(value: str | int | float) -> bool:
+    """Whether a value can be calculated with, and shown if it is wrong."""
+    return len(value) <= 1000 if isinstance(value, str) else not isinstance(value, int) or abs(value) < 2**63
 
 
 def _scaling(given: dict[str, Any], where: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice, product, starmap
 from pathlib import Path
@@ -74,12 +74,15 @@ class RankFile:
     @staticmethod
     def open(path: Path) -> RankFile:
         """Raises one of `UNREADABLE`."""
-        file = TorchFile(path)
-        keys = {}
+        file = open_file(path)
+        keys: dict[tuple[int, str], Keys] = {}
         for path_in_file in file.tensors:
             if match := _MODEL.fullmatch(path_in_file[0]):
                 name = ".".join(path_in_file[1:]).removeprefix(_WRAPPED)
-                keys[int(match[1] or 0), name] = path_in_file
+                key = (int(match[1] or 0), name)
+                if key in keys:
+                    raise ValueError(f"it holds {name} twice")
+                keys[key] = path_in_file
         return RankFile(file, keys)
 
     @property
@@ -89,6 +92,14 @@ class RankFile:
 
     def region(self, virtual: int, name: str) -> Region:
         return self.file.tensors[self.keys[virtual, name]]
+
+
+def open_file(path: Path) -> TorchFile:
+    """Raises one of `UNREADABLE`, also if the file holds something else than a dict."""
+    file = TorchFile(path)
+    if not isinstance(file.content, dict):
+        raise ValueError("it holds nothing by name")
+    return file
 
 
 def open_ranks(folder: Path) -> dict[tuple[int, ...], RankFile]:
@@ -121,12 +132,13 @@ def by_rank(folder: Path, files: dict[tuple[int, ...], RankFile]) -> dict[Rank, 
     """Files by rank. ProblemError if ranks are missing or say different things of the checkpoint."""
     args = next(iter(files.values())).args
     second_is_expert = size_of(args, "expert") > 1 and size_of(args, "pipeline") == 1
-    found = {}
+    found: dict[Rank, RankFile] = {}
     for ranks, file in files.items():
-        if len(ranks) == 2 and second_is_expert:
-            found[Rank(ranks[0], 0, ranks[1])] = file
-        else:
-            found[Rank(*ranks)] = file
+        rank = Rank(ranks[0], 0, ranks[1]) if len(ranks) == 2 and second_is_expert else Rank(*ranks)
+        if rank in found:
+            why = f"several files are of tensor {rank.tensor} pipeline {rank.pipeline} expert {rank.expert}"
+            raise ProblemError([Problem(str(folder), None, why, "leave only those of one checkpoint in it")])
+        found[rank] = file
     sizes = (
         max(size_of(args, "tensor"), *(1 + rank.tensor for rank in found)),
         max(size_of(args, "pipeline"), *(1 + rank.pipeline for rank in found)),
@@ -148,21 +160,39 @@ def size_of(args: Namespace | None, kind: str) -> int:
     name = f"{kind}_model_parallel_size"
     size = getattr(args, name, None)
     if size is not None and (type(size) is not int or not 0 <= size <= MOST_RANKS):
-        raise ProblemError([Problem(f"args.{name}", size, f"it must be a number up to {MOST_RANKS}", COPY_AGAIN)])
+        why = f"it must be a number up to {MOST_RANKS}"
+        raise ProblemError([Problem(f"args.{name}", shown(size), why, COPY_AGAIN)])
     return size or 1
+
+
+def is_plain(value: object) -> bool:
+    """Whether a value can be written out: others may be without end, as lists that hold one another many times."""
+    return value is None or type(value) in (str, bool, int, float)
+
+
+def shown(value: object, most: int = 100) -> str:
+    """A value of a stranger's settings for a message: its type, if it is no plain one."""
+    text = _comparable(value)
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def _comparable(value: object) -> str:
+    """What is the same for the same plain values."""
+    if not is_plain(value):
+        return f"an object of type {type(value).__name__}"
+    # Decimal digits take a time that grows with the square of their number.
+    return hex(value) if isinstance(value, int) and value.bit_length() > 64 else repr(value)
 
 
 def disagreements(folder: Path, files: Mapping[Rank, RankFile]) -> Iterator[Problem]:
     """What ranks say differently though they must say it alike."""
     fix = "copy all ranks from one and the same checkpoint"
     for name in _AGREED:
-        values = {repr(getattr(file.args, name, None)) for file in files.values()}
-        if len(values) > 1:
-            why = f"ranks disagree about {name}: {', '.join(sorted(values))}"
+        if values := _differing(getattr(file.args, name, None) for file in files.values()):
+            why = f"ranks disagree about {name}: {values}"
             yield Problem(str(folder), None, why, fix)
-    iterations = {repr(file.file.content.get("iteration")) for file in files.values()}
-    if len(iterations) > 1:
-        why = f"ranks are of different iterations: {', '.join(sorted(iterations))}"
+    if values := _differing(file.file.content.get("iteration") for file in files.values()):
+        why = f"ranks are of different iterations: {values}"
         yield Problem(str(folder), None, why, fix)
     for rank, file in files.items():
         first = files.get(Rank(0, rank.pipeline, rank.expert), file)
@@ -172,19 +202,31 @@ def disagreements(folder: Path, files: Mapping[Rank, RankFile]) -> Iterator[Prob
             yield Problem(str(folder), None, why, fix)
 
 
-def layout_of(files: dict[Rank, RankFile], dialect: Dialect) -> Layout:
-    """The chunks by what layers the files hold."""
+def _differing(values: Iterable[object]) -> str | None:
+    """Values listed if they differ; None if they do not."""
+    different = {_comparable(value): value for value in values}
+    return ", ".join(shown(different[key]) for key in sorted(different)) if len(different) > 1 else None
+
+
+def layout_of(folder: Path, files: dict[Rank, RankFile], dialect: Dialect, most: int | None = None) -> Layout:
+    """The chunks by what layers the files hold.
+
+    most: the layers of the model, of which some may have no tensors here; None: each layer has some.
+    ProblemError if layers or chunks have numbers that are not those of the first so many.
+    """
     before, after = dialect.layer_prefix.split("{n}")
     pattern = re.compile(re.escape(before) + r"(\d+)" + re.escape(after))
     stages = 1 + max(rank.pipeline for rank in files)
-    counts: dict[tuple[int, int], int] = {}  # layers of each chunk, by (chunk of the stage, stage)
+    layers: dict[tuple[int, int], set[str]] = {}  # numbers of each chunk, by (chunk of the stage, stage)
     for rank, file in files.items():
         for virtual, name in file.keys:
-            where = (virtual, rank.pipeline)
-            match = pattern.match(name)
-            counts[where] = max(counts.get(where, 0), 1 + int(match[1]) if match else 0)
+            numbers = layers.setdefault((virtual, rank.pipeline), set())
+            if match := pattern.match(name):
+                numbers.add(match[1])
+    raise_all(_misnumbered(folder, layers, most))
     virtual = any(keys[0] == "model0" for file in files.values() for keys in file.keys.values())
-    rounds = 1 + max(chunk for chunk, _ in counts)
+    counts = {where: 1 + max(map(int, numbers), default=-1) for where, numbers in layers.items()}
+    rounds = 1 + max((chunk for chunk, _ in counts), default=0)
     sizes = [counts.get((chunk, stage), 0) for chunk in range(rounds) for stage in range(stages)]
     return Layout(
         tensor=1 + max(rank.tensor for rank in files),
@@ -192,3 +234,20 @@ def layout_of(files: dict[Rank, RankFile], dialect: Dialect) -> Layout:
         chunks=chunks_of(sizes, stages),
         virtual=virtual,
     )
+
+
+def _misnumbered(folder: Path, layers: Mapping[tuple[int, int], set[str]], most: int | None) -> Iterator[Problem]:
+    """Numbers that are not those of the first so many. They are a stranger's, so nothing is done so many times."""
+    chunks = {str(chunk) for chunk, _ in layers}
+    if wrong := _beyond(chunks, len(chunks)):
+        yield Problem(str(folder), None, f"of its chunks only {len(chunks)} are there, but one is {wrong}", COPY_AGAIN)
+    for (_, stage), numbers in sorted(layers.items()):
+        if wrong := _beyond(numbers, len(numbers) if most is None else most):
+            why = f"layers are missing: stage {stage} holds {len(numbers)} of a chunk, but one has the number {wrong}"
+            yield Problem(str(folder), None, why, COPY_AGAIN)
+
+
+def _beyond(numbers: set[str], count: int) -> str | None:
+    """The first of `numbers` that is not one below `count`."""
+    wrong = numbers - set(map(str, range(count)))
+    return min(wrong)[:20] if wrong else None

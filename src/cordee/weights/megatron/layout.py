@@ -96,14 +96,24 @@ def is_megatron(path: Path) -> bool:
 
 
 def current(root: Path) -> Path | None:
-    """The folder that the tracker file of a checkpoint names."""
-    if (root / TRACKER).is_file():
-        text = (root / TRACKER).read_text(encoding="utf-8", errors="replace").strip()
+    """The folder that the tracker file of a checkpoint names, as far as it can be read."""
+    if (text := _tracked(root / TRACKER)) is not None:
         return root / (f"iter_{int(text):07d}" if text.isdecimal() else RELEASE)
-    if (root / DEEPSPEED_TRACKER).is_file():
-        text = (root / DEEPSPEED_TRACKER).read_text(encoding="utf-8", errors="replace").strip()
+    if (text := _tracked(root / DEEPSPEED_TRACKER)) is not None:
         return root / text if text == Path(text).name else None  # such as global_step1000: a name, and no path
     return None
+
+
+def _tracked(path: Path, most: int = 100) -> str | None:
+    """What a tracker file says; None if there is none, it cannot be read, or it has more than `most` bytes."""
+    try:
+        if not path.is_file():
+            return None
+        with path.open("rb") as file:
+            data = file.read(most + 1)
+    except OSError:
+        return None
+    return data.decode("utf-8", errors="surrogateescape").strip() if len(data) <= most else None
 
 
 def rank_files(folder: Path) -> dict[tuple[int, ...], Path]:

@@ -34,18 +34,19 @@ from cordee.weights.megatron.files import (
     disagreements,
     folder_of,
     open_all,
+    open_file,
     open_ranks,
     size_of,
 )
 from cordee.weights.megatron.layout import Rank, layer_files, rank_files
 from cordee.weights.megatron_legacy import MODEL
-from cordee.weights.torch_file import Keys, TorchFile
+from cordee.weights.torch_file import Keys
 
 logger = logging.getLogger("cordee")
 
 EMBEDDING = 1  # the number of the embedding where its name does not tell it
 GAPS = (1, 2)  # from embedding to layers and from layers to norm, the same: without and with a function between them
-_NUMBERED = re.compile(r"(?:module\.)?(?:(\d+)|tied_modules\.embed)\.(.+)")
+_NUMBERED = re.compile(r"(?:module\.)?(?:(\d{1,9})|tied_modules\.embed)\.(.+)")
 _EARLY = "attention."  # as AscendSpeed's first models of LLaMA's form called what is self_attention since
 _NORM = re.compile(r"(?:final_layernorm\.)?(weight|bias)")
 
@@ -78,8 +79,8 @@ class Gathered:
 
 
 def _of_layers(folder: Path, paths: Mapping[tuple[int, int], Path]) -> dict[Rank, RankFile]:
-    layers = open_all(paths, TorchFile)
-    settings = open_all(rank_files(folder), lambda path: RankFile(TorchFile(path), {}))
+    layers = open_all(paths, open_file)
+    settings = open_all(rank_files(folder), lambda path: RankFile(open_file(path), {}))
     raise_all(disagreements(folder, {Rank(*ranks): file for ranks, file in settings.items()}))
     first = next(iter(settings.values()), RankFile(Gathered({}, {}), {}))
     size = max(size_of(first.args, "tensor"), *(1 + rank for _, rank in layers))
@@ -107,6 +108,9 @@ def _file_name(number: int, rank: int) -> str:
 
 def _of_stages(folder: Path, ranks: Mapping[tuple[int, ...], RankFile]) -> dict[Rank, RankFile]:
     """Stage by stage, all tensor ranks of one after the other; those of the first hold tensors of the same names."""
+    if wrong := next((numbers for numbers in sorted(ranks) if len(numbers) > 1), None):
+        why = f"files of a pipeline have one number, but one of these has {len(wrong)}"
+        raise ProblemError([Problem(str(folder), None, why, COPY_AGAIN)])
     files = {number: file for (number,), file in sorted(ranks.items())}
     last = max(files)
     raise_all(_missing(folder, (f"mp_rank_{n:02d}_model_states.pt" for n in range(last) if n not in files)))

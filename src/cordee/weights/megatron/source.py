@@ -20,11 +20,11 @@ from cordee.families.registry import ModelSpec, spec_from_directory
 from cordee.families.rules import Index, Leaf, Shape, View, normalise, whole
 from cordee.model.config import MoEConfig
 from cordee.weights import ascendspeed, megatron_core, megatron_legacy
-from cordee.weights.codec import Source
+from cordee.weights.codec import Source, is_of_weights
 from cordee.weights.megatron import pipe
 from cordee.weights.megatron.arguments import GIVE_MODEL, spec_of_arguments
 from cordee.weights.megatron.dialect import Dialect
-from cordee.weights.megatron.files import COPY_AGAIN, RankFile, layout_of
+from cordee.weights.megatron.files import COPY_AGAIN, RankFile, layout_of, shown
 from cordee.weights.megatron.layout import Layout, Rank, indivisible
 from cordee.weights.megatron.placement import Placement, Slot, place
 from cordee.weights.regions import Region
@@ -57,7 +57,7 @@ def read(path: str | Path, reading: Reading = Reading()) -> MegatronSource:
     path = Path(path)
     folder, files = pipe.open_checkpoint(path)
     dialect = _recognise(folder, files)
-    return MegatronSource(path, folder, files, dialect, layout_of(files, dialect), reading)
+    return MegatronSource(path, folder, files, dialect, layout_of(folder, files, dialect), reading)
 
 
 class MegatronSource(Source):
@@ -84,7 +84,7 @@ class MegatronSource(Source):
         self._check_model(padded)
         self.dialect = self._as_split(dialect)
         self.placements: dict[str, Placement] = place(self.spec, layout, self.dialect, padded)
-        raise_all([*self._check_names(), *self._check_shapes()])
+        raise_all([*self._check_names(), *self._check_shapes(), *self._check_types()])
         self.notes = (*self.notes, *self._left_out())
 
     def dtype(self, name: str) -> torch.dtype:
@@ -137,14 +137,22 @@ class MegatronSource(Source):
         if (0, name) not in first.keys:
             why = f"its first rank has no embedding ({name})"
             raise ProblemError([Problem(str(self.path), None, why, COPY_AGAIN)])
-        return first.region(0, name).shape[0] * self.layout.tensor
+        if not (shape := first.region(0, name).shape):
+            why = f"its embedding ({name}) is a single number"
+            raise ProblemError([Problem(str(self.path), None, why, COPY_AGAIN)])
+        return shape[0] * self.layout.tensor
 
     def _spec(self, reading: Reading, config_at: Path | None, padded: int) -> ModelSpec:
         if reading.spec is not None:
             return reading.spec
         if config_at is not None:
             return spec_from_directory(config_at)
-        return spec_of_arguments(self.files[Rank()].args, reading.vocab_size or padded, str(self.path))
+        args, layers = self.files[Rank()].args, sum(len(chunk.layers) for chunk in self.layout.chunks)
+        told = getattr(args, "num_layers", None)
+        if type(told) is int and told != layers:  # told here, for it may be a number of layers that no memory can hold
+            why = f"by its settings it has {shown(told)} layers, but its ranks hold {layers}"
+            raise ProblemError([Problem(str(self.path), None, why, GIVE_MODEL)])
+        return spec_of_arguments(args, reading.vocab_size or padded, str(self.path))
 
     def _check_model(self, padded: int) -> None:
         """ProblemError if the model cannot be in files of this form."""
@@ -168,7 +176,7 @@ class MegatronSource(Source):
                 (name,) = dialect.names_in_layer("mlp.shared.down.weight", layer, n) or ("",)
                 file = self.files[Rank(0, chunk.pipeline)]
                 if (chunk.virtual, name) in file.keys:
-                    unsplit = file.region(chunk.virtual, name).shape[1] == layer.mlp.shared.ffn_hidden_size
+                    unsplit = file.region(chunk.virtual, name).shape[1:] == (layer.mlp.shared.ffn_hidden_size,)
                     return replace(dialect, shared_split=not unsplit)
         return dialect
 
@@ -208,6 +216,14 @@ class MegatronSource(Source):
                 wrong[slot.name] = f"{slot.name} is {list(found)} instead of {list(shape)}"
         for why in wrong.values():
             yield Problem(str(self.path), None, why, GIVE_MODEL)
+
+    def _check_types(self) -> Iterator[Problem]:
+        needed = {(slot.rank, slot.virtual, slot.name) for _, slot in self._slots()}
+        present = ((name, self.files[rank], (chunk, name)) for rank, chunk, name in needed)
+        types = {(name, file.region(*key).dtype) for name, file, key in present if key in file.keys}
+        if wrong := {f"{name} of {dtype}" for name, dtype in types if not is_of_weights(dtype)}:
+            why = f"weights that are quantised, which is not supported, or are none: {_listed(wrong)}"
+            yield Problem(str(self.path), None, why, "take the unquantised checkpoint")
 
     def _left_out(self) -> Iterator[str]:
         first = self.files[Rank()].file
