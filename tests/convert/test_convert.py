@@ -64,15 +64,20 @@ def test_nothing_is_overwritten_unless_asked(tmp_path):
 
 def test_a_checkpoint_becomes_a_model_with_its_tokenizer(tmp_path, caplog):
     tensors = tiny.save(tmp_path / "origin", tiny.LLAMA)
-    (tmp_path / "origin" / "tokenizer.json").write_text("{}")
     source = formats.read(tmp_path / "origin")
     model = GPTModel(source.spec.config, device="meta")
     load_into(model, source)
-    state = {"model": source.spec.to_dict(), "config": {"tokenizer_name_or_path": str(tmp_path / "origin")}}
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets" / "tokenizer.json").write_text("a file of the user's that only the checkpoint names")
+    config = dict.fromkeys(("tokenizer_name_or_path", "load"), str(tmp_path / "secrets"))
+    state = {"model": source.spec.to_dict(), "config": config}
     store = CheckpointStore(tmp_path / "run")
     store.save(10, model, None, state)
     store.close()
     assert formats.format_of(tmp_path / "run").name == "cordee"
+    job.run(ConvertConfig(load_dir=str(tmp_path / "run"), save_dir=str(tmp_path / "alone")))
+    assert not list((tmp_path / "alone").glob("tokenizer*"))
+    (tmp_path / "run" / "tokenizer.json").write_text("{}")  # as training puts it there
     with caplog.at_level("INFO", "cordee"):
         job.run(ConvertConfig(load_dir=str(tmp_path / "run"), save_dir=str(tmp_path / "out")))
     written = load_file(tmp_path / "out" / "model.safetensors")

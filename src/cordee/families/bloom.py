@@ -44,8 +44,8 @@ def read(hf: ConfigReader) -> ModelConfig:
         final_norm=norm,
         embedding_norm=norm,
         tie_word_embeddings=hf.flag("tie_word_embeddings", True),
-        attention_dropout=hf.number("attention_dropout", 0.0),
-        hidden_dropout=hf.number("hidden_dropout", 0.0),
+        attention_dropout=hf.probability("attention_dropout", 0.0),
+        hidden_dropout=hf.probability("hidden_dropout", 0.0),
         init_std=hf.number("initializer_range", 0.02),
     )
 

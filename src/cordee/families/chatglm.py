@@ -43,8 +43,8 @@ def read(hf: ConfigReader) -> ModelConfig:
         layers=(layer,) * hf.integer(hf.alias("num_layers", "num_hidden_layers")),
         final_norm=norm,
         tie_word_embeddings=hf.flag("tie_word_embeddings", False),
-        attention_dropout=hf.number("attention_dropout", 0.0),
-        hidden_dropout=hf.number("hidden_dropout", 0.0),
+        attention_dropout=hf.probability("attention_dropout", 0.0),
+        hidden_dropout=hf.probability("hidden_dropout", 0.0),
     )
 
 

@@ -118,14 +118,14 @@ def read_of_layers(hf: ConfigReader, key: str, known: tuple[T, ...], default: li
 
 def read_model(hf: ConfigReader, layers: Iterable[LayerConfig], norm: NormConfig, **more: Any) -> ModelConfig:
     """A model of `layers`; `more` are further fields of `ModelConfig`, or others than the usual keys say."""
-    dropout = hf.number("hidden_dropout", 0.0)  # not a key of transformers, which ignores it
+    dropout = hf.probability("hidden_dropout", 0.0)  # not a key of transformers, which ignores it
     values = {
         "vocab_size": hf.integer("vocab_size"),
         "hidden_size": hf.integer("hidden_size"),
         "layers": tuple(layers),
         "final_norm": norm,
         "embedding_dropout": dropout,
-        "attention_dropout": hf.number("attention_dropout", 0.0),
+        "attention_dropout": hf.probability("attention_dropout", 0.0),
         "hidden_dropout": dropout,
         "init_std": hf.number("initializer_range", 0.02),
     }

@@ -42,9 +42,9 @@ def read(hf: ConfigReader) -> ModelConfig:
         final_norm=norm,
         learned_positions=True,
         tie_word_embeddings=hf.flag("tie_word_embeddings", True),
-        embedding_dropout=hf.number("embd_pdrop", 0.1),
-        attention_dropout=hf.number("attn_pdrop", 0.1),
-        hidden_dropout=hf.number("resid_pdrop", 0.1),
+        embedding_dropout=hf.probability("embd_pdrop", 0.1),
+        attention_dropout=hf.probability("attn_pdrop", 0.1),
+        hidden_dropout=hf.probability("resid_pdrop", 0.1),
         init_std=hf.number("initializer_range", 0.02),
     )
 

@@ -19,7 +19,7 @@ def read(hf: ConfigReader) -> ModelConfig:
         **heads, rope=read_rope(hf, heads["head_dim"], partial=1.0), window=common.read_window(hf)
     )
     layer = LayerConfig(attention=attention, mlp=common.read_swiglu(hf), norm=norm)
-    embedding_dropout, hidden_dropout = hf.number("embd_pdrop", 0.0), hf.number("resid_pdrop", 0.0)
+    embedding_dropout, hidden_dropout = hf.probability("embd_pdrop", 0.0), hf.probability("resid_pdrop", 0.0)
     return common.read_model(
         hf,
         [layer] * hf.integer("num_hidden_layers"),

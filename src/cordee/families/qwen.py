@@ -37,7 +37,7 @@ def read(hf: ConfigReader) -> ModelConfig:
         [layer] * hf.integer("num_hidden_layers"),
         norm,
         embedding_dropout=hf.number("emb_dropout_prob", 0.0),
-        attention_dropout=hf.number("attn_dropout_prob", 0.0),
+        attention_dropout=hf.probability("attn_dropout_prob", 0.0),
     )
 
 

@@ -202,6 +202,13 @@ class ConfigReader:
             return value
         return self._wrong(key, value, "a number of at least 0", 1.0)
 
+    def probability(self, key: str, default: Any = REQUIRED) -> Any:
+        """A number from 0 on and below 1."""
+        value = self.value(key, default)
+        if value is default or (isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1):
+            return value
+        return self._wrong(key, value, "a number from 0 on and below 1", 0.0)
+
     def positive(self, key: str, default: Any = REQUIRED) -> Any:
         """A number above 0."""
         value = self.value(key, default)

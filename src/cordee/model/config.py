@@ -328,12 +328,7 @@ class ModelConfig:
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
-        raise_all([*(too_large(*found) for found in self._sizes() if found[1] > found[2]), *self._dropout_problems()])
-
-    def _dropout_problems(self) -> Iterator[Problem]:
-        for name in ("embedding_dropout", "attention_dropout", "hidden_dropout"):
-            if not 0 <= (rate := getattr(self, name)) < 1:
-                yield Problem(name, rate, "it is no probability below 1", "give a number from 0 on and below 1")
+        raise_all(too_large(name, size, limit) for name, size, limit in self._sizes() if size > limit)
 
     def _sizes(self) -> Iterator[tuple[str, int, int]]:
         """What has a limit: name, size and limit."""

@@ -122,7 +122,7 @@ _WORD = re.compile(rb'[^"\[\]{},\ \t\r\n]*+')  # a number, true, null, or what i
 class _Scanner:
     """Values one after the other in a file, as bytes, found by their brackets and quotes alone.
 
-    Memory holds one block and one value; a value of more than `MAX_RECORD_BYTES` is passed over, and is None.
+    Memory holds one block and one value; a value of more than `MAX_RECORD_BYTES` is skipped, and is None.
     """
 
     def __init__(self, path: Path, file: IO[bytes]):

@@ -56,7 +56,7 @@ def open_stream(path: Path) -> Iterator[ByteStream]:
 
 def line_blocks(file: Any, end: AnyStr) -> Iterator[tuple[AnyStr | None, int]]:
     """Blocks of whole lines of `file` (an IO[AnyStr]), which end in `end`, each with the number of its first line,
-    from 1. None stands for a line of more than `MAX_RECORD_BYTES`, which is passed over without being held."""
+    from 1. None stands for a line of more than `MAX_RECORD_BYTES`, which is skipped without being held."""
     number = 1
     while block := file.read(CHUNK_BYTES):
         block += file.readline(MAX_RECORD_BYTES + 1)

@@ -279,7 +279,7 @@ def _deviations(
         yield "text is cut by SentencePiece; LlamaTokenizer of transformers 5 cuts runs of spaces otherwise"
         if "legacy" not in special.switches:
             yield "without `legacy`, text behind a special token begins with a space; with `legacy: false` it does not"
-    elif (kind := special.tokenizer_class) not in (None, "PreTrainedTokenizerFast"):
+    elif (kind := special.tokenizer_class) not in (None, "", "PreTrainedTokenizerFast"):
         yield f"text is cut by SentencePiece; {kind} of transformers 5 may be built from the vocabulary instead"
     if special.tokenizer_class != "LlamaTokenizer" and not special.switches.get("legacy", True):
         yield "a space is put before a text that begins with one too; transformers 5 does not with `legacy: false`"
