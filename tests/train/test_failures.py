@@ -7,6 +7,7 @@ import functools
 import math
 import os
 import shutil
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -104,8 +105,23 @@ def test_full_disk_stops_the_run_and_keeps_what_is_good(tmp_path: Path, monkeypa
 
 
 def test_both_failures_are_told(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(job, "CheckpointStore", functools.partial(CheckpointStore, writer=FullDisk))
-    monkeypatch.setitem(objectives.registry(), "explodes", Explodes(4, "loss"))
+    """The disk is full while step 5 is taken: a save that has failed before it would end the run by itself."""
+    exploded = threading.Event()
+
+    class Signals(Explodes):
+        def loss(self, head, hidden, batch):
+            found = super().loss(head, hidden, batch)
+            if self.after < 0:
+                exploded.set()
+            return found
+
+    class Waits(FullDisk):
+        def write_data(self, plan, planner):
+            assert exploded.wait(60)
+            return super().write_data(plan, planner)
+
+    monkeypatch.setattr(job, "CheckpointStore", functools.partial(CheckpointStore, writer=Waits))
+    monkeypatch.setitem(objectives.registry(), "explodes", Signals(4, "loss"))
     given = tiny.config(tmp_path, stage="explodes", save_interval=4, micro_batch_size=8, train_iters=5)
     with pytest.raises(ProblemError) as caught:
         job.run(given)
