@@ -65,7 +65,7 @@ def fingerprint(path: Path, bound: int = 1 << 30) -> int:
     size = path.stat().st_size
     value = zlib.crc32(size.to_bytes(8, "little"))
     count = -(-size // _PIECE) if size <= bound else max(2, bound // _PIECE)
-    with path.open("rb", buffering=0) as file:
+    with path.open("rb") as file:  # buffered: a raw read may give less than was asked for
         for number in range(count):
             file.seek(number * _PIECE if size <= bound else number * (size - _PIECE) // (count - 1))
             value = zlib.crc32(file.read(_PIECE), value)

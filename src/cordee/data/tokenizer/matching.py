@@ -1,15 +1,17 @@
 """Where added tokens stand in a text.
 
 Owns the cutting of a text at its added tokens, which the `tokenizers` library does, so that every flag means there what
-it means in a `tokenizer.json`. Knows nothing of how the text between them is cut.
+it means in a `tokenizer.json`, and what is put around a text. Knows nothing of how the text between the tokens is cut.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from cordee.data.tokenizer.base import Tokenizer
 from cordee.data.tokenizer.special import MATCHING, AddedToken
 
 if TYPE_CHECKING:
@@ -24,6 +26,23 @@ def library_token(token: AddedToken) -> tokenizers.AddedToken:
     from tokenizers import AddedToken as LibraryToken
 
     return LibraryToken(token.content, special=token.special, **{name: getattr(token, name) for name in MATCHING})
+
+
+class MatchingTokenizer(Tokenizer):
+    """A tokenizer that cuts a text at added tokens, and puts the ids `_before` and `_after` around it."""
+
+    _before: list[int]
+    _after: list[int]
+
+    def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+        batch = [self._encode(text) for text in texts]
+        if add_special_tokens and (self._before or self._after):
+            return [[*self._before, *ids, *self._after] for ids in batch]
+        return batch
+
+    @abstractmethod
+    def _encode(self, text: str) -> list[int]:
+        """Ids of a text, without what is put around it."""
 
 
 class Matcher:

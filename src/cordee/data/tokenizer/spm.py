@@ -7,13 +7,12 @@ differ in which special tokens exist and which of them text may contain.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from cordee.data.tokenizer.base import Tokenizer
-from cordee.data.tokenizer.matching import Matcher
+from cordee.data.tokenizer.matching import Matcher, MatchingTokenizer
 from cordee.data.tokenizer.special import (
     AddedToken,
     Arguments,
@@ -44,7 +43,7 @@ class Roles:
     eod: int | None = None
 
 
-class SentencePieceTokenizer(Tokenizer):
+class SentencePieceTokenizer(MatchingTokenizer):
     """A SentencePiece model with added tokens laid over it.
 
     `matched` are the tokens, by id, that stand for themselves inside a text; the pieces between them are encoded each
@@ -88,12 +87,6 @@ class SentencePieceTokenizer(Tokenizer):
     @property
     def pad(self) -> int | None:
         return self.eod if self._roles.pad is None else self._roles.pad
-
-    def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
-        batch = [self._encode(text) for text in texts]
-        if add_special_tokens and (self._before or self._after):
-            return [[*self._before, *ids, *self._after] for ids in batch]
-        return batch
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = []

@@ -9,12 +9,11 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cordee.data.tokenizer.base import Tokenizer
-from cordee.data.tokenizer.matching import Matcher
+from cordee.data.tokenizer.matching import Matcher, MatchingTokenizer
 from cordee.data.tokenizer.special import (
     AddedToken,
     Arguments,
@@ -84,7 +83,7 @@ _MEGATRON_VOCAB_SIZE = 1 << 17
 _MOST_GAPS = 1 << 14  # ids between the ranks and the last special token: Llama 3 has 256, Qwen 208
 
 
-class TikTokenizer(Tokenizer):
+class TikTokenizer(MatchingTokenizer):
     """Ranked byte strings and added tokens (`special`, by id), which stand for themselves inside a text.
 
     `source` is the file or the Hugging Face directory it was read from.
@@ -128,12 +127,6 @@ class TikTokenizer(Tokenizer):
     @property
     def pad(self) -> int | None:
         return self.eod if self._pad is None else self._pad
-
-    def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
-        batch = [self._encode(text) for text in texts]
-        if add_special_tokens and (self._before or self._after):
-            return [[*self._before, *ids, *self._after] for ids in batch]
-        return batch
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = []
