@@ -82,9 +82,13 @@ class Placement:
     @property
     def hooks(self) -> list[str]:
         """The names of all hooks."""
-        return [name for name, value in vars(self).items() if callable(value)] + [
-            f"views.{name}" for name in self.views
-        ]
+        own = [name for name, value in vars(self).items() if callable(value)]
+        return [*own, *(f"views.{name}" for name in self.views)]
+
+    @property
+    def facts(self) -> list[str]:
+        """The names of all facts."""
+        return [name for name, value in vars(self).items() if not callable(value) and name not in ("views", "applied")]
 
     def wrap(self, hook: str, by: str, around: Callable[[Any], Any], *, compiles: bool = False) -> None:
         """Let the hook be `around(hook)`: the last technique to wrap is the outermost.

@@ -137,7 +137,7 @@ def _set_borders(model: GPTModel, axis: _Axis, sequence: bool) -> None:
         border.around(model.embedding.placement)
         model.embedding.placement.replace("lookup", NAME, vocabulary.lookup, compiles=True)
         if model.config.learned_positions and sequence:
-            own = partial(differentiable.own_part, group=axis.group, dim=1)
+            own = partial(differentiable.split_fwd_pad_bwd, group=axis.group, dim=1)
             model.position_embedding.placement.wrap("exit", NAME, after(own), compiles=True)
     if model.has_head:
         border.around(model.head.placement)
@@ -157,7 +157,9 @@ def _prepare_attention(module: Attention, axis: _Axis) -> None:
         module.placement.set(NAME, scores=replace(scores, slopes=slopes[axis.rank * own :][:own]))
     if module.config.qk_norm is not None and module.config.qk_norm.over == "all":
         for norm in (module.q_norm, module.k_norm):
-            norm.placement.set(NAME, sum_over_parts=partial(differentiable.summed_for_parts, group=axis.group))
+            norm.placement.set(
+                NAME, sum_over_parts=partial(differentiable.all_reduce_fwd_all_reduce_bwd, group=axis.group)
+            )
 
 
 def _set_views(module: SpecifiedModule, axis: _Axis, summed: bool) -> None:
@@ -219,9 +221,13 @@ def _border(group: ProcessGroup, sequence: bool) -> _Border:
     of other tokens on every rank.
     """
     if not sequence:
-        return _Border(partial(differentiable.copied, group=group), partial(differentiable.summed, group=group))
+        return _Border(
+            partial(differentiable.identity_fwd_all_reduce_bwd, group=group),
+            partial(differentiable.all_reduce_fwd_identity_bwd, group=group),
+        )
     return _Border(
-        partial(differentiable.gathered, group=group, dim=1), partial(differentiable.scattered_sum, group=group, dim=1)
+        partial(differentiable.all_gather_fwd_reduce_scatter_bwd, group=group, dim=1),
+        partial(differentiable.reduce_scatter_fwd_all_gather_bwd, group=group, dim=1),
     )
 
 
@@ -252,10 +258,10 @@ class _Vocabulary:
         return F.embedding(own, rows).masked_fill(~here[..., None], 0.0)
 
     def largest(self, x: Tensor) -> Tensor:
-        return differentiable.largest(x, self.group)
+        return differentiable.all_reduce_max(x, self.group)
 
     def total(self, x: Tensor) -> Tensor:
-        return differentiable.sum_all(x, self.group)
+        return differentiable.all_reduce(x, self.group)
 
     def join(self, logits: Tensor) -> Tensor:
-        return differentiable.gathered_for_same(logits, self.group, -1, self.sizes)
+        return differentiable.all_gather_fwd_split_bwd(logits, self.group, -1, self.sizes)
