@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,8 +12,16 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from cordee.errors import ProblemError
+from cordee.model.gpt import GPTModel
+from cordee.parallel import apply, compile
+from cordee.parallel.degrees import degrees
+from cordee.parallel.execution import Work
+from cordee.parallel.layout import Layout
+from cordee.parallel.pipeline.check import SPLIT_BACKWARD
 from cordee.parallel.wrapper import Wrapper
 from tests.parallel import models
+from tests.parallel import test_pipeline as pipelines
 
 CPU = torch.device("cpu")
 INSIDE = ("layer", "attention", "mlp", "core")
@@ -151,3 +160,15 @@ def names_on_core(rank: int, world_size: int, given: dict[str, Any]) -> list[str
 
 def test_wrappers_are_around_parallelism(pool):
     assert pool.run(names_on_core, 2, LAYOUTS["cp2 ulysses"][1]) == [["context parallelism", "recompute"]] * 2
+
+
+# ---- compilation -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_only_what_is_known_to_be_traceable_is_compiled(compiles: bool):
+    second = Wrapper(name="swap", around=lambda inner: inner, inside="mlp", layers=lambda i: i == 1, compiles=compiles)
+    model, *_ = models.build(models.MODELS["llama"], 1, [second], compile="blocks")
+    assert [layer._compiled_call_impl is not None for layer in model.own_layers()] == [True, compiles]
+    options = models.options(compile="model")
+    assert (compile.whole(model, options, model.forward) == model.forward) is not compiles
