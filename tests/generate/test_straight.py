@@ -12,7 +12,6 @@ from cordee.generate import engine
 from cordee.generate.decoder import CachedDecoder
 from cordee.generate.engine import generate
 from cordee.generate.straight import StraightDecoder, obstacle
-from cordee.model.boundary import Boundary
 from cordee.model.config import (
     DynamicNTKScaling,
     Llama3Scaling,
@@ -26,8 +25,8 @@ from cordee.model.config import (
     YarnScaling,
 )
 from cordee.model.init import initialise
+from cordee.model.linear import Linear
 from cordee.ops import gemm
-from cordee.ops.attention import reference_attention
 from tests.model import tiny
 
 LAYER_NORM = NormConfig(kind="layer", eps=1e-5)
@@ -148,10 +147,10 @@ def test_other_models_go_through_their_modules(name, caplog):
 
 
 def test_changed_models_go_through_their_modules():
-    class Communicating(Boundary):
+    class Adapted(torch.nn.Linear):
         pass
 
-    class Adapted(torch.nn.Linear):
+    class Derived(Linear):
         pass
 
     def changed(change):
@@ -160,11 +159,53 @@ def test_changed_models_go_through_their_modules():
         return obstacle(model)
 
     assert changed(lambda model, layer: None) is None
-    assert changed(lambda model, layer: model.wrap_layers(lambda index, call: call)) is not None
     assert changed(lambda model, layer: layer.mlp.register_forward_hook(lambda *a: None)) is not None
-    assert changed(lambda model, layer: setattr(layer.mlp, "boundary", Communicating())) is not None
-    assert changed(lambda model, layer: setattr(layer.attention, "core", reference_attention)) is not None
+    assert changed(lambda model, layer: setattr(layer.mlp, "forward", layer.mlp.forward)) is not None
+    assert changed(lambda model, layer: setattr(model, "_embed", model._embed)) is not None
+    assert changed(lambda model, layer: setattr(layer.mlp.down, "__class__", Derived)) is not None
     assert changed(lambda model, layer: setattr(layer.mlp, "adapter", Adapted(2, 2))) is not None
+
+
+def placements(model):
+    found = {name: getattr(module, "placement", None) for name, module in model.named_modules()}
+    return {name: placement for name, placement in found.items() if placement is not None}
+
+
+SEAMS = [
+    (config, name, seam)
+    for config in ("grouped", "biases", "learned positions")
+    for name, placement in placements(tiny.model(COMMON[config])).items()
+    for seam in (*placement.hooks, *placement.facts)
+]
+
+
+def bent(inner):
+    """A hook whose result is another."""
+    return lambda *inputs, **options: torch.sin(4.0 * inner(*inputs, **options))
+
+
+@pytest.mark.parametrize(("config", "name", "seam"), SEAMS)
+def test_whatever_is_done_at_a_seam_is_not_passed_over(config, name, seam):
+    model = model_of(COMMON[config])
+    placement = placements(model)[name]
+    if seam in placement.facts:
+        placement.set("test", **{seam: object()})
+        assert obstacle(model) is not None
+        return
+    placement.wrap(seam, "test", bent)
+    assert obstacle(model) is not None and not placement.is_plain
+    written = generate(model, [[1, 2, 3]], DecodingOptions(max_new_tokens=6))
+    assert written == generate(model, [[1, 2, 3]], DecodingOptions(max_new_tokens=6, straight_decoding=False))
+
+
+def test_a_delta_is_felt_in_what_is_written():
+    written = {}
+    for seam, hook in (("product", "product"), ("view", "views.weight"), ("none", None)):
+        model = tiny.model(COMMON["grouped"])
+        if hook is not None:
+            model.layers["0"].attention.qkv.placement.wrap(hook, "test", bent)
+        written[seam] = str(generate(model, [[1, 2, 3]], DecodingOptions(max_new_tokens=12)))
+    assert len(set(written.values())) == 3
 
 
 def test_it_is_taken_where_possible_and_can_be_forced_off(monkeypatch):
