@@ -8,12 +8,14 @@ is expanded afterwards.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from cordee.model.attention import Context, weight_dropout
 from cordee.model.boundary import Boundary
 from cordee.model.config import LatentAttentionConfig, ModelConfig
+from cordee.model.inputs import Context
 from cordee.model.linear import Linear, scaled_std
 from cordee.model.norm import Norm
 from cordee.model.parameter import SpecifiedModule
@@ -66,12 +68,10 @@ class LatentAttention(SpecifiedModule):
         x = self.boundary.enter(x)
         q_nope, q_rope = self._queries(x, context)
         latent, k_rope = self._compressed(x, context)
-        cache = context.cache
-        if cache is not None:
-            stored = torch.cat((latent, k_rope), -1)[:, None]  # [batch, 1, seq, latent + rope]
-            stored, _ = cache.layers[self.index].append(stored, stored[..., :0], cache.length)
-            if cache.length:
-                return self.boundary.exit(self.out(self._absorbed(q_nope, q_rope, stored, context)))
+        stored = torch.cat((latent, k_rope), -1)[:, None]  # [batch, 1, seq, latent + rope]
+        if context.continues:
+            return self.boundary.exit(self.out(self._absorbed(q_nope, q_rope, stored, context)))
+        context.remember(self.index, stored, None)
         return self.boundary.exit(self.out(self._expanded(q_nope, q_rope, latent, k_rope, context)))
 
     def _queries(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
@@ -97,16 +97,16 @@ class LatentAttention(SpecifiedModule):
         k_nope, v = self.kv_up(latent).unflatten(-1, (-1, nope + values)).split((nope, values), -1)
         k = torch.cat((k_nope, k_rope[:, :, None].expand(-1, -1, k_nope.shape[2], -1)), -1)
         q = torch.cat((q_nope, q_rope), -1)
-        y = self._attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), context)
+        y = self.core(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), context.mask, self._scores(context))
         return y.transpose(1, 2).flatten(2)
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, stored: Tensor, context: Context) -> Tensor:
-        """Attention in the compressed space, over `stored` `[batch, 1, keys, latent + rope]`; as `_expanded`."""
+        """Attention in the compressed space, where the cache holds what was `stored` before; as `_expanded`."""
         key_up, value_up = self.kv_up.local("weight").split((self.config.nope_head_dim, self.config.v_head_dim), 1)
         q = torch.cat((torch.einsum("bshd,hdr->bhsr", q_nope, key_up), q_rope.transpose(1, 2)), -1)
-        y = self._attend(q, stored, stored, context)[..., : self.config.kv_lora_rank]
-        return torch.einsum("bhsr,hdr->bshd", y, value_up).flatten(2)
+        y = context.attend(self.index, self.core, q, stored, None, self._scores(context))
+        return torch.einsum("bhsr,hdr->bshd", y[..., : self.config.kv_lora_rank], value_up).flatten(2)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
-        dropout = weight_dropout(context, self.dropout, self.index, self.first_head)
-        return self.core(q, k, v, context.mask, self.scores, dropout=dropout)
+    def _scores(self, context: Context) -> Scores:
+        dropout = context.dropout(self.dropout, self.index, "attention weights", first_head=self.first_head)
+        return self.scores if dropout is None else replace(self.scores, dropout=dropout)

@@ -118,7 +118,7 @@ def _blocks(model: GPTModel) -> Iterator[nn.Module]:
 def _set_borders(model: GPTModel, axis: _Axis, sequence: bool) -> None:
     border = _SequenceBorder(axis.group) if sequence else _Border(axis.group)
     if sequence:
-        model.outside = partial(_own_places, rank=axis.rank, size=axis.size)
+        model.inputs.outside = partial(_own_places, rank=axis.rank, size=axis.size)
     for layer in model.own_layers():
         layer.attention.boundary = border
         layer.mlp.boundary = border
