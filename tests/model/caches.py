@@ -124,8 +124,10 @@ class WindowCache(KVCache):
             return
         assert v is not None
         rows, columns, places = step.kept
-        last = places >= torch.tensor(self.lengths)[rows] - window
-        rows, columns, slots = rows[last], columns[last], places[last] % window
+        last = (
+            places.expand(torch.broadcast_shapes(rows.shape, places.shape)) >= torch.tensor(self.lengths)[rows] - window
+        )
+        rows, columns, slots = (x.expand_as(last)[last] for x in (rows, columns, places % window))
         self.keys[layer][rows, :, slots] = k[rows, :, columns]
         self.values[layer][rows, :, slots] = v[rows, :, columns]
 

@@ -51,11 +51,12 @@ class Step:
 
     @cached_property
     def kept(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Row, column and place of every token that is kept, int64 `[tokens]` each."""
-        shape = len(self.lengths), self.num_tokens
-        real = torch.ones(shape, dtype=torch.bool, device=self.device) if self.real is None else self.real.bool()
-        rows, columns = real.nonzero(as_tuple=True)
-        return rows, columns, self.places.expand(shape)[rows, columns]
+        """Row, column and place of every token that is kept: int64 `[tokens]`, or what broadcasts to all tokens."""
+        if self.real is not None:
+            rows, columns = self.real.nonzero(as_tuple=True)
+            return rows, columns, self.places[rows, columns]
+        rows = torch.arange(len(self.lengths), device=self.device)[:, None]
+        return rows, torch.arange(self.num_tokens, device=self.device)[None], self.places
 
     @cached_property
     def mask(self) -> AttentionMask:
@@ -67,23 +68,19 @@ class Step:
 
         None: the places that are filled, in order.
         """
+        noted = {}
+        for name in self._notes.keys() & {"segments", "positions"}:
+            note = self._notes[name]
+            noted[f"query_{name}"] = _at(note, self.places)
+            noted[f"key_{name}"] = note[:, : self.filled] if keys is None else _at(note, keys)
+        if keys is None:
+            return AttentionMask(self.num_tokens, self.filled, **noted)
+        return AttentionMask(self.num_tokens, keys.shape[1], query_index=self.places, key_index=keys, **noted)
 
-        def noted(name: str, places: Tensor | None) -> Tensor | None:
-            note = self._notes.get(name)
-            if note is None or places is None:
-                return note if note is None else note[:, : self.filled]
-            return note.gather(1, places.clamp(max=note.shape[1] - 1).expand(len(note), -1))
 
-        return AttentionMask(
-            self.num_tokens,
-            self.filled if keys is None else keys.shape[1],
-            query_index=None if keys is None else self.places,
-            key_index=keys,
-            query_segments=noted("segments", self.places),
-            key_segments=noted("segments", keys),
-            query_positions=noted("positions", self.places),
-            key_positions=noted("positions", keys),
-        )
+def _at(note: Tensor, places: Tensor) -> Tensor:
+    """Of a note `[batch, max_length]` what it says of places `[1 or batch, any]`; of places beyond, anything."""
+    return note.gather(1, places.clamp(max=note.shape[1] - 1).expand(len(note), -1))
 
 
 class Cache(ABC):
@@ -185,14 +182,16 @@ class KVCache(Cache):
                 buffers.append(torch.zeros(shape, dtype=dtype, device=device))
 
     def append(self, layer: int, k: Tensor, v: Tensor | None, step: Step) -> None:
-        for buffer, new in ((self.keys[layer], k), (self.values[layer], v)):
-            if new is None:
-                continue
-            if step.alike:
-                buffer.narrow(2, step.lengths[0], step.num_tokens).copy_(new)
-            else:
-                rows, columns, places = step.kept
-                buffer[rows, :, places] = new[rows, :, columns]
+        self._put(self.keys[layer], k, step)
+        if v is not None:
+            self._put(self.values[layer], v, step)
+
+    def _put(self, buffer: Tensor, new: Tensor, step: Step) -> None:
+        if step.alike:
+            buffer.narrow(2, step.lengths[0], step.num_tokens).copy_(new)
+            return
+        rows, columns, places = step.kept
+        buffer[rows, :, places] = new.transpose(1, 2) if step.real is None else new[rows, :, columns]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor | None, step: Step, core: Core) -> Tensor:
         self.append(layer, k, v, step)

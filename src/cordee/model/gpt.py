@@ -1,8 +1,7 @@
 """The decoder: embedding, layers, final norm, head.
 
 Owns what is computed. Knows nothing of files, families, processes or optimizers; placement and memory techniques
-enter through the seams: parameter axes, block boundaries, the attention core, the layer span, the head's loss and
-the layer wrapper.
+enter through the seams: parameter axes, the layer span and the `placement` of every module.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ from cordee.model.bound import Binding, Unsupported, place_index, require_known,
 from cordee.model.cache import Cache
 from cordee.model.config import AttentionConfig, ModelConfig
 from cordee.model.head import Head
-from cordee.model.inputs import Context, Inputs
+from cordee.model.inputs import Context, Inputs, ModelPlacement
 from cordee.model.layer import Layer
 from cordee.model.linear import Embedding, factory_kwargs
 from cordee.model.noise import Noise
 from cordee.model.norm import Norm
 from cordee.model.parameter import ParameterSpec, parameter_specs
+from cordee.model.placement import altered
 from cordee.model.span import Span
 
-LayerCall = Callable[[Tensor, Context], Tensor]
 Output = Callable[[Head, Tensor], Any]
 
 # What may be set of a model that has a fused decode path; all that concerns the head alone is the head's.
@@ -52,6 +51,7 @@ class GPTModel(nn.Module):
         dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
+        self.placement = ModelPlacement()
         self.config = config
         self.spans = tuple(spans) or (Span(0, config.num_layers),)
         factory = factory_kwargs(device, dtype)
@@ -67,8 +67,7 @@ class GPTModel(nn.Module):
             self.head = Head(config, **factory)
             if config.tie_word_embeddings:
                 self.head.weight = self.embedding.weight
-        self.inputs = Inputs(config)
-        self._calls: dict[str, LayerCall] = {}
+        self._inputs = Inputs(config)
         _report_slow_attention(config)
 
     @property
@@ -117,19 +116,12 @@ class GPTModel(nn.Module):
         that are only a part of a sequence, as between tensor-parallel ranks, need its `position_ids`.
         """
         span = span or self._only_span
-        tokens, context = self.inputs.prepare(
-            inputs,
-            attention_mask,
-            position_ids,
-            segments,
-            cache,
-            training=self.training,
-            balance=balance,
-            noise=noise,
+        tokens, context = self._inputs.prepare(
+            inputs, attention_mask, position_ids, segments, cache, balance, noise, self.training, self.placement
         )
         hidden = self._embed(tokens, context) if span.embedding else tokens
         for index in map(str, span.layers):
-            hidden = self._calls.get(index, self.layers[index])(hidden, context)
+            hidden = self.layers[index](hidden, context)
         if cache is not None:
             hidden = hidden[:, -inputs.shape[1] :]  # others were computed anew for the cache
         if not span.head:
@@ -143,9 +135,9 @@ class GPTModel(nn.Module):
         """
         require_known(self.config, _BOUND)
         require_plain(self, type(self), "embedding position_embedding layers final_norm head")
-        if type(self).forward is not GPTModel.forward or self.is_wrapped or len(self.own_layers()) < len(self.layers):
-            raise Unsupported("its layers are called in another way")
-        if not (self.has_embedding and self.has_head):
+        if type(self).forward is not GPTModel.forward or (why := altered(self)) is not None:
+            raise Unsupported(why)
+        if not (self.has_embedding and self.has_head) or len(self.own_layers()) < len(self.layers):
             raise Unsupported("its layers are not all here")
         table = self.embedding.bind()
         positions = self.position_embedding.bind() if self.config.learned_positions else None
@@ -168,20 +160,10 @@ class GPTModel(nn.Module):
         """The layers that were built, in order."""
         return [layer for layer in self.layers.values() if isinstance(layer, Layer)]
 
-    def wrap_layers(self, wrap: Callable[[int, LayerCall], LayerCall]) -> None:
-        """Replace how each layer is called, by `wrap(index, call)`; modules and parameter names stay as they are."""
-        for index, layer in self.layers.items():
-            self._calls[index] = wrap(int(index), self._calls.get(index, layer))
-
     @property
     def _only_span(self) -> Span:
         assert len(self.spans) == 1, "which of the spans is to run?"
         return self.spans[0]
-
-    @property
-    def is_wrapped(self) -> bool:
-        """Whether some layer is called in another way than as a module."""
-        return bool(self._calls)
 
     def parameter_specs(self) -> dict[str, ParameterSpec]:
         """Spec of every parameter by canonical name."""

@@ -16,6 +16,7 @@ from cordee.model.balance import Balance
 from cordee.model.cache import Cache, Step
 from cordee.model.config import AttentionConfig, LatentAttentionConfig, ModelConfig, RopeConfig
 from cordee.model.noise import Noise
+from cordee.model.placement import Placement, unchanged
 from cordee.model.rotary import Longest, Positions, depends_on_length
 from cordee.ops.attention import AttentionCore, Scores
 from cordee.ops.dropout import Dropout
@@ -46,13 +47,9 @@ class Context:
         """Attention of `core`, over the tokens of this forward and those in the cache; v None: k is the values too."""
         if self.cache is not None and self.step is not None and not self.step.is_first:
             return self.cache.attend(layer, q, k, v, self.step, partial(core, scores=scores))
-        self.remember(layer, k, v)
-        return core(q, k, k if v is None else v, self.mask, scores)
-
-    def remember(self, layer: int, k: Tensor, v: Tensor | None) -> None:
-        """Put keys and values of the tokens of this forward into the cache, if there is one."""
         if self.cache is not None and self.step is not None:
             self.cache.append(layer, k, v, self.step)
+        return core(q, k, k if v is None else v, self.mask, scores)
 
     def dropout(self, rate: float, *site: str | int, first_head: int = 0) -> Dropout | None:
         """Dropout at a place of the model that nothing else has the name of; None in evaluation."""
@@ -67,17 +64,28 @@ class Context:
         return dropout.of_tokens(x, self.places)
 
 
-class Inputs:
-    """How the arguments of a model's forward become hidden states' `Context`; see `GPTModel.forward` for what they are.
+def _in_order(count: int, device: torch.device) -> Tensor:
+    return torch.arange(count, device=device)
 
-    A layout may give this process other tokens than all of a sequence, in their order: `places(count, device)` are
-    those of the `count` it is given, `outside(x)` which of them, of x `[..., seq]`, it keeps outside of blocks.
+
+@dataclass(eq=False, kw_only=True)
+class ModelPlacement(Placement):
+    """Where a layout gives this process other tokens than a sequence has.
+
+    `token_positions` of as many tokens as are here, `outside_blocks` those of `[..., seq]` that are kept outside of
+    blocks, `longest` the last position of a sequence from that of the part that is here.
     """
 
+    token_positions: Callable[[int, torch.device], Tensor] = _in_order
+    outside_blocks: Callable[[Tensor], Tensor] = unchanged
+    longest: Longest = unchanged
+
+
+class Inputs:
+    """How the arguments of a model's forward become the `Context` of its layers; see `GPTModel.forward` for what they
+    are."""
+
     def __init__(self, config: ModelConfig):
-        self.longest: Longest | None = None  # see `Positions`
-        self.places: Callable[[int, torch.device], Tensor] = _in_order
-        self.outside: Callable[[Tensor], Tensor] = _all_of_them
         self._has_dropout = bool(config.embedding_dropout or config.attention_dropout or config.hidden_dropout)
         self._changing_ropes = _changing_ropes(config)
         self._needs_positions = bool(self._changing_ropes) or any(
@@ -90,11 +98,11 @@ class Inputs:
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         segments: Tensor | None,
-        cache: Cache | None = None,
-        *,
-        training: bool = False,
-        balance: Balance | None = None,
-        noise: Noise | None = None,
+        cache: Cache | None,
+        balance: Balance | None,
+        noise: Noise | None,
+        training: bool,
+        placement: ModelPlacement,
     ) -> tuple[Tensor, Context]:
         """What the layers are to compute, and with what.
 
@@ -122,10 +130,10 @@ class Inputs:
         places = None
         if training and self._has_dropout:
             noise = noise or Noise.drawn(len(inputs), inputs.device)
-            places = self.outside(self.places(count, inputs.device)[None])
+            places = placement.outside_blocks(placement.token_positions(count, inputs.device)[None])
         else:
             noise = None
-        positions = Positions(position_ids, training, self.longest)
+        positions = Positions(position_ids, training, placement.longest)
         return inputs, Context(positions, mask, cache, step, balance, noise, places)
 
     def _with_cached(
@@ -180,14 +188,6 @@ def _next_positions(inputs: Tensor, real: Tensor | None) -> Tensor:
     if real is None:
         return torch.arange(inputs.shape[1], device=inputs.device)[None]
     return (real.cumsum(-1) - 1).clamp(min=0)
-
-
-def _in_order(count: int, device: torch.device) -> Tensor:
-    return torch.arange(count, device=device)
-
-
-def _all_of_them(places: Tensor) -> Tensor:
-    return places
 
 
 def _changing_ropes(config: ModelConfig) -> set[tuple[RopeConfig, int]]:

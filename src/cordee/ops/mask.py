@@ -107,9 +107,7 @@ class AttentionMask:
 
     def _visible(self, device: torch.device, window: int | None, chunk: int | None) -> Tensor:
         distance = self._distance(device)
-        visible = torch.ones_like(distance, dtype=torch.bool)
-        if self.causal:
-            visible = visible & (distance >= 0)
+        visible = distance >= 0 if self.causal else torch.ones_like(distance, dtype=torch.bool)
         if window is not None:
             visible = visible & (distance < window)
         if chunk is not None:
