@@ -147,8 +147,8 @@ def _error(core, layout, length: int) -> float:
     """Largest difference of `core` to the dense reference, for a gradient from `CHECKED` queries."""
     import torch
 
-    from cordee.model.mask import AttentionMask
     from cordee.ops.attention import Scores, reference_attention
+    from cordee.ops.mask import AttentionMask
     from cordee.parallel import context
 
     random = torch.Generator().manual_seed(2)

@@ -229,17 +229,32 @@ def test_a_full_cache_says_so():
         with pytest.raises(ValueError, match="12 places holds 11 tokens and cannot take 2 more"):
             model(ids(seq=2), cache=cache)
         model(ids(seq=1), cache=cache)
-    assert cache.length == 12
+    assert cache.lengths == [12, 12]
 
 
 @pytest.mark.parametrize("mask", [None, torch.ones(2, 1)], ids=["no mask", "mask"])
-def test_positions_that_cannot_be_told_are_asked_for(mask):
-    """After padding the number of places is not the next position."""
+def test_positions_after_padding_continue_those_of_each_row(mask):
     model = tiny.model(CONFIGS["llama"])
-    padding = torch.ones(2, 11).index_fill(1, torch.tensor([0]), 0)
+    padding = torch.ones(2, 11)
+    padding[0, :3], padding[1, 6:] = 0, 0
     with torch.inference_mode():
         cache = KVCache(model.config, batch_size=2, max_length=20)
         model(ids(), padding, cache=cache)
+        assert cache.lengths == [8, 6]
+        told = model(ids(seq=1), mask, cache=cache)
+        for row in range(2):
+            alone = torch.cat((ids()[row][padding[row] == 1], ids(seq=1)[row]))[None]
+            torch.testing.assert_close(told[row : row + 1], model(alone)[:, -1:], rtol=1e-4, atol=1e-5)
+
+
+def test_positions_that_cannot_be_told_are_asked_for():
+    """After several documents the number of places is not the next position."""
+    model = tiny.model(CONFIGS["llama"])
+    segments = torch.tensor([0] * 5 + [1] * 6).expand(2, -1)
+    with torch.inference_mode():
+        cache = KVCache(model.config, batch_size=2, max_length=20)
+        model(ids(), segments=segments, cache=cache)
         with pytest.raises(ValueError, match="position_ids"):
-            model(ids(seq=1), mask, cache=cache)
-        model(ids(seq=1), mask, torch.full((2, 1), 10), cache=cache)
+            model(ids(seq=1), cache=cache)
+        model(ids(seq=1), position_ids=torch.full((2, 1), 6), segments=torch.ones(2, 1).long(), cache=cache)
+    assert cache.lengths == [12, 12]

@@ -419,7 +419,7 @@ class DecodingOptions:
     batch_size: int = option(8, "continuations computed at the same time", above=0)
     use_kv_cache: bool = option(True, "keep keys and values of earlier tokens", negations=("--no-kv-cache",))
     straight_decoding: bool = option(
-        True, "compute single tokens straight over the weights where the model's form allows; off: through its modules"
+        True, "fused decode path for single tokens, where the model has one; off: through its modules"
     )
     seed: int = option(1234, "decides what --do-sample draws", at_least=0)
 

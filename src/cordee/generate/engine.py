@@ -15,9 +15,8 @@ from torch import Tensor
 
 from cordee.config.schema import DecodingOptions
 from cordee.errors import Problem, ProblemError, raise_all
-from cordee.generate.decoder import CachedDecoder, Decoder, PlainDecoder
+from cordee.generate.decoder import CachedDecoder, Decoder, FusedDecoder, PlainDecoder, unsupported_reason
 from cordee.generate.sampling import choose
-from cordee.generate.straight import StraightDecoder, obstacle
 from cordee.log import logger
 from cordee.model.config import ModelConfig
 from cordee.model.gpt import GPTModel
@@ -143,8 +142,8 @@ def _decoder_of(model: GPTModel, options: DecodingOptions, place: Place | None) 
     if place is not None:
         return lambda length: CachedDecoder(model, length, place)
     if options.straight_decoding:
-        if (why := obstacle(model)) is None:
-            return lambda length: StraightDecoder(model, length)
+        if (why := unsupported_reason(model)) is None:
+            return lambda length: FusedDecoder(model, length)
         _say_through_modules(why)
     return lambda length: CachedDecoder(model, length)
 

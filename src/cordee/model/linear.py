@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cordee.model.bound import Binding, require_plain
 from cordee.model.parameter import ParameterSpec, SpecifiedModule
 from cordee.model.placement import Placement, View, unchanged
-from cordee.ops.gemm import linear
+from cordee.ops.gemm import fixed_linear, fixed_linear_onto, linear
 
 
 class Product(Protocol):
@@ -58,6 +59,18 @@ class Linear(SpecifiedModule[LinearPlacement]):
         bias = None if bias is None else bias.flatten()
         return self.placement.product(x, self.local("weight").flatten(0, -2), bias, before=before)
 
+    def bind(self, binding: Binding) -> Callable[[Tensor], Tensor]:
+        """x `[batch, in_size]` to `[batch, product of out_shape]`."""
+        return fixed_linear(*self._bound_weights(), binding.rows)
+
+    def bind_onto(self, binding: Binding) -> Callable[[Tensor, Tensor], Tensor]:
+        """x and a residual to the residual with what `bind` gives added to it."""
+        return fixed_linear_onto(*self._bound_weights(), binding.rows)
+
+    def _bound_weights(self) -> tuple[Tensor, Tensor | None]:
+        require_plain(self, Linear, "weight bias")
+        return self.weight.detach().flatten(0, -2), None if self.bias is None else self.bias.detach().flatten()
+
     def extra_repr(self) -> str:
         return ", ".join(f"{axis}={size}" for axis, size in self._axes())
 
@@ -89,6 +102,11 @@ class Embedding(SpecifiedModule[EmbeddingPlacement]):
     def forward(self, index: Tensor) -> Tensor:
         """int64 `[batch, seq]` to `[batch, seq, embed]`."""
         return self.placement.exit(self.placement.lookup(index, self.local("weight")))
+
+    def bind(self) -> Tensor:
+        """The table itself."""
+        require_plain(self, Embedding, "weight")
+        return self.weight.detach()
 
 
 def scaled_std(std: float, num_layers: int) -> float:

@@ -6,6 +6,7 @@ from functools import partial
 
 from torch import Tensor
 
+from cordee.model.bound import Binding, BoundMLP, require_known, require_plain
 from cordee.model.config import MLPConfig, ModelConfig
 from cordee.model.linear import Linear, scaled_std
 from cordee.model.parameter import SpecifiedModule
@@ -36,6 +37,13 @@ class MLP(SpecifiedModule[BlockPlacement]):
         x = self.placement.enter(x)
         y = self.gate_up(x) if self.config.gated else self.up(x)
         return self.placement.exit(self.down(y, before=partial(activate, config=self.config)))
+
+    def bind(self, binding: Binding) -> BoundMLP:
+        config = self.config
+        require_known(config, "ffn_hidden_size activation gated bias limit")
+        require_plain(self, MLP, "gate_up down" if config.gated else "up down")
+        up, down = (self.gate_up if config.gated else self.up).bind(binding), self.down.bind_onto(binding)
+        return lambda residual, x: down(activate(up(x), config), residual)
 
 
 def activate(x: Tensor, config: MLPConfig) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cordee.device import KINDS
+from cordee.model.bound import BoundNorm, require_known, require_plain
 from cordee.model.config import NormConfig
 from cordee.model.parameter import ParameterSpec, SpecifiedModule
 from cordee.model.placement import Placement
@@ -43,6 +46,18 @@ class Norm(SpecifiedModule[NormPlacement]):
             bias = None if self.bias is None else self.local("bias").float()
             return self._normalise(x.float(), self.local("weight").float() + 1.0, bias).to(x.dtype)
         return self._normalise(x, self.local("weight"), self.local("bias"))
+
+    def bind(self) -> BoundNorm:
+        require_known(self.config, "kind eps")
+        require_plain(self, Norm, "weight bias")
+        assert self.weight is not None
+        weight, eps = self.weight.detach(), self.config.eps
+        if self.config.kind == "layer" or KINDS[weight.device.type].fused_rms_norm or weight.dtype != torch.float32:
+            return self
+        # Where torch's RMS norm is a series of operators, this is a shorter one: x / sqrt(x.x / n + eps) is the same as
+        # x sqrt(n) / hypot(|x|, sqrt(n eps)).
+        scaled, least = weight * math.sqrt(self.size), torch.tensor(math.sqrt(self.size * eps))
+        return lambda x: (x * scaled).div_(torch.hypot(torch.linalg.vector_norm(x, 2, -1, True), least))
 
     def _normalise(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         if (total := self.placement.sum_over_parts) is not None:

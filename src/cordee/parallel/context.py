@@ -27,12 +27,11 @@ from cordee.errors import Problem
 from cordee.log import logger
 from cordee.model.config import CapacityConfig, ModelConfig
 from cordee.model.gpt import GPTModel
-from cordee.model.mask import AttentionMask
 from cordee.model.moe import MoE
 from cordee.model.placement import after
 from cordee.model.router import Routing, limit_to_capacity
-from cordee.ops.attention import AttentionCore, Mask, Scores
-from cordee.ops.dropout import Dropout
+from cordee.ops.attention import AttentionCore, Scores
+from cordee.ops.mask import AttentionMask
 from cordee.parallel import differentiable
 from cordee.parallel.degrees import Degrees
 from cordee.parallel.layout import Layout
@@ -180,12 +179,12 @@ class Tokens:
         assert group is not None
         self._group = group
         self._rank = layout.axis_rank("cp")
-        self._sights: WeakKeyDictionary[Mask, Sight] = WeakKeyDictionary()
+        self._sights: WeakKeyDictionary[AttentionMask, Sight] = WeakKeyDictionary()
 
-    def sight(self, mask: Mask, on: torch.device) -> Sight:
+    def sight(self, mask: AttentionMask, on: torch.device) -> Sight:
         """What all tokens see of each other; `mask` is this rank's of one forward, the same for all layers."""
         if mask not in self._sights:
-            assert isinstance(mask, AttentionMask) and mask.in_order and mask.num_queries == mask.num_keys
+            assert mask.in_order and mask.num_queries == mask.num_keys
             length = mask.num_keys * self.degrees.cp
             segments, positions = (None if x is None else self.join(x) for x in (mask.key_segments, mask.key_positions))
             whole = AttentionMask(
@@ -270,15 +269,12 @@ class Exchange:
         assert group is not None
         return differentiable.all_gather_fwd_reduce_scatter_bwd(x, group, 2).index_select(1, needed)
 
-    def scores(self, scores: Scores) -> Scores:
-        return scores if scores.slopes is None else replace(scores, slopes=self._own(scores.slopes))
-
-    def sinks(self, sinks: Tensor | None) -> Tensor | None:
-        return None if sinks is None else self._own(sinks)
-
-    def dropout(self, dropout: Dropout | None, heads: int) -> Dropout | None:
-        """`heads`: how many are here."""
-        return dropout and replace(dropout, first_head=dropout.first_head + self.rank * heads)
+    def scores(self, scores: Scores, heads: int) -> Scores:
+        """Those of the heads that are here, so many."""
+        slopes, sinks = (None if x is None else self._own(x) for x in (scores.slopes, scores.sinks))
+        dropout = scores.dropout
+        dropout = dropout and replace(dropout, first_head=dropout.first_head + self.rank * heads)
+        return replace(scores, slopes=slopes, sinks=sinks, dropout=dropout)
 
     def _own(self, of_heads):
         size = len(of_heads) // self.size
@@ -299,24 +295,13 @@ class ContextAttention:
         self.ring = ring
 
     @torch._disable_dynamo  # collectives, and masks that are kept from layer to layer
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Mask,
-        scores: Scores,
-        *,
-        sinks: Tensor | None = None,
-        dropout: Dropout | None = None,
-    ) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scores: Scores) -> Tensor:
         sight = self.tokens.sight(mask, q.device)
         q, k, v = self.exchange.heads(q), self.exchange.key_heads(k), self.exchange.key_heads(v)
-        scores, sinks = self.exchange.scores(scores), self.exchange.sinks(sinks)
-        dropout = self.exchange.dropout(dropout, q.shape[1])
+        scores = self.exchange.scores(scores, q.shape[1])
         if self.ring is None:
-            y = self.core(q, k, v, sight.whole, scores, sinks=sinks, dropout=dropout)
+            y = self.core(q, k, v, sight.whole, scores)
         else:
-            work = Work(self.ring, sight, self.tokens.pieces(sight.whole.num_keys), scores, dropout)
-            y = ring_attention(q, k, v, work, sinks)
+            work = Work(self.ring, sight, self.tokens.pieces(sight.whole.num_keys), scores)
+            y = ring_attention(q, k, v, work)
         return self.exchange.tokens(y)

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from cordee.config.schema import InferenceLayoutOptions, ParallelOptions
 from cordee.errors import Problem, ProblemError
-from cordee.model.cache import KVCache
+from cordee.model.cache import Cache
 from cordee.model.config import ModelConfig
-from cordee.model.gpt import GPTModel, default_positions
+from cordee.model.gpt import GPTModel
 from cordee.model.head import Head
 from cordee.model.span import Span
 from cordee.parallel import collectives, sharding, tensor
@@ -77,17 +77,14 @@ class Place:
         model: GPTModel,
         ids: Tensor,
         attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
         *,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """As `model(..., output=last_logits)` of a whole model; all processes of a copy call it alike."""
-        if position_ids is None:
-            position_ids = default_positions(ids, attention_mask, cache)
         dtype = next(model.parameters()).dtype
         like = torch.empty(len(ids), model.config.vocab_size, dtype=dtype, device="meta")
         x = self._inputs(model, ids)
-        return self._from_last(model(x, attention_mask, position_ids, cache=cache, output=last_logits), like)
+        return self._from_last(model(x, attention_mask, cache=cache, output=last_logits), like)
 
     def loss(self, model: GPTModel, ids: Tensor, labels: Tensor) -> Tensor:
         """As `model.head.loss` of the last hidden states of `ids`, of a whole model: the sum, float32, scalar."""
@@ -96,9 +93,7 @@ class Place:
             return head.loss(hidden, labels)[0]
 
         like = torch.empty((), device="meta")
-        return self._from_last(
-            model(self._inputs(model, ids), None, default_positions(ids, None, None), output=output), like
-        )
+        return self._from_last(model(self._inputs(model, ids), output=output), like)
 
     def _inputs(self, model: GPTModel, ids: Tensor) -> Tensor:
         """What this stage works on: token ids, or the hidden states of the stage before."""

@@ -1,4 +1,4 @@
-"""Decoding straight over the weights against decoding through the modules."""
+"""The fused decode path against decoding through the modules."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import torch
 
 from cordee.config.schema import DecodingOptions
 from cordee.generate import engine
-from cordee.generate.decoder import CachedDecoder
+from cordee.generate.decoder import CachedDecoder, FusedDecoder, unsupported_reason
 from cordee.generate.engine import generate
-from cordee.generate.straight import StraightDecoder, obstacle
 from cordee.model.config import (
     DynamicNTKScaling,
     Llama3Scaling,
@@ -68,8 +67,8 @@ UNCOMMON = {
     "change with the length": tiny.config(
         attention(rope=RopeConfig(scaling=DynamicNTKScaling(factor=2.0, original_max_position_embeddings=8)))
     ),
-    "LatentAttentionConfig": tiny.config(tiny.layer(tiny.latent_attention())),
-    "MoEConfig": tiny.config(
+    "LatentAttention": tiny.config(tiny.layer(tiny.latent_attention())),
+    "MoE": tiny.config(
         tiny.layer(mlp=MoEConfig(router=RouterConfig(num_experts=4, top_k=2), expert=tiny.MLP)),
     ),
     "unit_offset": tiny.config(final_norm=NormConfig(kind="rms", eps=1e-6, unit_offset=True)),
@@ -94,16 +93,16 @@ def model_of(config, dtype=torch.float32):
 @torch.no_grad()
 def check_equal(model, prompts, **tolerance):
     """Logits over several steps, with rows that change places and leave."""
-    straight, reference = StraightDecoder(model, 16), CachedDecoder(model, 16)
-    assert torch.equal(straight.begin(prompts), reference.begin(prompts))
+    fused, reference = FusedDecoder(model, 16), CachedDecoder(model, 16)
+    assert torch.equal(fused.begin(prompts), reference.begin(prompts))
     tokens = torch.arange(3 * len(prompts)).view(3, -1) % tiny.VOCAB
     for step in tokens:
-        torch.testing.assert_close(straight.extend(step), reference.extend(step), **tolerance)
+        torch.testing.assert_close(fused.extend(step), reference.extend(step), **tolerance)
     rows = torch.tensor([len(prompts) - 1, 0, 0])
-    for decoder in (straight, reference):
+    for decoder in (fused, reference):
         decoder.keep(rows)
     for step in tokens[:, :1].expand(-1, 3):
-        torch.testing.assert_close(straight.extend(step), reference.extend(step), **tolerance)
+        torch.testing.assert_close(fused.extend(step), reference.extend(step), **tolerance)
 
 
 PROMPTS = {"one": [[1, 2, 3]], "alike": [[1, 2, 3], [9, 8, 7]], "padded": [[1, 2], [5, 6, 7, 8, 9], [3]]}
@@ -113,7 +112,7 @@ PROMPTS = {"one": [[1, 2, 3]], "alike": [[1, 2, 3], [9, 8, 7]], "padded": [[1, 2
 @pytest.mark.parametrize("name", COMMON)
 def test_logits_equal_those_of_the_modules(name, prompts):
     model = model_of(COMMON[name])
-    assert obstacle(model) is None
+    assert unsupported_reason(model) is None
     check_equal(model, PROMPTS[prompts])
 
 
@@ -137,7 +136,7 @@ def test_logits_are_equal_in_onednn(name, monkeypatch):
 @pytest.mark.parametrize("name", UNCOMMON)
 def test_other_models_go_through_their_modules(name, caplog):
     model = model_of(UNCOMMON[name])
-    why = obstacle(model)
+    why = unsupported_reason(model)
     assert why is not None and name in why
     engine._say_through_modules.cache_clear()
     with caplog.at_level(logging.INFO, "cordee"):
@@ -156,7 +155,7 @@ def test_changed_models_go_through_their_modules():
     def changed(change):
         model = tiny.model(COMMON["grouped"])
         change(model, model.layers["1"])
-        return obstacle(model)
+        return unsupported_reason(model)
 
     assert changed(lambda model, layer: None) is None
     assert changed(lambda model, layer: layer.mlp.register_forward_hook(lambda *a: None)) is not None
@@ -211,7 +210,7 @@ def test_a_delta_is_felt_in_what_is_written():
 def test_it_is_taken_where_possible_and_can_be_forced_off(monkeypatch):
     taken = []
     monkeypatch.setattr(
-        StraightDecoder, "extend", lambda self, tokens: taken.append(1) or CachedDecoder.extend(self, tokens)
+        FusedDecoder, "extend", lambda self, tokens: taken.append(1) or CachedDecoder.extend(self, tokens)
     )
     model = tiny.model(COMMON["grouped"])
     generate(model, [[1]], DecodingOptions(max_new_tokens=3, straight_decoding=False))
