@@ -1,8 +1,8 @@
 """Where checkpoints are kept: the local file system, or a store of objects behind a URL.
 
 Owns what is asked of such a store (`Storage`), the stores that `fsspec` knows (s3, gs, abfs, hdfs, memory, ...), and a
-path in a store, which is read like one of pathlib. Knows neither torch nor what a checkpoint is or how one is committed:
-that is `directory.py`'s.
+path in a store, which is read like one of pathlib. Knows neither torch nor checkpoints: how one is committed is in
+`directory.py`.
 
 What is assumed of a store: who reads an object after its `write` has ended sees all of it, and after `delete` nothing.
 Not assumed: renaming, appending, an atomic overwrite, that an object whose `write` did not end is absent or whole, or
