@@ -72,6 +72,12 @@ def test_a_second_run_is_refused(tmp_path: Path):
     assert [(problem.option, problem.value) for problem in caught.value.problems] == [("--save", given.save)]
 
 
+def test_what_is_not_written_is_said(tmp_path: Path):
+    given = stored(tmp_path)
+    assert not any(outputs.METRICS in note for note in plan_run(given, 1).notes)
+    assert any(outputs.METRICS in note for note in plan_run(replace(given, metrics_file=None), 1).notes)
+
+
 def test_another_run_is_not_overwritten(tmp_path: Path):
     given = stored(tmp_path)
     job.run(replace(given, exit_interval=2))

@@ -57,15 +57,19 @@ class StorageLock:
             logger.warning("%s could not be removed, the next run waits until it is stale: %s", self._place, error)
 
     def _beat(self) -> None:
+        failed = False
         while not self._released.wait(self._heartbeat):
             try:
                 self._require_mine()
                 self._write()
+                failed = False
             except HeldError:
                 logger.error("%s: another process took this lock and may write to the same place", self._place)
                 return
             except OSError as error:
-                logger.warning("%s: a heartbeat failed, other runs may take the lock: %s", self._place, error)
+                if not failed:
+                    logger.warning("%s: a heartbeat failed, other runs may take the lock: %s", self._place, error)
+                failed = True
 
     def _require_expired(self, before: bytes) -> None:
         end = time.monotonic() + 3 * self._heartbeat
