@@ -32,6 +32,11 @@ def read_json(path: Path) -> Any:
         if status.st_size > LARGEST_JSON:
             raise ValueError(f"it has {status.st_size:,} bytes, more than {LARGEST_JSON:,}")
         data = file.read(max(status.st_size, 1 << 16))  # a buffer of as many bytes is made at once
+    return parse_json(data)
+
+
+def parse_json(data: bytes) -> Any:
+    """The value that JSON in UTF-8 stands for. ValueError if it is none."""
     try:
         return json.loads(data.decode("utf-8"))
     except RecursionError:

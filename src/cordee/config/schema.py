@@ -281,7 +281,9 @@ class ParallelOptions:
 class CheckpointOptions:
     """Checkpoints."""
 
-    save: str | None = option(None, "directory for checkpoints", metavar="DIR")
+    save: str | None = option(
+        None, "directory for checkpoints, or a URL of a store that fsspec knows (s3://bucket/run)", metavar="DIR|URL"
+    )
     save_interval: int | None = option(
         None, "steps between checkpoints, needed with --save; one is always written at the end", above=0
     )
@@ -290,9 +292,9 @@ class CheckpointOptions:
     save_optim: bool = option(True, "write optimizer state; without it a run cannot resume exactly")
     load: str | None = option(
         None,
-        "checkpoint directory to resume from, or a model to start from: a directory of any format that cordee convert "
-        "reads (Hugging Face, Megatron, ...), or a file of GGUF",
-        metavar="DIR|FILE",
+        "checkpoint directory, or its URL, to resume from, or a model to start from: a directory of any format that "
+        "cordee convert reads (Hugging Face, Megatron, ...), or a file of GGUF",
+        metavar="DIR|URL|FILE",
     )
     ckpt_step: int | None = option(None, "step to load instead of the newest complete one", at_least=0)
     finetune: bool = option(False, "take only the weights of --load and start at step 0")
@@ -384,8 +386,8 @@ class InferenceOptions:
 
     load: str = required(
         "model: a directory of any format that cordee convert reads (Hugging Face, Megatron, checkpoints of a run, "
-        "...), or a file of GGUF",
-        metavar="DIR|FILE",
+        "...), a URL of checkpoints of a run, or a file of GGUF",
+        metavar="DIR|URL|FILE",
     )
     dtype: Literal["float32", "bfloat16", "float16"] | None = option(
         None, "type of weights and arithmetic [as stored]", synonyms=_DTYPE_SYNONYMS
@@ -517,10 +519,10 @@ class ConvertOptions:
 
     load_dir: str = required(
         "directory to read: Hugging Face, Megatron (core, legacy, AscendSpeed, MindSpeed-LLM), pipelines of DeepSpeed, "
-        "MindFormers names, DCP, GGUF (or the file itself), or a checkpoint of a run; what it is, and its degrees of "
-        "parallelism, are read from it",
+        "MindFormers names, DCP, GGUF (or the file itself), or a checkpoint of a run (also a URL, s3://bucket/run); "
+        "what it is, and its degrees of parallelism, are read from it",
         aliases=("--input-model-dir",),
-        metavar="DIR",
+        metavar="DIR|URL",
     )
     save_dir: str = required(
         "directory to write; from mg to hf it may be the original model's, then it is DIR/mg2hf",

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cordee.checkpoint.storage import is_url
 from cordee.config.option import to_flag
 from cordee.config.schema import ConvertConfig
 from cordee.convert.formats import Format
@@ -46,6 +47,9 @@ def target_type(options: ConvertConfig) -> str:
 
 def check_options(options: ConvertConfig) -> Iterator[Problem]:
     """What options contradict by themselves."""
+    if is_url(options.save_dir):
+        fix = "give a local directory, and copy it there"
+        yield Problem("--save-dir", options.save_dir, "a conversion writes no URL", fix)
     if Path(options.load_dir).resolve() == Path(options.save_dir).resolve():
         why = "it is the directory that is read"
         yield Problem("--save-dir", options.save_dir, why, "give another directory")

@@ -15,9 +15,10 @@ def check_run(config: TrainConfig, fingerprints: Fingerprints | None = None) -> 
     The number of processes is the launcher's, or --nproc-per-node. Without `fingerprints` of the data, its contents are
     not compared with those of a run to resume: the run itself does that when it starts.
     """
-    found = Findings(outputs.check_free(config))
+    found = Findings()
+    found.problems += found.attempt(lambda: outputs.check_free(config)) or []
     found.attempt(lambda: plan_run(config, launch.world_size(config.nproc_per_node), fingerprints=fingerprints))
-    return found.problems
+    return list(dict.fromkeys(found.problems))
 
 
 def check_with_contents(config: TrainConfig) -> list[Problem]:

@@ -13,19 +13,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 
 from cordee import device, launch, lock, log
-from cordee.checkpoint import directory
+from cordee.checkpoint import assets, directory
+from cordee.checkpoint.storage import Place, place_of, reached, same
 from cordee.checkpoint.store import CheckpointStore, restore
 from cordee.config.schema import PerformanceOptions, TrainConfig
 from cordee.data.batch import NextToken
 from cordee.data.build import Datasets, build_datasets
 from cordee.data.loader import Loader
-from cordee.data.tokenizer import VOCABULARIES, holds_tokenizer
 from cordee.errors import Findings, Problem, ProblemError
 from cordee.families.count import count_parameters, training_flops_per_token
 from cordee.files import copy_files
@@ -120,10 +119,7 @@ def _interpreter(options: PerformanceOptions) -> Iterator[None]:
 
 def _plan(config: TrainConfig, layout: Layout) -> RunPlan:
     """The plan, the same on all ranks, with a checkpoint whose every byte is as it was saved."""
-    if config.save is not None and layout.rank == 0:
-        for name in directory.tidy(Path(config.save)):
-            logger.info("removed what an interrupted save had left: %s", name)
-    collectives.from_first(None, layout)  # nobody looks for checkpoints before that is done
+    together(layout, lambda: _tidy(config) if layout.rank == 0 else None)  # before anybody looks for checkpoints
     unread = Findings()
     fingerprints = _fingerprints(config, layout, unread)
     avoid: dict[int, str] = {}
@@ -135,12 +131,19 @@ def _plan(config: TrainConfig, layout: Layout) -> RunPlan:
             break
         assert plan.origin.checkpoint is not None
         path = plan.origin.checkpoint.path
-        if config.ckpt_step is not None or path == Path(config.load or ""):
+        if config.ckpt_step is not None or same(path, place_of(config.load or "")):
             raise ProblemError([Problem("--load", path, why, "choose another checkpoint by --ckpt-step")])
         avoid[plan.origin.checkpoint.manifest["iteration"]] = why
     for note in plan.notes:
         logger.info("%s", note)
     return plan
+
+
+def _tidy(config: TrainConfig) -> None:
+    if config.save is not None:
+        with reached("--save", config.save):
+            for name in directory.tidy(place_of(config.save, "--save")):
+                logger.info("removed what an interrupted save had left: %s", name)
 
 
 def _first_of_machine(layout: Layout) -> int:
@@ -199,12 +202,10 @@ def _build(
     loaders = _loaders(plan, layout, stack)
     store = None
     if config.save is not None:
-        store = CheckpointStore(
-            Path(config.save), group=layout.background, keep_last=config.keep_last, on_lost=exits.rank_lost
-        )
+        root = place_of(config.save, "--save")
+        store = CheckpointStore(root, group=layout.background, keep_last=config.keep_last, on_lost=exits.rank_lost)
         stack.enter_context(store)
-        if layout.rank == 0:
-            _save_companions(plan, store.root)
+        together(layout, lambda: _save_companions(plan, root) if layout.rank == 0 else None)
     objective = objectives.registry()[config.stage]
     reports = _reports(plan, layout, on, objective.loss_name)
     stack.callback(reports.close)
@@ -248,26 +249,21 @@ def _fill(plan: RunPlan, model: GPTModel, optimizer: torch.optim.Optimizer, layo
         initialise(model, plan.config.seed)
 
 
-def _save_companions(plan: RunPlan, root: Path) -> None:
+def _save_companions(plan: RunPlan, root: Place) -> None:
     """Put the tokenizer beside the checkpoints, so that they can be talked to and exported without the options."""
-    if plan.tokenizer is None or holds_tokenizer(root):
+    if plan.tokenizer is None:
         return
-    scratch = root / ".tokenizer.new"
-    directory.discard(scratch)
-    scratch.mkdir(parents=True)
-    try:
-        plan.tokenizer.save(scratch)
-    except ProblemError as error:
-        logger.warning("the tokenizer is not put beside the checkpoints: %s", error)
-        directory.discard(scratch)
-        return
-    companions = plan.origin.companions if plan.origin.weights else None
-    if companions is not None:
-        copy_files(companions.glob("generation_config.json"), scratch)
-    # What makes it a tokenizer comes last: a process that is killed in between does it again the next time.
-    for file in sorted(scratch.iterdir(), key=lambda file: (file.name in VOCABULARIES, file.name)):
-        file.rename(root / file.name)
-    directory.discard(scratch)
+    with reached("--save", str(root)):
+        if assets.are_in(root):
+            return
+        try:
+            with assets.put_into(root) as scratch:
+                plan.tokenizer.save(scratch)
+                companions = plan.origin.companions if plan.origin.weights else None
+                if companions is not None:
+                    copy_files(companions.glob("generation_config.json"), scratch)
+        except ProblemError as error:
+            logger.warning("the tokenizer is not put beside the checkpoints: %s", error)
 
 
 def _loaders(plan: RunPlan, layout: Layout, stack: ExitStack) -> dict[str, Loader]:

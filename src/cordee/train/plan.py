@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cordee.checkpoint import directory
+from cordee.checkpoint.storage import place_of, reached, same
 from cordee.config import deepspeed
 from cordee.config.check import check_train, fewest_processes, without_effect
 from cordee.config.option import to_flag
@@ -31,7 +32,7 @@ from cordee.optim.schedule import Schedule, build_schedule
 from cordee.parallel.degrees import Degrees, degrees
 from cordee.parallel.pipeline import check as pipeline_check
 from cordee.parallel.pipeline.split import Division, noop_layers
-from cordee.train import experts, objectives, resume
+from cordee.train import experts, objectives, outputs, resume
 from cordee.train.batch_schedule import BatchSchedule, build_batch_schedule
 from cordee.train.origin import Checkpoint, Origin, choose, described, opened
 
@@ -84,7 +85,7 @@ def plan_run(
     contradictions = check_train(config)
     found = Findings(
         [*contradictions, *_stage_problems(config), *_report_problems(config)],
-        [*without_effect(config), *deepspeed.without_effect(config.deepspeed_config)],
+        [*without_effect(config), *deepspeed.without_effect(config.deepspeed_config), *outputs.left_out(config)],
     )
     shape = found.attempt(lambda: degrees(config, world_size)) or _smallest(config)
     sizes = found.attempt(lambda: pipeline_check.sizes(config))
@@ -183,7 +184,7 @@ def _start(
     chosen = found.attempt(lambda: choose(config, avoid, found.notes))
     if chosen is None:
         return None, None, None
-    found.problems += _save_problems(config, chosen)
+    found.attempt(lambda: raise_all(_save_problems(config, chosen)))
     origin = found.attempt(lambda: opened(config, chosen)) or found.attempt(lambda: described(chosen))
     if origin is None:
         return None, None, None
@@ -276,13 +277,15 @@ def _layout_problems(config: TrainConfig, spec: ModelSpec, shape: Degrees) -> It
 def _save_problems(config: TrainConfig, origin: Origin) -> Iterator[Problem]:
     if config.save is None:
         return
-    root = Path(config.save)
-    yield from _unwritable("--save", root)
-    if directory.is_root(root):
+    root = place_of(config.save, "--save")
+    if isinstance(root, Path):
+        yield from _unwritable("--save", root)
+    with reached("--save", config.save):
+        holds_run, newest = directory.is_root(root), max(directory.iterations(root), default=0)
+    if holds_run:
         checkpoint = origin.checkpoint
-        resumes = checkpoint is not None and checkpoint.resume and checkpoint.path.parent.samefile(root)
+        resumes = checkpoint is not None and checkpoint.resume and same(checkpoint.path.parent, root)
         if not resumes:
-            newest = max(directory.iterations(root), default=0)
             why = f"it holds the checkpoints of another run, up to iteration {newest}"
             yield Problem("--save", root, why, f"resume that run: --load {root}; or give another directory")
 
