@@ -16,8 +16,8 @@ from cordee.config.load import load_config
 from cordee.config.schema import ConvertConfig
 from cordee.convert import formats, job
 from cordee.errors import ProblemError
-from cordee.families.described import canonical
 from cordee.families.registry import families, spec_from_hf, spec_from_preset
+from cordee.model.compare import canonical
 from cordee.weights.megatron.arguments import arguments, spec_of_arguments
 from cordee.weights.megatron.layout import Wanted
 from tests.weights import models, tiny

@@ -24,9 +24,10 @@ from cordee.data.build import Part, plan_order, plan_parts
 from cordee.data.indexed import IndexedDataset, bin_path, fingerprint, idx_path
 from cordee.data.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
 from cordee.errors import Findings, Problem, ProblemError, raise_all
-from cordee.families.described import canonical
-from cordee.families.options import ignored, shape_of
-from cordee.families.registry import ModelSpec, differences, spec_from_options, spec_named
+from cordee.families.lenses import differences, words_of
+from cordee.families.options import ignored
+from cordee.families.registry import ModelSpec, spec_from_options, spec_named
+from cordee.model.compare import canonical
 from cordee.model.config import ModelConfig
 from cordee.optim.schedule import Schedule, build_schedule
 from cordee.parallel.degrees import Degrees, degrees
@@ -205,7 +206,7 @@ def _tokenizer(config: TrainConfig, origin: Origin) -> Tokenizer | None:
 
 def _spec(config: TrainConfig, origin: Origin, tokenizer: Tokenizer | None, notes: list[str]) -> ModelSpec:
     spec = _asked(config, origin, tokenizer, notes)
-    notes += ignored(config, shape_of(spec.config))
+    notes += ignored(config, words_of(spec.config))
     return spec
 
 
@@ -224,7 +225,7 @@ def _asked(config: TrainConfig, origin: Origin, tokenizer: Tokenizer | None, not
     wanted = (spec_named(config.model) if config.model else loaded).with_options(shape)
     problems = list(_vocabulary_problems(config, loaded.config.vocab_size))
     changed = differences(loaded.config, wanted.config)
-    listed = ", ".join(f"{flag} {values}" for flag, values in changed.items()) or "in what no option says"
+    listed = ", ".join(f"{flag} {before} -> {after}" for flag, (before, after) in changed.items())
     resumes = origin.checkpoint is not None and origin.checkpoint.resume
     if wanted.shapes() != loaded.shapes():
         fix = "leave the model options out: what is loaded says its shape"
