@@ -214,7 +214,9 @@ def _layers(world_size: int) -> tuple[Callable[[], float], Callable[[], float]]:
     weights = {name: local_shard(p)[0].detach().clone().requires_grad_() for name, p in model.named_parameters()}
     x = torch.randn(BATCH, LENGTH, HIDDEN, generator=torch.Generator().manual_seed(0))
     angles = _angles(LENGTH)
-    context = model._context(x, torch.arange(LENGTH)[None], False, None, None, None)
+    _, context = model._inputs.prepare(
+        x, None, torch.arange(LENGTH)[None], None, None, None, None, True, model.placement
+    )
 
     def ours() -> float:
         hidden = x
