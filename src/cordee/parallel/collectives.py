@@ -74,6 +74,12 @@ def from_first(value: Any, layout: Layout) -> Any:
     return values[0]
 
 
+def broadcast(tensor: Tensor, source: int, layout: Layout) -> None:
+    """Overwrite `tensor`, on any device, with that of rank `source` on every rank."""
+    if layout.mesh is not None:
+        dist.broadcast(tensor, src=source)
+
+
 def raise_together(problems: Iterable[Problem], layout: Layout) -> None:
     """Raise `ProblemError` on every rank if any rank has problems, with those of all, each once."""
     if found := dict.fromkeys(problem for part in gather(list(problems), layout) for problem in part):
