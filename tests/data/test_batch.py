@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from cordee.data.batch import Batch, NextToken
+from cordee.data.batch import Batch
+from cordee.data.gpt_collate import GPTCollate
 from cordee.errors import ProblemError
 from tests.data import peer
 
@@ -22,7 +23,7 @@ flags = st.fixed_dictionaries(
 def test_what_an_eod_does_is_megatrons(samples, flags):
     """Labels, positions and who sees whom, sample by sample."""
     masks = peer.megatron().gpt._get_ltor_masks_and_position_ids
-    batch = NextToken(vocab_size=4, eod=EOD, **flags)(list(samples))
+    batch = GPTCollate(vocab_size=4, eod=EOD, **flags)([{"tokens": sample} for sample in samples])
     causal = torch.tril(torch.ones(samples.shape[1] - 1, samples.shape[1] - 1, dtype=torch.bool))
     for row, sample in enumerate(torch.from_numpy(samples)):
         hidden, loss_mask, positions = masks(
@@ -43,27 +44,27 @@ def test_what_an_eod_does_is_megatrons(samples, flags):
         if batch.segments is not None:
             seen = causal & (batch.segments[row][:, None] == batch.segments[row][None, :])
         assert torch.equal(seen, ~hidden[0])
-    assert batch.weight() == int((batch.labels != -100).sum())
+    assert batch.num_trained == int((batch.labels != -100).sum())
     assert (batch.position_ids is None) == (not flags["reset_position_ids"])
     assert (batch.segments is None) == (not flags["reset_attention_mask"])
 
 
 def test_by_hand():
-    batch = NextToken(eod=0, eod_mask_loss=True, reset_position_ids=True, reset_attention_mask=True)(
-        [np.array([5, 0, 6, 7, 0, 0, 8])]
+    batch = GPTCollate(eod=0, eod_mask_loss=True, reset_position_ids=True, reset_attention_mask=True)(
+        [{"tokens": np.array([5, 0, 6, 7, 0, 0, 8])}]
     )
     assert batch.input_ids.tolist() == [[5, 0, 6, 7, 0, 0]]
     assert batch.labels.tolist() == [[0, -100, 7, 0, -100, -100]]
     assert batch.position_ids.tolist() == [[0, 1, 0, 1, 2, 0]]
     assert batch.segments.tolist() == [[0, 0, 1, 1, 1, 2]]
-    assert batch.weight() == 3
+    assert batch.num_trained == 3
     assert {t.dtype for t in (batch.input_ids, batch.labels, batch.position_ids, batch.segments)} == {torch.int64}
 
 
 @pytest.mark.parametrize(("token", "said"), [(7, "token 7"), (-1, "token -1")])
 def test_a_token_outside_the_vocabulary_is_refused(token, said):
     with pytest.raises(ProblemError, match=f"{said}, but the vocabulary has only tokens 0 to 6"):
-        NextToken(vocab_size=7)([np.array([1, 6, 0]), np.array([1, token, 0])])
+        GPTCollate(vocab_size=7)([{"tokens": np.array([1, last, 0])} for last in (6, token)])
 
 
 def test_to_moves_every_tensor():

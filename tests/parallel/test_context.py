@@ -76,7 +76,7 @@ def train(name: str, ranks: int, packed: bool, given: dict) -> tuple[list[list[f
             data.begin_micro_batch(model, config.zero_stage, last=index == count - 1)
             start = BATCH * (index * layout.data_size + layout.data_rank)
             batch = rows(whole, slice(start, start + BATCH))
-            balance = Balance(batch.weight() / whole.weight())
+            balance = Balance(batch.num_trained / whole.num_trained)
             batch = context.share(batch, layout, config)
             loss, weight = model(
                 batch.input_ids,
@@ -85,12 +85,12 @@ def train(name: str, ranks: int, packed: bool, given: dict) -> tuple[list[list[f
                 balance=balance,
                 output=lambda head, hidden, batch=batch: head.loss(hidden, batch.labels),
             )
-            assert int(weight) == batch.weight()
-            (loss / whole.weight()).backward()
-            reported = {name: value * batch.weight() for name, value in balance.metrics().items()}
+            assert int(weight) == batch.num_trained
+            (loss / whole.num_trained).backward()
+            reported = {name: value * batch.num_trained for name, value in balance.metrics().items()}
             for key, value in {"loss": loss.detach(), **reported}.items():
                 sums[key] = sums.get(key, torch.zeros(())) + value
-        total = collectives.sum_over(torch.stack([sums[key] for key in sorted(sums)]), layout) / whole.weight()
+        total = collectives.sum_over(torch.stack([sums[key] for key in sorted(sums)]), layout) / whole.num_trained
         norm = global_norm(gradients(list(model.parameters()))).item()
         found.append([*total.tolist(), norm])
         if step == 0:

@@ -51,7 +51,7 @@ def step(executor: Executor, number: int, layout: Layout, chosen) -> float:
     """A forward and backward; the loss of all ranks."""
     batches = micro_batches(number, layout, chosen, LENGTH)
     weight = weight_of(batches, layout)
-    weights = [batch.weight() for batch in batches]
+    weights = [batch.num_trained for batch in batches]
     sums = executor.train(Work(batches=batches, weights=weights, weight=weight, scale=1.0))
     return collectives.sum_over(sums[""].clone(), layout).item() / weight
 

@@ -20,11 +20,12 @@ from cordee.model.gpt import GPTModel
 from cordee.model.init import initialise
 from cordee.parallel import apply, collectives, norms
 from cordee.parallel.degrees import degrees
-from cordee.parallel.execution import Executor, LocalExecutor, Work
+from cordee.parallel.execution import Criterion, Executor, LocalExecutor, Work
 from cordee.parallel.layout import Layout
 from cordee.parallel.pipeline.executor import PipelineExecutor
 from cordee.parallel.pipeline.split import divide
 from cordee.train.check import check_run
+from cordee.train.objectives.next_token import NextToken
 from cordee.train.plan import plan_run
 from cordee.weights import hf
 from cordee.weights.load import load_into
@@ -52,22 +53,26 @@ def samples(step: int, length: int = LENGTH) -> torch.Tensor:
     return torch.randint(0, tiny.VOCAB, (SAMPLES, length + 1), generator=generator)
 
 
-def loss(head, hidden, batch):
-    total, weight = head.loss(hidden, batch.labels)
-    return total, weight, {"twice": 2 * total.detach()}
+class Twice(NextToken):
+    """With a metric."""
+
+    def loss(self, head, hidden, batch, reduce):
+        total, _ = super().loss(head, hidden, batch, reduce)
+        return total, {"twice": 2 * total.detach()}
 
 
 def build(world_size: int, config: ModelConfig, given: dict) -> tuple[GPTModel, Layout, TrainConfig, Executor]:
     chosen = options(**given)
     layout = Layout(degrees(chosen, world_size))
+    criterion = Criterion(Twice(), layout)
     if layout.degrees.pp == 1:
         model = apply.apply(GPTModel(config, device="meta"), layout, chosen, CPU)
-        executor = LocalExecutor(model, chosen, CPU, loss)
+        executor = LocalExecutor(model, chosen, CPU, criterion)
     else:
         division = divide(chosen, config, LENGTH)
         model = GPTModel(config, spans=division.owned(layout.axis_rank("pp")), device="meta")
         model = apply.apply(model, layout, chosen, CPU)
-        executor = PipelineExecutor(model, division, layout, chosen, CPU, loss)
+        executor = PipelineExecutor(model, division, layout, chosen, CPU, criterion)
     initialise(model, 7)
     return model, layout, chosen, executor
 
@@ -88,8 +93,8 @@ def micro_batches(step: int, layout: Layout, chosen: TrainConfig, length: int, s
 
 
 def weight_of(batches: list[Batch], layout: Layout) -> int:
-    own = sum(batch.weight() for batch in batches) if layout.speaks_for_samples else 0
-    return collectives.sum_counts([own], layout)[0]
+    own = sum(batch.num_trained for batch in batches) if layout.speaks_for_samples else 0
+    return collectives.sum_numbers([own], layout)[0]
 
 
 def train(world_size: int, config: ModelConfig, given: dict, lengths=(LENGTH,) * 3, sizes=None) -> dict[str, Any]:
@@ -103,7 +108,7 @@ def train(world_size: int, config: ModelConfig, given: dict, lengths=(LENGTH,) *
         sums = executor.train(
             Work(
                 batches=batches,
-                weights=[batch.weight() for batch in batches],
+                weights=[batch.num_trained for batch in batches],
                 weight=weight,
                 scale=1.0,
             )
@@ -118,12 +123,10 @@ def train(world_size: int, config: ModelConfig, given: dict, lengths=(LENGTH,) *
         optimizer.step()
         optimizer.zero_grad()
         model.eval()
-        total, count = executor.evaluate(batches)
+        total = collectives.sum_over(executor.evaluate(batches), layout).item()
         apply.data.release(model)
         model.train()
-        total, count = (collectives.sum_over(value, layout).item() for value in (total, count))
-        assert count == weight
-        found["evaluated"].append(total / count)
+        found["evaluated"].append(total / weight)
     found["parameters"] = {name: full(p) for name, p in model.named_parameters()}
     return found
 
@@ -260,7 +263,7 @@ def frozen(rank: int, world_size: int, given: dict) -> dict[str, torch.Tensor]:
         parameter.requires_grad_(name.startswith(("layers.6", "layers.7", "head")))
     batches = micro_batches(0, layout, chosen, LENGTH)
     weight = weight_of(batches, layout)
-    weights = [batch.weight() for batch in batches]
+    weights = [batch.num_trained for batch in batches]
     executor.train(Work(batches=batches, weights=weights, weight=weight, scale=1.0))
     return {name: full(p.grad) for name, p in model.named_parameters() if p.grad is not None}
 

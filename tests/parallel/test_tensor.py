@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cordee.model.config import QKNormConfig
-from cordee.ops.cross_entropy import IGNORED, chunked_cross_entropy, reference_cross_entropy
+from cordee.ops.cross_entropy import IGNORED, chunked_cross_entropy, chunked_token_losses, reference_cross_entropy
 from cordee.parallel import tensor
 from cordee.parallel.degrees import degrees
 from cordee.parallel.layout import Layout
@@ -76,9 +76,15 @@ def vocabulary_parts(rank: int, world_size: int, softcap: float | None, scale: f
     (loss * 3.0).backward()
     with torch.no_grad():
         unlearned = chunked_cross_entropy(hidden, own, labels, 8, **given)
+    single = [t.detach().clone().requires_grad_() for t in (hidden, own)]
+    losses = chunked_token_losses(*single, labels, 8, **given)
+    (losses.sum() * 3.0).backward()
     rows = part.lookup(torch.arange(23)[None], own)
     joined = part.join(hidden @ own.t())
-    return [t.detach() for t in (loss, hidden.grad, own.grad, unlearned, rows, joined)]
+    return [
+        t.detach()
+        for t in (loss, hidden.grad, own.grad, unlearned, rows, joined, losses, single[0].grad, single[1].grad)
+    ]
 
 
 @pytest.mark.parametrize(("softcap", "scale"), [(None, 1.0), (3.0, 0.7)])
@@ -88,12 +94,20 @@ def test_cross_entropy_over_parts_of_unequal_size(pool, ranks: int, softcap: flo
     expected = reference_cross_entropy(hidden, weight, labels, scale, softcap)
     (expected * 3.0).backward()
     found = pool.run(vocabulary_parts, ranks, softcap, scale)
-    for loss, _, _, unlearned, _, joined in found:
+    with torch.no_grad():
+        separate = [
+            reference_cross_entropy(h[None], weight, y[None], scale, softcap)
+            for h, y in zip(hidden, labels, strict=True)
+        ]
+    for loss, _, _, unlearned, _, joined, losses, _, _ in found:
+        torch.testing.assert_close(losses, torch.stack(separate))
         torch.testing.assert_close(loss, expected.detach())
         torch.testing.assert_close(unlearned, expected.detach())
         torch.testing.assert_close(joined, hidden.detach() @ weight.detach().t())
     torch.testing.assert_close(sum(part[1] for part in found), hidden.grad)
     torch.testing.assert_close(torch.cat([part[2] for part in found]), weight.grad)
+    torch.testing.assert_close(sum(part[7] for part in found), hidden.grad)
+    torch.testing.assert_close(torch.cat([part[8] for part in found]), weight.grad)
     torch.testing.assert_close(sum(part[4] for part in found)[0], weight.detach())
 
 

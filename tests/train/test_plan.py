@@ -35,7 +35,7 @@ def test_a_good_run(tmp_path: Path):
     assert check_run(given) == []
     plan = plan_run(given, 2)
     assert plan.iterations == 6
-    assert plan.samples == {"train": 48, "valid": 16, "test": 0}
+    assert plan.data.samples == {"train": 48, "valid": 16, "test": 0}
     assert plan.degrees.data == 2
     assert plan.resumed is None and plan.origin.weights is None
 
@@ -263,16 +263,17 @@ def test_order_of_the_data_stays_as_it_was(run):
     """Six steps are within the first epoch; sixty go on in blocks of an epoch, where Megatron would shuffle all."""
     longer = plan_run(tiny.resumed(run, train_iters=60, override_opt_param_scheduler=True), 1)
     same = plan_run(tiny.resumed(run), 1)
-    assert longer.data["blocks"] == [[1, False]] == same.data["blocks"]
-    assert plan_run(replace(run, save=str(Path(run.save, "new")), train_iters=60), 1).data["blocks"] == [[4, True]]
+    assert longer.data.identity["blocks"] == [[1, False]] == same.data.identity["blocks"]
+    fresh = plan_run(replace(run, save=str(Path(run.save, "new")), train_iters=60), 1)
+    assert fresh.data.identity["blocks"] == [[4, True]]
     assert any("another length" in note for note in longer.notes)
     assert not any("another length" in note for note in same.notes)
     before, after = (
-        build_datasets(run, count, 0, 0, train_blocks=plan.data["blocks"]).train
+        build_datasets(run, count, 0, 0, train_blocks=plan.data.identity["blocks"]).train
         for count, plan in ((48, same), (480, longer))
     )
     assert before is not None and after is not None and len(after) >= 480
-    assert all((before[i] == after[i]).all() for i in range(len(before)))
+    assert all((before[i]["tokens"] == after[i]["tokens"]).all() for i in range(len(before)))
 
 
 @pytest.mark.parametrize("option", ["train_iters", "eval_iters"])

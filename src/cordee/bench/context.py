@@ -139,7 +139,7 @@ def _batch(layout, config) -> tuple:
     random = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, VOCAB_SIZE, (1, config.seq_length + 1), generator=random)
     whole = Batch(tokens[:, :-1], tokens[:, 1:])
-    return context.share(whole, layout, config), whole.weight()
+    return context.share(whole, layout, config), whole.num_trained
 
 
 def _error(core, layout, length: int) -> float:

@@ -158,7 +158,7 @@ def play(rank: int, world_size: int, step: Step, unit: float, path: str) -> None
     from cordee.model.init import initialise
     from cordee.parallel import apply
     from cordee.parallel.degrees import degrees
-    from cordee.parallel.execution import Work
+    from cordee.parallel.execution import Criterion, Work
     from cordee.parallel.layout import Layout
     from cordee.parallel.pipeline.executor import PipelineExecutor
     from cordee.parallel.pipeline.split import divide
@@ -180,12 +180,12 @@ def play(rank: int, world_size: int, step: Step, unit: float, path: str) -> None
     model = apply.apply(model, layout, options, torch.device("cpu"))
     initialise(model, 1)
     _slow_down(model, unit, step.reduction * unit)
-    loss = objectives.registry()["pretrain"].loss
-    executor = PipelineExecutor(model, division, layout, options, torch.device("cpu"), loss)
+    criterion = Criterion(objectives.named("pretrain"), layout)
+    executor = PipelineExecutor(model, division, layout, options, torch.device("cpu"), criterion)
     random = torch.Generator().manual_seed(layout.data_rank)
     tokens = [torch.randint(VOCAB_SIZE, (size, LENGTH + 1), generator=random) for size in step.sizes]
     batches = [Batch(each[:, :-1].contiguous(), each[:, 1:].contiguous()) for each in tokens]
-    weights = [batch.weight() for batch in batches]
+    weights = [batch.num_trained for batch in batches]
     for _ in range(2):
         executor.train(Work(batches=batches, weights=weights, weight=sum(weights) * layout.data_size, scale=1.0))
 

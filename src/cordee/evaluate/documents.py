@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cordee.config.schema import EvaluateOptions
-from cordee.data.check import token_problems
+from cordee.data.gpt_check import token_problems
 from cordee.data.indexed import IndexedDataset, idx_path
 from cordee.data.manifest import read_manifest
 from cordee.data.readers import input_files, read_file

@@ -116,7 +116,7 @@ class Engine:
             measured = model(inputs, output=output)
         else:
             measured = place.output(model, inputs, output, like=torch.empty(len(windows), 2, device="meta"))
-        return [(-nats, greedy > 0) for nats, greedy in measured.tolist()]
+        return [(logprob, greedy > 0) for logprob, greedy in measured.tolist()]
 
     # ---- continuations -----------------------------------------------------------------------------------------------
 
@@ -181,12 +181,12 @@ def _groups(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 def _measured(head: Head, hidden: Tensor, window: Window) -> Tensor:
-    """What the model loses on a window's tokens and whether it would write them, float32 `[2]`, from `[seq, embed]`."""
+    """Log-probability of a window's tokens, and 1 if the model would write them; float32 `[2]` of `[seq, embed]`."""
     hidden = hidden[None, window.first - 1 : window.length]
     labels = torch.from_numpy(window.tokens[window.first :])[None].to(hidden.device)
-    nats = head.loss(hidden, labels)[0]
-    greedy = (head.logits(hidden).argmax(-1) == labels).all() if window.greedy else torch.zeros_like(nats)
-    return torch.stack((nats, greedy.to(nats.dtype)))
+    logprob = head.token_logprobs(hidden, labels).sum()
+    greedy = (head.logits(hidden).argmax(-1) == labels).all() if window.greedy else torch.zeros_like(logprob)
+    return torch.stack((logprob, greedy.to(logprob.dtype)))
 
 
 def _require_numbers(results: Iterable[Any], subject: Subject) -> None:

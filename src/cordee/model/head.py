@@ -8,7 +8,7 @@ from torch import Tensor
 from cordee.model.boundary import Boundary
 from cordee.model.config import ModelConfig
 from cordee.model.parameter import ParameterSpec, SpecifiedModule
-from cordee.ops.cross_entropy import IGNORED, VocabularyPart, adjusted, chunked_cross_entropy
+from cordee.ops.cross_entropy import IGNORED, VocabularyPart, adjusted, chunked_cross_entropy, chunked_token_losses
 from cordee.ops.gemm import linear
 
 
@@ -51,6 +51,21 @@ class Head(SpecifiedModule):
             part=self.part,
         )
         return total, (labels != IGNORED).sum()
+
+    def token_logprobs(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """log softmax(logits)[label] of every token, float32 `[batch, seq]`, 0 where the label is -100.
+
+        hidden and labels as of `loss`; differentiable once. The logits of the whole batch never exist together.
+        """
+        losses = chunked_token_losses(
+            self.boundary.enter(hidden).flatten(0, 1),
+            self._rows(),
+            labels.flatten(),
+            scale=self.scale,
+            softcap=self.softcap,
+            part=self.part,
+        )
+        return -losses.view_as(labels)
 
     def _rows(self) -> Tensor:
         weight = self.local("weight")

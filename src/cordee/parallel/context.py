@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -36,6 +37,8 @@ from cordee.parallel import differentiable
 from cordee.parallel.degrees import Degrees
 from cordee.parallel.layout import Layout
 from cordee.parallel.ring import Pieces, Ring, Sight, Work, ring_attention
+
+AnyBatch = TypeVar("AnyBatch", bound=Batch)
 
 # ---- what fits -------------------------------------------------------------------------------------------------------
 
@@ -112,16 +115,15 @@ def places(length: int, degrees: Degrees, rank: int, causal: bool) -> Tensor:
     return torch.cat(held).chunk(degrees.ulysses)[place]
 
 
-def share(batch: Batch, layout: Layout, options: ParallelOptions) -> Batch:
-    """This rank's part of the tokens of `batch`, with their positions; `batch` itself if there is one rank."""
+def share(batch: AnyBatch, layout: Layout, options: ParallelOptions) -> AnyBatch:
+    """This rank's tokens of `batch`, with their positions; `batch` itself if there is one rank."""
     degrees = layout.degrees
     if degrees.cp == 1:
         return batch
     batch_size, length = batch.input_ids.shape
     own = places(length, degrees, layout.axis_rank("cp"), _is_causal(options)).to(batch.input_ids.device)
-    positions = own.expand(batch_size, -1) if batch.position_ids is None else batch.position_ids[:, own]
-    segments = None if batch.segments is None else batch.segments[:, own]
-    return Batch(batch.input_ids[:, own], batch.labels[:, own], positions, segments, batch.samples)
+    part = batch.at_tokens(own)
+    return part if part.position_ids is not None else replace(part, position_ids=own.expand(batch_size, -1))
 
 
 def _is_causal(options: ParallelOptions) -> bool:

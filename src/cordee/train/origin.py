@@ -7,44 +7,16 @@ choose; only what is no checkpoint brings it when it is opened.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from cordee.checkpoint import directory
 from cordee.config.schema import TrainConfig
 from cordee.convert import formats
 from cordee.errors import Problem, ProblemError
-from cordee.families.registry import ModelSpec, spec_from_directory, spec_named
+from cordee.families.registry import spec_from_directory, spec_named
 from cordee.train import resume
-
-if TYPE_CHECKING:
-    from cordee.weights.codec import Source
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint to load and its manifest. `resume`: the run goes on from it, instead of taking the weights only."""
-
-    path: Path
-    manifest: dict[str, Any]
-    resume: bool
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where weights come from: a checkpoint, a model in another format, or neither, and then they are drawn.
-
-    source: those of `weights`, when they are opened; None if they cannot be read.
-    spec: the model in `weights`, as far as it is known.
-    companions: directory where the tokenizer may be that belongs to them.
-    """
-
-    checkpoint: Checkpoint | None = None
-    weights: Path | None = None
-    source: Source | None = None
-    spec: ModelSpec | None = None
-    companions: Path | None = None
+from cordee.train.run_plan import Checkpoint, Origin
 
 
 def opened(config: TrainConfig, origin: Origin) -> Origin:
@@ -111,7 +83,7 @@ def _checkpoint(config: TrainConfig, path: Path) -> Checkpoint:
     try:
         if (why := directory.damage(path)) is not None:
             raise ValueError(why)
-        return Checkpoint(path, directory.read_manifest(path, resume.FORM), resume=not config.finetune)
+        return Checkpoint(path, directory.read_manifest(path, resume.form(config)), resume=not config.finetune)
     except ValueError as error:
         have = ", ".join(str(iteration) for iteration in directory.iterations(path.parent)) or "none"
         fix = f"choose another by --ckpt-step; there are: {have}"

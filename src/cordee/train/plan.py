@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,101 +16,64 @@ from typing import Any
 from cordee.checkpoint import directory
 from cordee.config import deepspeed
 from cordee.config.check import check_train, fewest_processes, without_effect
-from cordee.config.option import to_flag
 from cordee.config.schema import TokenizerOptions, TrainConfig
-from cordee.data import check as data_check
-from cordee.data.build import Part, plan_order, plan_parts
-from cordee.data.indexed import IndexedDataset, bin_path, fingerprint, idx_path
 from cordee.data.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
 from cordee.errors import Findings, Problem, ProblemError, raise_all
 from cordee.families.described import canonical
 from cordee.families.options import ignored, shape_of
 from cordee.families.registry import ModelSpec, differences, spec_from_options, spec_named
 from cordee.model.config import ModelConfig
-from cordee.optim.schedule import Schedule, build_schedule
+from cordee.optim.schedule import build_schedule
 from cordee.parallel.degrees import Degrees, degrees
 from cordee.parallel.pipeline import check as pipeline_check
-from cordee.parallel.pipeline.split import Division, noop_layers
+from cordee.parallel.pipeline.split import noop_layers
 from cordee.train import experts, objectives, resume
 from cordee.train.batch_schedule import BatchSchedule, build_batch_schedule
-from cordee.train.origin import Checkpoint, Origin, choose, described, opened
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunPlan:
-    """A run that nothing is known to be wrong with.
-
-    `iterations` is the length of the whole run in steps, `samples` what it needs for "train", "valid" and "test",
-    `data` says which samples it sees in which order, `division` how a pipeline shares the layers out, `notes` what a
-    person should know before it starts.
-    """
-
-    config: TrainConfig
-    origin: Origin
-    spec: ModelSpec
-    tokenizer: Tokenizer | None
-    degrees: Degrees
-    division: Division | None
-    batches: BatchSchedule
-    iterations: int
-    samples: dict[str, int]
-    schedule: Schedule
-    data: dict[str, Any]
-    notes: tuple[str, ...]
-
-    @property
-    def resumed(self) -> Checkpoint | None:
-        """The checkpoint that the run resumes from."""
-        checkpoint = self.origin.checkpoint
-        return checkpoint if checkpoint is not None and checkpoint.resume else None
-
-
-READ_OF_DATA = 1 << 30  # bytes, over all .bin and over all .idx, that tell whether the data changed: some seconds
-Fingerprints = tuple[dict[str, int], ...]  # of the .bin and .idx of every dataset to train on
+from cordee.train.origin import choose, described, opened
+from cordee.train.run_plan import Origin, RunPlan
 
 
 def plan_run(
     config: TrainConfig,
     world_size: int,
     avoid: Mapping[int, str] | None = None,
-    fingerprints: Fingerprints | None = None,
+    fingerprint: Any = None,
 ) -> RunPlan:
     """The plan of a run over `world_size` processes; ProblemError with everything that is wrong with it.
 
     A run does not resume from checkpoints of the iterations in `avoid`: they have turned out to be damaged, as the
-    text says. `fingerprints` are what `fingerprint_data` returned on this machine. With None, which is for plans that
-    are not trained, the contents of the data are neither in the plan nor compared with those of a run to resume.
+    text says. `fingerprint` is what `Objective.fingerprint` returned on this machine. With None, which is for plans
+    that are not trained, the contents of the data are neither in the plan nor compared with those of a run to resume.
     """
     contradictions = check_train(config)
     found = Findings(
         [*contradictions, *_stage_problems(config), *_report_problems(config)],
         [*without_effect(config), *deepspeed.without_effect(config.deepspeed_config)],
     )
+    objective = objectives.named(config.stage)
     shape = found.attempt(lambda: degrees(config, world_size)) or _smallest(config)
     sizes = found.attempt(lambda: pipeline_check.sizes(config))
     batches = build_batch_schedule(config, shape.data, sizes)
     iterations = found.attempt(lambda: _iterations(config, batches, found.notes)) or 0
     schedule = build_schedule(config, config, batches.global_batch_size)
     origin, tokenizer, spec = _start(config, avoid, found)
-    samples = found.attempt(lambda: _samples(config, batches, iterations, found.notes)) or {}
-    found.problems += data_check.check(
-        config,
-        **{f"{name}_samples": count for name, count in samples.items()},
-        vocab_size=spec.config.vocab_size if spec else None,
-        tokenizer=tokenizer,
+    run = objectives.Run(
+        config=config, batches=batches, iterations=iterations, spec=spec, tokenizer=tokenizer, fingerprint=fingerprint
     )
+    data = objective.data(run, found)
+    models = found.attempt(lambda: objective.models(run))
     division = None
     if spec is not None:
         found.notes += experts.ignored(spec, config)
         spec = found.attempt(partial(experts.with_training, spec, config)) or spec
-        found.problems += _fit_problems(config, spec, tokenizer)
-        found.problems += _layout_problems(config, spec, shape)
         counts = sorted({size // batches.slice_size for size in batches.batch_sizes()})
+        found.problems += _fit_problems(config, spec, tokenizer)
+        for each in (spec, *(model.spec for model in (models or {}).values())):
+            found.problems += _layout_problems(config, each, shape)
         division = found.attempt(lambda: pipeline_check.division(config, shape, spec.config, counts))
         found.notes += pipeline_check.notes(division, counts)
-    data = found.attempt(lambda: _data_identity(config, samples, fingerprints))
     plan = None
-    if origin is not None and spec is not None and data is not None:
+    if origin is not None and spec is not None and data is not None and models is not None:
         whole = RunPlan(
             config=config,
             origin=origin,
@@ -120,9 +83,10 @@ def plan_run(
             division=division,
             batches=batches,
             iterations=iterations,
-            samples=samples,
             schedule=schedule,
+            objective=objective,
             data=data,
+            models=models,
             notes=tuple(found.notes),
         )
         # With options that contradict each other the schedule is none that anybody wants.
@@ -307,78 +271,3 @@ def _unwritable(option: str, given: Path, folder: Path | None = None) -> Iterato
         yield Problem(option, given, f"{place} is not a directory", "give another place")
     elif not os.access(place, os.W_OK | os.X_OK):
         yield Problem(option, given, f"{place} cannot be written to", "give a place that can be written to")
-
-
-# ---- data ----------------------------------------------------------------------------------------------------------
-
-
-def _samples(config: TrainConfig, batches: BatchSchedule, iterations: int, notes: list[str]) -> dict[str, int]:
-    """Samples that the run reads of each part. The final test is left out where --split leaves it no sequence."""
-    held_out = config.eval_iters * batches.global_batch_size
-    train = config.train_samples or iterations * batches.global_batch_size
-    lengths = {"train_samples" if config.train_samples else "train_iters": train, "eval_iters": held_out}
-    raise_all(
-        Problem(to_flag(name), getattr(config, name), "it makes more tokens than 64 bits count", "give less")
-        for name, count in lengths.items()
-        if count * (config.seq_length + 1) >= 2**63
-    )
-    samples = {"train": 0 if config.skip_train else train, "valid": held_out, "test": held_out}
-    parts = plan_parts(config)
-    for name in ("valid", "test"):
-        if name not in parts:
-            samples[name] = 0
-    if samples["test"] and not config.test_data_path and not _has_sequences(config):
-        notes.append(f"no test at the end: --split {config.split} leaves it no sequence")
-        samples["test"] = 0
-    return samples
-
-
-def _has_sequences(config: TrainConfig) -> bool:
-    """Whether --split leaves the test any sequence; files that cannot be read are found by the check of the data."""
-    part = plan_parts(config)["test"]
-    try:
-        ranges = [part.sequences(IndexedDataset(prefix)) for prefix in part.blend.prefixes]
-    except ProblemError:
-        return True
-    return all(first < last for first, last in ranges)
-
-
-def _training_part(config: TrainConfig) -> Part:
-    if (part := plan_parts(config).get("train")) is None:
-        fix = "give training a share, for example 969,30,1"
-        raise ProblemError([Problem("--split", config.split, "its first share, that of training, is zero", fix)])
-    return part
-
-
-def fingerprint_data(config: TrainConfig) -> Fingerprints:
-    """What tells changed bytes of the data to train on; ProblemError if it cannot be read.
-
-    The more datasets, the less is read of each, so that no blend takes longer to start than another.
-    """
-    prefixes = _training_part(config).blend.prefixes
-    bound = READ_OF_DATA // len(set(prefixes))
-
-    def read(prefix: str) -> dict[str, int]:
-        try:
-            return {"bin": fingerprint(bin_path(prefix), bound), "idx": fingerprint(idx_path(prefix), bound)}
-        except OSError as error:
-            fix = "give a prefix whose files can be read"
-            raise ProblemError([Problem("dataset", prefix, f"it cannot be read: {error}", fix)]) from error
-
-    found = {prefix: read(prefix) for prefix in dict.fromkeys(prefixes)}
-    return tuple(found[prefix] for prefix in prefixes)
-
-
-def _data_identity(config: TrainConfig, samples: dict[str, int], fingerprints: Fingerprints | None) -> dict[str, Any]:
-    """What decides which sample comes when: two runs with equal identities see the same ones. Nothing about the order
-    for a run that trains on no samples."""
-    part, count = _training_part(config), samples.get("train")
-    weights = part.blend.weights or (1.0,)
-    opened = [IndexedDataset(prefix) for prefix in part.blend.prefixes]
-    sets = []
-    for indexed, weight, content in zip(opened, weights, fingerprints or ({},) * len(opened), strict=True):
-        first, last = part.sequences(indexed)
-        sets.append({"tokens": indexed.num_tokens, "first": first, "last": last, "weight": weight, **content})
-    order = plan_order(part, opened, config.seq_length, count).describe() if count else {"blocks": None, "period": None}
-    whole = {"seq_length": config.seq_length, "seed": config.seed, "order": config.dataloader_type, "sets": sets}
-    return whole | order | {"samples": count}
