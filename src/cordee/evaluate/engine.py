@@ -130,7 +130,7 @@ class Engine:
 
         def ended(number: int, tokens: Sequence[int]) -> bool:
             until = requests[number].until
-            return bool(until) and any(stop in text(number, tokens) for stop in until)
+            return bool(until) and any(end in text(number, tokens) for end in until)
 
         tokens = stream(
             model,
