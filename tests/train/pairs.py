@@ -36,7 +36,7 @@ class PairConfig(TrainConfig, PairOptions):
     """A run on pairs."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class PairBatch(Batch):
     """Chosen and rejected sequences in turns. `pair_weight` float32 [samples]; `reference` float32 [batch, seq] are
     the log-probabilities of the labels by the reference model."""

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from cordee import GPTModel
+from cordee.checkpoint import directory
 from cordee.config.schema import TrainConfig
-from cordee.model.gpt import GPTModel
+from cordee.model import gpt
 from cordee.model.init import initialise
+from cordee.parallel.degrees import Degrees
+from cordee.parallel.execution import Criterion, Frozen, LocalExecutor, Work
+from cordee.parallel.layout import Layout
 from cordee.train import objectives
+from cordee.train.check import check_run
 from cordee.train.plan import plan_run
 from tests.train import tiny
-from tests.train.pairs import PairConfig, Pairs, Preference, plain_loss
+from tests.train.pairs import PairBatch, PairConfig, Pairs, Preference, plain_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -35,9 +42,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def given(folder: Path, **options: Any) -> PairConfig:
-    base = tiny.config(
-        folder, stage="pairs", train_iters=STEPS, save_interval=2, eval_iters=1, eval_interval=2, **options
-    )
+    often = {"save_interval": 2, "eval_iters": 1, "eval_interval": 2}
+    base = tiny.config(folder, **{"stage": "pairs", "train_iters": STEPS, **often, **options})
     return PairConfig(**{each.name: getattr(base, each.name) for each in fields(TrainConfig)})
 
 
@@ -71,28 +77,49 @@ def alone(tmp_path_factory) -> PairConfig:
 
 
 def test_is_what_a_plain_computation_gives(alone: PairConfig):
-    """Loss and gradient norm of the first step, where the model is the reference and every loss is ln 2, and the loss
-    and gradient norm of the second."""
-    found = figures(alone)
-    with registered():
-        spec = plan_run(alone, 1).spec
-    models = []
-    for _ in range(2):
-        models.append(GPTModel(spec.config))
-        initialise(models[-1], alone.seed)
-    model, reference = models
-    pairs = Pairs(alone, tiny.VOCAB)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=1e-2, betas=(alone.adam_beta1, alone.adam_beta2), eps=alone.adam_eps, weight_decay=0.0
-    )
-    for step in range(2):
+    """Of the first step, where the model is the reference and every loss ln 2, and of the third, from the checkpoint
+    before it."""
+    found, pairs = figures(alone), Pairs(alone, tiny.VOCAB)
+    second = Path(alone.save) / "iter_0000002"
+    reference, first, third = (GPTModel.from_pretrained(second) for _ in range(3))
+    initialise(reference, alone.seed)
+    initialise(first, alone.seed)
+    for step, model in ((0, first), (2, third)):
         loss = plain_loss(model, reference, [pairs[step * tiny.BATCH + n] for n in range(tiny.BATCH)])
         loss.backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
         assert found["loss"][step] == pytest.approx(loss.item(), rel=1e-5)
         assert found["grad_norm"][step] == pytest.approx(norm.item(), rel=1e-5)
-        optimizer.zero_grad()
-    assert found["loss"][0] == pytest.approx(math.log(2), rel=1e-6) and found["grad_norm"][0] > 0.1
+    assert found["loss"][0] == pytest.approx(math.log(2), rel=1e-6)
+    assert abs(found["loss"][2] - math.log(2)) > 1e-3
+    held_out = plain_loss(third, reference, [pairs[n] for n in range(tiny.BATCH)])
+    assert found["validation"][0] == pytest.approx(held_out.item(), rel=1e-5)
+
+
+def test_gradients_are_those_of_a_plain_computation(alone: PairConfig):
+    """Far from the reference, over two micro-batches."""
+    with registered():
+        config = plan_run(alone, 1).spec.config
+    models = [gpt.GPTModel(config) for _ in range(3)]
+    for each, seed in zip(models, (1, 1, 2), strict=True):
+        initialise(each, seed)
+    model, plain, reference = models
+    objective, cpu = Preference(), torch.device("cpu")
+    criterion = Criterion(objective, Layout(Degrees()))
+    frozen = Frozen(reference, LocalExecutor(reference, alone, cpu, criterion))
+    samples = [Pairs(alone, tiny.VOCAB)[n] for n in range(6)]
+    parts = [PairBatch.of(part, tiny.LENGTH) for part in (samples[:2], samples[2:])]
+    weights = [objective.weight(part) for part in parts]
+    batches = objective.prepare(parts, {"reference": frozen})
+    work = Work(batches=batches, weights=weights, weight=sum(weights), scale=1.0)
+    sums = LocalExecutor(model, alone, cpu, criterion).train(work)
+    expected = plain_loss(plain, reference, samples)
+    expected.backward()
+    assert sums[""].item() / work.weight == pytest.approx(expected.item(), rel=1e-5)
+    assert abs(expected.item() - math.log(2)) > 1e-2
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=name)
+    assert all(p.grad is None for p in reference.parameters())
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -104,3 +131,22 @@ def test_one_loss_under_every_layout(pool, alone: PairConfig, tmp_path: Path, na
     assert len(found["loss"]) == STEPS and len(found["validation"]) == 2
     for figure, values in expected.items():
         assert found[figure] == pytest.approx(values, rel=1e-5), figure
+
+
+def test_resumes_among_its_own_data(pool, alone: PairConfig, tmp_path: Path):
+    """On other ranks, from the middle of the run; the reference is what it was."""
+    shutil.copytree(alone.save, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "iter_0000004")
+    save = str(tmp_path / "run")
+    config = replace(alone, save=save, load=save, context_parallel_size=2, context_parallel_algo="megatron_cp_algo")
+    pool.run(train, 2, config)
+    assert figures(config)["loss"] == pytest.approx(figures(alone)["loss"], rel=1e-5)
+    manifest = directory.read_manifest(Path(save) / "iter_0000004")
+    assert manifest["data"] == {"pairs": alone.num_pairs, "seed": alone.seed}
+    assert manifest["trainer"]["consumed_tokens"] == 2 * STEPS * tiny.BATCH * tiny.LENGTH
+
+
+def test_another_stage_starts_anew_from_the_weights(alone: PairConfig, tmp_path: Path):
+    other = tiny.config(tmp_path, load=alone.save, save=None, save_interval=None, train_iters=STEPS)
+    assert [problem.option for problem in check_run(other)] == ["--stage"]
+    assert check_run(replace(other, finetune=True)) == []

@@ -456,10 +456,12 @@ class EvaluateOptions:
     seq_length: int | None = option(None, "window of the model in tokens [its longest sequence]", above=0)
     stride: int | None = option(None, "tokens the window moves on [the window]", above=0)
     prepend_bos: bool = option(True, "begin every document with the tokenizer's bos token, if it has one")
-    evaluation_batch_size: int = option(8, "windows computed at the same time", above=0)
+    evaluation_batch_size: int = option(8, "sequences computed at the same time", above=0)
     max_eval_samples: int | None = option(None, "evaluate only the first documents [all]", above=0)
     skip_invalid: bool = option(False, "count and leave out records that cannot be read, instead of stopping")
-    output: str | None = option(None, "also write the results as JSON", metavar="FILE")
+    output: str | None = option(
+        None, "also write the results as JSON; an interrupted evaluation resumes from FILE.partial", metavar="FILE"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

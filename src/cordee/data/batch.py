@@ -38,7 +38,8 @@ class Batch:
     int64 [samples] counts samples over the run. A sample has one or more sequences, all samples the same number, which
     follow each other in the batch.
 
-    A subclass adds fields, each declared by `axes`. Whatever is done to a batch is done to all of them.
+    A subclass, a dataclass of keywords, adds fields, each declared by `axes`. Whatever is done to a batch is done to
+    all of them.
     """
 
     input_ids: Tensor = axes("sequence", "token")

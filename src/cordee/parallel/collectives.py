@@ -84,6 +84,12 @@ def from_first(value: Any, layout: Layout) -> Any:
     return values[0]
 
 
+def broadcast(tensor: Tensor, source: int, layout: Layout) -> None:
+    """Overwrite `tensor`, on any device, with that of rank `source` on every rank."""
+    if layout.mesh is not None:
+        dist.broadcast(tensor, src=source)
+
+
 def raise_together(problems: Iterable[Problem], group: ProcessGroup | None) -> None:
     """Raise `ProblemError` on every rank of `group` if any has problems, with those of all, each once."""
     if found := dict.fromkeys(problem for part in gather_in(group, list(problems)) for problem in part):

@@ -1,7 +1,8 @@
 """A model for inference over several processes: tensor-parallel ranks, stages of a pipeline, and copies of the whole.
 
 Owns building this process's part, and one forward through all that share a copy. Each of them gets the logits, so that
-all choose the same tokens, or the loss. Knows nothing of how tokens are chosen, and of what each copy is given.
+all choose the same tokens, or what else is made of the last hidden states. Knows nothing of how tokens are chosen, and
+of what each copy is given.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from cordee.config.schema import InferenceLayoutOptions, ParallelOptions
 from cordee.errors import Problem, ProblemError
 from cordee.model.cache import Cache
 from cordee.model.config import ModelConfig
-from cordee.model.gpt import GPTModel
+from cordee.model.gpt import GPTModel, Output
 from cordee.model.head import Head
 from cordee.model.span import Span
 from cordee.parallel import collectives, sharding, tensor
@@ -86,13 +87,8 @@ class Place:
         x = self._inputs(model, ids)
         return self._from_last(model(x, attention_mask, cache=cache, output=last_logits), like)
 
-    def loss(self, model: GPTModel, ids: Tensor, labels: Tensor) -> Tensor:
-        """As `model.head.loss` of the last hidden states of `ids`, of a whole model: the sum, float32, scalar."""
-
-        def output(head: Head, hidden: Tensor) -> Tensor:
-            return head.loss(hidden, labels)[0]
-
-        like = torch.empty((), device="meta")
+    def output(self, model: GPTModel, ids: Tensor, output: Output, like: Tensor) -> Tensor:
+        """As `model(ids, output=output)` of a whole model, which is `like` this in shape and type."""
         return self._from_last(model(self._inputs(model, ids), output=output), like)
 
     def _inputs(self, model: GPTModel, ids: Tensor) -> Tensor:

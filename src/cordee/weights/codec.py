@@ -97,6 +97,10 @@ class Source(ABC):
         """Copy a parameter, or the part at `index`, into `out` of the same shape, converting its type."""
         out.copy_(self.tensor(name, index))
 
+    def skip(self, name: str) -> None:  # noqa: B027 - nothing is to be done where each process reads for itself
+        """Read nothing of a parameter. Whoever reads walks all names in order and skips those that it does not need:
+        reading some sources is collective."""
+
 
 class Sink(ABC):
     """Where weights go. Used as a context: left normally it is complete, left by an exception it leaves nothing."""
