@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from cordee.data.batch import Batch
+from cordee.data.batch import Batch, axes
 from cordee.data.gpt_collate import GPTCollate
 from cordee.errors import ProblemError
 from tests.data import peer
@@ -71,3 +73,59 @@ def test_to_moves_every_tensor():
     batch = Batch(torch.zeros(1, 2), torch.zeros(1, 2), segments=torch.zeros(1, 2)).to("meta")
     assert batch.position_ids is None
     assert all(t.device.type == "meta" for t in (batch.input_ids, batch.labels, batch.segments))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Weighted(Batch):
+    weights: torch.Tensor = axes("sample")
+    scores: torch.Tensor = axes("sequence", "token", pad=0.5)
+
+
+def weighted() -> Weighted:
+    """Two samples of two sequences, of three tokens and of one."""
+    samples = [
+        {
+            "input_ids": np.full((2, length), length),
+            "labels": np.full((2, length), length),
+            "scores": np.arange(2.0 * length, dtype=np.float32).reshape(2, length),
+            "weights": np.float32(length),
+        }
+        for length in (3, 1)
+    ]
+    return Weighted.of(samples, 4)
+
+
+def test_samples_become_batches_by_the_axes_of_their_fields():
+    batch = weighted()
+    assert batch.input_ids.tolist() == [[3, 3, 3, 0], [3, 3, 3, 0], [1, 0, 0, 0], [1, 0, 0, 0]]
+    assert batch.labels.tolist() == [[3, 3, 3, -100], [3, 3, 3, -100], [1, -100, -100, -100], [1, -100, -100, -100]]
+    assert batch.scores.tolist() == [[0, 1, 2, 0.5], [3, 4, 5, 0.5], [0, 0.5, 0.5, 0.5], [1, 0.5, 0.5, 0.5]]
+    assert batch.weights.tolist() == [3.0, 1.0]
+    assert (batch.num_tokens, batch.num_trained) == (16, 8)
+    assert replace(batch, samples=torch.tensor([7, 9])).sequences.tolist() == [14, 15, 18, 19]
+
+
+def test_every_field_is_cut_along_its_tokens_and_moved():
+    batch = weighted().at_tokens(torch.tensor([2, 0]))
+    assert batch.scores.tolist() == [[2, 0], [5, 3], [0.5, 0], [0.5, 1]]
+    assert batch.labels.tolist() == [[3, 3], [3, 3], [-100, 1], [-100, 1]]
+    assert batch.weights.tolist() == [3.0, 1.0]
+    moved = batch.to("meta")
+    assert {t.device.type for t in (moved.input_ids, moved.labels, moved.weights, moved.scores)} == {"meta"}
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Undeclared(Batch):
+    scores: torch.Tensor
+
+
+def test_a_field_without_axes_is_refused():
+    batch = Undeclared(input_ids=torch.zeros(1, 2), labels=torch.zeros(1, 2), scores=torch.zeros(1, 2))
+    for change in (lambda: batch.to("meta"), lambda: batch.at_tokens(torch.tensor([0]))):
+        with pytest.raises(AssertionError, match="scores"):
+            change()
+    sample = {"input_ids": np.zeros((1, 2)), "labels": np.zeros((1, 2)), "margin": np.float32(1)}
+    with pytest.raises(AssertionError, match="margin"):
+        Batch.of([sample], 2)
+    with pytest.raises(AssertionError, match="tokens"):
+        GPTCollate()([{"tokens": np.array([1, 2]), "margin": np.float32(1)}])

@@ -27,7 +27,6 @@ from cordee.train.objectives import FurtherModel, Objective, Run
 class PairOptions:
     """Pairs."""
 
-    pair_beta: float = option(0.5, "how strongly the model is kept near the reference", above=0)
     num_pairs: int = option(64, "pairs that there are", above=0)
 
 
@@ -96,7 +95,6 @@ class PairData:
 class Preference(Objective[PairBatch]):
     stage = "pairs"
     loss_name = "pair loss"
-    options = (PairOptions,)
     reduces = True
 
     def identity_form(self) -> sealed.Form:

@@ -1,8 +1,8 @@
 """What is trained: one file an objective, found by scanning this package.
 
-An objective is the only difference between pretraining, instruction tuning and preference training. It owns its
-options, its data and how samples become a batch, what a batch weighs, further models, and the loss. It sees
-micro-batches and no ranks; the trainer divides its loss by the weight of the whole step.
+An objective is the only difference between pretraining, instruction tuning and preference training. It owns its data
+and how samples become a batch, what a batch weighs, further models, and the loss. It sees micro-batches and no ranks;
+the trainer divides its loss by the weight of the whole step.
 """
 
 from __future__ import annotations
@@ -89,13 +89,13 @@ class FurtherModel:
 class Objective(ABC, Generic[B]):
     """`stage` is its value of --stage, `loss_name` what log lines call its loss.
 
-    options: dataclasses with the options that are its own, declared beside it; `TrainConfig` has them too.
+    Options that are its own are a dataclass declared beside it, of which the configuration of a run is one too.
+
     reduces: its loss is not a sum over tokens: it asks for sums over whole sequences, by `reduce`.
     """
 
     stage: ClassVar[str]
     loss_name: ClassVar[str]
-    options: ClassVar[tuple[type, ...]] = ()
     reduces: bool = False
 
     def fingerprint(self, config: TrainConfig) -> Any:

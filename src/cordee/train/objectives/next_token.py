@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from cordee import sealed
 from cordee.config.option import to_flag
-from cordee.config.schema import DataOptions, TrainConfig
+from cordee.config.schema import TrainConfig
 from cordee.data import gpt_check
 from cordee.data.build import SPLITS, Part, build_datasets, plan_order, plan_parts
 from cordee.data.indexed import IndexedDataset, bin_path, fingerprint, idx_path
@@ -57,7 +57,6 @@ IDENTITY = sealed.record(
 class NextToken(Objective["Batch"]):
     stage = "pretrain"
     loss_name = "lm loss"
-    options = (DataOptions,)
 
     def fingerprint(self, config: TrainConfig) -> Fingerprints:
         return fingerprint_data(config)
