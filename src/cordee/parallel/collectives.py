@@ -45,8 +45,8 @@ def receive(into: Tensor, source: int, group: ProcessGroup) -> dist.Work:
     return work
 
 
-def broadcast(tensor: Tensor, source: int, group: ProcessGroup) -> Tensor:
-    """`tensor` of the rank of `group` with that number, on every rank of it; others' are overwritten."""
+def broadcast(tensor: Tensor, source: int, group: ProcessGroup | None = None) -> Tensor:
+    """`tensor` of the rank of `group` (of all, if None) with that number, on every rank of it; others' are overwritten."""
     tensor = tensor.contiguous()
     dist.broadcast(tensor, group=group, group_src=source)
     return tensor
@@ -82,12 +82,6 @@ def from_first(value: Any, layout: Layout) -> Any:
     values = [value]
     dist.broadcast_object_list(values, src=0, group=layout.control)
     return values[0]
-
-
-def broadcast(tensor: Tensor, source: int, layout: Layout) -> None:
-    """Overwrite `tensor`, on any device, with that of rank `source` on every rank."""
-    if layout.mesh is not None:
-        dist.broadcast(tensor, src=source)
 
 
 def raise_together(problems: Iterable[Problem], group: ProcessGroup | None) -> None:

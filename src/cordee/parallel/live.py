@@ -91,7 +91,8 @@ class LiveSource(Source):
                     sent = shard[part].to(dtype).contiguous()
                 else:
                     sent = torch.empty([p.stop - p.start for p in part], dtype=dtype, device=self._device)
-                collectives.broadcast(sent, holder, self.layout)
+                if self.layout.mesh is not None:
+                    sent = collectives.broadcast(sent, holder)
                 if wanted is not None and out is not None:
                     start = tuple(first + p.start for first, p in zip(offset, part, strict=True))
                     _copy_common(out, wanted, sent, start)
