@@ -19,8 +19,8 @@ test-fast: $(STAMP)test ## the tests that take less than three minutes together
 	$(PYTEST) -m "not slow" $(ARGS)
 
 lint: $(STAMP)dev $(STAMP)test ## style, types and import layers
-	$(BIN)/ruff check src tests
-	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 

@@ -30,6 +30,7 @@ from cordee.errors import Problem, ProblemError
 if TYPE_CHECKING:
     from cordee.families.registry import ModelSpec
 
+PEERS = ()
 PRESET = "llama2-13b"
 TENSOR, PIPELINE = 8, 2
 ALLOWANCE = 300 * 2**20  # bytes that a conversion may take beside its tensors

@@ -19,6 +19,7 @@ from cordee.bench.report import Report
 from cordee.config.schema import BenchConfig
 from cordee.errors import Problem, ProblemError
 
+PEERS = ()
 STEPS = 3
 PROMPT_TOKENS, NEW_TOKENS = 32, 128
 CORDEE, PEER = "cordee", "transformers"

@@ -1,40 +1,45 @@
 """`cordee bench`: how fast Cordée is and what memory it takes, beside its peers, measured in one run.
 
-Owns the choice of the suite and what becomes of its report. Each suite is a file of this package with
-`run(config, on_turn) -> Report`.
+Owns the choice of the suite and what becomes of its report. Each suite is a module with `PEERS`, the packages that only
+measuring needs, and `run(config, on_turn) -> Report`. Those for the development of Cordée are outside of this package.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 from cordee.bench.contest import Turn
-from cordee.config.schema import BenchConfig
+from cordee.config.schema import BenchConfig, BenchOptions
 from cordee.errors import Problem, raise_all
 
-EXTRA = "bench"  # what brings the packages that only measuring needs
-PEERS = {"gguf": ("gguf", "llama_cpp"), "parity": (), "resume": (), "pipeline": ()}  # the modules that a suite needs
-USUAL = ("accelerate",)
+EXTRA = "bench"  # what brings the peers
 
 
 def run(config: BenchConfig) -> int:
-    """Measure, print and write the report, and return 0. ProblemError for what the user can mend."""
-    raise_all(_problems(config))
+    """Measure, print and write the report, and return 0. ProblemError for what the user can fix."""
+    return measure(f"cordee.bench.{config.suite}", config)
+
+
+def measure(module: str, config: BenchOptions) -> int:
+    """As `run`, with the suite that is `module`."""
+    suite = import_module(module)
+    raise_all(_problems(config, suite.PEERS))
     config = replace(config, threads=config.threads or os.cpu_count() or 1)
-    report = import_module(f"cordee.bench.{config.suite}").run(config, _show)
+    report = suite.run(config, _show)
     print(report.to_markdown())
     if config.output:
         report.write(Path(config.output))
     return 0
 
 
-def _problems(config: BenchConfig) -> list[Problem]:
+def _problems(config: BenchOptions, peers: Sequence[str]) -> list[Problem]:
     problems = []
-    for package in PEERS.get(config.suite, USUAL):
+    for package in peers:
         if find_spec(package) is None:
             fix = f"pip install 'cordee[{EXTRA}]'"
             problems.append(Problem(package, None, "the peers of this measurement need it", fix))

@@ -32,6 +32,8 @@ from cordee.bench.tiny import (
 )
 from cordee.config.schema import BenchConfig
 
+PEERS = ()
+
 
 def run(config: BenchConfig, on_turn: Callable[[int, str, Turn], None]) -> Report:
     """Train every model on every layout; the report names those that do not agree."""

@@ -102,8 +102,8 @@ class Pool:
 
     def _stop(self) -> None:
         for process, connection in self._workers:
-            connection.close()
             process.kill()
+            connection.close()
             process.join()
         self._workers.clear()
 

@@ -17,6 +17,7 @@ from cordee.bench.contest import Baton, Contender, Results, Turn, hold
 from cordee.bench.report import Report
 from cordee.config.schema import BenchConfig, PreprocessConfig
 
+PEERS = ()
 CHARACTERS = 24_000_000
 VOCAB_SIZE, TOKENIZER_CHARACTERS = 32000, 8_000_000
 CORDEE, QUARTER, PEER = "cordee", "cordee, a quarter", "encode_batch"

@@ -20,6 +20,7 @@ from cordee.bench.report import Report
 from cordee.bench.tiny import BATCH, STEPS, TOLERANCE, Comparisons, prepare, trained
 from cordee.config.schema import BenchConfig
 
+PEERS = ()
 SAVED = 2  # the step after which a run is saved and stopped
 GIVEN = {"lr_decay_style": "cosine", "min_lr": 1e-4, "micro_batch_size": 1}  # to all runs, lest they differ
 # Each goes on on the next one, and the last on the first: to more and to fewer processes, and all that shares out

@@ -21,6 +21,7 @@ from cordee.data import preprocess
 from cordee.families.count import FLOPS_FORMULA, training_flops_per_token
 from cordee.families.registry import spec_from_options
 
+PEERS = ("accelerate",)
 STEPS = 4
 BATCH, SEQ_LENGTH = 8, 256
 LEARNING_RATE = 1e-3

@@ -638,25 +638,11 @@ class ConvertConfig(ConvertOptions, MegatronTargetOptions, AdapterOptions):
 class BenchOptions:
     """Measurement."""
 
-    suite: Literal[
-        "train",
-        "generate",
-        "preprocess",
-        "load",
-        "moe",
-        "convert",
-        "gguf",
-        "context",
-        "parity",
-        "resume",
-        "pipeline",
-        "seams",
-    ] = required("what to measure", positional=True)
     steps: int | None = option(None, "steps (tokens, files) per round [enough for a steady median]", above=0)
     rounds: int = option(5, "rounds in which contenders take turns; suites without contenders have one", above=0)
     threads: int | None = option(None, "CPU threads [all cores]", above=0)
     compile: Literal["none", "blocks", "model"] = option("none", "train: what of Cordée's model torch.compile gets")
-    load: str | None = option(None, "generate, gguf: model directory [a random Llama, 35 M parameters]", metavar="DIR")
+    load: str | None = option(None, "generate: model directory [a random Llama, 35 M parameters]", metavar="DIR")
     model: str | None = option(None, "convert: preset whose shape the checkpoint has [llama2-13b]", metavar="PRESET")
     scratch: str | None = option(
         None, "convert: directory with room for the checkpoint [the system's for temporary files]", metavar="DIR"
@@ -672,6 +658,10 @@ class BenchOptions:
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig(BenchOptions):
     """Speed and memory against peers."""
+
+    suite: Literal["train", "generate", "preprocess", "convert", "parity", "resume"] = required(
+        "what to measure", positional=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

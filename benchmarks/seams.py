@@ -1,4 +1,4 @@
-"""`cordee bench seams`: what the places where layouts plug in cost.
+"""`python -m benchmarks seams`: what the places where layouts plug in cost.
 
 Two comparisons, in turns within the same processes. Alone: `GPTModel`, with every seam and none in use, beside a Llama
 written down directly with the same operators. On two processes: tensor parallelism through the model's borders and
@@ -17,13 +17,14 @@ from cordee.bench import llama
 from cordee.bench.contest import Turn
 from cordee.bench.pool import Pool
 from cordee.bench.report import Report
-from cordee.config.schema import BenchConfig
+from cordee.config.schema import BenchOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from cordee.model.config import ModelConfig
 
+PEERS = ()
 STEPS = 4
 HIDDEN, FFN, HEADS, LAYERS, VOCAB_SIZE = 512, 1408, 8, 4, 8192
 BATCH, LENGTH = 4, 256
@@ -31,7 +32,7 @@ TARGETS = {"alone": 1.02, "tensor": 1.05}
 Parts = dict[str, Any]
 
 
-def run(config: BenchConfig, on_turn: Callable[[int, str, Turn], None]) -> Report:
+def run(config: BenchOptions, on_turn: Callable[[int, str, Turn], None]) -> Report:
     """Steps of forward and backward, ours and the bare ones in turns; the ratio is the median of the rounds' own."""
     steps = config.steps or STEPS
     rows, figures = [], {}

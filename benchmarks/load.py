@@ -1,4 +1,4 @@
-"""`cordee bench load`: memory and time to load a Hugging Face checkpoint, by Cordée and by transformers.
+"""`python -m benchmarks load`: memory and time to load a Hugging Face checkpoint, by Cordée and by transformers.
 
 A checkpoint of some hundred megabytes with random weights is made first. Memory is what a fresh process grows by from
 before the load to its peak, as a share of the model's bytes.
@@ -16,13 +16,14 @@ from pathlib import Path
 from cordee import device
 from cordee.bench.contest import Baton, Contender, Results, Turn, apart, hold
 from cordee.bench.report import Report
-from cordee.config.schema import BenchConfig
+from cordee.config.schema import BenchOptions
 
+PEERS = ()
 SHAPE = {"layers": 8, "hidden": 1024, "ffn": 2816, "heads": 16, "vocab": 32000}
 CORDEE, PEER, COPY = "cordee", "transformers", "read of the file"
 
 
-def run(config: BenchConfig, on_turn: Callable[[int, str, Turn], None]) -> Report:
+def run(config: BenchOptions, on_turn: Callable[[int, str, Turn], None]) -> Report:
     """Load the same directory once a turn."""
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "model")
@@ -111,7 +112,7 @@ def _bytes(path: str) -> tuple[int, int]:
     return sum(sizes), max(sizes)
 
 
-def _report(config: BenchConfig, total: int, largest: int, results: Results) -> Report:
+def _report(config: BenchOptions, total: int, largest: int, results: Results) -> Report:
     rows, figures = [], {}
     for name in (CORDEE, PEER, COPY):
         seconds, growth = results.median(name), results.figure(name, "growth")

@@ -1,4 +1,4 @@
-"""`cordee bench pipeline`: bubbles as they are measured, beside those that `cordee plan` simulates.
+"""`python -m benchmarks pipeline`: bubbles as they are measured, beside those that `cordee plan` simulates.
 
 Owns the steps that are compared, and stages whose time is known: a tiny model in which every layer sleeps, in
 proportion to the samples of the micro-batch forward and twice as long backward, and in which the reduction of a layer's
@@ -17,7 +17,7 @@ from cordee.bench import llama
 from cordee.bench.contest import Turn
 from cordee.bench.pool import Pool
 from cordee.bench.report import Report
-from cordee.config.schema import BenchConfig, PipelineSchedule, PlanConfig
+from cordee.config.schema import BenchOptions, PipelineSchedule, PlanConfig
 from cordee.parallel.pipeline import micro_batches
 from cordee.parallel.pipeline.orders import STAGES_PER_RANK
 from cordee.plan.job import plan
@@ -26,6 +26,7 @@ from cordee.plan.timeline import Timeline
 if TYPE_CHECKING:
     from cordee.model.gpt import GPTModel
 
+PEERS = ()
 UNIT = 0.01  # seconds: the forward of one sample through one layer
 LAYERS_PER_RANK, LENGTH, HIDDEN, HEADS, VOCAB_SIZE = 2, 8, 16, 2, 32
 REDUCTION = 16  # units: the reduction of one layer's gradients, where it is not free
@@ -79,7 +80,7 @@ def _fold() -> tuple[Step, ...]:
 GROUPS: tuple[tuple[Step, ...], ...] = (*map(_dynamic, micro_batches.EXAMPLES), _fold())  # the first is the measure
 
 
-def run(config: BenchConfig, on_turn: Callable[[int, str, Turn], None]) -> Report:
+def run(config: BenchOptions, on_turn: Callable[[int, str, Turn], None]) -> Report:
     """Run and simulate every step; within a group, ratios are to its first."""
     rows: list[list[str]] = []
     figures: dict[str, float] = {}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from cordee.bench import pipeline
-from cordee.bench.pipeline import GROUPS, Step
-from cordee.config.schema import BenchConfig
+from benchmarks import pipeline
+from benchmarks.__main__ import Config
+from benchmarks.pipeline import GROUPS, Step
 
 
 def test_it_measures_and_simulates_the_same_steps(monkeypatch):
@@ -16,7 +16,7 @@ def test_it_measures_and_simulates_the_same_steps(monkeypatch):
     monkeypatch.setattr(pipeline, "GROUPS", (dynamic, fold))
     monkeypatch.setattr(pipeline, "UNIT", 1e-4)
     turns = []
-    report = pipeline.run(BenchConfig(suite="pipeline"), lambda number, name, turn: turns.append((number, name)))
+    report = pipeline.run(Config(suite="pipeline"), lambda number, name, turn: turns.append((number, name)))
     assert turns == [(1, "1f1b"), (1, "1f1b, 1,2,3,2"), (2, "interleaved"), (2, "fold_aiao")]
     for number, name in turns:
         assert 0 < report.figures[f"{number}: {name}: simulated"] < 1

@@ -1,4 +1,4 @@
-"""`cordee bench context`: one long sequence on one process, and shared out over several by each algorithm.
+"""`python -m benchmarks context`: one long sequence on one process, and shared out over several by each algorithm.
 
 What counts is the memory of a rank, and that attention over the whole sequence is the same. The model has a wide MLP
 and few, narrow heads, so that a CPU gets through the square of the length.
@@ -15,8 +15,9 @@ from typing import Any
 from cordee.bench import llama
 from cordee.bench.contest import Baton, Contender, Turn, together
 from cordee.bench.report import Report
-from cordee.config.schema import BenchConfig
+from cordee.config.schema import BenchOptions
 
+PEERS = ()
 LENGTH, RANKS = 32768, 4
 HEADS, HEAD_DIM, HIDDEN, FFN, LAYERS, VOCAB_SIZE = 4, 16, 256, 704, 1, 1024
 CHECKED = 64  # queries whose attention is compared with the dense reference, over all keys
@@ -30,7 +31,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
 }
 
 
-def run(config: BenchConfig, on_turn: Callable[[int, str, Turn], None]) -> Report:
+def run(config: BenchOptions, on_turn: Callable[[int, str, Turn], None]) -> Report:
     """Some steps and a comparison for each algorithm; a row has the largest memory and error of its ranks."""
     steps = config.steps or 1
     turns: dict[str, list[Turn]] = {}

@@ -1,4 +1,4 @@
-"""`cordee bench gguf`: a model, and what llama.cpp makes of its export: logits, greedy text, speed.
+"""`python -m benchmarks gguf`: a model, and what llama.cpp makes of its export: logits, greedy text, speed.
 
 The model of `--load`, else a random Llama, is exported as GGUF in float32. Both then compute the same prompts: how far
 logits are apart, and how many tokens of the greedy continuation are the same before the first that is not. Then they
@@ -18,14 +18,15 @@ from cordee.bench.contest import Baton, Contender, Results, Shift, Turn, apart, 
 from cordee.bench.generate import CORDEE, NEW_TOKENS, PROMPT_TOKENS, STEPS
 from cordee.bench.llama import save
 from cordee.bench.report import Report
-from cordee.config.schema import BenchConfig
+from cordee.config.schema import BenchOptions
 from cordee.weights.gguf.place import FILE
 
+PEERS = ("gguf", "llama_cpp")
 PEER = "llama.cpp"
 LENGTH = PROMPT_TOKENS + NEW_TOKENS
 
 
-def run(config: BenchConfig, on_turn: Callable[[int, str, Turn], None]) -> Report:
+def run(config: BenchOptions, on_turn: Callable[[int, str, Turn], None]) -> Report:
     """Export, compare, and let the contenders take turns of `config.steps` continuations."""
     steps, threads = config.steps or STEPS, config.threads or 1
     with tempfile.TemporaryDirectory() as folder:
@@ -117,7 +118,7 @@ def _play(baton: Baton, steps: int, write: Callable[[], Sequence[int]]) -> None:
         shift.piece_done()
 
 
-def _report(config: BenchConfig, agreement: Turn, results: Results) -> Report:
+def _report(config: BenchOptions, agreement: Turn, results: Results) -> Report:
     rows, figures = [], dict(agreement.figures)
     for name in (CORDEE, PEER):
         speed, ratio = NEW_TOKENS / results.median(name), results.ratio(name, PEER)

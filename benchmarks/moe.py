@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cordee.bench.contest import Turn
 from cordee.bench.report import Report
-from cordee.config.schema import BenchConfig
+from cordee.config.schema import BenchOptions
 from cordee.model.config import (
     AttentionConfig,
     LayerConfig,
@@ -28,6 +28,7 @@ from cordee.model.config import (
 from cordee.model.init import initialise
 from cordee.model.moe import Dispatch, MoE, local_dispatch, loop_dispatch
 
+PEERS = ()
 EXPERTS = (8, 64)
 HIDDEN, FFN, TOP_K, TOKENS = 256, 512, 2, 2048
 STEPS = 3
@@ -35,7 +36,7 @@ STEPS = 3
 Step = Callable[[], None]
 
 
-def run(config: BenchConfig, on_turn: Callable[[int, str, Turn], None]) -> Report:
+def run(config: BenchOptions, on_turn: Callable[[int, str, Turn], None]) -> Report:
     """A forward and backward for each number of experts, by contender."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)

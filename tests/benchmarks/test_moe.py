@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from cordee.bench import moe
-from cordee.config.schema import BenchConfig
+from benchmarks import moe
+from benchmarks.__main__ import Config
 
 
 def test_it_gives_the_ratio_of_every_contender(monkeypatch):
     monkeypatch.setattr(moe, "EXPERTS", (4, 8))
     monkeypatch.setattr(moe, "TOKENS", 16)
     turns = []
-    report = moe.run(BenchConfig(suite="moe", rounds=1, steps=1), lambda number, name, turn: turns.append(name))
+    report = moe.run(Config(suite="moe", rounds=1, steps=1), lambda number, name, turn: turns.append(name))
     contenders = ("grouped", "loop", "transformers, eager")
     assert list(report.figures) == [f"{n} experts, {name}: by grouped" for n in (4, 8) for name in contenders]
     assert min(report.figures.values()) > 0

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from cordee.bench import context
-from cordee.config.schema import BenchConfig
+from benchmarks import context
+from benchmarks.__main__ import Config
 
 
 @pytest.mark.slow
@@ -14,7 +14,7 @@ def test_it_compares_every_algorithm_with_one_process(monkeypatch):
     algorithms = {name: context.ALGORITHMS[name] for name in ("Ulysses", "hybrid")}
     monkeypatch.setattr(context, "ALGORITHMS", algorithms)
     turns = []
-    config = BenchConfig(suite="context", threads=1)
+    config = Config(suite="context", threads=1)
     report = context.run(config, lambda number, name, turn: turns.append(name))
     assert turns == [row[0] for row in report.rows] == ["one process", "Ulysses", "hybrid"]
     for name in turns:
