@@ -9,8 +9,9 @@ import torch
 
 from cordee.config.schema import DecodingOptions
 from cordee.generate import engine
-from cordee.generate.decoder import CachedDecoder, FusedDecoder, unsupported_reason
+from cordee.generate.decoder import CachedDecoder, FusedDecoder, padded, unsupported_reason
 from cordee.generate.engine import generate
+from cordee.model.cache import KVCache
 from cordee.model.config import (
     DynamicNTKScaling,
     Llama3Scaling,
@@ -27,6 +28,7 @@ from cordee.model.init import initialise
 from cordee.model.linear import Linear
 from cordee.ops import gemm
 from tests.model import tiny
+from tests.model.caches import PagedCache, WindowCache
 
 LAYER_NORM = NormConfig(kind="layer", eps=1e-5)
 YARN = YarnScaling(factor=2.0, original_max_position_embeddings=64, attention_factor=1.2)
@@ -189,10 +191,10 @@ def test_whatever_is_done_at_a_seam_is_not_passed_over(config, name, seam):
     placement = placements(model)[name]
     if seam in placement.facts:
         placement.set("test", **{seam: object()})
-        assert obstacle(model) is not None
+        assert unsupported_reason(model) is not None
         return
     placement.wrap(seam, "test", bent)
-    assert obstacle(model) is not None and not placement.is_plain
+    assert unsupported_reason(model) is not None and not placement.is_plain
     written = generate(model, [[1, 2, 3]], DecodingOptions(max_new_tokens=6))
     assert written == generate(model, [[1, 2, 3]], DecodingOptions(max_new_tokens=6, straight_decoding=False))
 
@@ -205,6 +207,24 @@ def test_a_delta_is_felt_in_what_is_written():
             model.layers["0"].attention.qkv.placement.wrap(hook, "test", bent)
         written[seam] = str(generate(model, [[1, 2, 3]], DecodingOptions(max_new_tokens=12)))
     assert len(set(written.values())) == 3
+
+
+@pytest.mark.parametrize("kind", [PagedCache, WindowCache])
+@torch.inference_mode()
+def test_any_cache_serves_the_fused_path(kind):
+    """Rows of unequal lengths, of which one leaves and one is doubled, in pages that they share."""
+    model = tiny.model(COMMON["grouped"])
+    step = model.bind(rows=3, max_length=16)
+    caches = kind(model.config, 3, 16), KVCache(model.config, 3, 16)
+    ids, mask = padded(PROMPTS["padded"], torch.device("cpu"))
+    for cache in caches:
+        model(ids, mask, cache=cache)
+    for n in range(6):
+        tokens = torch.tensor([n, n + 1, 7])
+        expected = model(tokens[:, None], cache=caches[1])[:, 0]
+        torch.testing.assert_close(step(tokens, caches[0]), expected, rtol=1e-5, atol=1e-5)
+        for cache in caches if n == 2 else ():
+            cache.keep(torch.tensor([2, 0, 2]))
 
 
 def test_it_is_taken_where_possible_and_can_be_forced_off(monkeypatch):

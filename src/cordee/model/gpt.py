@@ -135,8 +135,10 @@ class GPTModel(nn.Module):
         """
         require_known(self.config, _BOUND)
         require_plain(self, type(self), "embedding position_embedding layers final_norm head")
-        if type(self).forward is not GPTModel.forward or (why := altered(self)) is not None:
+        if (why := altered(self)) is not None:
             raise Unsupported(why)
+        if type(self).forward is not GPTModel.forward:
+            raise Unsupported("it has a forward of its own")
         if not (self.has_embedding and self.has_head) or len(self.own_layers()) < len(self.layers):
             raise Unsupported("its layers are not all here")
         table = self.embedding.bind()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -46,7 +45,7 @@ class Context:
     def attend(self, layer: int, core: AttentionCore, q: Tensor, k: Tensor, v: Tensor | None, scores: Scores) -> Tensor:
         """Attention of `core`, over the tokens of this forward and those in the cache; v None: k is the values too."""
         if self.cache is not None and self.step is not None and not self.step.is_first:
-            return self.cache.attend(layer, q, k, v, self.step, partial(core, scores=scores))
+            return self.cache.attend(layer, q, k, v, self.step, lambda q, k, v, mask: core(q, k, v, mask, scores))
         if self.cache is not None and self.step is not None:
             self.cache.append(layer, k, v, self.step)
         return core(q, k, k if v is None else v, self.mask, scores)
