@@ -37,9 +37,9 @@ from cordee.families.lenses import (
 from cordee.families.options import check, given_features, resolve, with_defaults
 from cordee.families.presets import published
 from cordee.families.reader import ConfigReader, nearest, read_object
-from cordee.families.rules import Rule
 from cordee.model.compare import canonical
 from cordee.model.config import ModelConfig
+from cordee.tensors.rules import Rule
 
 logger = logging.getLogger("cordee")
 

@@ -59,18 +59,19 @@ def differences(
     found: dict[str, tuple[Any, Any]] = {}
 
     def walk(place: str, one: Any, other: Any) -> None:
-        if is_dataclass(one) and type(one) is type(other):
-            for name in (field.name for field in fields(one) if field.name not in without):
-                walk(f"{place}.{name}" if place else name, getattr(one, name), getattr(other, name))
-        elif place == "layers":
+        if isinstance(one, tuple) and place == "layers":
             if len(one) != len(other):
                 found["num_layers"] = (len(one), len(other))
             for pair in dict.fromkeys(zip(one, other, strict=False)):
                 walk(place, *pair)
-        else:
-            pair = tuple(stored(value) if isinstance(value, float) else value for value in (one, other))
-            if pair[0] != pair[1]:
-                found.setdefault(place, pair)
+        elif is_dataclass(one) and type(one) is type(other):
+            for name in (field.name for field in fields(one) if field.name not in without):
+                walk(f"{place}.{name}" if place else name, getattr(one, name), getattr(other, name))
+        elif rounded(one) != rounded(other):
+            found.setdefault(place, (rounded(one), rounded(other)))
+
+    def rounded(value: Any) -> Any:
+        return stored(value) if isinstance(value, float) else value
 
     walk("", ours, theirs)
     return found
