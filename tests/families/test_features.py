@@ -233,6 +233,18 @@ def test_positions_are_stretched_as_options_say():
     assert linear.config.layers[0].attention.rope.scaling == LinearScaling(factor=4.0)
 
 
+def test_scores_of_latent_attention_stay_as_sharp_where_positions_are_stretched_otherwise():
+    before = features_of(spec_from_preset("deepseek-v2-lite").config)["rope_scaling_mscale_all_dim"]
+    after = features_of(spec_from_options(options("--model deepseek-v2-lite --rope-scaling-factor 8")).config)
+    assert after["rope_scaling_mscale_all_dim"] == pytest.approx(before) == pytest.approx(0.707)
+
+
+def test_a_size_that_followed_from_another_is_written_where_it_does_no_more():
+    spec = spec_from_options(options("--model gpt2 --hidden-size 1536"))  # whose config.json leaves the MLP's width out
+    assert (spec.config.hidden_size, spec.config.layers[0].mlp.ffn_hidden_size) == (1536, 3072)
+    assert spec.hf_config["n_inner"] == 3072
+
+
 def test_a_model_by_its_config_json(tmp_path):
     config = {**spec_from_preset("gemma2-2b").hf_config, "num_hidden_layers": 2, "hidden_size": 64}
     (tmp_path / "config.json").write_text(json.dumps(config))

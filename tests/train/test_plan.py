@@ -353,7 +353,7 @@ def test_a_run_that_goes_on_by_a_changed_config_json(tmp_path: Path):
     assert check_run(tiny.resumed(given)) == []
     (model / "config.json").write_text(json.dumps(hf | {"intermediate_size": 32, "head_dim": 8, "rope_theta": 5e3}))
     (problem,) = check_run(tiny.resumed(given))
-    assert "the run was of another model: in what no option says" in problem.why
+    assert "the run was of another model: layers.attention.rope.theta 1000000.0 -> 5000.0" in problem.why
 
 
 GPT = {"normalization": "LayerNorm", "position_embedding_type": "learned_absolute", "add_bias_linear": True}

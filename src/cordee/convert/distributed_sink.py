@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from cordee.checkpoint.files import METADATA
 from cordee.families.registry import ModelSpec
-from cordee.families.rules import Shape, View
+from cordee.tensors.views import Shape, View
 from cordee.weights.codec import PlannedFile, type_of
 from cordee.weights.regions import Destination
 from cordee.weights.staged_sink import StagedSink

@@ -14,8 +14,8 @@ from cordee.families.family import Family, keys
 from cordee.families.lenses import Words
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import read_rope
-from cordee.families.rules import Rule, module, packed_qkv
 from cordee.model.config import AttentionConfig, LayerConfig, ModelConfig
+from cordee.tensors.rules import Rule, module, packed_qkv
 
 FIRST_VOCAB, SECOND_VOCAB = 64000, 125696
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 from cordee.families import common
 from cordee.families.family import Family
 from cordee.families.reader import ConfigReader
-from cordee.families.rules import Rule, each_layer, grouped_qkv, module
 from cordee.model.config import AttentionConfig, LayerConfig, MLPConfig, ModelConfig, NormConfig
+from cordee.tensors.rules import Rule, each_layer, grouped_qkv, module
 
 
 def read(hf: ConfigReader) -> ModelConfig:

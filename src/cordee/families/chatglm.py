@@ -9,8 +9,9 @@ from __future__ import annotations
 from cordee.families import common
 from cordee.families.family import Family
 from cordee.families.reader import ConfigReader
-from cordee.families.rules import GATE_UP, Chain, Rule, Split, each_layer, module
 from cordee.model.config import AttentionConfig, LayerConfig, MLPConfig, ModelConfig, NormConfig, RopeConfig
+from cordee.tensors.rules import GATE_UP, Rule, each_layer, module
+from cordee.tensors.views import Chain, Split
 
 
 def read(hf: ConfigReader) -> ModelConfig:

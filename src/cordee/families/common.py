@@ -9,18 +9,6 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypedDict, TypeVar
 
 from cordee.families.reader import ConfigReader
-from cordee.families.rules import (
-    IDENTITY,
-    Chain,
-    Each,
-    Op,
-    Rule,
-    each_layer,
-    module,
-    rotary_halves,
-    separate_qkv,
-    stack,
-)
 from cordee.model.config import (
     AttentionConfig,
     LayerConfig,
@@ -28,6 +16,8 @@ from cordee.model.config import (
     ModelConfig,
     NormConfig,
 )
+from cordee.tensors.rules import IDENTITY, Rule, each_layer, module, rotary_halves, separate_qkv, stack
+from cordee.tensors.views import Chain, Each, Op
 
 T = TypeVar("T")
 

@@ -10,10 +10,9 @@ from dataclasses import replace
 from cordee.families import common
 from cordee.families.experts import Choice, expert_list_weights
 from cordee.families.family import HFConfig, keys
-from cordee.families.lenses import Words
+from cordee.families.lenses import Words, scaling_of
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import mscale, read_rope, rope_section, write_scaling
-from cordee.families.rules import Chain, Rearrange, Rule, module, rotary_halves
 from cordee.model.config import (
     BalanceConfig,
     LatentAttentionConfig,
@@ -25,13 +24,15 @@ from cordee.model.config import (
     RouterConfig,
     YarnScaling,
 )
+from cordee.tensors.rules import Rule, module, rotary_halves
+from cordee.tensors.views import Chain, Rearrange
 
 LATENT_EPS = 1e-6  # of the norms of compressed vectors, whatever `rms_norm_eps` says
 
 KEYS = keys(
     "head_dim",
     num_key_value_heads="num_attention_heads",
-    rope_scaling=lambda words: write_strength(write_scaling(words["rope_scaling"]), words),
+    rope_scaling=lambda words: write_strength(write_scaling(scaling_of(words)), words),
     n_routed_experts="num_experts",
     num_experts_per_tok="moe_router_topk",
     aux_loss_alpha="moe_aux_loss_coeff",
@@ -49,8 +50,9 @@ KEYS = keys(
 
 def write_strength(scaling: HFConfig | None, words: Words) -> HFConfig | None:
     """`scaling` with what YaRN sharpens scores by besides."""
-    yarn = scaling is not None and scaling["rope_type"] == "yarn"
-    return {**scaling, "mscale_all_dim": words["rope_scaling_mscale_all_dim"]} if yarn else scaling
+    if scaling is None or scaling["rope_type"] != "yarn":
+        return scaling
+    return {**scaling, "mscale_all_dim": words["rope_scaling_mscale_all_dim"]}
 
 
 # Implied by others, or left from the form that the configuration was made of.

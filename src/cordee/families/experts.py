@@ -8,8 +8,9 @@ from __future__ import annotations
 from typing import TypedDict
 
 from cordee.families.reader import ConfigReader
-from cordee.families.rules import Chain, Each, Rearrange, Rule, module, stack
 from cordee.model.config import BalanceConfig, LayerConfig, MoEConfig
+from cordee.tensors.rules import Rule, module, stack
+from cordee.tensors.views import Chain, Each, Rearrange
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
 

@@ -13,8 +13,8 @@ from typing import Any
 from cordee.families.lenses import Words, scaling_of, words_of
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import write_scaling
-from cordee.families.rules import Rule
 from cordee.model.config import ModelConfig
+from cordee.tensors.rules import Rule
 
 HFConfig = dict[str, Any]
 OF_WEIGHTS = {"dtype", "torch_dtype"}  # keys that say how weights are stored

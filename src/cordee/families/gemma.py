@@ -15,8 +15,8 @@ from cordee.families import common
 from cordee.families.family import Family
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import read_rope
-from cordee.families.rules import Rule
 from cordee.model.config import Activation, AttentionConfig, LayerConfig, MLPConfig, ModelConfig, NormConfig
+from cordee.tensors.rules import Rule
 
 TANH: dict[str, Activation] = {"gelu_pytorch_tanh": "gelu_tanh"}
 

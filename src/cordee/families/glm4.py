@@ -6,8 +6,8 @@ from cordee.families import common
 from cordee.families.family import Family, keys
 from cordee.families.glm import layer_weights, read_attention
 from cordee.families.reader import ConfigReader
-from cordee.families.rules import Rule, module
 from cordee.model.config import LayerConfig, ModelConfig
+from cordee.tensors.rules import Rule, module
 
 
 def read(hf: ConfigReader) -> ModelConfig:

@@ -9,8 +9,9 @@ from __future__ import annotations
 from cordee.families.family import Family
 from cordee.families.lenses import Words
 from cordee.families.reader import ConfigReader
-from cordee.families.rules import TRANSPOSE, Chain, Op, Rule, each_layer, module, packed_qkv
 from cordee.model.config import Activation, AttentionConfig, LayerConfig, MLPConfig, ModelConfig, NormConfig
+from cordee.tensors.rules import TRANSPOSE, Rule, each_layer, module, packed_qkv
+from cordee.tensors.views import Chain, Op
 
 ACTIVATIONS: dict[str, Activation] = {
     "gelu_new": "gelu_tanh",

@@ -21,7 +21,6 @@ from cordee.families.family import Family, keys
 from cordee.families.gpt2 import ACTIVATIONS, write_activation
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import read_rope
-from cordee.families.rules import Rule, module
 from cordee.model.config import (
     AttentionConfig,
     CapacityConfig,
@@ -32,6 +31,7 @@ from cordee.model.config import (
     NormConfig,
     RouterConfig,
 )
+from cordee.tensors.rules import Rule, module
 
 
 def read(hf: ConfigReader) -> ModelConfig:

@@ -12,8 +12,8 @@ from cordee.families.experts import expert_keys, expert_list_weights, read_balan
 from cordee.families.family import Family, keys
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import read_rope
-from cordee.families.rules import Rule, each_layer, module, separate_qkv
 from cordee.model.config import AttentionConfig, LayerConfig, MLPConfig, ModelConfig, MoEConfig, RouterConfig
+from cordee.tensors.rules import Rule, each_layer, module, separate_qkv
 
 
 def read(hf: ConfigReader) -> ModelConfig:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from cordee.families import common
 from cordee.families.family import Family, keys
 from cordee.families.reader import ConfigReader
-from cordee.families.rules import Rule
 from cordee.model.config import AttentionConfig, DynamicNTKScaling, LayerConfig, ModelConfig, RopeConfig
+from cordee.tensors.rules import Rule
 
 
 def read(hf: ConfigReader) -> ModelConfig:

@@ -6,8 +6,8 @@ from cordee.families import common
 from cordee.families.family import Family, keys
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import read_rope
-from cordee.families.rules import Rule, each_layer, grouped_qkv, module, stack
 from cordee.model.config import AttentionConfig, LayerConfig, ModelConfig
+from cordee.tensors.rules import Rule, each_layer, grouped_qkv, module, stack
 
 
 def read(hf: ConfigReader) -> ModelConfig:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 from cordee.config.model_options import FeatureOptions
 from cordee.config.option import to_flag
 from cordee.families.rope import mscale
 from cordee.model.compare import differences as differing_places
+from cordee.model.compare import rounded
 from cordee.model.config import (
     AttentionConfig,
     LatentAttentionConfig,
@@ -514,10 +515,16 @@ def differences(ours: ModelConfig, theirs: ModelConfig, **how: Any) -> dict[str,
     """
     found: dict[str, tuple[Any, Any]] = {}
     for place, values in differing_places(ours, theirs, **how).items():
-        words = ((flag_of(name), (LENSES[name].get(ours), LENSES[name].get(theirs))) for name in _words_at(place))
-        flag, pair = next(((flag, pair) for flag, pair in words if not same(*pair)), (place, values))
+        words = ((flag_of(name), (_shown(name, ours), _shown(name, theirs))) for name in _words_at(place))
+        whole = (pair for pair in words if not same(*pair[1]) and not all(map(is_dataclass, pair[1])))
+        flag, pair = next(whole, (place, values))
         found[flag] = pair
     return found
+
+
+def _shown(name: str, config: ModelConfig) -> Any:
+    value = LENSES[name].get(config)
+    return rounded(value) if isinstance(value, float) else value
 
 
 def _words_at(place: str) -> list[str]:

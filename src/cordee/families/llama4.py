@@ -15,7 +15,6 @@ from cordee.families.family import Family, keys
 from cordee.families.lenses import MODEL
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import read_rope
-from cordee.families.rules import Rule, module
 from cordee.model.config import (
     AttentionConfig,
     LayerConfig,
@@ -26,6 +25,7 @@ from cordee.model.config import (
     RouterConfig,
     TemperatureScaling,
 )
+from cordee.tensors.rules import Rule, module
 
 CHUNKED = "chunked_attention"
 

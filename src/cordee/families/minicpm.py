@@ -13,7 +13,6 @@ from cordee.families.experts import expert_keys, expert_list_weights, read_choic
 from cordee.families.family import Family, keys
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import read_rope
-from cordee.families.rules import Rule, module
 from cordee.model.config import (
     AttentionConfig,
     BalanceConfig,
@@ -23,6 +22,7 @@ from cordee.model.config import (
     MoEConfig,
     RouterConfig,
 )
+from cordee.tensors.rules import Rule, module
 
 
 def read(hf: ConfigReader) -> ModelConfig:

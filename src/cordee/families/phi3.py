@@ -9,8 +9,8 @@ from cordee.families import common
 from cordee.families.family import Family, keys
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import read_rope
-from cordee.families.rules import GATE_UP, Rule, module, packed_qkv
 from cordee.model.config import AttentionConfig, LayerConfig, ModelConfig
+from cordee.tensors.rules import GATE_UP, Rule, module, packed_qkv
 
 
 def read(hf: ConfigReader) -> ModelConfig:

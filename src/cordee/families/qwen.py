@@ -10,7 +10,6 @@ from cordee.families import common
 from cordee.families.family import Family, keys
 from cordee.families.lenses import MODEL, at, scaling_of
 from cordee.families.reader import ConfigReader
-from cordee.families.rules import Rule, each_layer, module, packed_qkv, stack
 from cordee.model.config import (
     AttentionConfig,
     LayerConfig,
@@ -21,6 +20,7 @@ from cordee.model.config import (
     QwenNTKScaling,
     RopeConfig,
 )
+from cordee.tensors.rules import Rule, each_layer, module, packed_qkv, stack
 
 
 def read(hf: ConfigReader) -> ModelConfig:

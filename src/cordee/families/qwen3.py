@@ -9,8 +9,8 @@ from cordee.families.family import Family
 from cordee.families.qwen2 import read_windows
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import read_rope
-from cordee.families.rules import Rule
 from cordee.model.config import AttentionConfig, LayerConfig, ModelConfig, QKNormConfig
+from cordee.tensors.rules import Rule
 
 
 def read_attention(hf: ConfigReader) -> AttentionConfig:

@@ -19,13 +19,13 @@ from cordee.families.experts import (
 from cordee.families.family import Family, keys
 from cordee.families.qwen3 import read_attention
 from cordee.families.reader import ConfigReader
-from cordee.families.rules import Rule, module
 from cordee.model.config import (
     LayerConfig,
     ModelConfig,
     MoEConfig,
     RouterConfig,
 )
+from cordee.tensors.rules import Rule, module
 
 
 def read(hf: ConfigReader) -> ModelConfig:

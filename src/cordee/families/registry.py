@@ -37,9 +37,9 @@ from cordee.families.lenses import (
 from cordee.families.options import check, given_features, resolve, with_defaults
 from cordee.families.presets import published
 from cordee.families.reader import ConfigReader, nearest, read_object
-from cordee.families.rules import Rule
 from cordee.model.compare import canonical
 from cordee.model.config import ModelConfig
+from cordee.tensors.rules import Rule
 
 logger = logging.getLogger("cordee")
 
@@ -292,12 +292,14 @@ def _refused(before: ModelConfig, after: ModelConfig, form: Words, wanted: Words
     ours, theirs = features_of(before), features_of(after)
     switches = {name for words in (ours, theirs) for name, value in words.items() if value is True}
     unasked = {name for name in switches - wanted.keys() - {"norm_topk_prob"} if ours.get(name) != theirs.get(name)}
-    changed = {name for name in form if not same(form[name], LENSES[name].get(after))}
-    return changed | missing(after, wanted).keys() | unasked
+    other = {name for name in form if not same(form[name], LENSES[name].get(after))}
+    return other | missing(after, wanted).keys() | unasked
 
 
 def _nearest(tried: list[tuple[dict[str, Any], ModelSpec]]) -> str:
     """The family that differs in the fewest places from a model that none has, and in which."""
+    if not tried:
+        return "what --model gives, and changes of it"
     differing, spec = min(tried, key=lambda pair: len(pair[0]))
     words = ", ".join(sorted(differing)) or "something that no option says"
     return f"what --model gives, and changes of it; the nearest family, {spec.family.name}, differs in {words}"

@@ -22,27 +22,28 @@ def canonical(config: ModelConfig) -> ModelConfig:
     return replace(
         config,
         layers=tuple(layers[layer] for layer in config.layers),
-        embedding_scale=_rounded(config.embedding_scale),
-        logit_scale=_rounded(config.logit_scale),
+        embedding_scale=rounded(config.embedding_scale),
+        logit_scale=rounded(config.logit_scale),
     )
 
 
 def _canonical_layer(layer: LayerConfig) -> LayerConfig:
     attention, mlp = layer.attention, layer.mlp
     if isinstance(attention, AttentionConfig):
-        attention = replace(attention, scale=_rounded(attention.scale or attention.head_dim**-0.5))
+        attention = replace(attention, scale=rounded(attention.scale or attention.head_dim**-0.5))
     else:
-        attention = replace(attention, scale=_rounded(attention.scale))
+        attention = replace(attention, scale=rounded(attention.scale))
     if isinstance(mlp, MoEConfig):
         router = mlp.router
         if router.score == "softmax" and router.score_when == "after":  # is that over all experts, normalised
             router = replace(router, score_when="before", normalise=True)
         trained = any((mlp.balance.expert, mlp.balance.device, mlp.balance.communication, mlp.balance.z))
         mlp = replace(mlp, router=router, balance=mlp.balance if trained else BalanceConfig())
-    return replace(layer, attention=attention, mlp=mlp, residual_scale=_rounded(layer.residual_scale))
+    return replace(layer, attention=attention, mlp=mlp, residual_scale=rounded(layer.residual_scale))
 
 
-def _rounded(number: float) -> float:
+def rounded(number: float) -> float:
+    """`number` without the digits in which equal scales may differ."""
     return float(f"{number:.{DIGITS}g}")
 
 
@@ -59,18 +60,19 @@ def differences(
     found: dict[str, tuple[Any, Any]] = {}
 
     def walk(place: str, one: Any, other: Any) -> None:
-        if is_dataclass(one) and type(one) is type(other):
-            for name in (field.name for field in fields(one) if field.name not in without):
-                walk(f"{place}.{name}" if place else name, getattr(one, name), getattr(other, name))
-        elif place == "layers":
+        if isinstance(one, tuple) and place == "layers":
             if len(one) != len(other):
                 found["num_layers"] = (len(one), len(other))
             for pair in dict.fromkeys(zip(one, other, strict=False)):
                 walk(place, *pair)
-        else:
-            pair = tuple(stored(value) if isinstance(value, float) else value for value in (one, other))
-            if pair[0] != pair[1]:
-                found.setdefault(place, pair)
+        elif is_dataclass(one) and type(one) is type(other):
+            for name in (field.name for field in fields(one) if field.name not in without):
+                walk(f"{place}.{name}" if place else name, getattr(one, name), getattr(other, name))
+        elif held(one) != held(other):
+            found.setdefault(place, (held(one), held(other)))
+
+    def held(value: Any) -> Any:
+        return stored(value) if isinstance(value, float) else value
 
     walk("", ours, theirs)
     return found

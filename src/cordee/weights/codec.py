@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cordee.families.registry import ModelSpec
-from cordee.families.rules import Index, Leaf, Shape, View, whole
+from cordee.tensors.views import Index, Leaf, Shape, View, whole
 from cordee.weights.regions import COPIED
 
 SLICE = COPIED  # bytes that are moved at a time: small enough for caches, large enough for disks

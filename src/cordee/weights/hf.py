@@ -17,7 +17,8 @@ import torch
 
 from cordee.errors import Problem, raise_all
 from cordee.families.registry import ModelSpec, spec_from_directory
-from cordee.families.rules import Rule, Shape, View, whole
+from cordee.tensors.rules import Rule
+from cordee.tensors.views import Shape, View, whole
 from cordee.weights.codec import PlannedFile, is_of_weights, type_of
 from cordee.weights.files import SAFETENSORS, SAFETENSORS_INDEX, TensorFile, open_files
 from cordee.weights.regions import Destination

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.serialization import MAGIC_NUMBER, skip_data
 
-from cordee.families.rules import Index
+from cordee.tensors.views import Index
 from cordee.weights.pickled import Builder, Bytes, Call, Name, load
 from cordee.weights.regions import Region
 

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from cordee.errors import Problem, ProblemError, raise_all
 from cordee.families.registry import ModelSpec, spec_from_hf
-from cordee.families.rules import Rule, Shape, View, whole
 from cordee.model.config import AttentionConfig, Llama3Scaling, ModelConfig
 from cordee.model.rotary import inverse_frequencies
+from cordee.tensors.rules import Rule
+from cordee.tensors.views import Shape, View, whole
 from cordee.weights.codec import PlannedFile, Source
 from cordee.weights.gguf import vocabulary
 from cordee.weights.gguf.architecture import (

@@ -15,24 +15,11 @@ from torch import Tensor
 
 from cordee.errors import Problem, raise_all
 from cordee.families.registry import ModelSpec
-from cordee.families.rules import (
-    IDENTITY,
-    Chain,
-    Each,
-    Index,
-    Join,
-    Leaf,
-    Op,
-    Rearrange,
-    Shape,
-    View,
-    grouped_qkv,
-    rotary_halves,
-    stack,
-)
 from cordee.model.config import AttentionConfig, LatentAttentionConfig, LayerConfig, ModelConfig
 from cordee.model.gpt import GPTModel
 from cordee.model.parameter import parameter_specs
+from cordee.tensors.rules import IDENTITY, grouped_qkv, rotary_halves, stack
+from cordee.tensors.views import Chain, Each, Index, Join, Leaf, Op, Rearrange, Shape, View
 from cordee.weights.megatron.dialect import Dialect
 from cordee.weights.megatron.layout import Chunk, Layout, Rank
 from cordee.weights.megatron.padding import Crop

@@ -16,7 +16,7 @@ import torch
 
 from cordee.errors import Problem, ProblemError
 from cordee.families.registry import ModelSpec
-from cordee.families.rules import Shape, View
+from cordee.tensors.views import Shape, View
 from cordee.weights.codec import PlannedFile
 from cordee.weights.megatron.arguments import arguments, dtype_arguments
 from cordee.weights.megatron.dialect import Dialect

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from cordee.errors import Problem, ProblemError, raise_all
 from cordee.families.registry import ModelSpec, spec_from_directory
-from cordee.families.rules import Index, Leaf, Shape, View, normalise, whole
 from cordee.model.config import MoEConfig
+from cordee.tensors.views import Index, Leaf, Shape, View, normalise, whole
 from cordee.weights import ascendspeed, megatron_core, megatron_legacy
 from cordee.weights.codec import Source, is_of_weights
 from cordee.weights.megatron import pipe
