@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from cordee.families.registry import ModelSpec
-from cordee.families.rules import Index, Shape, normalise
 from cordee.model.gpt import GPTModel
 from cordee.model.parameter import local_shard
 from cordee.parallel import collectives
 from cordee.parallel.layout import Layout
+from cordee.tensors.views import Index, Shape, normalise
 from cordee.weights.codec import Sink, Source, slices
 from cordee.weights.load import load_into, mismatches
 

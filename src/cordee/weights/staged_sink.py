@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
-from cordee.families.rules import View
+from cordee.tensors.views import View
 from cordee.weights.codec import Sink
 from cordee.weights.staging import COMPANIONS, Staging
 from cordee.weights.workers import Move, Workers
