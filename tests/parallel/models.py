@@ -29,7 +29,7 @@ from cordee.model.init import initialise
 from cordee.model.noise import Noise
 from cordee.optim.build import build_optimizer, set_rates
 from cordee.optim.clip import global_norm, gradients
-from cordee.parallel import apply, collectives, context, data
+from cordee.parallel import apply, collectives, context, data, laws
 from cordee.parallel.degrees import degrees
 from cordee.parallel.layout import Layout
 
@@ -141,7 +141,7 @@ def options(**given: Any) -> TrainConfig:
 def build(config: ModelConfig, world_size: int, **given: Any) -> tuple[GPTModel, Layout, TrainConfig]:
     settings = options(**given)
     layout = Layout(degrees(settings, world_size))
-    found = list(apply.check(config, layout.degrees, settings))
+    found = list(laws.check(laws.Run(model=config, degrees=layout.degrees, options=settings)))
     assert not found, found
     built = apply.apply(GPTModel(config, device="meta"), layout, settings, torch.device("cpu"))
     initialise(built, 7)

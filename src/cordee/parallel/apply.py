@@ -7,26 +7,13 @@ wraps what is left. Each technique is a file of its own and does not know the ot
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
 from cordee.config.schema import TrainConfig
-from cordee.errors import Problem
-from cordee.model.config import ModelConfig
 from cordee.model.gpt import GPTModel
 from cordee.parallel import compile, context, data, expert, overlap, sharding, tensor
-from cordee.parallel.degrees import Degrees
 from cordee.parallel.layout import Layout
 from cordee.weights.load import materialise
-
-
-def check(model: ModelConfig, degrees: Degrees, options: TrainConfig) -> Iterator[Problem]:
-    """What keeps `degrees` from fitting `model`."""
-    tokens = options.seq_length // degrees.cp
-    yield from tensor.check(model, degrees.tp, tokens, sequence=options.sequence_parallel)
-    yield from context.check(model, options, options.seq_length)
-    yield from expert.check(model, degrees)
 
 
 def _num_parts(options: TrainConfig) -> int:

@@ -24,4 +24,6 @@ def check_with_contents(config: TrainConfig) -> list[Problem]:
     """As `check_run`, with the contents of the data, of which it reads up to 2 GiB."""
     unread = Findings()
     fingerprints = unread.attempt(lambda: fingerprint_data(config))
-    return check_run(config, fingerprints) or unread.problems
+    found = check_run(config, fingerprints)
+    told = {(problem.option, problem.value) for problem in found}
+    return [*found, *(problem for problem in unread.problems if (problem.option, problem.value) not in told)]

@@ -7,28 +7,31 @@ problems are found together, so `cordee check` and the start of a job are the sa
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cordee.checkpoint import directory
-from cordee.config import deepspeed
-from cordee.config.check import check_train, fewest_processes, without_effect
-from cordee.config.option import to_flag
-from cordee.config.schema import TokenizerOptions, TrainConfig
+from cordee.config import deepspeed, laws
+from cordee.config.check import check_train
+from cordee.config.option import options_of, to_flag
+from cordee.config.schema import ModelOptions, TokenizerOptions, TrainConfig
 from cordee.data import check as data_check
 from cordee.data.build import Part, plan_order, plan_parts
 from cordee.data.indexed import IndexedDataset, bin_path, fingerprint, idx_path
 from cordee.data.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
-from cordee.errors import Findings, Problem, ProblemError, raise_all
+from cordee.errors import Findings, Problem, ProblemError, Problems, at_most, divides, raise_all, unique
 from cordee.families.described import canonical
 from cordee.families.options import ignored, shape_of
 from cordee.families.registry import ModelSpec, differences, spec_from_options, spec_named
 from cordee.model.config import ModelConfig
 from cordee.optim.schedule import Schedule, build_schedule
-from cordee.parallel.degrees import Degrees, degrees
+from cordee.parallel.degrees import Degrees, fitting
+from cordee.parallel.degrees import problems as degree_problems
+from cordee.parallel.laws import Run
+from cordee.parallel.laws import check as layout_problems
 from cordee.parallel.pipeline import check as pipeline_check
 from cordee.parallel.pipeline.split import Division, noop_layers
 from cordee.train import experts, objectives, resume
@@ -66,6 +69,10 @@ class RunPlan:
 
 
 READ_OF_DATA = 1 << 30  # bytes, over all .bin and over all .idx, that tell whether the data changed: some seconds
+# What the model and the tokenizer of a run follow from, by names that problems have.
+_MODEL = (*(option.name for option in options_of(ModelOptions)), "load", "model_options")
+_TOKENIZER = (*(option.name for option in options_of(TokenizerOptions)), "load", "tokenizer")
+_MANY_TOKENS = 1 << 20  # of a tokenizer that cannot be read, so that the model it is for is checked all the same
 Fingerprints = tuple[dict[str, int], ...]  # of the .bin and .idx of every dataset to train on
 
 
@@ -81,17 +88,22 @@ def plan_run(
     text says. `fingerprints` are what `fingerprint_data` returned on this machine. With None, which is for plans that
     are not trained, the contents of the data are neither in the plan nor compared with those of a run to resume.
     """
-    contradictions = check_train(config)
-    found = Findings(
-        [*contradictions, *_stage_problems(config), *_report_problems(config)],
-        [*without_effect(config), *deepspeed.without_effect(config.deepspeed_config)],
-    )
-    shape = found.attempt(lambda: degrees(config, world_size)) or _smallest(config)
+    shape = fitting(config, world_size)
+    notes = [str(each) for each in laws.ignored_options(replace(config, nproc_per_node=world_size))]
+    found = Findings([*check_train(config), *_stage_problems(config), *_report_problems(config)], notes)
+    if config.deepspeed_config is not None:
+        settings = deepspeed.read(config.deepspeed_config)
+        found.problems += deepspeed.check(config, settings, shape.data)
+        found.notes += settings.ignored()
+    found.problems += degree_problems(config, world_size)
     sizes = found.attempt(lambda: pipeline_check.sizes(config))
     batches = build_batch_schedule(config, shape.data, sizes)
-    iterations = found.attempt(lambda: _iterations(config, batches, found.notes)) or 0
+    length = found.attempt(lambda: _iterations(config, batches, found.notes))
+    iterations = length or (0 if config.skip_train else 1)  # one step stands in for a length that is not known
     schedule = build_schedule(config, config, batches.global_batch_size)
+    contradictory = frozenset[str]().union(*(problem.names for problem in found.problems))
     origin, tokenizer, spec = _start(config, avoid, found)
+    found.problems += _too_many(config, batches, iterations)
     samples = found.attempt(lambda: _samples(config, batches, iterations, found.notes)) or {}
     found.problems += data_check.check(
         config,
@@ -99,19 +111,26 @@ def plan_run(
         vocab_size=spec.config.vocab_size if spec else None,
         tokenizer=tokenizer,
     )
-    division = None
     if spec is not None:
         found.notes += experts.ignored(spec, config)
-        spec = found.attempt(partial(experts.with_training, spec, config)) or spec
+        trained = found.attempt(partial(experts.with_training, spec, config), involves=("num_experts", "model", "load"))
+        spec = trained or spec
         found.problems += _fit_problems(config, spec, tokenizer)
-        found.problems += _layout_problems(config, spec, shape)
-        counts = sorted({size // batches.slice_size for size in batches.batch_sizes()})
-        division = found.attempt(lambda: pipeline_check.division(config, shape, spec.config, counts))
-        found.notes += pipeline_check.notes(division, counts)
+    counts = sorted({size // batches.slice_size for size in batches.batch_sizes()})
+    run = Run(model=spec.config if spec else None, degrees=shape, options=config, micro_batches=counts)
+    found.problems += layout_problems(run) if shape.world_size > 1 else ()
+    division = found.attempt(lambda: pipeline_check.division(run))
+    found.notes += pipeline_check.notes(division, counts)
     data = found.attempt(lambda: _data_identity(config, samples, fingerprints))
-    plan = None
-    if origin is not None and spec is not None and data is not None:
-        whole = RunPlan(
+    checkpoint = origin.checkpoint if origin is not None else None
+    if checkpoint is not None and checkpoint.resume:
+        # Of options that contradict each other it says nothing that a run had others before.
+        resumed = resume.problems(config, schedule, data, checkpoint.manifest)
+        found.problems += (problem for problem in resumed if not problem.names & contradictory)
+    raise_all(unique(found.problems))
+    assert origin is not None and spec is not None and data is not None
+    return _joined(
+        RunPlan(
             config=config,
             origin=origin,
             spec=spec,
@@ -125,22 +144,7 @@ def plan_run(
             data=data,
             notes=tuple(found.notes),
         )
-        # With options that contradict each other the schedule is none that anybody wants.
-        plan = whole if contradictions else found.attempt(lambda: _joined(whole))
-    # What a contradiction already says of an option may be found in other words further on.
-    known = {(problem.option, str(problem.value)) for problem in contradictions}
-    further = found.problems[len(contradictions) :]
-    raise_all(dict.fromkeys([*contradictions, *(p for p in further if (p.option, str(p.value)) not in known)]))
-    assert plan is not None
-    return plan
-
-
-def _smallest(config: TrainConfig) -> Degrees:
-    """The fewest processes that `config` fits, so that what does not depend on their number is checked all the same."""
-    try:
-        return degrees(config, fewest_processes(config))
-    except ProblemError:  # degrees that fit no number of processes, which is known already
-        return Degrees()
+    )
 
 
 def _joined(plan: RunPlan) -> RunPlan:
@@ -154,7 +158,7 @@ def _joined(plan: RunPlan) -> RunPlan:
     return resume.join(plan, resumed.manifest)
 
 
-def _stage_problems(config: TrainConfig) -> Iterator[Problem]:
+def _stage_problems(config: TrainConfig) -> Problems:
     known = objectives.registry()
     if config.stage not in known:
         yield Problem("--stage", config.stage, "there is no such objective", f"give one of {', '.join(sorted(known))}")
@@ -181,14 +185,17 @@ def _start(
 ) -> tuple[Origin | None, Tokenizer | None, ModelSpec | None]:
     """Where the run begins, and what model and tokenizer that makes; None for what is unknown."""
     chosen = found.attempt(lambda: choose(config, avoid, found.notes))
-    if chosen is None:
-        return None, None, None
     found.problems += _save_problems(config, chosen)
-    origin = found.attempt(lambda: opened(config, chosen)) or found.attempt(lambda: described(chosen))
+    origin = None
+    if chosen is not None:
+        origin = found.attempt(lambda: opened(config, chosen)) or found.attempt(lambda: described(chosen))
+    before = len(found.problems)
+    tokenizer = found.attempt(lambda: _tokenizer(config, origin or Origin()), involves=_TOKENIZER)
     if origin is None:
-        return None, None, None
-    tokenizer = found.attempt(lambda: _tokenizer(config, origin))
-    return origin, tokenizer, found.attempt(lambda: _spec(config, origin, tokenizer, found.notes))
+        return None, tokenizer, None
+    tokens = _MANY_TOKENS if len(found.problems) > before else tokenizer and tokenizer.vocab_size
+    spec = found.attempt(lambda: _spec(config, origin, tokenizer, tokens, found.notes), involves=(*_MODEL, *_TOKENIZER))
+    return origin, tokenizer, spec
 
 
 def _tokenizer(config: TrainConfig, origin: Origin) -> Tokenizer | None:
@@ -202,13 +209,18 @@ def _tokenizer(config: TrainConfig, origin: Origin) -> Tokenizer | None:
     return load_tokenizer(config, beside) if given or beside else None
 
 
-def _spec(config: TrainConfig, origin: Origin, tokenizer: Tokenizer | None, notes: list[str]) -> ModelSpec:
-    spec = _asked(config, origin, tokenizer, notes)
+def _spec(
+    config: TrainConfig, origin: Origin, tokenizer: Tokenizer | None, tokens: int | None, notes: list[str]
+) -> ModelSpec:
+    """The model of the run; `tokens` is how many the tokenizer has, for a model that is given by options."""
+    spec = _asked(config, origin, tokenizer, tokens, notes)
     notes += ignored(config, shape_of(spec.config))
     return spec
 
 
-def _asked(config: TrainConfig, origin: Origin, tokenizer: Tokenizer | None, notes: list[str]) -> ModelSpec:
+def _asked(
+    config: TrainConfig, origin: Origin, tokenizer: Tokenizer | None, tokens: int | None, notes: list[str]
+) -> ModelSpec:
     if config.num_layers is not None and (placeholders := noop_layers(config)):  # which --num-layers counts
         config = replace(config, num_layers=config.num_layers - len(placeholders))
     if origin.checkpoint is not None:
@@ -216,7 +228,7 @@ def _asked(config: TrainConfig, origin: Origin, tokenizer: Tokenizer | None, not
     elif origin.spec is not None:
         loaded = origin.spec
     else:
-        fresh = spec_from_options(config, tokenizer.vocab_size if tokenizer else None)
+        fresh = spec_from_options(config, tokens)
         return fresh.with_tokens(tokenizer.bos, tokenizer.eos) if tokenizer else fresh  # not those of a preset
     # What is loaded has its rows; options that count tokens, or say how rows were padded, only have to agree with them.
     shape = replace(config, vocab_size=None, make_vocab_size_divisible_by=None)
@@ -243,51 +255,45 @@ def _lasting(config: ModelConfig) -> ModelConfig:
     return canonical(replace(config, init_std=0.0, **dropout))
 
 
-def _vocabulary_problems(config: TrainConfig, rows: int) -> Iterator[Problem]:
-    if config.vocab_size is not None and config.vocab_size > rows:
-        why = f"the model that is loaded has {rows} tokens"
-        yield Problem("--vocab-size", config.vocab_size, why, f"give at most {rows}, or leave it out")
-    multiple = config.make_vocab_size_divisible_by
-    if multiple is not None and rows % multiple:
-        why = f"the model that is loaded has {rows} tokens"
-        yield Problem("--make-vocab-size-divisible-by", multiple, why, "leave it out")
+def _vocabulary_problems(config: TrainConfig, rows: int) -> Problems:
+    loaded = f"the {rows} tokens of the model that is loaded"
+    yield from at_most("--vocab-size", config.vocab_size, rows, loaded, "load")
+    if config.make_vocab_size_divisible_by is not None:
+        yield from divides(
+            "--make-vocab-size-divisible-by", config.make_vocab_size_divisible_by, rows, "tokens of the model", "load"
+        )
 
 
-def _fit_problems(config: TrainConfig, spec: ModelSpec, tokenizer: Tokenizer | None) -> Iterator[Problem]:
+def _fit_problems(config: TrainConfig, spec: ModelSpec, tokenizer: Tokenizer | None) -> Problems:
     longest, vocab_size = spec.config.max_position_embeddings, spec.config.vocab_size
-    if config.seq_length > longest:
-        why = f"the model holds at most {longest} positions"
-        yield Problem("--seq-length", config.seq_length, why, f"give at most {longest}, or a larger model")
-    if tokenizer is not None and tokenizer.vocab_size > vocab_size:
-        why = f"the tokenizer has {tokenizer.vocab_size} tokens, the model {vocab_size}"
-        yield Problem("tokenizer", tokenizer.type, why, "take the model's own tokenizer, or a model with more tokens")
-
-
-def _layout_problems(config: TrainConfig, spec: ModelSpec, shape: Degrees) -> Iterator[Problem]:
-    if shape.world_size > 1:
-        from cordee.parallel import apply  # brings torch, which a run in one process needs none of here
-
-        yield from apply.check(spec.config, shape, config)
+    positions = f"the {longest} positions that the model holds"
+    yield from at_most(
+        "--seq-length", config.seq_length, longest, positions, "max_position_embeddings", "model", "load"
+    )
+    if tokenizer is not None:
+        why, involved = f"the {vocab_size} tokens of the model", (*_TOKENIZER, *_MODEL)
+        yield from at_most("tokenizer", tokenizer.vocab_size, vocab_size, why, *involved)
 
 
 # ---- places --------------------------------------------------------------------------------------------------------
 
 
-def _save_problems(config: TrainConfig, origin: Origin) -> Iterator[Problem]:
+def _save_problems(config: TrainConfig, origin: Origin | None) -> Problems:
     if config.save is None:
         return
     root = Path(config.save)
     yield from _unwritable("--save", root)
-    if directory.is_root(root):
+    if origin is not None and directory.is_root(root):
         checkpoint = origin.checkpoint
         resumes = checkpoint is not None and checkpoint.resume and checkpoint.path.parent.samefile(root)
         if not resumes:
             newest = max(directory.iterations(root), default=0)
             why = f"it holds the checkpoints of another run, up to iteration {newest}"
-            yield Problem("--save", root, why, f"resume that run: --load {root}; or give another directory")
+            fix = f"resume that run: --load {root}; or give another directory"
+            yield Problem("--save", root, why, fix, "taken", ("load", "finetune"))
 
 
-def _report_problems(config: TrainConfig) -> Iterator[Problem]:
+def _report_problems(config: TrainConfig) -> Problems:
     """Places of what the run tells, beside its checkpoints."""
     if config.tensorboard_dir is not None:
         yield from _unwritable("--tensorboard-dir", Path(config.tensorboard_dir))
@@ -299,7 +305,7 @@ def _report_problems(config: TrainConfig) -> Iterator[Problem]:
             yield from _unwritable("--metrics-file", file, file.parent)
 
 
-def _unwritable(option: str, given: Path, folder: Path | None = None) -> Iterator[Problem]:
+def _unwritable(option: str, given: Path, folder: Path | None = None) -> Problems:
     """Why nothing can be put in `folder`, `given` itself if None, which need not be there yet."""
     folder = folder or given
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -312,16 +318,20 @@ def _unwritable(option: str, given: Path, folder: Path | None = None) -> Iterato
 # ---- data ----------------------------------------------------------------------------------------------------------
 
 
+def _too_many(config: TrainConfig, batches: BatchSchedule, iterations: int) -> Problems:
+    """Why the samples of a run cannot be counted."""
+    size = batches.global_batch_size
+    train = ("train_samples", config.train_samples) if config.train_samples else ("train_iters", iterations * size)
+    for name, count in (train, ("eval_iters", config.eval_iters * size)):
+        if (count or 0) * (config.seq_length + 1) >= 2**63:
+            why, involved = "it makes more tokens than 64 bits count", ("seq_length", "global_batch_size")
+            yield Problem(to_flag(name), getattr(config, name), why, "give less", "at most", involved)
+
+
 def _samples(config: TrainConfig, batches: BatchSchedule, iterations: int, notes: list[str]) -> dict[str, int]:
     """Samples that the run reads of each part. The final test is left out where --split leaves it no sequence."""
     held_out = config.eval_iters * batches.global_batch_size
     train = config.train_samples or iterations * batches.global_batch_size
-    lengths = {"train_samples" if config.train_samples else "train_iters": train, "eval_iters": held_out}
-    raise_all(
-        Problem(to_flag(name), getattr(config, name), "it makes more tokens than 64 bits count", "give less")
-        for name, count in lengths.items()
-        if count * (config.seq_length + 1) >= 2**63
-    )
     samples = {"train": 0 if config.skip_train else train, "valid": held_out, "test": held_out}
     parts = plan_parts(config)
     for name in ("valid", "test"):
