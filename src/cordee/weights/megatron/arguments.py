@@ -32,6 +32,12 @@ from cordee.model.config import (
 from cordee.weights.megatron.layout import Layout
 
 GIVE_MODEL = "give --model with a preset or a directory with the config.json that belongs to the weights"
+OF_READING = ("model", "checking")  # options of a conversion that say how a Megatron checkpoint is read
+
+
+def unclear(where: str, value: object, why: str, fix: str = GIVE_MODEL) -> Problem:
+    """What a Megatron checkpoint does not tell of its model, and options of a conversion can."""
+    return Problem(where, value, why, fix, "unclear", OF_READING)
 
 
 # ---- from a model ----------------------------------------------------------------------------------------------------
@@ -243,22 +249,22 @@ def spec_of_arguments(args: Namespace | None, vocab_size: int, where: str) -> Mo
     """
     if args is None:
         why = "it carries no settings, so that nothing tells which model it is"
-        raise ProblemError([Problem(where, None, why, GIVE_MODEL)])
+        raise ProblemError([unclear(where, None, why)])
     if getattr(args, UNTOLD, False):
-        raise ProblemError([Problem(where, None, "its settings do not tell all about the model", GIVE_MODEL)])
+        raise ProblemError([unclear(where, None, "its settings do not tell all about the model")])
     if refused := [name for name in REFUSED if getattr(args, name, None) not in (None, False)]:
         why = f"its settings say what flags of cordee train do not: {', '.join(refused)}"
-        raise ProblemError([Problem(where, None, why, GIVE_MODEL)])
+        raise ProblemError([unclear(where, None, why)])
     given = _given(args, where)
     if given.get("position_embedding_type") != "rope" and not given.get("use_rotary_position_embeddings"):
         for name in ("rotary_base", "rotary_percent", "rotary_seq_len_interpolation_factor"):
             given.pop(name, None)  # Megatron has defaults for them, whatever the positions are
     if given.get("num_experts") or given.get("multi_latent_attention") or given.get("multi_head_latent_attention"):
         why = "its settings do not tell all about a mixture of experts or latent attention"
-        raise ProblemError([Problem(where, None, why, GIVE_MODEL)])
+        raise ProblemError([unclear(where, None, why)])
     if given.get("position_embedding_type") == "alibi" and not hasattr(args, "lm_norm_weight"):
         why = "its settings do not tell whether the head is normalised, as it is in some models with alibi"
-        raise ProblemError([Problem(where, None, why, GIVE_MODEL)])
+        raise ProblemError([unclear(where, None, why)])
     values = {name: given[name] for name in _SAME & given.keys()}
     values |= {name: given[name] for name in _FLAGS & given.keys() if given[name]}
     values |= {"vocab_size": vocab_size, "padded_vocab_size": vocab_size}
@@ -275,9 +281,7 @@ def spec_of_arguments(args: Namespace | None, vocab_size: int, where: str) -> Mo
     try:
         return spec_from_options(config_from_dict(ModelOptions, {**values, **_scaling(given, where)}))
     except ProblemError as error:
-        raise ProblemError(
-            [Problem(where, p.option, f"by its settings: {p.why}", GIVE_MODEL) for p in error.problems]
-        ) from error
+        raise ProblemError([unclear(where, p.option, f"by its settings: {p.why}") for p in error.problems]) from error
 
 
 def _given(args: Namespace, where: str) -> dict[str, Any]:
@@ -286,7 +290,7 @@ def _given(args: Namespace, where: str) -> dict[str, Any]:
     said = (_SAME | _FLAGS | set(_ALSO)) & given.keys()
     if endless := sorted(name for name in said if not _is_reasonable(given[name])):
         why = f"by its settings: no model has such values of {', '.join(endless)}"
-        raise ProblemError([Problem(where, None, why, GIVE_MODEL)])
+        raise ProblemError([unclear(where, None, why)])
     return given
 
 
@@ -307,7 +311,7 @@ def _scaling(given: dict[str, Any], where: str) -> dict[str, Any]:
             "rope_scaling_mscale": given.get("rope_scaling_mscale"),
         }
     if kind not in (None, "llama3"):
-        raise ProblemError([Problem(where, kind, "its settings do not tell how positions are stretched", GIVE_MODEL)])
+        raise ProblemError([unclear(where, kind, "its settings do not tell how positions are stretched")])
     if given.get("rope_scaling_type") != "llama3" and not given.get("use_rope_scaling"):
         return {}
     return {
