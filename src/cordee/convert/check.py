@@ -59,7 +59,8 @@ def stated(options: ConvertConfig, found: Mapping[str, object], what: str) -> Pr
     for name, value in found.items():
         given = getattr(options, name)
         if given not in (None, value):
-            why, fix = f"{what} has {value}", "leave it out, or give another model"
+            has = f"does {'' if value else 'not '}have it" if isinstance(value, bool) else f"has {value}"
+            why, fix = f"{what} {has}", "leave it out, or give another model"
             yield Problem(to_flag(name), given, why, fix, "stated", ("load_dir", "model"), value)
 
 
