@@ -143,8 +143,8 @@ def test_generate():
     assert options(check_generate(replace(sound, prompt=()))) == ["--prompt"]
     assert options(check_generate(replace(sound, prompts_file="f"))) == ["--prompts-file"]
     assert options(check_generate(replace(sound, top_p=0.9, num_return_sequences=2))) == [
-        "--top-p",
         "--num-return-sequences",
+        "--top-p",
     ]
 
 
