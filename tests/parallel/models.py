@@ -30,7 +30,7 @@ from cordee.model.init import initialise
 from cordee.model.noise import Noise
 from cordee.optim.build import build_optimizer, set_rates
 from cordee.optim.clip import global_norm, gradients
-from cordee.parallel import apply, collectives, context, data
+from cordee.parallel import apply, collectives, context, data, laws, wrapper
 from cordee.parallel.degrees import degrees
 from cordee.parallel.layout import Layout
 from cordee.parallel.wrapper import Wrapper
@@ -145,7 +145,10 @@ def build(
 ) -> tuple[GPTModel, Layout, TrainConfig]:
     settings = options(**given)
     layout = Layout(degrees(settings, world_size))
-    found = list(apply.check(config, layout.degrees, settings, wrappers))
+    found = [
+        *laws.check(laws.Run(model=config, degrees=layout.degrees, options=settings)),
+        *wrapper.check(wrappers, settings),
+    ]
     assert not found, found
     built = apply.apply(GPTModel(config, device="meta"), layout, settings, torch.device("cpu"), wrappers)
     initialise(built, 7)

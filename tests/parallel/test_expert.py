@@ -24,7 +24,7 @@ from cordee.model.config import (
 from cordee.model.gpt import GPTModel
 from cordee.model.moe import MoE, local_dispatch, loop_dispatch
 from cordee.model.parameter import local_shard
-from cordee.parallel import expert, sharding, tensor
+from cordee.parallel import expert, laws, sharding, tensor
 from cordee.parallel.degrees import Degrees, degrees
 from cordee.parallel.layout import Layout
 from cordee.weights.load import materialise
@@ -191,14 +191,16 @@ def test_experts_under_tensor_parallelism(pool, dispatcher: str, sequence: bool,
 # ---- what fits -------------------------------------------------------------------------------------------------------
 
 
-def problems(config: ModelConfig, **sizes) -> str:
-    return "\n".join(map(str, expert.check(config, Degrees(**sizes))))
+def broken(config: ModelConfig, ranks: int) -> list[tuple[str, object]]:
+    chosen = TrainConfig(seq_length=8, lr=1e-3, expert_model_parallel_size=ranks)
+    run = laws.Run(model=config, degrees=Degrees(shard=ranks, ep=ranks), options=chosen)
+    return [(problem.kind, problem.limit) for problem in laws.expert(run)]
 
 
 def test_check():
     model = model_config(mlp(), mixture())
-    assert problems(model, shard=4, ep=4) == problems(model_config(mlp()), shard=4) == ""
-    assert "does not divide the 8 experts" in problems(model, shard=3, ep=3)
-    assert "has no experts" in problems(model_config(mlp()), shard=2, ep=2)
+    assert broken(model, 4) == broken(model_config(mlp()), 1) == []
+    assert broken(model, 3) == [("divides", 8)]
+    assert broken(model_config(mlp()), 2) == [("requires", None)]
     fewer = replace(mixture(), router=RouterConfig(num_experts=6, top_k=1))
-    assert "does not divide the 6 experts" in problems(model_config(mixture(), fewer), shard=4, ep=4)
+    assert broken(model_config(mixture(), fewer), 4) == [("divides", 6)]

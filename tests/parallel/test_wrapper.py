@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cordee.errors import ProblemError
 from cordee.model.gpt import GPTModel
-from cordee.parallel import apply, compile
+from cordee.parallel import apply, compile, wrapper
 from cordee.parallel.degrees import degrees
 from cordee.parallel.execution import Work
 from cordee.parallel.layout import Layout
@@ -135,11 +135,11 @@ def test_what_cannot_run_in_a_split_backward_is_refused(schedule: str):
     options = models.options(pipeline_model_parallel_size=2, pipeline_schedule=schedule, **virtual)
     recompute = Wrapper(name="recompute", around=recomputed)
     llama = models.MODELS["llama"]
-    (problem,) = apply.check(llama, degrees(options, 2), options, [recompute])
+    (problem,) = wrapper.check([recompute], options)
     assert (problem.option, problem.value) == ("--pipeline-schedule", schedule)
     with pytest.raises(ProblemError):
         apply.apply(GPTModel(llama, device="meta"), Layout(degrees(models.options(), 1)), options, CPU, [recompute])
-    assert not list(apply.check(llama, degrees(options, 2), options, [replace(recompute, splits_backward=True)]))
+    assert not list(wrapper.check([replace(recompute, splits_backward=True)], options))
 
 
 # ---- where they go ---------------------------------------------------------------------------------------------------

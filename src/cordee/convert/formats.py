@@ -5,7 +5,6 @@ Owns the table of formats. A format is a row: how it is recognised and read. Wha
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,9 +20,6 @@ from cordee.weights.megatron.layout import is_megatron
 if TYPE_CHECKING:
     from cordee.weights.codec import Source
     from cordee.weights.megatron.source import Reading
-
-
-_OPTION = re.compile(r"--[a-z]")
 
 
 @dataclass(frozen=True)
@@ -139,6 +135,6 @@ def read(path: str | Path, reading: Reading | None = None) -> Source:
 
 def _by_converting(problem: Problem) -> Problem:
     """What is read here has not the options that conversion has."""
-    if _OPTION.search(problem.fix) is None:
+    if problem.kind != "unclear":
         return problem
     return replace(problem, fix=f"{problem.fix} (options of cordee convert: convert it, and load the result)")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cordee.checkpoint.storage import place_of
-from cordee.config.option import to_flag
+from cordee.config import laws
 from cordee.config.schema import ConvertConfig
 from cordee.convert.check import check_dialect, check_format, check_model, check_options, target_type
 from cordee.convert.formats import Format, format_of
@@ -34,9 +34,8 @@ def run(options: ConvertConfig) -> int:
 
     ProblemError before anything is written, or if `verify` finds that it was written wrong.
     """
-    for name in ("max_queue_size", "megatron_path"):
-        if getattr(options, name) is not None:
-            logger.warning("%s: without effect", to_flag(name))
+    for ignored in laws.ignored_options(options):
+        logger.warning("%s", ignored)
     source, prepared, output = _prepare(options)
     if options.dry_run:
         _tell(source, prepared, output, options)

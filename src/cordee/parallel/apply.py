@@ -7,30 +7,17 @@ sees layers with their collectives and wrappers, and FSDP2 wraps what is left. E
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from cordee.config.schema import TrainConfig
-from cordee.errors import Problem, raise_all
-from cordee.model.config import ModelConfig
+from cordee.errors import raise_all
 from cordee.model.gpt import GPTModel
 from cordee.parallel import compile, context, data, expert, overlap, sharding, tensor, wrapper
-from cordee.parallel.degrees import Degrees
 from cordee.parallel.layout import Layout
 from cordee.parallel.wrapper import Wrapper
 from cordee.weights.load import materialise
-
-
-def check(
-    model: ModelConfig, degrees: Degrees, options: TrainConfig, wrappers: Sequence[Wrapper] = ()
-) -> Iterator[Problem]:
-    """What keeps `degrees` from fitting `model`, and `wrappers` from running under `options`."""
-    tokens = options.seq_length // degrees.cp
-    yield from tensor.check(model, degrees.tp, tokens, sequence=options.sequence_parallel)
-    yield from context.check(model, options, options.seq_length)
-    yield from expert.check(model, degrees)
-    yield from wrapper.check(wrappers, options)
 
 
 def apply(

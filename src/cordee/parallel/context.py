@@ -12,7 +12,6 @@ one group, or if every token sees all others, groups hold one stretch each.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
@@ -24,9 +23,8 @@ from torch import Tensor
 from cordee import device
 from cordee.config.schema import ParallelOptions
 from cordee.data.batch import Batch
-from cordee.errors import Problem
 from cordee.log import logger
-from cordee.model.config import CapacityConfig, ModelConfig
+from cordee.model.config import CapacityConfig
 from cordee.model.gpt import GPTModel
 from cordee.model.moe import MoE
 from cordee.model.placement import after
@@ -40,62 +38,6 @@ from cordee.parallel.ring import Pieces, Ring, Sight, Work, ring_attention
 
 NAME = "context parallelism"
 AnyBatch = TypeVar("AnyBatch", bound=Batch)
-
-# ---- what fits -------------------------------------------------------------------------------------------------------
-
-
-def check(model: ModelConfig, options: ParallelOptions, seq_length: int) -> Iterator[Problem]:
-    """What keeps context-parallel ranks from sharing sequences of `seq_length` tokens of `model` out."""
-    size, algo = options.context_parallel_size, options.context_parallel_algo
-    if size == 1:
-        return
-    degree = options.ulysses_degree_in_cp
-    if algo == "hybrid_cp_algo":
-        if degree is None:
-            fix = f"give a divisor of {size}, such as 2"
-            yield Problem("--ulysses-degree-in-cp", None, "hybrid_cp_algo needs it", fix)
-        elif size % degree or degree == size:
-            why = f"{size} ranks are no ring of groups of so many"
-            yield Problem("--ulysses-degree-in-cp", degree, why, f"give a divisor of {size} below it")
-    elif degree is not None:
-        yield Problem("--ulysses-degree-in-cp", degree, f"{algo} has none", "take hybrid_cp_algo, or leave it out")
-    ulysses = {"ulysses_cp_algo": size, "megatron_cp_algo": 1}.get(algo, degree or 1)
-    if size % ulysses == 0:
-        yield from _ring_problems(options, size // ulysses)
-        yield from _length_problems(options, size // ulysses, seq_length)
-        yield from _head_problems(model, options, ulysses)
-
-
-def _ring_problems(options: ParallelOptions, ring: int) -> Iterator[Problem]:
-    window = options.cp_window_size
-    if ring == 1:
-        if window > 1:
-            yield Problem("--cp-window-size", window, "there is no ring", "take megatron_cp_algo, or leave it out")
-        return
-    if ring % window or window == ring:
-        why = f"a ring of {ring} is not made of several inner rings of so many"
-        yield Problem("--cp-window-size", window, why, f"give a divisor of {ring} below it; 1 is one plain ring")
-
-
-def _length_problems(options: ParallelOptions, ring: int, seq_length: int) -> Iterator[Problem]:
-    size = options.context_parallel_size
-    halves = ring > 1 and options.cp_attention_mask_type == "causal"
-    parts = 2 * size if halves else size
-    if seq_length % parts:
-        why = f"{size} context-parallel ranks hold {'two equal chunks' if halves else 'an equal part'} each"
-        yield Problem("--seq-length", seq_length, why, f"give a multiple of {parts}")
-
-
-def _head_problems(model: ModelConfig, options: ParallelOptions, ulysses: int) -> Iterator[Problem]:
-    tensor = options.tensor_model_parallel_size
-    if ulysses == 1:
-        return
-    for heads in sorted({layer.attention.num_heads for layer in model.layers}):
-        if heads % (ulysses * tensor):
-            option = "--ulysses-degree-in-cp" if options.ulysses_degree_in_cp else "--context-parallel-size"
-            why = f"{ulysses} ranks that exchange heads x {tensor} tensor-parallel ranks do not divide {heads} heads"
-            yield Problem(option, ulysses, why, "lower it, or take megatron_cp_algo, which divides no heads")
-
 
 # ---- who holds what --------------------------------------------------------------------------------------------------
 

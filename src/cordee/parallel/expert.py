@@ -9,7 +9,6 @@ sends, receives and multiplies, forward and backward, empty tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,28 +17,12 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from cordee.config.schema import ParallelOptions
-from cordee.errors import Problem
-from cordee.model.config import ModelConfig, MoEConfig
 from cordee.model.moe import Experts, MoE, Rows, kept_experts
 from cordee.model.router import Routing
 from cordee.parallel import differentiable
-from cordee.parallel.degrees import Degrees
 from cordee.parallel.layout import Layout
 
 NAME = "expert parallelism"
-
-
-def check(model: ModelConfig, degrees: Degrees) -> Iterator[Problem]:
-    """What keeps the experts of `model` from being shared out."""
-    option, size = "--expert-model-parallel-size", degrees.ep
-    if size == 1:
-        return
-    blocks = {layer.mlp for layer in model.layers if isinstance(layer.mlp, MoEConfig)}
-    if not blocks:
-        yield Problem(option, size, "the model has no experts", "leave it out")
-    for number in sorted({block.router.num_experts for block in blocks}):
-        if number % size:
-            yield Problem(option, size, f"it does not divide the {number} experts", f"give a divisor of {number}")
 
 
 def apply(model: nn.Module, layout: Layout, options: ParallelOptions) -> None:

@@ -7,20 +7,19 @@ of what each copy is given.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from cordee.config.schema import InferenceLayoutOptions, ParallelOptions
-from cordee.errors import Problem, ProblemError
+from cordee.errors import ProblemError, Problems, at_most
 from cordee.model.cache import Cache
 from cordee.model.config import ModelConfig
 from cordee.model.gpt import GPTModel, Output
 from cordee.model.head import Head
 from cordee.model.span import Span
-from cordee.parallel import collectives, sharding, tensor
+from cordee.parallel import collectives, laws, sharding, tensor
 from cordee.parallel.degrees import Degrees
 from cordee.parallel.layout import Layout
 from cordee.parallel.pipeline.split import by_cost
@@ -32,12 +31,11 @@ def degrees(options: InferenceLayoutOptions, copies: int = 1) -> Degrees:
     return Degrees(pp=options.pipeline_model_parallel_size, replicate=copies, tp=options.tensor_model_parallel_size)
 
 
-def check(model: ModelConfig, degrees: Degrees) -> Iterator[Problem]:
+def check(model: ModelConfig, degrees: Degrees) -> Problems:
     """What keeps the processes from sharing `model` out."""
-    yield from tensor.check(model, degrees.tp, 1, sequence=False)
-    if degrees.pp > model.num_layers:
-        why = f"the model has {model.num_layers} layers"
-        yield Problem("--pipeline-model-parallel-size", degrees.pp, why, f"give at most {model.num_layers}")
+    yield from laws.sharded(model, degrees.tp)
+    layers = model.num_layers
+    yield from at_most("--pipeline-model-parallel-size", degrees.pp, layers, f"the model's {layers} layers", "load")
 
 
 def build(model: ModelConfig, layout: Layout, dtype: torch.dtype, device: torch.device) -> tuple[GPTModel, Place]:

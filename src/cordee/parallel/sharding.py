@@ -1,6 +1,6 @@
 """Which dim of a parameter lies along which axis of the ranks that compute.
 
-Owns the table from logical axes to mesh axes, turning whole parameters into DTensors by it, and counting the parts.
+Owns turning whole parameters into DTensors by the table from logical axes to mesh axes, and counting the parts.
 What a rank does with its part is `tensor.py`'s and `expert.py`'s affair, and how parts are kept between steps
 `data.py`'s.
 """
@@ -19,11 +19,11 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from cordee.config.schema import ParallelOptions
 from cordee.model.parameter import ParameterSpec, SpecifiedModule
 from cordee.model.placement import View, after
+from cordee.model.shards import ALONG, part_of
 from cordee.parallel.cost import Share
 from cordee.parallel.layout import Layout
 
 NAME = "sharding"
-ALONG = {"vocab": "tp", "kv_group": "tp", "heads": "tp", "ffn": "tp", "expert": "ep"}
 
 
 def apply(model: nn.Module, layout: Layout, options: ParallelOptions) -> None:
@@ -80,12 +80,6 @@ def _distributed(parameter: nn.Parameter, mesh: DeviceMesh, lying: list[Placemen
     part = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
     tensor = DTensor.from_local(part, mesh, lying, run_check=False, shape=parameter.shape, stride=parameter.stride())
     return nn.Parameter(tensor, requires_grad=parameter.requires_grad)
-
-
-def part_of(length: int, rank: int, size: int) -> tuple[int, int]:
-    """Begin and end of a rank's part of a dim, as DTensor divides it: equal parts, of which the last may be short."""
-    step = -(-length // size)
-    return min(rank * step, length), min((rank + 1) * step, length)
 
 
 def count(model: nn.Module, layers: Iterable[nn.Module]) -> Share:

@@ -22,64 +22,17 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate
 
 from cordee.config.schema import ParallelOptions
-from cordee.errors import Problem
 from cordee.model.attention import Attention
-from cordee.model.config import AttentionConfig, MLPConfig, ModelConfig
 from cordee.model.gpt import GPTModel
 from cordee.model.linear import Linear
 from cordee.model.moe import MoE, StackedLinear
 from cordee.model.parameter import SpecifiedModule
 from cordee.model.placement import Placement, View, after, before
+from cordee.model.shards import ALONG, part_of
 from cordee.parallel import differentiable, sharding
 from cordee.parallel.layout import Layout
 
 NAME = "tensor parallelism"
-
-# ---- what fits -------------------------------------------------------------------------------------------------------
-
-
-def check(model: ModelConfig, size: int, seq_length: int, *, sequence: bool) -> Iterator[Problem]:
-    """What keeps `size` ranks from sharing `model` out; `seq_length` is what a rank has of a sequence."""
-    option = "--tensor-model-parallel-size"
-    if size == 1:
-        if sequence:
-            yield Problem(
-                "--sequence-parallel", True, "there is one tensor-parallel rank", f"give {option}, or drop it"
-            )
-        return
-    for what, number in dict.fromkeys(_divided(model)):
-        if number % size:
-            yield Problem(option, size, f"it does not divide the {number} {what}", "give a divisor of all of these")
-    if sharding.part_of(model.vocab_size, size - 1, size)[0] >= model.vocab_size:
-        yield Problem(option, size, f"one of the ranks would get none of {model.vocab_size} tokens", "lower it")
-    for attention in {layer.attention for layer in model.layers}:
-        if isinstance(attention, AttentionConfig):
-            yield from _group_problems(attention, size)
-    if sequence and seq_length % size:
-        why = f"the {size} tensor-parallel ranks cannot share {seq_length} tokens out evenly"
-        yield Problem("--sequence-parallel", True, why, f"take a multiple of {size} tokens, or drop it")
-
-
-def _divided(model: ModelConfig) -> Iterator[tuple[str, int]]:
-    for layer in model.layers:
-        yield "attention heads", layer.attention.num_heads
-        mlps = [layer.mlp] if isinstance(layer.mlp, MLPConfig) else [layer.mlp.expert, layer.mlp.shared]
-        for mlp in mlps:
-            if mlp is not None:
-                yield "dims of the MLP", mlp.ffn_hidden_size
-
-
-def _group_problems(attention: AttentionConfig, size: int) -> Iterator[Problem]:
-    groups = attention.num_kv_heads
-    if groups % size == 0 or attention.num_heads % size:
-        return
-    if size % groups:
-        why = f"{groups} key and value heads are neither shared out evenly by it nor repeated evenly"
-        yield Problem("--tensor-model-parallel-size", size, why, f"give a divisor or a multiple of {groups}")
-    elif attention.qk_norm is not None and attention.qk_norm.over == "all":
-        why = f"the norm over all keys needs them shared out, and there are {groups} key heads"
-        yield Problem("--tensor-model-parallel-size", size, why, f"give a divisor of {groups}")
-
 
 # ---- putting it on ---------------------------------------------------------------------------------------------------
 
@@ -179,7 +132,7 @@ def _set_views(module: SpecifiedModule, axis: _Axis, summed: bool) -> None:
 
 def _adds_parts(module: SpecifiedModule) -> bool:
     """Whether the results of a projection are parts of a sum over ranks: what it contracts is shared out."""
-    return isinstance(module, Linear | StackedLinear) and sharding.ALONG.get(module.specs["weight"].axes[-1]) == "tp"
+    return isinstance(module, Linear | StackedLinear) and ALONG.get(module.specs["weight"].axes[-1]) == "tp"
 
 
 def _group_slots(shape: tuple[int, ...], axis: _Axis) -> View:
@@ -227,8 +180,8 @@ class _Vocabulary:
 
     @staticmethod
     def of(vocab_size: int, axis: _Axis) -> _Vocabulary:
-        start, stop = sharding.part_of(vocab_size, axis.rank, axis.size)
-        parts = (sharding.part_of(vocab_size, rank, axis.size) for rank in range(axis.size))
+        start, stop = part_of(vocab_size, axis.rank, axis.size)
+        parts = (part_of(vocab_size, rank, axis.size) for rank in range(axis.size))
         return _Vocabulary(axis.group, start, stop, tuple(end - begin for begin, end in parts))
 
     @property

@@ -6,7 +6,7 @@ from typing import Any
 
 from cordee import launch
 from cordee.config.schema import TrainConfig
-from cordee.errors import Findings, Problem
+from cordee.errors import Findings, Problem, unique
 from cordee.train import objectives, outputs
 from cordee.train.plan import plan_run
 
@@ -27,4 +27,4 @@ def check_with_contents(config: TrainConfig) -> list[Problem]:
     """As `check_run`, with the contents of the data, of which up to some GiB are read."""
     unread = Findings()
     fingerprint = unread.attempt(lambda: objectives.named(config.stage).fingerprint(config))
-    return check_run(config, fingerprint) or unread.problems
+    return unique([*check_run(config, fingerprint), *unread.problems])

@@ -12,11 +12,13 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from cordee import sealed
-from cordee.config.schema import TrainConfig
-from cordee.errors import Findings, Problem, raise_all
+from cordee.config.check import RANKS
+from cordee.config.schema import BatchOptions, OptimizerOptions, TrainConfig
+from cordee.errors import Findings, Problem
 from cordee.families.registry import STORED_SPEC
 from cordee.optim.schedule import Schedule
 from cordee.train import experts, objectives
+from cordee.train.objectives import DataPlan
 from cordee.train.run_plan import RunPlan
 from cordee.train.state import TrainState
 
@@ -37,6 +39,8 @@ _FORM = sealed.record(
         "config": sealed.record({}),
     }
 )
+# The options that a schedule follows from.
+_OF_SCHEDULE = (*OptimizerOptions.__dataclass_fields__, *BatchOptions.__dataclass_fields__, *RANKS)
 _LENGTHS = {"warmup", "decay", "growth"}  # of a schedule: what another length of the run changes
 
 
@@ -70,28 +74,35 @@ def describe(plan: RunPlan, state: TrainState, scaler: LossScaler) -> dict[str, 
     }
 
 
-def join(plan: RunPlan, manifest: dict[str, Any]) -> RunPlan:
-    """`plan` as it resumes from a checkpoint with `manifest`; ProblemError with all that keeps it from doing so."""
-    then = Schedule(**manifest["schedule"])
-    if plan.config.use_checkpoint_opt_param_scheduler:
-        plan = replace(plan, schedule=then)
-    found, data = Findings(), plan.data
-    if (stage := _stage(plan.config, manifest)) != plan.config.stage:
+def problems(
+    config: TrainConfig, schedule: Schedule, data: DataPlan | None, manifest: dict[str, Any]
+) -> Iterator[Problem]:
+    """All that keeps a run from resuming from a checkpoint with `manifest`; `data` is None if it cannot be read."""
+    if (stage := _stage(config, manifest)) != config.stage:
         why, fix = f"the run was of stage {stage}", "give that, or start anew from the weights: --finetune"
-        found.problems.append(Problem("--stage", plan.config.stage, why, fix))
-    else:
-        data = plan.data.resumed(manifest["data"], found)
-    found.problems += _schedule_problems(plan, then)
-    found.problems += _optimizer_problems(plan, manifest)
-    found.problems += experts.check_resumed(plan.config, manifest["config"])
-    raise_all(found.problems)
+        yield Problem("--stage", config.stage, why, fix)
+    elif data is not None:
+        found = Findings()
+        data.resumed(manifest["data"], found)
+        yield from found.problems
+    if not (config.use_checkpoint_opt_param_scheduler or config.override_opt_param_scheduler):
+        for problem in _schedule_problems(config, schedule, Schedule(**manifest["schedule"])):
+            yield problem.involving(*_OF_SCHEDULE)
+    yield from _optimizer_problems(config, manifest)
+    yield from experts.check_resumed(config, manifest["config"])
+
+
+def join(plan: RunPlan, manifest: dict[str, Any]) -> RunPlan:
+    """`plan` as it resumes from a checkpoint with `manifest`, which has no problems."""
+    if plan.config.use_checkpoint_opt_param_scheduler:
+        plan = replace(plan, schedule=Schedule(**manifest["schedule"]))
+    found = Findings()
+    data = plan.data.resumed(manifest["data"], found)
     return replace(plan, data=data, notes=(*plan.notes, *found.notes))
 
 
-def _schedule_problems(plan: RunPlan, then: Schedule) -> Iterator[Problem]:
-    if plan.config.override_opt_param_scheduler:
-        return
-    before, now = then.effective(), plan.schedule.effective()
+def _schedule_problems(config: TrainConfig, schedule: Schedule, then: Schedule) -> Iterator[Problem]:
+    before, now = then.effective(), schedule.effective()
     changed = [
         f"{name} {before.get(name)} -> {now.get(name)}" for name in before | now if before.get(name) != now.get(name)
     ]
@@ -99,11 +110,9 @@ def _schedule_problems(plan: RunPlan, then: Schedule) -> Iterator[Problem]:
         return
     why = f"it was saved with another schedule: {', '.join(changed)}"
     if {name for name in before | now if before.get(name) != now.get(name)} <= _LENGTHS:
-        option = "--train-samples" if plan.config.train_samples else "--train-iters"
-        value = plan.config.train_samples or plan.config.train_iters
-        why = (
-            f"the learning rate of --load {plan.config.load} was to follow another length: {', '.join(changed)} samples"
-        )
+        option = "--train-samples" if config.train_samples else "--train-iters"
+        value = config.train_samples or config.train_iters
+        why = f"the learning rate of --load {config.load} was to follow another length: {', '.join(changed)} samples"
         fix = (
             "to let it follow the new length, which may raise it again: --override-opt-param-scheduler; to keep its "
             "course, and so its last value for what is added: --use-checkpoint-opt-param-scheduler"
@@ -111,16 +120,16 @@ def _schedule_problems(plan: RunPlan, then: Schedule) -> Iterator[Problem]:
         yield Problem(option, value, why, fix)
         return
     fix = "--override-opt-param-scheduler takes the new one, --use-checkpoint-opt-param-scheduler the old one"
-    yield Problem("--load", plan.config.load, why, fix)
+    yield Problem("--load", config.load, why, fix)
 
 
-def _optimizer_problems(plan: RunPlan, manifest: dict[str, Any]) -> Iterator[Problem]:
-    then, now = manifest["optimizer"], plan.config.optimizer
-    if not plan.config.load_optim:
+def _optimizer_problems(config: TrainConfig, manifest: dict[str, Any]) -> Iterator[Problem]:
+    then, now = manifest["optimizer"], config.optimizer
+    if not config.load_optim:
         return
     if then is None:
         fix = "resume without it: --no-load-optim"
-        yield Problem("--load", plan.config.load, "the checkpoint was saved without the state of the optimizer", fix)
+        yield Problem("--load", config.load, "the checkpoint was saved without the state of the optimizer", fix)
     elif _algorithm(then) != _algorithm(now):
         why = f"the checkpoint has the state of {then}"
         yield Problem("--optimizer", now, why, f"give {then}, or resume without that state: --no-load-optim")

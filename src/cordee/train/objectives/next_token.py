@@ -16,7 +16,7 @@ from cordee.config.schema import TrainConfig
 from cordee.data import gpt_check
 from cordee.data.build import SPLITS, Part, build_datasets, plan_order, plan_parts
 from cordee.data.indexed import IndexedDataset, bin_path, fingerprint, idx_path
-from cordee.errors import Findings, Problem, ProblemError, raise_all
+from cordee.errors import Findings, Problem, ProblemError, Problems
 from cordee.train.batch_schedule import BatchSchedule
 from cordee.train.objectives import Objective, Run
 
@@ -66,6 +66,7 @@ class NextToken(Objective["Batch"]):
 
     def data(self, run: Run, found: Findings) -> GPTData | None:
         config, tokenizer = run.config, run.tokenizer
+        found.problems += _too_many(config, run.batches, run.iterations)
         samples = found.attempt(lambda: _samples(config, run.batches, run.iterations, found.notes)) or {}
         asked = {f"{name}_samples": count for name, count in samples.items()}
         found.problems += gpt_check.check(config, **asked, vocab_size=run.vocab_size, tokenizer=tokenizer)
@@ -131,16 +132,20 @@ class GPTData:
 # ---- which samples ---------------------------------------------------------------------------------------------------
 
 
+def _too_many(config: TrainConfig, batches: BatchSchedule, iterations: int) -> Problems:
+    """Why the samples of a run cannot be counted."""
+    size = batches.global_batch_size
+    train = ("train_samples", config.train_samples) if config.train_samples else ("train_iters", iterations * size)
+    for name, count in (train, ("eval_iters", config.eval_iters * size)):
+        if (count or 0) * (config.seq_length + 1) >= 2**63:
+            why, involved = "it makes more tokens than 64 bits count", ("seq_length", "global_batch_size")
+            yield Problem(to_flag(name), getattr(config, name), why, "give less", "at most", involved)
+
+
 def _samples(config: TrainConfig, batches: BatchSchedule, iterations: int, notes: list[str]) -> dict[str, int]:
     """Samples that the run reads of each part. The final test is left out where --split leaves it no sequence."""
     held_out = config.eval_iters * batches.global_batch_size
     train = config.train_samples or iterations * batches.global_batch_size
-    lengths = {"train_samples" if config.train_samples else "train_iters": train, "eval_iters": held_out}
-    raise_all(
-        Problem(to_flag(name), getattr(config, name), "it makes more tokens than 64 bits count", "give less")
-        for name, count in lengths.items()
-        if count * (config.seq_length + 1) >= 2**63
-    )
     samples = {"train": 0 if config.skip_train else train, "valid": held_out, "test": held_out}
     parts = plan_parts(config)
     for name in ("valid", "test"):

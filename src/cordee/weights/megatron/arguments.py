@@ -32,6 +32,12 @@ from cordee.model.config import (
 from cordee.weights.megatron.layout import Layout
 
 GIVE_MODEL = "give --model with a preset or a directory with the config.json that belongs to the weights"
+OF_READING = ("model", "checking")  # options of a conversion that say how a Megatron checkpoint is read
+
+
+def unclear(where: str, value: object, why: str, fix: str = GIVE_MODEL) -> Problem:
+    """What a Megatron checkpoint does not tell of its model, and options of a conversion can."""
+    return Problem(where, value, why, fix, "unclear", OF_READING)
 
 
 # ---- from a model ----------------------------------------------------------------------------------------------------
@@ -220,9 +226,7 @@ def spec_of_arguments(args: Namespace | None, vocab_size: int, where: str) -> Mo
     try:
         return spec_from_options(config_from_dict(ModelOptions, {**values, **_scaling(given, where)}))
     except ProblemError as error:
-        raise ProblemError(
-            [Problem(where, p.option, f"by its settings: {p.why}", GIVE_MODEL) for p in error.problems]
-        ) from error
+        raise ProblemError([unclear(where, p.option, f"by its settings: {p.why}") for p in error.problems]) from error
 
 
 def _given(args: Namespace, where: str) -> dict[str, Any]:
@@ -235,7 +239,7 @@ def _given(args: Namespace, where: str) -> dict[str, Any]:
 
 
 def _untold(where: str, why: str) -> ProblemError:
-    return ProblemError([Problem(where, None, why, GIVE_MODEL)])
+    return ProblemError([unclear(where, None, why)])
 
 
 def _is_reasonable(value: str | int | float) -> bool:
@@ -250,7 +254,7 @@ def _scaling(given: dict[str, Any], where: str) -> dict[str, Any]:
         original = {"original_max_position_embeddings": given.get("rope_scaling_original_max_position_embeddings")}
         return {"rope_scaling_type": kind, **{name: given.get(name) for name in names}, **original}
     if kind not in (None, "llama3"):
-        raise ProblemError([Problem(where, kind, "its settings do not tell how positions are stretched", GIVE_MODEL)])
+        raise ProblemError([unclear(where, kind, "its settings do not tell how positions are stretched")])
     if given.get("rope_scaling_type") != "llama3" and not given.get("use_rope_scaling"):
         return {}
     return {
