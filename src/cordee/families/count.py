@@ -1,7 +1,7 @@
 """What a model weighs and costs, from its `ModelConfig` alone.
 
-Owns the canonical shapes, the number of parameters and the arithmetic of a token. Knows no torch: presets of any size
-are counted at once.
+Owns the canonical shapes, also of adapters, the number of parameters and the arithmetic of a token. Knows no torch:
+presets of any size are counted at once.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 
 from cordee.model.config import (
+    SLICES,
     AttentionConfig,
     LatentAttentionConfig,
     LayerConfig,
@@ -30,7 +31,7 @@ FLOPS_FORMULA = "3 x (2 x matmul weights a token meets + 2 x layers x heads x (k
 
 
 def canonical_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """Global shape of every parameter by its canonical name, in the order of the forward."""
+    """Global shape of every base parameter by its canonical name, in the order of the forward."""
     shapes: dict[str, Shape] = {"embedding.weight": (config.vocab_size, config.hidden_size)}
     if config.learned_positions:
         shapes["position_embedding.weight"] = (config.max_position_embeddings, config.hidden_size)
@@ -42,6 +43,29 @@ def canonical_shapes(config: ModelConfig) -> dict[str, Shape]:
     if not config.tie_word_embeddings:
         shapes["head.weight"] = (config.vocab_size, config.hidden_size)
     return shapes
+
+
+def adapter_shapes(config: ModelConfig) -> dict[str, Shape]:
+    """Global shape of every adapter parameter by its canonical name."""
+    base = canonical_shapes(config)
+    shapes: dict[str, Shape] = {}
+    for path, name, low_rank in config.adapted():
+        *out, inputs = base.get(f"{path}.weight", base["embedding.weight"])  # which a tied head shares
+        stack = 1 if ".experts." in path else 0
+        cut = SLICES.get(path.rpartition(".")[2], {}).get(name)
+        if cut is not None:
+            out[stack + cut.dim] = len(range(out[stack + cut.dim])[cut.start : cut.stop])
+        shapes[f"{path}.adapters.{name}.a"] = (*out[:stack], low_rank.rank, inputs)
+        shapes[f"{path}.adapters.{name}.b"] = (*out, low_rank.rank)
+    for i, layer in enumerate(config.layers if config.num_prefix_tokens else ()):
+        shapes[f"layers.{i}.attention.prefix"] = _prefix(layer.attention, config.num_prefix_tokens)
+    return shapes
+
+
+def _prefix(attention: AttentionConfig | LatentAttentionConfig, tokens: int) -> Shape:
+    if isinstance(attention, LatentAttentionConfig):
+        return (tokens, attention.kv_lora_rank + attention.rope_head_dim)
+    return (attention.num_kv_heads, 2, tokens, attention.head_dim)
 
 
 def _layer(layer: LayerConfig, hidden: int) -> Named:
@@ -128,8 +152,12 @@ def _norm(name: str, norm: NormConfig, size: int) -> Named:
 
 
 def count_parameters(config: ModelConfig) -> int:
-    """Number of parameters; those of a tied head count once."""
+    """Number of base parameters; those of a tied head count once."""
     return sum(math.prod(shape) for shape in canonical_shapes(config).values())
+
+
+def count_adapter_parameters(config: ModelConfig) -> int:
+    return sum(math.prod(shape) for shape in adapter_shapes(config).values())
 
 
 def matmul_parameters(config: ModelConfig) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from cordee.model.balance import Balance
@@ -31,6 +32,14 @@ class Context:
     balance: Balance | None = None
     noise: Noise | None = None
     places: Tensor | None = None  # int64 [1, seq]: canonical places of the tokens outside of blocks, with noise
+    inner_places: Tensor | None = None  # of the tokens inside of blocks
+
+    def drop(self, x: Tensor, rate: float, site: str, *, first: int) -> Tensor:
+        """Dropout of what is inside of a block; see `cordee.model.low_rank.Drop`."""
+        if self.noise is None:
+            return x
+        assert self.inner_places is not None
+        return self.noise.dropout(rate, site).of_tokens(x, self.inner_places, first)
 
 
 def weight_dropout(context: Context, rate: float, layer: int, first_head: int) -> Dropout | None:
@@ -44,6 +53,7 @@ class Attention(SpecifiedModule):
     """q, k and v leave one GEMM over `[kv_group, slot, head_dim, embed]`; the slots are the group's q heads, k, v."""
 
     sinks: Tensor | None
+    prefix: Tensor | None
 
     def __init__(self, config: AttentionConfig, model: ModelConfig, index: int, **factory):
         super().__init__()
@@ -84,6 +94,13 @@ class Attention(SpecifiedModule):
             self.k_norm = self._norm(config.qk_norm, config.num_kv_heads, factory)
         sinks = ParameterSpec((config.num_heads,), ("heads",), std=model.init_std, decay=False)
         self.declare("sinks", sinks if config.sinks else None, **factory)
+        prefix = ParameterSpec(
+            (config.num_kv_heads, 2, model.num_prefix_tokens, config.head_dim),
+            ("kv_group", "kv_slot", "virtual", "head_dim"),
+            std=model.init_std,
+            origin="adapter",
+        )
+        self.declare("prefix", prefix if model.num_prefix_tokens else None, **factory)
 
     def _norm(self, config: QKNormConfig, num_heads: int, factory: dict) -> Norm:
         if config.over == "head":
@@ -96,15 +113,20 @@ class Attention(SpecifiedModule):
         q, k, v = self._project(x, context)
         if context.cache is not None:
             k, v = context.cache.layers[self.index].append(k, v, context.cache.length)
+        if (prefix := self.local("prefix")) is not None:
+            before = prefix.movedim(1, 0)[:, None].expand(-1, len(x), -1, -1, -1)  # keys and values of every sample
+            k, v = torch.cat((before[0], k), 2), torch.cat((before[1], v), 2)
         dropout = weight_dropout(context, self.dropout, self.index, self.first_head)
         y = self.core(q, k, v, context.mask, self.scores, sinks=self.local("sinks"), dropout=dropout)
         y = y.transpose(1, 2).flatten(2)  # [batch, seq, heads * head_dim]
-        return self.boundary.exit(self.out(y))
+        return self.boundary.exit(self.out(y, drop=context.drop))
 
     def _project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
         """q `[batch, heads, seq, head_dim]`; k and v `[batch, kv_heads, seq, head_dim]`, turned by their positions."""
         dim = self.config.head_dim
-        qkv = self.qkv(x).unflatten(-1, (-1, self.slots, dim))  # [batch, seq, groups, slots, head_dim]
+        qkv = self.qkv(x, drop=context.drop).unflatten(
+            -1, (-1, self.slots, dim)
+        )  # [batch, seq, groups, slots, head_dim]
         if self.config.qk_norm is not None:
             q, k = self._normed(qkv[..., :-1, :], self.config.qk_norm, context)
             v = qkv[..., -1, :]

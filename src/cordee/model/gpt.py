@@ -22,6 +22,7 @@ from cordee.model.config import AttentionConfig, LatentAttentionConfig, ModelCon
 from cordee.model.head import Head
 from cordee.model.layer import Layer
 from cordee.model.linear import Embedding, factory_kwargs
+from cordee.model.low_rank import add_low_rank
 from cordee.model.mask import AttentionMask
 from cordee.model.noise import Noise
 from cordee.model.norm import Norm
@@ -64,6 +65,7 @@ class GPTModel(nn.Module):
             self.head = Head(config, **factory)
             if config.tie_word_embeddings:
                 self.head.weight = self.embedding.weight
+        add_low_rank(self, config, {"embedding"} if self.copies_embedding else set(), **factory)
         self.longest: Longest | None = None  # see `Positions`
         self._calls: dict[str, LayerCall] = {}
         # Where a layout gives this process other tokens: the places of those it is given, and which of them it keeps
@@ -71,7 +73,8 @@ class GPTModel(nn.Module):
         self.places: Callable[[int, torch.device], Tensor] = _in_order
         self.outside: Callable[[Tensor], Tensor] = _all_of_them
         self._changing_ropes = _changing_ropes(config)
-        self._has_dropout = bool(config.embedding_dropout or config.attention_dropout or config.hidden_dropout)
+        rates = (config.embedding_dropout, config.attention_dropout, config.hidden_dropout)
+        self._has_dropout = any(rates) or any(low_rank.dropout for low_rank in config.low_rank)
         self._needs_positions = bool(self._changing_ropes) or any(
             isinstance(layer.attention, AttentionConfig) and layer.attention.chunk for layer in config.layers
         )
@@ -137,8 +140,8 @@ class GPTModel(nn.Module):
         context = self._context(inputs, position_ids, given, segments, cache, balance)
         if self.training and self._has_dropout:
             noise = noise or Noise.drawn(len(inputs), inputs.device)
-            places = self.outside(self.places(position_ids.shape[1], inputs.device)[None])
-            context = replace(context, noise=noise, places=places)
+            inside = self.places(position_ids.shape[1], inputs.device)[None]
+            context = replace(context, noise=noise, places=self.outside(inside), inner_places=inside)
         hidden = self._embed(inputs, context) if span.embedding else inputs
         for index in map(str, span.layers):
             hidden = self._calls.get(index, self.layers[index])(hidden, context)
@@ -212,6 +215,7 @@ class GPTModel(nn.Module):
             key_segments=segments,
             query_positions=None if key_positions is None else key_positions[:, start:],
             key_positions=key_positions,
+            num_prefix=self.config.num_prefix_tokens,
         )
         return Context(Positions(position_ids, self.training, self.longest), mask, cache, balance)
 

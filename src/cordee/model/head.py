@@ -7,18 +7,17 @@ from torch import Tensor
 
 from cordee.model.boundary import Boundary
 from cordee.model.config import ModelConfig
-from cordee.model.parameter import ParameterSpec, SpecifiedModule
+from cordee.model.low_rank import Adapted
+from cordee.model.parameter import ParameterSpec
 from cordee.ops.cross_entropy import IGNORED, VocabularyPart, adjusted, chunked_cross_entropy
 from cordee.ops.gemm import linear
 
 
-class Head(SpecifiedModule):
+class Head(Adapted):
     """Rows of `weight` `[vocab, embed]` score the tokens. A tied head is given the embedding's parameter.
 
     What the config asks for beyond products, scale, softcap and rows of length one, is part of both logits and loss.
     """
-
-    weight: Tensor
 
     def __init__(self, config: ModelConfig, **factory):
         super().__init__()
@@ -54,4 +53,4 @@ class Head(SpecifiedModule):
 
     def _rows(self) -> Tensor:
         weight = self.local("weight")
-        return F.normalize(weight, dim=-1) if self.normalised else weight
+        return self.merged(F.normalize(weight, dim=-1) if self.normalised else weight)

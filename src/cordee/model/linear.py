@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cordee.model.boundary import Boundary
-from cordee.model.parameter import ParameterSpec, SpecifiedModule
+from cordee.model.low_rank import Adapted, Drop
+from cordee.model.parameter import ParameterSpec
 from cordee.ops.gemm import linear
 
 
@@ -23,10 +24,9 @@ class Product(Protocol):
     ) -> Tensor: ...
 
 
-class Linear(SpecifiedModule):
+class Linear(Adapted):
     """y = x W^T + b. W keeps its logical dims `[*out_shape, in_size]` and is flattened for the GEMM only."""
 
-    weight: Tensor
     bias: Tensor | None
 
     def __init__(
@@ -45,11 +45,19 @@ class Linear(SpecifiedModule):
         self.declare("weight", ParameterSpec((*out_shape, in_size), (*out_axes, in_axis), std=std), **factory)
         self.declare("bias", ParameterSpec(out_shape, out_axes, decay=False) if bias else None, **factory)
 
-    def forward(self, x: Tensor, before: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """`[..., in_size]` to `[..., product of out_shape]`; with a cheap function `before`, of before(x)."""
+    def forward(
+        self, x: Tensor, before: Callable[[Tensor], Tensor] | None = None, *, drop: Drop | None = None
+    ) -> Tensor:
+        """`[..., in_size]` to `[..., product of out_shape]`; with a cheap function `before`, of before(x).
+
+        `drop` is the dropout of adapters, in training.
+        """
+        if self.adapters is not None and before is not None:
+            x, before = before(x), None
         bias = self.local("bias")
         bias = None if bias is None else bias.flatten()
-        return self.product(x, self.local("weight").flatten(0, -2), bias, before=before)
+        y = self.product(x, self.local("weight").flatten(0, -2), bias, before=before)
+        return y if self.adapters is None else self.with_adapters(y, x, linear, drop)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{axis}={size}" for axis, size in self._axes())
@@ -62,10 +70,8 @@ class Linear(SpecifiedModule):
 Lookup = Callable[[Tensor, Tensor], Tensor]
 
 
-class Embedding(SpecifiedModule):
+class Embedding(Adapted):
     """A table of rows `[num_rows, hidden_size]` looked up by index: `lookup(index, rows)` with the rows held here."""
-
-    weight: Tensor
 
     def __init__(self, num_rows: int, hidden_size: int, axis: str, std: float, **factory):
         super().__init__()
@@ -75,7 +81,11 @@ class Embedding(SpecifiedModule):
 
     def forward(self, index: Tensor) -> Tensor:
         """int64 `[batch, seq]` to `[batch, seq, embed]`."""
-        return self.boundary.exit(self.lookup(index, self.local("weight")))
+        y = self.lookup(index, self.local("weight"))
+        for low_rank in self.low_ranks():
+            a, b = low_rank.factors()
+            y = y + low_rank.config.scale * (self.lookup(index, b) @ a)
+        return self.boundary.exit(y)
 
 
 def scaled_std(std: float, num_layers: int) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -21,6 +22,8 @@ class AttentionMask:
     Positions are int64 `[1 or batch, places]`; None: the positions are the places.
 
     `window` w hides keys w or more places back; `chunk` c hides keys whose position lies in other c positions.
+
+    `num_prefix` virtual keys come before the `num_keys`; every query sees them, at no distance.
     """
 
     num_queries: int
@@ -32,22 +35,24 @@ class AttentionMask:
     key_index: Tensor | None = None
     query_positions: Tensor | None = None
     key_positions: Tensor | None = None
+    num_prefix: int = 0
     _rendered: dict[tuple, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def in_order(self) -> bool:
         """Whether places follow one another."""
-        return self.query_index is None
+        return self.query_index is None and not self.num_prefix
 
     def is_plain(self, window: int | None = None, chunk: int | None = None) -> bool:
         """Whether order alone decides: places in sequence, no segments, window and chunk reach every key."""
         return self.in_order and self.query_segments is None and self._reach(window, chunk) == (None, None)
 
     def dense(self, device: torch.device, window: int | None = None, chunk: int | None = None) -> Tensor:
-        """Bool mask, True where visible: `[1 or batch, 1, num_queries, num_keys]`. Made once for each reach."""
+        """Bool mask, True where visible: `[1 or batch, 1, num_queries, num_prefix + num_keys]`. Made once for each reach."""
         key = reach = self._reach(window, chunk)
         if key not in self._rendered:
-            self._rendered[key] = self._visible(device, *reach)
+            visible = self._visible(device, *reach)
+            self._rendered[key] = F.pad(visible, (self.num_prefix, 0), value=True) if self.num_prefix else visible
         return self._rendered[key]
 
     def bias(
@@ -58,13 +63,13 @@ class AttentionMask:
         window: int | None = None,
         chunk: int | None = None,
     ) -> Tensor:
-        """What is added to scores `[1 or batch, heads, num_queries, num_keys]`: -slope * distance, or -inf if hidden.
+        """What is added to scores, of the shape of `dense` for every head: -slope * distance, or -inf if hidden.
 
         One slope a head. Made once for each reach.
         """
         key = (slopes, dtype, *self._reach(window, chunk))
         if key not in self._rendered:
-            distance = self._distance(device).float()
+            distance = F.pad(self._distance(device).float(), (self.num_prefix, 0))
             falling = distance * -torch.tensor(slopes, device=device)[:, None, None]
             hidden = ~self.dense(device, window, chunk)
             self._rendered[key] = falling.to(dtype).masked_fill(hidden, float("-inf"))
@@ -79,14 +84,21 @@ class AttentionMask:
         return window, chunk
 
     def places(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Places of queries `[num_queries]` and of keys `[num_keys]`."""
+        """Places of queries `[num_queries]` and of keys `[num_prefix + num_keys]`, negative ones of the prefix."""
+        query, key = self._places(device)
+        if self.num_prefix:
+            key = torch.cat((torch.arange(-self.num_prefix, 0, device=device), key))
+        return query, key
+
+    def _places(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Without the prefix."""
         key = torch.arange(self.num_keys, device=device) if self.key_index is None else self.key_index
         query = key[self.num_keys - self.num_queries :] if self.query_index is None else self.query_index
         return query, key
 
     def _distance(self, device: torch.device) -> Tensor:
         """How far back from each query each key is, `[num_queries, num_keys]`."""
-        query, key = self.places(device)
+        query, key = self._places(device)
         return query[:, None] - key[None, :]
 
     def _visible(self, device: torch.device, window: int | None, chunk: int | None) -> Tensor:
@@ -98,7 +110,7 @@ class AttentionMask:
             visible = visible & (distance < window)
         visible = visible[None, None]
         if chunk is not None:
-            query, key = (places[:, None] for places in self.places(device))
+            query, key = (places[:, None] for places in self._places(device))
             key = key.T
             if self.key_positions is not None:
                 assert self.query_positions is not None

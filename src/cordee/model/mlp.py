@@ -9,6 +9,7 @@ from torch import Tensor
 from cordee.model.boundary import Boundary
 from cordee.model.config import MLPConfig, ModelConfig
 from cordee.model.linear import Linear, scaled_std
+from cordee.model.low_rank import Drop
 from cordee.model.parameter import SpecifiedModule
 from cordee.ops.activation import ACTIVATIONS, gated
 
@@ -29,11 +30,11 @@ class MLP(SpecifiedModule):
         shared["std"] = scaled_std(model.init_std, model.num_layers)
         self.down = Linear((model.hidden_size,), ("embed",), ffn, "ffn", **shared)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, drop: Drop | None = None) -> Tensor:
         """`[batch, seq, embed]` to the same."""
         x = self.boundary.enter(x)
-        y = self.gate_up(x) if self.config.gated else self.up(x)
-        return self.boundary.exit(self.down(y, before=partial(activate, config=self.config)))
+        y = (self.gate_up if self.config.gated else self.up)(x, drop=drop)
+        return self.boundary.exit(self.down(y, before=partial(activate, config=self.config), drop=drop))
 
 
 def activate(x: Tensor, config: MLPConfig) -> Tensor:

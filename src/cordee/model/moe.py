@@ -17,6 +17,7 @@ from cordee.model.balance import Balance, Reduce, balanced
 from cordee.model.boundary import Boundary
 from cordee.model.config import CapacityConfig, MLPConfig, ModelConfig, MoEConfig
 from cordee.model.linear import Linear, scaled_std
+from cordee.model.low_rank import Adapted, Drop
 from cordee.model.mlp import MLP, activate
 from cordee.model.parameter import ParameterSpec, SpecifiedModule
 from cordee.model.router import Router, Routing, count_by_expert, limit_to_capacity, rank_in_group
@@ -25,10 +26,9 @@ from cordee.ops.grouped import grouped_matmul
 RowMap = Callable[[Tensor], Tensor]
 
 
-class StackedLinear(SpecifiedModule):
+class StackedLinear(Adapted):
     """A linear map for each expert: y = x W_e^T + b_e, with W `[expert, *out_shape, in_size]`."""
 
-    weight: Tensor
     bias: Tensor | None
 
     def __init__(
@@ -51,6 +51,8 @@ class StackedLinear(SpecifiedModule):
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
         """`[rows, in_size]`, counts[0] of them for the first expert and so on, to `[rows, product of out_shape]`."""
         y = grouped_matmul(rows, self.local("weight").flatten(1, -2), counts)
+        if self.adapters is not None:
+            y = self.with_adapters(y, rows, partial(grouped_matmul, counts=counts))
         bias = self.local("bias")
         if bias is None:
             return y
@@ -58,10 +60,22 @@ class StackedLinear(SpecifiedModule):
 
     def unbind(self) -> list[RowMap]:
         """The map of each expert by itself."""
+        if self.adapters is not None:
+            return [partial(self._alone, index=index) for index in range(len(self.local("weight")))]
         weights = self.local("weight").flatten(1, -2).unbind()
         bias = self.local("bias")
         biases = [None] * len(weights) if bias is None else bias.flatten(1).unbind()
         return [partial(F.linear, weight=weight, bias=bias) for weight, bias in zip(weights, biases, strict=True)]
+
+    def _alone(self, rows: Tensor, index: int) -> Tensor:
+        """The map of one expert, with its adapters."""
+
+        def multiply(x: Tensor, matrices: Tensor) -> Tensor:
+            return F.linear(x, matrices[index])
+
+        bias = self.local("bias")
+        y = multiply(rows, self.local("weight").flatten(1, -2))
+        return self.with_adapters(y if bias is None else y + bias[index].flatten(), rows, multiply)
 
     def extra_repr(self) -> str:
         spec = self.specs["weight"]
@@ -221,7 +235,7 @@ class MoE(SpecifiedModule):
                 (1,), ("gate",), model.hidden_size, "embed", bias=False, std=model.init_std, **factory
             )
 
-    def forward(self, x: Tensor, balance: Balance | None = None) -> Tensor:
+    def forward(self, x: Tensor, balance: Balance | None = None, *, drop: Drop | None = None) -> Tensor:
         """`[batch, seq, embed]` to the same. Capacity cuts routes in training only; auxiliary losses need `balance`."""
         x = self.boundary.enter(x)
         tokens = x.flatten(0, 1)
@@ -241,13 +255,13 @@ class MoE(SpecifiedModule):
             )
         y = self.dispatch(tokens, routing, self.experts).view_as(x)
         if self.shared is not None:
-            y = y + self._shared(x)
+            y = y + self._shared(x, drop)
         return self.boundary.exit(y)
 
-    def _shared(self, x: Tensor) -> Tensor:
+    def _shared(self, x: Tensor, drop: Drop | None) -> Tensor:
         assert self.shared is not None
-        y = self.shared(x)
-        return y if self.shared_gate is None else self.shared_gate(x).sigmoid() * y
+        y = self.shared(x, drop=drop)
+        return y if self.shared_gate is None else self.shared_gate(x, drop=drop).sigmoid() * y
 
 
 def _limit_alone(routing: Routing, capacity: CapacityConfig, batch_size: int) -> Routing:

@@ -269,7 +269,7 @@ def blockwise_attention(
 def _visible_keys(mask: Mask, window: int | None, start: int, stop: int) -> slice:
     """The keys that any of the queries [start, stop) may see, as far as order and window tell."""
     if not (mask.in_order and mask.causal):
-        return slice(0, mask.num_keys)
+        return _ALL
     before = mask.num_keys - mask.num_queries
     first = 0 if window is None else max(0, before + start - window + 1)
     return slice(first, before + stop)

@@ -25,6 +25,7 @@ def check(model: ModelConfig, degrees: Degrees, options: TrainConfig) -> Iterato
     """What keeps `degrees` from fitting `model`."""
     tokens = options.seq_length // degrees.cp
     yield from tensor.check(model, degrees.tp, tokens, sequence=options.sequence_parallel)
+    yield from overlap.check(model, options)
     yield from context.check(model, options, options.seq_length)
     yield from expert.check(model, degrees)
 

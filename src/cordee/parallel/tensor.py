@@ -28,7 +28,7 @@ from cordee.model.config import AttentionConfig, MLPConfig, ModelConfig
 from cordee.model.gpt import GPTModel
 from cordee.model.linear import Linear
 from cordee.model.moe import MoE, StackedLinear
-from cordee.model.parameter import SpecifiedModule, View
+from cordee.model.parameter import ParameterSpec, SpecifiedModule, View
 from cordee.parallel import differentiable, sharding
 from cordee.parallel.layout import Layout
 
@@ -113,6 +113,8 @@ def _blocks(model: GPTModel) -> Iterator[nn.Module]:
         yield layer.mlp
     if model.has_head:
         yield model.head
+    if model.has_embedding:
+        yield model.embedding  # which every rank looks up its own rows for
 
 
 def _set_borders(model: GPTModel, axis: _Axis, sequence: bool) -> None:
@@ -161,7 +163,7 @@ def _set_views(module: SpecifiedModule, axis: _Axis, summed: bool) -> None:
         if parameter.placements[-1] == Replicate():
             module.views[name] = sharding.repeated(summed)
             if spec.axes[0] == "kv_group":
-                module.views[name] = _then(module.views[name], _group_slots(spec.shape, axis))
+                module.views[name] = _then(module.views[name], _group_slots(spec, axis))
     if module.specs.get("bias") is not None and _adds_parts(module):
         first = 1.0 if axis.rank == 0 else 0.0  # the sum over ranks has the bias once
         module.views["bias"] = _then(module.views["bias"], lambda bias: bias * first)
@@ -176,19 +178,19 @@ def _then(first: View, second: View) -> View:
     return lambda parameter: second(first(parameter))
 
 
-def _group_slots(shape: tuple[int, ...], axis: _Axis) -> View:
+def _group_slots(spec: ParameterSpec, axis: _Axis) -> View:
     """Of `[kv_group, slot, ...]`, fewer groups than ranks: one group, some of its query heads, its key and value.
 
-    Every rank keeps all groups, and computes only these.
+    Every rank keeps all groups, and computes only these. Adapters and prefixes may have some of the slots only.
     """
-    groups, slots = shape[:2]
+    groups, slots = spec.shape[:2]
     ranks_per_group = axis.size // groups
-    own = (slots - 2) // ranks_per_group
+    own = (slots - {"slot": 2, "q_slot": 0, "kv_slot": slots}[spec.axes[1]]) // ranks_per_group  # query heads
     group, place = divmod(axis.rank, ranks_per_group)
 
     def cut(whole: Tensor) -> Tensor:
         mine = whole[group : group + 1]
-        return torch.cat((mine[:, place * own : (place + 1) * own], mine[:, -2:]), 1)
+        return torch.cat((mine[:, place * own : (place + 1) * own], mine[:, own * ranks_per_group :]), 1)
 
     return cut
 
