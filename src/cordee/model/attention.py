@@ -124,9 +124,8 @@ class Attention(SpecifiedModule):
     def _project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
         """q `[batch, heads, seq, head_dim]`; k and v `[batch, kv_heads, seq, head_dim]`, turned by their positions."""
         dim = self.config.head_dim
-        qkv = self.qkv(x, drop=context.drop).unflatten(
-            -1, (-1, self.slots, dim)
-        )  # [batch, seq, groups, slots, head_dim]
+        # [batch, seq, groups, slots, head_dim]
+        qkv = self.qkv(x, drop=context.drop).unflatten(-1, (-1, self.slots, dim))
         if self.config.qk_norm is not None:
             q, k = self._normed(qkv[..., :-1, :], self.config.qk_norm, context)
             v = qkv[..., -1, :]

@@ -284,7 +284,7 @@ class MoEConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LowRankConfig:
-    """Low-rank adapters (LoRA, Hu et al. 2021): y = W x + scale * B A dropout(x) at all projections that `targets` name.
+    """Low-rank adapters (LoRA, Hu et al. 2021): y = W x + scale * B A dropout(x) at all projections in `targets`.
 
     A target is a canonical name without its beginning: "layers.3.attention.q" is one projection, "attention.q" that of
     every layer, "q", "experts.up", "out", "down", "kv_up", "head", "embedding" accordingly. A fused projection can be

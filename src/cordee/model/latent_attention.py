@@ -94,9 +94,8 @@ class LatentAttention(SpecifiedModule):
 
     def _compressed(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """What a token leaves to later ones: `[batch, seq, latent]`, and a rotary key `[batch, seq, rope_head_dim]`."""
-        latent, k_rope = self.kv_down(x, drop=context.drop).split(
-            (self.config.kv_lora_rank, self.config.rope_head_dim), -1
-        )
+        kv = self.kv_down(x, drop=context.drop)
+        latent, k_rope = kv.split((self.config.kv_lora_rank, self.config.rope_head_dim), -1)
         return self.kv_norm(latent), self._rotate(k_rope[:, :, None], context)[:, :, 0]
 
     def _rotate(self, x: Tensor, context: Context) -> Tensor:

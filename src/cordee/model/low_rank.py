@@ -116,7 +116,7 @@ class Adapted(SpecifiedModule):
 
 
 def add_low_rank(model: nn.Module, config: ModelConfig, foreign: Collection[str], **factory) -> None:
-    """Put the low-rank adapters of `config` on those projections that `model` has, copies of `foreign` ones left out."""
+    """Put the low-rank adapters of `config` on the projections that `model` has, those named in `foreign` left out."""
     modules = dict(model.named_modules())
     for path, name, chosen in config.adapted():
         if path not in foreign and isinstance(module := modules.get(path), Adapted):
