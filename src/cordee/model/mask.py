@@ -48,7 +48,7 @@ class AttentionMask:
         return self.in_order and self.query_segments is None and self._reach(window, chunk) == (None, None)
 
     def dense(self, device: torch.device, window: int | None = None, chunk: int | None = None) -> Tensor:
-        """Bool mask, True where visible: `[1 or batch, 1, num_queries, num_prefix + num_keys]`. Made once for each reach."""
+        """Bool mask, True where visible: `[1 or batch, 1, num_queries, num_prefix + num_keys]`; made once a reach."""
         key = reach = self._reach(window, chunk)
         if key not in self._rendered:
             visible = self._visible(device, *reach)
