@@ -7,7 +7,7 @@ presets of any size are counted at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from cordee.model.config import (
     SLICES,
@@ -151,13 +151,10 @@ def _norm(name: str, norm: NormConfig, size: int) -> Named:
 # ---- counts ----------------------------------------------------------------------------------------------------------
 
 
-def count_parameters(config: ModelConfig) -> int:
-    """Number of base parameters; those of a tied head count once."""
-    return sum(math.prod(shape) for shape in canonical_shapes(config).values())
-
-
-def count_adapter_parameters(config: ModelConfig) -> int:
-    return sum(math.prod(shape) for shape in adapter_shapes(config).values())
+def count_parameters(config: ModelConfig, origins: Collection[str] = ("base", "adapter")) -> int:
+    """Number of parameters of these origins; those of a tied head count once."""
+    shapes = {"base": canonical_shapes, "adapter": adapter_shapes}
+    return sum(math.prod(shape) for origin in origins for shape in shapes[origin](config).values())
 
 
 def matmul_parameters(config: ModelConfig) -> int:
