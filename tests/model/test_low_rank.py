@@ -140,7 +140,7 @@ def test_experts_one_after_the_other_have_their_adapters():
     expected = loss_of(model)
     for module in model.modules():
         if isinstance(module, MoE):
-            module.dispatch = loop_dispatch
+            module.placement.replace("dispatch", "test", loop_dispatch)
     torch.testing.assert_close(loss_of(model), expected)
 
 
@@ -273,7 +273,7 @@ def test_prefix_is_keys_and_values_before_all_others(name: str):
     for layer in base.own_layers():
         prefix = model.get_parameter(f"layers.{layer.index}.attention.prefix")
         kv_up = layer.attention.kv_up.weight if isinstance(layer.attention, LatentAttention) else None
-        layer.attention.core = plain_core(prefix, kv_up)
+        layer.attention.placement.replace("core", "test", plain_core(prefix, kv_up))
     loss, expected = loss_of(model), loss_of(base)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     given = list(prefixes.values())

@@ -85,7 +85,7 @@ def tokens_of(rank: int, length: int, lean: int | None) -> tuple[Tensor, Tensor]
 def in_one_process(config: MoEConfig, lengths: list[int], lean: int | None, dispatch):
     """Results and gradients of every rank's tokens, and the sums of the parameters' gradients."""
     block = fill(GPTModel(model_config(config)).layers["0"].mlp, lean)
-    block.dispatch = dispatch
+    block.placement.replace("dispatch", "test", dispatch)
     found = []
     for rank, length in enumerate(lengths):
         x, upstream = tokens_of(rank, length, lean)
@@ -99,9 +99,8 @@ def on_ranks(rank: int, world_size: int, config: MoEConfig, lengths: list[int], 
     options = TrainConfig(seq_length=8, lr=1e-3, **given)
     layout = Layout(degrees(options, world_size))
     model = GPTModel(model_config(config), device="meta")
-    sharding.share_out(model, layout)
-    tensor.apply(model, layout, sequence=options.sequence_parallel)
-    expert.apply(model, layout, options)
+    for technique in (sharding, tensor, expert):
+        technique.apply(model, layout, options)
     materialise(model)
     block = fill(model.layers["0"].mlp, lean)
     x, upstream = tokens_of(layout.data_rank, lengths[layout.data_rank], lean)

@@ -96,7 +96,7 @@ def attention_on_ranks(rank: int, ranks: int, given: dict, names: list[str]) -> 
         layout = Layout(degrees(config, ranks))
         model = GPTModel(shape(), device="meta")
         context.apply(model, layout, config)
-        core = model.layers["0"].attention.core
+        core = model.layers["0"].attention.placement.core
         found[name] = attend(core, case, context.places(LENGTH, layout.degrees, rank, causal))
     return found
 

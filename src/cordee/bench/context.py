@@ -99,7 +99,7 @@ def play(baton: Baton, rank: int, ranks: int, options: dict[str, Any], length: i
     from cordee.parallel import collectives
 
     total = collectives.sum_over(loss.detach(), layout) / weight
-    core = model.layers["0"].attention.core
+    core = model.layers["0"].attention.placement.core
     error = _error(core, layout, length)
     if ranks > 1:
         dist.barrier()  # no rank leaves while another still reads

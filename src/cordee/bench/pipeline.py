@@ -205,6 +205,8 @@ def _slow_down(model: GPTModel, unit: float, reduction: float) -> None:
     from torch.autograd import Function
     from torch.distributed.fsdp import FSDPModule
 
+    from cordee.model.placement import Call
+
     class Sleep(Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor, seconds: float) -> Tensor:
@@ -217,8 +219,11 @@ def _slow_down(model: GPTModel, unit: float, reduction: float) -> None:
             time.sleep(2 * ctx.seconds)
             return grad, None
 
-    model.wrap_layers(lambda index, call: lambda x, context: Sleep.apply(call(x, context), unit * len(x)))
-    for layer in model.layers.values():
+    def slowed(inner: Call) -> Call:
+        return lambda forward, x, context: Sleep.apply(inner(forward, x, context), unit * len(x))
+
+    for layer in model.own_layers():
+        layer.placement.wrap("call", "bench", slowed)
         assert isinstance(layer, FSDPModule), "a pipeline has several ranks"
         if reduction:
             layer.set_all_reduce_hook(lambda grads: time.sleep(reduction))

@@ -206,8 +206,8 @@ def _layers(world_size: int) -> tuple[Callable[[], float], Callable[[], float]]:
     options = TrainConfig(seq_length=LENGTH, lr=1e-3, tensor_model_parallel_size=world_size)
     layout = Layout(degrees(options, world_size))
     model = GPTModel(_config(), device="meta")
-    sharding.share_out(model, layout)
-    tensor.apply(model, layout, sequence=False)
+    sharding.apply(model, layout, options)
+    tensor.apply(model, layout, options)
     materialise(model)
     initialise(model, 1)
     weights = {name: local_shard(p)[0].detach().clone().requires_grad_() for name, p in model.named_parameters()}

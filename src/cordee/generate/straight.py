@@ -16,12 +16,10 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from cordee.device import KINDS
 from cordee.generate.decoder import CachedDecoder
 from cordee.model.attention import Attention
-from cordee.model.boundary import Boundary
 from cordee.model.cache import LayerCache
 from cordee.model.config import (
     AttentionConfig,
@@ -38,8 +36,8 @@ from cordee.model.layer import Layer
 from cordee.model.linear import Embedding, Linear
 from cordee.model.mlp import MLP, activate
 from cordee.model.norm import Norm
+from cordee.model.placement import altered
 from cordee.model.rotary import Positions, depends_on_length
-from cordee.ops.attention import sdpa_attention
 from cordee.ops.gemm import fixed_linear, fixed_linear_onto
 
 Turn = tuple[RopeConfig, int, int]  # a kind of rotary positions: what, over which head_dim, for how many heads a group
@@ -136,7 +134,7 @@ def _attention(
     attention: nn.Module, turns: list[Turn], rows: int
 ) -> Callable[[Tensor, Tensor, LayerCache, _Step], Tensor]:
     assert isinstance(attention, Attention)
-    config, scale = attention.config, attention.scores.scale
+    config, scale = attention.config, attention.placement.scores.scale
     groups, heads, dim = config.num_kv_heads, config.q_per_group, config.head_dim
     half = dim // 2
     turn = None if (kind := _turn(config)) is None else turns.index(kind)
@@ -212,27 +210,19 @@ _KNOWN = {
     MLPConfig: "ffn_hidden_size activation gated bias limit",
     NormConfig: "kind eps",
 }
-_PARTS = (nn.ModuleDict, Layer, Attention, MLP, Linear, Norm, Embedding, Head)
+_PARTS = (GPTModel, nn.ModuleDict, nn.Parameter, Layer, Attention, MLP, Linear, Norm, Embedding, Head)
 
 
 def obstacle(model: GPTModel) -> str | None:
     """Why a model cannot be decoded straight over its weights; None if it can."""
     if (why := _uncommon(model.config)) is not None:
         return why
-    if model.is_wrapped or not (model.has_embedding and model.has_head):
-        return "its layers are wrapped, or not all here"
-    for module in model.modules():
-        if module is not model and type(module) not in _PARTS:
-            return f"it has a {type(module).__name__}"
-        if module._forward_hooks or module._forward_pre_hooks:
-            return f"a {type(module).__name__} has a hook"
-        if type(getattr(module, "boundary", None)) not in (type(None), Boundary):
-            return "its blocks communicate"
-        if isinstance(module, Attention) and module.core is not sdpa_attention:
-            return "its attention has another core"
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        return "its parameters are sharded"
-    return None
+    if not (model.has_embedding and model.has_head):
+        return "its layers are not all here"
+    for part in (*model.modules(), *model.parameters()):
+        if type(part) not in _PARTS:
+            return f"it has a {type(part).__name__}"
+    return altered(model)
 
 
 def _uncommon(config: ModelConfig) -> str | None:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from cordee.model.balance import Balance
-from cordee.model.boundary import Boundary
 from cordee.model.cache import KVCache
 from cordee.model.config import AttentionConfig, ModelConfig, QKNormConfig
 from cordee.model.linear import Linear, scaled_std
@@ -16,6 +15,7 @@ from cordee.model.mask import AttentionMask
 from cordee.model.noise import Noise
 from cordee.model.norm import Norm
 from cordee.model.parameter import ParameterSpec, SpecifiedModule
+from cordee.model.placement import BlockPlacement
 from cordee.model.rotary import Positions
 from cordee.ops.attention import AttentionCore, Scores, alibi_slopes, sdpa_attention
 from cordee.ops.dropout import Dropout
@@ -49,30 +49,43 @@ def weight_dropout(context: Context, rate: float, layer: int, first_head: int) -
     return context.noise.dropout(rate, layer, "attention weights", first_head=first_head)
 
 
-class Attention(SpecifiedModule):
+@dataclass(eq=False, kw_only=True)
+class AttentionPlacement(BlockPlacement):
+    """Of attention of every kind. A rank may compute some of the heads only: those from `first_head` on."""
+
+    scores: Scores
+    core: AttentionCore = sdpa_attention
+    first_head: int = 0
+
+
+@dataclass(eq=False, kw_only=True)
+class GroupedPlacement(AttentionPlacement):
+    """Of attention with query groups: `slots` is how many slots of a group are computed here."""
+
+    slots: int
+
+
+class Attention(SpecifiedModule[GroupedPlacement]):
     """q, k and v leave one GEMM over `[kv_group, slot, head_dim, embed]`; the slots are the group's q heads, k, v."""
 
     sinks: Tensor | None
     prefix: Tensor | None
 
     def __init__(self, config: AttentionConfig, model: ModelConfig, index: int, **factory):
-        super().__init__()
-        self.config = config
-        self.index = index
-        self.dropout = model.attention_dropout
-        self.scores = Scores(
+        scores = Scores(
             scale=config.head_dim**-0.5 if config.scale is None else config.scale,
             window=config.window,
             chunk=config.chunk,
             softcap=config.softcap,
             slopes=alibi_slopes(config.num_heads) if config.alibi else None,
         )
-        self.boundary = Boundary()
-        self.core: AttentionCore = sdpa_attention
-        self.first_head = 0  # of those computed here
-        self.slots = config.q_per_group + 2  # computed here, of each group computed here
+        slots = config.q_per_group + 2
+        super().__init__(GroupedPlacement(scores=scores, slots=slots))
+        self.config = config
+        self.index = index
+        self.dropout = model.attention_dropout
         self.qkv = Linear(
-            (config.num_kv_heads, self.slots, config.head_dim),
+            (config.num_kv_heads, slots, config.head_dim),
             ("kv_group", "slot", "head_dim"),
             model.hidden_size,
             "embed",
@@ -109,23 +122,26 @@ class Attention(SpecifiedModule):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """`[batch, seq, embed]` to the same."""
-        x = self.boundary.enter(x)
-        q, k, v = self._project(x, context)
+        return self.placement.call(self._forward, x, context)
+
+    def _forward(self, x: Tensor, context: Context) -> Tensor:
+        placement = self.placement
+        q, k, v = self._project(placement.enter(x), context)
         if context.cache is not None:
             k, v = context.cache.layers[self.index].append(k, v, context.cache.length)
         if (prefix := self.local("prefix")) is not None:
             before = prefix.movedim(1, 0)[:, None].expand(-1, len(x), -1, -1, -1)  # keys and values of every sample
             k, v = torch.cat((before[0], k), 2), torch.cat((before[1], v), 2)
-        dropout = weight_dropout(context, self.dropout, self.index, self.first_head)
-        y = self.core(q, k, v, context.mask, self.scores, sinks=self.local("sinks"), dropout=dropout)
+        dropout = weight_dropout(context, self.dropout, self.index, placement.first_head)
+        y = placement.core(q, k, v, context.mask, placement.scores, sinks=self.local("sinks"), dropout=dropout)
         y = y.transpose(1, 2).flatten(2)  # [batch, seq, heads * head_dim]
-        return self.boundary.exit(self.out(y, drop=context.drop))
+        return placement.exit(self.out(y, drop=context.drop))
 
     def _project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
         """q `[batch, heads, seq, head_dim]`; k and v `[batch, kv_heads, seq, head_dim]`, turned by their positions."""
         dim = self.config.head_dim
         # [batch, seq, groups, slots, head_dim]
-        qkv = self.qkv(x, drop=context.drop).unflatten(-1, (-1, self.slots, dim))
+        qkv = self.qkv(x, drop=context.drop).unflatten(-1, (-1, self.placement.slots, dim))
         if self.config.qk_norm is not None:
             q, k = self._normed(qkv[..., :-1, :], self.config.qk_norm, context)
             v = qkv[..., -1, :]

@@ -1,14 +1,13 @@
 """The decoder: embedding, layers, final norm, head.
 
 Owns what is computed. Knows nothing of files, families, processes or optimizers; placement and memory techniques
-enter through the seams: parameter axes, block boundaries, the attention core, the layer span, the head's loss and
-the layer wrapper.
+enter through the seams: parameter axes, the layer span and the `placement` of every module.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,11 +26,28 @@ from cordee.model.mask import AttentionMask
 from cordee.model.noise import Noise
 from cordee.model.norm import Norm
 from cordee.model.parameter import ParameterSpec, parameter_specs
+from cordee.model.placement import Placement, unchanged
 from cordee.model.rotary import Longest, Positions, depends_on_length
 from cordee.model.span import Span
 
-LayerCall = Callable[[Tensor, Context], Tensor]
 Output = Callable[[Head, Tensor], Any]
+
+
+def _in_order(count: int, device: torch.device) -> Tensor:
+    return torch.arange(count, device=device)
+
+
+@dataclass(eq=False, kw_only=True)
+class ModelPlacement(Placement):
+    """Where a layout gives this process other tokens than a sequence has.
+
+    `token_positions` of as many tokens as are here, `outside_blocks` those of `[..., seq]` that are kept outside of
+    blocks, `longest` the last position of a sequence from that of the part that is here.
+    """
+
+    token_positions: Callable[[int, torch.device], Tensor] = _in_order
+    outside_blocks: Callable[[Tensor], Tensor] = unchanged
+    longest: Longest = unchanged
 
 
 class GPTModel(nn.Module):
@@ -50,6 +66,7 @@ class GPTModel(nn.Module):
         dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
+        self.placement = ModelPlacement()
         self.config = config
         self.spans = tuple(spans) or (Span(0, config.num_layers),)
         factory = factory_kwargs(device, dtype)
@@ -66,12 +83,6 @@ class GPTModel(nn.Module):
             if config.tie_word_embeddings:
                 self.head.weight = self.embedding.weight
         add_low_rank(self, config, {"embedding"} if self.copies_embedding else set(), **factory)
-        self.longest: Longest | None = None  # see `Positions`
-        self._calls: dict[str, LayerCall] = {}
-        # Where a layout gives this process other tokens: the places of those it is given, and which of them it keeps
-        # outside of blocks, of a tensor `[..., seq]`.
-        self.places: Callable[[int, torch.device], Tensor] = _in_order
-        self.outside: Callable[[Tensor], Tensor] = _all_of_them
         self._changing_ropes = _changing_ropes(config)
         rates = (config.embedding_dropout, config.attention_dropout, config.hidden_dropout)
         self._has_dropout = any(rates) or any(low_rank.dropout for low_rank in config.low_rank)
@@ -140,11 +151,12 @@ class GPTModel(nn.Module):
         context = self._context(inputs, position_ids, given, segments, cache, balance)
         if self.training and self._has_dropout:
             noise = noise or Noise.drawn(len(inputs), inputs.device)
-            inside = self.places(position_ids.shape[1], inputs.device)[None]
-            context = replace(context, noise=noise, places=self.outside(inside), inner_places=inside)
+            inside = self.placement.token_positions(position_ids.shape[1], inputs.device)[None]
+            outside = self.placement.outside_blocks(inside)
+            context = replace(context, noise=noise, places=outside, inner_places=inside)
         hidden = self._embed(inputs, context) if span.embedding else inputs
         for index in map(str, span.layers):
-            hidden = self._calls.get(index, self.layers[index])(hidden, context)
+            hidden = self.layers[index](hidden, context)
         if cache is not None:
             cache.advance(inputs.shape[1])
             hidden = hidden[:, -count:]
@@ -157,20 +169,10 @@ class GPTModel(nn.Module):
         """The layers that were built, in order."""
         return [layer for layer in self.layers.values() if isinstance(layer, Layer)]
 
-    def wrap_layers(self, wrap: Callable[[int, LayerCall], LayerCall]) -> None:
-        """Replace how each layer is called, by `wrap(index, call)`; modules and parameter names stay as they are."""
-        for index, layer in self.layers.items():
-            self._calls[index] = wrap(int(index), self._calls.get(index, layer))
-
     @property
     def _only_span(self) -> Span:
         assert len(self.spans) == 1, "which of the spans is to run?"
         return self.spans[0]
-
-    @property
-    def is_wrapped(self) -> bool:
-        """Whether some layer is called in another way than as a module."""
-        return bool(self._calls)
 
     def parameter_specs(self) -> dict[str, ParameterSpec]:
         """Spec of every parameter by canonical name."""
@@ -217,7 +219,7 @@ class GPTModel(nn.Module):
             key_positions=key_positions,
             num_prefix=self.config.num_prefix_tokens,
         )
-        return Context(Positions(position_ids, self.training, self.longest), mask, cache, balance)
+        return Context(Positions(position_ids, self.training, self.placement.longest), mask, cache, balance)
 
     def _renewed(
         self, cache: KVCache, ids: Tensor, position_ids: Tensor, segments: Tensor | None
@@ -263,14 +265,6 @@ def _padding_as_segment(attention_mask: Tensor, segments: Tensor | None) -> Tens
     """Padding becomes a segment of its own (-1): real tokens never see it, and no row of the mask is empty."""
     real = torch.zeros_like(attention_mask, dtype=torch.int64) if segments is None else segments
     return real.masked_fill(attention_mask == 0, -1)
-
-
-def _in_order(count: int, device: torch.device) -> Tensor:
-    return torch.arange(count, device=device)
-
-
-def _all_of_them(places: Tensor) -> Tensor:
-    return places
 
 
 def _changing_ropes(config: ModelConfig) -> set[tuple[RopeConfig, int]]:

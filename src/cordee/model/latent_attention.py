@@ -11,30 +11,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cordee.model.attention import Context, weight_dropout
-from cordee.model.boundary import Boundary
+from cordee.model.attention import AttentionPlacement, Context, weight_dropout
 from cordee.model.config import LatentAttentionConfig, ModelConfig
 from cordee.model.linear import Linear, scaled_std
 from cordee.model.norm import Norm
 from cordee.model.parameter import ParameterSpec, SpecifiedModule
-from cordee.ops.attention import AttentionCore, Scores, sdpa_attention
+from cordee.model.placement import altered
+from cordee.ops.attention import Scores
 from cordee.ops.rope import rotate
 
 
-class LatentAttention(SpecifiedModule):
+class LatentAttention(SpecifiedModule[AttentionPlacement]):
     """Dims of a head: first those without, then those with rotary positions; `kv_up` gives its keys, then values."""
 
     prefix: Tensor | None
 
     def __init__(self, config: LatentAttentionConfig, model: ModelConfig, index: int, **factory):
-        super().__init__()
+        super().__init__(AttentionPlacement(scores=Scores(scale=config.scale)))
         self.config = config
         self.index = index
         self.dropout = model.attention_dropout
-        self.scores = Scores(scale=config.scale)
-        self.boundary = Boundary()
-        self.core: AttentionCore = sdpa_attention
-        self.first_head = 0  # of those computed here
         self._build_queries(model, factory)
         latent, rope = config.kv_lora_rank, config.rope_head_dim
         plain = {"std": model.init_std, **factory}
@@ -69,7 +65,10 @@ class LatentAttention(SpecifiedModule):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """`[batch, seq, embed]` to the same."""
-        x = self.boundary.enter(x)
+        return self.placement.call(self._forward, x, context)
+
+    def _forward(self, x: Tensor, context: Context) -> Tensor:
+        x = self.placement.enter(x)
         q_nope, q_rope = self._queries(x, context)
         latent, k_rope = self._compressed(x, context)
         cache = context.cache
@@ -77,10 +76,13 @@ class LatentAttention(SpecifiedModule):
             stored = torch.cat((latent, k_rope), -1)[:, None]  # [batch, 1, seq, latent + rope]
             stored, _ = cache.layers[self.index].append(stored, stored[..., :0], cache.length)
             if cache.length:
-                stored = self._behind_prefix(stored, 0)
-                return self.boundary.exit(self.out(self._absorbed(q_nope, q_rope, stored, context)))
+                if altered(self.kv_up, honoured=("views.weight", "views.a", "views.b")) is None:
+                    stored = self._behind_prefix(stored, 0)
+                    return self.placement.exit(self.out(self._absorbed(q_nope, q_rope, stored, context)))
+                latent, k_rope = stored[:, 0].split((self.config.kv_lora_rank, self.config.rope_head_dim), -1)
         latent, k_rope = self._behind_prefix(latent, 0), self._behind_prefix(k_rope, latent.shape[-1])
-        return self.boundary.exit(self.out(self._expanded(q_nope, q_rope, latent, k_rope, context), drop=context.drop))
+        y = self._expanded(q_nope, q_rope, latent, k_rope, context)
+        return self.placement.exit(self.out(y, drop=context.drop))
 
     def _queries(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """`[batch, seq, heads, nope_head_dim]` and, turned by their positions, `[batch, seq, heads, rope_head_dim]`."""
@@ -129,5 +131,5 @@ class LatentAttention(SpecifiedModule):
         return torch.cat((prefix.expand(*x.shape[:-2], -1, -1), x), -2)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
-        dropout = weight_dropout(context, self.dropout, self.index, self.first_head)
-        return self.core(q, k, v, context.mask, self.scores, dropout=dropout)
+        dropout = weight_dropout(context, self.dropout, self.index, self.placement.first_head)
+        return self.placement.core(q, k, v, context.mask, self.placement.scores, dropout=dropout)

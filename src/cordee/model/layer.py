@@ -13,11 +13,13 @@ from cordee.model.latent_attention import LatentAttention
 from cordee.model.mlp import MLP
 from cordee.model.moe import MoE
 from cordee.model.norm import Norm
+from cordee.model.placement import CallPlacement
 
 
 class Layer(nn.Module):
     def __init__(self, config: LayerConfig, model: ModelConfig, index: int, **factory):
         super().__init__()
+        self.placement = CallPlacement()
         self.config = config
         self.index = index
         self.dropout = model.hidden_dropout
@@ -37,6 +39,9 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """`[batch, seq, embed]` to the same."""
+        return self.placement.call(self._forward, x, context)
+
+    def _forward(self, x: Tensor, context: Context) -> Tensor:
         norm = self.attention_norm
         inner = self._enter(x, norm)
         y = self.attention(inner, context)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cordee.model.boundary import Boundary
 from cordee.model.low_rank import Adapted, Drop
 from cordee.model.parameter import ParameterSpec
+from cordee.model.placement import Placement, View, unchanged
 from cordee.ops.gemm import linear
 
 
@@ -24,7 +25,14 @@ class Product(Protocol):
     ) -> Tensor: ...
 
 
-class Linear(Adapted):
+@dataclass(eq=False, kw_only=True)
+class LinearPlacement(Placement):
+    """`product` is the GEMM."""
+
+    product: Product = linear
+
+
+class Linear(Adapted[LinearPlacement]):
     """y = x W^T + b. W keeps its logical dims `[*out_shape, in_size]` and is flattened for the GEMM only."""
 
     bias: Tensor | None
@@ -40,8 +48,7 @@ class Linear(Adapted):
         std: float,
         **factory,
     ):
-        super().__init__()
-        self.product: Product = linear
+        super().__init__(LinearPlacement())
         self.declare("weight", ParameterSpec((*out_shape, in_size), (*out_axes, in_axis), std=std), **factory)
         self.declare("bias", ParameterSpec(out_shape, out_axes, decay=False) if bias else None, **factory)
 
@@ -56,7 +63,7 @@ class Linear(Adapted):
             x, before = before(x), None
         bias = self.local("bias")
         bias = None if bias is None else bias.flatten()
-        y = self.product(x, self.local("weight").flatten(0, -2), bias, before=before)
+        y = self.placement.product(x, self.local("weight").flatten(0, -2), bias, before=before)
         return y if self.adapters is None else self.with_adapters(y, x, linear, drop)
 
     def extra_repr(self) -> str:
@@ -70,22 +77,28 @@ class Linear(Adapted):
 Lookup = Callable[[Tensor, Tensor], Tensor]
 
 
-class Embedding(Adapted):
-    """A table of rows `[num_rows, hidden_size]` looked up by index: `lookup(index, rows)` with the rows held here."""
+@dataclass(eq=False, kw_only=True)
+class EmbeddingPlacement(Placement):
+    """`lookup` is given the rows that are here, and `exit` what it finds."""
+
+    lookup: Lookup = F.embedding
+    exit: View = unchanged
+
+
+class Embedding(Adapted[EmbeddingPlacement]):
+    """A table of rows `[num_rows, hidden_size]`, looked up by index."""
 
     def __init__(self, num_rows: int, hidden_size: int, axis: str, std: float, **factory):
-        super().__init__()
-        self.boundary = Boundary()
-        self.lookup: Lookup = F.embedding
+        super().__init__(EmbeddingPlacement())
         self.declare("weight", ParameterSpec((num_rows, hidden_size), (axis, "embed"), std=std), **factory)
 
     def forward(self, index: Tensor) -> Tensor:
         """int64 `[batch, seq]` to `[batch, seq, embed]`."""
-        y = self.lookup(index, self.local("weight"))
+        y = self.placement.lookup(index, self.local("weight"))
         for low_rank in self.low_ranks():
             a, b = low_rank.factors()
-            y = y + low_rank.config.scale * (self.lookup(index, b) @ a)
-        return self.boundary.exit(y)
+            y = y + low_rank.config.scale * (self.placement.lookup(index, b) @ a)
+        return self.placement.exit(y)
 
 
 def scaled_std(std: float, num_layers: int) -> float:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
-from typing import Protocol
+from typing import Generic, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from cordee.model.config import SLICES, LowRankConfig, ModelConfig
-from cordee.model.parameter import ParameterSpec, SpecifiedModule, local_shard
+from cordee.model.parameter import P, ParameterSpec, SpecifiedModule, local_shard
+from cordee.model.placement import Placement
 
 Multiply = Callable[[Tensor, Tensor], Tensor]  # x `[..., in]` and W `[(expert,) out, in]` to `[..., out]`
 
@@ -25,7 +26,7 @@ class Drop(Protocol):
     def __call__(self, x: Tensor, rate: float, site: str, *, first: int) -> Tensor: ...
 
 
-class LowRank(SpecifiedModule):
+class LowRank(SpecifiedModule[Placement]):
     """scale * B A dropout(x) with A `[(expert,) rank, in_size]` and B `[(expert,) *shape of the slice, rank]`.
 
     A begins as PEFT has it, uniform within 1 / sqrt(in_size), and B with zeros.
@@ -35,7 +36,7 @@ class LowRank(SpecifiedModule):
     b: Tensor
 
     def __init__(self, config: LowRankConfig, weight: ParameterSpec, path: str, name: str, **factory):
-        super().__init__()
+        super().__init__(Placement())
         self.config = config
         self.site = f"{path}.{name}"
         self.stacked = weight.axes[0] == "expert"
@@ -76,13 +77,13 @@ class LowRank(SpecifiedModule):
         return f"rank={self.config.rank}, scale={self.config.scale}"
 
 
-class Adapted(SpecifiedModule):
+class Adapted(SpecifiedModule[P], Generic[P]):
     """A projection, whose slices may have low-rank adapters."""
 
     weight: Tensor
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, placement: P):
+        super().__init__(placement)
         self.adapters: nn.ModuleDict | None = None  # LowRank by slice; a projection without has no module for it
 
     def adapt(self, config: LowRankConfig, path: str, name: str, **factory) -> None:

@@ -6,21 +6,20 @@ from functools import partial
 
 from torch import Tensor
 
-from cordee.model.boundary import Boundary
 from cordee.model.config import MLPConfig, ModelConfig
 from cordee.model.linear import Linear, scaled_std
 from cordee.model.low_rank import Drop
 from cordee.model.parameter import SpecifiedModule
+from cordee.model.placement import BlockPlacement
 from cordee.ops.activation import ACTIVATIONS, gated
 
 
-class MLP(SpecifiedModule):
+class MLP(SpecifiedModule[BlockPlacement]):
     """down(act(gate(x)) * up(x)) with gate and up in one GEMM, or down(act(up(x)))."""
 
     def __init__(self, config: MLPConfig, model: ModelConfig, **factory):
-        super().__init__()
+        super().__init__(BlockPlacement())
         self.config = config
-        self.boundary = Boundary()
         shared = {"bias": config.bias, "std": model.init_std, **factory}
         ffn = config.ffn_hidden_size
         if config.gated:
@@ -32,9 +31,12 @@ class MLP(SpecifiedModule):
 
     def forward(self, x: Tensor, *, drop: Drop | None = None) -> Tensor:
         """`[batch, seq, embed]` to the same."""
-        x = self.boundary.enter(x)
+        return self.placement.call(self._forward, x, drop)
+
+    def _forward(self, x: Tensor, drop: Drop | None) -> Tensor:
+        x = self.placement.enter(x)
         y = (self.gate_up if self.config.gated else self.up)(x, drop=drop)
-        return self.boundary.exit(self.down(y, before=partial(activate, config=self.config), drop=drop))
+        return self.placement.exit(self.down(y, before=partial(activate, config=self.config), drop=drop))
 
 
 def activate(x: Tensor, config: MLPConfig) -> Tensor:

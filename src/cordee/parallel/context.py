@@ -29,6 +29,7 @@ from cordee.model.config import CapacityConfig, ModelConfig
 from cordee.model.gpt import GPTModel
 from cordee.model.mask import AttentionMask
 from cordee.model.moe import MoE
+from cordee.model.placement import after
 from cordee.model.router import Routing, limit_to_capacity
 from cordee.ops.attention import AttentionCore, Mask, Scores
 from cordee.ops.dropout import Dropout
@@ -36,6 +37,8 @@ from cordee.parallel import differentiable
 from cordee.parallel.degrees import Degrees
 from cordee.parallel.layout import Layout
 from cordee.parallel.ring import Pieces, Ring, Sight, Work, ring_attention
+
+NAME = "context parallelism"
 
 # ---- what fits -------------------------------------------------------------------------------------------------------
 
@@ -152,13 +155,18 @@ def apply(model: GPTModel, layout: Layout, options: ParallelOptions) -> None:
         )
         if not device.kind().flash_parts:
             logger.info("ring attention has no fused kernel on this device: a slower one does it, block by block")
-    model.places = tokens.places
-    model.longest = partial(differentiable.largest, group=group)
+    model.placement.replace("token_positions", NAME, tokens.places, compiles=True)
+    model.placement.wrap("longest", NAME, after(partial(differentiable.largest, group=group)), compiles=True)
+    attention = partial(ContextAttention, tokens=tokens, exchange=exchange, ring=ring)
     for layer in model.own_layers():
-        layer.attention.core = ContextAttention(layer.attention.core, tokens, exchange, ring)
+        placement = layer.attention.placement
+        if ring is None:
+            placement.wrap("core", NAME, attention, compiles=True)
+        else:  # it has an attention of its own
+            placement.replace("core", NAME, attention(placement.core), compiles=True)
         if isinstance(layer.mlp, MoE):
-            layer.mlp.reduce = partial(differentiable.summed, group=group)
-            layer.mlp.limit = tokens.limit
+            layer.mlp.placement.wrap("reduce", NAME, after(partial(differentiable.summed, group=group)), compiles=True)
+            layer.mlp.placement.replace("limit", NAME, tokens.limit, compiles=True)
     if not tokens.causal:
         logger.info("--cp-attention-mask-type full: every token sees those that it is to predict")
 

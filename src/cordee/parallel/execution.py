@@ -65,7 +65,7 @@ class LocalExecutor:
         self._stage = options.zero_stage
         self._device = device
         self._loss = loss
-        self._forward = compile.whole(options, self._forward_eager)
+        self._forward = compile.whole(model, options, self._forward_eager)
 
     def train(self, work: Work) -> dict[str, Tensor]:
         sums: dict[str, Tensor] = {}

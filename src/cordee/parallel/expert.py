@@ -26,6 +26,8 @@ from cordee.parallel import differentiable
 from cordee.parallel.degrees import Degrees
 from cordee.parallel.layout import Layout
 
+NAME = "expert parallelism"
+
 
 def check(model: ModelConfig, degrees: Degrees) -> Iterator[Problem]:
     """What keeps the experts of `model` from being shared out."""
@@ -52,7 +54,7 @@ def apply(model: nn.Module, layout: Layout, options: ParallelOptions) -> None:
     dispatcher = kind(group, layout.axis_rank("ep"), layout.degrees.ep, options.moe_permutation_async_comm)
     for module in model.modules():
         if isinstance(module, MoE):
-            module.dispatch = dispatcher
+            module.placement.replace("dispatch", NAME, dispatcher, compiles=True)
 
 
 @dataclass(frozen=True)

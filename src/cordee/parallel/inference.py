@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cordee.config.schema import InferenceLayoutOptions
+from cordee.config.schema import InferenceLayoutOptions, ParallelOptions
 from cordee.errors import Problem, ProblemError
 from cordee.model.cache import KVCache
 from cordee.model.config import ModelConfig
@@ -50,8 +50,9 @@ def build(model: ModelConfig, layout: Layout, dtype: torch.dtype, device: torch.
     spans = by_cost(model, layout.degrees.pp)
     own = spans[layout.axis_rank("pp")]
     built = GPTModel(model, spans=[own], device="meta", dtype=dtype)
-    sharding.share_out(built, layout)
-    tensor.apply(built, layout, sequence=False)
+    options = ParallelOptions(tensor_model_parallel_size=layout.degrees.tp)
+    sharding.apply(built, layout, options)
+    tensor.apply(built, layout, options)
     materialise(built, device=device)
     return built, Place(layout, own)
 

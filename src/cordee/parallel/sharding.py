@@ -16,14 +16,17 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from cordee.model.parameter import ParameterSpec, SpecifiedModule, View
+from cordee.config.schema import ParallelOptions
+from cordee.model.parameter import ParameterSpec, SpecifiedModule
+from cordee.model.placement import View, after
 from cordee.parallel.cost import Share
 from cordee.parallel.layout import Layout
 
+NAME = "sharding"
 ALONG = {"vocab": "tp", "kv_group": "tp", "heads": "tp", "ffn": "tp", "expert": "ep"}
 
 
-def share_out(model: nn.Module, layout: Layout) -> None:
+def apply(model: nn.Module, layout: Layout, options: ParallelOptions) -> None:
     """Make every parameter of `model`, whole and on the meta device, a DTensor of the parts that ranks compute with.
 
     Experts lie over the expert and tensor axes, all else over the tensor axis; axes of one rank are left out, and a
@@ -41,7 +44,7 @@ def share_out(model: nn.Module, layout: Layout) -> None:
             if parameter not in made:
                 made[parameter] = _distributed(parameter, mesh, placements(spec, mesh))
             setattr(module, name, made[parameter])
-            module.views[name] = local
+            module.placement.wrap(f"views.{name}", NAME, after(local), compiles=True)
 
 
 def placements(spec: ParameterSpec, mesh: DeviceMesh) -> list[Placement]:

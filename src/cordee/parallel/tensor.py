@@ -21,16 +21,19 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate
 
+from cordee.config.schema import ParallelOptions
 from cordee.errors import Problem
 from cordee.model.attention import Attention
-from cordee.model.boundary import Boundary
 from cordee.model.config import AttentionConfig, MLPConfig, ModelConfig
 from cordee.model.gpt import GPTModel
 from cordee.model.linear import Linear
 from cordee.model.moe import MoE, StackedLinear
-from cordee.model.parameter import ParameterSpec, SpecifiedModule, View
+from cordee.model.parameter import ParameterSpec, SpecifiedModule
+from cordee.model.placement import Placement, View, after, before
 from cordee.parallel import differentiable, sharding
 from cordee.parallel.layout import Layout
+
+NAME = "tensor parallelism"
 
 # ---- what fits -------------------------------------------------------------------------------------------------------
 
@@ -81,11 +84,12 @@ def _group_problems(attention: AttentionConfig, size: int) -> Iterator[Problem]:
 # ---- putting it on ---------------------------------------------------------------------------------------------------
 
 
-def apply(model: GPTModel, layout: Layout, *, sequence: bool) -> None:
-    """Let `model`, whose parameters are shared out already, compute its part on each tensor-parallel rank.
+def apply(model: GPTModel, layout: Layout, options: ParallelOptions) -> None:
+    """Let `model`, whose parameters are sharded already, compute its part on each tensor-parallel rank.
 
     Nothing happens where there is one.
     """
+    sequence = options.sequence_parallel
     group = layout.group("tp")
     if group is None:
         return
@@ -118,26 +122,28 @@ def _blocks(model: GPTModel) -> Iterator[nn.Module]:
 
 
 def _set_borders(model: GPTModel, axis: _Axis, sequence: bool) -> None:
-    border = _SequenceBorder(axis.group) if sequence else _Border(axis.group)
+    border = _border(axis.group, sequence)
     if sequence:
-        model.outside = partial(_own_places, rank=axis.rank, size=axis.size)
+        own = partial(_own_places, rank=axis.rank, size=axis.size)
+        model.placement.wrap("outside_blocks", NAME, after(own), compiles=True)
     for layer in model.own_layers():
-        layer.attention.boundary = border
-        layer.mlp.boundary = border
-        layer.attention.first_head = axis.rank * layer.config.attention.num_heads // axis.size
+        border.around(layer.attention.placement)
+        border.around(layer.mlp.placement)
+        layer.attention.placement.set(NAME, first_head=axis.rank * layer.config.attention.num_heads // axis.size)
         if isinstance(layer.attention, Attention):
             _prepare_attention(layer.attention, axis)
         if isinstance(layer.mlp, MoE):
-            layer.mlp.balance_share = 1.0 / axis.size  # every rank of the axis routes the same tokens
+            layer.mlp.placement.set(NAME, balance_share=1.0 / axis.size)  # every rank routes the same tokens
     vocabulary = _Vocabulary.of(model.config.vocab_size, axis)
     if model.has_embedding:
-        model.embedding.boundary = border
-        model.embedding.lookup = vocabulary.lookup
+        border.around(model.embedding.placement)
+        model.embedding.placement.replace("lookup", NAME, vocabulary.lookup, compiles=True)
         if model.config.learned_positions and sequence:
-            model.position_embedding.boundary = _OwnTokens(axis.group)
+            own = partial(differentiable.own_part, group=axis.group, dim=1)
+            model.position_embedding.placement.wrap("exit", NAME, after(own), compiles=True)
     if model.has_head:
-        model.head.boundary = border
-        model.head.part = vocabulary
+        border.around(model.head.placement)
+        model.head.placement.set(NAME, vocabulary=vocabulary)
 
 
 def _own_places(places: Tensor, rank: int, size: int) -> Tensor:
@@ -146,13 +152,14 @@ def _own_places(places: Tensor, rank: int, size: int) -> Tensor:
 
 def _prepare_attention(module: Attention, axis: _Axis) -> None:
     if (groups := module.config.num_kv_heads) % axis.size:
-        module.slots = module.config.q_per_group * groups // axis.size + 2
-    if (slopes := module.scores.slopes) is not None:
+        module.placement.set(NAME, slots=module.config.q_per_group * groups // axis.size + 2)
+    scores = module.placement.scores
+    if (slopes := scores.slopes) is not None:
         own = len(slopes) // axis.size
-        module.scores = replace(module.scores, slopes=slopes[axis.rank * own :][:own])
+        module.placement.set(NAME, scores=replace(scores, slopes=slopes[axis.rank * own :][:own]))
     if module.config.qk_norm is not None and module.config.qk_norm.over == "all":
         for norm in (module.q_norm, module.k_norm):
-            norm.sum_over_parts = partial(differentiable.summed_for_parts, group=axis.group)
+            norm.placement.set(NAME, sum_over_parts=partial(differentiable.summed_for_parts, group=axis.group))
 
 
 def _set_views(module: SpecifiedModule, axis: _Axis, summed: bool) -> None:
@@ -161,21 +168,18 @@ def _set_views(module: SpecifiedModule, axis: _Axis, summed: bool) -> None:
         parameter = getattr(module, name)
         assert isinstance(parameter, DTensor)
         if parameter.placements[-1] == Replicate():
-            module.views[name] = sharding.repeated(summed)
+            view, repeated = f"views.{name}", sharding.repeated(summed)
+            module.placement.replace(view, NAME, repeated, instead_of=sharding.NAME, compiles=True)
             if spec.axes[0] == "kv_group":
-                module.views[name] = _then(module.views[name], _group_slots(spec, axis))
+                module.placement.wrap(view, NAME, after(_group_slots(spec, axis)), compiles=True)
     if module.specs.get("bias") is not None and _adds_parts(module):
         first = 1.0 if axis.rank == 0 else 0.0  # the sum over ranks has the bias once
-        module.views["bias"] = _then(module.views["bias"], lambda bias: bias * first)
+        module.placement.wrap("views.bias", NAME, after(lambda bias: bias * first), compiles=True)
 
 
 def _adds_parts(module: SpecifiedModule) -> bool:
     """Whether the results of a projection are parts of a sum over ranks: what it contracts is shared out."""
     return isinstance(module, Linear | StackedLinear) and sharding.ALONG.get(module.specs["weight"].axes[-1]) == "tp"
-
-
-def _then(first: View, second: View) -> View:
-    return lambda parameter: second(first(parameter))
 
 
 def _group_slots(spec: ParameterSpec, axis: _Axis) -> View:
@@ -198,34 +202,29 @@ def _group_slots(spec: ParameterSpec, axis: _Axis) -> View:
 # ---- borders ---------------------------------------------------------------------------------------------------------
 
 
-class _Border(Boundary):
-    """Activations outside of blocks are the same on all ranks."""
+@dataclass(frozen=True)
+class _Border:
+    """What happens to activations as they enter and leave blocks."""
 
-    def __init__(self, group: ProcessGroup):
-        self._group = group
+    enter: View
+    exit: View
 
-    def enter(self, x: Tensor) -> Tensor:
-        return differentiable.copied(x, self._group)
-
-    def exit(self, x: Tensor) -> Tensor:
-        return differentiable.summed(x, self._group)
-
-
-class _SequenceBorder(_Border):
-    """Activations outside of blocks `[batch, seq / ranks, embed]` are of other tokens on every rank."""
-
-    def enter(self, x: Tensor) -> Tensor:
-        return differentiable.gathered(x, self._group, 1)
-
-    def exit(self, x: Tensor) -> Tensor:
-        return differentiable.scattered_sum(x, self._group, 1)
+    def around(self, placement: Placement) -> None:
+        if "enter" in placement.hooks:
+            placement.wrap("enter", NAME, before(self.enter), compiles=True)
+        if "exit" in placement.hooks:
+            placement.wrap("exit", NAME, after(self.exit), compiles=True)
 
 
-class _OwnTokens(_Border):
-    """For what every rank has whole before a sequence is shared out: each goes on with its own tokens."""
-
-    def exit(self, x: Tensor) -> Tensor:
-        return differentiable.own_part(x, self._group, 1)
+def _border(group: ProcessGroup, sequence: bool) -> _Border:
+    """Activations outside of blocks are the same on all ranks; with sequence parallelism `[batch, seq / ranks, embed]`,
+    of other tokens on every rank.
+    """
+    if not sequence:
+        return _Border(partial(differentiable.copied, group=group), partial(differentiable.summed, group=group))
+    return _Border(
+        partial(differentiable.gathered, group=group, dim=1), partial(differentiable.scattered_sum, group=group, dim=1)
+    )
 
 
 @dataclass(frozen=True)

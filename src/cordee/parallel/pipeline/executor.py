@@ -54,7 +54,7 @@ class PipelineExecutor:
         self._dtype = data.compute_dtype(options)
         self._parts = layout.degrees.tp if options.sequence_parallel else 1  # of a sequence between two stages
         self._rank = layout.axis_rank("pp")
-        run = compile.whole(options, self._run)
+        run = compile.whole(model, options, self._run)
         self._stages = {
             stage: Stage(stage, division.spans[stage], model, run, loss) for stage in division.stages(self._rank)
         }
