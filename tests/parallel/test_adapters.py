@@ -130,8 +130,7 @@ def alone(name: str) -> dict[str, Any]:
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2": (2, {"tensor_model_parallel_size": 2}),
     "tp2 sp": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
-    "tp4": (4, {"tensor_model_parallel_size": 4}),  # there are two key and value heads
-    "tp4 sp": (4, {"tensor_model_parallel_size": 4, "sequence_parallel": True}),
+    "tp4 sp": (4, {"tensor_model_parallel_size": 4, "sequence_parallel": True}),  # of two key and value heads
     "zero0": (2, {"zero_stage": 0}),
     "zero3": (2, {"zero_stage": 3}),
     "tp2 zero3": (4, {"tensor_model_parallel_size": 2, "zero_stage": 3}),
@@ -159,9 +158,23 @@ def assert_same(found: list[dict[str, Any]], expected: dict[str, Any]) -> None:
                 torch.testing.assert_close(value, expected[kind][name], rtol=1e-4, atol=small, msg=name)
 
 
+WHOLE = ("dense", "latent", "mixture")  # with an adapter on every projection
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("layout", "name"), sampled(LAYOUTS, MODELS, whole=["tp2 sp", "tp4"], per_row=4))
-def test_equals_one_process(pool, layout: str, name: str):
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("layout", ["tp2", "tp4 sp", "zero3", "pp2"])
+def test_every_projection_equals_one_process(pool, layout: str, name: str):
+    ranks, given = LAYOUTS[layout]
+    assert_same(pool.run(on_ranks, ranks, MODELS[name], given), alone(name))
+
+
+OTHERS = sampled(LAYOUTS, [name for name in MODELS if name not in WHOLE], whole=["tp4 sp"], per_row=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "name"), OTHERS)
+def test_further_adapters_equal_one_process(pool, layout: str, name: str):
     ranks, given = LAYOUTS[layout]
     if given.get("context_parallel_size") and MODELS[name].num_prefix_tokens:
         pytest.skip("refused: see test_what_does_not_fit")
