@@ -166,6 +166,48 @@ def test_changed_models_go_through_their_modules():
     assert changed(lambda model, layer: setattr(layer.mlp, "adapter", Adapted(2, 2))) is not None
 
 
+def placements(model):
+    found = {name: getattr(module, "placement", None) for name, module in model.named_modules()}
+    return {name: placement for name, placement in found.items() if placement is not None}
+
+
+SEAMS = [
+    (config, name, seam)
+    for config in ("grouped", "biases", "learned positions")
+    for name, placement in placements(tiny.model(COMMON[config])).items()
+    for seam in (*placement.hooks, *placement.facts)
+]
+
+
+def bent(inner):
+    """A hook whose result is another."""
+    return lambda *inputs, **options: torch.sin(4.0 * inner(*inputs, **options))
+
+
+@pytest.mark.parametrize(("config", "name", "seam"), SEAMS)
+def test_whatever_is_done_at_a_seam_is_not_passed_over(config, name, seam):
+    model = model_of(COMMON[config])
+    placement = placements(model)[name]
+    if seam in placement.facts:
+        placement.set("test", **{seam: object()})
+        assert obstacle(model) is not None
+        return
+    placement.wrap(seam, "test", bent)
+    assert obstacle(model) is not None and not placement.is_plain
+    written = generate(model, [[1, 2, 3]], DecodingOptions(max_new_tokens=6))
+    assert written == generate(model, [[1, 2, 3]], DecodingOptions(max_new_tokens=6, straight_decoding=False))
+
+
+def test_a_delta_is_felt_in_what_is_written():
+    written = {}
+    for seam, hook in (("product", "product"), ("view", "views.weight"), ("none", None)):
+        model = tiny.model(COMMON["grouped"])
+        if hook is not None:
+            model.layers["0"].attention.qkv.placement.wrap(hook, "test", bent)
+        written[seam] = str(generate(model, [[1, 2, 3]], DecodingOptions(max_new_tokens=12)))
+    assert len(set(written.values())) == 3
+
+
 def test_it_is_taken_where_possible_and_can_be_forced_off(monkeypatch):
     taken = []
     monkeypatch.setattr(

@@ -57,16 +57,18 @@ def loss(head, hidden, batch):
     return total, weight, {"twice": 2 * total.detach()}
 
 
-def build(world_size: int, config: ModelConfig, given: dict) -> tuple[GPTModel, Layout, TrainConfig, Executor]:
+def build(
+    world_size: int, config: ModelConfig, given: dict, wrappers=()
+) -> tuple[GPTModel, Layout, TrainConfig, Executor]:
     chosen = options(**given)
     layout = Layout(degrees(chosen, world_size))
     if layout.degrees.pp == 1:
-        model = apply.apply(GPTModel(config, device="meta"), layout, chosen, CPU)
+        model = apply.apply(GPTModel(config, device="meta"), layout, chosen, CPU, wrappers)
         executor = LocalExecutor(model, chosen, CPU, loss)
     else:
         division = divide(chosen, config, LENGTH)
         model = GPTModel(config, spans=division.owned(layout.axis_rank("pp")), device="meta")
-        model = apply.apply(model, layout, chosen, CPU)
+        model = apply.apply(model, layout, chosen, CPU, wrappers)
         executor = PipelineExecutor(model, division, layout, chosen, CPU, loss)
     initialise(model, 7)
     return model, layout, chosen, executor
@@ -92,9 +94,11 @@ def weight_of(batches: list[Batch], layout: Layout) -> int:
     return collectives.sum_counts([own], layout)[0]
 
 
-def train(world_size: int, config: ModelConfig, given: dict, lengths=(LENGTH,) * 3, sizes=None) -> dict[str, Any]:
+def train(
+    world_size: int, config: ModelConfig, given: dict, lengths=(LENGTH,) * 3, sizes=None, wrappers=()
+) -> dict[str, Any]:
     """Losses, metrics, gradient norms, and all parameters and gradients of this rank, after AdamW steps."""
-    model, layout, chosen, executor = build(world_size, config, given)
+    model, layout, chosen, executor = build(world_size, config, given, wrappers)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=chosen.lr, fused=True)
     found: dict[str, Any] = {"losses": [], "norms": [], "evaluated": [], "zeros": [], "grads": {}}
     for step, length in enumerate(lengths):

@@ -17,7 +17,7 @@ Whoever computes what a module does without calling it asks `altered`, and calls
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -42,6 +42,9 @@ class Change(NamedTuple):
     by: str
     compiles: bool = False
     final: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.by} has changed `{self.hook}`"
 
 
 def unchanged(x: Tensor) -> Tensor:
@@ -82,9 +85,13 @@ class Placement:
     @property
     def hooks(self) -> list[str]:
         """The names of all hooks."""
-        return [name for name, value in vars(self).items() if callable(value)] + [
-            f"views.{name}" for name in self.views
-        ]
+        own = [name for name, value in vars(self).items() if callable(value)]
+        return [*own, *(f"views.{name}" for name in self.views)]
+
+    @property
+    def facts(self) -> list[str]:
+        """The names of all facts."""
+        return [name for name, value in vars(self).items() if not callable(value) and name not in ("views", "applied")]
 
     def wrap(self, hook: str, by: str, around: Callable[[Any], Any], *, compiles: bool = False) -> None:
         """Let the hook be `around(hook)`: the last technique to wrap is the outermost.
@@ -162,17 +169,23 @@ class BlockPlacement(CallPlacement):
     exit: View = unchanged
 
 
+def changes(module: nn.Module) -> Iterator[Change]:
+    """What was done to `module` and its parts."""
+    for part in module.modules():
+        if isinstance(placement := getattr(part, "placement", None), Placement):
+            yield from placement.applied
+
+
 def altered(module: nn.Module, honoured: Collection[str] = ()) -> str | None:
     """What `module` or one of its parts does beyond what its class says; None if nothing.
 
     `honoured` are hooks and facts that whoever asks takes part in, whatever they are.
     """
+    for change in changes(module):
+        if change.hook not in honoured:
+            return str(change)
     for part in module.modules():
         name = type(part).__name__
-        placement = getattr(part, "placement", None)
-        for hook, by, *_ in placement.applied if isinstance(placement, Placement) else ():
-            if hook not in honoured:
-                return f"{by} has changed `{hook}` of a {name}"
         if part._forward_hooks or part._forward_pre_hooks:
             return f"a {name} has a forward hook"
         for attribute in vars(part):

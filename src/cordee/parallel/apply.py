@@ -12,29 +12,36 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from cordee.config.schema import TrainConfig
-from cordee.errors import Problem
+from cordee.errors import Problem, raise_all
 from cordee.model.config import ModelConfig
 from cordee.model.gpt import GPTModel
-from cordee.parallel import compile, context, data, expert, overlap, sharding, tensor
+from cordee.parallel import compile, context, data, expert, overlap, sharding, tensor, wrapper
 from cordee.parallel.degrees import Degrees
 from cordee.parallel.layout import Layout
 from cordee.parallel.wrapper import Wrapper
 from cordee.weights.load import materialise
 
 
-def check(model: ModelConfig, degrees: Degrees, options: TrainConfig) -> Iterator[Problem]:
-    """What keeps `degrees` from fitting `model`."""
+def check(
+    model: ModelConfig, degrees: Degrees, options: TrainConfig, wrappers: Sequence[Wrapper] = ()
+) -> Iterator[Problem]:
+    """What keeps `degrees` from fitting `model`, and `wrappers` from running under `options`."""
     tokens = options.seq_length // degrees.cp
     yield from tensor.check(model, degrees.tp, tokens, sequence=options.sequence_parallel)
     yield from overlap.check(model, options)
     yield from context.check(model, options, options.seq_length)
     yield from expert.check(model, degrees)
+    yield from wrapper.check(wrappers, options)
 
 
 def apply(
     model: GPTModel, layout: Layout, options: TrainConfig, device: torch.device, wrappers: Sequence[Wrapper] = ()
 ) -> GPTModel:
-    """Put `model`, built on the meta device, on `device` as `options` say; its values are still to be filled."""
+    """Put `model`, built on the meta device, on `device` as `options` say; its values are still to be filled.
+
+    `wrappers` run around each other in their order, the first inside. ProblemError if one does not fit the run.
+    """
+    raise_all(wrapper.check(wrappers, options))
     for technique in (sharding, tensor, overlap, expert, context, *wrappers, compile, data):
         technique.apply(model, layout, options)
     materialise(model, device=device)

@@ -1,7 +1,8 @@
 """Everything ranks tell each other outside the model.
 
-Owns the few collectives of the training loop. The only file with calls of torch.distributed besides `layout.py` and
-the checkpoint store. Alone in one process every function returns its own value.
+Owns the few collectives of the training loop and the messages of pipelines. Those within a forward and backward are
+`differentiable.py`'s, and `overlap.py`'s where they run under products: no other file communicates through
+torch.distributed. Alone in one process every function returns its own value.
 """
 
 from __future__ import annotations
@@ -40,6 +41,13 @@ def receive(into: Tensor, source: int, group: ProcessGroup) -> dist.Work:
     work = dist.irecv(into, group=group, group_src=source)
     assert work is not None, "this rank is in the group"
     return work
+
+
+def broadcast(tensor: Tensor, source: int, group: ProcessGroup) -> Tensor:
+    """`tensor` of the rank of `group` with that number, on every rank of it; others' are overwritten."""
+    tensor = tensor.contiguous()
+    dist.broadcast(tensor, group=group, group_src=source)
+    return tensor
 
 
 def sum_counts(counts: Sequence[int], layout: Layout) -> list[int]:

@@ -6,7 +6,7 @@ every micro-batch of a run has the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,29 +15,32 @@ from torch import nn
 from cordee.config.schema import PerformanceOptions
 from cordee.log import logger
 from cordee.model.gpt import GPTModel
-from cordee.model.placement import Placement
+from cordee.model.placement import Change, changes
 from cordee.parallel.layout import Layout
 
 
 def apply(model: GPTModel, layout: Layout, options: PerformanceOptions) -> None:
     """Compile each layer by itself; those that differ in parameters only share one compilation."""
     if options.compile == "blocks":
-        for layer in model.own_layers():
-            if _can_be(layer):
-                layer.compile(dynamic=False)
+        unknown = {layer: _unknown(layer) for layer in model.own_layers()}
+        _report(change for found in unknown.values() for change in found)
+        for layer in (layer for layer, found in unknown.items() if not found):
+            layer.compile(dynamic=False)
 
 
 def whole(model: GPTModel, options: PerformanceOptions, forward: Callable[..., Any]) -> Callable[..., Any]:
     """`forward`, which runs `model` from the inputs to the loss, compiled."""
-    return torch.compile(forward, dynamic=False) if options.compile == "model" and _can_be(model) else forward
+    if options.compile != "model":
+        return forward
+    _report(unknown := _unknown(model))
+    return forward if unknown else torch.compile(forward, dynamic=False)
 
 
-def _can_be(module: nn.Module) -> bool:
-    """Whether all that was done to it says of itself that it can be traced."""
-    for part in module.modules():
-        placement = getattr(part, "placement", None)
-        for change in placement.applied if isinstance(placement, Placement) else ():
-            if not change.compiles:
-                logger.info("not compiled: %s has changed `%s` of a %s", change.by, change.hook, type(part).__name__)
-                return False
-    return True
+def _unknown(module: nn.Module) -> list[Change]:
+    """What was done to `module` of which it is not known that it can be traced: then nothing is compiled."""
+    return [change for change in changes(module) if not change.compiles]
+
+
+def _report(unknown: Iterable[Change]) -> None:
+    for change in dict.fromkeys(unknown):
+        logger.info("not compiled, since %s", change)

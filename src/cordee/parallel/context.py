@@ -156,7 +156,7 @@ def apply(model: GPTModel, layout: Layout, options: ParallelOptions) -> None:
         if not device.kind().flash_parts:
             logger.info("ring attention has no fused kernel on this device: a slower one does it, block by block")
     model.placement.replace("token_positions", NAME, tokens.places, compiles=True)
-    model.placement.wrap("longest", NAME, after(partial(differentiable.largest, group=group)), compiles=True)
+    model.placement.wrap("longest", NAME, after(partial(differentiable.all_reduce_max, group=group)), compiles=True)
     attention = partial(ContextAttention, tokens=tokens, exchange=exchange, ring=ring)
     for layer in model.own_layers():
         placement = layer.attention.placement
@@ -165,7 +165,9 @@ def apply(model: GPTModel, layout: Layout, options: ParallelOptions) -> None:
         else:  # it has an attention of its own
             placement.replace("core", NAME, attention(placement.core), compiles=True)
         if isinstance(layer.mlp, MoE):
-            layer.mlp.placement.wrap("reduce", NAME, after(partial(differentiable.summed, group=group)), compiles=True)
+            layer.mlp.placement.wrap(
+                "reduce", NAME, after(partial(differentiable.all_reduce_fwd_identity_bwd, group=group)), compiles=True
+            )
             layer.mlp.placement.replace("limit", NAME, tokens.limit, compiles=True)
     if not tokens.causal:
         logger.info("--cp-attention-mask-type full: every token sees those that it is to predict")
@@ -203,7 +205,7 @@ class Tokens:
 
     def join(self, x: Tensor) -> Tensor:
         """`[batch, part, ...]` of every rank to `[batch, seq, ...]`; without gradient."""
-        return differentiable.join(x, self._group, 1)[:, self._order(x.shape[1]).to(x.device)]
+        return differentiable.all_gather(x, self._group, 1)[:, self._order(x.shape[1]).to(x.device)]
 
     def own(self, x: Tensor) -> Tensor:
         """This rank's part of `[batch, seq, ...]`."""
@@ -269,7 +271,7 @@ class Exchange:
         needed = torch.arange(x.shape[1], device=x.device).repeat_interleave(copies).chunk(self.size)[self.rank]
         group = self.layout.group("ulysses")
         assert group is not None
-        return differentiable.gathered(x, group, 2).index_select(1, needed)
+        return differentiable.all_gather_fwd_reduce_scatter_bwd(x, group, 2).index_select(1, needed)
 
     def scores(self, scores: Scores) -> Scores:
         return scores if scores.slopes is None else replace(scores, slopes=self._own(scores.slopes))
@@ -287,7 +289,7 @@ class Exchange:
 
     def _exchanged(self, x: Tensor, split: int, joined: int) -> Tensor:
         group = self.layout.group("ulysses")
-        return x if group is None else differentiable.redivided(x, group, split, joined)
+        return x if group is None else differentiable.all_to_all_fwd_bwd(x, group, split, joined)
 
 
 class ContextAttention:

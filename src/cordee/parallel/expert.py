@@ -74,7 +74,7 @@ class AllToAll(_Dispatcher):
     def __call__(self, x: Tensor, routing: Routing, experts: Experts) -> Tensor:
         """`[tokens, embed]` to the same; `experts` are this rank's, `routing` is over those of all."""
         rows = Rows.of(routing)
-        counts, wait = differentiable.begin_exchange(rows.counts, self.group)
+        counts, wait = differentiable.begin_all_to_all(rows.counts, self.group)
         if not self.overlap:
             wait()
         inputs = rows.inputs(x)
@@ -83,14 +83,14 @@ class AllToAll(_Dispatcher):
         counts = counts.view(self.size, -1)  # [ranks, own experts]: rows that come for each
         sizes = torch.stack((rows.counts.view(self.size, -1).sum(1), counts.sum(1)))
         sent, received = sizes.tolist()
-        inputs, weights = differentiable.exchanged(
+        inputs, weights = differentiable.all_to_all_rows_fwd_bwd(
             (inputs, rows.weights), self.group, sent, received, at_once=self.overlap
         )
         order = _by_expert(counts, len(inputs))
         y = experts(inputs.index_select(0, order), weights.index_select(0, order), counts.sum(0))
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         y = y.index_select(0, back)
-        (y,) = differentiable.exchanged((y,), self.group, received, sent, at_once=self.overlap)
+        (y,) = differentiable.all_to_all_rows_fwd_bwd((y,), self.group, received, sent, at_once=self.overlap)
         return rows.add_up(y, len(x))
 
 
@@ -112,18 +112,20 @@ class AllGather(_Dispatcher):
         missing = longest - len(x)
         parts = [_lengthened(x, missing), _lengthened(kept_experts(routing), missing, num_experts)]
         parts.append(_lengthened(routing.weights, missing))
-        tokens, chosen, weights = differentiable.gathered_together(parts, self.group, at_once=self.overlap)
+        tokens, chosen, weights = differentiable.all_gather_together_fwd_reduce_scatter_bwd(
+            parts, self.group, at_once=self.overlap
+        )
         chosen = chosen - self.rank * own
         chosen = chosen.masked_fill((chosen < 0) | (chosen >= own), own)
         rows = Rows.sorted(chosen, weights, own, complete=False, rows_per_expert=capacity)
         y = rows.add_up(experts(rows.inputs(tokens), rows.weights, rows.counts), len(tokens))
-        return differentiable.scattered_sum(y, self.group, 0)[: len(x)]
+        return differentiable.reduce_scatter_fwd_all_gather_bwd(y, self.group, 0)[: len(x)]
 
     def _agree(self, routing: Routing) -> tuple[int, int | None]:
         """The largest number of tokens of any rank, and the sum of all ranks' `rows_per_expert`."""
         padded = routing.rows_per_expert
         own = torch.tensor([[len(routing.experts), padded or 0]], device=routing.experts.device)
-        lengths, rows = differentiable.join(own, self.group, 0).t().tolist()
+        lengths, rows = differentiable.all_gather(own, self.group, 0).t().tolist()
         return max(lengths), None if padded is None else sum(rows)
 
 

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from cordee.config.schema import InferenceLayoutOptions, ParallelOptions
@@ -114,8 +113,7 @@ class Place:
         if rank < last:
             collectives.send(y.contiguous(), rank + 1, group).wait()
             y = torch.empty_like(like, device=y.device)
-        dist.broadcast(y := y.contiguous(), group=group, group_src=last)
-        return y
+        return collectives.broadcast(y, last, group)
 
     def _receive(self, model: GPTModel, ids: Tensor) -> Tensor:
         group = self.layout.group("pp")

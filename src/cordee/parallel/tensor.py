@@ -122,13 +122,13 @@ def _blocks(model: GPTModel) -> Iterator[nn.Module]:
 
 
 def _set_borders(model: GPTModel, axis: _Axis, sequence: bool) -> None:
-    border = _border(axis.group, sequence)
+    border = partial(_set_border, group=axis.group, sequence=sequence)
     if sequence:
         own = partial(_own_places, rank=axis.rank, size=axis.size)
         model.placement.wrap("outside_blocks", NAME, after(own), compiles=True)
     for layer in model.own_layers():
-        border.around(layer.attention.placement)
-        border.around(layer.mlp.placement)
+        border(layer.attention.placement)
+        border(layer.mlp.placement)
         layer.attention.placement.set(NAME, first_head=axis.rank * layer.config.attention.num_heads // axis.size)
         if isinstance(layer.attention, Attention):
             _prepare_attention(layer.attention, axis)
@@ -136,13 +136,13 @@ def _set_borders(model: GPTModel, axis: _Axis, sequence: bool) -> None:
             layer.mlp.placement.set(NAME, balance_share=1.0 / axis.size)  # every rank routes the same tokens
     vocabulary = _Vocabulary.of(model.config.vocab_size, axis)
     if model.has_embedding:
-        border.around(model.embedding.placement)
+        border(model.embedding.placement)
         model.embedding.placement.replace("lookup", NAME, vocabulary.lookup, compiles=True)
         if model.config.learned_positions and sequence:
-            own = partial(differentiable.own_part, group=axis.group, dim=1)
+            own = partial(differentiable.split_fwd_pad_bwd, group=axis.group, dim=1)
             model.position_embedding.placement.wrap("exit", NAME, after(own), compiles=True)
     if model.has_head:
-        border.around(model.head.placement)
+        border(model.head.placement)
         model.head.placement.set(NAME, vocabulary=vocabulary)
 
 
@@ -159,7 +159,9 @@ def _prepare_attention(module: Attention, axis: _Axis) -> None:
         module.placement.set(NAME, scores=replace(scores, slopes=slopes[axis.rank * own :][:own]))
     if module.config.qk_norm is not None and module.config.qk_norm.over == "all":
         for norm in (module.q_norm, module.k_norm):
-            norm.placement.set(NAME, sum_over_parts=partial(differentiable.summed_for_parts, group=axis.group))
+            norm.placement.set(
+                NAME, sum_over_parts=partial(differentiable.all_reduce_fwd_all_reduce_bwd, group=axis.group)
+            )
 
 
 def _set_views(module: SpecifiedModule, axis: _Axis, summed: bool) -> None:
@@ -202,29 +204,18 @@ def _group_slots(spec: ParameterSpec, axis: _Axis) -> View:
 # ---- borders ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Border:
-    """What happens to activations as they enter and leave blocks."""
-
-    enter: View
-    exit: View
-
-    def around(self, placement: Placement) -> None:
-        if "enter" in placement.hooks:
-            placement.wrap("enter", NAME, before(self.enter), compiles=True)
-        if "exit" in placement.hooks:
-            placement.wrap("exit", NAME, after(self.exit), compiles=True)
-
-
-def _border(group: ProcessGroup, sequence: bool) -> _Border:
+def _set_border(placement: Placement, group: ProcessGroup, sequence: bool) -> None:
     """Activations outside of blocks are the same on all ranks; with sequence parallelism `[batch, seq / ranks, embed]`,
     of other tokens on every rank.
     """
-    if not sequence:
-        return _Border(partial(differentiable.copied, group=group), partial(differentiable.summed, group=group))
-    return _Border(
-        partial(differentiable.gathered, group=group, dim=1), partial(differentiable.scattered_sum, group=group, dim=1)
-    )
+    enter, leave = differentiable.identity_fwd_all_reduce_bwd, differentiable.all_reduce_fwd_identity_bwd
+    if sequence:
+        enter = partial(differentiable.all_gather_fwd_reduce_scatter_bwd, dim=1)
+        leave = partial(differentiable.reduce_scatter_fwd_all_gather_bwd, dim=1)
+    if "enter" in placement.hooks:
+        placement.wrap("enter", NAME, before(partial(enter, group=group)), compiles=True)
+    if "exit" in placement.hooks:
+        placement.wrap("exit", NAME, after(partial(leave, group=group)), compiles=True)
 
 
 @dataclass(frozen=True)
@@ -254,10 +245,10 @@ class _Vocabulary:
         return F.embedding(own, rows).masked_fill(~here[..., None], 0.0)
 
     def largest(self, x: Tensor) -> Tensor:
-        return differentiable.largest(x, self.group)
+        return differentiable.all_reduce_max(x, self.group)
 
     def total(self, x: Tensor) -> Tensor:
-        return differentiable.sum_all(x, self.group)
+        return differentiable.all_reduce(x, self.group)
 
     def join(self, logits: Tensor) -> Tensor:
-        return differentiable.gathered_for_same(logits, self.group, -1, self.sizes)
+        return differentiable.all_gather_fwd_split_bwd(logits, self.group, -1, self.sizes)
