@@ -10,7 +10,6 @@ import math
 from collections.abc import Collection, Iterator
 
 from cordee.model.config import (
-    SLICES,
     AttentionConfig,
     LatentAttentionConfig,
     LayerConfig,
@@ -50,13 +49,9 @@ def adapter_shapes(config: ModelConfig) -> dict[str, Shape]:
     base = canonical_shapes(config)
     shapes: dict[str, Shape] = {}
     for path, name, low_rank in config.adapted():
-        *out, inputs = base.get(f"{path}.weight", base["embedding.weight"])  # which a tied head shares
-        stack = 1 if ".experts." in path else 0
-        cut = SLICES.get(path.rpartition(".")[2], {}).get(name)
-        if cut is not None:
-            out[stack + cut.dim] = len(range(out[stack + cut.dim])[cut.start : cut.stop])
-        shapes[f"{path}.adapters.{name}.a"] = (*out[:stack], low_rank.rank, inputs)
-        shapes[f"{path}.adapters.{name}.b"] = (*out, low_rank.rank)
+        weight = base.get(f"{path}.weight", base["embedding.weight"])  # which a tied head shares
+        for factor, shape in zip("ab", low_rank.shapes(weight, path, name), strict=True):
+            shapes[f"{path}.adapters.{name}.{factor}"] = shape
     for i, layer in enumerate(config.layers if config.num_prefix_tokens else ()):
         shapes[f"layers.{i}.attention.prefix"] = _prefix(layer.attention, config.num_prefix_tokens)
     return shapes

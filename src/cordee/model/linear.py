@@ -64,7 +64,7 @@ class Linear(Adapted[LinearPlacement]):
         bias = self.local("bias")
         bias = None if bias is None else bias.flatten()
         y = self.placement.product(x, self.local("weight").flatten(0, -2), bias, before=before)
-        return y if self.adapters is None else self.with_adapters(y, x, linear, drop)
+        return self.with_adapters(y, x, linear, drop)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{axis}={size}" for axis, size in self._axes())

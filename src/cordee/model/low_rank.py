@@ -13,7 +13,7 @@ from typing import Generic, Protocol
 import torch
 from torch import Tensor, nn
 
-from cordee.model.config import SLICES, LowRankConfig, ModelConfig
+from cordee.model.config import LowRankConfig, ModelConfig, slice_of
 from cordee.model.parameter import P, ParameterSpec, SpecifiedModule, local_shard
 from cordee.model.placement import Placement
 
@@ -40,23 +40,16 @@ class LowRank(SpecifiedModule[Placement]):
         self.config = config
         self.site = f"{path}.{name}"
         self.stacked = weight.axes[0] == "expert"
-        stack, out = (1, weight.shape[1:-1]) if self.stacked else (0, weight.shape[:-1])
-        self.region = [slice(None)] * len(out)
-        shape, axes = list(weight.shape), list(weight.axes)
-        if (cut := SLICES.get(path.rpartition(".")[2], {}).get(name)) is not None:
+        stack, axes = int(self.stacked), list(weight.axes)
+        self.region = [slice(None)] * (len(axes) - 1 - stack)
+        if (cut := slice_of(path, name)) is not None:
             self.region[cut.dim] = slice(cut.start, cut.stop)
-            shape[stack + cut.dim] = len(range(out[cut.dim])[self.region[cut.dim]])
             axes[stack + cut.dim] = cut.axis
-        a = ParameterSpec(
-            (*weight.shape[:stack], config.rank, weight.shape[-1]),
-            (*weight.axes[:stack], "rank", weight.axes[-1]),
-            std=1 / math.sqrt(3 * weight.shape[-1]),
-            uniform=True,
-            origin="adapter",
-        )
+        a, b = config.shapes(weight.shape, path, name)
+        start = {"std": 1 / math.sqrt(3 * weight.shape[-1]), "uniform": True}
+        a = ParameterSpec(a, (*axes[:stack], "rank", axes[-1]), **start, origin="adapter")
         self.declare("a", a, **factory)
-        b = ParameterSpec((*shape[:-1], config.rank), (*axes[:-1], "rank"), origin="adapter")
-        self.declare("b", b, **factory)
+        self.declare("b", ParameterSpec(b, (*axes[:-1], "rank"), origin="adapter"), **factory)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A `[(expert,) rank, in]` and B `[(expert,) out, rank]`, as this process computes with them."""
@@ -97,9 +90,11 @@ class Adapted(SpecifiedModule[P], Generic[P]):
 
     def with_adapters(self, y: Tensor, x: Tensor, multiply: Multiply, drop: Drop | None = None) -> Tensor:
         """y `[..., out]`, the product with x `[..., in]`, and what adapters make of x; `multiply` is by a matrix."""
-        *shape, _ = self.local("weight").shape
+        if self.adapters is None:
+            return y
         delta = torch.zeros_like(y)
-        whole = delta.unflatten(-1, shape[-len(self.low_ranks()[0].region) :])
+        out = self.local("weight").shape[1 if self.specs["weight"].axes[0] == "expert" else 0 : -1]
+        whole = delta.unflatten(-1, out)
         for low_rank in self.low_ranks():
             a, b = low_rank.factors()
             low_rank.place(whole, multiply(multiply(low_rank.dropped(x, drop), a), b))

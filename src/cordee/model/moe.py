@@ -51,8 +51,7 @@ class StackedLinear(Adapted[Placement]):
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
         """`[rows, in_size]`, counts[0] of them for the first expert and so on, to `[rows, product of out_shape]`."""
         y = grouped_matmul(rows, self.local("weight").flatten(1, -2), counts)
-        if self.adapters is not None:
-            y = self.with_adapters(y, rows, partial(grouped_matmul, counts=counts))
+        y = self.with_adapters(y, rows, partial(grouped_matmul, counts=counts))
         bias = self.local("bias")
         if bias is None:
             return y
@@ -60,22 +59,13 @@ class StackedLinear(Adapted[Placement]):
 
     def unbind(self) -> list[RowMap]:
         """The map of each expert by itself."""
-        if self.adapters is not None:
-            return [partial(self._alone, index=index) for index in range(len(self.local("weight")))]
-        weights = self.local("weight").flatten(1, -2).unbind()
-        bias = self.local("bias")
-        biases = [None] * len(weights) if bias is None else bias.flatten(1).unbind()
-        return [partial(F.linear, weight=weight, bias=bias) for weight, bias in zip(weights, biases, strict=True)]
+        return [partial(self._alone, index=index) for index in range(len(self.local("weight")))]
 
     def _alone(self, rows: Tensor, index: int) -> Tensor:
-        """The map of one expert, with its adapters."""
-
-        def multiply(x: Tensor, matrices: Tensor) -> Tensor:
-            return F.linear(x, matrices[index])
-
         bias = self.local("bias")
-        y = multiply(rows, self.local("weight").flatten(1, -2))
-        return self.with_adapters(y if bias is None else y + bias[index].flatten(), rows, multiply)
+        weight = self.local("weight")[index].flatten(0, -2)
+        y = F.linear(rows, weight, None if bias is None else bias[index].flatten())
+        return self.with_adapters(y, rows, lambda x, matrices: F.linear(x, matrices[index]))
 
     def extra_repr(self) -> str:
         spec = self.specs["weight"]
