@@ -28,6 +28,7 @@ def check(
     """What keeps `degrees` from fitting `model`, and `wrappers` from running under `options`."""
     tokens = options.seq_length // degrees.cp
     yield from tensor.check(model, degrees.tp, tokens, sequence=options.sequence_parallel)
+    yield from overlap.check(model, options)
     yield from context.check(model, options, options.seq_length)
     yield from expert.check(model, degrees)
     yield from wrapper.check(wrappers, options)

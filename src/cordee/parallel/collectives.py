@@ -46,7 +46,7 @@ def receive(into: Tensor, source: int, group: ProcessGroup) -> dist.Work:
 
 
 def broadcast(tensor: Tensor, source: int, group: ProcessGroup | None = None) -> Tensor:
-    """`tensor` of the rank of `group` (of all, if None) with that number, on every rank of it; others' are overwritten."""
+    """`tensor` of rank `source` of `group` (of all, if None) on every rank of it; those of others are overwritten."""
     tensor = tensor.contiguous()
     dist.broadcast(tensor, group=group, group_src=source)
     return tensor

@@ -49,6 +49,9 @@ def check(model: ModelConfig, options: ParallelOptions, seq_length: int) -> Iter
     size, algo = options.context_parallel_size, options.context_parallel_algo
     if size == 1:
         return
+    if model.num_prefix_tokens:
+        why = f"a prefix of {model.num_prefix_tokens} tokens (num_prefix_tokens) is attended to in one process only"
+        yield Problem("--context-parallel-size", size, why, "leave it out, or train without a prefix")
     degree = options.ulysses_degree_in_cp
     if algo == "hybrid_cp_algo":
         if degree is None:

@@ -18,7 +18,9 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from cordee.config.schema import ParallelOptions
+from cordee.errors import Problem
 from cordee.model.attention import Attention
+from cordee.model.config import ModelConfig
 from cordee.model.gpt import GPTModel
 from cordee.model.linear import Linear
 from cordee.model.mlp import MLP
@@ -29,6 +31,14 @@ from cordee.parallel.layout import Layout
 
 NAME = "communication overlap"
 Before = Callable[[Tensor], Tensor]
+
+
+def check(model: ModelConfig, options: ParallelOptions) -> Iterator[Problem]:
+    """What keeps the products of `model` from being cut into parts."""
+    if options.tp_comm_overlap and (names := [name for path, name, _ in model.adapted() if path.startswith("layers.")]):
+        targets = ", ".join(dict.fromkeys(names))
+        why = f"low-rank adapters (low_rank: {targets}) need the whole of what enters or leaves a block"
+        yield Problem("--tp-comm-overlap", True, why, "leave it out, or train without adapters")
 
 
 def apply(model: GPTModel, layout: Layout, options: ParallelOptions) -> None:
