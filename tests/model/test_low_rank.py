@@ -19,10 +19,14 @@ from cordee.generate.decoder import CachedDecoder, unsupported_reason
 from cordee.model.config import LowRankConfig, ModelConfig
 from cordee.model.gpt import GPTModel
 from cordee.model.init import initialise
+from cordee.model.inputs import Context
 from cordee.model.latent_attention import LatentAttention
 from cordee.model.moe import MoE, loop_dispatch
+from cordee.model.noise import Noise
 from cordee.model.parameter import of_origins, train_only
+from cordee.model.rotary import Positions
 from cordee.ops.attention import Scores
+from cordee.ops.mask import AttentionMask
 from cordee.weights import hf
 from cordee.weights.load import load_into, save_from
 from tests.model import tiny
@@ -292,6 +296,17 @@ def test_every_document_and_padding_see_the_prefix():
     torch.testing.assert_close(
         model(ids(), attention_mask=padding)[1, 3:], model(ids()[1:, 3:])[0], rtol=1e-4, atol=1e-5
     )
+
+
+def test_dropout_of_tokens_is_the_same_behind_a_prefix():
+    """The expansion of latent attention runs over a prefix too."""
+    places = torch.arange(4)[None]
+    noise = Noise(0, torch.arange(2))
+    context = Context(Positions(places), AttentionMask(4, 4), noise=noise, places=places, inner_places=places)
+    x = torch.ones(2, 7, 16)
+    dropped = context.drop(x, 0.5, "site", first=0)
+    assert torch.equal(dropped[:, 3:], context.drop(x[:, 3:], 0.5, "site", first=0))
+    assert len(dropped.flatten(0, 1).unique(dim=0)) == 14  # every token, and every one of the prefix, has its own
 
 
 # ---- decoding --------------------------------------------------------------------------------------------------------
