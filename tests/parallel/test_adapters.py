@@ -20,13 +20,13 @@ from cordee.model.parameter import local_shard, of_origins, train_only
 from cordee.optim.build import build_optimizer, set_rates
 from cordee.parallel import apply, collectives, context, norms
 from cordee.parallel.degrees import degrees
-from cordee.parallel.execution import LocalExecutor, Work
+from cordee.parallel.execution import Criterion, LocalExecutor, Work
 from cordee.parallel.layout import Layout
 from cordee.parallel.pipeline.executor import PipelineExecutor
 from cordee.parallel.pipeline.split import divide
 from tests.matrix import sampled
 from tests.parallel import models
-from tests.parallel.test_pipeline import LENGTH, full, loss, micro_batches, options, weight_of
+from tests.parallel.test_pipeline import LENGTH, Twice, full, micro_batches, options, weight_of
 
 CPU = torch.device("cpu")
 STEPS = 3
@@ -55,7 +55,7 @@ MODELS = {
     "dropout": replace(GQA, low_rank=DROPPED),
     "latent dropout": replace(LATENT, low_rank=low_rank("q_up", "kv_down", "kv_up", "out", dropout=0.3)),
     "prefix": replace(GQA, num_prefix_tokens=3),
-    "latent prefix": replace(LATENT, num_prefix_tokens=3),
+    "latent prefix": replace(LATENT, num_prefix_tokens=3, low_rank=low_rank("kv_up", dropout=0.3)),
     "both": replace(MIXTURE, low_rank=low_rank("v", "experts.up", "down", "head"), num_prefix_tokens=2),
 }
 
@@ -84,10 +84,11 @@ def train(world_size: int, config: ModelConfig, given: dict[str, Any], root: Pat
     train_only(model, {"adapter"})
     apply.apply(model, layout, chosen, CPU)
     start(model)
+    criterion = Criterion(Twice(), layout)
     if division is None:
-        executor = LocalExecutor(model, chosen, CPU, loss)
+        executor = LocalExecutor(model, chosen, CPU, criterion)
     else:
-        executor = PipelineExecutor(model, division, layout, chosen, CPU, loss)
+        executor = PipelineExecutor(model, division, layout, chosen, CPU, criterion)
     optimizer = build_optimizer(chosen, model.named_parameters(), model.parameter_specs(), fused=True)
     save(root, 0, model, optimizer, layout)
     found: dict[str, Any] = {"losses": [], "norms": [], "grads": {}}
@@ -96,7 +97,7 @@ def train(world_size: int, config: ModelConfig, given: dict[str, Any], root: Pat
         weight = weight_of(whole, layout)
         batches = [context.share(batch, layout, chosen) for batch in whole]
         sums = executor.train(
-            Work(batches=batches, weights=[batch.weight() for batch in whole], weight=weight, scale=1.0)
+            Work(batches=batches, weights=[batch.num_trained for batch in whole], weight=weight, scale=1.0)
         )
         found["losses"].append((collectives.sum_over(sums[""], layout) / weight).item())
         found["norms"].append(norms.global_norm([p.grad for p in norms.own(model)], layout, CPU))
