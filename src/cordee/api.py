@@ -67,7 +67,7 @@ class GPTModel(gpt.GPTModel):
         `overwrite` replaces a model that is there; else a ProblemError says so.
         """
         with hf.write(path, self.spec, companions=self.companions, overwrite=overwrite) as sink:
-            save_from(self, sink)
+            save_from(self, sink, {"base"})
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -16,6 +16,7 @@ from cordee.model.config import (
     DynamicNTKScaling,
     Llama3Scaling,
     LogNScaling,
+    LowRankConfig,
     MLPConfig,
     MoEConfig,
     NormConfig,
@@ -33,6 +34,7 @@ from tests.model.caches import PagedCache, WindowCache
 LAYER_NORM = NormConfig(kind="layer", eps=1e-5)
 YARN = YarnScaling(factor=2.0, original_max_position_embeddings=64, attention_factor=1.2)
 LLAMA3 = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
+LOW_RANK = LowRankConfig(targets=("down",), rank=2, scale=1.0)
 
 
 def attention(**changes):
@@ -78,6 +80,8 @@ UNCOMMON = {
     "residual_scale": tiny.config(tiny.layer(residual_scale=0.5)),
     "embedding_scale": tiny.config(embedding_scale=2.0),
     "embedding_norm": tiny.config(embedding_norm=tiny.RMS),
+    "low_rank": tiny.config(low_rank=(LOW_RANK,)),
+    "num_prefix_tokens": tiny.config(num_prefix_tokens=2),
 }
 
 
@@ -165,6 +169,9 @@ def test_changed_models_go_through_their_modules():
     assert changed(lambda model, layer: setattr(model, "_embed", model._embed)) is not None
     assert changed(lambda model, layer: setattr(layer.mlp.down, "__class__", Derived)) is not None
     assert changed(lambda model, layer: setattr(layer.mlp, "adapter", Adapted(2, 2))) is not None
+    assert changed(lambda model, layer: layer.mlp.down.adapt(LOW_RANK, "layers.1.mlp.down", "down")) is not None
+    assert changed(lambda model, layer: model.embedding.adapt(LOW_RANK, "embedding", "embedding")) is not None
+    assert changed(lambda model, layer: model.head.adapt(LOW_RANK, "head", "head")) is None  # it is called as it is
 
 
 def placements(model):

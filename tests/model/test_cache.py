@@ -21,9 +21,9 @@ every_cache = pytest.mark.parametrize("kind", CACHES)
 every_block = pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
 
 
-def built(block: Any) -> GPTModel:
+def built(block: Any, **changes: Any) -> GPTModel:
     """Of the block and an ordinary one, so that a cache has layers of two kinds; weights of a usual size."""
-    return tiny.model(tiny.config(tiny.layer(block), tiny.layer(), init_std=0.1))
+    return tiny.model(tiny.config(tiny.layer(block), tiny.layer(), init_std=0.1, **changes))
 
 
 def texts(*lengths: int) -> list[Tensor]:
@@ -50,9 +50,9 @@ def alone(model: GPTModel, text: Tensor) -> Tensor:
 @pytest.mark.parametrize("left", [True, False], ids=["left-padded", "right-padded"])
 @every_block
 @torch.inference_mode()
-def test_rows_of_different_lengths_decode_as_each_alone(block, left, kind):
+def test_rows_of_different_lengths_decode_as_each_alone(block, left, kind, num_prefix_tokens=0):
     """Prompts of unequal lengths, then steps of one token and one of two: no padding is kept."""
-    model, rows = built(block), texts(9, 5, 14, 8)
+    model, rows = built(block, num_prefix_tokens=num_prefix_tokens), texts(9, 5, 14, 8)
     lengths = [4, 1, 7, 3]
     cache = CACHES[kind](model.config, len(rows), LENGTH)
     model(*padded([row[:length] for row, length in zip(rows, lengths, strict=True)], left), cache=cache)
@@ -103,6 +103,12 @@ def test_tokens_come_in_pieces_of_unequal_size(block, kind):
     texts_so_far = torch.cat((rows[0], new[:1])), rows[1][:8], torch.cat((rows[2], new[2:]))
     for found, text in zip(logits, texts_so_far, strict=True):
         torch.testing.assert_close(found, alone(model, text), **CLOSE)
+
+
+@every_cache
+@every_block
+def test_a_learned_prefix_comes_before_what_any_cache_holds(block, kind):
+    test_rows_of_different_lengths_decode_as_each_alone(block, True, kind, num_prefix_tokens=3)
 
 
 @every_cache

@@ -11,7 +11,7 @@ of a run means is the trainer's.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +32,7 @@ from cordee.checkpoint.object_writer import ObjectWriter
 from cordee.checkpoint.storage import Place
 from cordee.errors import Problem, ProblemError, RankLostError
 from cordee.log import logger
+from cordee.model.parameter import ORIGINS, Origin, of_origins
 from cordee.parallel import collectives
 
 # It is said on every save and load of a run in one process, where it is what is meant.
@@ -47,8 +48,8 @@ class CheckpointStore:
 
     `group` is a gloo group that nothing else uses, or None alone in one process: checkpoints are written by a thread
     of their own, whose collectives must not mix with those of training. `keep_last` bounds how many checkpoints are
-    kept; None keeps all. `on_lost` is told, in that thread, that a checkpoint in the background has lost other ranks:
-    training may hang then, and would never see it.
+    kept; None keeps all. Parameters of `origins` are saved, with their state. `on_lost` is told, in that thread, that a
+    checkpoint in the background has lost other ranks: training may hang then, and would never see it.
     """
 
     def __init__(
@@ -57,12 +58,14 @@ class CheckpointStore:
         *,
         group: ProcessGroup | None = None,
         keep_last: int | None = None,
+        origins: Collection[Origin] = ORIGINS,
         writer: Callable[[Any], StorageWriter] | None = None,
         on_lost: Callable[[RankLostError], None] | None = None,
     ):
         self.root = root
         self._group = group
         self._keep_last = keep_last
+        self._origins = origins
         self._writer: Callable[[Any], StorageWriter] = writer or (
             dcp.FileSystemWriter if isinstance(root, Path) else ObjectWriter
         )
@@ -86,7 +89,7 @@ class CheckpointStore:
         that is still being written is waited for. ProblemError as `wait` has it.
         """
         self.wait()
-        staged = _stage(tensors_of(model, optimizer))
+        staged = _stage(tensors_of(model, optimizer, self._origins))
         if background:
             self._pending = self._thread.submit(self._write_beside, iteration, staged, state)
         else:
@@ -242,11 +245,12 @@ def _short(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}".rstrip(": ")
 
 
-def tensors_of(model: nn.Module, optimizer: Optimizer | None) -> Tensors:
+def tensors_of(model: nn.Module, optimizer: Optimizer | None, origins: Collection[Origin] = ORIGINS) -> Tensors:
     """Everything a checkpoint holds by its name, sharing memory with `model` and `optimizer`."""
-    found = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    parameters = of_origins(model, origins)
+    found = {f"model.{name}": parameter.detach() for name, parameter in parameters.items()}
     if optimizer is not None:
-        for name, parameter in model.named_parameters():
+        for name, parameter in parameters.items():
             for kind, value in optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor):
                     found[f"optimizer.{name}.{kind}"] = value
@@ -271,19 +275,22 @@ def restore(
     optimizer: Optimizer | None = None,
     *,
     group: ProcessGroup | None = None,
+    origins: Collection[Origin] = ORIGINS,
 ) -> None:
     """Fill `model`, and `optimizer` unless None, from the checkpoint in `directory_`, whatever layout wrote it.
 
+    Parameters of other `origins` stay as they are, and the checkpoint need not have them.
     An optimizer that had no state when it was saved (every step was skipped) has none afterwards. All ranks of
     `group` call it together. ProblemError names every parameter that does not fit.
     """
     try:
         metadata = _on_all(lambda: _metadata(directory_), group)
         kept = tensors(metadata)
-        wanted = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+        parameters = of_origins(model, origins)
+        wanted = {f"model.{name}": parameter.detach() for name, parameter in parameters.items()}
         _raise_misfits(directory_, kept, wanted)
         if optimizer is not None:
-            wanted |= _optimizer_slots(kept, model, optimizer)
+            wanted |= _optimizer_slots(kept, parameters, optimizer)
         reader = SafeReader(directory_, metadata)
         dcp.load(wanted, storage_reader=reader, process_group=group, no_dist=group is None)
     except (dcp.CheckpointException, _RanksFailed) as error:  # of all ranks, to all of them
@@ -325,7 +332,7 @@ def _raise_misfits(path: Place, kept: dict[str, Any], wanted: Tensors) -> None:
         raise ProblemError(problems)
 
 
-def _optimizer_slots(kept: dict[str, Any], model: nn.Module, optimizer: Optimizer) -> Tensors:
+def _optimizer_slots(kept: dict[str, Any], parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> Tensors:
     """Empty state of `optimizer`, attached to it, by the names under which the checkpoint holds its values."""
     states: dict[str, list[str]] = {}
     for full in kept:
@@ -334,7 +341,7 @@ def _optimizer_slots(kept: dict[str, Any], model: nn.Module, optimizer: Optimize
             states.setdefault(name, []).append(kind)
     slots: Tensors = {}
     on_device = any(group.get("fused") for group in optimizer.param_groups)
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters.items():
         state = {}
         for kind in states.get(name, []):
             full = f"optimizer.{name}.{kind}"

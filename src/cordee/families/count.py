@@ -1,13 +1,13 @@
 """What a model weighs and costs, from its `ModelConfig` alone.
 
-Owns the canonical shapes, the number of parameters and the arithmetic of a token. Knows no torch: presets of any size
-are counted at once.
+Owns the canonical shapes, also of adapters, the number of parameters and the arithmetic of a token. Knows no torch:
+presets of any size are counted at once.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from cordee.model.config import (
     AttentionConfig,
@@ -30,7 +30,7 @@ FLOPS_FORMULA = "3 x (2 x matmul weights a token meets + 2 x layers x heads x (k
 
 
 def canonical_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """Global shape of every parameter by its canonical name, in the order of the forward."""
+    """Global shape of every base parameter by its canonical name, in the order of the forward."""
     shapes: dict[str, Shape] = {"embedding.weight": (config.vocab_size, config.hidden_size)}
     if config.learned_positions:
         shapes["position_embedding.weight"] = (config.max_position_embeddings, config.hidden_size)
@@ -42,6 +42,25 @@ def canonical_shapes(config: ModelConfig) -> dict[str, Shape]:
     if not config.tie_word_embeddings:
         shapes["head.weight"] = (config.vocab_size, config.hidden_size)
     return shapes
+
+
+def adapter_shapes(config: ModelConfig) -> dict[str, Shape]:
+    """Global shape of every adapter parameter by its canonical name."""
+    base = canonical_shapes(config)
+    shapes: dict[str, Shape] = {}
+    for path, name, low_rank in config.adapted():
+        weight = base.get(f"{path}.weight", base["embedding.weight"])  # which a tied head shares
+        for factor, shape in zip("ab", low_rank.shapes(weight, path, name), strict=True):
+            shapes[f"{path}.adapters.{name}.{factor}"] = shape
+    for i, layer in enumerate(config.layers if config.num_prefix_tokens else ()):
+        shapes[f"layers.{i}.attention.prefix"] = _prefix(layer.attention, config.num_prefix_tokens)
+    return shapes
+
+
+def _prefix(attention: AttentionConfig | LatentAttentionConfig, tokens: int) -> Shape:
+    if isinstance(attention, LatentAttentionConfig):
+        return (tokens, attention.kv_lora_rank + attention.rope_head_dim)
+    return (attention.num_kv_heads, 2, tokens, attention.head_dim)
 
 
 def _layer(layer: LayerConfig, hidden: int) -> Named:
@@ -127,9 +146,10 @@ def _norm(name: str, norm: NormConfig, size: int) -> Named:
 # ---- counts ----------------------------------------------------------------------------------------------------------
 
 
-def count_parameters(config: ModelConfig) -> int:
-    """Number of parameters; those of a tied head count once."""
-    return sum(math.prod(shape) for shape in canonical_shapes(config).values())
+def count_parameters(config: ModelConfig, origins: Collection[str] = ("base", "adapter")) -> int:
+    """Number of parameters of these origins; those of a tied head count once."""
+    shapes = {"base": canonical_shapes, "adapter": adapter_shapes}
+    return sum(math.prod(shape) for origin in origins for shape in shapes[origin](config).values())
 
 
 def matmul_parameters(config: ModelConfig) -> int:

@@ -15,7 +15,7 @@ from cordee.model.linear import Linear, scaled_std
 from cordee.model.norm import Norm
 from cordee.model.parameter import ParameterSpec, SpecifiedModule
 from cordee.model.placement import BlockPlacement
-from cordee.ops.attention import AttentionCore, Scores, alibi_slopes, sdpa_attention
+from cordee.ops.attention import AttentionCore, Scores, alibi_slopes, behind_prefix, sdpa_attention
 from cordee.ops.mask import AttentionMask
 from cordee.ops.rope import rotate, split_rotated
 
@@ -45,6 +45,7 @@ class Attention(SpecifiedModule[GroupedPlacement]):
     """q, k and v leave one GEMM over `[kv_group, slot, head_dim, embed]`; the slots are the group's q heads, k, v."""
 
     sinks: Tensor | None
+    prefix: Tensor | None
 
     def __init__(self, config: AttentionConfig, model: ModelConfig, index: int, **factory):
         scores = Scores(
@@ -82,6 +83,13 @@ class Attention(SpecifiedModule[GroupedPlacement]):
             self.k_norm = self._norm(config.qk_norm, config.num_kv_heads, factory)
         sinks = ParameterSpec((config.num_heads,), ("heads",), std=model.init_std, decay=False)
         self.declare("sinks", sinks if config.sinks else None, **factory)
+        prefix = ParameterSpec(
+            (config.num_kv_heads, 2, model.num_prefix_tokens, config.head_dim),
+            ("kv_group", "kv_slot", "virtual", "head_dim"),
+            std=model.init_std,
+            origin="adapter",
+        )
+        self.declare("prefix", prefix if model.num_prefix_tokens else None, **factory)
 
     def _norm(self, config: QKNormConfig, num_heads: int, factory: dict) -> Norm:
         if config.over == "head":
@@ -96,9 +104,10 @@ class Attention(SpecifiedModule[GroupedPlacement]):
         placement = self.placement
         q, k, v = self._project(placement.enter(x), context)
         scores = placement.scores_of(context, self.dropout, self.index, self.local("sinks"))
-        y = context.attend(self.index, placement.core, q, k, v, scores)
+        core = behind_prefix(placement.core, self.local("prefix"))
+        y = context.attend(self.index, core, q, k, v, scores)
         y = y.transpose(1, 2).flatten(2)  # [batch, seq, heads * head_dim]
-        return placement.exit(self.out(y))
+        return placement.exit(self.out(y, drop=context.drop))
 
     def bind(self, binding: Binding) -> BoundAttention:
         config, index, scale = self.config, self.index, self.placement.scores.scale
@@ -126,7 +135,8 @@ class Attention(SpecifiedModule[GroupedPlacement]):
     def _project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
         """q `[batch, heads, seq, head_dim]`; k and v `[batch, kv_heads, seq, head_dim]`, turned by their positions."""
         dim = self.config.head_dim
-        qkv = self.qkv(x).unflatten(-1, (-1, self.placement.slots, dim))  # [batch, seq, groups, slots, head_dim]
+        # [batch, seq, groups, slots, head_dim]
+        qkv = self.qkv(x, drop=context.drop).unflatten(-1, (-1, self.placement.slots, dim))
         if self.config.qk_norm is not None:
             q, k = self._normed(qkv[..., :-1, :], self.config.qk_norm, context)
             v = qkv[..., -1, :]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from cordee.errors import Problem, raise_all
 
@@ -279,6 +279,71 @@ class MoEConfig:
     capacity: CapacityConfig | None = None
 
 
+# ---- adapters --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankConfig:
+    """Low-rank adapters (LoRA, Hu et al. 2021): y = W x + scale * B A dropout(x) at all projections in `targets`.
+
+    A target is a canonical name without its beginning: "layers.3.attention.q" is one projection, "attention.q" that of
+    every layer, "q", "experts.up", "out", "down", "kv_up", "head", "embedding" accordingly. A fused projection can be
+    named whole ("qkv", "gate_up": its slices share an A) or by slices (q, k, v; gate, up). `scale` is alpha / rank, or
+    alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023).
+    """
+
+    targets: tuple[str, ...]
+    rank: int
+    scale: float
+    dropout: float = 0.0
+
+    def names(self, projection: str) -> bool:
+        return any(f".{projection}".endswith(f".{target}") for target in self.targets)
+
+    def shapes(self, weight: tuple[int, ...], path: str, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of A `[(expert,) rank, in]` and B `[(expert,) *shape of the slice, rank]` for a weight of module `path`."""
+        stack = 1 if ".experts." in path else 0
+        out = list(weight[:-1])
+        if (cut := slice_of(path, name)) is not None:
+            out[stack + cut.dim] = len(range(out[stack + cut.dim])[cut.start : cut.stop])
+        return (*weight[:stack], self.rank, weight[-1]), (*out, self.rank)
+
+
+class Slice(NamedTuple):
+    """Of the output of a fused projection, places `start` to `stop` along a dim, which have an axis of their own."""
+
+    dim: int
+    start: int
+    stop: int | None
+    axis: str
+
+
+SLICES: dict[str, dict[str, Slice]] = {
+    "qkv": {"q": Slice(1, 0, -2, "q_slot"), "k": Slice(1, -2, -1, "kv_slot"), "v": Slice(1, -1, None, "kv_slot")},
+    "gate_up": {"gate": Slice(0, 0, 1, "branch"), "up": Slice(0, 1, 2, "branch")},
+}
+
+
+def slice_of(path: str, name: str) -> Slice | None:
+    """The slice `name` of the projection `path`, None for all of it."""
+    return SLICES.get(path.rpartition(".")[2], {}).get(name)
+
+
+def _projections(layer: LayerConfig) -> Iterator[str]:
+    attention, mlp = layer.attention, layer.mlp
+    if isinstance(attention, LatentAttentionConfig):
+        queries = ("q",) if attention.q_lora_rank is None else ("q_down", "q_up")
+        yield from (f"attention.{name}" for name in (*queries, "kv_down", "kv_up", "out"))
+    else:
+        yield from ("attention.qkv", "attention.out")
+    parts = {"mlp": mlp} if isinstance(mlp, MLPConfig) else {"mlp.experts": mlp.expert, "mlp.shared": mlp.shared}
+    for path, part in parts.items():
+        if part is not None:
+            yield from (f"{path}.gate_up" if part.gated else f"{path}.up", f"{path}.down")
+    if isinstance(mlp, MoEConfig) and mlp.shared_gate:
+        yield "mlp.shared_gate"
+
+
 def too_large(option: str, size: int, limit: int) -> Problem:
     """What to say of a size above its limit."""
     return Problem(option, size, f"no model is so large: the limit is {limit:,}", "correct the model's description")
@@ -326,9 +391,46 @@ class ModelConfig:
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
     init_std: float = 0.02
+    low_rank: tuple[LowRankConfig, ...] = ()  # the first one that names a projection counts there
+    num_prefix_tokens: int = 0  # learned keys and values in every layer, which every query sees (Li & Liang 2021)
 
     def __post_init__(self) -> None:
         raise_all(too_large(name, size, limit) for name, size, limit in self._sizes() if size > limit)
+        raise_all(self._adapter_problems())
+
+    def _adapter_problems(self) -> Iterator[Problem]:
+        for low_rank in self.low_rank:
+            if low_rank.rank < 1:
+                yield Problem("low_rank: rank", low_rank.rank, "it is less than 1", "give a positive rank")
+            if not 0 <= low_rank.dropout < 1:
+                why = "it is no probability below 1"
+                yield Problem("low_rank: dropout", low_rank.dropout, why, "give a number from 0 to below 1")
+            for target in low_rank.targets:
+                if not any(replace(low_rank, targets=(target,)).names(name) for _, _, name in self.projections()):
+                    fix = "give canonical names, such as q, k, v, out, gate, up, down"
+                    yield Problem("low_rank: targets", target, "the model has no such projection", fix)
+        for path, name, low_rank in self.adapted():
+            if low_rank.dropout and (path in ("head", "embedding") or ".experts." in path):
+                why = f"{path} takes no dropout: only projections of whole sequences inside a layer do"
+                yield Problem("low_rank: dropout", low_rank.dropout, why, f"adapt {name} without dropout")
+        if self.num_prefix_tokens < 0:
+            why = "it is less than 0"
+            yield Problem("num_prefix_tokens", self.num_prefix_tokens, why, "give a number of virtual tokens")
+
+    def projections(self) -> Iterator[tuple[str, str, str]]:
+        """What can be adapted: canonical name of a module, of it or of a slice of it, and the latter's full name."""
+        layers = (f"layers.{i}.{name}" for i, layer in enumerate(self.layers) for name in _projections(layer))
+        for path in ("embedding", *layers, "head"):
+            parent, dot, leaf = path.rpartition(".")
+            for name in (leaf, *SLICES.get(leaf, ())):
+                yield path, name, f"{parent}{dot}{name}"
+
+    def adapted(self) -> Iterator[tuple[str, str, LowRankConfig]]:
+        """The low-rank adapters: module, slice (or the module's own name), and what is asked for there."""
+        if self.low_rank:
+            for path, name, full in self.projections():
+                if (found := next((each for each in self.low_rank if each.names(full)), None)) is not None:
+                    yield path, name, found
 
     def _sizes(self) -> Iterator[tuple[str, int, int]]:
         """What has a limit: name, size and limit."""

@@ -22,6 +22,7 @@ from cordee.model.head import Head
 from cordee.model.inputs import Context, Inputs, ModelPlacement
 from cordee.model.layer import Layer
 from cordee.model.linear import Embedding, factory_kwargs
+from cordee.model.low_rank import add_low_rank
 from cordee.model.noise import Noise
 from cordee.model.norm import Norm
 from cordee.model.parameter import ParameterSpec, parameter_specs
@@ -67,6 +68,7 @@ class GPTModel(nn.Module):
             self.head = Head(config, **factory)
             if config.tie_word_embeddings:
                 self.head.weight = self.embedding.weight
+        add_low_rank(self, config, {"embedding"} if self.copies_embedding else set(), **factory)
         self._inputs = Inputs(config)
         _report_slow_attention(config)
 
@@ -180,7 +182,7 @@ class GPTModel(nn.Module):
             hidden = hidden + self.position_embedding(context.positions.ids)
         if self.config.embedding_norm is not None:
             hidden = self.embedding_norm(hidden)
-        return context.drop(hidden, self.config.embedding_dropout, "embedding")
+        return context.drop_outside(hidden, self.config.embedding_dropout, "embedding")
 
 
 def _report_slow_attention(config: ModelConfig) -> None:

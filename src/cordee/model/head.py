@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cordee.model.config import ModelConfig
-from cordee.model.parameter import ParameterSpec, SpecifiedModule
+from cordee.model.low_rank import Adapted
+from cordee.model.parameter import ParameterSpec
 from cordee.model.placement import Placement, View, unchanged
 from cordee.ops.cross_entropy import IGNORED, VocabularyPart, adjusted, chunked_cross_entropy, chunked_token_losses
 from cordee.ops.gemm import linear
@@ -22,13 +23,11 @@ class HeadPlacement(Placement):
     vocabulary: VocabularyPart | None = None
 
 
-class Head(SpecifiedModule[HeadPlacement]):
+class Head(Adapted[HeadPlacement]):
     """Rows of `weight` `[vocab, embed]` score the tokens. A tied head is given the embedding's parameter.
 
     What the config asks for beyond products, scale, softcap and rows of length one, is part of both logits and loss.
     """
-
-    weight: Tensor
 
     def __init__(self, config: ModelConfig, **factory):
         super().__init__(HeadPlacement())
@@ -78,4 +77,4 @@ class Head(SpecifiedModule[HeadPlacement]):
 
     def _rows(self) -> Tensor:
         weight = self.local("weight")
-        return F.normalize(weight, dim=-1) if self.normalised else weight
+        return self.merged(F.normalize(weight, dim=-1) if self.normalised else weight)

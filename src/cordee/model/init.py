@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable, Collection
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from cordee.model.parameter import ParameterSpec, local_shard, parameter_specs
+from cordee.model.parameter import ORIGINS, Origin, ParameterSpec, local_shard, of_origins, parameter_specs
 
 BLOCK = 1 << 18  # elements filled at once: the int64 counters and what becomes of them stay in the caches, 2 MiB each
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, seed: int) -> None:
-    """Fill every parameter of `model`: plain tensors, and the local shards of DTensors."""
+def initialise(model: nn.Module, seed: int, origins: Collection[Origin] = ORIGINS) -> None:
+    """Fill every parameter of `model` of these origins: plain tensors, and the local shards of DTensors."""
     specs = parameter_specs(model)
-    for name, parameter in model.named_parameters():
+    for name, parameter in of_origins(model, origins).items():
         local, offset = local_shard(parameter)
         fill(local, specs[name], offset, stream_key(seed, name))
 
@@ -38,24 +40,30 @@ def fill(local: Tensor, spec: ParameterSpec, offset: tuple[int, ...], key: int) 
         local.fill_(spec.fill)
         return
     if local.numel():
-        _fill_normal(local, spec.shape, offset, spec.std, key)
+        drawn = _uniform_at if spec.uniform else normal_at
+        _fill_drawn(local, spec.shape, offset, spec.std, partial(drawn, key=key))
 
 
-def _fill_normal(
-    local: Tensor, shape: tuple[int, ...], offset: tuple[int, ...], std: float, key: int, base: int = 0
+def _fill_drawn(
+    local: Tensor,
+    shape: tuple[int, ...],
+    offset: tuple[int, ...],
+    std: float,
+    drawn: Callable[[Tensor], Tensor],
+    base: int = 0,
 ) -> None:
     """Fill the part of a tensor of `shape` that begins at `offset`; `base` is the tensor's own first position."""
     stride = math.prod(shape[1:])
     if local[0].numel() > BLOCK:
         for index, part in enumerate(local, start=offset[0]):
-            _fill_normal(part, shape[1:], offset[1:], std, key, base + index * stride)
+            _fill_drawn(part, shape[1:], offset[1:], std, drawn, base + index * stride)
         return
     inner = _positions(local.shape[1:], shape[1:], offset[1:], local.device)
     step = max(1, BLOCK // inner.numel())
     for start in range(0, local.shape[0], step):
         block = local[start : start + step]
         outer = torch.arange(block.shape[0], device=local.device) * stride + (base + (offset[0] + start) * stride)
-        block.copy_((normal_at(outer[:, None] + inner, key) * std).view_as(block))
+        block.copy_((drawn(outer[:, None] + inner) * std).view_as(block))
 
 
 def _positions(local: tuple[int, ...], shape: tuple[int, ...], offset: tuple[int, ...], device: torch.device) -> Tensor:
@@ -72,6 +80,11 @@ def normal_at(position: Tensor, key: int) -> Tensor:
     counter = position * 2 + key
     radius = (-2.0 * torch.log(_uniform(counter))).sqrt_()
     return radius * torch.cos(2.0 * math.pi * _uniform(counter + 1))
+
+
+def _uniform_at(position: Tensor, key: int) -> Tensor:
+    """Uniform float32 values with mean 0 and variance 1, as `normal_at`."""
+    return (_uniform(position * 2 + key) - 0.5) * math.sqrt(12.0)
 
 
 def _uniform(counter: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ class Context:
     balance: Balance | None = None
     noise: Noise | None = None
     places: Tensor | None = None  # int64 [1, seq]: canonical places of the tokens outside of blocks, with noise
+    inner_places: Tensor | None = None  # of the tokens inside of blocks
 
     @property
     def continues(self) -> bool:
@@ -54,13 +55,23 @@ class Context:
         """Dropout at a place of the model that nothing else has the name of; None in evaluation."""
         return self.noise.dropout(rate, *site, first_head=first_head) if self.noise is not None and rate else None
 
-    def drop(self, x: Tensor, rate: float, *site: str | int) -> Tensor:
+    def drop_outside(self, x: Tensor, rate: float, *site: str | int) -> Tensor:
         """x `[batch, seq, channels]` with `dropout`, outside of blocks."""
         dropout = self.dropout(rate, *site)
         if dropout is None:
             return x
         assert self.places is not None
         return dropout.of_tokens(x, self.places)
+
+    def drop(self, x: Tensor, rate: float, site: str, *, first: int) -> Tensor:
+        """Dropout of what is inside of a block (see `cordee.model.low_rank.Drop`), perhaps behind a prefix."""
+        dropout = self.dropout(rate, site)
+        if dropout is None:
+            return x
+        assert self.inner_places is not None
+        num_prefix = x.shape[1] - self.inner_places.shape[1]
+        prefix = torch.arange(-num_prefix, 0, device=x.device)[None]
+        return dropout.of_tokens(x, torch.cat((prefix, self.inner_places), 1), first)
 
 
 def _in_order(count: int, device: torch.device) -> Tensor:
@@ -85,7 +96,8 @@ class Inputs:
     are."""
 
     def __init__(self, config: ModelConfig):
-        self._has_dropout = bool(config.embedding_dropout or config.attention_dropout or config.hidden_dropout)
+        rates = (config.embedding_dropout, config.attention_dropout, config.hidden_dropout)
+        self._has_dropout = any(rates) or any(low_rank.dropout for low_rank in config.low_rank)
         self._changing_ropes = _changing_ropes(config)
         self._needs_positions = bool(self._changing_ropes) or any(
             isinstance(layer.attention, AttentionConfig) and layer.attention.chunk for layer in config.layers
@@ -126,14 +138,15 @@ class Inputs:
         key_positions = position_ids if given and self._needs_positions else None
         index = None if step is None or step.alike else step.places
         mask = AttentionMask(count, count, True, segments, segments, index, index, key_positions, key_positions)
-        places = None
+        places = inner_places = None
         if training and self._has_dropout:
             noise = noise or Noise.drawn(len(inputs), inputs.device)
-            places = placement.outside_blocks(placement.token_positions(count, inputs.device)[None])
+            inner_places = placement.token_positions(count, inputs.device)[None]
+            places = placement.outside_blocks(inner_places)
         else:
             noise = None
         positions = Positions(position_ids, training, placement.longest)
-        return inputs, Context(positions, mask, cache, step, balance, noise, places)
+        return inputs, Context(positions, mask, cache, step, balance, noise, places, inner_places)
 
     def _with_cached(
         self,

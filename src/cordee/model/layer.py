@@ -91,7 +91,9 @@ class Layer(nn.Module):
         return (inner if self.config.residual_from_norm else x) + y
 
     def _feed_forward(self, x: Tensor, context: Context) -> Tensor:
-        return self.mlp(x, context.balance) if isinstance(self.mlp, MoE) else self.mlp(x)
+        if isinstance(self.mlp, MoE):
+            return self.mlp(x, context.balance, drop=context.drop)
+        return self.mlp(x, drop=context.drop)
 
     def _drop(self, context: Context, block: str, x: Tensor) -> Tensor:
-        return context.drop(x, self.dropout, self.index, block)
+        return context.drop_outside(x, self.dropout, self.index, block)

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cordee.model.bound import Binding, require_plain
-from cordee.model.parameter import ParameterSpec, SpecifiedModule
+from cordee.model.low_rank import Adapted, Drop
+from cordee.model.parameter import ParameterSpec
 from cordee.model.placement import Placement, View, unchanged
 from cordee.ops.gemm import fixed_linear, fixed_linear_onto, linear
 
@@ -32,10 +33,9 @@ class LinearPlacement(Placement):
     product: Product = linear
 
 
-class Linear(SpecifiedModule[LinearPlacement]):
+class Linear(Adapted[LinearPlacement]):
     """y = x W^T + b. W keeps its logical dims `[*out_shape, in_size]` and is flattened for the GEMM only."""
 
-    weight: Tensor
     bias: Tensor | None
 
     def __init__(
@@ -53,11 +53,19 @@ class Linear(SpecifiedModule[LinearPlacement]):
         self.declare("weight", ParameterSpec((*out_shape, in_size), (*out_axes, in_axis), std=std), **factory)
         self.declare("bias", ParameterSpec(out_shape, out_axes, decay=False) if bias else None, **factory)
 
-    def forward(self, x: Tensor, before: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """`[..., in_size]` to `[..., product of out_shape]`; with a cheap function `before`, of before(x)."""
+    def forward(
+        self, x: Tensor, before: Callable[[Tensor], Tensor] | None = None, *, drop: Drop | None = None
+    ) -> Tensor:
+        """`[..., in_size]` to `[..., product of out_shape]`; with a cheap function `before`, of before(x).
+
+        `drop` is the dropout of adapters, in training.
+        """
+        if self.adapters is not None and before is not None:
+            x, before = before(x), None
         bias = self.local("bias")
         bias = None if bias is None else bias.flatten()
-        return self.placement.product(x, self.local("weight").flatten(0, -2), bias, before=before)
+        y = self.placement.product(x, self.local("weight").flatten(0, -2), bias, before=before)
+        return self.with_adapters(y, x, linear, drop)
 
     def bind(self, binding: Binding) -> Callable[[Tensor], Tensor]:
         """x `[batch, in_size]` to `[batch, product of out_shape]`."""
@@ -90,10 +98,8 @@ class EmbeddingPlacement(Placement):
     exit: View = unchanged
 
 
-class Embedding(SpecifiedModule[EmbeddingPlacement]):
+class Embedding(Adapted[EmbeddingPlacement]):
     """A table of rows `[num_rows, hidden_size]`, looked up by index."""
-
-    weight: Tensor
 
     def __init__(self, num_rows: int, hidden_size: int, axis: str, std: float, **factory):
         super().__init__(EmbeddingPlacement())
@@ -101,7 +107,11 @@ class Embedding(SpecifiedModule[EmbeddingPlacement]):
 
     def forward(self, index: Tensor) -> Tensor:
         """int64 `[batch, seq]` to `[batch, seq, embed]`."""
-        return self.placement.exit(self.placement.lookup(index, self.local("weight")))
+        y = self.placement.lookup(index, self.local("weight"))
+        for low_rank in self.low_ranks():
+            a, b = low_rank.factors()
+            y = y + low_rank.config.scale * (self.placement.lookup(index, b) @ a)
+        return self.placement.exit(y)
 
     def bind(self) -> Tensor:
         """The table itself."""

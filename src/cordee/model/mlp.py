@@ -9,6 +9,7 @@ from torch import Tensor
 from cordee.model.bound import Binding, BoundMLP, require_known, require_plain
 from cordee.model.config import MLPConfig, ModelConfig
 from cordee.model.linear import Linear, scaled_std
+from cordee.model.low_rank import Drop
 from cordee.model.parameter import SpecifiedModule
 from cordee.model.placement import BlockPlacement
 from cordee.ops.activation import ACTIVATIONS, gated
@@ -29,14 +30,14 @@ class MLP(SpecifiedModule[BlockPlacement]):
         shared["std"] = scaled_std(model.init_std, model.num_layers)
         self.down = Linear((model.hidden_size,), ("embed",), ffn, "ffn", **shared)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, drop: Drop | None = None) -> Tensor:
         """`[batch, seq, embed]` to the same."""
-        return self.placement.call(self._forward, x)
+        return self.placement.call(self._forward, x, drop)
 
-    def _forward(self, x: Tensor) -> Tensor:
+    def _forward(self, x: Tensor, drop: Drop | None) -> Tensor:
         x = self.placement.enter(x)
-        y = self.gate_up(x) if self.config.gated else self.up(x)
-        return self.placement.exit(self.down(y, before=partial(activate, config=self.config)))
+        y = (self.gate_up if self.config.gated else self.up)(x, drop=drop)
+        return self.placement.exit(self.down(y, before=partial(activate, config=self.config), drop=drop))
 
     def bind(self, binding: Binding) -> BoundMLP:
         config = self.config

@@ -16,6 +16,7 @@ from torch import Tensor
 from cordee.model.balance import Balance, Reduce, balanced
 from cordee.model.config import CapacityConfig, MLPConfig, ModelConfig, MoEConfig
 from cordee.model.linear import Linear, scaled_std
+from cordee.model.low_rank import Adapted, Drop
 from cordee.model.mlp import MLP, activate
 from cordee.model.parameter import ParameterSpec, SpecifiedModule
 from cordee.model.placement import BlockPlacement, Placement, unchanged
@@ -25,10 +26,9 @@ from cordee.ops.grouped import grouped_matmul
 RowMap = Callable[[Tensor], Tensor]
 
 
-class StackedLinear(SpecifiedModule[Placement]):
+class StackedLinear(Adapted[Placement]):
     """A linear map for each expert: y = x W_e^T + b_e, with W `[expert, *out_shape, in_size]`."""
 
-    weight: Tensor
     bias: Tensor | None
 
     def __init__(
@@ -51,6 +51,7 @@ class StackedLinear(SpecifiedModule[Placement]):
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
         """`[rows, in_size]`, counts[0] of them for the first expert and so on, to `[rows, product of out_shape]`."""
         y = grouped_matmul(rows, self.local("weight").flatten(1, -2), counts)
+        y = self.with_adapters(y, rows, partial(grouped_matmul, counts=counts))
         bias = self.local("bias")
         if bias is None:
             return y
@@ -58,10 +59,13 @@ class StackedLinear(SpecifiedModule[Placement]):
 
     def unbind(self) -> list[RowMap]:
         """The map of each expert by itself."""
-        weights = self.local("weight").flatten(1, -2).unbind()
+        return [partial(self._alone, index=index) for index in range(len(self.local("weight")))]
+
+    def _alone(self, rows: Tensor, index: int) -> Tensor:
         bias = self.local("bias")
-        biases = [None] * len(weights) if bias is None else bias.flatten(1).unbind()
-        return [partial(F.linear, weight=weight, bias=bias) for weight, bias in zip(weights, biases, strict=True)]
+        weight = self.local("weight")[index].flatten(0, -2)
+        y = F.linear(rows, weight, None if bias is None else bias[index].flatten())
+        return self.with_adapters(y, rows, lambda x, matrices: F.linear(x, matrices[index]))
 
     def extra_repr(self) -> str:
         spec = self.specs["weight"]
@@ -230,11 +234,11 @@ class MoE(SpecifiedModule[MoEPlacement]):
                 (1,), ("gate",), model.hidden_size, "embed", bias=False, std=model.init_std, **factory
             )
 
-    def forward(self, x: Tensor, balance: Balance | None = None) -> Tensor:
+    def forward(self, x: Tensor, balance: Balance | None = None, *, drop: Drop | None = None) -> Tensor:
         """`[batch, seq, embed]` to the same. Capacity cuts routes in training only; auxiliary losses need `balance`."""
-        return self.placement.call(self._forward, x, balance)
+        return self.placement.call(self._forward, x, balance, drop)
 
-    def _forward(self, x: Tensor, balance: Balance | None) -> Tensor:
+    def _forward(self, x: Tensor, balance: Balance | None, drop: Drop | None) -> Tensor:
         placement = self.placement
         x = placement.enter(x)
         tokens = x.flatten(0, 1)
@@ -254,10 +258,10 @@ class MoE(SpecifiedModule[MoEPlacement]):
             )
         y = placement.dispatch(tokens, routing, self.experts).view_as(x)
         if self.shared is not None:
-            y = y + self._shared(x)
+            y = y + self._shared(x, drop)
         return placement.exit(y)
 
-    def _shared(self, x: Tensor) -> Tensor:
+    def _shared(self, x: Tensor, drop: Drop | None) -> Tensor:
         assert self.shared is not None
-        y = self.shared(x)
-        return y if self.shared_gate is None else self.shared_gate(x).sigmoid() * y
+        y = self.shared(x, drop=drop)
+        return y if self.shared_gate is None else self.shared_gate(x, drop=drop).sigmoid() * y

@@ -1,13 +1,14 @@
 """Parameters that say what their dims mean.
 
-Owns the description every parameter carries: global shape, logical axes, initial distribution, weight decay.
+Owns the description every parameter carries: global shape, logical axes, origin, initial distribution, weight decay.
 Tensor, expert and ZeRO sharding, initial values, optimizer groups and checkpoints read it; it knows none of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from cordee.model.placement import Placement
 
 P = TypeVar("P", bound=Placement)
+Origin = Literal["base", "adapter", "head"]
+ORIGINS: tuple[Origin, ...] = get_args(Origin)
 
 
 @dataclass(frozen=True)
@@ -24,9 +27,11 @@ class ParameterSpec:
     """What a parameter is, whatever shard of it this process holds.
 
     `axes` names each dim of the global `shape`: "vocab", "embed", "position", "kv_group", "slot" (the q heads of a
-    group, then k, then v), "head_dim", "heads", "branch" (gate, up), "ffn", "latent", "expert", "choice" (what a router
-    scores), "gate". Initial values are normal with `std` where it is positive, else the constant `fill`. What is not
-    `trained` gets no gradient.
+    group, then k, then v; "q_slot", "kv_slot": some of these), "head_dim", "heads", "branch" (gate, up), "ffn",
+    "latent", "expert", "choice" (what a router scores), "gate", "rank" (of an adapter), "virtual" (tokens of a prefix).
+    Initial values are normal with `std` where it is positive, or `uniform` of that spread, else the constant `fill`.
+    What is not `trained` gets no gradient. `origin`: "base" weights are what a checkpoint of the model holds,
+    "adapter" parameters are added to it, and a further "head" replaces what scores tokens.
     """
 
     shape: tuple[int, ...]
@@ -35,6 +40,8 @@ class ParameterSpec:
     fill: float = 0.0
     decay: bool = True
     trained: bool = True
+    uniform: bool = False
+    origin: Origin = "base"
 
     def __post_init__(self) -> None:
         assert len(self.shape) == len(self.axes), f"{self.axes} does not name the dims of {self.shape}"
@@ -81,6 +88,21 @@ def parameter_specs(module: nn.Module) -> dict[str, ParameterSpec]:
                     found[full] = spec
     assert found.keys() == names, f"undeclared parameters: {sorted(names - found.keys())}"
     return found
+
+
+def of_origins(module: nn.Module, origins: Collection[Origin]) -> dict[str, nn.Parameter]:
+    """The parameters of these origins by canonical name, in order."""
+    parameters = dict(module.named_parameters())
+    if set(ORIGINS) <= set(origins):
+        return parameters
+    specs = parameter_specs(module)
+    return {name: parameter for name, parameter in parameters.items() if specs[name].origin in origins}
+
+
+def train_only(module: nn.Module, origins: Collection[Origin]) -> None:
+    """Freeze what is of other origins. Before a layout is put on: how parameters are grouped depends on it."""
+    for name in dict(module.named_parameters()).keys() - of_origins(module, origins).keys():
+        module.get_parameter(name).requires_grad_(False)
 
 
 def local_shard(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:

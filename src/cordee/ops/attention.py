@@ -107,6 +107,23 @@ def _dropped(
     return partial(scores.dropout.of_weights, queries=queries[rows], keys=keys[columns])
 
 
+def behind_prefix(core: AttentionCore, prefix: Tensor | None) -> AttentionCore:
+    """`core`, with learned keys and values before those it is given; None: there are none.
+
+    `prefix` is `[kv_heads, 2, tokens, head_dim]`, keys and then values, or `[kv_heads, 1, ...]` where both are one.
+    """
+    if prefix is None:
+        return core
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scores: Scores) -> Tensor:
+        before = prefix.expand(len(k), *prefix.shape)
+        keys = torch.cat((before[:, :, 0], k), 2)
+        values = keys if v is k else torch.cat((before[:, :, -1], v), 2)
+        return core(q, keys, values, mask.behind(prefix.shape[2]), scores)
+
+    return attend
+
+
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scores: Scores) -> Tensor:
     """torch's fused attention; a dense mask is made only where order and causality do not say it all.
 
@@ -212,7 +229,7 @@ def blockwise_attention(
 def _visible_keys(mask: AttentionMask, window: int | None, start: int, stop: int) -> slice:
     """The keys that any of the queries [start, stop) may see, as far as order and window tell."""
     if not (mask.in_order and mask.causal):
-        return slice(0, mask.num_keys)
+        return _ALL
     before = mask.num_keys - mask.num_queries
     first = 0 if window is None else max(0, before + start - window + 1)
     return slice(first, before + stop)

@@ -26,9 +26,9 @@ class Dropout:
     keys: Tensor
     first_head: int = 0
 
-    def of_tokens(self, x: Tensor, places: Tensor) -> Tensor:
-        """x `[batch, seq, channels]`, of the tokens at `places`, int64 `[1 or batch, seq]`."""
-        channels = torch.arange(x.shape[-1], dtype=torch.int32, device=x.device)
+    def of_tokens(self, x: Tensor, places: Tensor, first: int = 0) -> Tensor:
+        """x `[batch, seq, channels]`, from channel `first` on, of the tokens at `places`, int64 `[1 or batch, seq]`."""
+        channels = torch.arange(first, first + x.shape[-1], dtype=torch.int32, device=x.device)
         counter = (_mixed(places.to(torch.int32))[..., None] + channels).expand(x.shape)
         return self._dropped(x, counter, self.keys[:, None, None])
 

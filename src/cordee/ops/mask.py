@@ -6,9 +6,10 @@ nothing of heads or layers: a window or chunk belongs to the layer, which passes
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -21,6 +22,8 @@ class AttentionMask:
     places]`; None is one segment. Positions are int64 `[1 or batch, places]`; None: the positions are the places.
 
     `window` w hides keys w or more places back; `chunk` c hides keys whose position lies in other c positions.
+
+    `num_prefix` virtual keys come before the `num_keys`; every query sees them, at no distance.
     """
 
     num_queries: int
@@ -32,22 +35,31 @@ class AttentionMask:
     key_index: Tensor | None = None
     query_positions: Tensor | None = None
     key_positions: Tensor | None = None
-    _rendered: dict[tuple, Tensor] = field(default_factory=dict, repr=False)
+    num_prefix: int = 0
+    _rendered: dict[tuple, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _behind: dict[int, AttentionMask] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def in_order(self) -> bool:
         """Whether places follow one another."""
-        return self.query_index is None
+        return self.query_index is None and not self.num_prefix
+
+    def behind(self, num_prefix: int) -> AttentionMask:
+        """As this one, with so many virtual keys before the others; made once."""
+        if num_prefix not in self._behind:
+            self._behind[num_prefix] = replace(self, num_prefix=num_prefix)
+        return self._behind[num_prefix]
 
     def is_plain(self, window: int | None = None, chunk: int | None = None) -> bool:
         """Whether order alone decides: places in sequence, no segments, window and chunk reach every key."""
         return self.in_order and self.query_segments is None and self._reach(window, chunk) == (None, None)
 
     def dense(self, device: torch.device, window: int | None = None, chunk: int | None = None) -> Tensor:
-        """Bool mask, True where visible: `[1 or batch, 1, num_queries, num_keys]`. Made once for each reach."""
+        """Bool mask, True where visible: `[1 or batch, 1, num_queries, num_prefix + num_keys]`; made once a reach."""
         key = reach = self._reach(window, chunk)
         if key not in self._rendered:
-            self._rendered[key] = self._visible(device, *reach)
+            visible = self._visible(device, *reach)
+            self._rendered[key] = F.pad(visible, (self.num_prefix, 0), value=True) if self.num_prefix else visible
         return self._rendered[key]
 
     def bias(
@@ -58,13 +70,13 @@ class AttentionMask:
         window: int | None = None,
         chunk: int | None = None,
     ) -> Tensor:
-        """What is added to scores `[1 or batch, heads, num_queries, num_keys]`: -slope * distance, or -inf if hidden.
+        """What is added to scores, of the shape of `dense` for every head: -slope * distance, or -inf if hidden.
 
         One slope a head. Made once for each reach.
         """
         key = (slopes, dtype, *self._reach(window, chunk))
         if key not in self._rendered:
-            distance = self._distance(device).float()[:, None]
+            distance = F.pad(self._distance(device).float(), (self.num_prefix, 0))[:, None]
             falling = distance * -torch.tensor(slopes, device=device)[:, None, None]
             hidden = ~self.dense(device, window, chunk)
             self._rendered[key] = falling.to(dtype).masked_fill(hidden, float("-inf"))
@@ -79,7 +91,18 @@ class AttentionMask:
         return window, chunk
 
     def places(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Places of queries `[num_queries]` and of keys `[num_keys]`, or those of every row."""
+        """Places of queries `[num_queries]` and of keys `[num_prefix + num_keys]`, or those of every row.
+
+        Those of the prefix are negative.
+        """
+        query, key = self._places(device)
+        if self.num_prefix:
+            prefix = torch.arange(-self.num_prefix, 0, device=device)
+            key = torch.cat((prefix.expand(*key.shape[:-1], -1), key), -1)
+        return query, key
+
+    def _places(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Without the prefix."""
         key = torch.arange(self.num_keys, device=device) if self.key_index is None else self.key_index
         query = key[self.num_keys - self.num_queries :] if self.query_index is None else self.query_index
         return query, key
@@ -102,7 +125,7 @@ class AttentionMask:
 
     def _distance(self, device: torch.device) -> Tensor:
         """How far back from each query each key is, `[1 or batch, num_queries, num_keys]`."""
-        query, key = self.places(device)
+        query, key = self._places(device)
         return (query[..., :, None] - key[..., None, :]).view(-1, self.num_queries, self.num_keys)
 
     def _visible(self, device: torch.device, window: int | None, chunk: int | None) -> Tensor:
@@ -111,7 +134,7 @@ class AttentionMask:
         if window is not None:
             visible = visible & (distance < window)
         if chunk is not None:
-            query, key = self.places(device)
+            query, key = self._places(device)
             if self.key_positions is not None:
                 assert self.query_positions is not None
                 query, key = self.query_positions, self.key_positions

@@ -47,7 +47,8 @@ def build_optimizer(
 
 
 def parameter_groups(parameters: Iterable[tuple[str, Tensor]], specs: Mapping[str, Described]) -> Groups:
-    """One group with weight decay and one without for each mesh that parameters lie on; an empty group is left out.
+    """One group with weight decay and one without for each mesh that parameters lie on; an empty group is left out,
+    unless nothing is trained on this rank: torch's optimizers want a group.
 
     torch's operators on lists of tensors take one mesh at a time.
     """
@@ -57,7 +58,8 @@ def parameter_groups(parameters: Iterable[tuple[str, Tensor]], specs: Mapping[st
             mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
             groups[specs[name].decay, mesh].append(parameter)
     decaying_first = sorted(groups.items(), key=lambda item: not item[0][0])
-    return [{"params": members, "decays": decay} for (decay, _), members in decaying_first]
+    found = [{"params": members, "decays": decay} for (decay, _), members in decaying_first]
+    return found or [{"params": [], "decays": False}]
 
 
 def set_rates(optimizer: Optimizer, learning_rate: float, weight_decay: float) -> None:

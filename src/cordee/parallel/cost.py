@@ -16,12 +16,13 @@ _MASTER = 4  # bytes of a float32, in which parameters, their gradients and opti
 @dataclass(frozen=True, kw_only=True)
 class Share:
     """Parameters that one rank computes with, its part of tensor- and expert-parallel ones: in all, those of `experts`
-    that expert-parallel ranks share out, and those `outside` of layers (embeddings, head, last norm).
+    that expert-parallel ranks share out, those `outside` of layers (embeddings, head, last norm), and those `frozen`.
     """
 
     parameters: int
     experts: int = 0
     outside: int = 0
+    frozen: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,16 +50,16 @@ def cost(config: TrainConfig, degrees: Degrees, share: Share, *, wrapped: bool, 
     by one, only the copy of what is outside of layers is counted. Gradients are whole while they are summed over
     micro-batches at stages below 2, else at most one layer's are whole at a time, which is not counted.
     """
-    kept = _MASTER * _shard(degrees, share)
-    state = kept * _slots(config)
+    kept, trained = _MASTER * _shard(degrees, share), 1 - share.frozen / share.parameters
+    state = kept * _slots(config) * trained
     if not wrapped:
-        return Bytes(weights=_MASTER, gradients=_MASTER, optimizer=_MASTER * _slots(config))
+        return Bytes(weights=_MASTER, gradients=_MASTER * trained, optimizer=_MASTER * _slots(config) * trained)
     compute = 2 if config.bf16 or config.fp16 else 4
     gathered = compute * (share.outside / share.parameters if config.zero_stage == 3 else 1.0)
     whole = 0
     if accumulates and config.zero_stage < 2:
         whole = _MASTER if config.accumulate_allreduce_grads_in_fp32 else compute
-    return Bytes(weights=kept + gathered, gradients=max(kept, whole), optimizer=state)
+    return Bytes(weights=kept + gathered, gradients=max(kept, whole) * trained, optimizer=state)
 
 
 def _shard(degrees: Degrees, share: Share) -> float:

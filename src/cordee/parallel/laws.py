@@ -36,7 +36,7 @@ class Run:
 
 def check(run: Run) -> Problems:
     """What keeps the degrees of a run from fitting its model."""
-    for law in (tensor, context, expert):
+    for law in (tensor, overlap, context, expert):
         yield from law(run)
 
 
@@ -79,11 +79,23 @@ def sharded(model: ModelConfig, size: int) -> Problems:
             yield from divides(TENSOR, size, groups, "key heads, which the norm over all keys needs sharded,", *HEADS)
 
 
+def overlap(run: Run) -> Problems:
+    """GEMMs that are cut into parts, overlapped with their collectives, have no low-rank adapters beside them."""
+    adapted = run.model.adapted() if run.model is not None and run.options.tp_comm_overlap else ()
+    if names := dict.fromkeys(name for path, name, _ in adapted if path.startswith("layers.")):
+        why = f"low-rank adapters (low_rank: {', '.join(names)}) need the whole input or output of a block"
+        fix = "leave it out, or train without adapters"
+        yield Problem("--tp-comm-overlap", True, why, fix, "excludes", ("low_rank",))
+
+
 def context(run: Run) -> Problems:
     """Context-parallel ranks shard the tokens of each sequence; Ulysses shards heads, a ring is of equal parts."""
     size, options = run.options.context_parallel_size, run.options
     if size == 1:
         return
+    if run.model is not None and (prefix := run.model.num_prefix_tokens):
+        why = f"every rank would attend to the prefix of {prefix} tokens (num_prefix_tokens) by itself"
+        yield Problem(CONTEXT, size, why, "leave it out, or train without a prefix", "excludes", ("num_prefix_tokens",))
     algorithm, degree = options.context_parallel_algo, options.ulysses_degree_in_cp
     if algorithm != "hybrid_cp_algo":
         needed = "--context-parallel-algo hybrid_cp_algo"

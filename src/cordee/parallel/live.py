@@ -29,7 +29,7 @@ def refill(model: GPTModel, source: LiveSource) -> None:
     Makes no parameters: those of `model` keep their memory, type and device. ProblemError, on all ranks, if the two
     are not of one shape.
     """
-    collectives.raise_together(mismatches(model, source), source.layout.control)
+    collectives.raise_together(mismatches(dict(model.named_parameters()), source), source.layout.control)
     load_into(model, source)
 
 

@@ -85,13 +85,14 @@ def _distributed(parameter: nn.Parameter, mesh: DeviceMesh, lying: list[Placemen
 def count(model: nn.Module, layers: Iterable[nn.Module]) -> Share:
     """How many parameters this rank computes with; `layers` are those of `model`."""
     inside = {parameter for layer in layers for parameter in layer.parameters()}
-    total = experts = outside = 0
+    total = experts = outside = frozen = 0
     for parameter in model.parameters():
         size = _own_size(parameter)
         total += size
         experts += size if _is_along("ep", parameter) else 0
         outside += size if parameter not in inside else 0
-    return Share(parameters=total, experts=experts, outside=outside)
+        frozen += size if not parameter.requires_grad else 0
+    return Share(parameters=total, experts=experts, outside=outside, frozen=frozen)
 
 
 def kept(model: nn.Module) -> int:

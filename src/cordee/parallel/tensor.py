@@ -26,7 +26,7 @@ from cordee.model.attention import Attention
 from cordee.model.gpt import GPTModel
 from cordee.model.linear import Linear
 from cordee.model.moe import MoE, StackedLinear
-from cordee.model.parameter import SpecifiedModule
+from cordee.model.parameter import ParameterSpec, SpecifiedModule
 from cordee.model.placement import Placement, View, after, before
 from cordee.model.shards import ALONG, part_of
 from cordee.parallel import differentiable, sharding
@@ -70,6 +70,8 @@ def _blocks(model: GPTModel) -> Iterator[nn.Module]:
         yield layer.mlp
     if model.has_head:
         yield model.head
+    if model.has_embedding:
+        yield model.embedding  # which every rank looks up its own rows for
 
 
 def _set_borders(model: GPTModel, axis: _Axis, sequence: bool) -> None:
@@ -124,7 +126,7 @@ def _set_views(module: SpecifiedModule, axis: _Axis, summed: bool) -> None:
             view, repeated = f"views.{name}", sharding.repeated(summed)
             module.placement.replace(view, NAME, repeated, instead_of=sharding.NAME, compiles=True)
             if spec.axes[0] == "kv_group":
-                module.placement.wrap(view, NAME, after(_group_slots(spec.shape, axis)), compiles=True)
+                module.placement.wrap(view, NAME, after(_group_slots(spec, axis)), compiles=True)
     if module.specs.get("bias") is not None and _adds_parts(module):
         first = 1.0 if axis.rank == 0 else 0.0  # the sum over ranks has the bias once
         module.placement.wrap("views.bias", NAME, after(lambda bias: bias * first), compiles=True)
@@ -135,19 +137,19 @@ def _adds_parts(module: SpecifiedModule) -> bool:
     return isinstance(module, Linear | StackedLinear) and ALONG.get(module.specs["weight"].axes[-1]) == "tp"
 
 
-def _group_slots(shape: tuple[int, ...], axis: _Axis) -> View:
+def _group_slots(spec: ParameterSpec, axis: _Axis) -> View:
     """Of `[kv_group, slot, ...]`, fewer groups than ranks: one group, some of its query heads, its key and value.
 
-    Every rank keeps all groups, and computes only these.
+    Every rank keeps all groups, and computes only these. Adapters and prefixes may have some of the slots only.
     """
-    groups, slots = shape[:2]
+    groups, slots = spec.shape[:2]
     ranks_per_group = axis.size // groups
-    own = (slots - 2) // ranks_per_group
+    own = (slots - {"slot": 2, "q_slot": 0, "kv_slot": slots}[spec.axes[1]]) // ranks_per_group  # query heads
     group, place = divmod(axis.rank, ranks_per_group)
 
     def cut(whole: Tensor) -> Tensor:
         mine = whole[group : group + 1]
-        return torch.cat((mine[:, place * own : (place + 1) * own], mine[:, -2:]), 1)
+        return torch.cat((mine[:, place * own : (place + 1) * own], mine[:, own * ranks_per_group :]), 1)
 
     return cut
 

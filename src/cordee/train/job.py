@@ -259,8 +259,9 @@ def _fill(plan: RunPlan, model: GPTModel, optimizer: torch.optim.Optimizer, layo
         takes_state = origin.checkpoint.resume and plan.config.load_optim
         restore(origin.checkpoint.path, model, optimizer if takes_state else None, group=layout.background)
     elif (source := origin.source) is not None:
-        report = together(lambda: load_into(model, source), layout.control)
+        report = together(lambda: load_into(model, source, origins={"base"}), layout.control)
         logger.info("%s: %s", origin.weights, report)
+        initialise(model, plan.config.seed, {"adapter", "head"})
     else:
         initialise(model, plan.config.seed)
 

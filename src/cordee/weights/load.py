@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from cordee.errors import Problem, raise_all
-from cordee.model.parameter import local_shard
+from cordee.model.parameter import ORIGINS, Origin, local_shard, of_origins
 from cordee.weights.codec import Sink, Source
 
 logger = logging.getLogger("cordee")
@@ -34,16 +35,18 @@ class LoadReport:
 
 
 @torch.no_grad()
-def load_into(model: nn.Module, source: Source, dtype: torch.dtype | None = None) -> LoadReport:
-    """Fill every parameter of `model` from `source`, converting to the parameter's type.
+def load_into(
+    model: nn.Module, source: Source, dtype: torch.dtype | None = None, origins: Collection[Origin] = ORIGINS
+) -> LoadReport:
+    """Fill every parameter of `model` of these origins from `source`, converting to the parameter's type.
 
     Parameters on the meta device get memory first: on the device of their mesh, else on the CPU, and of type `dtype`
     if that is given. A model that holds a span of the layers takes only those. ProblemError, before anything is
     loaded, if a parameter is not in the source or has another shape there.
     """
     materialise(model, dtype)
-    raise_all(mismatches(model, source))
-    parameters = dict(model.named_parameters())
+    parameters = of_origins(model, origins)
+    raise_all(mismatches(parameters, source))
     for name in source.names():
         local, offset = local_shard(parameters[name].detach()) if name in parameters else (None, ())
         if local is None or not local.numel():
@@ -55,11 +58,11 @@ def load_into(model: nn.Module, source: Source, dtype: torch.dtype | None = None
     return LoadReport(len(parameters), elements, source.notes)
 
 
-def mismatches(model: nn.Module, source: Source) -> list[Problem]:
-    """The parameters of `model` that `source` lacks, or has in another shape."""
+def mismatches(parameters: Mapping[str, Tensor], source: Source) -> list[Problem]:
+    """The parameters of a model that `source` lacks, or has in another shape."""
     problems = []
     available = set(source.names())
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters.items():
         if name not in available:
             fix = "load a checkpoint of the same model"
             problems.append(Problem(name, None, "the model has this parameter, the checkpoint does not", fix))
@@ -86,9 +89,10 @@ def materialise(model: nn.Module, dtype: torch.dtype | None = None, device: torc
 
 
 @torch.no_grad()
-def save_from(model: nn.Module, sink: Sink | None) -> None:
-    """Put every parameter of `model` into `sink`. With sharded parameters all processes call it, one with a sink."""
-    for name, parameter in model.named_parameters():
+def save_from(model: nn.Module, sink: Sink | None, origins: Collection[Origin] = ORIGINS) -> None:
+    """Put every parameter of `model` of these origins into `sink`. With sharded parameters all processes call it, one
+    with a sink."""
+    for name, parameter in of_origins(model, origins).items():
         tensor = full_tensor(parameter.detach())
         if sink is not None:
             sink.put(name, tensor)

@@ -119,4 +119,5 @@ class Stage:
     def _parameters(self) -> list[nn.Parameter]:
         """As the forward has used them, those of the head left out."""
         own = [*self._model.final_norm.parameters()] if self.span.head else []
-        return own + [p for index in self.span.layers for p in self._model.layers[str(index)].parameters()]
+        own += [p for index in self.span.layers for p in self._model.layers[str(index)].parameters()]
+        return [parameter for parameter in own if parameter.requires_grad]
