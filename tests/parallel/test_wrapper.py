@@ -111,7 +111,7 @@ def through_a_pipeline(rank: int, world_size: int, given: dict[str, Any], recomp
     model, *built = pipelines.build(world_size, pipelines.shape(), given, chosen)
     executor = built[-1]
     batches = pipelines.micro_batches(0, built[0], built[1], pipelines.LENGTH)
-    weights = [batch.weight() for batch in batches]
+    weights = [batch.num_trained for batch in batches]
     executor.train(Work(batches=batches, weights=weights, weight=pipelines.weight_of(batches, built[0]), scale=1.0))
     grads = {name: pipelines.full(p.grad) for name, p in model.named_parameters()}
     return grads, calls, len(model.own_layers()) * len(batches)
