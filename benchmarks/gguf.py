@@ -86,7 +86,7 @@ def _prompt(vocab_size: int) -> list[int]:
 
 
 def _load(model: str) -> Any:
-    from cordee.convert import formats
+    from cordee.checkpoint import formats
     from cordee.generate.loading import load_model
 
     return load_model(formats.read(model), "float32", "cpu")

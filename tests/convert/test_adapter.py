@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cordee.convert import formats
+from cordee.checkpoint import formats
 from cordee.errors import ProblemError
 from cordee.families.registry import spec_from_hf
 from tests.convert.test_megatron import ASCEND, CORE, LEGACY, PP, TP, VPP, convert, load, problems_of

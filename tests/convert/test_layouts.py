@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cordee.convert import formats
+from cordee.checkpoint import formats
 from cordee.errors import ProblemError
 from cordee.families.registry import families, spec_from_hf
 from cordee.model.config import AttentionConfig, ModelConfig, MoEConfig

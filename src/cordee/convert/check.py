@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cordee.checkpoint.formats import Format
 from cordee.checkpoint.storage import is_url
 from cordee.config import laws
 from cordee.config.option import to_flag
 from cordee.config.schema import ConvertConfig
-from cordee.convert.formats import Format
 from cordee.errors import Problem, Problems, requires
 from cordee.families.reader import nearest
 from cordee.model.config import AttentionConfig, LayerConfig

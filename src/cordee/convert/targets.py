@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
+from cordee.checkpoint.dcp_sink import DistributedSink, planned_files
 from cordee.config.option import to_flag
 from cordee.config.schema import ConvertConfig
 from cordee.config.values import whole_numbers
 from cordee.convert.check import target_type
-from cordee.convert.distributed_sink import DistributedSink, planned_files
 from cordee.errors import Problem, ProblemError, Problems, raise_all, requires
 from cordee.weights import ascendspeed, hf, megatron_core, megatron_legacy, mindformers
 from cordee.weights.codec import PlannedFile, Sink, Source

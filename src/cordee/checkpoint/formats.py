@@ -64,9 +64,9 @@ def _is_checkpoint(path: Place) -> bool:
 
 
 def _read_distributed(path: Path, reading: Reading | None) -> Source:
-    from cordee.convert import distributed
+    from cordee.checkpoint import dcp
 
-    return distributed.read(path)
+    return dcp.read(path)
 
 
 def _is_distributed(path: Path) -> bool:
