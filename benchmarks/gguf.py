@@ -19,7 +19,7 @@ from cordee.bench.generate import CORDEE, NEW_TOKENS, PROMPT_TOKENS, STEPS
 from cordee.bench.llama import save
 from cordee.bench.report import Report
 from cordee.config.schema import BenchOptions
-from cordee.weights.gguf.place import FILE
+from cordee.weights.gguf.codec import FILE
 
 PEERS = ("gguf", "llama_cpp")
 PEER = "llama.cpp"

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from cordee.tensors.views import Index, Leaf, Op, View, normalise
+from cordee.tensors.views import Index, Leaf, Op, View
 from cordee.weights.codec import Source
 
 Change = Callable[[View, torch.dtype], View]  # what an adapter makes of a tensor of the checkpoint, in that type
@@ -88,9 +88,6 @@ class Merged(Source):
 
     def dtype(self, name: str) -> torch.dtype:
         return self._base.dtype(name)
-
-    def tensor(self, name: str, index: Sequence[slice] | None = None) -> Tensor:
-        return self.view(name).read(normalise(index, self.shape(name)))
 
     def view(self, name: str) -> View:
         base, changes = self._base.view(name), self._adapter.changes(name)

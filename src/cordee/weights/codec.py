@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cordee.families.registry import ModelSpec
-from cordee.tensors.views import Index, Leaf, Shape, View, whole
+from cordee.tensors.views import Index, Leaf, Shape, View, normalise, whole
 from cordee.weights.regions import COPIED
 
 SLICE = COPIED  # bytes that are moved at a time: small enough for caches, large enough for disks
@@ -83,19 +83,19 @@ class Source(ABC):
         """Type in which a parameter is stored."""
 
     @abstractmethod
+    def view(self, name: str) -> View:
+        """A parameter, to be read by slices onto the CPU."""
+
     def tensor(self, name: str, index: Sequence[slice] | None = None) -> Tensor:
         """A parameter on the CPU, or the part of it that `index` (slices of step 1) cuts out.
 
         The result may share memory with the file behind it and must not be written to.
         """
-
-    def view(self, name: str) -> View:
-        """A parameter, to be read by slices."""
-        return Leaf(self.shape(name), lambda index: self.tensor(name, index))
+        return self.view(name).read(normalise(index, self.shape(name)))
 
     def copy_into(self, out: Tensor, name: str, index: Sequence[slice] | None = None) -> None:
         """Copy a parameter, or the part at `index`, into `out` of the same shape, converting its type."""
-        out.copy_(self.tensor(name, index))
+        self.view(name).read_into(out, normalise(index, self.shape(name)))
 
     def skip(self, name: str) -> None:  # noqa: B027 - nothing is to be done where each process reads for itself
         """Read nothing of a parameter. Whoever reads walks all names in order and skips those that it does not need:

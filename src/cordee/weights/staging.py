@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -48,13 +48,12 @@ class Staging:
             why = f"output is made in {self.scratch} until it is complete, and something else is there"
             raise ProblemError([Problem("output directory", self.path, why, "move that away, or give another")])
         try:
-            self._lock = lock.acquire(mark)
-            self._remove_what_was_left()
+            with self.writing():
+                self._lock = lock.acquire(mark)
+                self._remove_what_was_left()
         except lock.HeldError as who:
             why, fix = f"another process is writing it: {who}", "wait for that one, or give another"
             raise ProblemError([Problem("output directory", self.path, why, fix)]) from None
-        except OSError as error:
-            raise self.problem(error) from error
         try:
             check_output(self.path, overwrite=overwrite)  # another process may have completed it meanwhile
         except ProblemError:
@@ -111,10 +110,14 @@ class Staging:
         with suppress(OSError):  # it is gone, or the next process has it by now
             self.scratch.rmdir()
 
-    def problem(self, error: Exception) -> ProblemError:
-        """What to tell when a file cannot be written."""
-        why = f"it cannot be written: {error}"
-        return ProblemError([Problem("output directory", self.path, why, "make room or allow it, or give another")])
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """ProblemError for files that cannot be written."""
+        try:
+            yield
+        except OSError as error:
+            why, fix = f"it cannot be written: {error}", "make room or allow it, or give another"
+            raise ProblemError([Problem("output directory", self.path, why, fix)]) from error
 
 
 def _is_ours(scratch: Path) -> bool:

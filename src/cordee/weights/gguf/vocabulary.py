@@ -137,7 +137,7 @@ def describe(directory: Path | None, rows: int) -> dict[str, Any]:
     return values | _roles(tokenizer, special, words) | _template(directory)
 
 
-def mismatch(directory: Path, written: Path) -> str | None:
+def compare_tokenizers(directory: Path, written: Path) -> str | None:
     """The added tokens of a directory for which the tokenizer in `written`, made from what a file says, gives other ids
     than its own, in words; None if there are none.
 

@@ -7,7 +7,7 @@ that are not the model's. Degrees of parallelism, dialect and, where it can be, 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor
 from cordee.errors import Problem, ProblemError, raise_all
 from cordee.families.registry import ModelSpec, spec_from_directory
 from cordee.model.config import MoEConfig
-from cordee.tensors.views import Index, Leaf, Shape, View, normalise, whole
+from cordee.tensors.views import Index, Leaf, Shape, View, whole
 from cordee.weights import ascendspeed, megatron_core, megatron_legacy
 from cordee.weights.codec import Source, is_of_weights
 from cordee.weights.megatron import pipe
@@ -90,12 +90,6 @@ class MegatronSource(Source):
     def dtype(self, name: str) -> torch.dtype:
         slots = (copies[0] for copies in self.placements[name].slots)
         return reduce(torch.promote_types, (self._region(slot).dtype for slot in slots))
-
-    def tensor(self, name: str, index: Sequence[slice] | None = None) -> Tensor:
-        return self.view(name).read(normalise(index, self.shape(name)))
-
-    def copy_into(self, out: Tensor, name: str, index: Sequence[slice] | None = None) -> None:
-        self.view(name).read_into(out, normalise(index, self.shape(name)))
 
     def view(self, name: str) -> View:
         """ProblemError if ranks hold different values of what they should hold alike, as far as it is small."""
