@@ -8,6 +8,7 @@ tensor, whatever the model.
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,7 +41,7 @@ def run(options: ConvertConfig) -> int:
         logger.warning("%s", ignored)
     source, prepared, output = _prepare(options)
     if options.dry_run:
-        _tell(source, prepared, output, options)
+        _show(source, prepared, output, options)
         return 0
     with prepared.open() as sink:
         copy(source, sink)
@@ -171,8 +172,8 @@ def _count_tokens(file: str | None) -> int | None:
         ) from error
 
 
-def _tell(source: Source, prepared: Prepared, output: Path, options: ConvertConfig) -> None:
-    """Print what would be written."""
+def _show(source: Source, prepared: Prepared, output: Path, options: ConvertConfig) -> None:
+    """Print which files would be written, and the memory that takes."""
     from rich.console import Console
     from rich.table import Table
 
@@ -197,16 +198,9 @@ def copy(source: Source, sink: Sink) -> None:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    sizes = {name: _nbytes(source, name) for name in source.names()}
+    sizes = {name: math.prod(source.shape(name)) * source.dtype(name).itemsize for name in source.names()}
     with Progress(*columns, TimeRemainingColumn()) as progress:
         task = progress.add_task("converting", total=sum(sizes.values()))
         for name, size in sizes.items():
             sink.take(name, source.view(name))
             progress.advance(task, size)
-
-
-def _nbytes(source: Source, name: str) -> int:
-    elements = 1
-    for size in source.shape(name):
-        elements *= size
-    return elements * source.dtype(name).itemsize

@@ -7,7 +7,7 @@ canonical parameter of such tensors brings it to its slices of ours. The files t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from cordee.errors import Problem, Problems
 from cordee.tensors.views import Index, Leaf, Op, View
 from cordee.weights.codec import Source
 
@@ -29,6 +30,13 @@ class Given:
     r: int | None = None
     alpha: float | None = None
     modules: tuple[str, ...] | None = None
+
+    def check_modules(self, weights: Iterable[str]) -> Problems:
+        """Whether an adapter of these `weights` is of the `modules`."""
+        found = {name.split(".")[-2] for name in weights}
+        if self.modules is not None and set(self.modules) != found:
+            why = f"the adapter is of {', '.join(sorted(found))}"
+            yield Problem("--lora-target-modules", " ".join(self.modules), why, "leave it out", "stated", limit=found)
 
 
 def is_factor(value: object) -> bool:

@@ -182,7 +182,7 @@ class PeftAdapter:
         )
         self._changes: dict[str, Change] = {}
         unknown = self._sort()
-        raise_all([*self._check_names(unknown), *self._check_modules(given.modules)])
+        raise_all([*self._check_names(unknown), *given.check_modules(self._factors)])
         raise_all([*self._check_shapes(), *self._check_types(), *self._check_tied()])
         self._changes = {name: self._low_rank(name) for name in self._factors}
         self._changes |= {name: self._replacement(name) for name in self._whole}
@@ -233,12 +233,6 @@ class PeftAdapter:
                 yield Problem(str(self._file.path), None, why, COPY_AGAIN)
         if not self._factors and not self._whole and not unknown:
             yield Problem(str(self._file.path), None, "there is nothing in it", COPY_AGAIN)
-
-    def _check_modules(self, given: tuple[str, ...] | None) -> Iterator[Problem]:
-        found = {foreign.split(".")[-2] for foreign in self._factors}
-        if given is not None and set(given) != found:
-            why = f"the adapter is of {', '.join(sorted(found))}"
-            yield Problem("--lora-target-modules", " ".join(given), why, "leave it out")
 
     def _check_shapes(self) -> Iterator[Problem]:
         fix = "take the adapter of this model"

@@ -139,11 +139,10 @@ def by_rank(folder: Path, files: dict[tuple[int, ...], RankFile]) -> dict[Rank, 
             why = f"several files are of tensor {rank.tensor} pipeline {rank.pipeline} expert {rank.expert}"
             raise ProblemError([Problem(str(folder), None, why, "leave only those of one checkpoint in it")])
         found[rank] = file
-    sizes = (
-        max(size_of(args, "tensor"), *(1 + rank.tensor for rank in found)),
-        max(size_of(args, "pipeline"), *(1 + rank.pipeline for rank in found)),
-        max(size_of(args, "expert"), *(1 + rank.expert for rank in found)),
-    )
+    sizes = [
+        max(size_of(args, axis), *(1 + getattr(rank, axis) for rank in found))
+        for axis in ("tensor", "pipeline", "expert")
+    ]
     problems = []
     if missing := math.prod(sizes) - len(found):
         absent = (rank for rank in starmap(Rank, product(*map(range, sizes))) if rank not in found)

@@ -63,6 +63,10 @@ class Layout:
         return 1 + max(chunk.pipeline for chunk in self.chunks)
 
     @property
+    def num_layers(self) -> int:
+        return self.last.layers.stop
+
+    @property
     def first(self) -> Chunk:
         return self.chunks[0]
 
@@ -185,10 +189,9 @@ class Wanted:
         elif size is not None and layers % (self.pipeline * size):
             why = f"{layers} layers are not divisible by {self.pipeline} stages x {size}"
             yield Problem(virtual, size, why, f"take a divisor of {layers / self.pipeline:g}", "divides", limit=layers)
-        elif size is None and layers % self.pipeline:
-            why = f"{layers} layers are not divisible by {self.pipeline} stages"
-            fix = "take a divisor, or say with --num-layer-list how many layers each stage holds"
-            yield Problem(PIPELINE, self.pipeline, why, fix, "divides", limit=layers)
+        elif size is None:
+            uneven = "set the number of layers of each stage with --num-layer-list"
+            yield from divides(PIPELINE, self.pipeline, layers, "layers", instead=uneven)
 
     def _listed(self, given: tuple[int, ...], layers: int) -> Problems:
         option, text = "--num-layer-list", ",".join(map(str, given))

@@ -22,7 +22,7 @@ from cordee.weights.megatron.arguments import arguments, dtype_arguments
 from cordee.weights.megatron.dialect import Dialect
 from cordee.weights.megatron.layout import DEEPSPEED_TRACKER, FILE, RELEASE, TRACKER, Layout, Rank, Wanted
 from cordee.weights.megatron.padding import padded_rows
-from cordee.weights.megatron.placement import Placement, Slot, place
+from cordee.weights.megatron.placement import Key, Placement, Slot, place, tensors_of
 from cordee.weights.regions import Destination, Region
 from cordee.weights.staged_sink import Move, Output, StagedSink
 from cordee.weights.torch_file import create
@@ -68,16 +68,8 @@ class MegatronPlan:
     def tensors(self) -> dict[Rank, dict[tuple[int, str], tuple[Shape, torch.dtype]]]:
         """Shape and type of every tensor of every file, by chunk and name."""
         held: dict[Rank, dict[tuple[int, str], tuple[Shape, torch.dtype]]] = {rank: {} for rank in self.layout.ranks()}
-        for name, placement in self.placements.items():
-            dtype = self.dtypes[name]
-            for shape, copies in zip(placement.part_shapes, placement.slots, strict=True):
-                for slot in copies:
-                    in_file, key = held[slot.rank], (slot.virtual, slot.name)
-                    rows = (slot.row + shape[0], *shape[1:])
-                    before = in_file.get(key)
-                    if before is not None and before[0][0] > rows[0]:
-                        rows = before[0]
-                    in_file[key] = (rows, dtype)
+        for (rank, virtual, name), (shape, parameter) in tensors_of(self.placements).items():
+            held[rank][virtual, name] = shape, self.dtypes[parameter]
         return held
 
     def files(self) -> list[PlannedFile]:
@@ -102,7 +94,7 @@ class MegatronSink(StagedSink):
 
     def __init__(self, output: Output, plan: MegatronPlan):
         self.plan = plan
-        self._regions: dict[Slot, Region] = {}  # where each tensor goes
+        self._regions: dict[Key, Region] = {}
         super().__init__(output, plan.spec, plan.dtypes)
 
     def begin(self, folder: Path) -> None:
@@ -114,7 +106,7 @@ class MegatronSink(StagedSink):
             found = create(path, self._content(tensors, args))
             for virtual, name in tensors:
                 keys = (self._key(virtual), *self.plan.target.dialect.keys(name))
-                self._regions[Slot(rank, virtual, name)] = found[keys]
+                self._regions[rank, virtual, name] = found[keys]
 
     def _key(self, virtual: int) -> str:
         if self.plan.target.form == "deepspeed":
@@ -154,8 +146,7 @@ class MegatronSink(StagedSink):
             yield Move(part, dtype, [self._place(slot) for slot in copies])
 
     def _place(self, slot: Slot) -> Destination:
-        region = self._regions[Slot(slot.rank, slot.virtual, slot.name)]
-        return Destination(self._staging.scratch / self.plan.path(slot.rank), region, slot.row)
+        return Destination(self._staging.scratch / self.plan.path(slot.rank), self._regions[slot.key], slot.row)
 
     def finish(self) -> None:
         form = self.plan.target.form

@@ -26,7 +26,7 @@ from cordee.weights.megatron.arguments import GIVE_MODEL, spec_of_arguments, unc
 from cordee.weights.megatron.dialect import Dialect
 from cordee.weights.megatron.files import COPY_AGAIN, RankFile, layout_of, shown
 from cordee.weights.megatron.layout import Layout, Rank, indivisible
-from cordee.weights.megatron.placement import Placement, Slot, place
+from cordee.weights.megatron.placement import Placement, Slot, place, tensors_of
 from cordee.weights.regions import Region
 
 SMALL = 2**20  # bytes up to which copies of a tensor on several ranks are compared
@@ -81,10 +81,10 @@ class MegatronSource(Source):
         config_at = next((place for place in (root, folder.parent) if (place / "config.json").is_file()), None)
         self.companions = config_at
         self.spec = self._spec(reading, config_at, padded)
-        self._check_model(padded)
+        raise_all(self._check_model(padded))
         self.dialect = self._as_split(dialect)
         self.placements: dict[str, Placement] = place(self.spec, layout, self.dialect, padded)
-        raise_all([*self._check_names(), *self._check_shapes(), *self._check_types()])
+        raise_all(self._check_tensors())
         self.notes = (*self.notes, *self._left_out())
 
     def dtype(self, name: str) -> torch.dtype:
@@ -128,11 +128,9 @@ class MegatronSource(Source):
     def _padded_vocab(self) -> int:
         (name,) = self.dialect.model_names("embedding.weight") or ("",)
         first = self.files[Rank()]
-        if (0, name) not in first.keys:
-            why = f"its first rank has no embedding ({name})"
-            raise ProblemError([Problem(str(self.path), None, why, COPY_AGAIN)])
-        if not (shape := first.region(0, name).shape):
-            why = f"its embedding ({name}) is a single number"
+        shape = first.region(0, name).shape if (0, name) in first.keys else ()
+        if not shape:
+            why = f"its first rank has no embedding of several rows ({name})"
             raise ProblemError([Problem(str(self.path), None, why, COPY_AGAIN)])
         return shape[0] * self.layout.tensor
 
@@ -141,26 +139,23 @@ class MegatronSource(Source):
             return reading.spec
         if config_at is not None:
             return spec_from_directory(config_at)
-        args, layers = self.files[Rank()].args, sum(len(chunk.layers) for chunk in self.layout.chunks)
+        args, layers = self.files[Rank()].args, self.layout.num_layers
         told = getattr(args, "num_layers", None)
         if type(told) is int and told != layers:  # told here, for it may be a number of layers that no memory can hold
             why = f"by its settings it has {shown(told)} layers, but its ranks hold {layers}"
             raise ProblemError([unclear(str(self.path), None, why)])
         return spec_of_arguments(args, reading.vocab_size or padded, str(self.path))
 
-    def _check_model(self, padded: int) -> None:
-        """ProblemError if the model cannot be in files of this form."""
-        config, layers = self.spec.config, sum(len(chunk.layers) for chunk in self.layout.chunks)
-        problems = []
+    def _check_model(self, padded: int) -> Iterator[Problem]:
+        """Whether the model can be in files of this layout."""
+        config, layers = self.spec.config, self.layout.num_layers
         if layers != config.num_layers:
-            why = f"its ranks hold {layers} layers, but the model has {config.num_layers}"
-            problems.append(unclear(str(self.path), None, why))
+            yield unclear(str(self.path), None, f"its ranks hold {layers} layers, the model has {config.num_layers}")
         if padded < config.vocab_size:
             why = f"its embedding has {padded} rows, but the model has {config.vocab_size} tokens"
-            problems.append(unclear(str(self.path), None, why))
+            yield unclear(str(self.path), None, why)
         for problem in indivisible(config, self.layout.tensor, self.layout.expert):
-            problems.append(unclear(str(self.path), None, f"its ranks are not the model's: {problem.why}"))
-        raise_all(problems)
+            yield unclear(str(self.path), None, f"its ranks are not those of the model: {problem.why}")
 
     def _as_split(self, dialect: Dialect) -> Dialect:
         """`dialect`, with shared experts whole on every tensor rank if they are that here: names do not tell."""
@@ -174,48 +169,22 @@ class MegatronSource(Source):
                     return replace(dialect, shared_split=not unsplit)
         return dialect
 
-    def _slots(self) -> Iterator[tuple[Shape, Slot]]:
-        """Every tensor that the model has in the files, and its shape. Parts of one tensor are given apart."""
-        for placement in self.placements.values():
-            for shape, copies in zip(placement.part_shapes, placement.slots, strict=True):
-                for slot in copies:
-                    yield shape, slot
-
-    def _check_names(self) -> Iterator[Problem]:
-        needed: dict[Rank, set[tuple[int, str]]] = {rank: set() for rank in self.files}
-        for _, slot in self._slots():
-            needed[slot.rank].add((slot.virtual, slot.name))
-        missing, unknown = set(), set()
-        for rank, file in self.files.items():
-            missing |= {name for _, name in needed[rank] - file.keys.keys()}
-            unknown |= {name for _, name in file.keys.keys() - needed[rank] if not _IGNORED.fullmatch(name)}
-        if missing:
+    def _check_tensors(self) -> Iterator[Problem]:
+        """Names, shapes and types of the tensors in the files."""
+        needed = {key: shape for key, (shape, _) in tensors_of(self.placements).items()}
+        found = {(rank, *key): file.region(*key) for rank, file in self.files.items() for key in file.keys}
+        unknown = {name for *_, name in found.keys() - needed.keys() if not _IGNORED.fullmatch(name)}
+        if missing := {name for *_, name in needed.keys() - found.keys()}:
             yield unclear(str(self.path), None, f"tensors are missing: {_listed(missing)}")
         if unknown and self._strict:
             why = f"tensors that the model does not have: {_listed(unknown)}"
             yield unclear(str(self.path), None, why, f"{GIVE_MODEL}, or --no-checking to leave them out")
         elif unknown:
             self.notes = (*self.notes, f"tensors that the model does not have left out: {_listed(unknown)}")
-
-    def _check_shapes(self) -> Iterator[Problem]:
-        expected: dict[Slot, Shape] = {}
-        for shape, slot in self._slots():
-            key = Slot(slot.rank, slot.virtual, slot.name)
-            rows = (slot.row + shape[0], *shape[1:]) if shape else shape
-            expected[key] = max(expected.get(key, rows), rows)
-        wrong = {}
-        for slot, shape in expected.items():
-            file = self.files[slot.rank]
-            if (slot.virtual, slot.name) in file.keys and (found := self._region(slot).shape) != shape:
-                wrong[slot.name] = f"{slot.name} is {list(found)} instead of {list(shape)}"
-        for why in wrong.values():
-            yield unclear(str(self.path), None, why)
-
-    def _check_types(self) -> Iterator[Problem]:
-        needed = {(slot.rank, slot.virtual, slot.name) for _, slot in self._slots()}
-        present = ((name, self.files[rank], (chunk, name)) for rank, chunk, name in needed)
-        types = {(name, file.region(*key).dtype) for name, file, key in present if key in file.keys}
-        if wrong := {f"{name} of {dtype}" for name, dtype in types if not is_of_weights(dtype)}:
+        present = [(key[-1], shape, found[key]) for key, shape in needed.items() if key in found]
+        for name, (shape, wrong) in {n: (s, r.shape) for n, s, r in present if r.shape != s}.items():
+            yield unclear(str(self.path), None, f"{name} is {list(wrong)} instead of {list(shape)}")
+        if wrong := {f"{name} of {region.dtype}" for name, _, region in present if not is_of_weights(region.dtype)}:
             why = f"weights that are quantised, which is not supported, or are none: {_listed(wrong)}"
             yield Problem(str(self.path), None, why, "take the unquantised checkpoint")
 
