@@ -19,10 +19,11 @@ from cordee.config.schema import ConvertConfig
 from cordee.config.values import whole_numbers
 from cordee.convert.check import target_type
 from cordee.errors import Problem, ProblemError, Problems, raise_all, requires
-from cordee.weights import ascendspeed, hf, megatron_core, megatron_legacy, mindformers
+from cordee.weights import hf, mindformers
 from cordee.weights.codec import PlannedFile, Sink, Source
 from cordee.weights.gguf import codec as gguf
 from cordee.weights.gguf.vocabulary import compare_tokenizers
+from cordee.weights.megatron import core, legacy
 from cordee.weights.megatron.dialect import Dialect
 from cordee.weights.megatron.layout import Wanted
 from cordee.weights.megatron.sink import MegatronSink, Target, plan
@@ -137,9 +138,9 @@ def megatron_target(options: ConvertConfig) -> Target:
     )
     if target_type(options) == "ascendspeed":
         return Target(
-            dialect=ascendspeed.MERGED if options.merge_mlp else ascendspeed.ASCENDSPEED,
+            dialect=legacy.ASCENDSPEED_MERGED if options.merge_mlp else legacy.ASCENDSPEED,
             wanted=wanted,
-            vocab_multiple=options.make_vocab_size_divisible_by or ascendspeed.VOCAB_MULTIPLE,
+            vocab_multiple=options.make_vocab_size_divisible_by or legacy.ASCENDSPEED_VOCAB_MULTIPLE,
             form="deepspeed" if options.deepspeed else "release",
         )
     return Target(
@@ -173,20 +174,20 @@ def _to_core(options: ConvertConfig) -> bool:
 
 def _dialect(options: ConvertConfig) -> Dialect:
     if not _to_core(options):
-        return megatron_legacy.LEGACY
+        return legacy.LEGACY
     if options.transformer_impl == "transformer_engine":
-        return megatron_core.transformer_engine("numbered" if options.moe_grouped_gemm else "sequential")
-    make = megatron_core.mindspeed if options.transformer_impl == "mindspeed" else megatron_core.local
+        return core.transformer_engine("numbered" if options.moe_grouped_gemm else "sequential")
+    make = core.mindspeed if options.transformer_impl == "mindspeed" else core.local
     return make("grouped" if options.moe_grouped_gemm else "sequential")
 
 
 def _settings(options: ConvertConfig) -> dict[str, Any]:
-    core = _to_core(options)
+    to_core = _to_core(options)
     impl = "transformer_engine" if options.transformer_impl == "transformer_engine" else "local"
     tokenizer = options.tokenizer_model if options.tokenizer_model != "None" else None  # as scripts write it
     return {
-        "use_mcore_models": core,
-        "use_legacy_models": not core,
+        "use_mcore_models": to_core,
+        "use_legacy_models": not to_core,
         "transformer_impl": impl,
         "moe_grouped_gemm": options.moe_grouped_gemm,
         "tokenizer_model": tokenizer,

@@ -39,7 +39,7 @@ from cordee.weights.megatron.files import (
     size_of,
 )
 from cordee.weights.megatron.layout import Rank, layer_files, rank_files
-from cordee.weights.megatron_legacy import MODEL
+from cordee.weights.megatron.legacy import MODEL
 from cordee.weights.torch_file import Keys
 
 logger = logging.getLogger("cordee")

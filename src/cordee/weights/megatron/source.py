@@ -19,9 +19,8 @@ from cordee.errors import Problem, ProblemError, raise_all
 from cordee.families.registry import ModelSpec, spec_from_directory
 from cordee.model.config import MoEConfig
 from cordee.tensors.views import Index, Leaf, Shape, View, whole
-from cordee.weights import ascendspeed, megatron_core, megatron_legacy
 from cordee.weights.codec import Source, is_of_weights
-from cordee.weights.megatron import pipe
+from cordee.weights.megatron import core, legacy, pipe
 from cordee.weights.megatron.arguments import GIVE_MODEL, spec_of_arguments, unclear
 from cordee.weights.megatron.dialect import Dialect
 from cordee.weights.megatron.files import COPY_AGAIN, RankFile, layout_of, shown
@@ -198,7 +197,7 @@ class MegatronSource(Source):
 
 def _recognise(folder: Path, files: dict[Rank, RankFile]) -> Dialect:
     names = {name for file in files.values() for _, name in file.keys}
-    for codec in (megatron_core, megatron_legacy, ascendspeed):
+    for codec in (core, legacy):
         if (dialect := codec.recognise(names)) is not None:
             return dialect
     why = f"its tensors have names of no known form, such as {', '.join(sorted(names)[:3]) or 'none at all'}"
