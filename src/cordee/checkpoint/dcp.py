@@ -4,7 +4,7 @@ out, by those of Hugging Face.
 Owns finding out which names they are, and the files as torch's own reader takes them: tensors as `torch.save` writes
 them, one after the other, and metadata that says where each is. A `config.json` beside the data defines the model;
 other objects in a checkpoint, such as the state of an optimizer, are ignored. Archives are made without the bytes of
-their tensors, which then go straight to their places.
+their tensors, which are then written in place.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ def read(path: str | Path) -> Source:
     try:
         metadata = read_metadata(path)
     except ValueError as error:
-        raise ProblemError([Problem(str(path / METADATA), None, str(error), "copy the checkpoint again")]) from error
+        problem = Problem(str(path / METADATA), None, str(error), "copy the checkpoint again", "unreadable")
+        raise ProblemError([problem]) from error
     foreign = {name for rule in spec.rules().values() for name in rule.foreign}
     if spec.config.tie_word_embeddings:
         foreign.discard("lm_head.weight")
@@ -78,7 +79,8 @@ def read(path: str | Path) -> Source:
             return HFSource(path, spec, dict.fromkeys(foreign, file))
     names = ", ".join(sorted(tensors(metadata))[:3]) or "none at all"
     why = f"its tensors have neither the names of family {spec.family.name} nor Cordée's; there are {names}"
-    raise ProblemError([Problem(str(path), None, why, "put the config.json that belongs to the weights beside them")])
+    fix = "put the config.json that belongs to the weights beside them"
+    raise ProblemError([Problem(str(path), None, why, fix, "unknown", limit=spec.family.name)])
 
 
 class CanonicalSource(Source):

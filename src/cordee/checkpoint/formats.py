@@ -120,7 +120,7 @@ def format_of(given: str | Path) -> Format:
 
     if peft.is_adapter(path):
         why, fix = "it is an adapter of PEFT", "give the model it belongs to, and this as --lora-load"
-        raise ProblemError([Problem("model directory", path, why, fix)])
+        raise ProblemError([Problem("model directory", path, why, fix, "adapter")])
     known = ", ".join(form.title for form in FORMATS)
     raise ProblemError([Problem("model directory", path, f"it is none of {known}", "give a directory with a model")])
 

@@ -1,6 +1,6 @@
-"""What `cordee convert` is told, held against itself, against what there is to read, and against the model in it.
+"""Checks of the options of `cordee convert`: against each other, against the files to read, and against their model.
 
-Owns these checks. Options of older converters that state what could not be known there are checked here.
+Options of older converters that only restate the files or the model are compared with them here.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ def _output(form: Format, options: ConvertConfig) -> Path:
 
 
 def _model(form: Format, options: ConvertConfig) -> ModelSpec | None:
-    """The model that options give for a Megatron checkpoint; None if it is to tell by itself."""
+    """The model that options give for a Megatron checkpoint; None if its own settings define it."""
     from cordee.families.registry import spec_from_directory, spec_named
 
     if form.name != "mg":
@@ -153,11 +153,11 @@ def _adapter(base: Source, path: Path, options: ConvertConfig) -> Adapter:
         return peft.read(given, base.spec)
     if not is_megatron(path):
         why = "it is neither of PEFT (there is no adapter_config.json) nor a Megatron checkpoint"
-        raise ProblemError([Problem("--lora-load", path, why, "give the directory of an adapter")])
+        raise ProblemError([Problem("--lora-load", path, why, "give the directory of an adapter", "unknown")])
     if not isinstance(base, MegatronSource):
         why = "it has Megatron's names, and what it is to be merged into is no Megatron checkpoint"
         fix = "give the Megatron checkpoint that it was trained on as --load-dir"
-        raise ProblemError([Problem("--lora-load", path, why, fix)])
+        raise ProblemError([Problem("--lora-load", path, why, fix, "base", ("load_dir",))])
     return adapter.read(given, base.spec, base.dialect)
 
 

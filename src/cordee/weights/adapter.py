@@ -24,7 +24,7 @@ Change = Callable[[View, torch.dtype], View]  # what an adapter makes of a tenso
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
-    """What a user says of an adapter, None for nothing: adapters that tell it themselves must say the same."""
+    """Options about an adapter, None where not given: what an adapter's own settings have must be the same."""
 
     path: Path
     r: int | None = None
@@ -40,7 +40,7 @@ class Given:
 
 
 def is_factor(value: object) -> bool:
-    """Whether a value of a stranger's settings is a positive number that products in float32 can be made with."""
+    """Whether a value of untrusted settings is a positive number that products in float32 can be made with."""
     return type(value) in (int, float) and 0 < value <= torch.finfo(torch.float32).max  # type: ignore[operator]
 
 

@@ -1,6 +1,6 @@
 """Hugging Face directories: weights in and out.
 
-Owns the meeting of a family's rules with the tensors in the files, both ways, and what travels along with weights.
+Owns matching a family's rules with the tensors in the files, both ways, and the files beside the weights.
 Nothing is read before it is asked for: memory is the tensors asked for, and when writing, some slices.
 """
 

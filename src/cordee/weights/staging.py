@@ -22,7 +22,7 @@ from cordee.files import copy_files, create_new, left_out, remove_tree
 logger = logging.getLogger("cordee")
 
 CONFIG = "config.json"
-MARKS = (CONFIG, "*.gguf")  # every output has one of these, which tells it from directories that hold something else
+MARKS = (CONFIG, "*.gguf")  # every output has one of these; directories that hold something else have none
 UNFINISHED = ".unfinished"  # a file in what is being made, the lock of the process that makes it
 TERMS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 TOKENIZER = ("tokenizer*", "spiece.model", "chat_template*", *TOKENIZER_FILES)
@@ -74,7 +74,7 @@ class Staging:
             file.write(text.encode())
 
     def write_config(self, hf_config: Mapping[str, object], dtypes: Iterable[torch.dtype]) -> None:
-        """Write `config.json`, its type key (transformers 4 or 5 spelling) telling the type of the weights, if one."""
+        """Write `config.json`, its type key (transformers 4 or 5 spelling) set to the weights' type, if they have one."""
         config, kinds = dict(hf_config), set(dtypes)
         if len(kinds) == 1:
             config["dtype" if "dtype" in config else "torch_dtype"] = str(*kinds).removeprefix("torch.")

@@ -93,7 +93,7 @@ class _Storage:
 
 @dataclass(frozen=True)
 class _View:
-    """A tensor as it lies in a storage: `first`, `shape` and `strides` in elements."""
+    """A tensor in a storage: `first`, `shape` and `strides` in elements."""
 
     storage: _Storage
     dtype: torch.dtype

@@ -1,6 +1,6 @@
 """GGUF: weights in and out, as llama.cpp has them.
 
-Owns the meeting of an architecture's rules with the tensors of a file, both ways, and what is checked then. Memory is
+Owns matching an architecture's rules with the tensors of a file, both ways, and the checks of that. Memory is
 the tensors asked for; when writing, some slices.
 """
 
@@ -142,7 +142,7 @@ def _strange_factors(path: Path) -> Problem:
 
 
 def rope_factors(config: ModelConfig) -> Tensor | None:
-    """By what Llama 3's scaling slows each pair of dims down, float32 `[rotary_dim / 2]`; None for other models."""
+    """What Llama 3's scaling divides frequencies by, float32 `[rotary_dim / 2]`; None for other models."""
     attention = config.layers[0].attention
     if not isinstance(attention, AttentionConfig) or attention.rope is None:
         return None
@@ -196,7 +196,7 @@ class Held(Source):
 
 
 def plan(spec: ModelSpec, dtypes: Mapping[str, torch.dtype], companions: Path | None) -> GGUFPlan:
-    """Lay a file out; what has to be told is logged.
+    """Lay a file out; warnings are logged.
 
     dtypes: by canonical name; what llama.cpp wants in float32 is written so all the same.
     companions: directory with the tokenizer that goes into the file.

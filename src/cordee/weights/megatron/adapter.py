@@ -49,7 +49,8 @@ class MegatronAdapter:
         layout = layout_of(folder, files, dialect, spec.config.num_layers)
         if (found := layout.num_layers) != spec.config.num_layers:
             why = f"its ranks hold adapters of {found} layers, but the model has {spec.config.num_layers}"
-            raise ProblemError([Problem(str(folder), None, why, "take the adapter of this model")])
+            fix = "take the adapter of this model"
+            raise ProblemError([Problem(str(folder), None, why, fix, "layers", limit=spec.config.num_layers)])
         self._placements = place(spec, layout, dialect, padded_rows(spec.config.vocab_size, layout.tensor))
         self._factors = _factors(files)
         raise_all([*self._check_names(), *given.check_modules(name for *_, name in self._factors)])
@@ -96,7 +97,7 @@ class MegatronAdapter:
         found = {self._files[rank].file.tensors[keys["A"]].shape[0] for (rank, _, _), keys in self._factors.items()}
         if given is not None and found != {given}:
             why = f"the matrices have rank {', '.join(map(str, sorted(found)))}"
-            yield Problem("--lora-r", given, why, "leave it out")
+            yield Problem("--lora-r", given, why, "leave it out", "stated", limit=found)
 
     def _check_shapes(self) -> Iterator[Problem]:
         for shape, slot in (part for placement in self._placements.values() for part in placement.stored()):
@@ -104,12 +105,14 @@ class MegatronAdapter:
                 regions = [self._files[slot.rank].file.tensors[keys[letter]] for letter in "AB"]
                 if wrong := [str(region.dtype) for region in regions if not is_of_weights(region.dtype)]:
                     why = f"A or B of {slot.name} is of type {wrong[0]}"
-                    yield Problem(str(self._path), None, why, "take an adapter that is not quantised")
+                    yield Problem(str(self._path), None, why, "take an adapter that is not quantised", "dtype")
                 a, b = (region.shape for region in regions)
                 fits = len(a) == len(b) == len(shape) == 2 and a[0] == b[1] > 0 and a[1] == shape[1]
                 if not fits or b[0] < slot.row + shape[0]:
                     why = f"A of {list(a)} and B of {list(b)} do not make {list(shape)} of {slot.name}"
-                    yield Problem(str(self._path), None, why, "take the adapter of this model")
+                    yield Problem(
+                        str(self._path), None, why, "take the adapter of this model", "shape", limit=slot.name
+                    )
 
     def _alpha_of(self, given: Given) -> float:
         """As the settings in the checkpoint say, else as the user does, else what is usual."""
@@ -119,7 +122,7 @@ class MegatronAdapter:
             raise ProblemError([Problem("args.lora_alpha", shown(stored), "it must be a positive number", COPY_AGAIN)])
         if stored is not None and given.alpha not in (None, stored):
             why = f"the adapter was trained with {stored}"
-            raise ProblemError([Problem("--lora-alpha", given.alpha, why, "leave it out")])
+            raise ProblemError([Problem("--lora-alpha", given.alpha, why, "leave it out", "stated", limit=stored)])
         if stored is None and given.alpha is None:
             self.notes = (*self.notes, f"the adapter does not say its alpha: taken as {ALPHA:g} (--lora-alpha)")
         return float(stored or given.alpha or ALPHA)

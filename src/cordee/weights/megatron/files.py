@@ -106,7 +106,7 @@ def open_ranks(folder: Path) -> dict[tuple[int, ...], RankFile]:
     """The file of every rank by the numbers in its name. ProblemError with all that cannot be read."""
     paths = rank_files(folder)
     if not paths:
-        raise ProblemError([Problem(str(folder), None, "there are no folders of ranks in it", COPY_AGAIN)])
+        raise ProblemError([Problem(str(folder), None, "there are no folders of ranks in it", COPY_AGAIN, "missing")])
     return open_all(paths, RankFile.open)
 
 
@@ -117,10 +117,10 @@ def open_all(paths: Mapping[K, Path], opener: Callable[[Path], T]) -> dict[K, T]
         try:
             opened[key] = opener(path)
         except FileNotFoundError:
-            problems.append(Problem(str(path), None, "the file of this rank is missing", COPY_AGAIN))
+            problems.append(Problem(str(path), None, "the file of this rank is missing", COPY_AGAIN, "missing"))
         except UNREADABLE as error:
             why = str(error).splitlines()[0] if str(error) else type(error).__name__
-            problems.append(Problem(str(path), None, f"the file cannot be read: {why}", COPY_AGAIN))
+            problems.append(Problem(str(path), None, f"the file cannot be read: {why}", COPY_AGAIN, "unreadable"))
     raise_all(problems)
     return opened
 
@@ -145,10 +145,10 @@ def by_rank(folder: Path, files: dict[tuple[int, ...], RankFile]) -> dict[Rank, 
     ]
     problems = []
     if missing := math.prod(sizes) - len(found):
-        absent = (rank for rank in starmap(Rank, product(*map(range, sizes))) if rank not in found)
-        names = ", ".join(f"tensor {r.tensor} pipeline {r.pipeline} expert {r.expert}" for r in islice(absent, 20))
-        more = f" and {missing - 20} more" if missing > 20 else ""
-        problems.append(Problem(str(folder), None, f"there are no folders of these ranks: {names}{more}", COPY_AGAIN))
+        absent = [*islice((rank for rank in starmap(Rank, product(*map(range, sizes))) if rank not in found), 20)]
+        names = ", ".join(f"tensor {r.tensor} pipeline {r.pipeline} expert {r.expert}" for r in absent)
+        why = f"there are no folders of these ranks: {names}{f' and {missing - 20} more' if missing > 20 else ''}"
+        problems.append(Problem(str(folder), None, why, COPY_AGAIN, "missing", limit=absent))
     problems += disagreements(folder, found)
     raise_all(problems)
     return found
@@ -170,7 +170,7 @@ def is_plain(value: object) -> bool:
 
 
 def shown(value: object, most: int = 100) -> str:
-    """A value of a stranger's settings for a message: its type, if it is no plain one."""
+    """A value of untrusted settings for a message: its type, if it is no plain one."""
     text = _comparable(value)
     return text if len(text) <= most else f"{text[:most]}..."
 
@@ -189,16 +189,16 @@ def disagreements(folder: Path, files: Mapping[Rank, RankFile]) -> Iterator[Prob
     for name in _AGREED:
         if values := _differing(getattr(file.args, name, None) for file in files.values()):
             why = f"ranks disagree about {name}: {values}"
-            yield Problem(str(folder), None, why, fix)
+            yield Problem(str(folder), None, why, fix, "disagree", limit=name)
     if values := _differing(file.file.content.get("iteration") for file in files.values()):
         why = f"ranks are of different iterations: {values}"
-        yield Problem(str(folder), None, why, fix)
+        yield Problem(str(folder), None, why, fix, "disagree", limit="iteration")
     for rank, file in files.items():
         first = files.get(Rank(0, rank.pipeline, rank.expert), file)
         if first.keys.keys() != file.keys.keys():
             names = ", ".join(sorted({name for _, name in first.keys.keys() ^ file.keys.keys()}))
             why = f"tensor ranks 0 and {rank.tensor} of stage {rank.pipeline} hold different tensors: {names}"
-            yield Problem(str(folder), None, why, fix)
+            yield Problem(str(folder), None, why, fix, "disagree", limit=(rank.tensor, rank.pipeline))
 
 
 def _differing(values: Iterable[object]) -> str | None:
@@ -236,7 +236,7 @@ def layout_of(folder: Path, files: dict[Rank, RankFile], dialect: Dialect, most:
 
 
 def _misnumbered(folder: Path, layers: Mapping[tuple[int, int], set[str]], most: int | None) -> Iterator[Problem]:
-    """Numbers that are not those of the first so many. They are a stranger's, so nothing is done so many times."""
+    """Numbers that are not those of the first so many. They are untrusted: no loop runs so many times."""
     chunks = {str(chunk) for chunk, _ in layers}
     if wrong := _beyond(chunks, len(chunks)):
         yield Problem(str(folder), None, f"of its chunks only {len(chunks)} are there, but one is {wrong}", COPY_AGAIN)

@@ -50,7 +50,7 @@ class Chunk:
 class Layout:
     """Degrees of parallelism, and the chunks in the order of the forward.
 
-    `virtual` tells whether stages hold chunks of their own names, be it one: Megatron then writes `model0`, `model1`.
+    virtual: stages hold chunks of their own names, be it one: Megatron then writes `model0`, `model1`.
     """
 
     tensor: int = 1

@@ -217,7 +217,7 @@ class _Placer:
         return split
 
     def _split_latent(self, split: _Split, module: str, config: LatentAttentionConfig) -> _Split:
-        """Megatron turns neighbouring dims of queries and keys, as the published weights of DeepSeek do."""
+        """Megatron's RoPE rotates neighbouring dims of queries and keys, as the published weights of DeepSeek do."""
         rope, nope, latent = config.rope_head_dim, config.nope_head_dim, config.kv_lora_rank
         heads = Rearrange("(n d) ... -> n d ...", {"n": config.num_heads})
         down = 0 if self.dialect.latent_split else None

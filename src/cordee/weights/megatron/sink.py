@@ -1,7 +1,7 @@
 """Weights into a checkpoint of Megatron.
 
 Owns the files: their folders, what stands in them beside the weights, and the order of writing. All files are laid out
-before the first tensor comes, so that each tensor goes straight to its places and none is held back.
+before the first tensor comes, so that each tensor is written to its final place at once and none is held back.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ class Reading:
     """How to read a checkpoint.
 
     spec: the model it holds; None: by the `config.json` beside it, else by the settings it carries.
-    vocab_size: tokens, where the settings tell only how many rows there are with those that fill up.
+    vocab_size: tokens, where the settings give only the number of padded rows.
     strict: refuse tensors that are not the model's.
     """
 
@@ -120,7 +120,7 @@ class MegatronSource(Source):
             if not torch.equal(expected, self._read(slot, whole(shape))):
                 why = f"{slot.name} of stage {slot.rank.pipeline} differs between {first.rank} and {slot.rank}"
                 fix = "copy all ranks from one and the same checkpoint"
-                raise ProblemError([Problem(str(self.path), None, why, fix)])
+                raise ProblemError([Problem(str(self.path), None, why, fix, "disagree", limit=slot.name)])
 
     # ---- the model ---------------------------------------------------------------------------------------------------
 
@@ -139,9 +139,9 @@ class MegatronSource(Source):
         if config_at is not None:
             return spec_from_directory(config_at)
         args, layers = self.files[Rank()].args, self.layout.num_layers
-        told = getattr(args, "num_layers", None)
-        if type(told) is int and told != layers:  # told here, for it may be a number of layers that no memory can hold
-            why = f"by its settings it has {shown(told)} layers, but its ranks hold {layers}"
+        stored = getattr(args, "num_layers", None)
+        if type(stored) is int and stored != layers:  # checked first: no memory may hold so many layers
+            why = f"by its settings it has {shown(stored)} layers, but its ranks hold {layers}"
             raise ProblemError([unclear(str(self.path), None, why)])
         return spec_of_arguments(args, reading.vocab_size or padded, str(self.path))
 
@@ -149,15 +149,16 @@ class MegatronSource(Source):
         """Whether the model can be in files of this layout."""
         config, layers = self.spec.config, self.layout.num_layers
         if layers != config.num_layers:
-            yield unclear(str(self.path), None, f"its ranks hold {layers} layers, the model has {config.num_layers}")
+            why = f"its ranks hold {layers} layers, the model has {config.num_layers}"
+            yield unclear(str(self.path), None, why, limit="num_layers")
         if padded < config.vocab_size:
             why = f"its embedding has {padded} rows, but the model has {config.vocab_size} tokens"
-            yield unclear(str(self.path), None, why)
+            yield unclear(str(self.path), None, why, limit="vocab_size")
         for problem in indivisible(config, self.layout.tensor, self.layout.expert):
             yield unclear(str(self.path), None, f"its ranks are not those of the model: {problem.why}")
 
     def _as_split(self, dialect: Dialect) -> Dialect:
-        """`dialect`, with shared experts whole on every tensor rank if they are that here: names do not tell."""
+        """`dialect`, with shared experts whole on every tensor rank if they are so in these files."""
         for number, layer in enumerate(self.spec.config.layers):
             if isinstance(layer.mlp, MoEConfig) and layer.mlp.shared is not None:
                 chunk, n = self.layout.place_of_layer(number)
@@ -174,18 +175,18 @@ class MegatronSource(Source):
         found = {(rank, *key): file.region(*key) for rank, file in self.files.items() for key in file.keys}
         unknown = {name for *_, name in found.keys() - needed.keys() if not _IGNORED.fullmatch(name)}
         if missing := {name for *_, name in needed.keys() - found.keys()}:
-            yield unclear(str(self.path), None, f"tensors are missing: {_listed(missing)}")
+            yield unclear(str(self.path), None, f"tensors are missing: {_listed(missing)}", limit=missing)
         if unknown and self._strict:
             why = f"tensors that the model does not have: {_listed(unknown)}"
-            yield unclear(str(self.path), None, why, f"{GIVE_MODEL}, or --no-checking to leave them out")
+            yield unclear(str(self.path), None, why, f"{GIVE_MODEL}, or --no-checking to leave them out", limit=unknown)
         elif unknown:
             self.notes = (*self.notes, f"tensors that the model does not have left out: {_listed(unknown)}")
         present = [(key[-1], shape, found[key]) for key, shape in needed.items() if key in found]
         for name, (shape, wrong) in {n: (s, r.shape) for n, s, r in present if r.shape != s}.items():
-            yield unclear(str(self.path), None, f"{name} is {list(wrong)} instead of {list(shape)}")
+            yield unclear(str(self.path), None, f"{name} is {list(wrong)} instead of {list(shape)}", limit=name)
         if wrong := {f"{name} of {region.dtype}" for name, _, region in present if not is_of_weights(region.dtype)}:
             why = f"weights that are quantised, which is not supported, or are none: {_listed(wrong)}"
-            yield Problem(str(self.path), None, why, "take the unquantised checkpoint")
+            yield Problem(str(self.path), None, why, "take the unquantised checkpoint", "dtype")
 
     def _left_out(self) -> Iterator[str]:
         first = self.files[Rank()].file
