@@ -18,7 +18,7 @@ from cordee.config.option import to_flag
 from cordee.config.schema import ConvertConfig
 from cordee.config.values import whole_numbers
 from cordee.convert.check import target_type
-from cordee.errors import Problem, ProblemError, Problems, raise_all, requires
+from cordee.errors import Problem, Problems, raise_all, requires
 from cordee.weights import hf, mindformers
 from cordee.weights.codec import PlannedFile, Sink, Source
 from cordee.weights.gguf import codec as gguf
@@ -133,7 +133,7 @@ def megatron_target(options: ConvertConfig) -> Target:
         tensor=options.target_tensor_parallel_size,
         pipeline=options.target_pipeline_parallel_size,
         expert=options.target_expert_parallel_size,
-        layer_list=_layer_list(options.num_layer_list),
+        layer_list=None if (layers := options.num_layer_list) is None else whole_numbers(layers),
         layers_per_chunk=options.num_layers_per_virtual_pipeline_stage,
     )
     if target_type(options) == "ascendspeed":
@@ -152,6 +152,8 @@ def megatron_target(options: ConvertConfig) -> Target:
 
 
 def _contradictions(options: ConvertConfig) -> Problems:
+    if (layers := options.num_layer_list) is not None and whole_numbers(layers) is None:
+        yield Problem("--num-layer-list", layers, "it is no list of numbers", "give it as 7,8,8,9", "form")
     ascend = target_type(options) == "ascendspeed"
     if ascend and options.tokenizer_model is not None:
         why = "AscendSpeed's format has no settings to note it in"
@@ -192,12 +194,3 @@ def _settings(options: ConvertConfig) -> dict[str, Any]:
         "moe_grouped_gemm": options.moe_grouped_gemm,
         "tokenizer_model": tokenizer,
     }
-
-
-def _layer_list(text: str | None) -> tuple[int, ...] | None:
-    """The numbers of `--num-layer-list`. ProblemError if it is no list of numbers."""
-    if text is None:
-        return None
-    if (numbers := whole_numbers(text)) is None:
-        raise ProblemError([Problem("--num-layer-list", text, "it is no list of numbers", "give it as 7,8,8,9")])
-    return numbers

@@ -74,7 +74,7 @@ class Staging:
             file.write(text.encode())
 
     def write_config(self, hf_config: Mapping[str, object], dtypes: Iterable[torch.dtype]) -> None:
-        """Write `config.json`, its type key (transformers 4 or 5 spelling) set to the weights' type, if they have one."""
+        """Write `config.json`, its type key (transformers 4 or 5 spelling) set to the weights' one type."""
         config, kinds = dict(hf_config), set(dtypes)
         if len(kinds) == 1:
             config["dtype" if "dtype" in config else "torch_dtype"] = str(*kinds).removeprefix("torch.")
