@@ -29,7 +29,7 @@ from cordee.model.config import (
     RopeConfig,
     YarnScaling,
 )
-from cordee.weights.megatron.layout import Layout
+from cordee.weights.megatron.layout import MegatronLayout
 
 GIVE_MODEL = "give --model with a preset or a directory with the config.json that belongs to the weights"
 OF_READING = ("model", "checking")  # options of a conversion that say how a Megatron checkpoint is read
@@ -52,7 +52,7 @@ _LATENT = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim"
 _OF_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")
 
 
-def arguments(config: ModelConfig, layout: Layout, padded_vocab: int, **more: Any) -> Namespace:
+def arguments(config: ModelConfig, layout: MegatronLayout, padded_vocab: int, **more: Any) -> Namespace:
     """Megatron's arguments for a model in a layout; `more` are what a dialect or a user adds."""
     stages = [sum(len(c.layers) for c in layout.chunks if c.pipeline == p) for p in range(layout.pipeline)]
     uneven = len(set(stages)) > 1

@@ -20,7 +20,7 @@ from torch import Tensor
 from cordee.errors import Problem, ProblemError, raise_all
 from cordee.tensors.views import Index
 from cordee.weights.megatron.dialect import Dialect
-from cordee.weights.megatron.layout import Layout, Rank, chunks_of, current, layer_files, rank_files
+from cordee.weights.megatron.layout import MegatronLayout, Rank, chunks_of, current, layer_files, rank_files
 from cordee.weights.regions import Region
 from cordee.weights.torch_file import UNREADABLE, Keys, TorchFile
 
@@ -207,7 +207,7 @@ def _differing(values: Iterable[object]) -> str | None:
     return ", ".join(shown(different[key]) for key in sorted(different)) if len(different) > 1 else None
 
 
-def layout_of(folder: Path, files: dict[Rank, RankFile], dialect: Dialect, most: int | None = None) -> Layout:
+def layout_of(folder: Path, files: dict[Rank, RankFile], dialect: Dialect, most: int | None = None) -> MegatronLayout:
     """The chunks by what layers the files hold.
 
     most: the layers of the model, of which some may have no tensors here; None: each layer has some.
@@ -227,7 +227,7 @@ def layout_of(folder: Path, files: dict[Rank, RankFile], dialect: Dialect, most:
     counts = {where: 1 + max(map(int, numbers), default=-1) for where, numbers in layers.items()}
     rounds = 1 + max((chunk for chunk, _ in counts), default=0)
     sizes = [counts.get((chunk, stage), 0) for chunk in range(rounds) for stage in range(stages)]
-    return Layout(
+    return MegatronLayout(
         tensor=1 + max(rank.tensor for rank in files),
         expert=1 + max(rank.expert for rank in files),
         chunks=chunks_of(sizes, stages),

@@ -47,7 +47,7 @@ class Chunk:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class MegatronLayout:
     """Degrees of parallelism, and the chunks in the order of the forward.
 
     virtual: stages hold chunks of their own names, be it one: Megatron then writes `model0`, `model1`.
@@ -171,14 +171,16 @@ class Wanted:
     layer_list: tuple[int, ...] | None = None
     layers_per_chunk: int | None = None
 
-    def layout(self, model: ModelConfig) -> Layout:
+    def layout(self, model: ModelConfig) -> MegatronLayout:
         """The layout for `model`; ProblemError with everything in it that cannot be."""
         raise_all([*self._stages(model.num_layers), *indivisible(model, self.tensor, self.expert)])
         if self.layer_list is not None:
             chunks = chunks_of(self.layer_list, self.pipeline)
         else:
             chunks = even_chunks(model.num_layers, self.pipeline, self.layers_per_chunk)
-        return Layout(tensor=self.tensor, expert=self.expert, chunks=chunks, virtual=self.layers_per_chunk is not None)
+        return MegatronLayout(
+            tensor=self.tensor, expert=self.expert, chunks=chunks, virtual=self.layers_per_chunk is not None
+        )
 
     def _stages(self, layers: int) -> Problems:
         virtual, size = "--num-layers-per-virtual-pipeline-stage", self.layers_per_chunk

@@ -22,7 +22,7 @@ from cordee.model.shards import ALONG
 from cordee.tensors.rules import IDENTITY, grouped_qkv, rotary_halves, stack
 from cordee.tensors.views import Chain, Each, Index, Join, Leaf, Op, Rearrange, Shape, View
 from cordee.weights.megatron.dialect import Dialect
-from cordee.weights.megatron.layout import Chunk, Layout, Rank
+from cordee.weights.megatron.layout import Chunk, MegatronLayout, Rank
 from cordee.weights.megatron.padding import Crop
 
 GATE_UP = Rearrange("(b f) ... -> b f ...", {"b": 2})
@@ -79,7 +79,7 @@ def _unreadable(index: Index) -> Tensor:
     raise AssertionError("only the shape of this tensor is known")
 
 
-def place(spec: ModelSpec, layout: Layout, dialect: Dialect, padded_vocab: int) -> dict[str, Placement]:
+def place(spec: ModelSpec, layout: MegatronLayout, dialect: Dialect, padded_vocab: int) -> dict[str, Placement]:
     """The placement of every parameter by canonical name. ProblemError if `dialect` has no place for some."""
     placer = _Placer(spec, layout, dialect, padded_vocab)
     raise_all(placer.problems())
@@ -121,7 +121,7 @@ class _Split:
 
 
 class _Placer:
-    def __init__(self, spec: ModelSpec, layout: Layout, dialect: Dialect, padded_vocab: int):
+    def __init__(self, spec: ModelSpec, layout: MegatronLayout, dialect: Dialect, padded_vocab: int):
         self.config: ModelConfig = spec.config
         self.layout = layout
         self.dialect = dialect

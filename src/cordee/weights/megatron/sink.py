@@ -20,7 +20,7 @@ from cordee.tensors.views import Shape, View
 from cordee.weights.codec import PlannedFile
 from cordee.weights.megatron.arguments import arguments, dtype_arguments
 from cordee.weights.megatron.dialect import Dialect
-from cordee.weights.megatron.layout import DEEPSPEED_TRACKER, FILE, RELEASE, TRACKER, Layout, Rank, Wanted
+from cordee.weights.megatron.layout import DEEPSPEED_TRACKER, FILE, RELEASE, TRACKER, MegatronLayout, Rank, Wanted
 from cordee.weights.megatron.padding import padded_rows
 from cordee.weights.megatron.placement import Key, Placement, Slot, place, tensors_of
 from cordee.weights.regions import Destination, Region
@@ -53,7 +53,7 @@ class MegatronPlan:
 
     target: Target
     spec: ModelSpec
-    layout: Layout
+    layout: MegatronLayout
     padded_vocab: int
     placements: dict[str, Placement]
     dtypes: dict[str, torch.dtype]

@@ -24,7 +24,7 @@ from cordee.weights.megatron import core, legacy, pipe
 from cordee.weights.megatron.arguments import GIVE_MODEL, spec_of_arguments, unclear
 from cordee.weights.megatron.dialect import Dialect
 from cordee.weights.megatron.files import COPY_AGAIN, RankFile, layout_of, shown
-from cordee.weights.megatron.layout import Layout, Rank, indivisible
+from cordee.weights.megatron.layout import MegatronLayout, Rank, indivisible
 from cordee.weights.megatron.placement import Placement, Slot, place, tensors_of
 from cordee.weights.regions import Region
 
@@ -68,7 +68,7 @@ class MegatronSource(Source):
         folder: Path,
         files: dict[Rank, RankFile],
         dialect: Dialect,
-        layout: Layout,
+        layout: MegatronLayout,
         reading: Reading,
     ):
         self.path = folder
