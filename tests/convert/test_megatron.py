@@ -552,7 +552,7 @@ def test_output_that_exists(made, tmp_path):
     path, _ = made("llama")
     convert(path, tmp_path / "mg", *CORE)
     before = sorted(tmp_path.rglob("*"))
-    assert "--overwrite" in problems_of(path, tmp_path / "mg", *CORE)
+    assert [problem.kind for problem in found_in(path, tmp_path / "mg", *CORE)] == ["not empty"]
     assert sorted(tmp_path.rglob("*")) == before
     convert(path, tmp_path / "mg", *CORE, TP, "2", "--overwrite")
     assert (tmp_path / "mg" / "iter_0000001" / "mp_rank_01").is_dir()
@@ -564,7 +564,7 @@ def test_a_full_disk_leaves_nothing(made, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "pwrite", full)
     for flags in (CORE, (), ("--save-model-type", "dcp"), ("--workers", "3")):
-        assert "No space left" in problems_of(made("llama")[0], tmp_path / "out", *flags)
+        assert [problem.kind for problem in found_in(made("llama")[0], tmp_path / "out", *flags)] == ["unwritable"]
 
 
 TOLD = ["llama2-7b", "llama3.1-8b", "gemma2-9b", "mistral-7b", "minicpm-2b", "qwen3-8b", "bloom-7b1", "baichuan2-13b"]

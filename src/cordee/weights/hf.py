@@ -94,10 +94,13 @@ class HFSource(RuledSource):
             fix = "copy all files of the checkpoint, with the config.json that belongs to them"
             if missing == _head_names(self.spec):
                 fix = 'if its embedding serves as head, say "tie_word_embeddings": true in config.json'
-            yield Problem(str(self.path), None, f"tensors are missing: {_listed(missing)}", fix)
+            yield Problem(
+                str(self.path), None, f"tensors are missing: {_listed(missing)}", fix, "missing", limit=missing
+            )
         if unknown:
             why = f"tensors that family {self.spec.family.name} does not know: {_listed(unknown)}"
-            yield Problem(str(self.path), None, why, "take the config.json that belongs to these weights")
+            fix = "take the config.json that belongs to these weights"
+            yield Problem(str(self.path), None, why, fix, "unknown", limit=unknown)
 
     def _check_tied(self, head: set[str]) -> Iterable[Problem]:
         """A stored copy of a tied head is left out if it is a copy; else the configuration is wrong."""
@@ -109,7 +112,7 @@ class HFSource(RuledSource):
             return
         why = 'it differs from the embedding, but "tie_word_embeddings" says they are one'
         fix = 'say "tie_word_embeddings": false in config.json to keep it'
-        yield Problem(f"{self.path}: {name}", None, why, fix)
+        yield Problem(f"{self.path}: {name}", None, why, fix, "tied")
 
     def _check_tensors(self) -> Iterable[Problem]:
         for canonical, rule in self._rules.items():
@@ -119,10 +122,10 @@ class HFSource(RuledSource):
                 stored, option = self.files[foreign].tensors[foreign], f"{self.files[foreign].path}: {foreign}"
                 if stored.shape != shape:
                     why = f"its shape is {list(stored.shape)}, but by config.json it is {list(shape)}"
-                    yield Problem(option, None, why, "take the config.json that belongs to these weights")
+                    yield Problem(option, None, why, "take the config.json that belongs to these weights", "shape")
                 if not is_of_weights(stored.dtype):
                     why = f"weights of type {stored.dtype} are quantised, which is not supported"
-                    yield Problem(option, None, why, "take the unquantised checkpoint")
+                    yield Problem(option, None, why, "take the unquantised checkpoint", "dtype")
 
 
 def _renamed(rules: dict[str, Rule], rename: Rename) -> dict[str, Rule]:

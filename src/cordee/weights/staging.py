@@ -46,14 +46,16 @@ class Staging:
         mark = self.scratch / UNFINISHED
         if os.path.lexists(self.scratch) and not _is_ours(self.scratch):
             why = f"output is made in {self.scratch} until it is complete, and something else is there"
-            raise ProblemError([Problem("output directory", self.path, why, "move that away, or give another")])
+            raise ProblemError(
+                [Problem("output directory", self.path, why, "move that away, or give another", "foreign")]
+            )
         try:
             with self.writing():
                 self._lock = lock.acquire(mark)
                 self._remove_what_was_left()
         except lock.HeldError as who:
             why, fix = f"another process is writing it: {who}", "wait for that one, or give another"
-            raise ProblemError([Problem("output directory", self.path, why, fix)]) from None
+            raise ProblemError([Problem("output directory", self.path, why, fix, "in use")]) from None
         try:
             check_output(self.path, overwrite=overwrite)  # another process may have completed it meanwhile
         except ProblemError:
@@ -117,7 +119,7 @@ class Staging:
             yield
         except OSError as error:
             why, fix = f"it cannot be written: {error}", "make room or allow it, or give another"
-            raise ProblemError([Problem("output directory", self.path, why, fix)]) from error
+            raise ProblemError([Problem("output directory", self.path, why, fix, "unwritable")]) from error
 
 
 def _is_ours(scratch: Path) -> bool:
@@ -135,11 +137,11 @@ def check_output(path: Path, *, overwrite: bool = False) -> None:
     """ProblemError if output must not go to `path`."""
     if os.path.lexists(path) and not path.is_dir():
         why, fix = "there is a file of this name", "give another directory"
-        raise ProblemError([Problem("output directory", path, why, fix)])
+        raise ProblemError([Problem("output directory", path, why, fix, "file")])
     if path.is_dir() and any(path.iterdir()):
         if not overwrite:
             fix = "give another directory, or --overwrite"
-            raise ProblemError([Problem("output directory", path, "it is not empty", fix)])
+            raise ProblemError([Problem("output directory", path, "it is not empty", fix, "not empty", ("overwrite",))])
         if not any(any(path.glob(mark)) for mark in MARKS):
             why = "it holds something else than a model, which --overwrite does not replace"
-            raise ProblemError([Problem("output directory", path, why, "give another directory")])
+            raise ProblemError([Problem("output directory", path, why, "give another directory", "foreign")])
