@@ -90,8 +90,8 @@ class _Directory:
     path: Path
     problems: list[Problem] = field(default_factory=list)
 
-    def problem(self, file: str, kind: str, why: str, fix: str) -> None:
-        self.problems.append(Problem(str(self.path / file), None, why, fix, kind))
+    def problem(self, file: str, kind: str, why: str, fix: str, limit: object = None) -> None:
+        self.problems.append(Problem(str(self.path / file), None, why, fix, kind, limit=limit))
 
     def open_all(self) -> Iterator[TensorFile]:
         """The files with weights, safetensors before `.bin`."""
@@ -146,10 +146,10 @@ class _Directory:
         present = file.tensors.keys()
         if absent := sorted(named - present):
             why = f"it says these tensors are in {file.path.name}, where they are not: {', '.join(absent)}"
-            self.problem(index, "index", why, "copy index and shards from the same checkpoint")
+            self.problem(index, "absent", why, "copy index and shards from the same checkpoint", absent)
         if extra := sorted(present - named):
             why = f"{file.path.name} holds tensors that it does not name: {', '.join(extra)}"
-            self.problem(index, "index", why, "copy index and shards from the same checkpoint")
+            self.problem(index, "unnamed", why, "copy index and shards from the same checkpoint", extra)
 
 
 def open_files(path: Path) -> dict[str, TensorFile]:

@@ -130,7 +130,7 @@ class MegatronSource(Source):
         shape = first.region(0, name).shape if (0, name) in first.keys else ()
         if not shape:
             why = f"its first rank has no embedding of several rows ({name})"
-            raise ProblemError([Problem(str(self.path), None, why, COPY_AGAIN)])
+            raise ProblemError([Problem(str(self.path), None, why, COPY_AGAIN, "missing", limit=name)])
         return shape[0] * self.layout.tensor
 
     def _spec(self, reading: Reading, config_at: Path | None, padded: int) -> ModelSpec:
