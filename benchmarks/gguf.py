@@ -19,7 +19,7 @@ from cordee.bench.generate import CORDEE, NEW_TOKENS, PROMPT_TOKENS, STEPS
 from cordee.bench.llama import save
 from cordee.bench.report import Report
 from cordee.config.schema import BenchOptions
-from cordee.weights.gguf.place import FILE
+from cordee.weights.gguf.codec import FILE
 
 PEERS = ("gguf", "llama_cpp")
 PEER = "llama.cpp"
@@ -86,7 +86,7 @@ def _prompt(vocab_size: int) -> list[int]:
 
 
 def _load(model: str) -> Any:
-    from cordee.convert import formats
+    from cordee.checkpoint import formats
     from cordee.generate.loading import load_model
 
     return load_model(formats.read(model), "float32", "cpu")

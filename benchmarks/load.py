@@ -63,7 +63,7 @@ def write_checkpoint(path: str) -> None:
 
 
 def play_cordee(baton: Baton, path: str) -> None:
-    from cordee.convert import formats
+    from cordee.checkpoint import formats
     from cordee.generate.loading import load_model
 
     _play(baton, lambda: load_model(formats.read(path)))

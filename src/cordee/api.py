@@ -13,10 +13,10 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from cordee.checkpoint import formats
 from cordee.config.check import check_decoding
 from cordee.config.load import config_from_dict
 from cordee.config.schema import DecodingOptions, TokenizerOptions
-from cordee.convert import formats
 from cordee.data.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
 from cordee.errors import raise_all
 from cordee.families.registry import ModelSpec

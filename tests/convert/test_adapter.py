@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cordee.convert import formats
-from cordee.errors import ProblemError
+from cordee.checkpoint import formats
+from cordee.errors import Problem, ProblemError
 from cordee.families.registry import spec_from_hf
-from tests.convert.test_megatron import ASCEND, CORE, LEGACY, PP, TP, VPP, convert, load, problems_of
+from cordee.weights.megatron.layout import Rank
+from tests.convert.test_megatron import ASCEND, CORE, LEGACY, PP, TP, VPP, convert, found_in, load
 from tests.weights import models, tiny
 
 LLAMA = {**models.MODELS["llama"], "num_hidden_layers": 4}
@@ -131,57 +132,72 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
 GOOD = {f"{Q}.lora_A.weight": torch.ones(2, 24), f"{Q}.lora_B.weight": torch.ones(24, 2)}
 
 
+FILE = "adapter_model.safetensors"
+
+
+def found_kinds(option: str, load: Path, save: Path, *flags: object) -> set[tuple[str, str]]:
+    """Kinds of the problems whose option ends with `option`, each beside it."""
+    problems = found_in(load, save, *map(str, flags))
+    return {(option, problem.kind) for problem in problems if problem.option.endswith(option)}
+
+
 @pytest.mark.parametrize(
     ("tensors", "config", "flags", "expected"),
     [
-        (GOOD, {"use_dora": True}, (), "use_dora"),
-        (GOOD, {"peft_type": "IA3"}, (), "only LoRA"),
-        (GOOD, {"r": None}, (), "positive number"),
-        (GOOD, {}, ("--lora-r", "3"), "says 2"),
-        (GOOD, {}, ("--lora-alpha", "3"), "says 4"),
-        (GOOD, {}, ("--lora-target-modules", "k_proj"), "of q_proj"),
-        ({}, {}, (), "nothing in it"),
-        ({**GOOD, f"{Q}.lora_magnitude_vector": torch.ones(24)}, {}, (), "lora_magnitude_vector"),
-        ({f"{Q}.lora_A.weight": torch.ones(2, 24)}, {}, (), "has only"),
-        ({**GOOD, f"{Q}.lora_B.weight": torch.ones(23, 2)}, {}, (), "do not make"),
-        ({**GOOD, f"{Q}.lora_B.weight": torch.ones(24, 3)}, {}, (), "do not make"),
-        ({name: torch.tensor(1.0) for name in GOOD}, {}, (), "do not make"),
-        ({f"{Q}.lora_A.weight": torch.ones(0, 24), f"{Q}.lora_B.weight": torch.ones(24, 0)}, {}, (), "have rank 0"),
-        (GOOD, {"r": 3}, (), "have rank 2"),
-        (GOOD, {"rank_pattern": {"q_proj": 3}}, (), "have rank 2"),
-        (GOOD, {"rank_pattern": {"q_proj": 2.5}}, (), "rank_pattern"),
-        (GOOD, {"r": True}, (), "positive number"),
+        (GOOD, {"use_dora": True}, (), ("use_dora", "unsupported")),
+        (GOOD, {"peft_type": "IA3"}, (), ("peft_type", "unsupported")),
+        (GOOD, {"r": None}, (), (": r", "invalid")),
+        (GOOD, {}, ("--lora-r", "3"), ("--lora-r", "stated")),
+        (GOOD, {}, ("--lora-alpha", "3"), ("--lora-alpha", "stated")),
+        (GOOD, {}, ("--lora-target-modules", "k_proj"), ("--lora-target-modules", "stated")),
+        ({}, {}, (), (FILE, "empty")),
+        ({**GOOD, f"{Q}.lora_magnitude_vector": torch.ones(24)}, {}, (), (FILE, "unknown")),
+        ({f"{Q}.lora_A.weight": torch.ones(2, 24)}, {}, (), (FILE, "missing")),
+        ({**GOOD, f"{Q}.lora_B.weight": torch.ones(23, 2)}, {}, (), ("q_proj.weight", "shape")),
+        ({**GOOD, f"{Q}.lora_B.weight": torch.ones(24, 3)}, {}, (), ("q_proj.weight", "shape")),
+        ({name: torch.tensor(1.0) for name in GOOD}, {}, (), ("q_proj.weight", "shape")),
+        (
+            {f"{Q}.lora_A.weight": torch.ones(0, 24), f"{Q}.lora_B.weight": torch.ones(24, 0)},
+            {},
+            (),
+            ("q_proj.weight", "rank"),
+        ),
+        (GOOD, {"r": 3}, (), ("q_proj.weight", "rank")),
+        (GOOD, {"rank_pattern": {"q_proj": 3}}, (), ("q_proj.weight", "rank")),
+        (GOOD, {"rank_pattern": {"q_proj": 2.5}}, (), ("rank_pattern: q_proj", "invalid")),
+        (GOOD, {"r": True}, (), (": r", "invalid")),
         *(
-            (GOOD, {"lora_alpha": alpha}, (), "lora_alpha")
+            (GOOD, {"lora_alpha": alpha}, (), ("lora_alpha", "invalid"))
             for alpha in (float("nan"), float("inf"), 10**400, True, "4")
         ),
-        *((GOOD, {"alpha_pattern": value}, (), "alpha_pattern") for value in ([], ["q_proj"], "8", 8)),
+        *((GOOD, {"alpha_pattern": value}, (), ("alpha_pattern", "invalid")) for value in ([], ["q_proj"], "8", 8)),
         *(
-            (GOOD, {"alpha_pattern": {"q_proj": value}}, (), "alpha_pattern")
+            (GOOD, {"alpha_pattern": {"q_proj": value}}, (), ("alpha_pattern: q_proj", "invalid"))
             for value in (None, "8", float("nan"), 10**400, [1])
         ),
         *(
-            (GOOD, {"alpha_pattern": {pattern: 8}}, (), "might never end")
+            (GOOD, {"alpha_pattern": {pattern: 8}}, (), ("alpha_pattern", "unbounded"))
             for pattern in (
                 *("(", "(.*)*x", "(a|a)" * 30, ".*.*.*.*x", "q" * 201, "a{99999999999}", "(?x:(.*) *)", "(.*)(?#)*x"),
                 "[",
             )
         ),
-        (GOOD, {"alpha_pattern": {f"{i}.*": 8 for i in range(99)}}, (), "might never end"),
+        (GOOD, {"alpha_pattern": {f"{i}.*": 8 for i in range(99)}}, (), ("alpha_pattern", "unbounded")),
         *(
-            ({name: tensor.to(dtype) for name, tensor in GOOD.items()}, {}, (), "are quantised, which")
+            ({name: tensor.to(dtype) for name, tensor in GOOD.items()}, {}, (), ("weight", "dtype"))
             for dtype in (torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn)
         ),
-        ({**GOOD, f"{Q}.lora_A": torch.ones(2, 24)}, {}, (), "of the same weights"),
-        ({**GOOD, f"{Q}.base_layer.bias": torch.ones(23)}, {}, (), "that of the model"),
-        ({name.replace("layers.0", "layers.7"): tensor for name, tensor in GOOD.items()}, {}, (), "no such tensors"),
+        ({**GOOD, f"{Q}.lora_A": torch.ones(2, 24)}, {}, (), (FILE, "repeated")),
+        ({**GOOD, f"{Q}.base_layer.bias": torch.ones(23)}, {}, (), ("q_proj.base_layer.bias", "shape")),
+        ({name.replace("layers.0", "layers.7"): tensor for name, tensor in GOOD.items()}, {}, (), (FILE, "unknown")),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
+    ids=lambda value: " ".join(value) if value and isinstance(value, tuple) else "",
 )
 def test_what_cannot_be_merged(tmp_path, tensors, config, flags, expected):
     tiny.save(tmp_path / "base", tiny.LLAMA)
     adapter = handmade(tmp_path / "adapter", tensors, **config)
-    assert expected in problems_of(tmp_path / "base", tmp_path / "out", "--lora-load", str(adapter), *flags)
+    option, kind = expected
+    assert (option, kind) in found_kinds(option, tmp_path / "base", tmp_path / "out", "--lora-load", adapter, *flags)
 
 
 def test_a_good_adapter_of_that_form_is_merged(tmp_path):
@@ -208,22 +224,28 @@ def test_patterns_are_of_what_names_end_with(tmp_path):
 def test_files_that_are_no_adapter(tmp_path):
     tiny.save(tmp_path / "base", tiny.LLAMA)
     adapter = handmade(tmp_path / "adapter", GOOD)
-    assert "--lora-load" in problems_of(adapter, tmp_path / "out")
-    assert "no adapter" in problems_of(tmp_path / "base", tmp_path / "out", "--lora-r", "4")
-    assert "neither of PEFT" in problems_of(tmp_path / "base", tmp_path / "out", "--lora-load", str(tmp_path / "base"))
-    (adapter / "adapter_model.safetensors").write_bytes(b"broken")
-    assert "cannot be read" in problems_of(tmp_path / "base", tmp_path / "out", "--lora-load", str(adapter))
-    (adapter / "adapter_model.safetensors").unlink()
-    assert "adapter_model.bin" in problems_of(tmp_path / "base", tmp_path / "out", "--lora-load", str(adapter))
+
+    def kinds(option: str, load: Path, *flags: object) -> set[tuple[str, str]]:
+        return found_kinds(option, load, tmp_path / "out", *flags)
+
+    lora = ("--lora-load", adapter)
+    assert kinds("model directory", adapter) == {("model directory", "adapter")}
+    assert kinds("--lora-r", tmp_path / "base", "--lora-r", "4") == {("--lora-r", "requires")}
+    assert kinds("--lora-load", tmp_path / "base", "--lora-load", tmp_path / "base") == {("--lora-load", "unknown")}
+    (adapter / FILE).write_bytes(b"broken")
+    assert kinds(FILE, tmp_path / "base", *lora) == {(FILE, "unreadable")}
+    (adapter / FILE).unlink()
+    assert kinds("adapter", tmp_path / "base", *lora) == {("adapter", "missing")}
     (adapter / "adapter_config.json").write_text("{")
-    assert "cannot be read" in problems_of(tmp_path / "base", tmp_path / "out", "--lora-load", str(adapter))
+    assert kinds("adapter_config.json", tmp_path / "base", *lora) == {("adapter_config.json", "unreadable")}
 
 
 def test_an_adapter_of_one_end_of_a_tied_pair(tmp_path):
     tiny.save(tmp_path / "base", {**tiny.LLAMA, "tie_word_embeddings": True})
     embedding = "base_model.model.model.embed_tokens.lora_embedding_"
     adapter = handmade(tmp_path / "adapter", {f"{embedding}A": torch.ones(2, 61), f"{embedding}B": torch.ones(24, 2)})
-    assert "tied to it" in problems_of(tmp_path / "base", tmp_path / "out", "--lora-load", str(adapter))
+    option = "embed_tokens.weight"
+    assert found_kinds(option, tmp_path / "base", tmp_path / "out", "--lora-load", adapter) == {(option, "tied")}
 
 
 # ---- Megatron --------------------------------------------------------------------------------------------------------
@@ -311,21 +333,26 @@ def test_what_cannot_be_merged_of_megatron(tmp_path):
     trained(tmp_path / "spoiled", tmp_path / "adapter", ALPHA)
     lora = ("--lora-load", str(tmp_path / "adapter"))
 
-    def problems(*flags: str, base: str = "base") -> str:
-        return problems_of(tmp_path / base, tmp_path / "out", *lora, *flags)
+    def problem(*flags: str, base: str = "base") -> Problem:
+        (found,) = found_in(tmp_path / base, tmp_path / "out", *lora, *flags)
+        return found
 
-    assert "no Megatron checkpoint" in problems(base="hf")
-    assert "trained with 12" in problems("--lora-alpha", "16")
-    assert "have rank 4" in problems("--lora-r", "16")
-    assert "linear_fc1, linear_fc2, linear_proj, linear_qkv" in problems("--lora-target-modules", "linear_qkv")
+    def stated(*flags: str) -> tuple[str, str, object]:
+        return (found := problem(*flags)).option, found.kind, found.limit
+
+    assert problem(base="hf").kind == "base"
+    assert stated("--lora-alpha", "16") == ("--lora-alpha", "stated", 12)
+    assert stated("--lora-r", "16") == ("--lora-r", "stated", {4})
+    modules = {"linear_fc1", "linear_fc2", "linear_proj", "linear_qkv"}
+    assert stated("--lora-target-modules", "linear_qkv") == ("--lora-target-modules", "stated", modules)
     tiny.save(tmp_path / "other", {**LLAMA, "intermediate_size": 48})
     convert(tmp_path / "other", tmp_path / "other mg", *CORE)
-    assert "do not make" in problems(base="other mg")
+    assert {found.kind for found in found_in(tmp_path / "other mg", tmp_path / "out", *lora)} == {"shape"}
     tiny.save(tmp_path / "longer", {**LLAMA, "num_hidden_layers": 5})
     convert(tmp_path / "longer", tmp_path / "longer mg", *CORE)
-    assert "adapters of 4 layers" in problems(base="longer mg")
+    assert (problem(base="longer mg").kind, problem(base="longer mg").limit) == ("layers", 5)
     shutil.rmtree(tmp_path / "adapter" / "iter_0000001" / "mp_rank_01")
-    assert "tensor 1 pipeline 0" in problems()
+    assert (problem().kind, problem().limit) == ("missing", [Rank(1, 0, 0)])
     with pytest.raises(ProblemError):
         formats.read(tmp_path / "adapter")  # by itself it is no model
     assert load(tmp_path / "base", "mp_rank_00")["iteration"] == 1
@@ -334,11 +361,11 @@ def test_what_cannot_be_merged_of_megatron(tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "alpha", "expected"),
     [
-        (lambda tensor: tensor.sum(), ALPHA, "do not make"),
-        (lambda tensor: tensor[:0], ALPHA, "do not make"),
-        (lambda tensor: tensor.bool(), ALPHA, "of type torch.bool"),
-        (lambda tensor: tensor, [ALPHA], "args.lora_alpha"),
-        (lambda tensor: tensor, float("nan"), "args.lora_alpha"),
+        (lambda tensor: tensor.sum(), ALPHA, ("iter_0000001", "shape")),
+        (lambda tensor: tensor[:0], ALPHA, ("iter_0000001", "shape")),
+        (lambda tensor: tensor.bool(), ALPHA, ("iter_0000001", "dtype")),
+        (lambda tensor: tensor, [ALPHA], ("args.lora_alpha", "invalid")),
+        (lambda tensor: tensor, float("nan"), ("args.lora_alpha", "invalid")),
     ],
 )
 def test_spoiled_adapters_of_megatron(tmp_path, spoil, alpha, expected):
@@ -351,4 +378,4 @@ def test_spoiled_adapters_of_megatron(tmp_path, spoil, alpha, expected):
     content["model"] = {name: spoil(tensor) for name, tensor in content["model"].items()}
     torch.save(content, file)
     lora = ("--lora-load", str(tmp_path / "adapter"))
-    assert expected in problems_of(tmp_path / "base", tmp_path / "out", *lora)
+    assert expected in found_kinds(expected[0], tmp_path / "base", tmp_path / "out", *lora)

@@ -135,7 +135,10 @@ def test_files_that_hold_other_things(tmp_path):
 
 def test_an_embedding_that_is_one_number(tmp_path):
     rank(tmp_path, "mp_rank_00", None, {"embedding.word_embeddings.weight": torch.tensor(1.0)})
-    assert "a single number" in problems(tmp_path)
+    with pytest.raises(ProblemError) as caught:
+        source.read(tmp_path)
+    (problem,) = caught.value.problems
+    assert (problem.kind, problem.limit) == ("missing", "embedding.word_embeddings.weight")
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.int64, torch.bool, torch.float8_e4m3fn])

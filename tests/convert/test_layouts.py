@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cordee.convert import formats
+from cordee.checkpoint import formats
 from cordee.errors import ProblemError
 from cordee.families.registry import families, spec_from_hf
 from cordee.model.config import AttentionConfig, ModelConfig, MoEConfig
@@ -106,5 +106,7 @@ def stored(path: Path) -> dict[str, tuple[str, list[int], bytes]]:
 @pytest.mark.parametrize("flags", [(*CORE, TP, "3"), (*CORE, PP, "5")], ids=" ".join)
 def test_a_layout_that_is_refused(tmp_path, flags):
     tiny.save(tmp_path / "hf", models.tiny_preset("llama"))
-    with pytest.raises(ProblemError, match="evenly"):
+    with pytest.raises(ProblemError) as caught:
         convert(tmp_path / "hf", tmp_path / "mg", *flags)
+    *_, option, value = flags
+    assert {(p.option, str(p.value), p.kind) for p in caught.value.problems} == {(option, value, "divides")}

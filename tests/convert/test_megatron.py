@@ -12,14 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cordee.checkpoint import formats
 from cordee.config.load import load_config
 from cordee.config.schema import ConvertConfig
-from cordee.convert import formats, job
+from cordee.convert import job
 from cordee.errors import Problem, ProblemError
 from cordee.families.registry import families, spec_from_hf, spec_from_preset
 from cordee.model.compare import canonical
 from cordee.weights.megatron.arguments import arguments, spec_of_arguments
-from cordee.weights.megatron.layout import Wanted
+from cordee.weights.megatron.layout import Rank, Wanted
 from tests.weights import models, tiny
 
 CORE = ("--save-model-type", "mg", "--use-mcore-models")
@@ -455,41 +456,52 @@ def rewrite(path: Path, folder: str, change) -> None:
 
 def test_a_missing_rank(megatron, tmp_path):
     shutil.rmtree(megatron / "iter_0000001" / "mp_rank_01_000")
-    assert "tensor 1 pipeline 0 expert 0" in problems_of(megatron, tmp_path / "out")
+    (problem,) = found_in(megatron, tmp_path / "out")
+    assert (problem.kind, problem.limit) == ("missing", [Rank(1, 0, 0)])
     shutil.rmtree(megatron / "iter_0000001" / "mp_rank_01_001")  # all of tensor rank 1: the settings tell
-    assert "tensor 1 pipeline 1 expert 0" in problems_of(megatron, tmp_path / "out")
+    (problem,) = found_in(megatron, tmp_path / "out")
+    assert (problem.kind, problem.limit) == ("missing", [Rank(1, 0, 0), Rank(1, 1, 0)])
 
 
 def test_a_missing_file(megatron, tmp_path):
     (megatron / "iter_0000001" / "mp_rank_01_000" / "model_optim_rng.pt").unlink()
-    assert "missing" in problems_of(megatron, tmp_path / "out")
+    (problem,) = found_in(megatron, tmp_path / "out")
+    assert problem.kind == "missing" and "mp_rank_01_000" in problem.option
 
 
 def test_a_truncated_file(megatron, tmp_path):
     file = megatron / "iter_0000001" / "mp_rank_01_001" / "model_optim_rng.pt"
     os.truncate(file, file.stat().st_size // 2)
-    text = problems_of(megatron, tmp_path / "out")
-    assert "cannot be read" in text and "mp_rank_01_001" in text
+    (problem,) = found_in(megatron, tmp_path / "out")
+    assert problem.kind == "unreadable" and "mp_rank_01_001" in problem.option
+
+
+def disagreement(load: Path, save: Path) -> object:
+    """What ranks disagree about."""
+    (problem,) = found_in(load, save)
+    assert problem.kind == "disagree"
+    return problem.limit
 
 
 def test_ranks_that_disagree(megatron, tmp_path):
     rewrite(megatron, "mp_rank_01_001", lambda content: content.update(iteration=7))
-    assert "different iterations" in problems_of(megatron, tmp_path / "out")
+    assert disagreement(megatron, tmp_path / "out") == "iteration"
     rewrite(megatron, "mp_rank_01_001", lambda content: content.update(iteration=1))
     rewrite(megatron, "mp_rank_01_001", lambda content: setattr(content["args"], "num_layers", 5))
-    assert "disagree about num_layers" in problems_of(megatron, tmp_path / "out")
+    assert disagreement(megatron, tmp_path / "out") == "num_layers"
     rewrite(megatron, "mp_rank_01_001", lambda content: setattr(content["args"], "num_layers", 6))
     norm = "decoder.layers.1.input_layernorm.weight"
     rewrite(megatron, "mp_rank_01_001", lambda content: content["model"][norm].add_(1))
-    assert norm in problems_of(megatron, tmp_path / "out")  # found while it is being written: nothing is left
+    assert disagreement(megatron, tmp_path / "out") == norm  # found while it is being written: nothing is left
     rewrite(megatron, "mp_rank_01_001", lambda content: content["model"].pop(norm))
-    assert "hold different tensors" in problems_of(megatron, tmp_path / "out")
+    assert disagreement(megatron, tmp_path / "out") == (1, 1)  # tensor and pipeline rank
 
 
 def test_tensors_that_are_not_the_models(megatron, tmp_path, caplog):
     for folder in ("mp_rank_00_000", "mp_rank_01_000"):
         rewrite(megatron, folder, lambda content: content["model"].update(extra=torch.ones(2)))
-    assert "extra" in problems_of(megatron, tmp_path / "out")
+    (problem,) = found_in(megatron, tmp_path / "out")
+    assert (problem.kind, problem.limit) == ("unclear", {"extra"})
     with caplog.at_level("INFO", "cordee"):
         convert(megatron, tmp_path / "out", "--no-checking")
     assert "extra" in caplog.text
@@ -498,11 +510,12 @@ def test_tensors_that_are_not_the_models(megatron, tmp_path, caplog):
 def test_shapes_that_are_not_the_models(megatron, tmp_path):
     config = json.loads((megatron / "config.json").read_text())
     (megatron / "config.json").write_text(json.dumps({**config, "intermediate_size": 28}))
-    assert "linear_fc1.weight is [24, 32] instead of [28, 32]" in problems_of(megatron, tmp_path / "out")
+    wrong = {str(problem.limit).removeprefix("decoder.layers.") for problem in found_in(megatron, tmp_path / "out")}
+    assert {f"{n}.mlp.linear_{fc}.weight" for n in range(3) for fc in ("fc1", "fc2")} == wrong
     (megatron / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 5}))
-    assert "ranks hold 6 layers" in problems_of(megatron, tmp_path / "out")
+    assert [problem.limit for problem in found_in(megatron, tmp_path / "out")] == ["num_layers"]
     (megatron / "config.json").write_text(json.dumps({**config, "vocab_size": 70}))
-    assert "62 rows" in problems_of(megatron, tmp_path / "out")
+    assert [problem.limit for problem in found_in(megatron, tmp_path / "out")] == ["vocab_size"]
 
 
 class Foreign:
@@ -539,7 +552,7 @@ def test_output_that_exists(made, tmp_path):
     path, _ = made("llama")
     convert(path, tmp_path / "mg", *CORE)
     before = sorted(tmp_path.rglob("*"))
-    assert "--overwrite" in problems_of(path, tmp_path / "mg", *CORE)
+    assert [problem.kind for problem in found_in(path, tmp_path / "mg", *CORE)] == ["not empty"]
     assert sorted(tmp_path.rglob("*")) == before
     convert(path, tmp_path / "mg", *CORE, TP, "2", "--overwrite")
     assert (tmp_path / "mg" / "iter_0000001" / "mp_rank_01").is_dir()
@@ -551,7 +564,7 @@ def test_a_full_disk_leaves_nothing(made, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "pwrite", full)
     for flags in (CORE, (), ("--save-model-type", "dcp"), ("--workers", "3")):
-        assert "No space left" in problems_of(made("llama")[0], tmp_path / "out", *flags)
+        assert [problem.kind for problem in found_in(made("llama")[0], tmp_path / "out", *flags)] == ["unwritable"]
 
 
 TOLD = ["llama2-7b", "llama3.1-8b", "gemma2-9b", "mistral-7b", "minicpm-2b", "qwen3-8b", "bloom-7b1", "baichuan2-13b"]
@@ -568,8 +581,9 @@ def test_settings_alone_tell_a_dense_model(name):
 def test_settings_that_do_not_tell_all_say_so(name):
     config = spec_from_preset(name).config
     settings = arguments(config, Wanted().layout(config), config.vocab_size)
-    with pytest.raises(ProblemError, match="give --model"):
+    with pytest.raises(ProblemError) as caught:
         spec_of_arguments(settings, config.vocab_size, "x")
+    assert {problem.kind for problem in caught.value.problems} == {"unclear"}
 
 
 def test_settings_of_megatron_itself():
@@ -579,5 +593,6 @@ def test_settings_of_megatron_itself():
     settings.rotary_base, settings.rotary_percent = 10000, 1.0
     assert spec_of_arguments(settings, config.vocab_size, "x").family.name == "gpt2"
     settings.squared_relu = True
-    with pytest.raises(ProblemError, match="squared_relu"):
+    with pytest.raises(ProblemError) as caught:
         spec_of_arguments(settings, config.vocab_size, "x")
+    assert [problem.limit for problem in caught.value.problems] == [["squared_relu"]]

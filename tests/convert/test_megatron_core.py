@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cordee.convert import formats
+from cordee.checkpoint import formats
 from cordee.families.registry import spec_from_hf
 from cordee.model.gpt import GPTModel
 from cordee.weights.load import load_into

@@ -12,7 +12,7 @@ import pytest
 
 from cordee.families.registry import spec_from_hf
 from cordee.weights.codec import SLICE
-from cordee.weights.workers import SLICES_HELD
+from cordee.weights.staged_sink import SLICES_HELD
 from tests.weights.models import DENSE
 
 MIB = 2**20

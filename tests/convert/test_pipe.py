@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cordee.convert import formats
+from cordee.checkpoint import formats
 from cordee.families.registry import spec_from_hf
 from tests.convert.test_megatron import ASCEND, CORE, TP, convert, problems_of
 from tests.weights import models, tiny

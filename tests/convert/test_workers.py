@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cordee.convert import formats, job
+from cordee.checkpoint import formats
+from cordee.convert import job
 from cordee.families.registry import spec_from_hf
 from cordee.weights import codec, hf
 from tests.convert.test_megatron import ASCEND, CORE, EP, LEGACY, MINDFORMERS, PP, TP, convert

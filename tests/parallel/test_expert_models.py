@@ -31,6 +31,7 @@ from cordee.optim.clip import clip_factor, count_zeros, global_norm, gradients, 
 from cordee.parallel import apply, collectives, data
 from cordee.parallel.degrees import degrees
 from cordee.parallel.layout import Layout
+from cordee.tensors.views import Leaf, View
 from cordee.weights.codec import Source
 from cordee.weights.load import load_into
 from tests.matrix import sampled
@@ -242,8 +243,8 @@ class Held(Source):
     def dtype(self, name: str) -> torch.dtype:
         return self.weights[name].dtype
 
-    def tensor(self, name: str, index=None) -> Tensor:
-        return self.weights[name] if index is None else self.weights[name][tuple(index)]
+    def view(self, name: str) -> View:
+        return Leaf(self.shape(name), self.weights[name].__getitem__)
 
 
 def weights() -> dict[str, Tensor]:

@@ -167,11 +167,11 @@ def _adapter(folder: Path, pickled: bytes) -> None:
 
 
 def _distributed(folder: Path, pickled: bytes) -> None:
-    from cordee.convert import distributed
+    from cordee.checkpoint import dcp
 
     _llama(folder)
     (folder / ".metadata").write_bytes(pickled)
-    distributed.read(folder)
+    dcp.read(folder)
 
 
 def _llama(folder: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from cordee.errors import ProblemError
 from cordee.families.registry import spec_from_hf
 from cordee.tensors.views import Leaf
-from cordee.weights.megatron.layout import Layout, Rank, Wanted, chunks_of, even_chunks, rank_files
+from cordee.weights.megatron.layout import MegatronLayout, Rank, Wanted, chunks_of, even_chunks, rank_files
 from cordee.weights.megatron.padding import Crop, Pad, padded_rows
 from tests.weights.models import MODELS
 
@@ -37,7 +37,7 @@ def test_layers_of_virtual_stages():
     [(1, 1, "mp_rank_03"), (2, 1, "mp_rank_03_001"), (1, 4, "mp_rank_03_002"), (2, 4, "mp_rank_03_001_002")],
 )
 def test_folders(tmp_path, pipeline, expert, name):
-    layout = Layout(tensor=4, expert=expert, chunks=even_chunks(4, pipeline))
+    layout = MegatronLayout(tensor=4, expert=expert, chunks=even_chunks(4, pipeline))
     rank = Rank(3, 1 if pipeline > 1 else 0, 2 if expert > 1 else 0)
     assert layout.folder(rank) == name
     (tmp_path / name).mkdir()

@@ -7,7 +7,6 @@ and `evaluate` read it like any other format, in one process, a tensor or a part
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,15 +17,11 @@ from cordee.checkpoint.files import METADATA, read_metadata, read_tensor, tensor
 from cordee.checkpoint.storage import Place, place_of
 from cordee.errors import Problem, ProblemError, raise_all
 from cordee.families.registry import STORED_SPEC, ModelSpec
+from cordee.tensors.views import Index, Leaf, View
 from cordee.weights.codec import Source
 
 # What is read of a manifest here.
 _FORM = sealed.record({"model": STORED_SPEC})
-
-
-def is_checkpoint(path: Place) -> bool:
-    """Whether `path` is a checkpoint, or a directory of them."""
-    return (path / directory.MANIFEST).is_file() or directory.is_root(path)
 
 
 def read(path: str | Place, iteration: int | None = None) -> CheckpointSource:
@@ -75,9 +70,12 @@ class CheckpointSource(Source):
     def dtype(self, name: str) -> torch.dtype:
         return self._kept[f"model.{name}"].properties.dtype
 
-    def tensor(self, name: str, index: Sequence[slice] | None = None) -> Tensor:
-        self._require_unchanged(self._files[f"model.{name}"])
-        return read_tensor(self.path, self._metadata, f"model.{name}", None if index is None else tuple(index))
+    def view(self, name: str) -> View:
+        return Leaf(self.shape(name), lambda index: self._read(f"model.{name}", index))
+
+    def _read(self, name: str, index: Index) -> Tensor:
+        self._require_unchanged(self._files[name])
+        return read_tensor(self.path, self._metadata, name, index)
 
     def _require_unchanged(self, names: set[str]) -> None:
         """ProblemError if a file that is read from now has other bytes than were saved; each is checked once."""

@@ -1,22 +1,22 @@
-"""What `cordee convert` is told, held against itself, against what there is to read, and against the model in it.
+"""Checks of the options of `cordee convert`: against each other, against the files to read, and against their model.
 
-Owns these checks. Options of older converters that state what could not be known there are checked here.
+Options of older converters that only restate the files or the model are compared with them here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cordee.checkpoint.formats import Format
 from cordee.checkpoint.storage import is_url
 from cordee.config import laws
 from cordee.config.option import to_flag
 from cordee.config.schema import ConvertConfig
-from cordee.convert.formats import Format
 from cordee.errors import Problem, Problems, requires
 from cordee.families.reader import nearest
-from cordee.model.config import AttentionConfig, LayerConfig
+from cordee.model.config import AttentionConfig
 
 if TYPE_CHECKING:
     from cordee.families.registry import ModelSpec
@@ -107,25 +107,17 @@ def check_dialect(source: MegatronSource, options: ConvertConfig) -> Problems:
         yield Problem("--use-mcore-models", True, why, fix, "stated", ("load_dir", "load_from_legacy"))
 
 
-def _attention(holds: Callable[[AttentionConfig], bool]) -> Callable[[ModelSpec], bool]:
-    def test(spec: ModelSpec) -> bool:
-        attentions = [layer.attention for layer in spec.config.layers]
-        return any(isinstance(attention, AttentionConfig) and holds(attention) for attention in attentions)
-
-    return test
-
-
-def _sandwich(layer: LayerConfig) -> bool:
-    return layer.norm_placement == "sandwich"
-
-
-TRAITS: dict[str, Callable[[ModelSpec], bool]] = {
-    "add_qkv_bias": _attention(lambda attention: attention.qkv_bias),
-    "add_dense_bias": _attention(lambda attention: attention.out_bias),
-    "embed_layernorm": lambda spec: spec.config.embedding_norm is not None,
-    "post_norm": lambda spec: any(_sandwich(layer) for layer in spec.config.layers),
-    "w_pack": lambda spec: any(".W_pack." in name for rule in spec.rules().values() for name in rule.foreign),
-}
+def _traits(spec: ModelSpec) -> dict[str, object]:
+    """What options state of a model, by their names."""
+    layers = spec.config.layers
+    attentions = [layer.attention for layer in layers if isinstance(layer.attention, AttentionConfig)]
+    return {
+        "add_qkv_bias": any(attention.qkv_bias for attention in attentions),
+        "add_dense_bias": any(attention.out_bias for attention in attentions),
+        "embed_layernorm": spec.config.embedding_norm is not None,
+        "post_norm": any(layer.norm_placement == "sandwich" for layer in layers),
+        "w_pack": any(".W_pack." in name for rule in spec.rules().values() for name in rule.foreign),
+    }
 
 
 def check_model(spec: ModelSpec, options: ConvertConfig) -> Problems:
@@ -138,5 +130,4 @@ def check_model(spec: ModelSpec, options: ConvertConfig) -> Problems:
         elif spec.family.name not in known:
             why = f"the model is of family {spec.family.name}"
             yield Problem("--model-type-hf", given, why, "leave it out, or give another model", "stated")
-    traits = {name: holds(spec) for name, holds in TRAITS.items() if getattr(options, name) is not None}
-    yield from stated(options, traits, "the model")
+    yield from stated(options, _traits(spec), "the model")

@@ -8,20 +8,23 @@ tensor, whatever the model.
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cordee.checkpoint.formats import Format, format_of
 from cordee.checkpoint.storage import place_of
 from cordee.config import laws
 from cordee.config.schema import ConvertConfig
 from cordee.convert.check import check_dialect, check_format, check_model, check_options, target_type
-from cordee.convert.formats import Format, format_of
 from cordee.errors import Findings, Problem, ProblemError, raise_all
 from cordee.files import read_json
+from cordee.weights.megatron.layout import is_megatron
 
 if TYPE_CHECKING:
     from cordee.convert.targets import Prepared
     from cordee.families.registry import ModelSpec
+    from cordee.weights.adapter import Adapter
     from cordee.weights.codec import Sink, Source
 
 logger = logging.getLogger("cordee")
@@ -38,7 +41,7 @@ def run(options: ConvertConfig) -> int:
         logger.warning("%s", ignored)
     source, prepared, output = _prepare(options)
     if options.dry_run:
-        _tell(source, prepared, output, options)
+        _show(source, prepared, output, options)
         return 0
     with prepared.open() as sink:
         copy(source, sink)
@@ -51,8 +54,9 @@ def run(options: ConvertConfig) -> int:
         written = format_of(output).read(output, None)
         for note in verify(prepared.expected or source, written, prepared.dtypes):
             logger.info(note)
-        for note in verify_tokenizer(prepared.tokenizer, written.companions):
-            logger.info(note)
+        if (compare := prepared.compare_tokenizers) is not None:
+            for note in verify_tokenizer(source.companions, written.companions, compare):
+                logger.info(note)
     return 0
 
 
@@ -93,10 +97,10 @@ def _source(form: Format, options: ConvertConfig) -> Source:
     source = _read(form, _model(form, options), options)
     if options.lora_load is None:
         return source
-    from cordee.convert import adapters
+    from cordee.weights.adapter import Merged
 
     raise_all(check_model(source.spec, options))
-    return adapters.merged(source, options)
+    return Merged(source, _adapter(source, Path(options.lora_load), options))
 
 
 def _output(form: Format, options: ConvertConfig) -> Path:
@@ -107,7 +111,7 @@ def _output(form: Format, options: ConvertConfig) -> Path:
 
 
 def _model(form: Format, options: ConvertConfig) -> ModelSpec | None:
-    """The model that options give for a Megatron checkpoint; None if it is to tell by itself."""
+    """The model that options give for a Megatron checkpoint; None if its own settings define it."""
     from cordee.families.registry import spec_from_directory, spec_named
 
     if form.name != "mg":
@@ -137,6 +141,26 @@ def _read(form: Format, model: ModelSpec | None, options: ConvertConfig) -> Sour
     return source
 
 
+def _adapter(base: Source, path: Path, options: ConvertConfig) -> Adapter:
+    """The adapter to be merged into `base`. ProblemError if there is none, or `base` cannot take it."""
+    from cordee.weights import peft
+    from cordee.weights.adapter import Given
+    from cordee.weights.megatron import adapter
+    from cordee.weights.megatron.source import MegatronSource
+
+    given = Given(path=path, r=options.lora_r, alpha=options.lora_alpha, modules=options.lora_target_modules)
+    if peft.is_adapter(path):
+        return peft.read(given, base.spec)
+    if not is_megatron(path):
+        why = "it is neither of PEFT (there is no adapter_config.json) nor a Megatron checkpoint"
+        raise ProblemError([Problem("--lora-load", path, why, "give the directory of an adapter", "unknown")])
+    if not isinstance(base, MegatronSource):
+        why = "it has Megatron's names, and what it is to be merged into is no Megatron checkpoint"
+        fix = "give the Megatron checkpoint that it was trained on as --load-dir"
+        raise ProblemError([Problem("--lora-load", path, why, fix, "base", ("load_dir",))])
+    return adapter.read(given, base.spec, base.dialect)
+
+
 def _count_tokens(file: str | None) -> int | None:
     if file is None:
         return None
@@ -148,13 +172,13 @@ def _count_tokens(file: str | None) -> int | None:
         ) from error
 
 
-def _tell(source: Source, prepared: Prepared, output: Path, options: ConvertConfig) -> None:
-    """Print what would be written."""
+def _show(source: Source, prepared: Prepared, output: Path, options: ConvertConfig) -> None:
+    """Print which files would be written, and the memory that takes."""
     from rich.console import Console
     from rich.table import Table
 
     from cordee.weights.codec import SLICE
-    from cordee.weights.workers import SLICES_HELD
+    from cordee.weights.staged_sink import SLICES_HELD
 
     table = Table("file", "bytes", title=f"{source.spec.family.name} to {output}")
     table.columns[1].justify = "right"
@@ -174,16 +198,9 @@ def copy(source: Source, sink: Sink) -> None:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    sizes = {name: _nbytes(source, name) for name in source.names()}
+    sizes = {name: math.prod(source.shape(name)) * source.dtype(name).itemsize for name in source.names()}
     with Progress(*columns, TimeRemainingColumn()) as progress:
         task = progress.add_task("converting", total=sum(sizes.values()))
         for name, size in sizes.items():
             sink.take(name, source.view(name))
             progress.advance(task, size)
-
-
-def _nbytes(source: Source, name: str) -> int:
-    elements = 1
-    for size in source.shape(name):
-        elements *= size
-    return elements * source.dtype(name).itemsize

@@ -7,24 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cordee.checkpoint import dcp
 from cordee.config.option import to_flag
 from cordee.config.schema import ConvertConfig
 from cordee.config.values import whole_numbers
 from cordee.convert.check import target_type
-from cordee.convert.distributed_sink import DistributedSink, planned_files
-from cordee.errors import Problem, ProblemError, Problems, raise_all, requires
-from cordee.weights import ascendspeed, hf, megatron_core, megatron_legacy, mindformers
+from cordee.errors import Problem, Problems, raise_all, requires
+from cordee.weights import hf, mindformers
 from cordee.weights.codec import PlannedFile, Sink, Source
 from cordee.weights.gguf import codec as gguf
+from cordee.weights.gguf.vocabulary import compare_tokenizers
+from cordee.weights.megatron import core, legacy
 from cordee.weights.megatron.dialect import Dialect
 from cordee.weights.megatron.layout import Wanted
 from cordee.weights.megatron.sink import MegatronSink, Target, plan
-from cordee.weights.staging import Staging, check_output
+from cordee.weights.staged_sink import Output
+from cordee.weights.staging import check_output
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,8 @@ class Prepared:
 
     dtypes: by canonical name, what is written.
     expected: what has to be read back, where that is not to the bit what there was; None: the source itself.
-    tokenizer: directory of the tokenizer that has to be read back, where it is not copied as it is.
+    compare_tokenizers: how the tokenizer that is read back differs from that of the source, None if it does not; where
+        the format does not copy it as it is.
     """
 
     files: list[PlannedFile]
@@ -41,7 +46,7 @@ class Prepared:
     dtypes: Mapping[str, torch.dtype]
     open: Callable[[], Sink]
     expected: Source | None = None
-    tokenizer: Path | None = None
+    compare_tokenizers: Callable[[Path, Path], str | None] | None = None
 
 
 def prepare(source: Source, path: Path, options: ConvertConfig) -> Prepared:
@@ -49,47 +54,32 @@ def prepare(source: Source, path: Path, options: ConvertConfig) -> Prepared:
     check_output(path.absolute(), overwrite=options.overwrite)
     wanted = getattr(torch, options.params_dtype) if options.params_dtype else None
     dtypes = {name: wanted or source.dtype(name) for name in source.names()}
-    if target_type(options) in ("mg", "ascendspeed"):
-        return _prepare_megatron(source, path, dtypes, options)
+    output = Output(path, source.companions, options.workers, options.overwrite)
+    kind = target_type(options)
+    if kind in ("mg", "ascendspeed"):
+        return _prepare_megatron(source, output, dtypes, megatron_target(options))
     raise_all(_misplaced(options))
-    if target_type(options) == "gguf":
-        return _prepare_gguf(source, path, dtypes, options)
-    return _prepare_unsplit(source, path, dtypes, wanted, options)
+    return _prepare_gguf(source, output, dtypes) if kind == "gguf" else _prepare_unsplit(source, output, dtypes, kind)
 
 
 # ---- Hugging Face, MindFormers, torch's distributed checkpoints ------------------------------------------------------
 
 
-def _prepare_unsplit(
-    source: Source, path: Path, dtypes: dict[str, torch.dtype], wanted: torch.dtype | None, options: ConvertConfig
-) -> Prepared:
-    rename: hf.Rename = str
-    if target_type(options) == "mindformers":
-        mindformers.check(source.spec)
-        rename = mindformers.renamed
-
-    def open_sink() -> Sink:
-        if target_type(options) == "dcp":
-            staging = Staging(path, overwrite=options.overwrite)
-            return DistributedSink(staging, source.spec, wanted, source.companions, options.workers)
-        return hf.write(
-            path,
-            source.spec,
-            dtype=wanted,
-            companions=source.companions,
-            overwrite=options.overwrite,
-            rename=rename,
-            workers=options.workers,
-        )
-
+def _prepare_unsplit(source: Source, output: Output, dtypes: dict[str, torch.dtype], kind: str) -> Prepared:
     rules = source.spec.rules()
     largest = max(
         torch.Size(shape).numel() * dtypes[name].itemsize
         for name, rule in rules.items()
         for shape in rule.foreign_shapes(source.shape(name))
     )
-    planned = planned_files if target_type(options) == "dcp" else hf.planned_files
-    return Prepared(planned(source.spec, dtypes), largest, dtypes, open_sink)
+    if kind == "dcp":
+        sink = partial(dcp.DistributedSink, output, source.spec, dtypes)
+        return Prepared(dcp.planned_files(source.spec, dtypes), largest, dtypes, sink)
+    if kind == "mindformers":
+        mindformers.check(source.spec)
+    rename = mindformers.renamed if kind == "mindformers" else str
+    sink = partial(hf.HFSink, output, source.spec, dtypes, rename=rename)
+    return Prepared(hf.planned_files(source.spec, dtypes), largest, dtypes, sink)
 
 
 _SPLITTING = (
@@ -117,32 +107,23 @@ def _misplaced(options: ConvertConfig) -> Problems:
 # ---- GGUF ------------------------------------------------------------------------------------------------------------
 
 
-def _prepare_gguf(source: Source, path: Path, dtypes: dict[str, torch.dtype], options: ConvertConfig) -> Prepared:
+def _prepare_gguf(source: Source, output: Output, dtypes: dict[str, torch.dtype]) -> Prepared:
     laid_out = gguf.plan(source.spec, dtypes, source.companions)
-
-    def open_sink() -> Sink:
-        return gguf.GGUFSink(Staging(path, overwrite=options.overwrite), laid_out, source.companions, options.workers)
-
-    expected = gguf.Held(laid_out, source)
-    return Prepared(laid_out.files(), max(laid_out.sizes), laid_out.dtypes, open_sink, expected, source.companions)
+    sink, expected = partial(gguf.GGUFSink, output, laid_out), gguf.Held(laid_out, source)
+    return Prepared(laid_out.files(), max(laid_out.sizes), laid_out.dtypes, sink, expected, compare_tokenizers)
 
 
 # ---- Megatron and AscendSpeed ----------------------------------------------------------------------------------------
 
 
-def _prepare_megatron(source: Source, path: Path, dtypes: dict[str, torch.dtype], options: ConvertConfig) -> Prepared:
-    laid_out = plan(source.spec, dtypes, megatron_target(options))
+def _prepare_megatron(source: Source, output: Output, dtypes: dict[str, torch.dtype], target: Target) -> Prepared:
+    laid_out = plan(source.spec, dtypes, target)
     largest = max(
         torch.Size(shape).numel() * dtypes[name].itemsize
         for name, placement in laid_out.placements.items()
         for shape in placement.part_shapes
     )
-
-    def open_sink() -> Sink:
-        staging = Staging(path, overwrite=options.overwrite)
-        return MegatronSink(staging, laid_out, source.companions, workers=options.workers)
-
-    return Prepared(laid_out.files(), largest, dtypes, open_sink)
+    return Prepared(laid_out.files(), largest, dtypes, partial(MegatronSink, output, laid_out))
 
 
 def megatron_target(options: ConvertConfig) -> Target:
@@ -152,14 +133,14 @@ def megatron_target(options: ConvertConfig) -> Target:
         tensor=options.target_tensor_parallel_size,
         pipeline=options.target_pipeline_parallel_size,
         expert=options.target_expert_parallel_size,
-        layer_list=_layer_list(options.num_layer_list),
+        layer_list=None if (layers := options.num_layer_list) is None else whole_numbers(layers),
         layers_per_chunk=options.num_layers_per_virtual_pipeline_stage,
     )
     if target_type(options) == "ascendspeed":
         return Target(
-            dialect=ascendspeed.MERGED if options.merge_mlp else ascendspeed.ASCENDSPEED,
+            dialect=legacy.ASCENDSPEED_MERGED if options.merge_mlp else legacy.ASCENDSPEED,
             wanted=wanted,
-            vocab_multiple=options.make_vocab_size_divisible_by or ascendspeed.VOCAB_MULTIPLE,
+            vocab_multiple=options.make_vocab_size_divisible_by or legacy.ASCENDSPEED_VOCAB_MULTIPLE,
             form="deepspeed" if options.deepspeed else "release",
         )
     return Target(
@@ -171,6 +152,8 @@ def megatron_target(options: ConvertConfig) -> Target:
 
 
 def _contradictions(options: ConvertConfig) -> Problems:
+    if (layers := options.num_layer_list) is not None and whole_numbers(layers) is None:
+        yield Problem("--num-layer-list", layers, "it is no list of numbers", "give it as 7,8,8,9", "form")
     ascend = target_type(options) == "ascendspeed"
     if ascend and options.tokenizer_model is not None:
         why = "AscendSpeed's format has no settings to note it in"
@@ -193,30 +176,21 @@ def _to_core(options: ConvertConfig) -> bool:
 
 def _dialect(options: ConvertConfig) -> Dialect:
     if not _to_core(options):
-        return megatron_legacy.LEGACY
+        return legacy.LEGACY
     if options.transformer_impl == "transformer_engine":
-        return megatron_core.transformer_engine("numbered" if options.moe_grouped_gemm else "sequential")
-    make = megatron_core.mindspeed if options.transformer_impl == "mindspeed" else megatron_core.local
+        return core.transformer_engine("numbered" if options.moe_grouped_gemm else "sequential")
+    make = core.mindspeed if options.transformer_impl == "mindspeed" else core.local
     return make("grouped" if options.moe_grouped_gemm else "sequential")
 
 
 def _settings(options: ConvertConfig) -> dict[str, Any]:
-    core = _to_core(options)
+    to_core = _to_core(options)
     impl = "transformer_engine" if options.transformer_impl == "transformer_engine" else "local"
     tokenizer = options.tokenizer_model if options.tokenizer_model != "None" else None  # as scripts write it
     return {
-        "use_mcore_models": core,
-        "use_legacy_models": not core,
+        "use_mcore_models": to_core,
+        "use_legacy_models": not to_core,
         "transformer_impl": impl,
         "moe_grouped_gemm": options.moe_grouped_gemm,
         "tokenizer_model": tokenizer,
     }
-
-
-def _layer_list(text: str | None) -> tuple[int, ...] | None:
-    """The numbers of `--num-layer-list`. ProblemError if it is no list of numbers."""
-    if text is None:
-        return None
-    if (numbers := whole_numbers(text)) is None:
-        raise ProblemError([Problem("--num-layer-list", text, "it is no list of numbers", "give it as 7,8,8,9")])
-    return numbers

@@ -5,7 +5,7 @@ Owns the comparison of two sources: every tensor bit for bit, by slices, what th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -17,7 +17,6 @@ from cordee.errors import Problem, ProblemError, raise_all
 from cordee.families.count import count_parameters
 from cordee.model.gpt import GPTModel
 from cordee.weights.codec import Source, slices
-from cordee.weights.gguf import vocabulary
 from cordee.weights.load import load_into
 
 PROMPT_LENGTH = 16
@@ -50,16 +49,18 @@ def verify(source: Source, written: Source, dtypes: Mapping[str, torch.dtype]) -
     return [*notes, f"verified: the logits of {length} tokens are the same"]
 
 
-def verify_tokenizer(source: Path | None, written: Path | None) -> list[str]:
-    """Compare the tokenizer in `written` with that in `source` by the ids of texts with added tokens; what was found,
-    in words. Without one of the two there is nothing to compare.
+def verify_tokenizer(
+    source: Path | None, written: Path | None, compare: Callable[[Path, Path], str | None]
+) -> list[str]:
+    """`compare` the tokenizers in two directories; what was found, in words. Without one of the two there is nothing to
+    compare.
 
     ProblemError if they differ.
     """
     if source is None or written is None or not holds_tokenizer(source):
         return []
-    fix = "choose another format, or give llama.cpp the ids that the model's own tokenizer makes"
-    if (why := vocabulary.mismatch(source, written)) is not None:
+    if (why := compare(source, written)) is not None:
+        fix = "choose another format, or give its reader the ids that the model's own tokenizer makes"
         raise ProblemError([Problem("tokenizer", source, why, fix)])
     return ["verified: texts with added tokens have the same token ids"]
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cordee import launch, log
+from cordee.checkpoint import formats
 from cordee.config.check import check_evaluate, inference_processes, model_processes
 from cordee.config.schema import EvaluateConfig, TokenizerOptions
-from cordee.convert import formats
 from cordee.data.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
 from cordee.errors import Findings, Problem, raise_all
 from cordee.evaluate.finished import Finished, fingerprint_files

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cordee import launch, log
+from cordee.checkpoint import formats
 from cordee.config.check import check_generate
 from cordee.config.schema import GenerateConfig, GenerateOptions
-from cordee.convert import formats
 from cordee.data.readers import text_files
 from cordee.data.readers.chunk import Invalid
 from cordee.data.tokenizer import Tokenizer, load_tokenizer

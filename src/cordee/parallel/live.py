@@ -16,7 +16,7 @@ from cordee.model.gpt import GPTModel
 from cordee.model.parameter import local_shard
 from cordee.parallel import collectives
 from cordee.parallel.layout import Layout
-from cordee.tensors.views import Index, Shape, normalise
+from cordee.tensors.views import Index, Leaf, Shape, View, normalise
 from cordee.weights.codec import Sink, Source, slices
 from cordee.weights.load import load_into, mismatches
 
@@ -68,10 +68,12 @@ class LiveSource(Source):
     def dtype(self, name: str) -> torch.dtype:
         return self._dtypes[name]
 
-    def tensor(self, name: str, index: Sequence[slice] | None = None) -> Tensor:
-        bounds = normalise(index, self.shape(name))
-        out = torch.empty([part.stop - part.start for part in bounds], dtype=self.dtype(name))
-        self._exchange(name, bounds, out)
+    def view(self, name: str) -> View:
+        return Leaf(self.shape(name), lambda index: self._read(name, index))
+
+    def _read(self, name: str, index: Index) -> Tensor:
+        out = torch.empty([part.stop - part.start for part in index], dtype=self.dtype(name))
+        self._exchange(name, index, out)
         return out
 
     def copy_into(self, out: Tensor, name: str, index: Sequence[slice] | None = None) -> None:

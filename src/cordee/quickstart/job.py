@@ -19,6 +19,7 @@ import yaml
 from rich.console import Console
 
 from cordee import launch, lock
+from cordee.checkpoint import formats
 from cordee.config.load import config_from_dict
 from cordee.config.schema import (
     ConvertConfig,
@@ -28,7 +29,6 @@ from cordee.config.schema import (
     QuickstartConfig,
     TrainConfig,
 )
-from cordee.convert import formats
 from cordee.convert import job as convert
 from cordee.data import preprocess
 from cordee.errors import Problem, ProblemError

@@ -49,11 +49,11 @@ def grouped_qkv(groups: int, q_per_group: int, head_dim: int) -> Op:
 
 
 def rotary_halves(head_dim: int, rotary_dim: int, start: int = 0) -> Op:
-    """Rows `[heads * d, ...]` of heads whose `rotary_dim` dims from `start` turn in neighbouring pairs, as halves."""
+    """Rows `[heads * d, ...]` of heads whose `rotary_dim` dims from `start` RoPE rotates in pairs, as halves."""
     apart = Rearrange("(n d) ... -> n d ...", {"d": head_dim})
     parts = Split(1, (start, rotary_dim, head_dim - start - rotary_dim))
-    turned = Rearrange("n (half two) ... -> n (two half) ...", {"two": 2})
-    return Chain((apart, parts, Each((IDENTITY, turned, IDENTITY)), parts.inverse, apart.inverse))
+    halves = Rearrange("n (half two) ... -> n (two half) ...", {"two": 2})
+    return Chain((apart, parts, Each((IDENTITY, halves, IDENTITY)), parts.inverse, apart.inverse))
 
 
 # ---- rules -----------------------------------------------------------------------------------------------------------

@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from cordee.checkpoint import assets, directory
+from cordee.checkpoint import assets, directory, formats
 from cordee.checkpoint.storage import Place, place_of, reached, same
 from cordee.config.schema import TrainConfig
-from cordee.convert import formats
 from cordee.errors import Problem, ProblemError
 from cordee.families.registry import spec_from_directory, spec_named
 from cordee.train import resume

@@ -7,7 +7,7 @@ canonical parameter of such tensors brings it to its slices of ours. The files t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -15,7 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from cordee.tensors.views import Index, Leaf, Op, View, normalise
+from cordee.errors import Problem, Problems
+from cordee.tensors.views import Index, Leaf, Op, View
 from cordee.weights.codec import Source
 
 Change = Callable[[View, torch.dtype], View]  # what an adapter makes of a tensor of the checkpoint, in that type
@@ -23,16 +24,23 @@ Change = Callable[[View, torch.dtype], View]  # what an adapter makes of a tenso
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
-    """What a user says of an adapter, None for nothing: adapters that tell it themselves must say the same."""
+    """Options about an adapter, None where not given: what an adapter's own settings have must be the same."""
 
     path: Path
     r: int | None = None
     alpha: float | None = None
     modules: tuple[str, ...] | None = None
 
+    def check_modules(self, weights: Iterable[str]) -> Problems:
+        """Whether an adapter of these `weights` is of the `modules`."""
+        found = {name.split(".")[-2] for name in weights}
+        if self.modules is not None and set(self.modules) != found:
+            why = f"the adapter is of {', '.join(sorted(found))}"
+            yield Problem("--lora-target-modules", " ".join(self.modules), why, "leave it out", "stated", limit=found)
+
 
 def is_factor(value: object) -> bool:
-    """Whether a value of a stranger's settings is a positive number that products in float32 can be made with."""
+    """Whether a value of untrusted settings is a positive number that products in float32 can be made with."""
     return type(value) in (int, float) and 0 < value <= torch.finfo(torch.float32).max  # type: ignore[operator]
 
 
@@ -88,9 +96,6 @@ class Merged(Source):
 
     def dtype(self, name: str) -> torch.dtype:
         return self._base.dtype(name)
-
-    def tensor(self, name: str, index: Sequence[slice] | None = None) -> Tensor:
-        return self.view(name).read(normalise(index, self.shape(name)))
 
     def view(self, name: str) -> View:
         base, changes = self._base.view(name), self._adapter.changes(name)

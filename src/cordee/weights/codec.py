@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cordee.families.registry import ModelSpec
-from cordee.tensors.views import Index, Leaf, Shape, View, whole
+from cordee.tensors.views import Index, Leaf, Shape, View, normalise, whole
 from cordee.weights.regions import COPIED
 
 SLICE = COPIED  # bytes that are moved at a time: small enough for caches, large enough for disks
@@ -56,7 +56,7 @@ class PlannedFile:
 class Source(ABC):
     """Weights that can be read, whole or in part, one tensor at a time.
 
-    notes: what reading left out or put right, in words; whoever uses the source reports it once.
+    notes: what reading left out or corrected, in words; the caller reports it once.
     companions: directory with the tokenizer and other files that go with the weights, None if none is known.
     exact: whether a value has the same bits in whichever slice it is read; sums and products differ by a rounding.
     """
@@ -83,19 +83,19 @@ class Source(ABC):
         """Type in which a parameter is stored."""
 
     @abstractmethod
+    def view(self, name: str) -> View:
+        """A parameter, to be read by slices onto the CPU."""
+
     def tensor(self, name: str, index: Sequence[slice] | None = None) -> Tensor:
         """A parameter on the CPU, or the part of it that `index` (slices of step 1) cuts out.
 
         The result may share memory with the file behind it and must not be written to.
         """
-
-    def view(self, name: str) -> View:
-        """A parameter, to be read by slices."""
-        return Leaf(self.shape(name), lambda index: self.tensor(name, index))
+        return self.view(name).read(normalise(index, self.shape(name)))
 
     def copy_into(self, out: Tensor, name: str, index: Sequence[slice] | None = None) -> None:
         """Copy a parameter, or the part at `index`, into `out` of the same shape, converting its type."""
-        out.copy_(self.tensor(name, index))
+        self.view(name).read_into(out, normalise(index, self.shape(name)))
 
     def skip(self, name: str) -> None:  # noqa: B027 - nothing is to be done where each process reads for itself
         """Read nothing of a parameter. Whoever reads walks all names in order and skips those that it does not need:

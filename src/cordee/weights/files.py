@@ -90,8 +90,8 @@ class _Directory:
     path: Path
     problems: list[Problem] = field(default_factory=list)
 
-    def problem(self, file: str, value: object, why: str, fix: str) -> None:
-        self.problems.append(Problem(str(self.path / file), value, why, fix))
+    def problem(self, file: str, kind: str, why: str, fix: str, limit: object = None) -> None:
+        self.problems.append(Problem(str(self.path / file), None, why, fix, kind, limit=limit))
 
     def open_all(self) -> Iterator[TensorFile]:
         """The files with weights, safetensors before `.bin`."""
@@ -104,22 +104,22 @@ class _Directory:
                 return
         if loose := sorted(path.name for path in self.path.glob("*-of-*") if path.suffix in (".safetensors", ".bin")):
             why = f"there are shards ({', '.join(loose)}), but no {SAFETENSORS_INDEX} or {BIN_INDEX}"
-            self.problem("", None, why, "copy the index file too")
+            self.problem("", "index", why, "copy the index file too")
         else:
             why = f"there are no weights: neither {SAFETENSORS}, {BIN} nor an index of shards"
-            self.problem("", None, why, "copy the weights into the directory")
+            self.problem("", "missing", why, "copy the weights into the directory")
 
     def _open(self, name: str, kind: type[SafetensorsFile] | type[BinFile]) -> Iterator[TensorFile]:
         if (self.path / name).exists() and not (self.path / name).is_file():  # a pipe would be waited for
-            self.problem(name, None, "it is no regular file", COPY_AGAIN)
+            self.problem(name, "unreadable", "it is no regular file", COPY_AGAIN)
             return
         try:
             yield kind(self.path / name)
         except FileNotFoundError:
-            self.problem(name, None, "the index names this shard, but it is missing", "copy the shard too")
+            self.problem(name, "missing", "the index names this shard, but it is missing", "copy the shard too")
         except UNREADABLE as error:
             why = str(error).splitlines()[0] if str(error) else type(error).__name__
-            self.problem(name, None, f"the file cannot be read: {why}", COPY_AGAIN)
+            self.problem(name, "unreadable", f"the file cannot be read: {why}", COPY_AGAIN)
 
     def _open_sharded(self, index: str, kind: type[SafetensorsFile] | type[BinFile]) -> Iterator[TensorFile]:
         weight_map = self._weight_map(index)
@@ -132,13 +132,13 @@ class _Directory:
         try:
             weight_map = read_json(self.path / index)["weight_map"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            self.problem(index, None, f"not an index of shards: {error!r}", COPY_AGAIN)
+            self.problem(index, "index", f"not an index of shards: {error!r}", COPY_AGAIN)
             return {}
         plain = isinstance(weight_map, dict) and all(
             isinstance(shard, str) and Path(shard).name == shard for shard in weight_map.values()
         )
         if not plain or not weight_map:
-            self.problem(index, None, "weight_map does not map names to files of this directory", COPY_AGAIN)
+            self.problem(index, "index", "weight_map does not map names to files of this directory", COPY_AGAIN)
             return {}
         return weight_map
 
@@ -146,10 +146,10 @@ class _Directory:
         present = file.tensors.keys()
         if absent := sorted(named - present):
             why = f"it says these tensors are in {file.path.name}, where they are not: {', '.join(absent)}"
-            self.problem(index, None, why, "copy index and shards from the same checkpoint")
+            self.problem(index, "absent", why, "copy index and shards from the same checkpoint", absent)
         if extra := sorted(present - named):
             why = f"{file.path.name} holds tensors that it does not name: {', '.join(extra)}"
-            self.problem(index, None, why, "copy index and shards from the same checkpoint")
+            self.problem(index, "unnamed", why, "copy index and shards from the same checkpoint", extra)
 
 
 def open_files(path: Path) -> dict[str, TensorFile]:

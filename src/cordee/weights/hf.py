@@ -1,6 +1,6 @@
 """Hugging Face directories: weights in and out.
 
-Owns the meeting of a family's rules with the tensors in the files, both ways, and what travels along with weights.
+Owns matching a family's rules with the tensors in the files, both ways, and the files beside the weights.
 Nothing is read before it is asked for: memory is the tensors asked for, and when writing, some slices.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -18,15 +18,13 @@ import torch
 from cordee.errors import Problem, raise_all
 from cordee.families.registry import ModelSpec, spec_from_directory
 from cordee.tensors.rules import Rule
-from cordee.tensors.views import Shape, View, whole
-from cordee.weights.codec import PlannedFile, is_of_weights, type_of
+from cordee.tensors.views import Shape, whole
+from cordee.weights.codec import PlannedFile, is_of_weights
 from cordee.weights.files import SAFETENSORS, SAFETENSORS_INDEX, TensorFile, open_files
 from cordee.weights.regions import Destination
-from cordee.weights.ruled import RuledSource
+from cordee.weights.ruled import RuledSink, RuledSource
 from cordee.weights.safetensors_file import SafetensorsWriter, room_for
-from cordee.weights.staged_sink import StagedSink
-from cordee.weights.staging import Staging
-from cordee.weights.workers import Move
+from cordee.weights.staged_sink import Output
 
 MAX_SHARD_SIZE = 5 * 10**9  # bytes; as transformers 4 has it, and small enough for any file system
 
@@ -96,10 +94,13 @@ class HFSource(RuledSource):
             fix = "copy all files of the checkpoint, with the config.json that belongs to them"
             if missing == _head_names(self.spec):
                 fix = 'if its embedding serves as head, say "tie_word_embeddings": true in config.json'
-            yield Problem(str(self.path), None, f"tensors are missing: {_listed(missing)}", fix)
+            yield Problem(
+                str(self.path), None, f"tensors are missing: {_listed(missing)}", fix, "missing", limit=missing
+            )
         if unknown:
             why = f"tensors that family {self.spec.family.name} does not know: {_listed(unknown)}"
-            yield Problem(str(self.path), None, why, "take the config.json that belongs to these weights")
+            fix = "take the config.json that belongs to these weights"
+            yield Problem(str(self.path), None, why, fix, "unknown", limit=unknown)
 
     def _check_tied(self, head: set[str]) -> Iterable[Problem]:
         """A stored copy of a tied head is left out if it is a copy; else the configuration is wrong."""
@@ -111,7 +112,7 @@ class HFSource(RuledSource):
             return
         why = 'it differs from the embedding, but "tie_word_embeddings" says they are one'
         fix = 'say "tie_word_embeddings": false in config.json to keep it'
-        yield Problem(f"{self.path}: {name}", None, why, fix)
+        yield Problem(f"{self.path}: {name}", None, why, fix, "tied")
 
     def _check_tensors(self) -> Iterable[Problem]:
         for canonical, rule in self._rules.items():
@@ -121,10 +122,10 @@ class HFSource(RuledSource):
                 stored, option = self.files[foreign].tensors[foreign], f"{self.files[foreign].path}: {foreign}"
                 if stored.shape != shape:
                     why = f"its shape is {list(stored.shape)}, but by config.json it is {list(shape)}"
-                    yield Problem(option, None, why, "take the config.json that belongs to these weights")
+                    yield Problem(option, None, why, "take the config.json that belongs to these weights", "shape")
                 if not is_of_weights(stored.dtype):
                     why = f"weights of type {stored.dtype} are quantised, which is not supported"
-                    yield Problem(option, None, why, "take the unquantised checkpoint")
+                    yield Problem(option, None, why, "take the unquantised checkpoint", "dtype")
 
 
 def _renamed(rules: dict[str, Rule], rename: Rename) -> dict[str, Rule]:
@@ -165,7 +166,6 @@ def write(
     max_shard_size: int = MAX_SHARD_SIZE,
     companions: str | Path | None = None,
     overwrite: bool = False,
-    rename: Rename = str,
     workers: int = 1,
 ) -> HFSink:
     """A Hugging Face directory to be filled with the weights of `spec`; it appears under its name when complete.
@@ -174,13 +174,11 @@ def write(
     max_shard_size: bytes of the largest file, unless one tensor is larger.
     companions: directory from which tokenizer and generation files are copied.
     overwrite: replace a model directory at `path`.
-    rename: maps the family's names of tensors to those to write, where they are others.
     workers: threads that write.
     ProblemError if something is at `path` that must not be replaced.
     """
-    staging = Staging(path, overwrite=overwrite)
-    rules = _renamed(spec.rules(), rename)
-    return HFSink(staging, spec, rules, dtype, max_shard_size, Path(companions) if companions else None, workers)
+    output = Output(Path(path), Path(companions) if companions else None, workers, overwrite)
+    return HFSink(output, spec, dict.fromkeys(spec.shapes(), dtype) if dtype else {}, max_shard_size)
 
 
 def planned_files(
@@ -201,41 +199,24 @@ def _file_name(number: int, count: int) -> str:
     return SAFETENSORS if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
 
 
-class HFSink(StagedSink):
-    """A Hugging Face directory in the making."""
+class HFSink(RuledSink):
+    """A Hugging Face directory in the making; `rename` maps the family's names of tensors to those to write."""
 
     def __init__(
         self,
-        staging: Staging,
+        output: Output,
         spec: ModelSpec,
-        rules: dict[str, Rule],
-        dtype: torch.dtype | None,
-        max_shard_size: int,
-        companions: Path | None,
-        workers: int,
+        dtypes: Mapping[str, torch.dtype],
+        max_shard_size: int = MAX_SHARD_SIZE,
+        rename: Rename = str,
     ):
-        self.spec = spec
-        self._dtype = dtype
         self._max_shard_size = max_shard_size
-        self._rules = rules
-        self._shapes = spec.shapes()
-        self._sizes = _foreign_sizes(self._rules, self._shapes)  # of tensors that are still to come
         self._shards: list[SafetensorsWriter] = []
-        self._dtypes: set[torch.dtype] = set()
-        super().__init__(staging, rules, companions, workers)
+        super().__init__(output, spec, _renamed(spec.rules(), rename), dtypes)
+        self._sizes = _foreign_sizes(self._rules, self._shapes)  # of tensors that are still to come
 
-    def moves(self, name: str, view: View) -> Iterator[Move]:
-        assert tuple(view.shape) == self._shapes[name], f"{name}: {tuple(view.shape)} != {self._shapes[name]}"
-        dtype = self._dtype or type_of(view)
-        self._dtypes.add(dtype)
-        for foreign, part in self._rules[name].foreign_views(view).items():
-            yield Move(part, dtype, [self._place(foreign, part.shape, dtype)])
-
-    def _place(self, foreign: str, shape: Shape, dtype: torch.dtype) -> Destination:
-        try:
-            shard = self._shard_for(math.prod(shape) * dtype.itemsize, dtype.itemsize)
-        except OSError as error:
-            raise self._staging.problem(error) from error
+    def place(self, foreign: str, shape: Shape, dtype: torch.dtype) -> Destination:
+        shard = self._shard_for(math.prod(shape) * dtype.itemsize, dtype.itemsize)
         del self._sizes[foreign]
         return Destination(shard.path, shard.add(foreign, shape, dtype))
 
@@ -255,7 +236,7 @@ class HFSink(StagedSink):
         for shard in self._shards:
             shard.close()
         self._name_shards()
-        self._staging.write_config(self.spec.hf_config, self._dtypes)
+        super().finish()
 
     def _name_shards(self) -> None:
         """Shards get their final names when their number is known."""
@@ -272,7 +253,7 @@ class HFSink(StagedSink):
         self._staging.write_json(SAFETENSORS_INDEX, index)
 
 
-def _foreign_sizes(rules: dict[str, Rule], shapes: dict[str, Shape]) -> dict[str, int]:
+def _foreign_sizes(rules: Mapping[str, Rule], shapes: dict[str, Shape]) -> dict[str, int]:
     """Elements of every foreign tensor."""
     return {
         foreign: math.prod(shape)

@@ -1,6 +1,6 @@
 """Weights into a model and out of one, wherever its parameters are.
 
-Owns the meeting of a `Source` or `Sink` with parameters, which may be whole, sharded or still without memory. One
+Owns copying between a `Source` or `Sink` and parameters, which may be whole, sharded or still without memory. One
 tensor is moved at a time, and of a sharded parameter only this process's part is read.
 """
 

@@ -74,7 +74,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = read_json(path / CONFIG)
     except (OSError, ValueError) as error:
-        raise ProblemError([Problem(str(path / CONFIG), None, f"it cannot be read: {error}", COPY_AGAIN)]) from error
+        raise ProblemError(
+            [Problem(str(path / CONFIG), None, f"it cannot be read: {error}", COPY_AGAIN, "unreadable")]
+        ) from error
     if not isinstance(config, dict):
         raise ProblemError([Problem(str(path / CONFIG), None, "not a JSON object", COPY_AGAIN)])
     return config
@@ -83,10 +85,10 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _check_config(given: Given, config: Mapping[str, Any]) -> Iterator[Problem]:
     where, fix = str(given.path / CONFIG), "merge it with PEFT's own merge_and_unload, and convert the result"
     if (kind := config.get("peft_type")) != "LORA":
-        yield Problem(f"{where}: peft_type", kind, "only LoRA can be merged into weights", fix)
+        yield Problem(f"{where}: peft_type", kind, "only LoRA can be merged into weights", fix, "unsupported")
     for key in UNMERGEABLE:
         if config.get(key):
-            yield Problem(f"{where}: {key}", config[key], "such an adapter is no sum of matrices", fix)
+            yield Problem(f"{where}: {key}", config[key], "such an adapter is no sum of matrices", fix, "unsupported")
     if not is_factor(config.get("lora_alpha")):
         yield Problem(f"{where}: lora_alpha", config.get("lora_alpha"), "it must be a positive number", COPY_AGAIN)
     if not _is_rank(config.get("r")):
@@ -95,7 +97,9 @@ def _check_config(given: Given, config: Mapping[str, Any]) -> Iterator[Problem]:
     yield from _check_patterns(f"{where}: rank_pattern", config.get("rank_pattern"), _is_rank)
     for flag, value, key in (("--lora-r", given.r, "r"), ("--lora-alpha", given.alpha, "lora_alpha")):
         if value is not None and value != config.get(key):
-            yield Problem(flag, value, f"{where} says {config.get(key)}", "leave it out")
+            yield Problem(
+                flag, value, f"{where} has {config.get(key)}", "leave it out", "stated", limit=config.get(key)
+            )
 
 
 def _is_rank(value: object) -> bool:
@@ -119,9 +123,11 @@ def _check_patterns(option: str, patterns: object, valid: Callable[[object], boo
     fix = "write the names of the modules themselves"
     if wrong := next((pattern for pattern, cost in costs.items() if cost is None), None):
         why = "it is no name and no simple pattern, and matching it might never end"
-        yield Problem(option, wrong[:LONGEST], why, fix)
+        yield Problem(option, wrong[:LONGEST], why, fix, "unbounded")
     elif len(costs) > MOST_PATTERNS or sum(cost or 0 for cost in costs.values()) > MOST_CHOICES:
-        yield Problem(option, None, f"there are {len(costs)} patterns, and matching them might never end", fix)
+        yield Problem(
+            option, None, f"there are {len(costs)} patterns, and matching them might never end", fix, "unbounded"
+        )
 
 
 def _choices(pattern: str) -> int | None:
@@ -152,9 +158,9 @@ def _open(path: Path) -> TensorFile:
                 return kind(path / name)
             except UNREADABLE as error:
                 why = f"the file cannot be read: {error}"
-                raise ProblemError([Problem(str(path / name), None, why, COPY_AGAIN)]) from error
+                raise ProblemError([Problem(str(path / name), None, why, COPY_AGAIN, "unreadable")]) from error
     why = f"there is neither {' nor '.join(FILES)}"
-    raise ProblemError([Problem(str(path), None, why, "copy the file of the adapter too")])
+    raise ProblemError([Problem(str(path), None, why, "copy the file of the adapter too", "missing")])
 
 
 class PeftAdapter:
@@ -182,7 +188,7 @@ class PeftAdapter:
         )
         self._changes: dict[str, Change] = {}
         unknown = self._sort()
-        raise_all([*self._check_names(unknown), *self._check_modules(given.modules)])
+        raise_all([*self._check_names(unknown), *given.check_modules(self._factors)])
         raise_all([*self._check_shapes(), *self._check_types(), *self._check_tied()])
         self._changes = {name: self._low_rank(name) for name in self._factors}
         self._changes |= {name: self._replacement(name) for name in self._whole}
@@ -223,22 +229,16 @@ class PeftAdapter:
         if unknown:
             why = f"family {self._spec.family.name} has no such tensors: {', '.join(sorted(unknown)[:5])}"
             fix = "take an adapter of this model, or merge it with PEFT's own merge_and_unload"
-            yield Problem(str(self._file.path), None, why, fix)
+            yield Problem(str(self._file.path), None, why, fix, "unknown", limit=sorted(unknown))
         if self._twice:
             why = f"other tensors in it are of the same weights as {', '.join(sorted(self._twice)[:5])}"
-            yield Problem(str(self._file.path), None, why, COPY_AGAIN)
+            yield Problem(str(self._file.path), None, why, COPY_AGAIN, "repeated")
         for foreign, factors in self._factors.items():
             if len(factors.names) < 2:
                 why = f"of {foreign} it has only {', '.join(factors.names.values())}"
-                yield Problem(str(self._file.path), None, why, COPY_AGAIN)
+                yield Problem(str(self._file.path), None, why, COPY_AGAIN, "missing", limit=foreign)
         if not self._factors and not self._whole and not unknown:
-            yield Problem(str(self._file.path), None, "there is nothing in it", COPY_AGAIN)
-
-    def _check_modules(self, given: tuple[str, ...] | None) -> Iterator[Problem]:
-        found = {foreign.split(".")[-2] for foreign in self._factors}
-        if given is not None and set(given) != found:
-            why = f"the adapter is of {', '.join(sorted(found))}"
-            yield Problem("--lora-target-modules", " ".join(given), why, "leave it out")
+            yield Problem(str(self._file.path), None, "there is nothing in it", COPY_AGAIN, "empty")
 
     def _check_shapes(self) -> Iterator[Problem]:
         fix = "take the adapter of this model"
@@ -247,21 +247,21 @@ class PeftAdapter:
             made = (*b[:1], *a[1:]) if not self._transposed(factors) else (*a[1:], *b[:1])
             if (len(a), len(b)) != (2, 2) or a[0] != b[1] or made != self._shapes[foreign]:
                 why = f"A of {list(a)} and B of {list(b)} do not make {list(self._shapes[foreign])}"
-                yield Problem(f"{self._file.path}: {foreign}", None, why, fix)
+                yield Problem(f"{self._file.path}: {foreign}", None, why, fix, "shape")
             elif a[0] != (r := self._said(factors, self._ranks, "r")):
                 why = f"A of {list(a)} and B of {list(b)} have rank {a[0]}, but {CONFIG} says {r}"
-                yield Problem(f"{self._file.path}: {foreign}", None, why, COPY_AGAIN)
+                yield Problem(f"{self._file.path}: {foreign}", None, why, COPY_AGAIN, "rank", limit=r)
         for foreign, name in self._whole.items():
             if (shape := self._stored(name)) != self._shapes[foreign]:
                 why = f"its shape is {list(shape)}, that of the model {list(self._shapes[foreign])}"
-                yield Problem(f"{self._file.path}: {name}", None, why, fix)
+                yield Problem(f"{self._file.path}: {name}", None, why, fix, "shape")
 
     def _check_types(self) -> Iterator[Problem]:
         used = {*self._whole.values(), *(name for factors in self._factors.values() for name in factors.names.values())}
         for name in sorted(used):
             if not is_of_weights(dtype := self._file.tensors[name].dtype):
                 why = f"weights of type {dtype or 'unknown'} are quantised, which is not supported"
-                yield Problem(f"{self._file.path}: {name}", None, why, "take an adapter that is not quantised")
+                yield Problem(f"{self._file.path}: {name}", None, why, "take an adapter that is not quantised", "dtype")
 
     def _check_tied(self) -> Iterator[Problem]:
         """PEFT trains one end of a tied pair alone, which one tensor for both cannot express."""
@@ -269,7 +269,7 @@ class PeftAdapter:
         if self._spec.config.tie_word_embeddings and embedding in self._factors:
             why = "it changes the embedding, but not the head, which is tied to it"
             fix = 'untie them in the base first: a copy as head, and "tie_word_embeddings": false in config.json'
-            yield Problem(f"{self._file.path}: {embedding}", None, why, fix)
+            yield Problem(f"{self._file.path}: {embedding}", None, why, fix, "tied")
 
     def _stored(self, name: str) -> Shape:
         return self._file.tensors[name].shape

@@ -1,20 +1,24 @@
-"""Weights that rules make of the tensors in files.
+"""Formats whose tensors are made by rules: weights out of their files, and into them.
 
-Owns reading by rules, whatever the files and the names in them.
+Owns reading and writing by rules, whatever the files and the names in them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
 from functools import reduce
 
 import torch
 from torch import Tensor
 
+from cordee.families.registry import ModelSpec
 from cordee.tensors.rules import Rule
-from cordee.tensors.views import Index, View, normalise
+from cordee.tensors.views import Index, Shape, View
 from cordee.weights.codec import Source
 from cordee.weights.files import TensorFile
+from cordee.weights.regions import Destination
+from cordee.weights.staged_sink import Move, Output, StagedSink
 
 
 class RuledSource(Source):
@@ -27,12 +31,6 @@ class RuledSource(Source):
         stored = (self.files[foreign].tensors[foreign].dtype for foreign in self._rules[name].foreign)
         return reduce(torch.promote_types, (dtype for dtype in stored if dtype))
 
-    def tensor(self, name: str, index: Sequence[slice] | None = None) -> Tensor:
-        return self.view(name).read(normalise(index, self._shapes[name]))
-
-    def copy_into(self, out: Tensor, name: str, index: Sequence[slice] | None = None) -> None:
-        self.view(name).read_into(out, normalise(index, self._shapes[name]))
-
     def view(self, name: str) -> View:
         dtype = self.dtype(name)
 
@@ -40,3 +38,19 @@ class RuledSource(Source):
             return self.files[foreign].read(foreign, index).to(dtype)
 
         return self._rules[name].view(get, self._shapes[name])
+
+
+class RuledSink(StagedSink):
+    """`rules` are those of each canonical name."""
+
+    def __init__(self, output: Output, spec: ModelSpec, rules: Mapping[str, Rule], dtypes: Mapping[str, torch.dtype]):
+        self._rules = rules
+        super().__init__(output, spec, dtypes)
+
+    def moves(self, name: str, view: View, dtype: torch.dtype) -> Iterable[Move]:
+        for foreign, part in self._rules[name].foreign_views(view).items():
+            yield Move(part, dtype, [self.place(foreign, part.shape, dtype)])
+
+    @abstractmethod
+    def place(self, foreign: str, shape: Shape, dtype: torch.dtype) -> Destination:
+        """Where a tensor goes. OSError if there is no room for it."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from cordee.files import copy_files, create_new, left_out, remove_tree
 logger = logging.getLogger("cordee")
 
 CONFIG = "config.json"
-MARKS = (CONFIG, "*.gguf")  # every output has one of these, which tells it from directories that hold something else
+MARKS = (CONFIG, "*.gguf")  # every output has one of these; directories that hold something else have none
 UNFINISHED = ".unfinished"  # a file in what is being made, the lock of the process that makes it
 TERMS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 TOKENIZER = ("tokenizer*", "spiece.model", "chat_template*", *TOKENIZER_FILES)
@@ -46,15 +46,16 @@ class Staging:
         mark = self.scratch / UNFINISHED
         if os.path.lexists(self.scratch) and not _is_ours(self.scratch):
             why = f"output is made in {self.scratch} until it is complete, and something else is there"
-            raise ProblemError([Problem("output directory", self.path, why, "move that away, or give another")])
+            raise ProblemError(
+                [Problem("output directory", self.path, why, "move that away, or give another", "foreign")]
+            )
         try:
-            self._lock = lock.acquire(mark)
-            self._remove_what_was_left()
+            with self.writing():
+                self._lock = lock.acquire(mark)
+                self._remove_what_was_left()
         except lock.HeldError as who:
             why, fix = f"another process is writing it: {who}", "wait for that one, or give another"
-            raise ProblemError([Problem("output directory", self.path, why, fix)]) from None
-        except OSError as error:
-            raise self.problem(error) from error
+            raise ProblemError([Problem("output directory", self.path, why, fix, "in use")]) from None
         try:
             check_output(self.path, overwrite=overwrite)  # another process may have completed it meanwhile
         except ProblemError:
@@ -75,7 +76,7 @@ class Staging:
             file.write(text.encode())
 
     def write_config(self, hf_config: Mapping[str, object], dtypes: Iterable[torch.dtype]) -> None:
-        """Write `config.json`, its type key (transformers 4 or 5 spelling) telling the type of the weights, if one."""
+        """Write `config.json`, its type key (transformers 4 or 5 spelling) set to the weights' one type."""
         config, kinds = dict(hf_config), set(dtypes)
         if len(kinds) == 1:
             config["dtype" if "dtype" in config else "torch_dtype"] = str(*kinds).removeprefix("torch.")
@@ -111,10 +112,14 @@ class Staging:
         with suppress(OSError):  # it is gone, or the next process has it by now
             self.scratch.rmdir()
 
-    def problem(self, error: Exception) -> ProblemError:
-        """What to tell when a file cannot be written."""
-        why = f"it cannot be written: {error}"
-        return ProblemError([Problem("output directory", self.path, why, "make room or allow it, or give another")])
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """ProblemError for files that cannot be written."""
+        try:
+            yield
+        except OSError as error:
+            why, fix = f"it cannot be written: {error}", "make room or allow it, or give another"
+            raise ProblemError([Problem("output directory", self.path, why, fix, "unwritable")]) from error
 
 
 def _is_ours(scratch: Path) -> bool:
@@ -132,11 +137,11 @@ def check_output(path: Path, *, overwrite: bool = False) -> None:
     """ProblemError if output must not go to `path`."""
     if os.path.lexists(path) and not path.is_dir():
         why, fix = "there is a file of this name", "give another directory"
-        raise ProblemError([Problem("output directory", path, why, fix)])
+        raise ProblemError([Problem("output directory", path, why, fix, "file")])
     if path.is_dir() and any(path.iterdir()):
         if not overwrite:
             fix = "give another directory, or --overwrite"
-            raise ProblemError([Problem("output directory", path, "it is not empty", fix)])
+            raise ProblemError([Problem("output directory", path, "it is not empty", fix, "not empty", ("overwrite",))])
         if not any(any(path.glob(mark)) for mark in MARKS):
             why = "it holds something else than a model, which --overwrite does not replace"
-            raise ProblemError([Problem("output directory", path, why, "give another directory")])
+            raise ProblemError([Problem("output directory", path, why, "give another directory", "foreign")])

@@ -93,7 +93,7 @@ class _Storage:
 
 @dataclass(frozen=True)
 class _View:
-    """A tensor as it lies in a storage: `first`, `shape` and `strides` in elements."""
+    """A tensor in a storage: `first`, `shape` and `strides` in elements."""
 
     storage: _Storage
     dtype: torch.dtype
@@ -348,9 +348,12 @@ def create(path: Path, content: Mapping[str, object]) -> dict[Keys, Region]:
 def append(file: BinaryIO, tensor: Tensor) -> Region:
     """Write an archive of one tensor at the end of `file`, its bytes left out; where they go. `file` is read for that.
 
-    The tensor is as for `create`. OSError, or RuntimeError, if writing fails.
+    The tensor is as for `create`. OSError if writing fails.
     """
     start = file.seek(0, os.SEEK_END)
-    with skip_data():
-        torch.save(tensor, file)
+    try:
+        with skip_data():
+            torch.save(tensor, file)
+    except RuntimeError as error:  # of torch's writer of archives
+        raise OSError(str(error)) from error
     return _tensor_in(file, start, file.seek(0, os.SEEK_END) - start)

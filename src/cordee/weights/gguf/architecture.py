@@ -36,7 +36,7 @@ from cordee.model.config import (
 from cordee.weights.gguf.tensors import rules
 
 Values = Mapping[str, Any]  # of a file, by key
-ROPE_FACTORS = "rope_freqs.weight"  # by what each pair of dims turns slower; no parameter of the model
+ROPE_FACTORS = "rope_freqs.weight"  # divides the frequency of each pair of RoPE's dims; no parameter of the model
 
 # Keys that all have, without the architecture's name before them, and what `config.json` calls them.
 _KEYS = {
@@ -64,11 +64,11 @@ Get = Callable[[str], Any]
 class Architecture:
     """An architecture as `name` has it, with experts or without.
 
-    hf: what its `config.json` says besides what the file tells.
+    hf: keys of its `config.json` that the file does not have.
     keys: further keys of the file, and what `config.json` calls them.
     present: keys of `config.json` that say whether there are tensors of this name.
     derive: further keys of `config.json`, from those of the file.
-    paired: queries and keys turn in neighbouring pairs.
+    paired: RoPE rotates neighbouring pairs of dims of queries and keys.
     """
 
     name: str
@@ -179,7 +179,7 @@ def hf_config(row: Architecture, values: Values, names: Collection[str], factors
     hf = row.hf | {name: value for name, value in found.items() if value is not None}
     hf |= {name: tensor in names for name, tensor in row.present.items()}
     sizes = [hf.get(name) for name in ("num_attention_heads", "hidden_size")]
-    if all(isinstance(size, int) and size > 0 for size in sizes):  # else reading tells it
+    if all(isinstance(size, int) and size > 0 for size in sizes):  # else reading the config reports them
         hf |= {"head_dim": _head(get), **row.derive(get)}
     if hf.get("head_dim") and (turning := get("rope.dimension_count")) not in (None, hf["head_dim"]):
         hf["partial_rotary_factor"] = turning / hf["head_dim"]
@@ -232,7 +232,7 @@ _LLAMA3_LENGTH, _LLAMA3_LOW, _LLAMA3_HIGH = 8192, 1.0, 4.0  # of all models that
 
 
 def _llama3(factors: Sequence[float], original: int, hf: HFConfig) -> HFConfig:
-    """The scaling that makes `factors`, which a file gives one by one: seen in the pair that turns slowest."""
+    """The scaling that makes `factors`, given one by one: computed from the pair with the lowest frequency."""
     wavelength = 2 * math.pi * hf["rope_theta"] ** (1 - 1 / len(factors))
     kept = (original / wavelength - _LLAMA3_LOW) / (_LLAMA3_HIGH - _LLAMA3_LOW)
     kept = min(max(kept, 0.0), 1.0)
@@ -251,7 +251,7 @@ def _llama3(factors: Sequence[float], original: int, hf: HFConfig) -> HFConfig:
 
 
 def choose(spec: ModelSpec, factors: Sequence[float] | None) -> tuple[Architecture, dict[str, Any], list[str]]:
-    """The architecture that a model is written as, the values that describe it, and what is to be told of it.
+    """The architecture that a model is written as, the values that describe it, and warnings.
 
     factors: what `ROPE_FACTORS` will hold, if it is needed.
     ProblemError if llama.cpp has no such model, as far as it is known here.
@@ -273,11 +273,11 @@ def choose(spec: ModelSpec, factors: Sequence[float] | None) -> tuple[Architectu
     raise ProblemError([Problem("--save-model-type", "gguf", why, "choose another format")])
 
 
-_SHOWN = 6  # differences that are told
+_SHOWN = 6  # differences that are listed
 
 
 def _in_context(config: ModelConfig) -> tuple[ModelConfig, list[str]]:
-    """A model without what it does only beyond a length, in a context that is no longer; what is to be told of it.
+    """A model without what it does only beyond a length, in a context that is no longer; and warnings.
 
     That is a window that all layers have, scores scaled by the logarithm of positions, and a base that grows.
     """
@@ -338,7 +338,7 @@ def _describe_attention(attention: AttentionConfig) -> Iterator[tuple[str, Any]]
 
 
 def _describe_scaling(rope: RopeConfig) -> Iterator[tuple[str, Any]]:
-    """The type and factor of Llama 3's are in its tensor: as keys they would turn all dims slower once more."""
+    """The type and factor of Llama 3's are in its tensor: as keys they would scale all frequencies once more."""
     match rope.scaling:
         case LinearScaling(factor=factor):
             yield from (("rope.scaling.type", "linear"), ("rope.scaling.factor", factor))

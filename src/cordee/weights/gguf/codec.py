@@ -1,6 +1,6 @@
 """GGUF: weights in and out, as llama.cpp has them.
 
-Owns the meeting of an architecture's rules with the tensors of a file, both ways, and what is checked then. Memory is
+Owns matching an architecture's rules with the tensors of a file, both ways, and the checks of that. Memory is
 the tensors asked for; when writing, some slices.
 """
 
@@ -11,7 +11,7 @@ import logging
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,16 +36,16 @@ from cordee.weights.gguf.architecture import (
     hf_config,
 )
 from cordee.weights.gguf.file import NAMES_OF_TYPES, GGUFFile, create
-from cordee.weights.gguf.place import FILE, file_of
+from cordee.weights.gguf.header import SUFFIX
 from cordee.weights.gguf.tensors import rules
 from cordee.weights.regions import Destination, contiguous
-from cordee.weights.ruled import RuledSource
-from cordee.weights.staged_sink import StagedSink
-from cordee.weights.staging import TERMS, Staging
-from cordee.weights.workers import Move
+from cordee.weights.ruled import RuledSink, RuledSource
+from cordee.weights.staged_sink import Output
+from cordee.weights.staging import TERMS
 
 logger = logging.getLogger("cordee")
 
+FILE = f"model{SUFFIX}"  # what is written
 _FILE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}  # llama.cpp's numbers for "most tensors are"
 
 
@@ -54,7 +54,18 @@ _FILE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}  # llama.
 
 def read(path: str | Path) -> GGUFSource:
     """The weights of a file, or of a directory with one. ProblemError with everything that is wrong with it."""
-    return GGUFSource(GGUFFile(file_of(Path(path))))
+    return GGUFSource(GGUFFile(_file_of(Path(path))))
+
+
+def _file_of(path: Path) -> Path:
+    """The file itself. ProblemError if a directory has several."""
+    if path.is_file():
+        return path
+    found = sorted(path.glob(f"*{SUFFIX}"))
+    if len(found) > 1:
+        why = f"it holds several files of GGUF: {', '.join(file.name for file in found)}"
+        raise ProblemError([Problem("model directory", path, why, "give the path of one of them")])
+    return found[0]
 
 
 class GGUFSource(RuledSource):
@@ -131,7 +142,7 @@ def _strange_factors(path: Path) -> Problem:
 
 
 def rope_factors(config: ModelConfig) -> Tensor | None:
-    """By what Llama 3's scaling slows each pair of dims down, float32 `[rotary_dim / 2]`; None for other models."""
+    """What Llama 3's scaling divides frequencies by, float32 `[rotary_dim / 2]`; None for other models."""
     attention = config.layers[0].attention
     if not isinstance(attention, AttentionConfig) or attention.rope is None:
         return None
@@ -145,7 +156,7 @@ def rope_factors(config: ModelConfig) -> Tensor | None:
 
 
 @dataclass(frozen=True)
-class Plan:
+class GGUFPlan:
     """A file to be written: its values, the shapes and types of its tensors, and what becomes of each parameter.
 
     dtypes: by canonical name, what is written.
@@ -171,21 +182,21 @@ class Plan:
 class Held(Source):
     """The parameters of `source` as a file of this plan gives them back: what is stored shifted is rounded once."""
 
-    def __init__(self, plan: Plan, source: Source):
+    def __init__(self, plan: GGUFPlan, source: Source):
         self.spec = plan.spec
         self._plan, self._source = plan, source
 
     def dtype(self, name: str) -> torch.dtype:
         return self._plan.dtypes[name]
 
-    def tensor(self, name: str, index: Sequence[slice] | None = None) -> Tensor:
+    def view(self, name: str) -> View:
         rule, dtype = self._plan.rules[name], self._plan.dtypes[name]
         parts = rule.foreign_views(self._source.view(name))
-        return rule.read(lambda foreign, index: parts[foreign].read(index).to(dtype), self.shape(name), index)
+        return rule.view(lambda foreign, index: parts[foreign].read(index).to(dtype), self.shape(name))
 
 
-def plan(spec: ModelSpec, dtypes: Mapping[str, torch.dtype], companions: Path | None) -> Plan:
-    """Lay a file out; what has to be told is logged.
+def plan(spec: ModelSpec, dtypes: Mapping[str, torch.dtype], companions: Path | None) -> GGUFPlan:
+    """Lay a file out; warnings are logged.
 
     dtypes: by canonical name; what llama.cpp wants in float32 is written so all the same.
     companions: directory with the tokenizer that goes into the file.
@@ -222,7 +233,7 @@ def plan(spec: ModelSpec, dtypes: Mapping[str, torch.dtype], companions: Path | 
     notes += _notes_on_tokenizer(values, companions)
     for note in notes:
         logger.warning(note)
-    return Plan(spec, row, values, tensors, found, dtypes, factors)
+    return GGUFPlan(spec, row, values, tensors, found, dtypes, factors)
 
 
 def _notes_on_tokenizer(values: Mapping[str, Any], companions: Path | None) -> Iterator[str]:
@@ -233,7 +244,7 @@ def _notes_on_tokenizer(values: Mapping[str, Any], companions: Path | None) -> I
     with tempfile.TemporaryDirectory(prefix="cordee-gguf-") as directory:
         if (why := vocabulary.restore(values, Path(directory))) is not None:
             yield f"the tokenizer cannot be read back from the file: {why}"
-        elif lost := vocabulary.mismatch(companions, Path(directory)):
+        elif lost := vocabulary.compare_tokenizers(companions, Path(directory)):
             yield f"llama.cpp does not match tokens as {companions} does: {lost}"
 
 
@@ -242,31 +253,24 @@ def _keeps_type(name: str, rule: Rule, shape: Shape) -> bool:
     return not name.endswith("router.weight") and all(len(foreign) > 1 for foreign in rule.foreign_shapes(shape))
 
 
-class GGUFSink(StagedSink):
-    """A directory with a file of GGUF in the making.
+class GGUFSink(RuledSink):
+    """A directory with a file of GGUF in the making. Of the companions only terms of use are copied."""
 
-    companions: directory from which terms of use are copied.
-    workers: threads that write.
-    """
+    patterns = TERMS
 
-    def __init__(self, staging: Staging, plan: Plan, companions: Path | None, workers: int = 1):
+    def __init__(self, output: Output, plan: GGUFPlan):
         self.plan = plan
-        self._path = staging.scratch / FILE
-        super().__init__(staging, plan.rules, companions, workers, TERMS)
+        super().__init__(output, plan.spec, plan.rules, plan.dtypes)
 
-    def begin(self) -> None:
+    def begin(self, folder: Path) -> None:
+        self._path = folder / FILE
         self._offsets = create(self._path, self.plan.values, self.plan.tensors)
-        if self.plan.factors is not None:
-            self._place(ROPE_FACTORS).write(self.plan.factors)
+        if (factors := self.plan.factors) is not None:
+            self.place(ROPE_FACTORS, tuple(factors.shape), factors.dtype).write(factors)
 
-    def _place(self, foreign: str) -> Destination:
-        return Destination(self._path, contiguous(self._offsets[foreign], *self.plan.tensors[foreign]))
-
-    def moves(self, name: str, view: View) -> Iterator[Move]:
-        for foreign, part in self.plan.rules[name].foreign_views(view).items():
-            shape, dtype = self.plan.tensors[foreign]
-            assert tuple(part.shape) == shape, f"{foreign}: {tuple(part.shape)}"
-            yield Move(part, dtype, [self._place(foreign)])
+    def place(self, foreign: str, shape: Shape, dtype: torch.dtype) -> Destination:
+        assert self.plan.tensors[foreign] == (shape, dtype), f"{foreign}: {shape}, {dtype}"
+        return Destination(self._path, contiguous(self._offsets[foreign], shape, dtype))
 
     def finish(self) -> None:
         """Nothing: the file is laid out from the beginning."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -42,16 +41,6 @@ def library() -> ModuleType:
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Packed:
-    """Where a tensor begins, in bytes, and how it is packed: blocks of so many elements and bytes."""
-
-    offset: int
-    kind: Any  # the library's name of the type
-    block: int
-    nbytes: int
-
-
 class GGUFFile:
     """An open file. ProblemError if it is none, is cut off, or has tensors of a type that cannot be unpacked."""
 
@@ -63,12 +52,12 @@ class GGUFFile:
         if (parts := self.values.get("split.count", 1)) not in (0, 1):
             why = f"it is one of {parts} parts"
             raise ProblemError([Problem(str(path), None, why, "join them with llama.cpp's llama-gguf-split --merge")])
-        self.tensors: dict[str, Stored] = {}
-        self._packed: dict[str, _Packed] = {}
-        for name, entry in header.entries.items():
-            kind = library().GGMLQuantizationType(entry.kind)
-            self.tensors[name] = Stored(entry.shape, _PLAIN.get(kind.name, torch.float32))
-            self._packed[name] = _Packed(entry.offset, kind, *sizes[kind])
+        self._entries = header.entries
+        self._kinds = {name: library().GGMLQuantizationType(entry.kind) for name, entry in header.entries.items()}
+        self.tensors = {
+            name: Stored(entry.shape, _PLAIN.get(self._kinds[name].name, torch.float32))
+            for name, entry in header.entries.items()
+        }
         raise_all(self._unknown_types())
 
     def _header(self, sizes: Sizes) -> Header:
@@ -88,9 +77,9 @@ class GGUFFile:
         """Types without a way to unpack them: integers, and what the library does not know."""
         gguf = library()
         by_kind: dict[Any, list[str]] = {}
-        for name, packed in self._packed.items():
-            if packed.kind.name not in _PLAIN:
-                by_kind.setdefault(packed.kind, []).append(name)
+        for name, kind in self._kinds.items():
+            if kind.name not in _PLAIN:
+                by_kind.setdefault(kind, []).append(name)
         problems = []
         for kind, names in by_kind.items():
             try:
@@ -102,27 +91,28 @@ class GGUFFile:
 
     def read(self, name: str, index: Index) -> Tensor:
         """A slice of a tensor, sharing memory with the file where it is not packed."""
-        stored, packed = self.tensors[name], self._packed[name]
-        if packed.kind.name in _PLAIN:
-            assert stored.dtype is not None
-            return contiguous(packed.offset, stored.shape, stored.dtype).read(self.path, index)
-        *outer, size = stored.shape
+        entry, kind = self._entries[name], self._kinds[name]
+        if kind.name in _PLAIN:
+            return contiguous(entry.offset, entry.shape, _PLAIN[kind.name]).read(self.path, index)
+        *outer, size = entry.shape
         inner = math.prod(outer[1:])  # rows of `size` elements for each place along the first dim
         first, last = (index[0].start * inner, index[0].stop * inner) if outer else (0, 1)
         shape = (index[0].stop - index[0].start, *outer[1:], size) if outer else (size,)
         cuts = (slice(None), *index[1:]) if outer else index
-        return self._unpacked(packed, first, last, size).view(shape)[cuts]
+        return self._unpacked(entry.offset, kind, first, last, size).view(shape)[cuts]
 
-    def _unpacked(self, packed: _Packed, first: int, last: int, size: int) -> Tensor:
+    def _unpacked(self, offset: int, kind: Any, first: int, last: int, size: int) -> Tensor:
         """Rows `first` to `last` of `size` elements each, float32 `[rows, size]`."""
-        gguf, nbytes, step = library(), size // packed.block * packed.nbytes, max(1, CHUNK // size)
+        gguf, step = library(), max(1, CHUNK // size)
+        block, nbytes = gguf.GGML_QUANT_SIZES[kind]
+        nbytes *= size // block
         out = torch.empty(last - first, size)
         with self.path.open("rb") as file:
             for start in range(first, last, step):
                 rows = min(step, last - start)
-                file.seek(packed.offset + start * nbytes)
+                file.seek(offset + start * nbytes)
                 data = np.fromfile(file, np.uint8, rows * nbytes).reshape(rows, nbytes)
-                out[start - first : start - first + rows] = torch.from_numpy(gguf.dequantize(data, packed.kind))
+                out[start - first : start - first + rows] = torch.from_numpy(gguf.dequantize(data, kind))
         return out
 
 

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 from cordee.log import logger
 
 MAGIC = b"GGUF"
+SUFFIX = ".gguf"
 VERSIONS = (2, 3)
 ALIGNMENT, MAX_DIMS = 32, 4  # bytes where the file does not say; dims of a tensor
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -46,6 +47,15 @@ class Header:
 
     values: dict[str, Any]
     entries: dict[str, Entry]
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether `path` is such a file, or a directory that has one and no other weights."""
+    if path.is_file():
+        with path.open("rb") as file:
+            return path.suffix == SUFFIX or file.read(len(MAGIC)) == MAGIC
+    others = any(any(path.glob(pattern)) for pattern in ("*.safetensors", "*.bin", "*.index.json"))
+    return not others and any(path.glob(f"*{SUFFIX}"))
 
 
 def read_header(path: Path, sizes: Sizes) -> Header:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def rules(config: ModelConfig, paired: bool) -> dict[str, Rule]:
     """How parameters are laid out in a file, by canonical name, in the order of the forward.
 
-    paired: queries and keys turn in neighbouring pairs.
+    paired: RoPE rotates neighbouring pairs of dims of queries and keys.
     """
     norm = _norm(config.final_norm.unit_offset)
     found = [

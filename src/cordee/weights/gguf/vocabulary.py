@@ -30,7 +30,7 @@ Values = Mapping[str, Any]
 NONE = ("none", "no_vocab")  # what files without a tokenizer say
 _BYTE_LEVEL, _PIECES = "gpt2", "llama"
 SPACE = "\u2581"  # how SentencePiece writes a space
-SHOWN = 8  # tokens that are told of
+SHOWN = 8  # tokens that are listed
 LONGEST = 4096  # characters of a token that is believed: what it is made of is searched at each of them
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
@@ -137,7 +137,7 @@ def describe(directory: Path | None, rows: int) -> dict[str, Any]:
     return values | _roles(tokenizer, special, words) | _template(directory)
 
 
-def mismatch(directory: Path, written: Path) -> str | None:
+def compare_tokenizers(directory: Path, written: Path) -> str | None:
     """The added tokens of a directory for which the tokenizer in `written`, made from what a file says, gives other ids
     than its own, in words; None if there are none.
 
@@ -147,12 +147,12 @@ def mismatch(directory: Path, written: Path) -> str | None:
     added = added_tokens(directory)
     ours, theirs = (load_tokenizer(TokenizerOptions(), str(place)) for place in (directory, written))
     found = differences(ours, theirs, list(added))
-    told = [
+    shown = [
         f"{token!r} ({', '.join(added[token]) or 'plain'}): the ids of {text!r} are {expected}, in the file {other}"
         for token, (text, expected, other) in list(found.items())[:SHOWN]
     ]
     more = [f"and so for {len(found) - SHOWN} more"] if len(found) > SHOWN else []
-    return "; ".join(told + more) or None
+    return "; ".join(shown + more) or None
 
 
 def _of_json(raw: Mapping[str, Any], words: Mapping[int, str], directory: Path) -> dict[str, Any]:

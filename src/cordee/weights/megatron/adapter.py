@@ -23,14 +23,12 @@ from cordee.weights.megatron.dialect import Dialect
 from cordee.weights.megatron.files import COPY_AGAIN, RankFile, layout_of, open_checkpoint, shown
 from cordee.weights.megatron.layout import Rank
 from cordee.weights.megatron.padding import padded_rows
-from cordee.weights.megatron.placement import Placement, Slot, place
+from cordee.weights.megatron.placement import Key, Slot, place, tensors_of
 from cordee.weights.torch_file import Keys
 
 ALPHA = 32.0  # as the systems that write such files have it
 _FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.\w+)?\.weight")
 _TRAINED_WHOLE = re.compile(r".*\.(modules_to_save|original_module)\..*")
-
-Place = tuple[Rank, int, str]  # rank, chunk and name of the weight that A and B are of
 
 
 def read(given: Given, spec: ModelSpec, dialect: Dialect) -> MegatronAdapter:
@@ -49,13 +47,13 @@ class MegatronAdapter:
         self._path = folder
         self._files = files
         layout = layout_of(folder, files, dialect, spec.config.num_layers)
-        found = sum(len(chunk.layers) for chunk in layout.chunks)
-        if found != spec.config.num_layers:
+        if (found := layout.num_layers) != spec.config.num_layers:
             why = f"its ranks hold adapters of {found} layers, but the model has {spec.config.num_layers}"
-            raise ProblemError([Problem(str(folder), None, why, "take the adapter of this model")])
+            fix = "take the adapter of this model"
+            raise ProblemError([Problem(str(folder), None, why, fix, "layers", limit=spec.config.num_layers)])
         self._placements = place(spec, layout, dialect, padded_rows(spec.config.vocab_size, layout.tensor))
         self._factors = _factors(files)
-        raise_all([*self._check_names(), *self._check_modules(given.modules)])
+        raise_all([*self._check_names(), *given.check_modules(name for *_, name in self._factors)])
         raise_all(self._check_shapes())
         raise_all(self._check_rank(given.r))
         self._alpha = self._alpha_of(given)
@@ -66,7 +64,7 @@ class MegatronAdapter:
         return (placement.op, changes) if any(changes) else None
 
     def _change(self, slot: Slot) -> LowRank | None:
-        keys = self._factors.get(_place(slot))
+        keys = self._factors.get(slot.key)
         if keys is None:
             return None
         file = self._files[slot.rank].file
@@ -80,17 +78,11 @@ class MegatronAdapter:
 
     # ---- what is there -----------------------------------------------------------------------------------------------
 
-    def _slots(self) -> Iterator[tuple[Placement, tuple[int, ...], Slot]]:
-        for placement in self._placements.values():
-            for shape, copies in zip(placement.part_shapes, placement.slots, strict=True):
-                for slot in copies:
-                    yield placement, shape, slot
-
     def _check_names(self) -> Iterator[Problem]:
         if not self._factors:
             yield Problem(str(self._path), None, "there is no adapter in it", "give what training LoRA has saved")
-        known = {_place(slot) for _, _, slot in self._slots()}
-        if unknown := sorted({name for rank, chunk, name in self._factors if (rank, chunk, name) not in known}):
+        known = tensors_of(self._placements).keys()
+        if unknown := sorted({name for *_, name in self._factors.keys() - known}):
             why = f"the model has no such weights: {', '.join(unknown[:5])}"
             yield Problem(str(self._path), None, why, "take the adapter of this model")
         for (_, _, name), keys in self._factors.items():
@@ -101,30 +93,26 @@ class MegatronAdapter:
             why = f"modules that were trained as a whole are not merged: {', '.join(sorted(whole)[:3])}"
             yield Problem(str(self._path), None, why, "train without --lora-modules-to-save")
 
-    def _check_modules(self, given: tuple[str, ...] | None) -> Iterator[Problem]:
-        found = {name.split(".")[-2] for _, _, name in self._factors}
-        if given is not None and set(given) != found:
-            why = f"the adapter is of {', '.join(sorted(found))}"
-            yield Problem("--lora-target-modules", " ".join(given), why, "leave it out")
-
     def _check_rank(self, given: int | None) -> Iterator[Problem]:
         found = {self._files[rank].file.tensors[keys["A"]].shape[0] for (rank, _, _), keys in self._factors.items()}
         if given is not None and found != {given}:
             why = f"the matrices have rank {', '.join(map(str, sorted(found)))}"
-            yield Problem("--lora-r", given, why, "leave it out")
+            yield Problem("--lora-r", given, why, "leave it out", "stated", limit=found)
 
     def _check_shapes(self) -> Iterator[Problem]:
-        for _, shape, slot in self._slots():
-            if (keys := self._factors.get(_place(slot))) is not None:
+        for shape, slot in (part for placement in self._placements.values() for part in placement.stored()):
+            if (keys := self._factors.get(slot.key)) is not None:
                 regions = [self._files[slot.rank].file.tensors[keys[letter]] for letter in "AB"]
                 if wrong := [str(region.dtype) for region in regions if not is_of_weights(region.dtype)]:
                     why = f"A or B of {slot.name} is of type {wrong[0]}"
-                    yield Problem(str(self._path), None, why, "take an adapter that is not quantised")
+                    yield Problem(str(self._path), None, why, "take an adapter that is not quantised", "dtype")
                 a, b = (region.shape for region in regions)
                 fits = len(a) == len(b) == len(shape) == 2 and a[0] == b[1] > 0 and a[1] == shape[1]
                 if not fits or b[0] < slot.row + shape[0]:
                     why = f"A of {list(a)} and B of {list(b)} do not make {list(shape)} of {slot.name}"
-                    yield Problem(str(self._path), None, why, "take the adapter of this model")
+                    yield Problem(
+                        str(self._path), None, why, "take the adapter of this model", "shape", limit=slot.name
+                    )
 
     def _alpha_of(self, given: Given) -> float:
         """As the settings in the checkpoint say, else as the user does, else what is usual."""
@@ -134,19 +122,15 @@ class MegatronAdapter:
             raise ProblemError([Problem("args.lora_alpha", shown(stored), "it must be a positive number", COPY_AGAIN)])
         if stored is not None and given.alpha not in (None, stored):
             why = f"the adapter was trained with {stored}"
-            raise ProblemError([Problem("--lora-alpha", given.alpha, why, "leave it out")])
+            raise ProblemError([Problem("--lora-alpha", given.alpha, why, "leave it out", "stated", limit=stored)])
         if stored is None and given.alpha is None:
             self.notes = (*self.notes, f"the adapter does not say its alpha: taken as {ALPHA:g} (--lora-alpha)")
         return float(stored or given.alpha or ALPHA)
 
 
-def _place(slot: Slot) -> Place:
-    return slot.rank, slot.virtual, slot.name
-
-
-def _factors(files: dict[Rank, RankFile]) -> dict[Place, dict[str, Keys]]:
+def _factors(files: dict[Rank, RankFile]) -> dict[Key, dict[str, Keys]]:
     """The keys of A and B in the files, by the weight that they are of."""
-    found: dict[Place, dict[str, Keys]] = {}
+    found: dict[Key, dict[str, Keys]] = {}
     for rank, file in files.items():
         for (chunk, name), keys in file.keys.items():
             if match := _FACTOR.fullmatch(name):

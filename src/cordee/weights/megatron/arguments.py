@@ -29,15 +29,15 @@ from cordee.model.config import (
     RopeConfig,
     YarnScaling,
 )
-from cordee.weights.megatron.layout import Layout
+from cordee.weights.megatron.layout import MegatronLayout
 
 GIVE_MODEL = "give --model with a preset or a directory with the config.json that belongs to the weights"
 OF_READING = ("model", "checking")  # options of a conversion that say how a Megatron checkpoint is read
 
 
-def unclear(where: str, value: object, why: str, fix: str = GIVE_MODEL) -> Problem:
-    """What a Megatron checkpoint does not tell of its model, and options of a conversion can."""
-    return Problem(where, value, why, fix, "unclear", OF_READING)
+def unclear(where: str, value: object, why: str, fix: str = GIVE_MODEL, limit: object = None) -> Problem:
+    """What a Megatron checkpoint does not define of its model, and options of a conversion can."""
+    return Problem(where, value, why, fix, "unclear", OF_READING, limit)
 
 
 # ---- from a model ----------------------------------------------------------------------------------------------------
@@ -52,7 +52,7 @@ _LATENT = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim"
 _OF_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")
 
 
-def arguments(config: ModelConfig, layout: Layout, padded_vocab: int, **more: Any) -> Namespace:
+def arguments(config: ModelConfig, layout: MegatronLayout, padded_vocab: int, **more: Any) -> Namespace:
     """Megatron's arguments for a model in a layout; `more` are what a dialect or a user adds."""
     stages = [sum(len(c.layers) for c in layout.chunks if c.pipeline == p) for p in range(layout.pipeline)]
     uneven = len(set(stages)) > 1
@@ -101,7 +101,7 @@ def _tells(args: Namespace, config: ModelConfig) -> bool:
 
 
 def _features(config: ModelConfig) -> dict[str, Any]:
-    """The features as the options call them, each said once: Megatron would multiply twice."""
+    """The features as the options call them, each set once: Megatron would multiply twice."""
     found = {**dict.fromkeys(FEATURES), **features_of(config)}
     if found["input_embeds_norm"]:
         found["scale_emb"] = None
@@ -156,8 +156,8 @@ def _attention(words: Words) -> dict[str, Any]:
 
 
 def _experts(config: ModelConfig, words: Words) -> dict[str, Any]:
-    mixture = next(layer.mlp for layer in config.layers if isinstance(layer.mlp, MoEConfig))
-    router, shared = mixture.router, mixture.shared
+    moe = next(layer.mlp for layer in config.layers if isinstance(layer.mlp, MoEConfig))
+    router, shared = moe.router, moe.shared
     return {
         "num_experts": router.num_experts,
         "moe_router_topk": router.top_k,
@@ -176,7 +176,7 @@ def _experts(config: ModelConfig, words: Words) -> dict[str, Any]:
 
 # Settings that change the mathematics and that nothing here would understand.
 REFUSED = ("apply_layernorm_1p", "quick_geglu", "rotary_interleaved", "squared_relu", "use_glm_rope", "window_size")
-UNTOLD = "cordee_model_untold"  # a setting of ours: the others do not tell all about the model
+UNTOLD = "cordee_model_untold"  # a setting of ours: the others do not define the model
 _FLAGS = {  # features that Megatron and MindSpeed-LLM keep in the same form, and that a dense model may have
     *("add_rmsnorm_offset", "apply_residual_connection_post_layernorm", "attn_logit_softcapping", "dim_model_base"),
     *("embed_layernorm", "input_embeds_norm", "interleave_sliding_window", "lm_norm_weight"),
@@ -192,23 +192,23 @@ _ALSO |= {"rope_scaling_type"}
 def spec_of_arguments(args: Namespace | None, vocab_size: int, where: str) -> ModelSpec:
     """The model that the arguments of a checkpoint describe, with `vocab_size` rows in its embedding.
 
-    ProblemError if they do not, or if arguments alone do not tell the family.
+    ProblemError if they do not, or if arguments alone do not define the family.
     """
     if args is None:
-        raise _untold(where, "it carries no settings, so that nothing tells which model it is")
+        raise _untold(where, "it carries no settings that define the model")
     if getattr(args, UNTOLD, False):
-        raise _untold(where, "its settings do not tell all about the model")
+        raise _untold(where, "its settings do not define the model completely")
     if refused := [name for name in REFUSED if getattr(args, name, None) not in (None, False)]:
-        raise _untold(where, f"its settings say what flags of cordee train do not: {', '.join(refused)}")
+        raise _untold(where, f"cordee train has no flags for these settings: {', '.join(refused)}", refused)
     given = _given(args, where)
     if given.get("position_embedding_type") != "rope" and not given.get("use_rotary_position_embeddings"):
         for name in ("rotary_base", "rotary_percent", "rotary_seq_len_interpolation_factor"):
             given.pop(name, None)  # Megatron has defaults for them, whatever the positions are
     if given.get("num_experts") or given.get("multi_latent_attention") or given.get("multi_head_latent_attention"):
-        raise _untold(where, "its settings do not tell all about a mixture of experts or latent attention")
+        raise _untold(where, "its settings do not define a mixture of experts or latent attention completely")
     if given.get("position_embedding_type") == "alibi" and not hasattr(args, "lm_norm_weight"):
         raise _untold(
-            where, "its settings do not tell whether the head is normalised, as it is in some models with alibi"
+            where, "its settings do not define whether the head is normalised, as it is in some models with alibi"
         )
     values = {name: given[name] for name in _SAME & given.keys()}
     values |= {name: given[name] for name in _FLAGS & given.keys() if given[name]}
@@ -232,14 +232,14 @@ def spec_of_arguments(args: Namespace | None, vocab_size: int, where: str) -> Mo
 def _given(args: Namespace, where: str) -> dict[str, Any]:
     """The settings that are plain values."""
     given = {name: value for name, value in vars(args).items() if isinstance(value, str | int | float)}
-    said = (_SAME | _FLAGS | _ALSO) & given.keys()
-    if endless := sorted(name for name in said if not _is_reasonable(given[name])):
+    used = (_SAME | _FLAGS | _ALSO) & given.keys()
+    if endless := sorted(name for name in used if not _is_reasonable(given[name])):
         raise _untold(where, f"by its settings: no model has such values of {', '.join(endless)}")
     return given
 
 
-def _untold(where: str, why: str) -> ProblemError:
-    return ProblemError([unclear(where, None, why)])
+def _untold(where: str, why: str, limit: object = None) -> ProblemError:
+    return ProblemError([unclear(where, None, why, limit=limit)])
 
 
 def _is_reasonable(value: str | int | float) -> bool:
@@ -254,7 +254,7 @@ def _scaling(given: dict[str, Any], where: str) -> dict[str, Any]:
         original = {"original_max_position_embeddings": given.get("rope_scaling_original_max_position_embeddings")}
         return {"rope_scaling_type": kind, **{name: given.get(name) for name in names}, **original}
     if kind not in (None, "llama3"):
-        raise ProblemError([unclear(where, kind, "its settings do not tell how positions are stretched")])
+        raise ProblemError([unclear(where, kind, "its settings do not define the RoPE scaling")])
     if given.get("rope_scaling_type") != "llama3" and not given.get("use_rope_scaling"):
         return {}
     return {

@@ -20,7 +20,7 @@ from torch import Tensor
 from cordee.errors import Problem, ProblemError, raise_all
 from cordee.tensors.views import Index
 from cordee.weights.megatron.dialect import Dialect
-from cordee.weights.megatron.layout import Layout, Rank, chunks_of, current, layer_files, rank_files
+from cordee.weights.megatron.layout import MegatronLayout, Rank, chunks_of, current, layer_files, rank_files
 from cordee.weights.regions import Region
 from cordee.weights.torch_file import UNREADABLE, Keys, TorchFile
 
@@ -106,7 +106,7 @@ def open_ranks(folder: Path) -> dict[tuple[int, ...], RankFile]:
     """The file of every rank by the numbers in its name. ProblemError with all that cannot be read."""
     paths = rank_files(folder)
     if not paths:
-        raise ProblemError([Problem(str(folder), None, "there are no folders of ranks in it", COPY_AGAIN)])
+        raise ProblemError([Problem(str(folder), None, "there are no folders of ranks in it", COPY_AGAIN, "missing")])
     return open_all(paths, RankFile.open)
 
 
@@ -117,10 +117,10 @@ def open_all(paths: Mapping[K, Path], opener: Callable[[Path], T]) -> dict[K, T]
         try:
             opened[key] = opener(path)
         except FileNotFoundError:
-            problems.append(Problem(str(path), None, "the file of this rank is missing", COPY_AGAIN))
+            problems.append(Problem(str(path), None, "the file of this rank is missing", COPY_AGAIN, "missing"))
         except UNREADABLE as error:
             why = str(error).splitlines()[0] if str(error) else type(error).__name__
-            problems.append(Problem(str(path), None, f"the file cannot be read: {why}", COPY_AGAIN))
+            problems.append(Problem(str(path), None, f"the file cannot be read: {why}", COPY_AGAIN, "unreadable"))
     raise_all(problems)
     return opened
 
@@ -139,17 +139,16 @@ def by_rank(folder: Path, files: dict[tuple[int, ...], RankFile]) -> dict[Rank, 
             why = f"several files are of tensor {rank.tensor} pipeline {rank.pipeline} expert {rank.expert}"
             raise ProblemError([Problem(str(folder), None, why, "leave only those of one checkpoint in it")])
         found[rank] = file
-    sizes = (
-        max(size_of(args, "tensor"), *(1 + rank.tensor for rank in found)),
-        max(size_of(args, "pipeline"), *(1 + rank.pipeline for rank in found)),
-        max(size_of(args, "expert"), *(1 + rank.expert for rank in found)),
-    )
+    sizes = [
+        max(size_of(args, axis), *(1 + getattr(rank, axis) for rank in found))
+        for axis in ("tensor", "pipeline", "expert")
+    ]
     problems = []
     if missing := math.prod(sizes) - len(found):
-        absent = (rank for rank in starmap(Rank, product(*map(range, sizes))) if rank not in found)
-        names = ", ".join(f"tensor {r.tensor} pipeline {r.pipeline} expert {r.expert}" for r in islice(absent, 20))
-        more = f" and {missing - 20} more" if missing > 20 else ""
-        problems.append(Problem(str(folder), None, f"there are no folders of these ranks: {names}{more}", COPY_AGAIN))
+        absent = [*islice((rank for rank in starmap(Rank, product(*map(range, sizes))) if rank not in found), 20)]
+        names = ", ".join(f"tensor {r.tensor} pipeline {r.pipeline} expert {r.expert}" for r in absent)
+        why = f"there are no folders of these ranks: {names}{f' and {missing - 20} more' if missing > 20 else ''}"
+        problems.append(Problem(str(folder), None, why, COPY_AGAIN, "missing", limit=absent))
     problems += disagreements(folder, found)
     raise_all(problems)
     return found
@@ -171,7 +170,7 @@ def is_plain(value: object) -> bool:
 
 
 def shown(value: object, most: int = 100) -> str:
-    """A value of a stranger's settings for a message: its type, if it is no plain one."""
+    """A value of untrusted settings for a message: its type, if it is no plain one."""
     text = _comparable(value)
     return text if len(text) <= most else f"{text[:most]}..."
 
@@ -190,16 +189,16 @@ def disagreements(folder: Path, files: Mapping[Rank, RankFile]) -> Iterator[Prob
     for name in _AGREED:
         if values := _differing(getattr(file.args, name, None) for file in files.values()):
             why = f"ranks disagree about {name}: {values}"
-            yield Problem(str(folder), None, why, fix)
+            yield Problem(str(folder), None, why, fix, "disagree", limit=name)
     if values := _differing(file.file.content.get("iteration") for file in files.values()):
         why = f"ranks are of different iterations: {values}"
-        yield Problem(str(folder), None, why, fix)
+        yield Problem(str(folder), None, why, fix, "disagree", limit="iteration")
     for rank, file in files.items():
         first = files.get(Rank(0, rank.pipeline, rank.expert), file)
         if first.keys.keys() != file.keys.keys():
             names = ", ".join(sorted({name for _, name in first.keys.keys() ^ file.keys.keys()}))
             why = f"tensor ranks 0 and {rank.tensor} of stage {rank.pipeline} hold different tensors: {names}"
-            yield Problem(str(folder), None, why, fix)
+            yield Problem(str(folder), None, why, fix, "disagree", limit=(rank.tensor, rank.pipeline))
 
 
 def _differing(values: Iterable[object]) -> str | None:
@@ -208,7 +207,7 @@ def _differing(values: Iterable[object]) -> str | None:
     return ", ".join(shown(different[key]) for key in sorted(different)) if len(different) > 1 else None
 
 
-def layout_of(folder: Path, files: dict[Rank, RankFile], dialect: Dialect, most: int | None = None) -> Layout:
+def layout_of(folder: Path, files: dict[Rank, RankFile], dialect: Dialect, most: int | None = None) -> MegatronLayout:
     """The chunks by what layers the files hold.
 
     most: the layers of the model, of which some may have no tensors here; None: each layer has some.
@@ -228,7 +227,7 @@ def layout_of(folder: Path, files: dict[Rank, RankFile], dialect: Dialect, most:
     counts = {where: 1 + max(map(int, numbers), default=-1) for where, numbers in layers.items()}
     rounds = 1 + max((chunk for chunk, _ in counts), default=0)
     sizes = [counts.get((chunk, stage), 0) for chunk in range(rounds) for stage in range(stages)]
-    return Layout(
+    return MegatronLayout(
         tensor=1 + max(rank.tensor for rank in files),
         expert=1 + max(rank.expert for rank in files),
         chunks=chunks_of(sizes, stages),
@@ -237,7 +236,7 @@ def layout_of(folder: Path, files: dict[Rank, RankFile], dialect: Dialect, most:
 
 
 def _misnumbered(folder: Path, layers: Mapping[tuple[int, int], set[str]], most: int | None) -> Iterator[Problem]:
-    """Numbers that are not those of the first so many. They are a stranger's, so nothing is done so many times."""
+    """Numbers that are not those of the first so many. They are untrusted: no loop runs so many times."""
     chunks = {str(chunk) for chunk, _ in layers}
     if wrong := _beyond(chunks, len(chunks)):
         yield Problem(str(folder), None, f"of its chunks only {len(chunks)} are there, but one is {wrong}", COPY_AGAIN)

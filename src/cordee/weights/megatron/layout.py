@@ -47,10 +47,10 @@ class Chunk:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class MegatronLayout:
     """Degrees of parallelism, and the chunks in the order of the forward.
 
-    `virtual` tells whether stages hold chunks of their own names, be it one: Megatron then writes `model0`, `model1`.
+    virtual: stages hold chunks of their own names, be it one: Megatron then writes `model0`, `model1`.
     """
 
     tensor: int = 1
@@ -61,6 +61,10 @@ class Layout:
     @property
     def pipeline(self) -> int:
         return 1 + max(chunk.pipeline for chunk in self.chunks)
+
+    @property
+    def num_layers(self) -> int:
+        return self.last.layers.stop
 
     @property
     def first(self) -> Chunk:
@@ -167,14 +171,16 @@ class Wanted:
     layer_list: tuple[int, ...] | None = None
     layers_per_chunk: int | None = None
 
-    def layout(self, model: ModelConfig) -> Layout:
+    def layout(self, model: ModelConfig) -> MegatronLayout:
         """The layout for `model`; ProblemError with everything in it that cannot be."""
         raise_all([*self._stages(model.num_layers), *indivisible(model, self.tensor, self.expert)])
         if self.layer_list is not None:
             chunks = chunks_of(self.layer_list, self.pipeline)
         else:
             chunks = even_chunks(model.num_layers, self.pipeline, self.layers_per_chunk)
-        return Layout(tensor=self.tensor, expert=self.expert, chunks=chunks, virtual=self.layers_per_chunk is not None)
+        return MegatronLayout(
+            tensor=self.tensor, expert=self.expert, chunks=chunks, virtual=self.layers_per_chunk is not None
+        )
 
     def _stages(self, layers: int) -> Problems:
         virtual, size = "--num-layers-per-virtual-pipeline-stage", self.layers_per_chunk
@@ -185,10 +191,9 @@ class Wanted:
         elif size is not None and layers % (self.pipeline * size):
             why = f"{layers} layers are not divisible by {self.pipeline} stages x {size}"
             yield Problem(virtual, size, why, f"take a divisor of {layers / self.pipeline:g}", "divides", limit=layers)
-        elif size is None and layers % self.pipeline:
-            why = f"{layers} layers are not divisible by {self.pipeline} stages"
-            fix = "take a divisor, or say with --num-layer-list how many layers each stage holds"
-            yield Problem(PIPELINE, self.pipeline, why, fix, "divides", limit=layers)
+        elif size is None:
+            uneven = "set the number of layers of each stage with --num-layer-list"
+            yield from divides(PIPELINE, self.pipeline, layers, "layers", instead=uneven)
 
     def _listed(self, given: tuple[int, ...], layers: int) -> Problems:
         option, text = "--num-layer-list", ",".join(map(str, given))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from cordee.tensors.views import Index, View
+from cordee.tensors.views import Index, Join, Leaf, Split, View
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,9 +34,7 @@ class Crop:
         return Pad(self.rows, self.padded, self.tail)
 
     def apply(self, views: Sequence[View]) -> list[View]:
-        (view,) = views
-        assert view.shape[0] == self.padded, f"{self} of shape {view.shape}"
-        return [_Cropped(view, self.rows)]
+        return Split(0, (self.rows, self.padded - self.rows)).apply(views)[:1]
 
 
 @dataclass(frozen=True)
@@ -54,44 +52,14 @@ class Pad:
 
     def apply(self, views: Sequence[View]) -> list[View]:
         (view,) = views
-        assert view.shape[0] == self.rows, f"{self} of shape {view.shape}"
-        return [_Padded(view, self.padded, self.tail)]
+        filling = self.padded - self.rows
+        first = self.rows - filling if self.tail and filling <= self.rows else None
 
+        def fill(index: Index) -> Tensor:
+            cut, *rest = index
+            if first is not None:
+                return view.read((slice(first + cut.start, first + cut.stop), *rest))
+            last = view.read((slice(self.rows - 1, self.rows), *rest))
+            return last.expand(cut.stop - cut.start, *last.shape[1:])
 
-class _Cropped(View):
-    def __init__(self, view: View, rows: int):
-        self.view = view
-        self.shape = (rows, *view.shape[1:])
-
-    def read(self, index: Index) -> Tensor:
-        return self.view.read(index)
-
-    def read_into(self, out: Tensor, index: Index) -> None:
-        self.view.read_into(out, index)
-
-
-class _Padded(View):
-    def __init__(self, view: View, padded: int, tail: bool):
-        self.view = view
-        self.shape = (padded, *view.shape[1:])
-        self.tail = tail
-
-    def read(self, index: Index) -> Tensor:
-        rows, *rest = index
-        real = self.view.shape[0]
-        if rows.stop <= real:
-            return self.view.read(index)
-        held = self.view.read((slice(min(rows.start, real), real), *rest))
-        filling = slice(max(rows.start, real), rows.stop)
-        out = held.new_empty((rows.stop - rows.start, *held.shape[1:]))
-        out[: len(held)] = held
-        out[len(held) :] = self._filling(filling, tuple(rest))
-        return out
-
-    def _filling(self, rows: slice, rest: Index) -> Tensor:
-        """Rows past the end; with `tail`, row i is row i - (number of rows past the end), if there are as many."""
-        real, padded = self.view.shape[0], self.shape[0]
-        back = padded - real
-        if self.tail and back <= real:
-            return self.view.read((slice(rows.start - back, rows.stop - back), *rest))
-        return self.view.read((slice(real - 1, real), *rest))
+        return Join(0, (self.rows, filling)).apply([view, Leaf((filling, *view.shape[1:]), fill)])

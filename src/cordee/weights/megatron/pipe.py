@@ -39,12 +39,12 @@ from cordee.weights.megatron.files import (
     size_of,
 )
 from cordee.weights.megatron.layout import Rank, layer_files, rank_files
-from cordee.weights.megatron_legacy import MODEL
+from cordee.weights.megatron.legacy import MODEL
 from cordee.weights.torch_file import Keys
 
 logger = logging.getLogger("cordee")
 
-EMBEDDING = 1  # the number of the embedding where its name does not tell it
+EMBEDDING = 1  # the number of the embedding where its name does not give it
 GAPS = (1, 2)  # from embedding to layers and from layers to norm, the same: without and with a function between them
 _NUMBERED = re.compile(r"(?:module\.)?(?:(\d{1,9})|tied_modules\.embed)\.(.+)")
 _EARLY = "attention."  # as AscendSpeed's first models of LLaMA's form called what is self_attention since
@@ -63,7 +63,7 @@ def open_checkpoint(path: Path) -> tuple[Path, dict[Rank, RankFile]]:
 
 
 class Gathered:
-    """Several files as one: the first of a tensor's keys tells the file. `content` is that of the one with settings."""
+    """Several files as one: the first of a tensor's keys is the file. `content` is that of the one with settings."""
 
     def __init__(self, content: Any, files: Mapping[str, Contents]):
         self.content = content
@@ -118,13 +118,13 @@ def _of_stages(folder: Path, ranks: Mapping[tuple[int, ...], RankFile]) -> dict[
     size = max(1 + number for number in files if names[number] == names[0])
     if left := len(files) % size:
         raise_all(_missing(folder, [f"mp_rank_{last + n:02d}_model_states.pt" for n in range(1, 1 + size - left)]))
-    places = [{number: file for number, file in files.items() if number % size == r} for r in range(size)]
-    raise_all(_repeated(folder, [name for number in places[0] for name in names[number]]))
+    ranks_files = [{number: file for number, file in files.items() if number % size == r} for r in range(size)]
+    raise_all(_repeated(folder, [name for number in ranks_files[0] for name in names[number]]))
     modules: dict[int, set[str]] = {}
-    for module, name in (_module(name) for number in places[0] for name in names[number]):
+    for module, name in (_module(name) for number in ranks_files[0] for name in names[number]):
         modules.setdefault(module, set()).add(name)
     starts, found = _starts(folder, modules), {}
-    for rank, stages in enumerate(places):
+    for rank, stages in enumerate(ranks_files):
         held = Gathered(stages[rank].file.content, {str(number): file.file for number, file in stages.items()})
         keys = {}
         for number, file in reversed(stages.items()):  # what two stages hold alike is taken from the first

@@ -7,7 +7,7 @@ the rules' algebra: one description serves reading, writing and the check of sha
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -22,10 +22,13 @@ from cordee.model.shards import ALONG
 from cordee.tensors.rules import IDENTITY, grouped_qkv, rotary_halves, stack
 from cordee.tensors.views import Chain, Each, Index, Join, Leaf, Op, Rearrange, Shape, View
 from cordee.weights.megatron.dialect import Dialect
-from cordee.weights.megatron.layout import Chunk, Layout, Rank
+from cordee.weights.megatron.layout import Chunk, MegatronLayout, Rank
 from cordee.weights.megatron.padding import Crop
 
 GATE_UP = Rearrange("(b f) ... -> b f ...", {"b": 2})
+
+
+Key = tuple[Rank, int, str]  # rank, chunk and name of a tensor in the files
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,10 @@ class Slot:
     virtual: int
     name: str
     row: int = 0
+
+    @property
+    def key(self) -> Key:
+        return self.rank, self.virtual, self.name
 
 
 @dataclass(frozen=True)
@@ -61,16 +68,33 @@ class Placement:
         """Shape of what is in each of `slots`."""
         return [view.shape for view in self.parts(Leaf(self.shape, _unreadable))]
 
+    def stored(self) -> Iterator[tuple[Shape, Slot]]:
+        """Every slot and the shape of the part in it."""
+        for shape, copies in zip(self.part_shapes, self.slots, strict=True):
+            for slot in copies:
+                yield shape, slot
+
 
 def _unreadable(index: Index) -> Tensor:
     raise AssertionError("only the shape of this tensor is known")
 
 
-def place(spec: ModelSpec, layout: Layout, dialect: Dialect, padded_vocab: int) -> dict[str, Placement]:
+def place(spec: ModelSpec, layout: MegatronLayout, dialect: Dialect, padded_vocab: int) -> dict[str, Placement]:
     """The placement of every parameter by canonical name. ProblemError if `dialect` has no place for some."""
     placer = _Placer(spec, layout, dialect, padded_vocab)
     raise_all(placer.problems())
     return {name: placer.place(name) for name in placer.shapes}
+
+
+def tensors_of(placements: Mapping[str, Placement]) -> dict[Key, tuple[Shape, str]]:
+    """Shape of every tensor of the files, and the parameter in it; of several the last."""
+    found: dict[Key, tuple[Shape, str]] = {}
+    for name, placement in placements.items():
+        for shape, slot in placement.stored():
+            rows = (slot.row + shape[0], *shape[1:]) if shape else shape
+            before, _ = found.get(slot.key, (rows, name))
+            found[slot.key] = max(before, rows), name
+    return found
 
 
 @dataclass(frozen=True)
@@ -84,20 +108,20 @@ class _Split:
     local: Op = IDENTITY
     whole: Op = IDENTITY
 
+    def owners(self, ranks: int) -> list[tuple[int, ...]]:
+        """The tensor ranks that hold each part."""
+        return [tuple(range(ranks))] if self.dim is None else [(rank,) for rank in range(ranks)]
+
     def op(self, shape: Shape, ranks: int) -> Op:
         if self.dim is None:
-            return Chain((*_steps(self.local), *_steps(self.whole)))
+            return Chain((self.local, self.whole))
         (joined,) = self.whole.inverse.apply([Leaf(shape, _unreadable)])
         size = joined.shape[self.dim] // ranks
-        return Chain((Each((self.local,) * ranks), Join(self.dim, (size,) * ranks), *_steps(self.whole)))
-
-
-def _steps(op: Op) -> tuple[Op, ...]:
-    return op.ops if isinstance(op, Chain) else (op,)
+        return Chain((Each((self.local,) * ranks), Join(self.dim, (size,) * ranks), self.whole))
 
 
 class _Placer:
-    def __init__(self, spec: ModelSpec, layout: Layout, dialect: Dialect, padded_vocab: int):
+    def __init__(self, spec: ModelSpec, layout: MegatronLayout, dialect: Dialect, padded_vocab: int):
         self.config: ModelConfig = spec.config
         self.layout = layout
         self.dialect = dialect
@@ -162,15 +186,13 @@ class _Placer:
         shape, axes = self.shapes[name], self.axes[name]
         split = self._split(tail, shape, axes, len(names), layer)
         row = self._first_row(tail, layer)
-        every = range(self.layout.tensor)
-        owners = [(rank,) for rank in every] if split.dim is not None else [tuple(every)]
         slots = tuple(
             tuple(
                 Slot(Rank(tensor, chunk.pipeline, expert), chunk.virtual, foreign, row)
                 for tensor in ranks
                 for expert in range(self.layout.expert)
             )
-            for ranks in owners
+            for ranks in split.owners(self.layout.tensor)
             for foreign in names
         )
         return Placement(shape, split.op(shape, self.layout.tensor), slots)
@@ -195,7 +217,7 @@ class _Placer:
         return split
 
     def _split_latent(self, split: _Split, module: str, config: LatentAttentionConfig) -> _Split:
-        """Megatron turns neighbouring dims of queries and keys, as the published weights of DeepSeek do."""
+        """Megatron's RoPE rotates neighbouring dims of queries and keys, as the published weights of DeepSeek do."""
         rope, nope, latent = config.rope_head_dim, config.nope_head_dim, config.kv_lora_rank
         heads = Rearrange("(n d) ... -> n d ...", {"n": config.num_heads})
         down = 0 if self.dialect.latent_split else None
@@ -237,22 +259,16 @@ class _Placer:
             return self._place_grouped(name, names, chunk)
         shape, axes, tensor = self.shapes[name], self.axes[name], self.layout.tensor
         split = self._split(self._layer(name)[1], shape[1:], axes[1:], len(names), layer)
-        one = Chain((*_steps(split.op(shape[1:], tensor)), Rearrange("... -> 1 ...")))
-        owners = [(rank,) for rank in range(tensor)] if split.dim is not None else [tuple(range(tensor))]
+        one = Chain((split.op(shape[1:], tensor), Rearrange("... -> 1 ...")))
         slots = tuple(
             tuple(
                 Slot(Rank(rank, chunk.pipeline, home), chunk.virtual, foreign.replace("{e}", str(e))) for rank in ranks
             )
-            for home, e in self._homes(shape[0])
-            for ranks in owners
+            for home, e in (divmod(expert, shape[0] // self.layout.expert) for expert in range(shape[0]))
+            for ranks in split.owners(tensor)
             for foreign in names
         )
         return Placement(shape, Chain((Each((one,) * shape[0]), Join(0, (1,) * shape[0]))), slots)
-
-    def _homes(self, experts: int) -> Iterator[tuple[int, int]]:
-        """For every expert its rank, and its number there."""
-        size = experts // self.layout.expert
-        return (divmod(expert, size) for expert in range(experts))
 
     def _place_grouped(self, name: str, names: tuple[str, ...], chunk: Chunk) -> Placement:
         """All experts of a rank in one tensor, inputs before outputs, each expert's values together.

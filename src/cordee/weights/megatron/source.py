@@ -7,7 +7,7 @@ that are not the model's. Degrees of parallelism, dialect and, where it can be, 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
@@ -18,15 +18,14 @@ from torch import Tensor
 from cordee.errors import Problem, ProblemError, raise_all
 from cordee.families.registry import ModelSpec, spec_from_directory
 from cordee.model.config import MoEConfig
-from cordee.tensors.views import Index, Leaf, Shape, View, normalise, whole
-from cordee.weights import ascendspeed, megatron_core, megatron_legacy
+from cordee.tensors.views import Index, Leaf, Shape, View, whole
 from cordee.weights.codec import Source, is_of_weights
-from cordee.weights.megatron import pipe
+from cordee.weights.megatron import core, legacy, pipe
 from cordee.weights.megatron.arguments import GIVE_MODEL, spec_of_arguments, unclear
 from cordee.weights.megatron.dialect import Dialect
 from cordee.weights.megatron.files import COPY_AGAIN, RankFile, layout_of, shown
-from cordee.weights.megatron.layout import Layout, Rank, indivisible
-from cordee.weights.megatron.placement import Placement, Slot, place
+from cordee.weights.megatron.layout import MegatronLayout, Rank, indivisible
+from cordee.weights.megatron.placement import Placement, Slot, place, tensors_of
 from cordee.weights.regions import Region
 
 SMALL = 2**20  # bytes up to which copies of a tensor on several ranks are compared
@@ -38,7 +37,7 @@ class Reading:
     """How to read a checkpoint.
 
     spec: the model it holds; None: by the `config.json` beside it, else by the settings it carries.
-    vocab_size: tokens, where the settings tell only how many rows there are with those that fill up.
+    vocab_size: tokens, where the settings give only the number of padded rows.
     strict: refuse tensors that are not the model's.
     """
 
@@ -69,7 +68,7 @@ class MegatronSource(Source):
         folder: Path,
         files: dict[Rank, RankFile],
         dialect: Dialect,
-        layout: Layout,
+        layout: MegatronLayout,
         reading: Reading,
     ):
         self.path = folder
@@ -81,21 +80,15 @@ class MegatronSource(Source):
         config_at = next((place for place in (root, folder.parent) if (place / "config.json").is_file()), None)
         self.companions = config_at
         self.spec = self._spec(reading, config_at, padded)
-        self._check_model(padded)
+        raise_all(self._check_model(padded))
         self.dialect = self._as_split(dialect)
         self.placements: dict[str, Placement] = place(self.spec, layout, self.dialect, padded)
-        raise_all([*self._check_names(), *self._check_shapes(), *self._check_types()])
+        raise_all(self._check_tensors())
         self.notes = (*self.notes, *self._left_out())
 
     def dtype(self, name: str) -> torch.dtype:
         slots = (copies[0] for copies in self.placements[name].slots)
         return reduce(torch.promote_types, (self._region(slot).dtype for slot in slots))
-
-    def tensor(self, name: str, index: Sequence[slice] | None = None) -> Tensor:
-        return self.view(name).read(normalise(index, self.shape(name)))
-
-    def copy_into(self, out: Tensor, name: str, index: Sequence[slice] | None = None) -> None:
-        self.view(name).read_into(out, normalise(index, self.shape(name)))
 
     def view(self, name: str) -> View:
         """ProblemError if ranks hold different values of what they should hold alike, as far as it is small."""
@@ -127,19 +120,17 @@ class MegatronSource(Source):
             if not torch.equal(expected, self._read(slot, whole(shape))):
                 why = f"{slot.name} of stage {slot.rank.pipeline} differs between {first.rank} and {slot.rank}"
                 fix = "copy all ranks from one and the same checkpoint"
-                raise ProblemError([Problem(str(self.path), None, why, fix)])
+                raise ProblemError([Problem(str(self.path), None, why, fix, "disagree", limit=slot.name)])
 
     # ---- the model ---------------------------------------------------------------------------------------------------
 
     def _padded_vocab(self) -> int:
         (name,) = self.dialect.model_names("embedding.weight") or ("",)
         first = self.files[Rank()]
-        if (0, name) not in first.keys:
-            why = f"its first rank has no embedding ({name})"
-            raise ProblemError([Problem(str(self.path), None, why, COPY_AGAIN)])
-        if not (shape := first.region(0, name).shape):
-            why = f"its embedding ({name}) is a single number"
-            raise ProblemError([Problem(str(self.path), None, why, COPY_AGAIN)])
+        shape = first.region(0, name).shape if (0, name) in first.keys else ()
+        if not shape:
+            why = f"its first rank has no embedding of several rows ({name})"
+            raise ProblemError([Problem(str(self.path), None, why, COPY_AGAIN, "missing", limit=name)])
         return shape[0] * self.layout.tensor
 
     def _spec(self, reading: Reading, config_at: Path | None, padded: int) -> ModelSpec:
@@ -147,29 +138,27 @@ class MegatronSource(Source):
             return reading.spec
         if config_at is not None:
             return spec_from_directory(config_at)
-        args, layers = self.files[Rank()].args, sum(len(chunk.layers) for chunk in self.layout.chunks)
-        told = getattr(args, "num_layers", None)
-        if type(told) is int and told != layers:  # told here, for it may be a number of layers that no memory can hold
-            why = f"by its settings it has {shown(told)} layers, but its ranks hold {layers}"
+        args, layers = self.files[Rank()].args, self.layout.num_layers
+        stored = getattr(args, "num_layers", None)
+        if type(stored) is int and stored != layers:  # checked first: no memory may hold so many layers
+            why = f"by its settings it has {shown(stored)} layers, but its ranks hold {layers}"
             raise ProblemError([unclear(str(self.path), None, why)])
         return spec_of_arguments(args, reading.vocab_size or padded, str(self.path))
 
-    def _check_model(self, padded: int) -> None:
-        """ProblemError if the model cannot be in files of this form."""
-        config, layers = self.spec.config, sum(len(chunk.layers) for chunk in self.layout.chunks)
-        problems = []
+    def _check_model(self, padded: int) -> Iterator[Problem]:
+        """Whether the model can be in files of this layout."""
+        config, layers = self.spec.config, self.layout.num_layers
         if layers != config.num_layers:
-            why = f"its ranks hold {layers} layers, but the model has {config.num_layers}"
-            problems.append(unclear(str(self.path), None, why))
+            why = f"its ranks hold {layers} layers, the model has {config.num_layers}"
+            yield unclear(str(self.path), None, why, limit="num_layers")
         if padded < config.vocab_size:
             why = f"its embedding has {padded} rows, but the model has {config.vocab_size} tokens"
-            problems.append(unclear(str(self.path), None, why))
+            yield unclear(str(self.path), None, why, limit="vocab_size")
         for problem in indivisible(config, self.layout.tensor, self.layout.expert):
-            problems.append(unclear(str(self.path), None, f"its ranks are not the model's: {problem.why}"))
-        raise_all(problems)
+            yield unclear(str(self.path), None, f"its ranks are not those of the model: {problem.why}")
 
     def _as_split(self, dialect: Dialect) -> Dialect:
-        """`dialect`, with shared experts whole on every tensor rank if they are that here: names do not tell."""
+        """`dialect`, with shared experts whole on every tensor rank if they are so in these files."""
         for number, layer in enumerate(self.spec.config.layers):
             if isinstance(layer.mlp, MoEConfig) and layer.mlp.shared is not None:
                 chunk, n = self.layout.place_of_layer(number)
@@ -180,50 +169,24 @@ class MegatronSource(Source):
                     return replace(dialect, shared_split=not unsplit)
         return dialect
 
-    def _slots(self) -> Iterator[tuple[Shape, Slot]]:
-        """Every tensor that the model has in the files, and its shape. Parts of one tensor are given apart."""
-        for placement in self.placements.values():
-            for shape, copies in zip(placement.part_shapes, placement.slots, strict=True):
-                for slot in copies:
-                    yield shape, slot
-
-    def _check_names(self) -> Iterator[Problem]:
-        needed: dict[Rank, set[tuple[int, str]]] = {rank: set() for rank in self.files}
-        for _, slot in self._slots():
-            needed[slot.rank].add((slot.virtual, slot.name))
-        missing, unknown = set(), set()
-        for rank, file in self.files.items():
-            missing |= {name for _, name in needed[rank] - file.keys.keys()}
-            unknown |= {name for _, name in file.keys.keys() - needed[rank] if not _IGNORED.fullmatch(name)}
-        if missing:
-            yield unclear(str(self.path), None, f"tensors are missing: {_listed(missing)}")
+    def _check_tensors(self) -> Iterator[Problem]:
+        """Names, shapes and types of the tensors in the files."""
+        needed = {key: shape for key, (shape, _) in tensors_of(self.placements).items()}
+        found = {(rank, *key): file.region(*key) for rank, file in self.files.items() for key in file.keys}
+        unknown = {name for *_, name in found.keys() - needed.keys() if not _IGNORED.fullmatch(name)}
+        if missing := {name for *_, name in needed.keys() - found.keys()}:
+            yield unclear(str(self.path), None, f"tensors are missing: {_listed(missing)}", limit=missing)
         if unknown and self._strict:
             why = f"tensors that the model does not have: {_listed(unknown)}"
-            yield unclear(str(self.path), None, why, f"{GIVE_MODEL}, or --no-checking to leave them out")
+            yield unclear(str(self.path), None, why, f"{GIVE_MODEL}, or --no-checking to leave them out", limit=unknown)
         elif unknown:
             self.notes = (*self.notes, f"tensors that the model does not have left out: {_listed(unknown)}")
-
-    def _check_shapes(self) -> Iterator[Problem]:
-        expected: dict[Slot, Shape] = {}
-        for shape, slot in self._slots():
-            key = Slot(slot.rank, slot.virtual, slot.name)
-            rows = (slot.row + shape[0], *shape[1:]) if shape else shape
-            expected[key] = max(expected.get(key, rows), rows)
-        wrong = {}
-        for slot, shape in expected.items():
-            file = self.files[slot.rank]
-            if (slot.virtual, slot.name) in file.keys and (found := self._region(slot).shape) != shape:
-                wrong[slot.name] = f"{slot.name} is {list(found)} instead of {list(shape)}"
-        for why in wrong.values():
-            yield unclear(str(self.path), None, why)
-
-    def _check_types(self) -> Iterator[Problem]:
-        needed = {(slot.rank, slot.virtual, slot.name) for _, slot in self._slots()}
-        present = ((name, self.files[rank], (chunk, name)) for rank, chunk, name in needed)
-        types = {(name, file.region(*key).dtype) for name, file, key in present if key in file.keys}
-        if wrong := {f"{name} of {dtype}" for name, dtype in types if not is_of_weights(dtype)}:
+        present = [(key[-1], shape, found[key]) for key, shape in needed.items() if key in found]
+        for name, (shape, wrong) in {n: (s, r.shape) for n, s, r in present if r.shape != s}.items():
+            yield unclear(str(self.path), None, f"{name} is {list(wrong)} instead of {list(shape)}", limit=name)
+        if wrong := {f"{name} of {region.dtype}" for name, _, region in present if not is_of_weights(region.dtype)}:
             why = f"weights that are quantised, which is not supported, or are none: {_listed(wrong)}"
-            yield Problem(str(self.path), None, why, "take the unquantised checkpoint")
+            yield Problem(str(self.path), None, why, "take the unquantised checkpoint", "dtype")
 
     def _left_out(self) -> Iterator[str]:
         first = self.files[Rank()].file
@@ -235,7 +198,7 @@ class MegatronSource(Source):
 
 def _recognise(folder: Path, files: dict[Rank, RankFile]) -> Dialect:
     names = {name for file in files.values() for _, name in file.keys}
-    for codec in (megatron_core, megatron_legacy, ascendspeed):
+    for codec in (core, legacy):
         if (dialect := codec.recognise(names)) is not None:
             return dialect
     why = f"its tensors have names of no known form, such as {', '.join(sorted(names)[:3]) or 'none at all'}"

@@ -1,6 +1,7 @@
-"""The formats weights come in, told apart by what is on disk.
+"""The formats of weights, recognised by what is on disk.
 
-Owns the table of formats. A format is a row: how it is recognised and read. What is written is in `targets`.
+Owns the table of formats that can be read, a row each: how one is recognised, and its reader. What is written is up to
+the job of conversion.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from cordee.checkpoint import directory
 from cordee.checkpoint.storage import Place, StoragePath, place_of, reached
 from cordee.errors import Problem, ProblemError
 from cordee.weights import mindformers
-from cordee.weights.gguf import place
+from cordee.weights.gguf.header import is_gguf
 from cordee.weights.megatron.layout import is_megatron
 
 if TYPE_CHECKING:
@@ -24,10 +25,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Format:
-    """One format: its name, whether a directory (or file) holds it, and how to read it, which alone imports torch.
+    """One format: its name, whether a directory (or file) holds it, and its reader, which alone imports torch.
 
-    The second argument of `read` says how to read a Megatron checkpoint; others need no telling. Both take a local
-    path; those of the checkpoint of a run also one in a store.
+    The second argument of `read` sets how a Megatron checkpoint is read; other formats ignore it. Both functions take a
+    local path; those of the checkpoint of a run also one in a store.
     """
 
     name: str
@@ -64,9 +65,9 @@ def _is_checkpoint(path: Place) -> bool:
 
 
 def _read_distributed(path: Path, reading: Reading | None) -> Source:
-    from cordee.convert import distributed
+    from cordee.checkpoint import dcp
 
-    return distributed.read(path)
+    return dcp.read(path)
 
 
 def _is_distributed(path: Path) -> bool:
@@ -90,7 +91,7 @@ FORMATS = (  # the first that recognises a directory reads it
     Format("cordee", "checkpoint of a run", _is_checkpoint, _read_checkpoint),
     Format("dcp", "distributed checkpoint with a config.json", _is_distributed, _read_distributed),
     Format("mindformers", "directory with MindFormers' names", mindformers.recognises, _read_mindformers),
-    Format("gguf", "file of GGUF", place.recognises, _read_gguf),
+    Format("gguf", "file of GGUF", is_gguf, _read_gguf),
     Format("hf", "Hugging Face directory", _is_hf, _read_hf),
 )
 
@@ -119,7 +120,7 @@ def format_of(given: str | Path) -> Format:
 
     if peft.is_adapter(path):
         why, fix = "it is an adapter of PEFT", "give the model it belongs to, and this as --lora-load"
-        raise ProblemError([Problem("model directory", path, why, fix)])
+        raise ProblemError([Problem("model directory", path, why, fix, "adapter")])
     known = ", ".join(form.title for form in FORMATS)
     raise ProblemError([Problem("model directory", path, f"it is none of {known}", "give a directory with a model")])
 
