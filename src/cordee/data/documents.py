@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cordee.data.readers.chunk import Chunk, Invalid, Row
-from cordee.data.tokenizer import Tokenizer
+from cordee.tokenizer import Tokenizer
 
 EMPTY, TOO_LONG, INVALID = "empty text", "too long", "invalid"
 

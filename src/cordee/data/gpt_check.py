@@ -18,7 +18,7 @@ from cordee.data.manifest import Manifest, read_manifest
 from cordee.errors import Problem, ProblemError
 
 if TYPE_CHECKING:
-    from cordee.data.tokenizer import Tokenizer
+    from cordee.tokenizer import Tokenizer
 
 _PERMUTATION_ENTRY = 8  # bytes of a sample in the permutation of a cyclic order
 _NEED_EOD = ("eod_mask_loss", "reset_position_ids", "reset_attention_mask")

@@ -26,10 +26,10 @@ from cordee.data.indexed import IndexedDataset, IndexedDatasetBuilder, bin_path,
 from cordee.data.manifest import Manifest, TokenizerNote, manifest_path, merged, read_manifest
 from cordee.data.readers import hub, input_files, read_file
 from cordee.data.readers.chunk import Chunk, Invalid
-from cordee.data.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
 from cordee.data.workers import Workers
 from cordee.errors import Findings, Problem, ProblemError, raise_all
 from cordee.log import logger
+from cordee.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
 
 _SHOWN = 10  # invalid records named one by one
 _SECONDS = 1.0  # at least between two log lines

@@ -272,11 +272,11 @@ def _generate(climb: Climb) -> list[report.Sample]:
 
 def _evaluate(climb: Climb, values: dict[str, Any]) -> tuple[float, float]:
     """Perplexity on held-out files of the model as it was drawn and as it is now."""
-    from cordee.data.tokenizer import load_tokenizer
     from cordee.evaluate.runner import run_tasks, tasks_of
     from cordee.generate.loading import load_model
     from cordee.model.gpt import GPTModel
     from cordee.model.init import initialise
+    from cordee.tokenizer import load_tokenizer
 
     with climb.phase("score it on held-out files"):
         options = EvaluateConfig(

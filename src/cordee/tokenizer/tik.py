@@ -13,8 +13,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cordee.data.tokenizer.matching import Matcher, MatchingTokenizer
-from cordee.data.tokenizer.special import (
+from cordee.errors import Problem, ProblemError, raise_all
+from cordee.files import copy_file, read_json
+from cordee.log import logger
+from cordee.tokenizer.matching import Matcher, MatchingTokenizer
+from cordee.tokenizer.special import (
     AddedToken,
     Arguments,
     SpecialTokens,
@@ -23,9 +26,6 @@ from cordee.data.tokenizer.special import (
     save_directory,
     unique,
 )
-from cordee.errors import Problem, ProblemError, raise_all
-from cordee.files import copy_file, read_json
-from cordee.log import logger
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

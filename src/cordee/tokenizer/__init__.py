@@ -11,10 +11,10 @@ from typing import TypeVar
 
 from cordee.config.option import to_flag
 from cordee.config.schema import TokenizerOptions
-from cordee.data.tokenizer import hf, special, spm, tik
-from cordee.data.tokenizer.base import Tokenizer
-from cordee.data.tokenizer.null import NullTokenizer
 from cordee.errors import Problem, raise_all
+from cordee.tokenizer import hf, special, spm, tik
+from cordee.tokenizer.base import Tokenizer
+from cordee.tokenizer.null import NullTokenizer
 
 __all__ = ["VOCABULARIES", "Tokenizer", "check_tokenizer", "holds_tokenizer", "is_vocabulary", "load_tokenizer"]
 

@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from cordee.data.tokenizer.matching import Matcher, MatchingTokenizer
-from cordee.data.tokenizer.special import (
+from cordee.errors import Problem, ProblemError, raise_all
+from cordee.tokenizer.matching import Matcher, MatchingTokenizer
+from cordee.tokenizer.special import (
     AddedToken,
     Arguments,
     SpecialTokens,
@@ -22,7 +23,6 @@ from cordee.data.tokenizer.special import (
     save_directory,
     unique,
 )
-from cordee.errors import Problem, ProblemError, raise_all
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor

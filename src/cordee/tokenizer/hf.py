@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cordee.data.tokenizer.base import Tokenizer
-from cordee.data.tokenizer.matching import library_token
-from cordee.data.tokenizer.special import (
+from cordee.errors import Problem, ProblemError, raise_all
+from cordee.tokenizer.base import Tokenizer
+from cordee.tokenizer.matching import library_token
+from cordee.tokenizer.special import (
     AROUND,
     NAMES,
     Arguments,
@@ -25,7 +26,6 @@ from cordee.data.tokenizer.special import (
     report_deviations,
     save_directory,
 )
-from cordee.errors import Problem, ProblemError, raise_all
 
 if TYPE_CHECKING:
     import tokenizers
