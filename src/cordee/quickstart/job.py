@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from cordee import launch, lock
+from cordee import lock, supervisor
 from cordee.config.load import config_from_dict
 from cordee.config.schema import (
     ConvertConfig,
@@ -243,7 +243,7 @@ def _train(climb: Climb, values: dict[str, Any]) -> int:
     with climb.phase(f"pretrain on {processes} processes, {values['train_iters']} steps"):
         path = climb.folder / "train.yaml"
         path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-        return launch.spawn_local(["train", "--config", str(path)], processes)
+        return supervisor.spawn_local(["train", "--config", str(path)], processes)
 
 
 def _export(climb: Climb) -> None:
