@@ -69,7 +69,7 @@ def world_size(nproc_per_node: int | None) -> int:
 
 
 def rank_0_speaks() -> bool:
-    """Whether what all ranks would say can be left to rank 0: our launcher lets it finish, others may kill it first."""
+    """Whether rank 0 can report for all ranks: our launcher lets it finish, others may kill it first."""
     return rank_info().launcher == CORDEE and rank_info().rank != 0
 
 
@@ -169,7 +169,7 @@ def _from_mpi(
     world_size = _integer(environ, size)
     local_world_size = _integer(environ, local_size, world_size)
     if local_world_size < world_size and "MASTER_ADDR" not in environ:
-        why = f"{launcher} has started processes on several nodes, and does not say where rank 0 is"
+        why = f"{launcher} has started processes on several nodes, without the address of rank 0"
         raise ProblemError([Problem("MASTER_ADDR", None, why, "export MASTER_ADDR=<host of rank 0> to all processes")])
     return RankInfo(
         rank=_integer(environ, rank),

@@ -41,7 +41,7 @@ def spawn_local(
     """Run `command *argv` in `nproc` processes of this machine that form one run, and return its exit code.
 
     The code is 0 if all end with 0, else that of the first process that failed (128 + number for a signal); when one
-    fails the others are told to stop. SIGINT, SIGTERM and SIGHUP are passed on once; the processes have
+    fails the others are stopped. SIGINT, SIGTERM and SIGHUP are passed on once; the processes have
     `grace_seconds` to end, and a second signal kills them. Standard output is that of rank 0, the other ranks' is
     shown only if they fail, their standard error with the rank before each line. Call it in the main thread.
     """

@@ -7,7 +7,6 @@ tensor, whatever the model.
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,13 +17,12 @@ from cordee.convert.check import check_dialect, check_format, check_model, check
 from cordee.convert.formats import Format, format_of
 from cordee.errors import Findings, Problem, ProblemError, raise_all
 from cordee.files import read_json
+from cordee.log import logger, progress_bar
 
 if TYPE_CHECKING:
     from cordee.convert.targets import Prepared
     from cordee.families.registry import ModelSpec
     from cordee.weights.codec import Sink, Source
-
-logger = logging.getLogger("cordee")
 
 ORIGINAL = "mg2hf"  # where in the directory of the original model the way back from Megatron ends
 
@@ -171,15 +169,13 @@ def _tell(source: Source, prepared: Prepared, output: Path, options: ConvertConf
 
 def copy(source: Source, sink: Sink) -> None:
     """Put every parameter of `source` into `sink`, one after the other, in the slices that the sink asks for."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     sizes = {name: _nbytes(source, name) for name in source.names()}
-    with Progress(*columns, TimeRemainingColumn()) as progress:
-        task = progress.add_task("converting", total=sum(sizes.values()))
+    done = 0
+    with progress_bar("converting", sum(sizes.values()), nbytes=True) as show:
         for name, size in sizes.items():
             sink.take(name, source.view(name))
-            progress.advance(task, size)
+            done += size
+            show(done)
 
 
 def _nbytes(source: Source, name: str) -> int:

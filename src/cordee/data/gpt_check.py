@@ -94,7 +94,7 @@ def _dataset_problems(
 def token_problems(
     prefix: str, manifest: Manifest, vocab_size: int | None, tokenizer: Tokenizer | None
 ) -> Iterator[Problem]:
-    """What a dataset's note says against the model's vocabulary or the tokenizer; None of them is not compared."""
+    """Conflicts of a dataset's manifest with the model's vocabulary and the tokenizer, where they are given."""
     if vocab_size is not None and manifest.max_token >= vocab_size:
         why = f"it holds token {manifest.max_token}, but the model has only {vocab_size} tokens"
         yield Problem("dataset", prefix, why, "take the model's own tokenizer, or a model with the data's vocabulary")

@@ -67,7 +67,7 @@ def check_tokenizer(options: TokenizerOptions, directory: str | None = None) -> 
         elif not Path(path).is_file():
             problems.append(Problem(to_flag(name), path, "there is no such file", "check the path"))
     if kind == "NullTokenizer" and options.vocab_size is None:
-        problems.append(Problem("--vocab-size", None, f"{kind} has only the vocabulary it is told", "give it"))
+        problems.append(Problem("--vocab-size", None, f"{kind} has no vocabulary of its own", "give it"))
     return problems
 
 
