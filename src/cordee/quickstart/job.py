@@ -336,7 +336,7 @@ def _facts(job: Run, values: dict[str, Any], text: corpus.Corpus, last: dict[str
 
 
 def _commands(job: Run, steps: int) -> list[str]:
-    """What to do next. The learning rate of the resumed run follows the new length, else it would stay at its lowest."""
+    """What to do next. The learning rate of the resumed run follows the new length, not that of the old one."""
     folder = job.folder
     longer = f"--train-iters {max(LONGER, 2 * steps)} --override-opt-param-scheduler"
     return [
