@@ -19,8 +19,8 @@ from cordee.convert import job
 from cordee.data import order_cache
 from cordee.data.indexed import IndexedDataset, IndexedDatasetBuilder
 from cordee.data.manifest import Manifest
-from cordee.data.tokenizer import load_tokenizer
 from cordee.errors import ProblemError
+from cordee.tokenizer import load_tokenizer
 from cordee.train.job import _save_companions
 from cordee.train.plan import RunPlan
 from cordee.weights.gguf.vocabulary import CUTS

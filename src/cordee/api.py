@@ -17,13 +17,13 @@ from cordee.checkpoint import formats
 from cordee.config.check import check_decoding
 from cordee.config.load import config_from_dict
 from cordee.config.schema import DecodingOptions, TokenizerOptions
-from cordee.data.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
 from cordee.errors import raise_all
 from cordee.families.registry import ModelSpec
 from cordee.generate import engine
 from cordee.generate.loading import check_vocabulary, device_of, dtype_of, fill, stop_ids
 from cordee.generate.text import continuation, encode_prompts
 from cordee.model import gpt
+from cordee.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
 from cordee.train.start import train
 from cordee.weights import hf
 from cordee.weights.load import save_from

@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import Any
 
 import cordee
-from cordee import launch, log
+from cordee import launch, log, supervisor
 from cordee.config import check, render, schema
 from cordee.config.argv import Teaching
 from cordee.config.load import Loaded, load_as_far_as_possible
@@ -43,7 +43,7 @@ class Command:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `cordee argv...` and return its exit code."""
-    launch.follow_launcher()
+    supervisor.follow_launcher()
     try:
         code = _dispatch(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
@@ -126,7 +126,7 @@ def _train(command: Command, loaded: Loaded[Any], argv: Sequence[str]) -> int:
     processes = loaded.config.nproc_per_node
     if here.launcher or processes == 1:
         return _load(command.job)(loaded.config)
-    return launch.spawn_local(argv, processes, grace_seconds=loaded.config.exit_grace_seconds)
+    return supervisor.spawn_local(argv, processes, grace_seconds=loaded.config.exit_grace_seconds)
 
 
 def _infer(command: Command, loaded: Loaded[Any], argv: Sequence[str]) -> int:
@@ -136,7 +136,7 @@ def _infer(command: Command, loaded: Loaded[Any], argv: Sequence[str]) -> int:
     if processes == 1 or launch.rank_info().launcher:
         return _do(command, loaded)
     _raise_all(problems(command, loaded), loaded)
-    return launch.spawn_local(argv, processes, grace_seconds=INFERENCE_GRACE)
+    return supervisor.spawn_local(argv, processes, grace_seconds=INFERENCE_GRACE)
 
 
 def _check(command: Command, loaded: Loaded[Any], argv: Sequence[str]) -> int:

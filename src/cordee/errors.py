@@ -80,7 +80,7 @@ class ProblemError(ValueError):
 
 
 class RankLostError(ProblemError):
-    """Other ranks are gone or do not answer. The cause is theirs, so its exit code is told from that of a failure."""
+    """Other ranks are gone or do not answer. The cause is theirs, so its exit code differs from that of a failure."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: the same command may work the next time
 

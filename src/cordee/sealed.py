@@ -48,8 +48,8 @@ def opened(found: Any, form: Form, version: int) -> dict[str, Any]:
     """
     if not isinstance(found, dict):
         raise ValueError("it is no JSON object")
-    if (told := found.pop("format", None)) != version:
-        kind = OlderFormat if type(told) is int and 0 < told < version else ValueError
+    if (given := found.pop("format", None)) != version:
+        kind = OlderFormat if type(given) is int and 0 < given < version else ValueError
         raise kind(f"it is not of format {version}, the one that this version of Cordée reads")
     try:
         if found.pop(CHECKSUM, None) != _checksum({"format": version, **found}):
@@ -105,12 +105,12 @@ def flag(value: Any) -> str | None:
 
 
 def maybe(form: Form) -> Form:
-    """Null, or what `form` says."""
+    """Null, or what has the form `form`."""
     return lambda value: None if value is None else form(value)
 
 
 def listed(form: Form) -> Form:
-    """An array of what `form` says."""
+    """An array of what has the form `form`."""
 
     def fault(value: Any) -> str | None:
         if not isinstance(value, list):
@@ -137,7 +137,7 @@ def record(required: Mapping[str, Form], optional: Mapping[str, Form] | None = N
 
 
 def row(*forms: Form) -> Form:
-    """An array of as many values as there are `forms`, each as its own says."""
+    """An array of as many values as there are `forms`, each of its own form."""
 
     def fault(value: Any) -> str | None:
         if not isinstance(value, list) or len(value) != len(forms):

@@ -11,7 +11,7 @@ from unittest.mock import Mock
 import pytest
 
 import cordee
-from cordee import cli, launch
+from cordee import cli, supervisor
 from cordee.cli import COMMANDS, main
 from cordee.config.check import check_evaluate, check_generate, check_train
 from cordee.config.schema import TrainConfig
@@ -73,7 +73,7 @@ def test_examples_are_valid(jobs, monkeypatch, tmp_path):
     """Every example of a help text loads: its options exist and their values fit."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run.yaml").write_text("seq_length: 8\nlr: 1e-3\ntrain_iters: 5\ndata_path: corpus\n")
-    monkeypatch.setattr(launch, "spawn_local", lambda *args, **kwargs: 0)
+    monkeypatch.setattr(supervisor, "spawn_local", lambda *args, **kwargs: 0)
     for command in COMMANDS.values():
         assert main(shlex.split(command.example.replace("\\\n", " "))[1:]) == 0
 
@@ -171,7 +171,7 @@ def test_each_job_gets_its_configuration(jobs):
     ],
 )
 def test_checks_come_before_the_job(monkeypatch, jobs, argv):
-    monkeypatch.setattr(launch, "spawn_local", lambda *args, **kwargs: jobs.append(args) or 0)
+    monkeypatch.setattr(supervisor, "spawn_local", lambda *args, **kwargs: jobs.append(args) or 0)
     assert main(argv) == 2
     assert jobs == []
 
@@ -225,7 +225,7 @@ def test_check_reports_what_train_would(jobs, capsys, tmp_path, monkeypatch):
 def spawned(monkeypatch):
     """What `spawn_local` was asked for."""
     calls: list[tuple[list[str], int, dict[str, float]]] = []
-    monkeypatch.setattr(launch, "spawn_local", lambda *args, **named: calls.append((*args, named)) or 7)
+    monkeypatch.setattr(supervisor, "spawn_local", lambda *args, **named: calls.append((*args, named)) or 7)
     return calls
 
 

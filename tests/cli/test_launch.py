@@ -98,8 +98,9 @@ def test_mpi():
     assert (info.master_addr, info.master_port) == ("n0", 7)
     info = rank_info({"PMI_RANK": "1", "PMI_SIZE": "2"})
     assert (info.rank, info.world_size, info.local_rank, info.local_world_size) == (1, 2, 1, 2)
-    with pytest.raises(ProblemError, match="MASTER_ADDR"):
+    with pytest.raises(ProblemError) as caught:
         rank_info(dict(zip(names, ("3", "4", "1", "2"), strict=True)))
+    assert [problem.option for problem in caught.value.problems] == ["MASTER_ADDR"]
 
 
 @pytest.mark.parametrize("change", [{"RANK": "x"}, {"RANK": "8"}, {"LOCAL_RANK": "4"}, {"WORLD_SIZE": ""}])
@@ -113,7 +114,8 @@ def test_broken_variables(change):
 CHILD = """
     import os, signal, sys, time
     from pathlib import Path
-    from cordee.launch import follow_launcher, rank_info
+    from cordee.launch import rank_info
+    from cordee.supervisor import follow_launcher
     follow_launcher()
     me = rank_info()
     rank = me.rank
@@ -142,7 +144,7 @@ CHILD = """
 """
 PARENT = """
     import sys
-    from cordee.launch import spawn_local
+    from cordee.supervisor import spawn_local
     sys.exit(spawn_local([], int(sys.argv[1]), grace_seconds=float(sys.argv[2]), command=(sys.executable, "child.py")))
 """
 

@@ -371,7 +371,7 @@ def test_a_blend_draws_no_more_than_there_is(tmp_path):
     with pytest.raises(ProblemError) as raised:
         build_datasets(config(data_path=tuple(pairs), split="1"), 10, 0, 0)
     (problem,) = raised.value.problems
-    assert "draws 17 of dataset 1, which has 11" in problem.why
+    assert (problem.option, problem.value, problem.limit) == ("blend", 17, 11)
 
 
 @pytest.mark.parametrize("weights", [[1, 3], [0.5, 0.3, 0.2], [1, 1e-4, 1e-7]])

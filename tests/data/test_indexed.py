@@ -14,6 +14,7 @@ from cordee.data import indexed
 from cordee.data.indexed import DTYPES, IndexedDataset, IndexedDatasetBuilder
 from cordee.errors import ProblemError
 from tests.data import peer
+from tests.problems import facts, limits
 
 
 def write(prefix: Path, documents: list[list[list[int]]], dtype=np.int32) -> IndexedDataset:
@@ -109,8 +110,9 @@ def test_add_index_is_concatenation(tmp_path, monkeypatch):
 
 def test_add_index_of_another_type_is_refused(tmp_path):
     write(tmp_path / "a", [[[1]]], np.uint16)
-    with pytest.raises(ProblemError, match="uint16"), IndexedDatasetBuilder(tmp_path / "joined") as builder:
+    with pytest.raises(ProblemError) as caught, IndexedDatasetBuilder(tmp_path / "joined") as builder:
         builder.add_index(tmp_path / "a")
+    assert (facts(caught), limits(caught)) == ([("dataset", tmp_path / "a", "type")], [np.int32])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.idx"]
 
 
@@ -164,20 +166,20 @@ def cut(path: Path, size: int) -> None:
 
 
 DAMAGE = {
-    "missing .bin": (lambda b, i: b.unlink(), "partner x.bin is missing"),
-    "missing .idx": (lambda b, i: i.unlink(), "partner x.idx is missing"),
-    "missing both": (lambda b, i: (b.unlink(), i.unlink()), "neither x.bin nor x.idx"),
-    "header cut off": (lambda b, i: cut(i, 20), "20 bytes, fewer than the header's 34"),
-    "empty index": (lambda b, i: cut(i, 0), "0 bytes"),
-    "wrong magic": (lambda b, i: patch(i, 0, b"PK\x03\x04"), "begins with b'PK"),
-    "wrong version": (lambda b, i: patch(i, 9, struct.pack("<Q", 2)), "version 2"),
-    "unknown type": (lambda b, i: patch(i, 17, b"\x63"), "code 99"),
-    "index cut off": (lambda b, i: cut(i, i.stat().st_size - 1), "is cut off"),
-    "index too long": (lambda b, i: i.write_bytes(i.read_bytes() + b"123456789"), "is too long"),
-    "tokens cut off": (lambda b, i: cut(b, 8), "the .bin is cut off: it has 8 bytes"),
-    "tokens of another index": (lambda b, i: b.write_bytes(b.read_bytes() * 2), "does not belong"),
-    "last boundary": (lambda b, i: patch(i, 34 + 2 * 12 + 16, struct.pack("<q", 5)), "run from 0 to 5"),
-    "first boundary": (lambda b, i: patch(i, 34 + 2 * 12, struct.pack("<q", 1)), "run from 1 to 2"),
+    "missing .bin": (lambda b, i: b.unlink(), ("x", ("x.bin",))),
+    "missing .idx": (lambda b, i: i.unlink(), ("x", ("x.idx",))),
+    "missing both": (lambda b, i: (b.unlink(), i.unlink()), ("x", ("x.bin", "x.idx"))),
+    "header cut off": (lambda b, i: cut(i, 20), ("x.idx", 34)),
+    "empty index": (lambda b, i: cut(i, 0), ("x.idx", 34)),
+    "wrong magic": (lambda b, i: patch(i, 0, b"PK\x03\x04"), ("x.idx", b"MMIDIDX\x00\x00")),
+    "wrong version": (lambda b, i: patch(i, 9, struct.pack("<Q", 2)), ("x.idx", 1)),
+    "unknown type": (lambda b, i: patch(i, 17, b"\x63"), ("x.idx", [1, 2, 3, 4, 5, 6, 7, 8])),
+    "index cut off": (lambda b, i: cut(i, i.stat().st_size - 1), ("x.idx", 82)),
+    "index too long": (lambda b, i: i.write_bytes(i.read_bytes() + b"123456789"), ("x.idx", 82)),
+    "tokens cut off": (lambda b, i: cut(b, 8), ("x.bin", 12)),
+    "tokens of another index": (lambda b, i: b.write_bytes(b.read_bytes() * 2), ("x.bin", 12)),
+    "last boundary": (lambda b, i: patch(i, 34 + 2 * 12 + 16, struct.pack("<q", 5)), ("x.idx", (0, 2))),
+    "first boundary": (lambda b, i: patch(i, 34 + 2 * 12, struct.pack("<q", 1)), ("x.idx", (0, 2))),
 }
 
 
@@ -188,13 +190,14 @@ def test_damage_is_found_at_opening(tmp_path, name):
     damage(tmp_path / "x.bin", tmp_path / "x.idx")
     with pytest.raises(ProblemError) as error:
         IndexedDataset(tmp_path / "x")
-    assert expected in str(error.value)
+    [problem] = error.value.problems
+    assert (problem.option, Path(problem.value).name, problem.limit) == ("dataset", *expected)
 
 
 INNER_DAMAGE = {
-    "negative length": ((34, struct.pack("<i", -2)), "sequence 0 has a negative length"),
-    "offset": ((34 + 3 * 4 + 8, struct.pack("<q", 4)), "sequence 1 does not begin where"),
-    "boundaries": ((34 + 3 * 12 + 8, struct.pack("<qq", 2, 1)), "go backwards"),
+    "negative length": ((34, struct.pack("<i", -2)), (0, 0)),
+    "offset": ((34 + 3 * 4 + 8, struct.pack("<q", 4)), (1, 8)),
+    "boundaries": ((34 + 3 * 12 + 8, struct.pack("<qq", 2, 1)), "ascending boundaries"),
 }
 
 
@@ -205,14 +208,15 @@ def test_damage_inside_is_found_by_the_full_check(tmp_path, name, block, monkeyp
     write(tmp_path / "x", [[[1, 2]], [[3]], [[4]]])
     (offset, data), expected = INNER_DAMAGE[name]
     patch(tmp_path / "x.idx", offset, data)
-    problems = IndexedDataset(tmp_path / "x").problems()
-    assert len(problems) == 1 and expected in problems[0].why
+    [problem] = IndexedDataset(tmp_path / "x").problems()
+    assert (problem.option, problem.value, problem.limit) == ("dataset", tmp_path / "x.idx", expected)
 
 
 def test_a_file_name_instead_of_a_prefix_gets_a_hint(tmp_path):
     write(tmp_path / "x", [[[1]]])
-    with pytest.raises(ProblemError, match=f"give the prefix: {tmp_path / 'x'}"):
+    with pytest.raises(ProblemError) as caught:
         IndexedDataset(tmp_path / "x.bin")
+    assert caught.value.problems[0].fix.endswith(f" {tmp_path / 'x'}")
 
 
 def test_a_multimodal_index_is_read(tmp_path):

@@ -16,13 +16,14 @@ import pytest
 
 from cordee import lock
 from cordee.config.schema import PreprocessConfig
-from cordee.data import preprocess, workers
+from cordee.data import preprocess, process_map
 from cordee.data.indexed import IndexedDataset, IndexedDatasetBuilder
 from cordee.data.manifest import manifest_path, read_manifest
 from cordee.data.readers import chunk, json_files, stream
 from cordee.errors import ProblemError
 from cordee.log import logger
 from tests.data import peer
+from tests.problems import facts, limits
 
 
 @pytest.fixture
@@ -119,8 +120,10 @@ def test_empty_texts_are_no_documents_and_counted(tmp_path, said):
 def test_elements_of_an_array_that_are_no_records_stop_the_job_or_are_counted(tmp_path, said):
     source = tmp_path / "x.json"
     source.write_text('[{"text":"1 2"},"loose text",null,7,{"text":"3"}]')
-    with pytest.raises(ProblemError, match="3 of the first 5 records"):
+    with pytest.raises(ProblemError) as caught:
         run(tmp_path, input=str(source))
+    assert (facts(caught), limits(caught)) == ([("--input", None, "records")], [5])
+    assert str(caught.value).count(f"{source}: record ") == 3
     assert outputs(tmp_path) == []
     assert [s.tolist() for s in run(tmp_path, input=str(source), skip_invalid=True)[:]] == [[1, 2], [3]]
     assert "Left out of 5 records: 3 invalid" in said
@@ -130,8 +133,9 @@ def test_an_array_that_is_cut_off_leaves_nothing(tmp_path, small_chunks):
     source = tmp_path / "x.json"
     content = json.dumps([{"text": text} for text in numbers(1000)])
     source.write_text(content[: content.index("}", len(content) // 2) + 1])
-    with pytest.raises(ProblemError, match="the file ends inside the array"):
+    with pytest.raises(ProblemError) as caught:
         run(tmp_path, input=str(source), skip_invalid=True)
+    assert facts(caught) == [("--input", f"{source}:1", "truncated")]
     assert outputs(tmp_path) == []
 
 
@@ -148,11 +152,11 @@ BROKEN = ['{"text": "1 2"}', '{"text": "3"', '{"text": 4}', '{"text": "5"}']
 
 def test_a_broken_line_stops_the_job_and_leaves_nothing(tmp_path):
     (tmp_path / "x.jsonl").write_text("\n".join(BROKEN))
-    with pytest.raises(ProblemError) as error:
+    with pytest.raises(ProblemError) as caught:
         run(tmp_path, input=str(tmp_path / "x.jsonl"))
-    assert "2 of the first 4 records cannot be used" in str(error.value)
-    assert f"{tmp_path / 'x.jsonl'}: line 2: it is not JSON" in str(error.value)
-    assert "line 3: its 'text' is int, not text" in str(error.value)
+    assert (facts(caught), limits(caught)) == ([("--input", None, "records")], [4])
+    named = re.findall(rf"{tmp_path / 'x.jsonl'}: line (\d)", str(caught.value))
+    assert named == ["2", "3"]
     assert outputs(tmp_path) == []
 
 
@@ -167,13 +171,13 @@ def test_broken_lines_can_be_skipped_and_are_counted(tmp_path, said, workers):
     assert read_manifest(dataset).left_out == {"invalid": 20, "empty text": 0, "too long": 0}
 
 
-@pytest.mark.parametrize(
-    ("text", "why"), [("", "0 records and no document"), ('{"text": ""}\n', r"1 records \(1 empty text\)")]
-)
-def test_nothing_in_the_input(tmp_path, text, why):
+@pytest.mark.parametrize(("text", "records", "left_out"), [("", 0, ""), ('{"text": ""}\n', 1, "(1 empty text)")])
+def test_nothing_in_the_input(tmp_path, text, records, left_out):
     (tmp_path / "x.jsonl").write_text(text)
-    with pytest.raises(ProblemError, match=why):
+    with pytest.raises(ProblemError) as caught:
         run(tmp_path, input=str(tmp_path / "x.jsonl"))
+    assert (facts(caught), limits(caught)) == ([("--input", None, "empty")], [records])
+    assert left_out in str(caught.value)
     assert outputs(tmp_path) == []
 
 
@@ -192,8 +196,10 @@ def test_what_exists_is_replaced_only_if_told_to(tmp_path):
     source = str(write_jsonl(tmp_path / "x.jsonl", ["1"]))
     run(tmp_path, input=source)
     write_jsonl(tmp_path / "x.jsonl", ["2 3"])
-    with pytest.raises(ProblemError, match=r"there is already out_text_document.bin and out_text_document.idx"):
+    with pytest.raises(ProblemError) as caught:
         run(tmp_path, input=source)
+    assert facts(caught) == [("--output-prefix", str(tmp_path / "out"), "exists")]
+    assert limits(caught) == [["out_text_document.bin", "out_text_document.idx"]]
     assert run(tmp_path, input=source, overwrite=True)[0].tolist() == [2, 3]
 
 
@@ -203,9 +209,11 @@ def test_what_another_process_writes_is_left_to_it(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "acquire", functools.partial(lock.acquire, patience=0))
     with (
         lock.acquire(tmp_path / "out_text_document.lock"),
-        pytest.raises(ProblemError, match=f"another process writes .* process {os.getpid()} on"),
+        pytest.raises(ProblemError) as caught,
     ):
         run(tmp_path, input=source, overwrite=True)
+    assert facts(caught) == [("--output-prefix", str(tmp_path / "out"), "held")]
+    assert [holder.pid for holder in limits(caught)] == [os.getpid()]
     assert files_of(tmp_path / "out_text_document") == before
     assert outputs(tmp_path) == [f"out_text_document.{kind}" for kind in ("bin", "idx", "json")]
 
@@ -224,8 +232,9 @@ def test_a_tokenizer_without_an_end_cannot_append_it(tmp_path):
     Tokenizer(models.BPE()).save(str(tmp_path / "tokenizer.json"))
     source = write_jsonl(tmp_path / "x.jsonl", ["1"])
     values = {"tokenizer_type": "PretrainedFromHF", "tokenizer_name_or_path": str(tmp_path)}
-    with pytest.raises(ProblemError, match="no token that ends a document"):
+    with pytest.raises(ProblemError) as caught:
         run(tmp_path, input=str(source), append_eod=True, **values)
+    assert facts(caught) == [("--append-eod", True, "requires")]
 
 
 def test_the_manifest_says_how_it_was_made(tmp_path):
@@ -255,8 +264,9 @@ def test_disk_full(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(IndexedDatasetBuilder, "add_documents", full)
-    with pytest.raises(ProblemError, match="No space left on device"):
+    with pytest.raises(ProblemError) as caught:
         run(tmp_path, input=str(write_jsonl(tmp_path / "x.jsonl", ["1"])))
+    assert facts(caught) == [("--output-prefix", str(tmp_path / "out"), "unwritable")]
     assert outputs(tmp_path) == []
 
 
@@ -318,23 +328,28 @@ def test_a_missing_partner(tmp_path):
     (tmp_path / "in" / "b_1_text_document.bin").unlink()
     with pytest.raises(ProblemError) as error:
         merge(tmp_path, merge_group_keys=("a_", "b_", "c_"))
-    text = str(error.value)
-    assert "partner a_1_text_document.idx is missing" in text and "partner b_1_text_document.bin" in text
-    assert "no pair in" in text and len(error.value.problems) == 3
+    assert [(option, value) for option, value, _ in facts(error)] == [
+        ("dataset", str(tmp_path / "in" / "a_1_text_document")),
+        ("dataset", str(tmp_path / "in" / "b_1_text_document")),
+        ("--merge-group-keys", "c_"),
+    ]
+    assert limits(error)[:2] == [("a_1_text_document.idx",), ("b_1_text_document.bin",)]
     assert outputs(tmp_path) == []
 
 
 def test_no_directory_to_merge(tmp_path):
-    with pytest.raises(ProblemError, match="no such directory"):
+    with pytest.raises(ProblemError) as caught:
         merge(tmp_path)
+    assert facts(caught) == [("--input", tmp_path / "in", "missing")]
 
 
 def test_pairs_of_different_tokenizers_are_not_joined(tmp_path):
     parts(tmp_path / "in")
     source = str(write_jsonl(tmp_path / "x.jsonl", ["1"]))
     run(tmp_path, input=source, output_prefix=str(tmp_path / "in" / "a_3"), vocab_size=50)
-    with pytest.raises(ProblemError, match="different tokenizers"):
+    with pytest.raises(ProblemError) as caught:
         merge(tmp_path, merge_group_keys=("a_",))
+    assert facts(caught) == [("--merge-group-keys", None, "tokenizers")]
 
 
 def test_pairs_without_manifests_are_joined_without_one(tmp_path, said):
@@ -357,9 +372,9 @@ def die(number: int) -> int:
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_results_come_in_order(monkeypatch, method):
-    monkeypatch.setattr(workers, "_start_method", lambda: method)
-    with workers.Workers(square, 2) as pool:
-        assert list(pool.map(range(50))) == [i * i for i in range(50)]
+    monkeypatch.setattr(process_map, "_start_method", lambda: method)
+    with process_map.process_map(square, 2) as squares:
+        assert list(squares(range(50))) == [i * i for i in range(50)]
 
 
 def test_only_a_bounded_number_of_items_is_taken():
@@ -370,16 +385,17 @@ def test_only_a_bounded_number_of_items_is_taken():
             taken.append(i)
             yield i
 
-    with workers.Workers(square, 2) as pool:
-        results = pool.map(items())
+    with process_map.process_map(square, 2) as squares:
+        results = squares(items())
         next(results)
-        assert len(taken) <= 2 * workers._AHEAD
+        assert len(taken) <= 2 * process_map._AHEAD
         results.close()
 
 
 def test_a_process_that_dies_is_a_problem():
-    with pytest.raises(ProblemError, match="one of the processes was killed"), workers.Workers(die, 2) as pool:
-        list(pool.map(range(5)))
+    with pytest.raises(ProblemError) as caught, process_map.process_map(die, 2) as deaths:
+        list(deaths(range(5)))
+    assert facts(caught) == [("--workers", 2, "invalid")]
 
 
 def start(folder: Path, texts: int) -> subprocess.Popen:

@@ -30,6 +30,7 @@ from cordee.data.readers import (
 from cordee.data.readers.chunk import Chunk
 from cordee.errors import ProblemError
 from cordee.log import logger
+from tests.problems import facts, limits
 
 TEXTS = [
     "plain",
@@ -48,7 +49,7 @@ TEXTS = [
 def small_chunks(monkeypatch, request):
     """So that every test crosses the border between blocks many times."""
     size = getattr(request, "param", 64)
-    for module in (chunk, stream, json_files, csv_files):
+    for module in (chunk, stream, json_files):
         monkeypatch.setattr(module, "CHUNK_BYTES", size)
 
 
@@ -208,8 +209,9 @@ def test_plain_text_of_an_old_mac_counts_its_lines(tmp_path):
 
 def test_plain_text_has_no_other_key(tmp_path):
     (tmp_path / "x.txt").write_text("a\n")
-    with pytest.raises(ProblemError, match="lines have no key but 'text'"):
+    with pytest.raises(ProblemError) as caught:
         list(read_file(tmp_path / "x.txt", ("content",)))
+    assert (facts(caught), limits(caught)) == ([("--json-keys", "content", "missing")], [("text",)])
 
 
 def test_broken_lines_are_named(tmp_path):
@@ -259,30 +261,30 @@ def test_elements_of_an_array_that_are_no_records_are_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "why"),
+    ("content", "kind", "line", "records"),
     [
-        ('[{"text": "a"},\n {"text": "b"}', "line 2, after record 2: the file ends inside the array"),
-        ('[{"text": "a"},\n {"text": "b', "line 2, after record 1: the file ends inside the array"),
-        ('[{"text": "a"},', "line 1, after record 1: the file ends inside the array"),
-        ("[", "line 1, after record 0: the file ends inside the array"),
-        ('[{"text": "a"}\n{"text": "b"}]', "line 2, after record 1: a comma or the closing bracket is missing"),
-        ('[{"text": "a"}}', "line 1, after record 1: a comma or the closing bracket is missing"),
-        ('[{"text": "a"} {"text": "b"}]', "after record 1: a comma or the closing bracket is missing"),
-        ('[null {"text": "b"}]', "after record 1: a comma or the closing bracket is missing"),
-        ('[{"text": "a"},]', "after record 1: ']' stands where a value should"),
-        ('[{"text": "a"},,{"text": "b"}]', "after record 1: ',' stands where a value should"),
-        ('[{"text": "a"}][{"text": "b"}]', "after record 1: there is more behind the end of the array"),
-        ('[{"text": "a"}]\n\n{"text": "b"}', "line 3, after record 1: there is more behind the end of the array"),
-        ('{\n"text": "a"}\n{\n"text": ', "line 4, after record 1: the file ends inside an object"),
-        ('{\n"text": "a"},\n{"text": "b"}', "line 2, after record 1: ',' stands where a value should"),
+        ('[{"text": "a"},\n {"text": "b"}', "truncated", 2, 2),
+        ('[{"text": "a"},\n {"text": "b', "truncated", 2, 1),
+        ('[{"text": "a"},', "truncated", 1, 1),
+        ("[", "truncated", 1, 0),
+        ('[{"text": "a"}\n{"text": "b"}]', "separator", 2, 1),
+        ('[{"text": "a"}}', "separator", 1, 1),
+        ('[{"text": "a"} {"text": "b"}]', "separator", 1, 1),
+        ('[null {"text": "b"}]', "separator", 1, 1),
+        ('[{"text": "a"},]', "value", 1, 1),
+        ('[{"text": "a"},,{"text": "b"}]', "value", 1, 1),
+        ('[{"text": "a"}][{"text": "b"}]', "trailing", 1, 1),
+        ('[{"text": "a"}]\n\n{"text": "b"}', "trailing", 3, 1),
+        ('{\n"text": "a"}\n{\n"text": ', "truncated", 4, 1),
+        ('{\n"text": "a"},\n{"text": "b"}', "value", 2, 1),
     ],
 )
-def test_values_that_are_not_separated_as_they_must_be(tmp_path, content, why):
+def test_values_that_are_not_separated_as_they_must_be(tmp_path, content, kind, line, records):
     path = tmp_path / "x.json"
     path.write_text(content)
     with pytest.raises(ProblemError) as caught:
         everything(read_file(path, ("text",)))
-    assert why in caught.value.problems[0].why
+    assert (facts(caught), limits(caught)) == ([("--input", f"{path}:{line}", kind)], [records])
 
 
 def test_what_stands_between_objects_is_not_passed_over(tmp_path):
@@ -370,12 +372,13 @@ def test_a_quote_that_is_not_closed_is_named_by_where_it_begins(tmp_path):
 
 def test_a_header_that_is_no_csv(tmp_path):
     (tmp_path / "x.csv").write_text('"text"s\na\n')
-    with pytest.raises(ProblemError, match="in its header: it is not CSV"):
+    with pytest.raises(ProblemError) as caught:
         list(read_file(tmp_path / "x.csv", ("text",)))
+    assert facts(caught) == [("--input", tmp_path / "x.csv", "corrupt")]
 
 
 def test_a_long_csv_field(tmp_path, monkeypatch):
-    monkeypatch.setattr(csv_files, "CHUNK_BYTES", 1 << 18)
+    monkeypatch.setattr(chunk, "CHUNK_BYTES", 1 << 18)
     (tmp_path / "x.csv").write_text("text\n" + "y" * 500_000 + "\n")
     assert everything(read_file(tmp_path / "x.csv", ("text",)))[0] == [("y" * 500_000,)]
 
@@ -384,8 +387,9 @@ def test_a_long_csv_field(tmp_path, monkeypatch):
 def test_a_column_that_is_not_there(tmp_path, name):
     file, write = FORMATS[name]
     write(tmp_path / file)
-    with pytest.raises(ProblemError, match=r"--json-keys = body\n.*no such column; it has .*text"):
+    with pytest.raises(ProblemError) as caught:
         list(read_file(tmp_path / file, ("body",)))
+    assert facts(caught) == [("--json-keys", "body", "missing")] and "text" in limits(caught)[0]
 
 
 def test_a_column_that_is_not_text(tmp_path):
@@ -393,8 +397,9 @@ def test_a_column_that_is_not_text(tmp_path):
     from pyarrow import parquet
 
     parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "x.parquet")
-    with pytest.raises(ProblemError, match="this column is int64, not text"):
+    with pytest.raises(ProblemError) as caught:
         list(read_file(tmp_path / "x.parquet", ("text",)))
+    assert (facts(caught), limits(caught)) == ([("--json-keys", "text", "type")], ["int64"])
 
 
 def test_null_in_a_table(tmp_path):
@@ -410,8 +415,9 @@ def test_null_in_a_table(tmp_path):
 @pytest.mark.parametrize("name", ["x.parquet", "x.arrow", "x.jsonl.gz"])
 def test_a_damaged_file(tmp_path, name):
     (tmp_path / name).write_bytes(b"ARROW1 nonsense nonsense nonsense")
-    with pytest.raises(ProblemError, match=r"x\."):
+    with pytest.raises(ProblemError) as caught:
         list(read_file(tmp_path / name, ("text",)))
+    assert facts(caught) == [("--input", tmp_path / name, "corrupt")]
 
 
 @pytest.mark.parametrize("name", ["jsonl.gz", "json.gz", "csv.gz"])
@@ -421,8 +427,9 @@ def test_a_gzip_file_that_is_cut_off(tmp_path, name):
     content = (tmp_path / file).read_bytes()
     for length in range(len(content)):
         (tmp_path / file).write_bytes(content[:length])
-        with pytest.raises(ProblemError, match="cannot be unpacked"):
+        with pytest.raises(ProblemError) as caught:
             list(read_file(tmp_path / file, ("text",)))
+        assert facts(caught) == [("--input", tmp_path / file, "corrupt")]
 
 
 @pytest.mark.parametrize("name", ["parquet", "arrow file", "arrow stream"])
@@ -481,8 +488,9 @@ def test_a_record_that_is_too_large_is_named_and_passed_over(tmp_path, name, sma
 @pytest.mark.parametrize("content", ["y" * 201, '"' + "y\n" * 101 + '"', '"y\n' + "z\n" * 101, ("y" * 99 + ",") * 3])
 def test_a_record_of_csv_that_is_too_large_ends_the_file(tmp_path, small_records, content):
     (tmp_path / "x.csv").write_text(f"text\na\n{content}\nb\n")
-    with pytest.raises(ProblemError, match="the record in line 3 is larger than"):
+    with pytest.raises(ProblemError) as caught:
         list(read_file(tmp_path / "x.csv", ("text",)))
+    assert facts(caught) == [("--input", f"{tmp_path / 'x.csv'}:3", "too large")]
 
 
 def test_a_value_of_a_table_that_is_too_large(tmp_path, small_records):
@@ -543,7 +551,7 @@ print(peak_resident_bytes())
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.txt", "x.csv", "x.parquet", "x.jsonl.gz", "x.txt.gz"])
 def test_memory_does_not_grow_with_the_file(tmp_path, name, monkeypatch):
-    for module in (chunk, stream, json_files, csv_files):
+    for module in (chunk, stream, json_files):
         monkeypatch.setattr(module, "CHUNK_BYTES", 1 << 14)
     words = [f"word{random.Random(i).randrange(10**6)}" for i in range(200)]
     texts = [" ".join(words[i % 100 : i % 100 + 100]) for i in range(6000)]  # about 6 MB
@@ -591,13 +599,12 @@ def test_of_a_directory_the_most_frequent_format_is_read(tmp_path, monkeypatch):
     assert said == [f"Of {tmp_path} only the files ending in .jsonl are read; 2 are not: README.md, c.csv"]
 
 
-@pytest.mark.parametrize(
-    ("name", "why"), [("absent", "no such file or directory"), ("x.md", "format of this file"), ("", "holds no file")]
-)
-def test_nothing_to_read(tmp_path, name, why):
+@pytest.mark.parametrize(("name", "kind"), [("absent", "missing"), ("x.md", "format"), ("", "empty")])
+def test_nothing_to_read(tmp_path, name, kind):
     (tmp_path / "x.md").write_text("")
-    with pytest.raises(ProblemError, match=why):
+    with pytest.raises(ProblemError) as caught:
         input_files(tmp_path / name)
+    assert facts(caught) == [("--input", tmp_path / name, kind)]
 
 
 # ---- datasets --------------------------------------------------------------------------------------------------------
@@ -617,26 +624,32 @@ def test_what_datasets_loads(tmp_path, streaming, split):
 
 def test_what_datasets_cannot_load(tmp_path):
     pytest.importorskip("datasets")
-    with pytest.raises(ProblemError, match="cannot be loaded"):
-        list(hub.read({"path": "json", "data_files": str(tmp_path / "absent.jsonl")}, ("text",)))
+    params = {"path": "json", "data_files": str(tmp_path / "absent.jsonl")}
+    with pytest.raises(ProblemError) as caught:
+        list(hub.read(params, ("text",)))
+    assert facts(caught) == [("--hf-datasets-params", params, "unreadable")]
 
 
 def test_a_column_that_datasets_does_not_have(tmp_path):
     pytest.importorskip("datasets")
     write_jsonl(tmp_path / "x.jsonl")
     params = {"path": "json", "data_files": str(tmp_path / "x.jsonl"), "cache_dir": str(tmp_path / "cache")}
-    with pytest.raises(ProblemError, match="no such column; it has id, text, title, meta"):
+    with pytest.raises(ProblemError) as caught:
         list(hub.read(params, ("body",)))
+    assert facts(caught) == [("--json-keys", "body", "missing")]
+    assert limits(caught) == [("id", "text", "title", "meta")]
 
 
 def test_without_datasets_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    with pytest.raises(ProblemError, match=r'pip install "cordee\[datasets\]"'):
+    with pytest.raises(ProblemError) as caught:
         list(hub.read({"path": "json"}, ("text",)))
+    assert (facts(caught), limits(caught)) == ([("--hf-datasets-params", None, "missing")], ["datasets"])
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", '{"streaming: True}'])
 def test_params_that_are_no_json_object(tmp_path, content):
     (tmp_path / "p.json").write_text(content)
-    with pytest.raises(ProblemError, match="JSON"):
+    with pytest.raises(ProblemError) as caught:
         hub.read_params(tmp_path / "p.json")
+    assert facts(caught) == [("--hf-datasets-params", tmp_path / "p.json", "invalid")]

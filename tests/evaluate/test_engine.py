@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 
 from cordee.config.load import config_from_dict
 from cordee.config.schema import DecodingOptions, EvaluateConfig, TokenizerOptions
-from cordee.data.tokenizer import load_tokenizer
 from cordee.errors import ProblemError
 from cordee.evaluate.engine import Engine
 from cordee.evaluate.finished import Finished
@@ -31,6 +30,7 @@ from cordee.model.init import initialise
 from cordee.parallel import inference
 from cordee.parallel.degrees import Degrees
 from cordee.parallel.layout import Layout
+from cordee.tokenizer import load_tokenizer
 from tests.generate.folders import ROWS, TEXT, VOCAB_SIZE, Folder
 from tests.matrix import sampled
 from tests.parallel import models

@@ -13,12 +13,12 @@ from cordee.config.check import check_evaluate
 from cordee.config.load import config_from_dict
 from cordee.config.schema import ConvertConfig, EvaluateConfig, TokenizerOptions
 from cordee.convert import job as convert
-from cordee.data.tokenizer import load_tokenizer
 from cordee.errors import ProblemError
 from cordee.evaluate import documents, job
 from cordee.evaluate.finished import fingerprint_files
 from cordee.evaluate.requests import windows
 from cordee.evaluate.task import all_tasks
+from cordee.tokenizer import load_tokenizer
 from tests.generate.folders import TEXT, write_tokenizer
 
 

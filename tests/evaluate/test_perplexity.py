@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from cordee.config.load import config_from_dict
 from cordee.config.schema import EvaluateConfig, TokenizerOptions
 from cordee.data.indexed import IndexedDatasetBuilder
-from cordee.data.tokenizer import load_tokenizer
 from cordee.errors import ProblemError
 from cordee.evaluate.documents import Document
 from cordee.evaluate.engine import Engine
@@ -28,6 +27,7 @@ from cordee.model.init import initialise
 from cordee.parallel import inference
 from cordee.parallel.degrees import Degrees
 from cordee.parallel.layout import Layout
+from cordee.tokenizer import load_tokenizer
 from tests.generate.folders import TEXT, Folder
 from tests.matrix import sampled
 from tests.parallel import models

@@ -263,8 +263,8 @@ def test_the_model_is_left_as_it_was():
 )
 def test_a_real_model_tells_its_story(name, story, shared):
     from cordee.config.schema import TokenizerOptions
-    from cordee.data.tokenizer import load_tokenizer
     from cordee.generate.text import continuation, encode_prompts
+    from cordee.tokenizer import load_tokenizer
 
     directory = shared / "data" / "models" / name
     model = Folder(directory).model()

@@ -14,12 +14,12 @@ from cordee.api import GPTModel
 from cordee.config.load import config_from_dict
 from cordee.config.schema import ConvertConfig, DecodingOptions, GenerateConfig, TokenizerOptions
 from cordee.convert import job as convert
-from cordee.data.tokenizer import load_tokenizer
 from cordee.errors import ProblemError
 from cordee.families.registry import spec_from_hf
 from cordee.generate import job
 from cordee.generate.engine import generate
 from cordee.generate.loading import load_model, stop_ids
+from cordee.tokenizer import load_tokenizer
 from cordee.weights import hf
 from tests.generate.folders import Folder, model_directory, write_tokenizer
 

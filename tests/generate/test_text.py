@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from cordee.config.schema import TokenizerOptions
-from cordee.data.tokenizer import load_tokenizer
 from cordee.generate.text import continuation, encode_prompts
+from cordee.tokenizer import load_tokenizer
 from tests.generate.folders import TEXT, write_tokenizer
 
 

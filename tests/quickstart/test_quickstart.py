@@ -100,7 +100,7 @@ def test_report_is_self_contained(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_whole_climb(tmp_path):
+def test_the_whole_quickstart(tmp_path):
     texts = write_texts(tmp_path / "texts")
     command = [sys.executable, "-m", "cordee", "quickstart", "--input", str(texts), "--train-iters", "30"]
     done = subprocess.run([*command, "--output", "run"], cwd=tmp_path, capture_output=True, text=True, timeout=300)

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from cordee.config.schema import ConvertConfig, TokenizerOptions
 from cordee.convert import job as convert_job
-from cordee.data.tokenizer import load_tokenizer
 from cordee.families.registry import spec_from_options
 from cordee.model.gpt import GPTModel
 from cordee.model.init import initialise
+from cordee.tokenizer import load_tokenizer
 from cordee.train import job
 from cordee.train.check import check_run
 from cordee.weights import hf

@@ -18,11 +18,11 @@ from tokenizers.models import WordLevel
 
 from cordee.checkpoint import directory, source
 from cordee.data.build import build_datasets
-from cordee.data.tokenizer import holds_tokenizer
 from cordee.errors import ProblemError
 from cordee.families.registry import spec_from_options
 from cordee.model.gpt import GPTModel
 from cordee.model.init import initialise
+from cordee.tokenizer import holds_tokenizer
 from cordee.train import job
 from cordee.train.plan import plan_run
 from cordee.weights import hf

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cordee.api import GPTModel
 from cordee.config.schema import ConvertConfig, TokenizerOptions
 from cordee.convert import job
-from cordee.data.tokenizer import Tokenizer, load_tokenizer
 from cordee.errors import ProblemError
+from cordee.tokenizer import Tokenizer, load_tokenizer
 from cordee.weights.gguf.vocabulary import CUTS, Kind, describe, restore, strange_ids
 from tests.weights import tiny
 

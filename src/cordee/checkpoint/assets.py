@@ -15,8 +15,8 @@ from pathlib import Path
 
 from cordee.checkpoint.directory import TRACKER, discard
 from cordee.checkpoint.storage import Place, StoragePath, size_of
-from cordee.data.tokenizer import VOCABULARIES, holds_tokenizer, is_vocabulary
 from cordee.files import LARGEST
+from cordee.tokenizer import VOCABULARIES, holds_tokenizer, is_vocabulary
 
 
 def beside(checkpoint: Place) -> Path | None:

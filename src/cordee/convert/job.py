@@ -7,7 +7,6 @@ tensor, whatever the model.
 
 from __future__ import annotations
 
-import logging
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +18,7 @@ from cordee.config.schema import ConvertConfig
 from cordee.convert.check import check_dialect, check_format, check_model, check_options, target_type
 from cordee.errors import Findings, Problem, ProblemError, raise_all
 from cordee.files import read_json
+from cordee.log import logger, progress_bar
 from cordee.weights.megatron.layout import is_megatron
 
 if TYPE_CHECKING:
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from cordee.families.registry import ModelSpec
     from cordee.weights.adapter import Adapter
     from cordee.weights.codec import Sink, Source
-
-logger = logging.getLogger("cordee")
 
 ORIGINAL = "mg2hf"  # where in the directory of the original model the way back from Megatron ends
 
@@ -195,12 +193,10 @@ def _show(source: Source, prepared: Prepared, output: Path, options: ConvertConf
 
 def copy(source: Source, sink: Sink) -> None:
     """Put every parameter of `source` into `sink`, one after the other, in the slices that the sink asks for."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     sizes = {name: math.prod(source.shape(name)) * source.dtype(name).itemsize for name in source.names()}
-    with Progress(*columns, TimeRemainingColumn()) as progress:
-        task = progress.add_task("converting", total=sum(sizes.values()))
+    done = 0
+    with progress_bar("converting", sum(sizes.values()), nbytes=True) as show:
         for name, size in sizes.items():
             sink.take(name, source.view(name))
-            progress.advance(task, size)
+            done += size
+            show(done)

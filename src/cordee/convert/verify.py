@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from cordee import device
-from cordee.data.tokenizer import holds_tokenizer
 from cordee.errors import Problem, ProblemError, raise_all
 from cordee.families.count import count_parameters
 from cordee.model.gpt import GPTModel
+from cordee.tokenizer import holds_tokenizer
 from cordee.weights.codec import Source, slices
 from cordee.weights.load import load_into
 

@@ -169,16 +169,17 @@ def _parse_blend(option: str, values: Sequence[str], problems: list[Problem]) ->
     if len(values) == 1:
         return Blend(option, (values[0].strip(),), None)
     weights, prefixes = [_number(text) for text in values[::2]], values[1::2]
-    why = None
+    why = limit = None
     if len(values) % 2:
-        why = "weights and prefixes do not come in pairs"
+        limit, why = "pairs", "weights and prefixes do not come in pairs"
     elif None in weights:
-        why = f"{values[2 * weights.index(None)]!r} stands where a weight belongs"
+        limit = values[2 * weights.index(None)]
+        why = f"{limit!r} stands where a weight belongs"
     elif not all(0 < weight < float("inf") for weight in weights if weight is not None):
-        why = "a weight is not a positive number"
+        limit, why = "positive", "a weight is not a positive number"
     if why:
-        form = "write WEIGHT PREFIX WEIGHT PREFIX ..., for example 0.3 first 0.7 second"
-        problems.append(Problem(option, " ".join(values), why, form))
+        fix = "write WEIGHT PREFIX WEIGHT PREFIX ..., for example 0.3 first 0.7 second"
+        problems.append(Problem(option, " ".join(values), why, fix, limit=limit))
     known = tuple(weight for weight in weights if weight is not None)
     return Blend(option, tuple(prefix.strip() for prefix in prefixes), known)
 
@@ -197,7 +198,7 @@ def _parse_split(split: str, problems: list[Problem]) -> tuple[float, ...]:
     numbers = [float(text) for text in texts] if plain else []
     if not plain or len(numbers) > len(SPLITS) or sum(numbers) <= 0:
         fix = "write up to three numbers for training, validation and test, for example 969,30,1"
-        problems.append(Problem("--split", split, "it is not a list of shares", fix))
+        problems.append(Problem("--split", split, "it is not a list of parts", fix))
         return ()
     fractions = normalise(numbers + [0.0] * (len(SPLITS) - len(numbers))).tolist()
     ends = [0.0]
@@ -239,15 +240,16 @@ def part_problems(part: Part, indexed: IndexedDataset) -> list[Problem]:
     """Why a part cannot be made of this dataset: it gets no sequences, or not two tokens."""
     first, last = part.sequences(indexed)
     if len(indexed) == 0:
-        why, fix = "the dataset is empty", "preprocess text that is not"
+        limit, why, fix = "sequences", "the dataset is empty", "preprocess text that is not"
     elif last == first:
-        why = f"its share of {len(indexed)} sequences leaves none for {part.name}"
-        fix = f"give {part.name} a larger share in --split, give more documents, or ask for no {part.name} samples"
+        limit, why = part.name, f"its part of {len(indexed)} sequences leaves none for {part.name}"
+        fix = f"give {part.name} a larger part in --split, give more documents, or ask for no {part.name} samples"
     elif indexed.tokens_between(first, last) < 2:
-        why, fix = f"{part.name} has fewer than two tokens, so nothing can be predicted", "give more text"
+        limit, fix = "tokens", "give more text"
+        why = f"{part.name} has fewer than two tokens, so nothing can be predicted"
     else:
         return []
-    return [Problem(part.blend.option, indexed.prefix, why, fix)]
+    return [Problem(part.blend.option, indexed.prefix, why, fix, limit=limit)]
 
 
 def _cache_dir(options: DataOptions, prefix: str) -> Path:

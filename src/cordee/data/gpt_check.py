@@ -18,7 +18,7 @@ from cordee.data.manifest import Manifest, read_manifest
 from cordee.errors import Problem, ProblemError
 
 if TYPE_CHECKING:
-    from cordee.data.tokenizer import Tokenizer
+    from cordee.tokenizer import Tokenizer
 
 _PERMUTATION_ENTRY = 8  # bytes of a sample in the permutation of a cyclic order
 _NEED_EOD = ("eod_mask_loss", "reset_position_ids", "reset_attention_mask")
@@ -94,10 +94,11 @@ def _dataset_problems(
 def token_problems(
     prefix: str, manifest: Manifest, vocab_size: int | None, tokenizer: Tokenizer | None
 ) -> Iterator[Problem]:
-    """What a dataset's note says against the model's vocabulary or the tokenizer; None of them is not compared."""
+    """Conflicts of a dataset's manifest with the model's vocabulary and the tokenizer, where they are given."""
     if vocab_size is not None and manifest.max_token >= vocab_size:
         why = f"it holds token {manifest.max_token}, but the model has only {vocab_size} tokens"
-        yield Problem("dataset", prefix, why, "take the model's own tokenizer, or a model with the data's vocabulary")
+        fix = "take the model's own tokenizer, or a model with the data's vocabulary"
+        yield Problem("dataset", prefix, why, fix, limit=vocab_size)
     made_with: Any = manifest.tokenizer
     if tokenizer is None or made_with is None or tokenizer.fingerprint() == made_with.fingerprint:
         return
@@ -105,4 +106,4 @@ def token_problems(
         f"it was made with another tokenizer: {made_with.type} of {made_with.vocab_size} tokens; "
         f"this one has {tokenizer.vocab_size}"
     )
-    yield Problem("dataset", prefix, why, "give the tokenizer it was made with, or preprocess again")
+    yield Problem("dataset", prefix, why, "give the tokenizer it was made with, or preprocess again", limit=made_with)

@@ -66,4 +66,4 @@ def _check_tokens(tokens: npt.NDArray[np.int64], vocab_size: int) -> None:
         token = lowest if lowest < 0 else highest
         why = f"the data holds token {token}, but the vocabulary has only tokens 0 to {vocab_size - 1}"
         fix = "take the tokenizer that the data was made with, or preprocess again"
-        raise ProblemError([Problem("--vocab-size", vocab_size, why, fix)])
+        raise ProblemError([Problem("--vocab-size", vocab_size, why, fix, "range", limit=token)])

@@ -256,7 +256,8 @@ class BlendedDataset:
         for number, (dataset, each, more) in enumerate(zip(self.datasets, self.drawn, last, strict=True), 1):
             if (count := turns * each + more) > len(dataset):
                 why = f"a blend of {self.size} samples draws {count} of dataset {number}, which has {len(dataset)}"
-                yield Problem("blend", None, why, "ask for more samples, give that dataset more text, or blend fewer")
+                fix = "ask for more samples, give that dataset more text, or blend fewer"
+                yield Problem("blend", count, why, fix, limit=len(dataset))
 
 
 def _count(numbers: npt.NDArray[np.int16], kinds: int) -> list[int]:

@@ -41,7 +41,7 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _HEADER = struct.Struct("<9sQBQQ")
 _LENGTH, _OFFSET = np.dtype("<i4"), np.dtype("<i8")
 _BLOCK = 1 << 16  # numbers of an index that are in memory at a time
-_PIECE = 1 << 20  # bytes of a file that are read at a time to tell whether it changed
+_PIECE = 1 << 20  # bytes of a file that are read at a time to find whether it changed
 
 Tokens = npt.NDArray[Any]
 
@@ -161,19 +161,22 @@ def _read_header(prefix: str) -> tuple[np.dtype[Any], int, int]:
     with open(path, "rb") as file:
         header = file.read(_HEADER.size)
     if len(header) < _HEADER.size:
-        raise _damaged(path, f"it has {size} bytes, fewer than the header's {_HEADER.size}")
+        why = f"it has {size} bytes, fewer than the header's {_HEADER.size}"
+        raise ProblemError([_corrupt(path, why, _HEADER.size)])
     magic, version, code, sequences, documents = _HEADER.unpack(header)
     if magic != MAGIC:
-        raise _damaged(path, f"it begins with {magic!r} instead of {MAGIC!r}, so it is no index of tokens")
+        why = f"it begins with {magic!r} instead of {MAGIC!r}, so it is no index of tokens"
+        raise ProblemError([_corrupt(path, why, MAGIC)])
     if version != VERSION:
-        raise _damaged(path, f"it has version {version}; only version {VERSION} is known")
+        raise ProblemError([_corrupt(path, f"it has version {version}; only version {VERSION} is known", VERSION)])
     if code not in DTYPES:
-        raise _damaged(path, f"its code {code} for the type of the tokens is unknown; known are {sorted(DTYPES)}")
+        why = f"its code {code} for the type of the tokens is unknown; known are {sorted(DTYPES)}"
+        raise ProblemError([_corrupt(path, why, sorted(DTYPES))])
     expected = _HEADER.size + sequences * (_LENGTH.itemsize + _OFFSET.itemsize) + documents * _OFFSET.itemsize
     # A multimodal index has one more byte per sequence, which text does not need.
     if size not in (expected, expected + sequences):
         what = "is cut off" if size < expected else "is too long"
-        raise _damaged(path, f"it {what}: {size} bytes where its header announces {expected}")
+        raise ProblemError([_corrupt(path, f"it {what}: {size} bytes where its header announces {expected}", expected)])
     return DTYPES[code], sequences, documents
 
 
@@ -183,29 +186,26 @@ def _missing(prefix: str) -> Iterator[Problem]:
     if len(absent) == 2:
         is_file = prefix.endswith((".bin", ".idx")) and Path(prefix).is_file()
         fix = f"give the prefix: {prefix[:-4]}" if is_file else "check the path; `cordee preprocess` writes such pairs"
-        yield Problem("dataset", prefix, f"there is neither {pair[0].name} nor {pair[1].name}", fix)
+        why = f"there is neither {pair[0].name} nor {pair[1].name}"
+        yield Problem("dataset", prefix, why, fix, limit=tuple(path.name for path in absent))
     elif absent:
-        there = next(path for path in pair if path not in absent)
-        yield Problem(
-            "dataset",
-            prefix,
-            f"{there.name} is there, but its partner {absent[0].name} is missing",
-            "copy the missing file beside it, or preprocess again",
-        )
+        why = f"{absent[0].name} of the pair is missing"
+        fix = "copy the missing file beside the other, or preprocess again"
+        yield Problem("dataset", prefix, why, fix, limit=(absent[0].name,))
 
 
-def _damaged(path: Path, why: str) -> ProblemError:
-    return ProblemError([Problem("dataset", path, why, "copy or preprocess it again")])
+def _corrupt(path: Path, why: str, limit: object) -> Problem:
+    return Problem("dataset", path, why, "copy or preprocess it again", limit=limit)
 
 
 def _edge_problems(dataset: IndexedDataset) -> Iterator[Problem]:
-    """What the first and last entries and the size of the `.bin` tell."""
+    """Problems that the first and last entries and the size of the `.bin` show."""
     path = idx_path(dataset.prefix)
     documents = dataset.document_indices
     if len(documents) == 0 or documents[0] != 0 or documents[-1] != len(dataset):
         edges = f"from {documents[0]} to {documents[-1]}" if len(documents) else "nowhere"
         why = f"its documents run {edges} instead of from 0 to its {len(dataset)} sequences"
-        yield Problem("dataset", path, why, "copy or preprocess it again")
+        yield _corrupt(path, why, (0, len(dataset)))
     size = bin_path(dataset.prefix).stat().st_size
     end = 0
     if len(dataset):
@@ -213,26 +213,27 @@ def _edge_problems(dataset: IndexedDataset) -> Iterator[Problem]:
     if size != end:
         what = "is cut off" if size < end else "does not belong to it"
         why = f"the .bin {what}: it has {size} bytes, but the .idx accounts for {end}"
-        yield Problem("dataset", bin_path(dataset.prefix), why, "copy or preprocess the pair again")
+        yield _corrupt(bin_path(dataset.prefix), why, end)
 
 
 def _entry_problems(dataset: IndexedDataset) -> Iterator[Problem]:
     path = idx_path(dataset.prefix)
-    fix = "copy or preprocess it again"
     if np.any(np.diff(dataset.document_indices) < 0):
-        yield Problem("dataset", path, "its document boundaries go backwards", fix)
+        yield _corrupt(path, "its document boundaries go backwards", "ascending boundaries")
     offset = 0
     for start in range(0, len(dataset), _BLOCK):
         lengths = dataset.sequence_lengths[start : start + _BLOCK]
         if np.any(lengths < 0):
             sequence = start + int(np.argmax(lengths < 0))
-            yield Problem("dataset", path, f"sequence {sequence} has a negative length", fix)
+            yield _corrupt(path, f"sequence {sequence} has a negative length", (sequence, 0))
             return
         ends = offset + np.cumsum(lengths, dtype=np.int64) * dataset.dtype.itemsize
         wrong = dataset.sequence_offsets[start : start + _BLOCK] != np.concatenate(([offset], ends[:-1]))
         if np.any(wrong):
             sequence = start + int(np.argmax(wrong))
-            yield Problem("dataset", path, f"sequence {sequence} does not begin where the one before it ends", fix)
+            end = offset if sequence == start else int(ends[sequence - start - 1])
+            why = f"sequence {sequence} does not begin where the one before it ends"
+            yield _corrupt(path, why, (sequence, end))
             return
         offset = int(ends[-1])
 
@@ -282,7 +283,8 @@ class IndexedDatasetBuilder:
         other = IndexedDataset(prefix)
         if other.dtype != self.dtype:
             why = f"its tokens are {other.dtype}, those before it {self.dtype}"
-            raise ProblemError([Problem("dataset", prefix, why, "preprocess it again, or merge it apart")])
+            fix = "preprocess it again, or merge it apart"
+            raise ProblemError([Problem("dataset", prefix, why, fix, "type", limit=self.dtype)])
         for start in range(0, len(other.document_indices), _BLOCK):
             # The first boundary is the end of what is already here.
             self._end_documents(other.document_indices[max(start, 1) : start + _BLOCK] + self.sequences)

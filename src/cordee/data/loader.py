@@ -127,7 +127,7 @@ class _Single:
         if not self.holds(end):
             why = f"the dataset has {self.length} samples, and the step needs the first {end}"
             fix = "build it for more samples, shorten the run, or take --dataloader-type cyclic"
-            raise ProblemError([Problem("data", None, why, fix)])
+            raise ProblemError([Problem("data", self.length, why, fix, "at least", limit=end)])
 
     def indices(self, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         return places
@@ -146,7 +146,7 @@ class _Cyclic:
 
     def require(self, end: int) -> None:
         if not self.holds(end):
-            raise ProblemError([Problem("data", None, "the dataset has no samples", "give it more text")])
+            raise ProblemError([Problem("data", 0, "the dataset has no samples", "give it more text", "empty")])
 
     def indices(self, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         passes, within = np.divmod(places, self.length)

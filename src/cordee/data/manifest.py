@@ -7,6 +7,7 @@ by another tool) is as good; it can only be checked less.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,7 +57,7 @@ def manifest_path(prefix: str | Path) -> Path:
 def read_manifest(dataset: IndexedDataset) -> Manifest | None:
     """The manifest of a dataset, or None if it has none.
 
-    Raises `ProblemError` if it cannot be read or tells of another dataset.
+    Raises `ProblemError` if it cannot be read or describes another dataset.
     """
     path = manifest_path(dataset.prefix)
     if not path.exists():
@@ -67,13 +68,13 @@ def read_manifest(dataset: IndexedDataset) -> Manifest | None:
         logger.warning("ignored: %s: %s; preprocess again to have the data checked against it", path, error)
         return None
     except (OSError, ValueError) as error:
-        raise ProblemError([_unusable(path, f"it cannot be read: {error}")]) from error
+        raise _unusable(path, f"it cannot be read: {error}") from error
     if (manifest.documents, manifest.tokens) != (dataset.num_documents, dataset.num_tokens):
         why = (
-            f"it tells of {manifest.documents} documents and {manifest.tokens} tokens, "
+            f"it describes {manifest.documents} documents and {manifest.tokens} tokens, "
             f"but the dataset has {dataset.num_documents} and {dataset.num_tokens}"
         )
-        raise ProblemError([_unusable(path, why)])
+        raise _unusable(path, why, (dataset.num_documents, dataset.num_tokens))
     return manifest
 
 
@@ -83,11 +84,12 @@ def merged(manifests: Sequence[Manifest]) -> Manifest:
     if len(tokenizers) > 1:
         kinds = ", ".join(sorted(f"{note.type} {note.fingerprint[:8]}" for note in tokenizers if note))
         why = f"they were made with different tokenizers: {kinds}"
-        raise ProblemError([Problem("--merge-group-keys", None, why, "preprocess them with one tokenizer")])
-    left_out: dict[str, int] = {}
+        raise ProblemError(
+            [Problem("--merge-group-keys", None, why, "preprocess them with one tokenizer", "tokenizers")]
+        )
+    left_out = Counter[str]()
     for manifest in manifests:
-        for reason, count in manifest.left_out.items():
-            left_out[reason] = left_out.get(reason, 0) + count
+        left_out.update(manifest.left_out)
     return Manifest(
         documents=sum(manifest.documents for manifest in manifests),
         tokens=sum(manifest.tokens for manifest in manifests),
@@ -95,7 +97,7 @@ def merged(manifests: Sequence[Manifest]) -> Manifest:
         tokenizer=tokenizers.pop() if tokenizers else None,
         append_eod=all(manifest.append_eod for manifest in manifests),
         sources={name: size for manifest in manifests for name, size in manifest.sources.items()},
-        left_out=left_out,
+        left_out=dict(left_out),
     )
 
 
@@ -104,5 +106,6 @@ def _from_fields(fields: dict[str, Any]) -> Manifest:
     return Manifest(tokenizer=None if note is None else TokenizerNote(**note), **fields)
 
 
-def _unusable(path: Path, why: str) -> Problem:
-    return Problem("dataset", path, why, "remove it (the dataset works without), or preprocess again")
+def _unusable(path: Path, why: str, limit: object = None) -> ProblemError:
+    fix = "remove it (the dataset works without), or preprocess again"
+    return ProblemError([Problem("dataset", path, why, fix, limit=limit)])

@@ -1,4 +1,4 @@
-"""How the samples of a dataset or a blend are ordered, as far as numbers say it: epochs, blocks, sizes, memory.
+"""How the samples of a dataset or a blend are ordered, in numbers: epochs, blocks, sizes, memory.
 
 Owns the laws by which a number of samples becomes epochs and blocks; they depend on the data and the options alone,
 never on a machine. Builds no array and reads no file.

@@ -68,7 +68,8 @@ def cached_arrays(
     while True:
         if (state := _state(paths)) not in (None, damaged):
             try:
-                return _open_all(paths, shapes, verified and damaged is None and not waiting)
+                known = verified and damaged is None and not waiting
+                return {name: _open(path, shapes[name], known) for name, path in paths.items()}
             except _DAMAGE as error:
                 damaged = state
                 logger.warning("The sample order in %s is damaged (%s); it is built again.", directory, error)
@@ -93,14 +94,22 @@ def cached_arrays(
 def _build(
     directory: Path, paths: Mapping[str, Path], shapes: Mapping[str, tuple[int, ...]], build: Callable[[], Arrays]
 ) -> Arrays:
-    """Build and keep the arrays, unless another process has done so before this one got the lock."""
-    with suppress(*_DAMAGE):
-        return _open_all(paths, shapes)
+    """Build and keep the arrays, unless another process has done so before this one got the lock. A file that is whole
+    stays as it is: others may have it open."""
+    whole: Arrays = {}
+    for name, path in paths.items():
+        with suppress(*_DAMAGE):
+            whole[name] = _open(path, shapes[name])
+    if len(whole) == len(paths):
+        return whole
     arrays = build()
     try:
-        kept = {name: _keep(path, arrays[name]) for name, path in paths.items()}
+        for name, path in paths.items():
+            if name not in whole:
+                _save(path, arrays[name])
+                whole[name] = _open(path, shapes[name], verified=True)
         sync_directory(directory)
-        return kept
+        return whole
     except _DAMAGE as error:
         logger.warning(_NOT_KEPT, directory, error)
         return arrays
@@ -111,18 +120,6 @@ def _state(paths: Mapping[str, Path]) -> list[int] | None:
     with suppress(OSError):
         return [path.stat().st_mtime_ns for path in paths.values()]
     return None
-
-
-def _keep(path: Path, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """The array in its file, which is left as it is if it is right: others may have it open."""
-    with suppress(*_DAMAGE):
-        return _open(path, array.shape)
-    _save(path, array)
-    return _open(path, array.shape)
-
-
-def _open_all(paths: Mapping[str, Path], shapes: Mapping[str, tuple[int, ...]], verified: bool = False) -> Arrays:
-    return {name: _open(path, shapes[name], verified) for name, path in paths.items()}
 
 
 def _open(path: Path, shape: tuple[int, ...], verified: bool = False) -> npt.NDArray[Any]:

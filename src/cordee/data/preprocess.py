@@ -1,7 +1,7 @@
 """`cordee preprocess`: text to `.bin/.idx`, or several such pairs to one.
 
-Owns the job: from input to output names, progress, what is reported, and that a failure leaves nothing behind. Reading
-is the readers', tokenizing `documents`'s, the byte format `indexed`'s.
+Owns the job: from input to output names, progress, what is reported, and that a failure leaves nothing behind. The
+readers read, `encode` tokenizes, `indexed` has the byte format.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from cordee import lock
 from cordee.config.check import check_preprocess
 from cordee.config.schema import PreprocessConfig
-from cordee.data.documents import Job, Tokenized
+from cordee.data.encode import Encode, Encoded
 from cordee.data.indexed import IndexedDataset, IndexedDatasetBuilder, bin_path, idx_path
 from cordee.data.manifest import Manifest, TokenizerNote, manifest_path, merged, read_manifest
+from cordee.data.process_map import process_map
 from cordee.data.readers import hub, input_files, read_file
 from cordee.data.readers.chunk import Chunk, Invalid
-from cordee.data.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
-from cordee.data.workers import Workers
 from cordee.errors import Findings, Problem, ProblemError, raise_all
-from cordee.log import logger
+from cordee.log import logger, progress_bar
+from cordee.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
 
 _SHOWN = 10  # invalid records named one by one
 _SECONDS = 1.0  # at least between two log lines
-_FRAME = 0.1  # seconds at least between two pictures of the progress bar
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Source:
 
 
 def run(config: PreprocessConfig) -> int:
-    """Do the job of `config` and return 0. Raises `ProblemError` for what the user can mend."""
+    """Do the job of `config` and return 0. Raises `ProblemError` for what the user can fix."""
     raise_all(check_preprocess(config))
     with _terminable():
         try:
@@ -54,7 +54,7 @@ def run(config: PreprocessConfig) -> int:
         except OSError as error:
             why = f"the output cannot be written: {error}"
             fix = "make room or give another place; nothing incomplete is left under the final names"
-            raise ProblemError([Problem("--output-prefix", config.output_prefix, why, fix)]) from error
+            raise ProblemError([Problem("--output-prefix", config.output_prefix, why, fix, "unwritable")]) from error
 
 
 def check_run(config: PreprocessConfig) -> list[Problem]:
@@ -82,12 +82,12 @@ def _tokenize(config: PreprocessConfig) -> int:
     prefixes, sources = _prepare(config)
     keys = tuple(prefixes)
     tokenizer = load_tokenizer(config)
-    job = Job(tokenizer=tokenizer, keys=keys, eod=_eod(config, tokenizer), seq_length=config.seq_length)
+    encode = Encode(tokenizer=tokenizer, keys=keys, eod=_eod(config, tokenizer), seq_length=config.seq_length)
     tally = _Tally(keys, config.skip_invalid)
-    with Workers(job, config.workers * config.n_subs) as workers, _own(config, prefixes.values()):
+    with process_map(encode, config.workers * config.n_subs) as encoded, _own(config, prefixes.values()):
         with ExitStack() as stack, _progress(tally, config.log_interval) as show:
             builders = {key: stack.enter_context(IndexedDatasetBuilder(prefix)) for key, prefix in prefixes.items()}
-            for result in workers.map(_chunks(sources)):
+            for result in encoded(_chunks(sources)):
                 tally.add(result)
                 for key, column in result.columns.items():
                     builders[key].add_documents(column.tokens, column.lengths)
@@ -96,7 +96,7 @@ def _tokenize(config: PreprocessConfig) -> int:
             for prefix in prefixes.values():
                 manifest_path(prefix).unlink(missing_ok=True)  # of the pair that is replaced now
         for key, prefix in prefixes.items():
-            manifest = tally.manifest(key, builders[key], tokenizer, job.eod is not None, sources)
+            manifest = tally.manifest(key, builders[key], tokenizer, config.append_eod, sources)
             manifest.write(prefix)
             logger.info("%s: %d documents, %d tokens", prefix, manifest.documents, manifest.tokens)
     tally.report()
@@ -112,7 +112,8 @@ def _own(config: PreprocessConfig, prefixes: Iterable[str]) -> Iterator[None]:
                 stack.enter_context(lock.acquire(Path(f"{prefix}.lock")))
             except lock.HeldError as who:
                 why, fix = f"another process writes {prefix}: {who}", "wait for that one, or give another prefix"
-                raise ProblemError([Problem("--output-prefix", config.output_prefix, why, fix)]) from None
+                problem = Problem("--output-prefix", config.output_prefix, why, fix, "held", limit=who.holder)
+                raise ProblemError([problem]) from None
             except OSError as error:
                 why, fix = f"{prefix} cannot be written: {error}", "make room or allow it, or give another prefix"
                 raise ProblemError([Problem("--output-prefix", config.output_prefix, why, fix)]) from error
@@ -130,7 +131,8 @@ def _output_problems(config: PreprocessConfig, prefixes: Iterable[str]) -> Itera
         for prefix in prefixes:
             if there := [path.name for path in (bin_path(prefix), idx_path(prefix)) if path.exists()]:
                 why = f"there is already {' and '.join(there)}"
-                yield Problem("--output-prefix", config.output_prefix, why, "give another prefix, or --overwrite")
+                fix = "give another prefix, or --overwrite"
+                yield Problem("--output-prefix", config.output_prefix, why, fix, "exists", limit=there)
 
 
 def _sources(config: PreprocessConfig, keys: Sequence[str]) -> list[Source]:
@@ -151,7 +153,8 @@ def _sources(config: PreprocessConfig, keys: Sequence[str]) -> list[Source]:
 def _eod(config: PreprocessConfig, tokenizer: Tokenizer) -> int | None:
     if config.append_eod and tokenizer.eod is None:
         why = "the tokenizer has no token that ends a document"
-        raise ProblemError([Problem("--append-eod", True, why, "name one: --tokenizer-kwargs eos_token TOKEN")])
+        fix = "name one: --tokenizer-kwargs eos_token TOKEN"
+        raise ProblemError([Problem("--append-eod", True, why, fix, "requires", limit="eod")])
     return tokenizer.eod if config.append_eod else None
 
 
@@ -165,7 +168,9 @@ def _chunks(sources: Sequence[Source]) -> Iterator[Chunk]:
             for chunk in source.read():
                 yield dataclasses.replace(chunk, done=(before + chunk.done * size) / total if total else 0.0)
         except OSError as error:
-            raise ProblemError([Problem("--input", source.name, f"it cannot be read: {error}", "mend it")]) from error
+            raise ProblemError(
+                [Problem("--input", source.name, f"it cannot be read: {error}", "copy it again")]
+            ) from error
         before += size
 
 
@@ -182,7 +187,7 @@ class _Tally:
         self._skip_invalid = skip_invalid
         self._start = time.perf_counter()
 
-    def add(self, result: Tokenized) -> None:
+    def add(self, result: Encoded) -> None:
         """Raises `ProblemError` for invalid records, unless they are to be skipped."""
         self.records += result.records
         self.text_bytes += result.text_bytes
@@ -194,19 +199,15 @@ class _Tally:
         if result.invalid and not self._skip_invalid:
             count = len(result.invalid)
             why = f"{count} of the first {self.records} records cannot be used:{self._places(count)}"
-            fix = "mend them, or leave all such records out: --skip-invalid"
-            raise ProblemError([Problem("--input", None, why, fix)])
+            fix = "fix them, or skip all such records: --skip-invalid"
+            raise ProblemError([Problem("--input", None, why, fix, "records", limit=self.records)])
 
     def require_documents(self, builders: dict[str, IndexedDatasetBuilder]) -> None:
         """Raises `ProblemError` if there are none: an empty dataset is of no use to anyone."""
-        left_out = ", ".join(f"{count} {reason}" for reason, count in self.left_out.items() if count)
-        why = (
-            f"the input has {self.records} records"
-            + (f" ({left_out})" if left_out else "")
-            + " and no document of {!r}"
-        )
+        records = f"the input has {self.records} records" + (f" ({self._counts()})" if self._counts() else "")
+        fix = "give text, or other --json-keys"
         raise_all(
-            Problem("--input", None, why.format(key), "give text, or other --json-keys")
+            Problem("--input", None, f"{records} and no text in {key!r}", fix, "empty", limit=self.records)
             for key, builder in builders.items()
             if not builder.sequences
         )
@@ -241,12 +242,14 @@ class _Tally:
         )
 
     def report(self) -> None:
-        """Say what was left out."""
-        if any(self.left_out.values()):
-            counts = ", ".join(f"{count} {reason}" for reason, count in self.left_out.items() if count)
+        """Log what was left out."""
+        if counts := self._counts():
             logger.warning("Left out of %d records: %s", self.records, counts)
         if self._invalid:
             logger.warning("Invalid records:%s", self._places(self.left_out["invalid"]))
+
+    def _counts(self) -> str:
+        return ", ".join(f"{count} {reason}" for reason, count in self.left_out.items() if count)
 
     def _places(self, count: int) -> str:
         shown = "".join(f"\n    {invalid.place}: {invalid.why}" for invalid in self._invalid)
@@ -256,47 +259,23 @@ class _Tally:
 @contextmanager
 def _progress(tally: _Tally, log_interval: int) -> Iterator[Callable[[], None]]:
     """A function to call after every step: it keeps a progress bar going on a terminal and writes log lines elsewhere,
-    one every `log_interval` documents but not more than one a second. A last line always says the whole."""
-    with _bar(tally) if sys.stderr.isatty() else _log_lines(tally, log_interval) as show:
-        yield show
-    logger.info("%s", tally.line())
+    one every `log_interval` documents but not more than one a second. A last line always gives the totals."""
+    if sys.stderr.isatty():
+        with progress_bar() as show:
+            # Without a known size the bar only shows that something happens.
+            yield lambda: show(tally.done, total=1.0 if tally.done else None, description=tally.line())
+    else:
+        due, last = log_interval, time.perf_counter()
 
-
-@contextmanager
-def _log_lines(tally: _Tally, log_interval: int) -> Iterator[Callable[[], None]]:
-    due = log_interval
-    last = time.perf_counter()
-
-    def show() -> None:
-        nonlocal due, last
-        if tally.records >= due and time.perf_counter() - last >= _SECONDS:
-            logger.info("%s", tally.line())
-            due = tally.records - tally.records % log_interval + log_interval
-            last = time.perf_counter()
-
-    yield show
-
-
-@contextmanager
-def _bar(tally: _Tally) -> Iterator[Callable[[], None]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    last = 0.0
-    # Without a thread of its own, so that nothing but this loop draws.
-    with Progress(*columns, console=Console(stderr=True), auto_refresh=False, transient=True) as progress:
-        task = progress.add_task("", total=1.0)
-
-        def show() -> None:
-            nonlocal last
-            if time.perf_counter() - last >= _FRAME:
-                # Without a known size the bar only says that something happens.
-                total = 1.0 if tally.done else None
-                progress.update(task, description=tally.line(), completed=tally.done, total=total, refresh=True)
+        def log_when_due() -> None:
+            nonlocal due, last
+            if tally.records >= due and time.perf_counter() - last >= _SECONDS:
+                logger.info("%s", tally.line())
+                due = tally.records - tally.records % log_interval + log_interval
                 last = time.perf_counter()
 
-        yield show
+        yield log_when_due
+    logger.info("%s", tally.line())
 
 
 # ---- pairs to one pair -----------------------------------------------------------------------------------------------
@@ -304,36 +283,30 @@ def _bar(tally: _Tally) -> Iterator[Callable[[], None]]:
 
 def _merge(config: PreprocessConfig) -> int:
     outputs = {key: f"{config.output_prefix}_{key}" for key in config.merge_group_keys}
-    problems = list(_output_problems(config, outputs.values()))
-    groups: dict[str, list[str]] = {}
-    for key, output in outputs.items():
-        try:
-            groups[key] = _pairs(Path(config.input or ""), key, output)
-        except ProblemError as error:
-            problems += error.problems
-    raise_all(dict.fromkeys(problems))
+    found = Findings(list(_output_problems(config, outputs.values())))
+    groups = [found.attempt(partial(_pairs, Path(config.input or ""), *pair)) for pair in outputs.items()]
+    raise_all(dict.fromkeys(found.problems))
     with _own(config, outputs.values()):
-        for key, prefixes in groups.items():
-            _merge_group(prefixes, outputs[key])
+        for prefixes, output in zip(groups, outputs.values(), strict=True):
+            assert prefixes is not None, "its problems are raised"
+            _merge_group(prefixes, output)
     return 0
 
 
 def _pairs(directory: Path, key: str, output: str) -> list[str]:
     """The prefixes in `directory` whose names hold `key`, by name; never the output itself."""
     if not directory.is_dir():
-        raise ProblemError([Problem("--input", directory, "there is no such directory", "give that of the pairs")])
+        why, fix = "there is no such directory", "give that of the pairs"
+        raise ProblemError([Problem("--input", directory, why, fix, "missing")])
     names = {path.stem for path in directory.iterdir() if path.suffix in (".bin", ".idx") and key in path.stem}
     prefixes = [str(directory / name) for name in sorted(names)]
     prefixes = [prefix for prefix in prefixes if Path(prefix).absolute() != Path(output).absolute()]
     if not prefixes:
         raise ProblemError([Problem("--merge-group-keys", key, f"no pair in {directory} holds it", "give another key")])
-    problems = []
+    found = Findings()
     for prefix in prefixes:
-        try:
-            IndexedDataset(prefix)
-        except ProblemError as error:
-            problems += error.problems
-    raise_all(problems)
+        found.attempt(partial(IndexedDataset, prefix))
+    raise_all(found.problems)
     return prefixes
 
 

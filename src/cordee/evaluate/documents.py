@@ -19,9 +19,9 @@ from cordee.data.manifest import read_manifest
 from cordee.data.readers import input_files, read_file
 from cordee.data.readers.chunk import MAX_RECORD_BYTES, Invalid, too_large
 from cordee.data.readers.stream import open_stream
-from cordee.data.tokenizer import Tokenizer
 from cordee.errors import Problem, ProblemError, raise_all
 from cordee.log import logger
+from cordee.tokenizer import Tokenizer
 
 SHOWN = 5  # broken records that are named
 

@@ -14,7 +14,6 @@ from cordee import launch, log
 from cordee.checkpoint import formats
 from cordee.config.check import check_evaluate, inference_processes, model_processes
 from cordee.config.schema import EvaluateConfig, TokenizerOptions
-from cordee.data.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
 from cordee.errors import Findings, Problem, raise_all
 from cordee.evaluate.finished import Finished, fingerprint_files
 from cordee.evaluate.runner import run_tasks, show, tasks_of, write
@@ -23,6 +22,7 @@ from cordee.generate.loading import check_part, check_vocabulary, load_part, sto
 from cordee.generate.results import check_new
 from cordee.parallel import inference
 from cordee.parallel.degrees import Degrees
+from cordee.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
 from cordee.weights.codec import Source
 
 

@@ -21,7 +21,7 @@ from cordee.config.schema import DecodingOptions
 from cordee.errors import Problem, ProblemError
 
 if TYPE_CHECKING:
-    from cordee.data.tokenizer import Tokenizer
+    from cordee.tokenizer import Tokenizer
 
 Tokens = npt.NDArray[np.int64]
 

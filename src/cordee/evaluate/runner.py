@@ -6,12 +6,11 @@ Owns their order, the progress shown and the two forms of the results: a table a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from cordee.config.schema import EvaluateOptions
@@ -22,7 +21,7 @@ from cordee.evaluate.finished import Finished
 from cordee.evaluate.requests import Encoder
 from cordee.evaluate.task import Result, Subject, Task, all_tasks
 from cordee.generate.results import NewFile
-from cordee.log import logger
+from cordee.log import logger, progress_bar
 from cordee.model.config import ModelConfig
 
 
@@ -47,7 +46,7 @@ def run_tasks(
     engine = Engine(subject, options.evaluation_batch_size, finished)
     results = []
     for task in tasks:
-        with _bar(task.name, shown=subject.speaks) as progress:
+        with progress_bar(task.name, shown=subject.speaks) as progress:
             results.append(_run(task, subject, engine, options, progress))
     return results
 
@@ -102,15 +101,3 @@ def _unknown(name: str, known: dict[str, Task]) -> Problem:
     near = nearest(name, known)
     fix = f"did you mean {' or '.join(near)}?" if near else f"give one of {', '.join(known)}"
     return Problem("--task", name, "there is no such task", fix)
-
-
-@contextmanager
-def _bar(name: str, *, shown: bool) -> Iterator[Callable[[float], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown) as progress:
-        bar = progress.add_task(name, total=1.0)
-
-        def advance(done: float) -> None:
-            progress.update(bar, completed=done)
-
-        yield advance

@@ -19,10 +19,10 @@ from cordee.evaluate import tasks
 from cordee.evaluate.requests import Encoder, Request
 
 if TYPE_CHECKING:
-    from cordee.data.tokenizer import Tokenizer
     from cordee.model.config import ModelConfig
     from cordee.model.gpt import GPTModel
     from cordee.parallel.inference import Place
+    from cordee.tokenizer import Tokenizer
 
 Metrics = dict[str, float | int]
 

@@ -20,7 +20,6 @@ from cordee.config.check import check_generate
 from cordee.config.schema import GenerateConfig, GenerateOptions
 from cordee.data.readers import text_files
 from cordee.data.readers.chunk import Invalid
-from cordee.data.tokenizer import Tokenizer, load_tokenizer
 from cordee.errors import Findings, Problem, ProblemError, raise_all
 from cordee.generate.engine import check, stream
 from cordee.generate.loading import check_part, check_vocabulary, load_part, stop_ids
@@ -30,6 +29,7 @@ from cordee.log import logger
 from cordee.model.gpt import GPTModel
 from cordee.parallel import inference
 from cordee.parallel.inference import Place
+from cordee.tokenizer import Tokenizer, load_tokenizer
 from cordee.weights.codec import Source
 
 BOLD, PLAIN = "\033[1m", "\033[0m"

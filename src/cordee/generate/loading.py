@@ -14,7 +14,6 @@ import torch
 from cordee import device as devices
 from cordee import launch
 from cordee.config.schema import EvaluateConfig, GenerateConfig
-from cordee.data.tokenizer import Tokenizer
 from cordee.errors import Findings, Problem, ProblemError
 from cordee.families.reader import read_object
 from cordee.families.registry import ModelSpec
@@ -25,6 +24,7 @@ from cordee.parallel import collectives, inference
 from cordee.parallel.degrees import Degrees
 from cordee.parallel.inference import Place
 from cordee.parallel.layout import Layout, process_group
+from cordee.tokenizer import Tokenizer
 from cordee.weights.codec import Source
 from cordee.weights.load import load_into
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from cordee.data.tokenizer.base import Tokenizer
+from cordee.tokenizer.base import Tokenizer
 
 REPLACEMENT = "\ufffd"  # what bytes that are no character are decoded to
 

@@ -1,4 +1,4 @@
-"""The whole climb in one command: text, tokenizer, data, training on several processes, export, text, score, report.
+"""The whole way in one command: text, tokenizer, data, training on several processes, export, text, score, report.
 
 Owns the sequence of jobs and the small model's shape. Every phase is the job a user would run; the files they would
 have written are left in the output folder, so that each can be repeated by hand.
@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from cordee import launch, lock
+from cordee import lock, supervisor
 from cordee.checkpoint import formats
 from cordee.config.load import config_from_dict
 from cordee.config.schema import (
@@ -76,8 +76,8 @@ RECIPE = {
 
 
 @dataclass
-class Climb:
-    """Folders of a run and how long its phases took."""
+class Run:
+    """Folder of a quickstart run and how long its phases took."""
 
     config: QuickstartConfig
     folder: Path
@@ -99,22 +99,22 @@ def run(config: QuickstartConfig) -> int:
     """Run every phase; 0 if the report was written."""
     source = _source(config)
     with _own_folder(config) as folder:
-        return _climb(Climb(config, folder, Console()), source)
+        return _phases(Run(config, folder, Console()), source)
 
 
-def _climb(climb: Climb, source: Path | None) -> int:
-    text = _collect(climb, source)
-    size = _learn_tokenizer(climb, text)
-    _preprocess(climb, text)
-    values = _train_values(climb, size)
-    if code := _train(climb, values):
+def _phases(job: Run, source: Path | None) -> int:
+    text = _collect(job, source)
+    size = _learn_tokenizer(job, text)
+    _preprocess(job, text)
+    values = _train_values(job, size)
+    if code := _train(job, values):
         return code
-    _export(climb)
-    samples = _generate(climb)
-    untrained, trained = scores = _evaluate(climb, values)
-    page = _report(climb, values, text, samples, scores)
-    seconds = sum(seconds for _, seconds in climb.phases)
-    climb.console.print(
+    _export(job)
+    samples = _generate(job)
+    untrained, trained = scores = _evaluate(job, values)
+    page = _report(job, values, text, samples, scores)
+    seconds = sum(seconds for _, seconds in job.phases)
+    job.console.print(
         f"perplexity on held-out files: [bold]{trained:.1f}[/bold], before training {untrained:.0f}\n"
         f"report: [bold]{page}[/bold] ({seconds:.0f} s)"
     )
@@ -164,41 +164,41 @@ def _fresh_folder(config: QuickstartConfig) -> Path:
     return folder
 
 
-def _collect(climb: Climb, source: Path | None) -> corpus.Corpus:
-    with climb.phase("collect text"):
-        text = corpus.collect(source, climb.folder)
+def _collect(job: Run, source: Path | None) -> corpus.Corpus:
+    with job.phase("collect text"):
+        text = corpus.collect(source, job.folder)
     characters = f"{text.num_characters / 1e6:.1f} M characters"
-    climb.say(f"{text.num_documents} documents to train on, {text.num_held_out} held out, {characters}")
+    job.say(f"{text.num_documents} documents to train on, {text.num_held_out} held out, {characters}")
     if text.num_skipped:
-        climb.say(f"{text.num_skipped} files cannot be read as UTF-8 text and were left out")
+        job.say(f"{text.num_skipped} files cannot be read as UTF-8 text and were left out")
     return text
 
 
-def _learn_tokenizer(climb: Climb, text: corpus.Corpus) -> int:
-    with climb.phase("learn a tokenizer"):
-        size = tokenizer.train(text.train, climb.folder / "tokenizer", VOCAB_SIZE, TOKENIZER_CHARACTERS)
-    climb.say(f"{size} tokens")
+def _learn_tokenizer(job: Run, text: corpus.Corpus) -> int:
+    with job.phase("learn a tokenizer"):
+        size = tokenizer.train(text.train, job.folder / "tokenizer", VOCAB_SIZE, TOKENIZER_CHARACTERS)
+    job.say(f"{size} tokens")
     return size
 
 
-def _preprocess(climb: Climb, text: corpus.Corpus) -> None:
-    with climb.phase("tokenize into .bin/.idx"):
+def _preprocess(job: Run, text: corpus.Corpus) -> None:
+    with job.phase("tokenize into .bin/.idx"):
         for part, path in (("train", text.train), ("held_out", text.held_out)):
             preprocess.run(
                 PreprocessConfig(
                     input=str(path),
-                    output_prefix=str(climb.folder / part),
+                    output_prefix=str(job.folder / part),
                     tokenizer_type="PretrainedFromHF",
-                    tokenizer_name_or_path=str(climb.folder / "tokenizer"),
+                    tokenizer_name_or_path=str(job.folder / "tokenizer"),
                     append_eod=True,
-                    workers=climb.config.nproc_per_node,
+                    workers=job.config.nproc_per_node,
                 )
             )
 
 
-def _train_values(climb: Climb, vocab_size: int) -> dict[str, Any]:
+def _train_values(job: Run, vocab_size: int) -> dict[str, Any]:
     """The recipe of this run; written as train.yaml, so that it can be read, changed and run again."""
-    config, folder = climb.config, climb.folder
+    config, folder = job.config, job.folder
     values = {
         **MODEL,
         **RECIPE,
@@ -238,31 +238,31 @@ def _steps_within(seconds: float, values: dict[str, Any]) -> int:
     return max(MIN_STEPS, int(seconds * rate / flops))
 
 
-def _train(climb: Climb, values: dict[str, Any]) -> int:
-    processes = climb.config.nproc_per_node
-    with climb.phase(f"pretrain on {processes} processes, {values['train_iters']} steps"):
-        path = climb.folder / "train.yaml"
+def _train(job: Run, values: dict[str, Any]) -> int:
+    processes = job.config.nproc_per_node
+    with job.phase(f"pretrain on {processes} processes, {values['train_iters']} steps"):
+        path = job.folder / "train.yaml"
         path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-        return launch.spawn_local(["train", "--config", str(path)], processes)
+        return supervisor.spawn_local(["train", "--config", str(path)], processes)
 
 
-def _export(climb: Climb) -> None:
-    with climb.phase("export as a Hugging Face model"):
-        convert.run(ConvertConfig(load_dir=str(climb.folder / "checkpoints"), save_dir=str(climb.folder / "model")))
+def _export(job: Run) -> None:
+    with job.phase("export as a Hugging Face model"):
+        convert.run(ConvertConfig(load_dir=str(job.folder / "checkpoints"), save_dir=str(job.folder / "model")))
 
 
-def _generate(climb: Climb) -> list[report.Sample]:
-    output = climb.folder / "samples.jsonl"
-    with climb.phase("let it write"):
+def _generate(job: Run) -> list[report.Sample]:
+    output = job.folder / "samples.jsonl"
+    with job.phase("generate text"):
         generate.run(
             GenerateConfig(
-                load=str(climb.folder / "model"),
+                load=str(job.folder / "model"),
                 prompt=PROMPTS,
                 max_new_tokens=64,
                 do_sample=True,
                 temperature=TEMPERATURE,
                 top_p=0.95,
-                seed=climb.config.seed,
+                seed=job.config.seed,
                 output=str(output),
             )
         )
@@ -270,18 +270,18 @@ def _generate(climb: Climb) -> list[report.Sample]:
     return [report.Sample(line["prompt"], line["text"]) for line in lines]
 
 
-def _evaluate(climb: Climb, values: dict[str, Any]) -> tuple[float, float]:
+def _evaluate(job: Run, values: dict[str, Any]) -> tuple[float, float]:
     """Perplexity on held-out files of the model as it was drawn and as it is now."""
-    from cordee.data.tokenizer import load_tokenizer
     from cordee.evaluate.runner import run_tasks, tasks_of
     from cordee.generate.loading import load_model
     from cordee.model.gpt import GPTModel
     from cordee.model.init import initialise
+    from cordee.tokenizer import load_tokenizer
 
-    with climb.phase("score it on held-out files"):
+    with job.phase("score held-out files"):
         options = EvaluateConfig(
-            load=str(climb.folder / "model"),
-            task_data_path=(str(climb.folder / "held_out.jsonl"),),
+            load=str(job.folder / "model"),
+            task_data_path=(str(job.folder / "held_out.jsonl"),),
             max_eval_samples=HELD_OUT_DOCUMENTS,
         )
         source = formats.read(options.load)
@@ -293,10 +293,10 @@ def _evaluate(climb: Climb, values: dict[str, Any]) -> tuple[float, float]:
     return before.metrics["perplexity"], after.metrics["perplexity"]
 
 
-def _report(climb: Climb, values: dict[str, Any], text: corpus.Corpus, samples: list[report.Sample], scores) -> Path:
-    page = climb.folder / "report.html"
-    lines = [json.loads(line) for line in (climb.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    processes = climb.config.nproc_per_node
+def _report(job: Run, values: dict[str, Any], text: corpus.Corpus, samples: list[report.Sample], scores) -> Path:
+    page = job.folder / "report.html"
+    lines = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    processes = job.config.nproc_per_node
     steps = [
         report.Step(line["iteration"], line["loss"], line["tokens_per_second"] * processes, line["memory"])
         for line in lines
@@ -312,32 +312,32 @@ def _report(climb: Climb, values: dict[str, Any], text: corpus.Corpus, samples: 
             untrained_perplexity=scores[0],
             perplexity=scores[1],
             samples=samples,
-            facts=_facts(climb, values, text, last),
-            phases=climb.phases,
-            commands=_commands(climb, values["train_iters"]),
+            facts=_facts(job, values, text, last),
+            phases=job.phases,
+            commands=_commands(job, values["train_iters"]),
         ),
         page,
     )
     return page
 
 
-def _facts(climb: Climb, values: dict[str, Any], text: corpus.Corpus, last: dict[str, Any]) -> list[tuple[str, str]]:
+def _facts(job: Run, values: dict[str, Any], text: corpus.Corpus, last: dict[str, Any]) -> list[tuple[str, str]]:
     model = spec_from_options(config_from_dict(TrainConfig, values)).config
     return [
-        ("text", climb.config.input or "the sources of Python's standard library"),
+        ("text", job.config.input or "the sources of Python's standard library"),
         ("documents", f"{text.num_documents} to train on, {text.num_held_out} held out"),
         ("model", f"Llama, {model.num_layers} layers, hidden {model.hidden_size}, vocabulary {model.vocab_size}"),
         ("parameters", f"{count_parameters(model):,}"),
         ("global batch", f"{values['global_batch_size']} samples of {values['seq_length']} tokens"),
-        ("speed at the end", f"{last['tokens_per_second'] * climb.config.nproc_per_node:,.0f} tokens/s"),
+        ("speed at the end", f"{last['tokens_per_second'] * job.config.nproc_per_node:,.0f} tokens/s"),
         ("share of the matrix-product rate (MFU)", f"{100 * last['mfu']:.0f} %"),
         ("largest memory of a process", f"{last['peak_memory'] / 2**20:,.0f} MiB"),
     ]
 
 
-def _commands(climb: Climb, steps: int) -> list[str]:
-    """What to do next. The rate of a run that goes on follows the new length, or it would stay at its lowest value."""
-    folder = climb.folder
+def _commands(job: Run, steps: int) -> list[str]:
+    """What to do next. The learning rate of the resumed run follows the new length, not that of the old one."""
+    folder = job.folder
     longer = f"--train-iters {max(LONGER, 2 * steps)} --override-opt-param-scheduler"
     return [
         f'cordee generate --load {folder}/model --prompt "import " --do-sample --temperature 0.8',

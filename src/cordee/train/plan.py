@@ -19,7 +19,6 @@ from cordee.config import deepspeed, laws
 from cordee.config.check import check_train
 from cordee.config.option import options_of
 from cordee.config.schema import ModelOptions, TokenizerOptions, TrainConfig
-from cordee.data.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
 from cordee.errors import Findings, Problem, ProblemError, Problems, at_most, divides, raise_all, unique
 from cordee.families.lenses import differences, words_of
 from cordee.families.options import ignored
@@ -33,6 +32,7 @@ from cordee.parallel.laws import Run
 from cordee.parallel.laws import check as layout_problems
 from cordee.parallel.pipeline import check as pipeline_check
 from cordee.parallel.pipeline.split import noop_layers
+from cordee.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
 from cordee.train import experts, objectives, outputs, resume
 from cordee.train.batch_schedule import BatchSchedule, build_batch_schedule
 from cordee.train.origin import choose, described, opened

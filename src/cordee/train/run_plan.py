@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from cordee.checkpoint.storage import Place
 from cordee.config.schema import TrainConfig
-from cordee.data.tokenizer import Tokenizer
 from cordee.families.registry import ModelSpec
 from cordee.optim.schedule import Schedule
 from cordee.parallel.degrees import Degrees
 from cordee.parallel.pipeline.split import Division
+from cordee.tokenizer import Tokenizer
 from cordee.train.batch_schedule import BatchSchedule
 from cordee.train.objectives import DataPlan, FurtherModel, Objective
 

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 
 import yaml
 
-from cordee import device, launch
+from cordee import device, launch, supervisor
 from cordee.config.load import config_from_dict
 from cordee.config.schema import TrainConfig
 from cordee.errors import raise_all
@@ -41,7 +41,7 @@ def train(config: TrainConfig | Mapping[str, object]) -> int:
         file = Path(scratch) / "run.yaml"
         file.write_text(_as_yaml(config), encoding="utf-8")
         arguments = ["train", "--config", str(file)]
-        return launch.spawn_local(arguments, config.nproc_per_node, grace_seconds=config.exit_grace_seconds)
+        return supervisor.spawn_local(arguments, config.nproc_per_node, grace_seconds=config.exit_grace_seconds)
 
 
 def _as_yaml(config: TrainConfig) -> str:

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from cordee import lock
-from cordee.data.tokenizer.special import FILES as TOKENIZER_FILES
 from cordee.errors import Problem, ProblemError
 from cordee.files import copy_files, create_new, left_out, remove_tree
+from cordee.tokenizer.special import FILES as TOKENIZER_FILES
 
 logger = logging.getLogger("cordee")
 

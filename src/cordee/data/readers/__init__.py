@@ -35,7 +35,7 @@ def read_file(path: Path, keys: Sequence[str]) -> Iterator[Chunk]:
 
 
 def extension(path: Path) -> str | None:
-    """The extension that tells the format, such as `.jsonl.gz`; None if it is unknown."""
+    """The extension that names the format, such as `.jsonl.gz`; None if it is unknown."""
     return next((ending for ending in sorted(readers(), key=len, reverse=True) if path.name.endswith(ending)), None)
 
 
@@ -46,15 +46,17 @@ def input_files(path: Path) -> list[Path]:
     if path.is_file():
         if extension(path) is None:
             why = "the format of this file is unknown"
-            raise ProblemError([Problem("--input", path, why, f"give a file that ends in {known}, or such with .gz")])
+            fix = f"give a file that ends in {known}, or such with .gz"
+            raise ProblemError([Problem("--input", path, why, fix, "format")])
         return [path]
     if not path.is_dir():
         fix = "check the path; datasets of a hub are given by --hf-datasets-params"
-        raise ProblemError([Problem("--input", path, "there is no such file or directory", fix)])
+        raise ProblemError([Problem("--input", path, "there is no such file or directory", fix, "missing")])
     files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
     counts = Counter(ending for file in files if (ending := extension(file)))
     if not counts:
-        raise ProblemError([Problem("--input", path, f"it holds no file that ends in {known}", "check the path")])
+        why = f"it holds no file that ends in {known}"
+        raise ProblemError([Problem("--input", path, why, "check the path", "empty")])
     chosen = counts.most_common(1)[0][0]
     others = [file.name for file in files if extension(file) != chosen]
     if others:

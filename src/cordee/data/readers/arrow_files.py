@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cordee.data.readers.chunk import Chunk, table_chunks
-from cordee.errors import Problem, ProblemError
+from cordee.data.readers.chunk import Chunk, missing_columns, numbered, table_chunks
+from cordee.errors import Problem, ProblemError, raise_all
 from cordee.log import logger
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 EXTENSIONS = (".parquet", ".arrow")
 _ROWS = 64  # read at a time
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
-_TEXT_TYPES = ("string", "large_string", "string_view")
 
 
 def read(path: Path, keys: Sequence[str]) -> Iterator[Chunk]:
@@ -29,10 +28,10 @@ def read(path: Path, keys: Sequence[str]) -> Iterator[Chunk]:
 
     rows = _parquet_rows if path.suffix == ".parquet" else _arrow_rows
     try:
-        yield from table_chunks(str(path), rows(path, list(keys)))
+        yield from table_chunks(str(path), numbered(rows(path, list(keys))))
     except (pyarrow.ArrowInvalid, OSError) as error:
         why = f"it is damaged or no {path.suffix[1:]} file: {error}"
-        raise ProblemError([Problem("--input", path, why, "copy it again")]) from error
+        raise ProblemError([Problem("--input", path, why, "copy it again", "corrupt")]) from error
 
 
 def _parquet_rows(path: Path, keys: list[str]) -> Iterator[tuple[tuple[object, ...], float]]:
@@ -79,18 +78,11 @@ def _rows(batch: pyarrow.RecordBatch, keys: list[str]) -> Iterator[tuple[object,
 
 
 def _check_columns(path: Path, schema: pyarrow.Schema, keys: list[str]) -> None:
-    import pyarrow
-
-    problems = []
+    columns = [name for name in schema.names if schema.get_field_index(name) >= 0]  # of one name once
+    problems = list(missing_columns(str(path), keys, columns))
     for key in keys:
-        if schema.get_field_index(key) < 0:
-            why = f"{path} has no such column; it has {', '.join(schema.names)}"
-            problems.append(Problem("--json-keys", key, why, "give the names of its columns"))
-            continue
-        kind = schema.field(key).type
-        value = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-        if not (pyarrow.types.is_string(value) or pyarrow.types.is_large_string(value) or "string" in str(value)):
+        # Large strings and dictionaries of strings are text, too.
+        if key in columns and "string" not in (kind := str(schema.field(key).type)):
             why = f"in {path} this column is {kind}, not text"
-            problems.append(Problem("--json-keys", key, why, "give a column of text"))
-    if problems:
-        raise ProblemError(problems)
+            problems.append(Problem("--json-keys", key, why, "give a column of text", "type", limit=kind))
+    raise_all(problems)

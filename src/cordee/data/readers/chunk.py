@@ -9,6 +9,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from cordee.errors import Problem
+
 CHUNK_BYTES = 1 << 18  # about a tenth of a second of tokenizing
 # What a record, as it is stored, and each of its texts may have at most. Tokenizers take one text whole: measured, up
 # to 165 bytes of memory per byte of it and a second per megabyte, so about 2.8 GB in a process that tokenizes.
@@ -25,40 +27,6 @@ class Invalid:
     why: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class Chunk(ABC):
-    """Some records of a source. `done` is the share of the source that is read with it."""
-
-    done: float
-
-    @abstractmethod
-    def rows(self, keys: Sequence[str]) -> tuple[list[Row], list[Invalid]]:
-        """The records' texts under `keys`, and the records that have none. Parsing, the costly part of reading, is
-        done here and not by the reader, so that each worker does its own."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TableChunk(Chunk):
-    """Records of a table: one value per key each, of whatever type the table has."""
-
-    source: str
-    first: int  # number of the first row, from 1
-    values: list[tuple[object, ...] | Broken]
-
-    def rows(self, keys: Sequence[str]) -> tuple[list[Row], list[Invalid]]:
-        return valid_rows(keys, ((f"{self.source}: row {self.first + i}", row) for i, row in enumerate(self.values)))
-
-
-@dataclass(frozen=True, kw_only=True)
-class InvalidChunk(Chunk):
-    """A record that the reader itself cannot use."""
-
-    record: Invalid
-
-    def rows(self, keys: Sequence[str]) -> tuple[list[Row], list[Invalid]]:
-        return [], [self.record]
-
-
 class Broken:
     """In the place of a record: it could not be parsed."""
 
@@ -66,24 +34,55 @@ class Broken:
         self.why = why
 
 
+@dataclass(frozen=True, kw_only=True)
+class Chunk(ABC):
+    """Some records of `source`. `done` is the share of the source that is read with it."""
+
+    source: str
+    done: float
+
+    @abstractmethod
+    def records(self, keys: Sequence[str]) -> Iterable[tuple[str, Sequence[object] | Broken]]:
+        """The values of each record under `keys`, with its place in the source. Parsing, the costly part of reading, is
+        done here and not by the reader, so that each worker does its own."""
+
+    def rows(self, keys: Sequence[str]) -> tuple[list[Row], list[Invalid]]:
+        """The records of which every value is text, and the others."""
+        rows: list[Row] = []
+        invalid: list[Invalid] = []
+        for place, values in self.records(keys):
+            if why := values.why if isinstance(values, Broken) else _why_invalid(keys, values):
+                invalid.append(Invalid(f"{self.source}: {place}", why))
+            else:
+                rows.append(tuple(values))  # type: ignore[arg-type]  # every value is a str
+        return rows, invalid
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableChunk(Chunk):
+    """Records of a table: one value per key each, of whatever type the table has, and the number of its `unit`."""
+
+    unit: str
+    numbers: list[int]
+    values: list[tuple[object, ...] | Broken]
+
+    def records(self, keys: Sequence[str]) -> Iterable[tuple[str, Sequence[object] | Broken]]:
+        return ((f"{self.unit} {number}", values) for number, values in zip(self.numbers, self.values, strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LargeRecord(Chunk):
+    """A record of more than `MAX_RECORD_BYTES`, which the reader has skipped."""
+
+    place: str
+
+    def records(self, keys: Sequence[str]) -> Iterable[tuple[str, Sequence[object] | Broken]]:
+        return [(self.place, Broken(too_large()))]
+
+
 def too_large(what: str = "it") -> str:
     """Why a record of more than `MAX_RECORD_BYTES` is invalid."""
     return f"{what} is larger than {MAX_RECORD_BYTES >> 20} MiB, the most that one document may have: cut it"
-
-
-def valid_rows(
-    keys: Sequence[str], records: Iterable[tuple[str, Sequence[object] | Broken]]
-) -> tuple[list[Row], list[Invalid]]:
-    """Sort records, given with their places, into those of which every value is text and the others."""
-    rows: list[Row] = []
-    invalid: list[Invalid] = []
-    for place, values in records:
-        why = values.why if isinstance(values, Broken) else _why_invalid(keys, values)
-        if why:
-            invalid.append(Invalid(place, why))
-        else:
-            rows.append(tuple(values))  # type: ignore[arg-type]  # every value is a str
-    return rows, invalid
 
 
 def _why_invalid(keys: Sequence[str], values: Sequence[object]) -> str | None:
@@ -112,19 +111,35 @@ class _Missing:
 MISSING = _Missing()
 
 
-def table_chunks(source: str, rows: Iterable[tuple[tuple[object, ...], float]]) -> Iterator[TableChunk]:
-    """Group rows, given with the share of the source that is read with each, to chunks of bounded size."""
-    group: list[tuple[object, ...] | Broken] = []
-    size = count = 0
-    done = 0.0
-    for row, done in rows:
-        characters = sum(len(value) for value in row if isinstance(value, str))
+def table_chunks(
+    source: str, rows: Iterable[tuple[int, tuple[object, ...] | Broken, float]], unit: str = "row"
+) -> Iterator[TableChunk]:
+    """Group rows, given with their number and the share of the source that is read with each, to chunks of bounded
+    size."""
+    numbers: list[int] = []
+    values: list[tuple[object, ...] | Broken] = []
+    size, done = 0, 0.0
+    for number, row, done in rows:
+        characters = 0 if isinstance(row, Broken) else sum(len(value) for value in row if isinstance(value, str))
+        numbers.append(number)
         # What is too large is not sent to a worker only to be refused there.
-        group.append(row if characters <= MAX_RECORD_BYTES else Broken(too_large()))
+        values.append(row if characters <= MAX_RECORD_BYTES else Broken(too_large()))
         size += 1 + min(characters, MAX_RECORD_BYTES)  # rows without text take memory, too
         if size >= CHUNK_BYTES:
-            yield TableChunk(source=source, first=count + 1, values=group, done=done)
-            count += len(group)
-            group, size = [], 0
-    if group:
-        yield TableChunk(source=source, first=count + 1, values=group, done=done)
+            yield TableChunk(source=source, unit=unit, numbers=numbers, values=values, done=done)
+            numbers, values, size = [], [], 0
+    if values:
+        yield TableChunk(source=source, unit=unit, numbers=numbers, values=values, done=done)
+
+
+def numbered(rows: Iterable[tuple[tuple[object, ...], float]]) -> Iterator[tuple[int, tuple[object, ...], float]]:
+    """Rows, given with the share of the source that is read with each, counted from 1."""
+    return ((number, row, done) for number, (row, done) in enumerate(rows, 1))
+
+
+def missing_columns(source: str, keys: Iterable[str], columns: Sequence[str]) -> Iterator[Problem]:
+    """The keys that a table does not have."""
+    why = f"{source} has no such column; it has {', '.join(columns) or 'none'}"
+    for key in keys:
+        if key not in columns:
+            yield Problem("--json-keys", key, why, "give the names of its columns", "missing", limit=tuple(columns))

@@ -4,37 +4,14 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from cordee.data.readers.chunk import (
-    CHUNK_BYTES,
-    MAX_RECORD_BYTES,
-    Broken,
-    Chunk,
-    Invalid,
-    Row,
-    too_large,
-    valid_rows,
-)
-from cordee.data.readers.stream import open_stream
-from cordee.errors import Problem, ProblemError
+from cordee.data.readers.chunk import MAX_RECORD_BYTES, Broken, Chunk, missing_columns, table_chunks, too_large
+from cordee.data.readers.stream import ByteStream, open_stream
+from cordee.errors import Problem, ProblemError, raise_all
 
 EXTENSIONS = (".csv", ".csv.gz")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CsvChunk(Chunk):
-    """Parsed records, each with the number of the line it begins in."""
-
-    source: str
-    numbers: list[int]
-    fields: list[tuple[str, ...] | Broken]
-
-    def rows(self, keys: Sequence[str]) -> tuple[list[Row], list[Invalid]]:
-        numbered = zip(self.numbers, self.fields, strict=True)
-        return valid_rows(keys, ((f"{self.source}: line {number}", fields) for number, fields in numbered))
 
 
 class _Lines:
@@ -64,7 +41,8 @@ class _Lines:
         self._characters += len(line)
         if self._characters > MAX_RECORD_BYTES:
             fix = "close its quote if that is missing, else cut its text"
-            raise ProblemError([Problem("--input", self._path, too_large(f"the record in line {self.first}"), fix)])
+            place = f"{self._path}:{self.first}"
+            raise ProblemError([Problem("--input", place, too_large("the record"), fix, "too large")])
         if not line:
             raise StopIteration
         return line
@@ -75,37 +53,26 @@ def read(path: Path, keys: Sequence[str]) -> Iterator[Chunk]:
     # The library's own limit of 128 Ki characters is too small for documents.
     csv.field_size_limit(max(csv.field_size_limit(), MAX_RECORD_BYTES))
     with open_stream(path) as stream:
-        lines = _Lines(path, stream.text(newline=""))
-        records = _records(csv.reader(lines, strict=True), lines)
-        header = next(records, [])
-        if isinstance(header, Broken):
-            raise ProblemError([Problem("--input", path, f"in its header: {header.why}", "give a CSV file")])
-        columns = _columns(path, header, keys)
-        numbers: list[int] = []
-        group: list[tuple[str, ...] | Broken] = []
-        size = 0
-        for fields in records:
-            if not fields:
-                continue  # an empty line is no record
-            if not isinstance(fields, Broken) and len(fields) != len(header):
-                fields = Broken(f"it has {len(fields)} fields, the header {len(header)}")
-            chosen = fields if isinstance(fields, Broken) else tuple(fields[column] for column in columns)
-            numbers.append(lines.first)
-            group.append(chosen)
-            size += 1 if isinstance(chosen, Broken) else 1 + sum(map(len, chosen))  # an empty row takes memory, too
-            if size >= CHUNK_BYTES:
-                yield CsvChunk(source=str(path), numbers=numbers, fields=group, done=stream.done())
-                numbers, group, size = [], [], 0
-        if group:
-            yield CsvChunk(source=str(path), numbers=numbers, fields=group, done=1.0)
+        yield from table_chunks(str(path), _rows(path, stream, keys), "line")
 
 
-def _columns(path: Path, header: list[str], keys: Sequence[str]) -> list[int]:
-    if missing := [key for key in keys if key not in header]:
-        why = f"{path} has no such column; it has {', '.join(header) or 'none'}"
-        fix = "give the names of its columns, which stand in the first line"
-        raise ProblemError([Problem("--json-keys", key, why, fix) for key in missing])
-    return [header.index(key) for key in keys]
+def _rows(
+    path: Path, stream: ByteStream, keys: Sequence[str]
+) -> Iterator[tuple[int, tuple[object, ...] | Broken, float]]:
+    lines = _Lines(path, stream.text(newline=""))
+    records = _records(csv.reader(lines, strict=True), lines)
+    header = next(records, [])
+    if isinstance(header, Broken):
+        raise ProblemError([Problem("--input", path, f"in its header: {header.why}", "give a CSV file", "corrupt")])
+    raise_all(missing_columns(str(path), keys, header))
+    columns = [header.index(key) for key in keys]
+    for fields in records:
+        if isinstance(fields, Broken):
+            yield lines.first, fields, stream.done()
+        elif fields and len(fields) != len(header):
+            yield lines.first, Broken(f"it has {len(fields)} fields, the header {len(header)}"), stream.done()
+        elif fields:  # an empty line is no record
+            yield lines.first, tuple(fields[column] for column in columns), stream.done()
 
 
 def _records(reader: Any, lines: _Lines) -> Iterator[list[str] | Broken]:

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cordee.data.readers.chunk import MISSING, Chunk, table_chunks
-from cordee.errors import Problem, ProblemError
+from cordee.data.readers.chunk import MISSING, Chunk, missing_columns, numbered, table_chunks
+from cordee.errors import Problem, ProblemError, raise_all
 from cordee.files import read_json
 
 _OPTION = "--hf-datasets-params"
@@ -29,28 +29,32 @@ def read_params(path: Path) -> dict[str, Any]:
     return params
 
 
-def read(params: dict[str, Any], keys: Sequence[str], option: str = _OPTION) -> Iterator[Chunk]:
+def read(params: dict[str, Any], keys: Sequence[str]) -> Iterator[Chunk]:
     """The chunks of the dataset (of its split "train", if it has several)."""
     try:
         import datasets
     except ImportError as error:
         why = "it needs the library `datasets`, which is not installed"
-        raise ProblemError([Problem(option, None, why, 'pip install "cordee[datasets]"')]) from error
+        raise ProblemError(
+            [Problem(_OPTION, None, why, 'pip install "cordee[datasets]"', "missing", limit="datasets")]
+        ) from error
     try:
         loaded = datasets.load_dataset(**params)
-    except Exception as error:  # what it raises hangs on the dataset
+    except Exception as error:  # its errors depend on the dataset
         why = f"the dataset cannot be loaded: {type(error).__name__}: {error}"
-        raise ProblemError([Problem(option, params, why, "correct the arguments of load_dataset")]) from error
+        raise ProblemError(
+            [Problem(_OPTION, params, why, "correct the arguments of load_dataset", "unreadable")]
+        ) from error
     if isinstance(loaded, dict):
         if "train" not in loaded:
             why = f"it has the splits {', '.join(loaded)} and no train"
-            raise ProblemError([Problem(option, params, why, 'choose one: "split": ...')])
+            raise ProblemError([Problem(_OPTION, params, why, 'choose one: "split": ...')])
         loaded = loaded["train"]
     name = str(params.get("path", "dataset"))
     if loaded.column_names:
-        _check_columns(name, loaded.column_names, keys)
+        raise_all(missing_columns(name, keys, loaded.column_names))
         loaded = loaded.select_columns(list(keys))
-    yield from table_chunks(name, _rows(loaded, keys))
+    yield from table_chunks(name, numbered(_rows(loaded, keys)))
 
 
 def _rows(loaded: Any, keys: Sequence[str]) -> Iterator[tuple[tuple[object, ...], float]]:
@@ -61,9 +65,3 @@ def _rows(loaded: Any, keys: Sequence[str]) -> Iterator[tuple[tuple[object, ...]
         count += size
         columns = [batch.get(key, [MISSING] * size) for key in keys]
         yield from ((row, count / total if total else 0.0) for row in zip(*columns, strict=True))
-
-
-def _check_columns(name: str, columns: Sequence[str], keys: Sequence[str]) -> None:
-    if missing := [key for key in keys if key not in columns]:
-        why = f"{name} has no such column; it has {', '.join(columns)}"
-        raise ProblemError([Problem("--json-keys", key, why, "give the names of its columns") for key in missing])

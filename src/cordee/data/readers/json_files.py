@@ -1,7 +1,7 @@
 """JSON: one object a line (.jsonl, .json), one array of objects, or objects one after the other (.json).
 
 Owns finding where objects begin and end, without reading a file whole and without parsing, which is the workers'.
-Which of the forms a .json has is told by its beginning: `[` is an array, and a first line that is only `{` means that
+The beginning of a .json shows its form: `[` is an array, and a first line that is only `{` means that
 objects take several lines.
 """
 
@@ -14,40 +14,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from cordee.data.readers.chunk import (
-    CHUNK_BYTES,
-    MAX_RECORD_BYTES,
-    MISSING,
-    Broken,
-    Chunk,
-    Invalid,
-    InvalidChunk,
-    Row,
-    too_large,
-    valid_rows,
-)
+from cordee.data.readers.chunk import CHUNK_BYTES, MAX_RECORD_BYTES, MISSING, Broken, Chunk, LargeRecord, too_large
 from cordee.data.readers.stream import BOM, line_blocks, open_stream
 from cordee.errors import Problem, ProblemError
 
 EXTENSIONS = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
-_START = 1 << 16  # bytes that tell the form of a file
+_START = 1 << 16  # bytes that show the form of a file
 
 
 @dataclass(frozen=True, kw_only=True)
 class JsonChunk(Chunk):
     """Values, not yet parsed, each with the number of its line (`unit` "line") or its own (`unit` "record")."""
 
-    source: str
     unit: str
     first: int
     objects: bytes | list[bytes | None]  # whole lines, or one value each, None for one that is too large
 
-    def rows(self, keys: Sequence[str]) -> tuple[list[Row], list[Invalid]]:
+    def records(self, keys: Sequence[str]) -> Iterator[tuple[str, Sequence[object] | Broken]]:
         texts = self.objects.split(b"\n") if isinstance(self.objects, bytes) else self.objects
-        numbered = (
-            (self.first + i, text) for i, text in enumerate(texts) if text is None or (text and not text.isspace())
-        )
-        return valid_rows(keys, ((f"{self.source}: {self.unit} {n}", _values(text, keys)) for n, text in numbered))
+        for number, text in enumerate(texts, self.first):
+            if text is None or text.strip():
+                yield f"{self.unit} {number}", _values(text, keys)
 
 
 def read(path: Path, keys: Sequence[str]) -> Iterator[Chunk]:
@@ -76,23 +63,19 @@ def _lines(path: Path) -> Iterator[Chunk]:
     with open_stream(path) as stream:
         for block, number in line_blocks(stream.file, b"\n"):
             if block is None:
-                yield InvalidChunk(record=Invalid(f"{path}: line {number}", too_large()), done=stream.done())
+                yield LargeRecord(source=str(path), place=f"line {number}", done=stream.done())
             else:
                 lines = block.removeprefix(BOM) if number == 1 else block
                 yield JsonChunk(source=str(path), unit="line", first=number, objects=lines, done=stream.done())
 
 
 def _start(path: Path) -> bytes:
-    """The first line that is not blank, or what of it tells the form of the file."""
+    """The first line that is not blank, or as much of it as shows the form of the file."""
     start = b""
     with open_stream(path) as stream:
         while not start and (block := stream.file.read(_START)):
             start = block.removeprefix(BOM).lstrip()
         return start + stream.file.readline(_START)
-
-
-def _is_blank(text: bytes | None) -> bool:
-    return text is not None and (not text or text.isspace())
 
 
 def _values(text: bytes | None, keys: Sequence[str]) -> Sequence[object] | Broken:
@@ -143,13 +126,15 @@ class _Scanner:
         while more:
             yield self._value()
             mark = self._next()
+            if not mark:
+                raise self._truncated()
             if mark not in (b",", b"]"):
-                raise self._problem("a comma or the closing bracket is missing" if mark else "")
+                raise self._problem("separator", "a comma or the closing bracket is missing")
             if more := mark == b",":
                 self._take()
         self._take()
         if self._next():
-            raise self._problem("there is more behind the end of the array")
+            raise self._problem("trailing", "there is more behind the end of the array")
 
     def sequence(self) -> Iterator[bytes | None]:
         """Values with nothing but white space between them."""
@@ -159,7 +144,7 @@ class _Scanner:
 
     def _value(self) -> bytes | None:
         if self._next() in (b",", b"]", b"}"):
-            raise self._problem(f"{self._next().decode()!r} stands where a value should")
+            raise self._problem("value", f"{self._next().decode()!r} stands where a value should")
         kept = bytearray()
         size = 0
         for piece in self._pieces():
@@ -214,7 +199,7 @@ class _Scanner:
 
     def _take(self) -> bytes:
         if not self._more():
-            raise self._problem("")
+            raise self._truncated()
         self._place += 1
         return self._block[self._place - 1 : self._place]
 
@@ -225,12 +210,14 @@ class _Scanner:
             self._block, self._place = self._file.read(CHUNK_BYTES), 0
         return bool(self._block)
 
-    def _problem(self, why: str) -> ProblemError:
-        """What is wrong here, and where that is; if nothing, the file ends too early."""
+    def _truncated(self) -> ProblemError:
+        return self._problem("truncated", f"the file ends inside {self._inside}: it is cut off or lacks a bracket")
+
+    def _problem(self, kind: str, why: str) -> ProblemError:
+        """What is wrong here, and where that is."""
         line = self._lines + self._block.count(b"\n", 0, self._place)
-        why = why or f"the file ends inside {self._inside}, so it is cut off or a bracket is missing"
-        fix = "copy it again, or write one object a line"
-        return ProblemError([Problem("--input", self._path, f"line {line}, after record {self._values}: {why}", fix)])
+        why, fix = f"after record {self._values}: {why}", "copy it again, or write one object a line"
+        return ProblemError([Problem("--input", f"{self._path}:{line}", why, fix, kind, limit=self._values)])
 
 
 def _end(pattern: re.Pattern[bytes], block: bytes, place: int) -> int:

@@ -20,7 +20,7 @@ BOM = b"\xef\xbb\xbf"
 
 
 class ByteStream:
-    """A file's bytes, unpacked if its name ends in .gz, and how much of the file is read."""
+    """A file's bytes, decompressed if its name ends in .gz, and how much of the file is read."""
 
     def __init__(self, path: Path, raw: IO[bytes], file: IO[bytes]):
         self._size = max(path.stat().st_size, 1)
@@ -31,7 +31,7 @@ class ByteStream:
         """The file as text: UTF-8 without a byte order mark, whose lines end in LF, CR LF or CR and nothing else.
 
         With `newline` None each of these reads as LF. Bytes that are no UTF-8 become lone surrogates, which
-        `valid_rows` finds.
+        `Chunk.rows` finds.
         """
         return io.TextIOWrapper(self.file, "utf-8-sig", "surrogateescape", newline=newline)  # type: ignore[arg-type]
 
@@ -49,9 +49,8 @@ def open_stream(path: Path) -> Iterator[ByteStream]:
                 raise EOFError("it is empty, which no gzip file is")
             yield ByteStream(path, raw, file)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise ProblemError(
-                [Problem("--input", path, f"it cannot be unpacked: {error}", "copy it again")]
-            ) from error
+            why = f"it cannot be decompressed: {error}"
+            raise ProblemError([Problem("--input", path, why, "copy it again", "corrupt")]) from error
 
 
 def line_blocks(file: Any, end: AnyStr) -> Iterator[tuple[AnyStr | None, int]]:

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from cordee.data.batch import Batch
     from cordee.data.gpt_dataset import Dataset
     from cordee.data.loader import Collate
-    from cordee.data.tokenizer import Tokenizer
     from cordee.model.head import Head
     from cordee.parallel.execution import Frozen, LossParts, Reduce
+    from cordee.tokenizer import Tokenizer
     from cordee.weights.codec import Source
 
 B = TypeVar("B", bound="Batch")

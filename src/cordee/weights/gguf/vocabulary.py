@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cordee.config.schema import TokenizerOptions
-from cordee.data.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
-from cordee.data.tokenizer.compare import added_tokens, differences
-from cordee.data.tokenizer.special import SpecialTokens, read_json, read_special_tokens
 from cordee.errors import Problem, ProblemError
 from cordee.files import left_out
 from cordee.log import logger
+from cordee.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
+from cordee.tokenizer.compare import added_tokens, differences
+from cordee.tokenizer.special import SpecialTokens, read_json, read_special_tokens
 
 if TYPE_CHECKING:
     import tokenizers
@@ -185,7 +185,7 @@ def _of_pieces(directory: Path, words: Mapping[int, str]) -> dict[str, Any]:
     if not (directory / "tokenizer.model").is_file():
         why, fix = "it has neither a tokenizer.json nor a tokenizer.model", "save it with a tokenizer.json"
         raise ProblemError([Problem("tokenizer", directory, why, fix)])
-    from cordee.data.tokenizer.spm import read_model
+    from cordee.tokenizer.spm import read_model
 
     model = read_model(directory / "tokenizer.model", "tokenizer")
     scores = [float(model.get_score(i)) for i in range(model.vocab_size())]

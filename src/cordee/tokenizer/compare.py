@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cordee.data.tokenizer.base import Tokenizer
-from cordee.data.tokenizer.special import MATCHING, read_json, read_special_tokens
+from cordee.tokenizer.base import Tokenizer
+from cordee.tokenizer.special import MATCHING, read_json, read_special_tokens
 
 _PLACES = ("{}", "{}{}", " {} ", "a{}b", "a {} b", "a{} b", "1\n{}\n")
 

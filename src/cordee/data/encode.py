@@ -5,14 +5,14 @@ Owns what becomes of each record: its tokens, or the reason why it is left out. 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
 
-from cordee.data.readers.chunk import Chunk, Invalid, Row
-from cordee.data.tokenizer import Tokenizer
+from cordee.data.readers.chunk import Chunk, Invalid
+from cordee.tokenizer import Tokenizer
 
 EMPTY, TOO_LONG, INVALID = "empty text", "too long", "invalid"
 
@@ -27,19 +27,20 @@ class Column:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tokenized:
-    """A chunk's documents by key, and what was left out. `text_bytes` counts all text as UTF-8."""
+class Encoded:
+    """A chunk's documents by key, and how many records were left out for which reason. `text_bytes` counts all text as
+    UTF-8."""
 
     columns: dict[str, Column]
     records: int
     text_bytes: int
     done: float
     invalid: list[Invalid]
-    left_out: dict[str, int] = field(default_factory=dict)
+    left_out: dict[str, int]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class Encode:
     """How chunks are tokenized.
 
     An empty text is no document; with several keys the others of its record stay. A record of which any text has
@@ -51,47 +52,34 @@ class Job:
     eod: int | None = None
     seq_length: int | None = None
 
-    def __call__(self, chunk: Chunk) -> Tokenized:
+    def __call__(self, chunk: Chunk) -> Encoded:
         rows, invalid = chunk.rows(self.keys)
-        left_out = {INVALID: len(invalid), EMPTY: 0, TOO_LONG: 0}
         documents = {key: self._encode([row[i] for row in rows]) for i, key in enumerate(self.keys)}
+        kept = [True] * len(rows)
         if self.seq_length is not None:
-            longest = [max(map(len, record), default=0) for record in zip(*documents.values(), strict=True)]
-            kept = [length < self.seq_length for length in longest]
-            left_out[TOO_LONG] = kept.count(False)
+            kept = [max(map(len, record)) < self.seq_length for record in zip(*documents.values(), strict=True)]
             documents = {
                 key: [ids for ids, keep in zip(batch, kept, strict=True) if keep] for key, batch in documents.items()
             }
-        left_out[EMPTY] = sum(not ids for batch in documents.values() for ids in batch)
-        return Tokenized(
+        empty = sum(not ids for batch in documents.values() for ids in batch)
+        return Encoded(
             columns={key: _column(batch) for key, batch in documents.items()},
             records=len(rows) + len(invalid),
-            text_bytes=_text_bytes(rows),
+            text_bytes=sum(len(text) if text.isascii() else len(text.encode()) for row in rows for text in row),
             done=chunk.done,
             invalid=invalid,
-            left_out=left_out,
+            left_out={INVALID: len(invalid), EMPTY: empty, TOO_LONG: kept.count(False)},
         )
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text; none for an empty one, whatever a tokenizer would put around it."""
         encoded = iter(self.tokenizer.encode_batch([text for text in texts if text]))
-        documents = [next(encoded) if text else [] for text in texts]
-        if self.eod is not None:
-            for ids in documents:
-                if ids:
-                    ids.append(self.eod)
-        return documents
+        end = [] if self.eod is None else [self.eod]
+        # A tokenizer may find no token in a text that is not empty: then it is no document either.
+        return [ids + end if text and (ids := next(encoded)) else [] for text in texts]
 
 
 def _column(documents: list[list[int]]) -> Column:
     lengths = [len(ids) for ids in documents if ids]
     tokens = np.fromiter(chain.from_iterable(documents), np.int32, sum(lengths))
-    return Column(
-        tokens=tokens,
-        lengths=np.asarray(lengths, np.int32),
-        max_token=int(tokens.max(initial=-1)),
-    )
-
-
-def _text_bytes(rows: list[Row]) -> int:
-    return sum(len(text) if text.isascii() else len(text.encode()) for row in rows for text in row)
+    return Column(tokens=tokens, lengths=np.asarray(lengths, np.int32), max_token=int(tokens.max(initial=-1)))

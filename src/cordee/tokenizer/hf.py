@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cordee.data.tokenizer.base import Tokenizer
-from cordee.data.tokenizer.matching import library_token
-from cordee.data.tokenizer.special import (
+from cordee.errors import Problem, ProblemError, raise_all
+from cordee.tokenizer.base import Tokenizer
+from cordee.tokenizer.matching import library_token
+from cordee.tokenizer.special import (
     AROUND,
     NAMES,
     Arguments,
@@ -25,7 +26,6 @@ from cordee.data.tokenizer.special import (
     report_deviations,
     save_directory,
 )
-from cordee.errors import Problem, ProblemError, raise_all
 
 if TYPE_CHECKING:
     import tokenizers
@@ -60,7 +60,7 @@ class HFTokenizer(Tokenizer):
         # It would take spaces of the text away from what BPE gives back exactly, so there it has no effect.
         cleans_up = special.switches.get("clean_up_tokenization_spaces", False)
         self._cleans_up = cleans_up and backend.model.__class__.__name__ != "BPE"
-        if special.said.keys() & set(AROUND):
+        if special.arguments.keys() & set(AROUND):
             self._put_around()
 
     @property
@@ -85,8 +85,8 @@ class HFTokenizer(Tokenizer):
     def save(self, directory: str | Path) -> None:
         target = Path(directory)
         if self._directory is not None:
-            save_directory(self._directory, target, self._special.said)
-            if (target / "tokenizer.json").is_file() and self._special.said.keys() & set(AROUND):
+            save_directory(self._directory, target, self._special.arguments)
+            if (target / "tokenizer.json").is_file() and self._special.arguments.keys() & set(AROUND):
                 # What goes around a text stands in this file, whatever the config says.
                 self._backend.save(str(target / "tokenizer.json"))
             return
@@ -96,7 +96,7 @@ class HFTokenizer(Tokenizer):
         (target / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     def _put_around(self) -> None:
-        """Add bos before and eos after every text, or not, as the arguments say and else as now."""
+        """Add bos before and eos after every text, or not, as the arguments set it and else as now."""
         from tokenizers.processors import TemplateProcessing
 
         added_now = self.encode("")
@@ -158,7 +158,7 @@ def from_transformers(directory: Path, arguments: Arguments) -> HFTokenizer:
         tokenizer = AutoTokenizer.from_pretrained(
             str(directory), trust_remote_code=False, local_files_only=True, **arguments
         )
-    except Exception as error:  # what it raises hangs on the format
+    except Exception as error:  # its errors depend on the format
         why = f"there is no tokenizer that can be read: {error}"
         fix = "give a directory with tokenizer.json, tokenizer.model, or vocab.json and merges.txt"
         raise ProblemError([Problem("--tokenizer-name-or-path", directory, why, fix)]) from error
@@ -174,7 +174,7 @@ def from_transformers(directory: Path, arguments: Arguments) -> HFTokenizer:
 
 def _add_tokens(backend: tokenizers.Tokenizer, special: SpecialTokens) -> None:
     """Make text match the tokens of the directory; those that the vocabulary lacks get the next ids. How a token is
-    matched is said by the config, else by the file, else by its role.
+    matched is set by the config, else by the file, else by its role.
 
     Raises `ProblemError` if the vocabulary has another id for a token than its neighbours state.
     """
@@ -211,7 +211,7 @@ def _deviations(backend: tokenizers.Tokenizer, special: SpecialTokens) -> Iterat
         yield "add_prefix_space is ignored: tokenizer.json says how text begins"
     if special.switches.get("do_lower_case") and plain("X") != plain("x"):
         yield "do_lower_case is ignored: tokenizer.json says how text is normalized"
-    if special.said.keys() & set(AROUND):
+    if special.arguments.keys() & set(AROUND):
         yield "of add_bos_token and add_eos_token, the one that is not given stays as in tokenizer.json"
 
 

@@ -1,6 +1,6 @@
 """A function applied to a stream of items by several processes, results in the order of the items.
 
-Owns the processes: how many items are under way, that none outlives its parent, and that one that dies is reported.
+Owns the processes: how many items are in flight, that none outlives its parent, and that one that dies is reported.
 Knows nothing of what the function does.
 """
 
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from cordee.errors import Problem, ProblemError
 
@@ -28,48 +28,39 @@ _AHEAD = 3  # items per process that are waiting or done: enough that none idles
 _SERIAL = "TOKENIZERS_PARALLELISM"
 
 
-class Workers(Generic[Item, Result]):
-    """`processes` processes that apply `function`, which is sent to each of them once; one process is this one.
-
-    They start with the context manager, so that this program's own threads can start after them.
+@contextmanager
+def process_map(
+    function: Callable[[Item], Result], processes: int
+) -> Iterator[Callable[[Iterable[Item]], Iterator[Result]]]:
+    """What applies `function`, which is sent to each process once, to every item in order, with a bounded number of
+    items in flight; one process is this one. The processes start here, so that this program's own threads can start
+    after them. The iteration raises `ProblemError` if a process dies.
     """
+    if processes == 1:
+        with _one_thread():
+            yield lambda items: map(function, items)
+        return
+    context = multiprocessing.get_context(_start_method())
+    pool = ProcessPoolExecutor(processes, context, _prepare, (function,))
+    pool.submit(int)  # the pool starts its processes with its first task
+    try:
+        yield lambda items: _map(pool, processes, items)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
-    def __init__(self, function: Callable[[Item], Result], processes: int):
-        self.function = function
-        self.processes = processes
-        self._pool: ProcessPoolExecutor | None = None
 
-    def __enter__(self) -> Workers[Item, Result]:
-        if self.processes > 1:
-            context = multiprocessing.get_context(_start_method())
-            self._pool = ProcessPoolExecutor(self.processes, context, _prepare, (self.function,))
-            self._pool.submit(int)  # the pool starts its processes with its first task
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-
-    def map(self, items: Iterable[Item]) -> Iterator[Result]:
-        """`function(item)` for every item, in order, with a bounded number of items under way.
-
-        Raises `ProblemError` if a process dies.
-        """
-        if self._pool is None:
-            with _one_thread():
-                yield from map(self.function, items)
-            return
-        under_way: deque[Future[Any]] = deque()
-        try:
-            for item in items:
-                under_way.append(self._pool.submit(_apply, item))
-                if len(under_way) >= self.processes * _AHEAD:
-                    yield under_way.popleft().result()
-            while under_way:
-                yield under_way.popleft().result()
-        except BrokenProcessPool as error:
-            why = "one of the processes was killed or could not start, perhaps because memory ran out"
-            raise ProblemError([Problem("--workers", self.processes, why, "start again with fewer")]) from error
+def _map(pool: ProcessPoolExecutor, processes: int, items: Iterable[Any]) -> Iterator[Any]:
+    in_flight: deque[Future[Any]] = deque()
+    try:
+        for item in items:
+            in_flight.append(pool.submit(_apply, item))
+            if len(in_flight) >= processes * _AHEAD:
+                yield in_flight.popleft().result()
+        while in_flight:
+            yield in_flight.popleft().result()
+    except BrokenProcessPool as error:
+        why = "one of the processes was killed or could not start, perhaps because memory ran out"
+        raise ProblemError([Problem("--workers", processes, why, "start again with fewer")]) from error
 
 
 def _start_method() -> str:

@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 
 from cordee.config.schema import TokenizerOptions
-from cordee.data.tokenizer import Tokenizer, load_tokenizer, tik
 from cordee.errors import ProblemError
+from cordee.tokenizer import Tokenizer, load_tokenizer, tik
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. The dog doesn't mind at all, and sleeps on.",

@@ -25,7 +25,7 @@ EXTRA = ("extra_special_tokens", "additional_special_tokens")
 SWITCHES = ("legacy", "add_prefix_space", "split_special_tokens", "clean_up_tokenization_spaces", "do_lower_case")
 IGNORED = ("sp_model_kwargs", "fix_mistral_regex")
 MATCHING = ("lstrip", "rstrip", "single_word", "normalized")
-# What of a model directory belongs to the tokenizer and travels with it.
+# What of a model directory belongs to the tokenizer and is copied with it.
 FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -62,8 +62,8 @@ class SpecialTokens:
     the tokens whose ids the files state, in the order of those (`in_config`: tokenizer_config.json states them, and so
     how they are matched), `roles` how the named ones are matched, `extra` further special tokens (`lists_extra`: a file
     has a list of them, be it empty), `absent` the roles that the config says no token has, `flags` whether bos and eos
-    go around a text and `switches` the other settings that change ids (absent: not said), `notes` what of the files
-    is ignored or read otherwise than `transformers` does, `said` the arguments themselves.
+    go around a text and `switches` the other settings that change ids (absent: not set), `notes` what of the files
+    is ignored or read otherwise than `transformers` does, `arguments` those of the user.
     """
 
     named: Mapping[str, str] = field(default_factory=dict)
@@ -78,7 +78,7 @@ class SpecialTokens:
     switches: Mapping[str, bool] = field(default_factory=dict)
     tokenizer_class: str = ""
     notes: tuple[str, ...] = ()
-    said: Arguments = field(default_factory=dict)
+    arguments: Arguments = field(default_factory=dict)
 
     def id(self, role: str, vocabulary: Mapping[str, int]) -> int | None:
         """Id of the token in the role `role` ("bos", "eos", "pad"); named tokens are in the vocabulary."""
@@ -157,7 +157,7 @@ def read_special_tokens(directory: Path, arguments: Arguments) -> SpecialTokens:
         switches=switches,
         tokenizer_class=str(config.get("tokenizer_class") or "").removesuffix("Fast"),
         notes=tuple(notes),
-        said=dict(arguments),
+        arguments=dict(arguments),
     )
 
 
@@ -309,7 +309,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def copy_files(source: Path, target: Path, said: Arguments) -> None:
+def copy_files(source: Path, target: Path, arguments: Arguments) -> None:
     """Copy the tokenizer's files, with the user's arguments written into its config.
 
     ProblemError for files that must not be copied: without one of them the others are another tokenizer.
@@ -321,23 +321,23 @@ def copy_files(source: Path, target: Path, said: Arguments) -> None:
         Problem("tokenizer", path, why, "put the file itself in the link's place") for path, why in reasons if why
     )
     files.copy_files(found, target)
-    if said:
+    if arguments:
         path = target / "tokenizer_config.json"
-        config = read_json(path) | dict(said)
+        config = read_json(path) | dict(arguments)
         files.write_durably(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
-def save_directory(source: Path, target: Path, said: Arguments) -> None:
-    """Copy the tokenizer's files so that the copy says what the user's arguments said."""
-    copy_files(source, target, said)
+def save_directory(source: Path, target: Path, arguments: Arguments) -> None:
+    """Copy the tokenizer's files with the user's arguments in the copy."""
+    copy_files(source, target, arguments)
     older = target / "special_tokens_map.json"
-    named = {name: said[name] for name in NAMES if name in said}
+    named = {name: arguments[name] for name in NAMES if name in arguments}
     if named and older.is_file():  # without added_tokens_decoder this file comes before the config
         content = read_json(older) | named
         files.write_durably(older, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def report_deviations(directory: Path, special: SpecialTokens, deviations: Iterable[str]) -> None:
-    """Say once where the ids of a directory's tokenizer are not those of `transformers` 5, and why."""
+    """Log once where the ids of a directory's tokenizer are not those of `transformers` 5, and why."""
     if deviations := [*special.notes, *deviations]:
         logger.info("tokenizer %s, where it differs from transformers 5: %s", directory, "; ".join(deviations))

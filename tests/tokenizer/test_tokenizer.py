@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from cordee.config.schema import TokenizerOptions
-from cordee.data.tokenizer import Tokenizer, check_tokenizer, holds_tokenizer, load_tokenizer, tik
-from cordee.data.tokenizer.matching import Matcher
-from cordee.data.tokenizer.special import AddedToken
 from cordee.errors import ProblemError
+from cordee.tokenizer import Tokenizer, check_tokenizer, holds_tokenizer, load_tokenizer, tik
+from cordee.tokenizer.matching import Matcher
+from cordee.tokenizer.special import AddedToken
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. The dog doesn't mind at all, and sleeps on.",

@@ -13,8 +13,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cordee.data.tokenizer.matching import Matcher, MatchingTokenizer
-from cordee.data.tokenizer.special import (
+from cordee.errors import Problem, ProblemError, raise_all
+from cordee.files import copy_file, read_json
+from cordee.log import logger
+from cordee.tokenizer.matching import Matcher, MatchingTokenizer
+from cordee.tokenizer.special import (
     AddedToken,
     Arguments,
     SpecialTokens,
@@ -23,9 +26,6 @@ from cordee.data.tokenizer.special import (
     save_directory,
     unique,
 )
-from cordee.errors import Problem, ProblemError, raise_all
-from cordee.files import copy_file, read_json
-from cordee.log import logger
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -103,7 +103,7 @@ class TikTokenizer(MatchingTokenizer):
         add_eos: bool = False,
         type: str,
         source: Path,
-        said: Arguments | None = None,
+        arguments: Arguments | None = None,
     ):
         import tiktoken
 
@@ -121,7 +121,7 @@ class TikTokenizer(MatchingTokenizer):
         self._before = [bos] if add_bos and bos is not None else []
         self._after = [eos] if add_eos and eos is not None else []
         self._source = source
-        self._said = dict(said or {})
+        self._arguments = dict(arguments or {})
         self.vocab_size = self._encoding.n_vocab
 
     @property
@@ -153,7 +153,7 @@ class TikTokenizer(MatchingTokenizer):
     def save(self, directory: str | Path) -> None:
         target = Path(directory)
         if self._source.is_dir():
-            save_directory(self._source, target, self._said)
+            save_directory(self._source, target, self._arguments)
             return
         target.mkdir(parents=True, exist_ok=True)
         if self._source.suffix == ".json":
@@ -187,30 +187,30 @@ def from_file(path: Path) -> TikTokenizer:
 def from_directory(directory: Path, path: Path, arguments: Arguments) -> TikTokenizer:
     """The tokenizer of a Hugging Face directory whose vocabulary is the file of ranks `path`; its config names the
     special tokens, and where it names none the known ones are taken."""
-    said = read_special_tokens(directory, arguments)
+    config = read_special_tokens(directory, arguments)
     ranks = read_ranks(path, "--tokenizer-name-or-path")
     kind = _kind(ranks, path, "--tokenizer-name-or-path")
-    special = _with_ids(ranks, kind, said, path)
-    report_deviations(directory, said, _deviations(kind, said))
+    special = _with_ids(ranks, kind, config, path)
+    report_deviations(directory, config, _deviations(kind, config))
     ids = {token.content: i for i, token in special.items()}
-    bos, eos = said.id("bos", ids), said.id("eos", ids)
+    bos, eos = config.id("bos", ids), config.id("eos", ids)
     return TikTokenizer(
         ranks,
         special,
         kind.pattern,
         bos=ids.get(kind.bos or "") if bos is None else bos,
         eos=ids.get(kind.eos) if eos is None else eos,
-        pad=said.id("pad", ids),
-        split_special=said.switches.get("split_special_tokens", False),
-        add_bos=said.flags.get("add_bos_token", False),
-        add_eos=said.flags.get("add_eos_token", False),
+        pad=config.id("pad", ids),
+        split_special=config.switches.get("split_special_tokens", False),
+        add_bos=config.flags.get("add_bos_token", False),
+        add_eos=config.flags.get("add_eos_token", False),
         type="PretrainedFromHF",
         source=directory,
-        said=said.said,
+        arguments=config.arguments,
     )
 
 
-def _with_ids(ranks: Mapping[bytes, int], kind: _Kind, said: SpecialTokens, path: Path) -> dict[int, AddedToken]:
+def _with_ids(ranks: Mapping[bytes, int], kind: _Kind, config: SpecialTokens, path: Path) -> dict[int, AddedToken]:
     """The added tokens by id. As in `transformers`, those of the files are all special, ids that are left out get
     tokens that nothing is written like, and further tokens come before those with a role."""
     letters = _byte_letters()
@@ -219,11 +219,11 @@ def _with_ids(ranks: Mapping[bytes, int], kind: _Kind, said: SpecialTokens, path
     why = f"{path.name} has another token with this id, or this token with another id"
     raise_all(
         Problem("added tokens", f"{token.content} = {token.id}", why, "correct the id")
-        for token in said.stated
+        for token in config.stated
         if token.id is not None
         and (words.get(token.id, token.content) != token.content or own.get(token.content, token.id) != token.id)
     )
-    special = {token.id: replace(token, special=True) for token in said.stated if token.id is not None}
+    special = {token.id: replace(token, special=True) for token in config.stated if token.id is not None}
     if not special:
         special = {len(ranks) + i: AddedToken(content) for i, content in enumerate(kind.special)}
     if (largest := max(special)) - len(ranks) > _MOST_GAPS:
@@ -232,19 +232,19 @@ def _with_ids(ranks: Mapping[bytes, int], kind: _Kind, said: SpecialTokens, path
     for i in range(len(ranks), largest):
         special.setdefault(i, AddedToken(f"<|reserved_token_{i}|>"))
     known = {token.content for token in special.values()}
-    for token in unique([*said.extra, *said.roles]):
+    for token in unique([*config.extra, *config.roles]):
         if token.content not in known:
             special[own.get(token.content, max([len(ranks) - 1, *special]) + 1)] = token
     return special
 
 
-def _deviations(kind: _Kind, said: SpecialTokens) -> Iterator[str]:
+def _deviations(kind: _Kind, config: SpecialTokens) -> Iterator[str]:
     """Where ids are not those of `transformers` 5, and which settings have no effect beside a file of ranks."""
-    if not said.stated:
+    if not config.stated:
         yield "no file states its special tokens, so the known ones are taken; transformers 5 has none"
     if kind is not _LLAMA3:
         yield "text is cut as the model's own code cuts it; transformers 5 cuts every such file as Llama 3"
-    if said.switches.get("add_prefix_space"):
+    if config.switches.get("add_prefix_space"):
         yield "add_prefix_space is ignored: such a tokenizer has none"
 
 

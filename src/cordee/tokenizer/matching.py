@@ -11,8 +11,8 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from cordee.data.tokenizer.base import Tokenizer
-from cordee.data.tokenizer.special import MATCHING, AddedToken
+from cordee.tokenizer.base import Tokenizer
+from cordee.tokenizer.special import MATCHING, AddedToken
 
 if TYPE_CHECKING:
     import tokenizers

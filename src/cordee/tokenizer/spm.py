@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from cordee.data.tokenizer.matching import Matcher, MatchingTokenizer
-from cordee.data.tokenizer.special import (
+from cordee.errors import Problem, ProblemError, raise_all
+from cordee.tokenizer.matching import Matcher, MatchingTokenizer
+from cordee.tokenizer.special import (
     AddedToken,
     Arguments,
     SpecialTokens,
@@ -22,7 +23,6 @@ from cordee.data.tokenizer.special import (
     save_directory,
     unique,
 )
-from cordee.errors import Problem, ProblemError, raise_all
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -63,7 +63,7 @@ class SentencePieceTokenizer(MatchingTokenizer):
         add_bos: bool = False,
         add_eos: bool = False,
         directory: Path | None = None,
-        said: Arguments | None = None,
+        arguments: Arguments | None = None,
     ):
         self.type = type
         self.bos, self.eos = roles.bos, roles.eos
@@ -77,7 +77,7 @@ class SentencePieceTokenizer(MatchingTokenizer):
         self._before = [self.bos] if add_bos and self.bos is not None else []
         self._after = [self.eos] if add_eos and self.eos is not None else []
         self._directory = directory
-        self._said = dict(said or {})
+        self._arguments = dict(arguments or {})
         self.vocab_size = max([model.vocab_size() - 1, *self._matched]) + 1
 
     @property
@@ -133,7 +133,7 @@ class SentencePieceTokenizer(MatchingTokenizer):
     def save(self, directory: str | Path) -> None:
         target = Path(directory)
         if self._directory is not None:
-            save_directory(self._directory, target, self._said)
+            save_directory(self._directory, target, self._arguments)
             return
         target.mkdir(parents=True, exist_ok=True)
         (target / "tokenizer.model").write_bytes(self._model.serialized_model_proto())
@@ -198,7 +198,7 @@ def sentencepiece(path: Path) -> SentencePieceTokenizer:
 def from_directory(directory: Path, arguments: Arguments) -> SentencePieceTokenizer:
     """The tokenizer of a Hugging Face directory with a SentencePiece `tokenizer.model`: added tokens stand for
     themselves inside a text; bos and eos go around it as `tokenizer_config.json` says (Llama-class tokenizers add bos
-    if nothing is said)."""
+    if nothing is set)."""
     special = read_special_tokens(directory, arguments)
     model = read_model(directory / "tokenizer.model", "--tokenizer-name-or-path")
     own = _own_roles(model)
@@ -224,7 +224,7 @@ def from_directory(directory: Path, arguments: Arguments) -> SentencePieceTokeni
         add_bos=special.flags.get("add_bos_token", True),
         add_eos=special.flags.get("add_eos_token", False),
         directory=directory,
-        said=special.said,
+        arguments=special.arguments,
     )
 
 

@@ -11,10 +11,10 @@ from typing import TypeVar
 
 from cordee.config.option import to_flag
 from cordee.config.schema import TokenizerOptions
-from cordee.data.tokenizer import hf, special, spm, tik
-from cordee.data.tokenizer.base import Tokenizer
-from cordee.data.tokenizer.null import NullTokenizer
 from cordee.errors import Problem, raise_all
+from cordee.tokenizer import hf, special, spm, tik
+from cordee.tokenizer.base import Tokenizer
+from cordee.tokenizer.null import NullTokenizer
 
 __all__ = ["VOCABULARIES", "Tokenizer", "check_tokenizer", "holds_tokenizer", "is_vocabulary", "load_tokenizer"]
 
@@ -67,7 +67,7 @@ def check_tokenizer(options: TokenizerOptions, directory: str | None = None) -> 
         elif not Path(path).is_file():
             problems.append(Problem(to_flag(name), path, "there is no such file", "check the path"))
     if kind == "NullTokenizer" and options.vocab_size is None:
-        problems.append(Problem("--vocab-size", None, f"{kind} has only the vocabulary it is told", "give it"))
+        problems.append(Problem("--vocab-size", None, f"{kind} has no vocabulary of its own", "give it"))
     return problems
 
 

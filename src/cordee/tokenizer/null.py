@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from cordee.data.tokenizer.base import Tokenizer
 from cordee.errors import Problem, ProblemError
+from cordee.tokenizer.base import Tokenizer
 
 
 class NullTokenizer(Tokenizer):
