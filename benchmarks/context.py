@@ -100,7 +100,7 @@ def play(baton: Baton, rank: int, ranks: int, options: dict[str, Any], length: i
     from cordee.parallel import collectives
 
     total = collectives.sum_over(loss.detach(), layout) / weight
-    core = model.layers["0"].attention.core
+    core = model.layers["0"].attention.placement.core
     error = _error(core, layout, length)
     if ranks > 1:
         dist.barrier()  # no rank leaves while another still reads
@@ -140,15 +140,15 @@ def _batch(layout, config) -> tuple:
     random = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, VOCAB_SIZE, (1, config.seq_length + 1), generator=random)
     whole = Batch(tokens[:, :-1], tokens[:, 1:])
-    return context.share(whole, layout, config), whole.weight()
+    return context.share(whole, layout, config), whole.num_trained
 
 
 def _error(core, layout, length: int) -> float:
     """Largest difference of `core` to the dense reference, for a gradient from `CHECKED` queries."""
     import torch
 
-    from cordee.model.mask import AttentionMask
     from cordee.ops.attention import Scores, reference_attention
+    from cordee.ops.mask import AttentionMask
     from cordee.parallel import context
 
     random = torch.Generator().manual_seed(2)

@@ -102,7 +102,7 @@ def _block(num_experts: int, dispatch: Dispatch) -> MoE:
         vocab_size=1, hidden_size=HIDDEN, max_position_embeddings=TOKENS, layers=(layer,), final_norm=norm
     )
     block = MoE(config, model)
-    block.dispatch = dispatch
+    block.placement.replace("dispatch", "bench", dispatch)
     initialise(block, seed=0)
     return block
 

@@ -159,7 +159,7 @@ def play(rank: int, world_size: int, step: Step, unit: float, path: str) -> None
     from cordee.model.init import initialise
     from cordee.parallel import apply
     from cordee.parallel.degrees import degrees
-    from cordee.parallel.execution import Work
+    from cordee.parallel.execution import Criterion, Work
     from cordee.parallel.layout import Layout
     from cordee.parallel.pipeline.executor import PipelineExecutor
     from cordee.parallel.pipeline.split import divide
@@ -181,12 +181,12 @@ def play(rank: int, world_size: int, step: Step, unit: float, path: str) -> None
     model = apply.apply(model, layout, options, torch.device("cpu"))
     initialise(model, 1)
     _slow_down(model, unit, step.reduction * unit)
-    loss = objectives.registry()["pretrain"].loss
-    executor = PipelineExecutor(model, division, layout, options, torch.device("cpu"), loss)
+    criterion = Criterion(objectives.named("pretrain"), layout)
+    executor = PipelineExecutor(model, division, layout, options, torch.device("cpu"), criterion)
     random = torch.Generator().manual_seed(layout.data_rank)
     tokens = [torch.randint(VOCAB_SIZE, (size, LENGTH + 1), generator=random) for size in step.sizes]
     batches = [Batch(each[:, :-1].contiguous(), each[:, 1:].contiguous()) for each in tokens]
-    weights = [batch.weight() for batch in batches]
+    weights = [batch.num_trained for batch in batches]
     for _ in range(2):
         executor.train(Work(batches=batches, weights=weights, weight=sum(weights) * layout.data_size, scale=1.0))
 
@@ -206,6 +206,8 @@ def _slow_down(model: GPTModel, unit: float, reduction: float) -> None:
     from torch.autograd import Function
     from torch.distributed.fsdp import FSDPModule
 
+    from cordee.model.placement import Call
+
     class Sleep(Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor, seconds: float) -> Tensor:
@@ -218,8 +220,11 @@ def _slow_down(model: GPTModel, unit: float, reduction: float) -> None:
             time.sleep(2 * ctx.seconds)
             return grad, None
 
-    model.wrap_layers(lambda index, call: lambda x, context: Sleep.apply(call(x, context), unit * len(x)))
-    for layer in model.layers.values():
+    def slowed(inner: Call) -> Call:
+        return lambda forward, x, context: Sleep.apply(inner(forward, x, context), unit * len(x))
+
+    for layer in model.own_layers():
+        layer.placement.wrap("call", "bench", slowed)
         assert isinstance(layer, FSDPModule), "a pipeline has several ranks"
         if reduction:
             layer.set_all_reduce_hook(lambda grads: time.sleep(reduction))

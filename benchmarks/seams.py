@@ -207,14 +207,16 @@ def _layers(world_size: int) -> tuple[Callable[[], float], Callable[[], float]]:
     options = TrainConfig(seq_length=LENGTH, lr=1e-3, tensor_model_parallel_size=world_size)
     layout = Layout(degrees(options, world_size))
     model = GPTModel(_config(), device="meta")
-    sharding.share_out(model, layout)
-    tensor.apply(model, layout, sequence=False)
+    sharding.apply(model, layout, options)
+    tensor.apply(model, layout, options)
     materialise(model)
     initialise(model, 1)
     weights = {name: local_shard(p)[0].detach().clone().requires_grad_() for name, p in model.named_parameters()}
     x = torch.randn(BATCH, LENGTH, HIDDEN, generator=torch.Generator().manual_seed(0))
     angles = _angles(LENGTH)
-    context = model._context(x, torch.arange(LENGTH)[None], False, None, None, None)
+    _, context = model._inputs.prepare(
+        x, None, torch.arange(LENGTH)[None], None, None, None, None, True, model.placement
+    )
 
     def ours() -> float:
         hidden = x

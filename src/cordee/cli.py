@@ -8,7 +8,6 @@ a job's module only when the job runs, so that help and errors answer at once.
 from __future__ import annotations
 
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -21,20 +20,9 @@ from cordee import launch, log
 from cordee.config import check, render, schema
 from cordee.config.argv import Teaching
 from cordee.config.load import Loaded, load_as_far_as_possible
-from cordee.config.option import options_of, to_flag, to_key
 from cordee.config.spelling import nearest
 from cordee.errors import Problem, ProblemError, raise_all
 
-_MODEL = {option.name for option in options_of(schema.ModelOptions)}
-_TOKENIZER = {option.name for option in options_of(schema.TokenizerOptions)} | {"tokenizer"}
-_LAYOUT = {option.name for option in options_of(schema.ParallelOptions)} | {"processes"}
-
-# What a check finds of the second may come from a wrong value of the first, so that it is not reported.
-FOLLOWING = (
-    (_MODEL | {"load"}, _MODEL | _TOKENIZER | {"load", "model options", "seq_length"}),
-    (_TOKENIZER, _TOKENIZER),
-    (_LAYOUT, _LAYOUT),
-)
 INFERENCE_GRACE = 10.0  # seconds: processes that write or score have nothing to save
 
 
@@ -94,30 +82,26 @@ def _dispatch(argv: list[str]) -> int:
     except SystemExit as shown:  # by --help
         return int(shown.code or 0)
     if loaded.problems:
-        raise ProblemError([*loaded.problems, *_further(command, loaded)])
+        raise ProblemError([*loaded.problems, *further(command, loaded)])
     if loaded.print_config:
         print(render.to_yaml(loaded), end="")
         return 0
     return (command.start or _run)(command, loaded, argv)
 
 
-def _problems(command: Command, loaded: Loaded[Any]) -> list[Problem]:
+def problems(command: Command, loaded: Loaded[Any]) -> list[Problem]:
     """Everything that is wrong with the job as a whole."""
     return _load(command.check)(loaded.config) if command.check else []
 
 
-def _further(command: Command, loaded: Loaded[Any]) -> list[Problem]:
+def further(command: Command, loaded: Loaded[Any]) -> list[Problem]:
     """What is wrong besides options on their own, as far as these let it be seen."""
     config = loaded.config
     if isinstance(config, schema.TrainConfig) and not config.nproc_per_node and not launch.rank_info().launcher:
         loaded = loaded.derive(nproc_per_node=check.fewest_processes(config))  # no torch, to count devices, for this
-    doubtful = set(loaded.doubtful)
-    for causes, consequences in FOLLOWING:
-        if doubtful & causes:
-            doubtful |= consequences
-    named = re.compile("|".join(f"{to_flag(name)}(?![-\\w])" for name in sorted(loaded.doubtful)) or "(?!)")
-    found = [problem for problem in _problems(command, loaded) if to_key(problem.option) not in doubtful]
-    return render.with_origins([problem for problem in found if not named.search(problem.fix)], loaded)
+    doubtful = frozenset[str]().union(*(problem.names for problem in loaded.problems))
+    found = [problem for problem in problems(command, loaded) if not problem.names & doubtful]
+    return render.with_origins(found, loaded)
 
 
 def _run(command: Command, loaded: Loaded[Any], argv: Sequence[str]) -> int:
@@ -138,7 +122,7 @@ def _train(command: Command, loaded: Loaded[Any], argv: Sequence[str]) -> int:
     here = launch.rank_info()
     if here.launcher != launch.CORDEE:  # else the process that started this one has checked
         loaded = _with_processes(loaded)
-        _raise_all(_problems(command, loaded), loaded)
+        _raise_all(problems(command, loaded), loaded)
     processes = loaded.config.nproc_per_node
     if here.launcher or processes == 1:
         return _load(command.job)(loaded.config)
@@ -151,14 +135,14 @@ def _infer(command: Command, loaded: Loaded[Any], argv: Sequence[str]) -> int:
     processes = check.inference_processes(config)
     if processes == 1 or launch.rank_info().launcher:
         return _do(command, loaded)
-    _raise_all(_problems(command, loaded), loaded)
+    _raise_all(problems(command, loaded), loaded)
     return launch.spawn_local(argv, processes, grace_seconds=INFERENCE_GRACE)
 
 
 def _check(command: Command, loaded: Loaded[Any], argv: Sequence[str]) -> int:
     """Check as `train` does, and the contents of the data as its ranks do when they start; print what would run."""
     loaded = _with_processes(loaded)
-    _raise_all(_problems(command, loaded), loaded)
+    _raise_all(problems(command, loaded), loaded)
     print(f"ok\n\n{_summary(loaded.config)}\n\n# options that are not at their default\n{render.changes(loaded)}")
     return 0
 

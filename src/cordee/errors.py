@@ -1,33 +1,61 @@
-"""Problems that a user can mend: what is wrong, where, why, and what to do.
+"""Problems that a user can fix: what is wrong, where, why, and what to do.
 
-Owns the one error type that reaches a user as text instead of a traceback. Knows nothing of options or jobs.
+Owns the one error type that reaches a user as text instead of a traceback, and the laws between numbers that most
+checks are made of. Knows no option and no job.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import ClassVar, TypeVar
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Self, TypeAlias, TypeVar
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing a user has to mend.
+    """One thing a user has to fix.
 
-    `option` is the flag, key or file it is about, `value` what was given there, `why` what is wrong with it
-    and `fix` what to do instead.
+    `option` is the flag, key or file it is about, `value` what was given there. `why` says what is wrong with it and
+    `fix` what to do instead: prose for people, which nothing decides by.
+
+    kind: which law is broken, "invalid" for what is a case of its own; the functions below have the others.
+    involves: names of further options, a change of which may solve it too, or without which it is not known.
+    limit: what `value` was held against.
+    place: where the option was given, such as `run.yaml:3`, if not on the command line.
     """
 
     option: str
     value: object = field(hash=False)  # it may be anything that was given, a list too
     why: str
     fix: str
+    kind: str = "invalid"
+    involves: Collection[str] = field(default=(), hash=False)
+    limit: object = field(default=None, hash=False)
+    place: str = ""
+
+    @property
+    def subject(self) -> str:
+        """Name of the option: `seq_length` of `--seq-length`."""
+        return self.option.removeprefix("--").replace("-", "_")
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of all options that it is about."""
+        return frozenset((self.subject, *self.involves))
+
+    def involving(self, *names: str) -> Self:
+        """The same problem, about these options too."""
+        return replace(self, involves=(*self.involves, *names))
 
     def __str__(self) -> str:
+        place = f" ({self.place})" if self.place else ""
         value = "" if self.value is None else f" = {self.value}"
-        return f"{self.option}{value}\n    why: {self.why}\n    fix: {self.fix}"
+        return f"{self.option}{place}{value}\n    why: {self.why}\n    fix: {self.fix}"
+
+
+Problems: TypeAlias = Iterator[Problem]
 
 
 class ProblemError(ValueError):
@@ -64,12 +92,12 @@ class Findings:
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def attempt(self, function: Callable[[], T]) -> T | None:
-        """What `function` returns; None if it finds problems instead."""
+    def attempt(self, function: Callable[[], T], involves: Collection[str] = ()) -> T | None:
+        """What `function` returns; None if it finds problems instead, each of which is about `involves` too."""
         try:
             return function()
         except ProblemError as error:
-            self.problems += error.problems
+            self.problems += [problem.involving(*involves) for problem in error.problems]
             return None
 
 
@@ -77,3 +105,64 @@ def raise_all(problems: Iterable[Problem]) -> None:
     """Raise `ProblemError` with all `problems` if there are any."""
     if problems := list(problems):
         raise ProblemError(problems)
+
+
+def unique(problems: Iterable[Problem]) -> list[Problem]:
+    """Of problems that say the same, one law about one option in whatever words, the first."""
+    found: dict[object, Problem] = {}
+    for problem in problems:
+        law = (problem.subject, problem.kind, str(problem.limit))
+        found.setdefault(problem if problem.kind == "invalid" else law, problem)
+    return list(found.values())
+
+
+# ---- laws ------------------------------------------------------------------------------------------------------------
+# Each yields a problem where it is broken. `what` says what a number counts, `involves` names other options in it,
+# `instead` is what else would do.
+
+
+def divides(option: str, value: int, number: int, what: str, *involves: str, instead: str = "") -> Problems:
+    """`value` must divide `number`."""
+    if number % value:
+        why, fix = f"{number} {what} are not divisible by {value}", _or(f"give a divisor of {number}", instead)
+        yield Problem(option, value, why, fix, "divides", involves, number)
+
+
+def divisible(option: str, value: int, by: int, what: str, *involves: str, instead: str = "") -> Problems:
+    """`value` must be a multiple of `by`."""
+    if value % by:
+        fix = _or(f"give a multiple of {by}, such as {-(-value // by) * by}", instead)
+        yield Problem(option, value, f"{value} is not divisible by {by} = {what}", fix, "divisible", involves, by)
+
+
+def at_most(
+    option: str, value: float | None, limit: float | None, what: str, *involves: str, instead: str = ""
+) -> Problems:
+    """`value`, where it is given, must not be above `limit`, where there is one."""
+    if value is not None and limit is not None and value > limit:
+        fix = _or(f"give at most {limit}", instead)
+        yield Problem(option, value, f"it is above {what}", fix, "at most", involves, limit)
+
+
+def _or(fix: str, instead: str) -> str:
+    return f"{fix}, or {instead}" if instead else fix
+
+
+def requires(option: str, value: object, needed: str, why: str, *involves: str) -> Problems:
+    """`value`, where it is given, has a meaning only with what is `needed`, a flag; `why` says what is instead."""
+    if given(value):
+        fix = f"give {needed}, or leave this out"
+        yield Problem(option, value, f"it has no effect: {why}", fix, "requires", involves, needed)
+
+
+def excludes(option: str, value: object, other: str, other_value: object, why: str = "") -> Problems:
+    """Not both options may be given."""
+    if given(value) and given(other_value):
+        why = why or f"{other} is given too"
+        name = other.removeprefix("--").replace("-", "_")
+        yield Problem(option, value, why, "give one of the two", "excludes", (name,), other)
+
+
+def given(value: object) -> bool:
+    """Whether an option was given something, 0 too."""
+    return value is not None and value is not False and value not in ((), {}, "")

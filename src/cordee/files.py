@@ -6,6 +6,7 @@ Files are copied only from inside a model directory, and own files are made new,
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from cordee.log import logger
 
 LARGEST = 2**30  # bytes of a file that is copied: tokenizers and licences have far fewer
 LARGEST_JSON = 2**26  # bytes of a JSON file: twice the largest that belongs to a model
+_BLOCK = 1 << 16  # bytes read at a time from a file's end
 
 
 # ---- files of others -------------------------------------------------------------------------------------------------
@@ -32,6 +34,11 @@ def read_json(path: Path) -> Any:
         if status.st_size > LARGEST_JSON:
             raise ValueError(f"it has {status.st_size:,} bytes, more than {LARGEST_JSON:,}")
         data = file.read(max(status.st_size, 1 << 16))  # a buffer of as many bytes is made at once
+    return parse_json(data)
+
+
+def parse_json(data: bytes) -> Any:
+    """The value that JSON in UTF-8 stands for. ValueError if it is none."""
     try:
         return json.loads(data.decode("utf-8"))
     except RecursionError:
@@ -145,6 +152,39 @@ def write_durably(path: Path, text: str) -> None:
         scratch.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+
+
+def end_last_line(path: Path) -> None:
+    """Let a file of JSON lines, if there is one, end with a whole line: a last one that has no end gets it if it is a
+    record, and is cut off if it is part of one."""
+    if not path.is_file():
+        return
+    with path.open("r+b") as file:
+        size = start = file.seek(0, io.SEEK_END)
+        last = b""
+        while start and b"\n" not in last:
+            length = min(start, _BLOCK)
+            start = file.seek(start - length)
+            last = file.read(length) + last
+        last = last.rpartition(b"\n")[2]
+        if not last:
+            return
+        try:
+            json.loads(last)
+            file.seek(size)
+            file.write(b"\n")
+        except ValueError:
+            file.truncate(size - len(last))
+            logger.warning("%s ended inside a record, of which %d bytes were cut off", path, len(last))
+
+
+def append_durably(path: Path, text: str) -> None:
+    """Add `text` to the end of a file, which is made if need be; it is on the disk afterwards. OSError if not."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
+    with open(descriptor, "ab") as file:
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def sync_directory(path: Path) -> None:

@@ -60,7 +60,7 @@ class Holder:
 class HeldError(Exception):
     """Another process has the lock file `path`: `holder`, None if its record is not written yet."""
 
-    def __init__(self, path: Path, holder: Holder | None):
+    def __init__(self, path: object, holder: Holder | None):
         super().__init__(path, holder)
         self.path = path
         self.holder = holder

@@ -36,13 +36,16 @@ def seal(content: Mapping[str, Any]) -> str:
 
 
 def read(path: Path, form: Form, version: int) -> dict[str, Any]:
-    """The fields of a sealed file whose "format" is `version`, without that and the checksum.
+    """The content of a sealed file, as `opened` has it. FileNotFoundError and other OSErrors as they come."""
+    return opened(read_json(path), form, version)
 
-    ValueError with what is wrong: no file of JSON, another format (`OlderFormat`), changed since it was sealed, or not
-    of `form`.
-    FileNotFoundError and other OSErrors as they come.
+
+def opened(found: Any, form: Form, version: int) -> dict[str, Any]:
+    """The fields of the JSON value of a sealed file whose "format" is `version`, without that and the checksum.
+
+    ValueError with what is wrong: no object, another format (`OlderFormat`), changed since it was sealed, or not of
+    `form`.
     """
-    found = read_json(path)
     if not isinstance(found, dict):
         raise ValueError("it is no JSON object")
     if (told := found.pop("format", None)) != version:

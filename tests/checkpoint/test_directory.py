@@ -18,7 +18,7 @@ def make(root: Path, iteration: int, data: bytes = b"data") -> Path:
     new.mkdir(parents=True)
     (new / "__0_0.distcp").write_bytes(data)
     files = {"__0_0.distcp": directory.file_entry(new / "__0_0.distcp")}
-    directory.publish(root, iteration, {"format": directory.FORMAT, "iteration": iteration, "files": files})
+    directory.publish(new, {"format": directory.FORMAT, "iteration": iteration, "files": files})
     return root / directory.name_of(iteration)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cordee.config.check import check_train
-from cordee.config.deepspeed import without_effect
+from cordee.config.deepspeed import check, read
 from cordee.config.load import config_from_dict, load_config
 from cordee.config.render import to_yaml
 from cordee.config.schema import TrainConfig
@@ -42,6 +42,12 @@ SCRIPT: dict[str, Any] = {
 }
 
 
+def told(config: TrainConfig):
+    """What is wrong with a run of two processes, and with the file against it."""
+    assert config.deepspeed_config is not None
+    return [*check_train(config), *check(config, read(config.deepspeed_config), 2)]
+
+
 @pytest.fixture
 def load(tmp_path: Path):
     """What becomes of a file with these contents and of more flags."""
@@ -62,8 +68,8 @@ def test_the_fields_of_a_script(load):
     assert (config.hysteresis, config.min_loss_scale) == (3, 1.0)
     assert (config.global_batch_size, config.micro_batch_size) == (16, 2)
     assert loaded.origins["zero_stage"].endswith("ds.json: zero_optimization.stage")
-    assert check_train(config) == []
-    (note,) = without_effect(config.deepspeed_config)
+    assert told(config) == []
+    (note,) = read(config.deepspeed_config).ignored()
     for field in ("optimizer.type", "zero_optimization.overlap_comm", "zero_allow_untested_optimizer"):
         assert field in note
     assert "stage" not in note and "accumulation" not in note and "fp16" not in note
@@ -80,27 +86,28 @@ def test_bfloat16_clipping_and_what_is_left_automatic(load):
     config = load(contents).config
     assert (config.bf16, config.fp16, config.loss_scale, config.clip_grad) == (True, False, None, 0.5)
     assert config.global_batch_size is None
-    assert check_train(config) == []
-    assert "fp16.loss_scale" in next(without_effect(config.deepspeed_config))
+    assert told(config) == []
+    assert "fp16.loss_scale" in next(read(config.deepspeed_config).ignored())
 
 
 def test_flags_that_agree_and_flags_that_do_not(load):
-    assert check_train(load(SCRIPT, "--zero-stage", "2", "--fp16").config) == []
+    assert told(load(SCRIPT, "--zero-stage", "2", "--fp16").config) == []
     config = load(SCRIPT, "--use-distributed-optimizer", "--micro-batch-size", "1", "--bf16", "--no-fp16").config
     assert (config.zero_stage, config.micro_batch_size, config.fp16) == (1, 1, False)
-    told = {problem.option: str(problem) for problem in check_train(config)}
-    assert set(told) == {"--zero-stage", "--micro-batch-size", "--fp16", "--global-batch-size"}
-    assert "zero_optimization.stage" in told["--zero-stage"] and "says 2" in told["--zero-stage"]
-    assert "that makes 8 samples" in told["--global-batch-size"]
+    found = {problem.option: problem for problem in told(config)}
+    assert set(found) == {"--zero-stage", "--micro-batch-size", "--fp16", "--global-batch-size"}
+    assert (found["--zero-stage"].value, found["--zero-stage"].limit) == (1, 2)
+    assert all("deepspeed_config" in problem.names for option, problem in found.items() if option != "--fp16")
+    assert found["--global-batch-size"].kind == "accumulates"
 
 
 def test_passes_without_a_batch_size(load):
     contents = {"gradient_accumulation_steps": 3, "train_micro_batch_size_per_gpu": 2}
-    (problem,) = check_train(load(contents).config)
-    assert problem.option == "--global-batch-size" and problem.fix.startswith("give 12")
-    assert check_train(load(contents, "--global-batch-size", "12").config) == []
-    (problem,) = check_train(load({"gradient_accumulation_steps": "many"}).config)
-    assert "no number of passes" in problem.why
+    (problem,) = told(load(contents).config)
+    assert (problem.option, problem.kind, problem.limit) == ("--global-batch-size", "accumulates", 12)
+    assert told(load(contents, "--global-batch-size", "12").config) == []
+    (problem,) = told(load({"gradient_accumulation_steps": "many"}).config)
+    assert (problem.option.split(" ")[0], problem.value) == ("gradient_accumulation_steps", "many")
 
 
 def test_values_that_options_cannot_take_are_told_together(load):
@@ -139,4 +146,4 @@ def test_python_and_files_of_a_run_read_it_too(load, tmp_path: Path):
     given["deepspeed_config"] = loaded.config.deepspeed_config
     assert config_from_dict(TrainConfig, given).zero_stage == 2
     unread = TrainConfig(**given)  # made by hand, it says something else than the file
-    assert "--zero-stage" in {problem.option for problem in check_train(unread)}
+    assert "--zero-stage" in {problem.option for problem in told(unread)}

@@ -157,7 +157,7 @@ def test_all_problems_are_reported_together(write):
         *("--config", file, "--global-bach-size", "3", "--tensor-modell-size=2", "word"),
         *("--hidden_size", "8", "--min-lr", "low", "--tokenizer-kwargs", "a", "b", "c", "--lr-decay-style", "cosin"),
     )
-    told = {problem.option: problem for problem in found}
+    told = {f"{problem.option} ({problem.place})" if problem.place else problem.option: problem for problem in found}
     assert set(told) == {
         *("mico_batch (run.yaml:1)", "num_layers (run.yaml:2)", "zero_stage (run.yaml:3)", "optimizer (run.yaml:4)"),
         *("optim (run.yaml:5)", "seed (run.yaml:6)", "no_add_gate (run.yaml:7)", "data_path (run.yaml:8)"),
@@ -165,13 +165,13 @@ def test_all_problems_are_reported_together(write):
         *("--global-bach-size", "--tensor-modell-size", "word", "--hidden_size", "--min-lr"),
         *("--tokenizer-kwargs", "--lr-decay-style"),
     }
-    assert "micro_batch_size" in told["mico_batch (run.yaml:1)"].fix
+    assert "micro_batch_size" in told["mico_batch (run.yaml:1)"].names
     assert told["mico_batch (run.yaml:1)"].value == "3"
     assert "line 9 already" in told["clip_grad (run.yaml:10)"].why
     assert "top level" in told["optim (run.yaml:5)"].fix
-    assert "--global-batch-size" in told["--global-bach-size"].fix
+    assert "global_batch_size" in told["--global-bach-size"].names
     assert told["--tensor-modell-size"].value == "2"
-    assert "--hidden-size" in told["--hidden_size"].fix
+    assert "hidden_size" in told["--hidden_size"].names
     assert "cosine" in told["--lr-decay-style"].fix
     assert "3 values are not pairs" in told["--tokenizer-kwargs"].why
     for problem in found:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.convert.test_megatron import ASCEND, PP, TP, convert, problems_of
+from tests.convert.test_megatron import ASCEND, PP, TP, convert, found_in
 from tests.weights import models, tiny
 
 LLAMA = models.MODELS["llama"]
@@ -60,10 +60,12 @@ def test_options_of_its_converters(hf, tmp_path):
     target = ("--tgt-tensor-model-parallel-size", "4", "--orig-vocab-size", "61")
     convert(tmp_path / "a", tmp_path / "b", *ASCEND, *source, *target)
     assert len(list((tmp_path / "b" / "release").iterdir())) == 4
-    text = problems_of(tmp_path / "b", tmp_path / "c", "--src-tensor-model-parallel-size", "2")
-    assert "has 4" in text
-    assert "no meaning" in problems_of(path, tmp_path / "c", "--src-tensor-model-parallel-size", "2")
-    assert "does not have it" in problems_of(path, tmp_path / "c", "--pse")
+    for model, flags, kind in (
+        (tmp_path / "b", ("--src-tensor-model-parallel-size", "2"), "stated"),
+        (path, ("--src-tensor-model-parallel-size", "2"), "requires"),
+        (path, ("--pse",), "stated"),
+    ):
+        assert [problem.kind for problem in found_in(model, tmp_path / "c", *flags)] == [kind]
     convert(tmp_path / "b", tmp_path / "back")
     found = load_file(tmp_path / "back" / "model.safetensors")
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from cordee.config.load import load_config
 from cordee.config.schema import ConvertConfig
 from cordee.convert import formats, job
-from cordee.errors import ProblemError
-from cordee.families.described import canonical
+from cordee.errors import Problem, ProblemError
 from cordee.families.registry import families, spec_from_hf, spec_from_preset
+from cordee.model.compare import canonical
 from cordee.weights.megatron.arguments import arguments, spec_of_arguments
 from cordee.weights.megatron.layout import Wanted
 from tests.weights import models, tiny
@@ -38,11 +38,15 @@ def options(load: Path, save: Path, *flags: str) -> ConvertConfig:
 
 
 def problems_of(load: Path, save: Path, *flags: str) -> str:
+    return "\n".join(map(str, found_in(load, save, *flags)))
+
+
+def found_in(load: Path, save: Path, *flags: str) -> list[Problem]:
     before = save.exists()
     with pytest.raises(ProblemError) as caught:
         job.run(options(load, save, *flags))
     assert save.exists() == before and not list(save.parent.glob(f".{save.name}.*")), "something was left behind"
-    return str(caught.value)
+    return caught.value.problems
 
 
 @pytest.fixture(scope="module")
@@ -380,33 +384,12 @@ def test_verify_finds_a_wrong_byte(made, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "flags", "expected"),
     [
-        ("llama", (*CORE, TP, "3"), "4 groups of heads"),
-        ("llama", (*CORE, TP, "8"), "groups of heads"),
-        ("llama", (*CORE, PP, "4"), "--num-layer-list"),
-        ("llama", (*CORE, PP, "2", "--num-layer-list", "3,4"), "add up to 7"),
-        ("llama", (*CORE, PP, "2", "--num-layer-list", "1,2,3"), "2 pipeline stages"),
         ("llama", (*CORE, PP, "2", "--num-layer-list", "a,b"), "no list of numbers"),
-        ("llama", (*CORE, PP, "2", "--num-layer-list", "3,3", VPP, "1"), "leave out one"),
-        ("llama", (*CORE, PP, "2", VPP, "2"), "do not go round"),
-        ("llama", (*CORE, VPP, "2"), "only one pipeline stage"),
-        ("llama", (*CORE, EP, "2"), "no experts"),
-        ("mixtral", (*CORE, EP, "3"), "4 experts"),
         ("mixtral", LEGACY, "mlp.router"),
         ("gemma2", LEGACY, "attention_post_norm"),
         ("deepseek_v2", (*CORE, "--transformer-impl", "mindspeed", TP, "2"), "latent attention"),
         ("mixtral", ("--save-model-type", "mindformers"), "block_sparse_moe"),
-        ("llama", (TP, "2"), "is not split"),
-        ("llama", (*LEGACY, "--moe-grouped-gemm"), "--use-mcore-models"),
-        ("llama", (*LEGACY, "--save-to-legacy"), "add --use-mcore-models"),
         ("llama", (*ASCEND, "--deepspeed", PP, "2"), "tensor ranks only"),
-        ("llama", (*CORE, "--deepspeed"), "AscendSpeed"),
-        ("llama", (*CORE, "--model-type", "BERT"), "decoders"),
-        ("llama", (*CORE, "--model-type-hf", "mixtral"), "family llama"),
-        ("llama", (*CORE, "--model-type-hf", "lama2"), "llama2"),
-        ("qwen2", (*CORE, "--no-add-qkv-bias"), "the model does have it"),
-        ("llama", (*CORE, "--embed-layernorm"), "does not have it"),
-        ("llama", (*CORE, "--load-model-type", "mg"), "Hugging Face directory"),
-        ("llama", ("--use-mcore-models",), "of Megatron"),
         ("llama", (*ASCEND, "--tokenizer-model", "x"), "no settings"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value[-4:]),
@@ -415,9 +398,45 @@ def test_what_cannot_be_written(made, tmp_path, kind, flags, expected):
     assert expected in problems_of(made(kind)[0], tmp_path / "out", *flags)
 
 
+@pytest.mark.parametrize(
+    ("kind", "flags", "option", "law", "limit"),
+    [
+        ("llama", (*CORE, TP, "3"), "--target-tensor-parallel-size", "divides", 4),
+        ("llama", (*CORE, TP, "8"), "--target-tensor-parallel-size", "divides", 4),
+        ("llama", (*CORE, PP, "4"), "--target-pipeline-parallel-size", "divides", 6),
+        ("llama", (*CORE, PP, "2", "--num-layer-list", "3,4"), "--num-layer-list", "sum", 6),
+        ("llama", (*CORE, PP, "2", "--num-layer-list", "1,2,3"), "--num-layer-list", "length", 2),
+        ("llama", (*CORE, PP, "2", "--num-layer-list", "3,3", VPP, "1"), "--num-layer-list", "excludes", VPP),
+        ("llama", (*CORE, PP, "2", VPP, "2"), VPP, "divides", 6),
+        ("llama", (*CORE, VPP, "2"), VPP, "requires", "--target-pipeline-parallel-size 2 or more"),
+        ("llama", (*CORE, EP, "2"), "--target-expert-parallel-size", "requires", None),
+        ("mixtral", (*CORE, EP, "3"), "--target-expert-parallel-size", "divides", 4),
+        ("llama", (TP, "2"), "--target-tensor-parallel-size", "requires", "--save-model-type mg"),
+        ("llama", (*LEGACY, "--moe-grouped-gemm"), "--moe-grouped-gemm", "requires", "--use-mcore-models"),
+        ("llama", (*LEGACY, "--save-to-legacy"), "--save-to-legacy", "requires", "--use-mcore-models"),
+        ("llama", (*CORE, "--deepspeed"), "--deepspeed", "requires", "--save-model-type ascendspeed"),
+        ("llama", (*CORE, "--model-type", "BERT"), "--model-type", "stated", "GPT"),
+        ("llama", (*CORE, "--model-type-hf", "mixtral"), "--model-type-hf", "stated", None),
+        ("llama", (*CORE, "--model-type-hf", "lama2"), "--model-type-hf", "unknown", None),
+        ("qwen2", (*CORE, "--no-add-qkv-bias"), "--add-qkv-bias", "stated", True),
+        ("llama", (*CORE, "--embed-layernorm"), "--embed-layernorm", "stated", False),
+        ("llama", (*CORE, "--load-model-type", "mg"), "--load-model-type", "stated", "hf"),
+        ("llama", ("--use-mcore-models",), "--use-mcore-models", "requires", "--save-model-type mg"),
+    ],
+    ids=lambda value: " ".join(value[-4:]) if isinstance(value, tuple) else str(value),
+)
+def test_laws_that_are_broken(made, tmp_path, kind, flags, option, law, limit):
+    found = found_in(made(kind)[0], tmp_path / "out", *flags)
+    assert (option, law, limit) in [(problem.option, problem.kind, problem.limit) for problem in found]
+
+
 def test_several_problems_at_once(made, tmp_path):
-    text = problems_of(made("mixtral")[0], tmp_path / "out", *CORE, TP, "3", PP, "4", EP, "3")
-    assert "groups of heads" in text and "6 layers" in text and "4 experts" in text
+    found = found_in(made("mixtral")[0], tmp_path / "out", *CORE, TP, "3", PP, "4", EP, "3")
+    assert {problem.option for problem in found if problem.kind == "divides"} == {
+        "--target-tensor-parallel-size",
+        "--target-pipeline-parallel-size",
+        "--target-expert-parallel-size",
+    }
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from cordee.config.schema import TrainConfig
-from cordee.data import check as data_check
+from cordee.data import gpt_check as data_check
 from cordee.data.build import build_datasets, plan_parts
 from cordee.data.indexed import IndexedDataset
 from cordee.data.manifest import Manifest, TokenizerNote, merged, read_manifest
@@ -171,8 +171,8 @@ def test_checking_does_not_load_torch(tmp_path):
     program = f"""
 import sys
 from cordee.config.schema import TrainConfig, TokenizerOptions
-from cordee.data import check, preprocess, tokenizer
-assert check.check(TrainConfig(seq_length=8, lr=1.0, data_path=({prefix!r},)), train_samples=3) == []
+from cordee.data import gpt_check, preprocess, tokenizer
+assert gpt_check.check(TrainConfig(seq_length=8, lr=1.0, data_path=({prefix!r},)), train_samples=3) == []
 tokenizer.load_tokenizer(TokenizerOptions(tokenizer_type="NullTokenizer", vocab_size=9))
 print([name for name in ("torch", "transformers", "tokenizers", "pyarrow", "datasets", "rich") if name in sys.modules])
 """

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from cordee import device, lock
 from cordee.config.schema import TrainConfig
-from cordee.data import check as data_check
+from cordee.data import gpt_check as data_check
 from cordee.data import gpt_dataset as gpt
 from cordee.data import order_cache
 from cordee.data.build import build_datasets, plan_parts
@@ -60,15 +60,15 @@ def assert_same_dataset(ours: GPTDataset, theirs) -> None:
     assert len(ours) == len(theirs)
     for i in range(len(ours)):
         text, _ = theirs._query_document_sample_shuffle_indices(i)
-        np.testing.assert_array_equal(ours[i], text)
-        assert ours[i].dtype == np.int64
+        np.testing.assert_array_equal(ours[i]["tokens"], text)
+        assert ours[i]["tokens"].dtype == np.int64
 
 
 def assert_same_samples(ours, theirs, count: int) -> None:
     for i in range(count):
         sample = theirs[i]
-        np.testing.assert_array_equal(ours[i][:-1], sample["tokens"].numpy())
-        np.testing.assert_array_equal(ours[i][1:], sample["labels"].numpy())
+        np.testing.assert_array_equal(ours[i]["tokens"][:-1], sample["tokens"].numpy())
+        np.testing.assert_array_equal(ours[i]["tokens"][1:], sample["labels"].numpy())
 
 
 shapes = st.fixed_dictionaries(
@@ -133,7 +133,7 @@ def test_samples_follow_each_other_and_share_a_token(tmp_path, dtype):
     stream = np.concatenate([dataset.indexed[i] for i in documents])
     for i in range(len(dataset)):
         begin = int(shuffle[i]) * 8
-        np.testing.assert_array_equal(dataset[i], stream[begin : begin + 9])
+        np.testing.assert_array_equal(dataset[i]["tokens"], stream[begin : begin + 9])
     assert sorted(shuffle.tolist()) == list(range(len(dataset)))
 
 
@@ -171,7 +171,7 @@ def test_each_block_is_megatrons_order_of_its_samples(tmp_path, lengths, seq_len
         assert_same_block(ours, block, theirs)
         for place in {0, samples // 2, samples - 1}:
             text, _ = theirs._query_document_sample_shuffle_indices(place)
-            np.testing.assert_array_equal(ours[block * samples + place], text)
+            np.testing.assert_array_equal(ours[block * samples + place]["tokens"], text)
     with pytest.raises(IndexError):
         ours[len(ours)]
 
@@ -195,7 +195,7 @@ def test_a_sample_is_the_same_wherever_a_run_begins(tmp_path):
     size = read.order.block.samples
     places = [0, 1, size - 1, size, 2 * size + 5, 10**12, 3, size + 1, 10**15 - 1]
     for place, sample in [(place, read[place]) for place in places]:
-        np.testing.assert_array_equal(gpt_dataset(prefix, 10**15, 8, 5)[place], sample)
+        np.testing.assert_array_equal(gpt_dataset(prefix, 10**15, 8, 5)[place]["tokens"], sample["tokens"])
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ a, b = {names!r}
 blend = ("0.3", a, "0.7", b)
 options = TrainConfig(seq_length=8, lr=1.0, train_data_path=blend, valid_data_path=(a,), test_data_path=(b,))
 for dataset in build_datasets(options, 10**9 * 4096, 10**12, 10**12):
-    assert len(dataset) >= 10**12 and len(dataset[10**12 - 1]) == 9
+    assert len(dataset) >= 10**12 and len(dataset[10**12 - 1]["tokens"]) == 9
 """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
@@ -417,6 +417,10 @@ def build(tmp_path: Path, **values) -> GPTDataset:
     return gpt_dataset(prefix, **arguments)
 
 
+def texts(dataset: GPTDataset) -> list[np.ndarray]:
+    return [sample["tokens"] for sample in dataset]
+
+
 def cached(tmp_path: Path) -> dict[str, float]:
     return {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
 
@@ -427,7 +431,7 @@ def test_a_second_start_reads_the_order(tmp_path, said):
     assert len(before) == 3
     second = build(tmp_path)
     assert cached(tmp_path) == before and not said
-    assert all((first[i] == second[i]).all() for i in range(len(first)))
+    assert all((first[i]["tokens"] == second[i]["tokens"]).all() for i in range(len(first)))
 
 
 @pytest.mark.parametrize("change", [{"seed": 6}, {"seq_length": 9}, {"num_samples": 80}])
@@ -447,7 +451,7 @@ def test_other_data_under_the_same_name_is_another_entry(tmp_path):
 @pytest.mark.parametrize("damage", ["cut", "empty", "nonsense", "other shape", "one bit", "other order", "no checksum"])
 @pytest.mark.parametrize("which", ["documents", "samples", "shuffle"])
 def test_a_damaged_order_is_built_again(tmp_path, said, damage, which):
-    first = list(build(tmp_path))
+    first = texts(build(tmp_path))
     path = next((tmp_path / "cache").glob(f"*-{which}.npy"))
     content = path.read_bytes()
     if damage == "other shape":
@@ -465,7 +469,7 @@ def test_a_damaged_order_is_built_again(tmp_path, said, damage, which):
     again = build(tmp_path)
     assert len(said) == 1 and "damaged" in said[0]
     assert path.read_bytes() == content
-    np.testing.assert_array_equal(first, list(again))
+    np.testing.assert_array_equal(first, texts(again))
 
 
 def test_every_byte_of_a_kept_order_counts(tmp_path, said):
@@ -569,7 +573,7 @@ def test_a_planted_link_is_not_written_through(tmp_path, monkeypatch):
         path.with_name(f".{path.name}.{'00' * 8}").symlink_to(tmp_path / "victim")
         path.unlink()
     monkeypatch.setattr(secrets, "token_hex", lambda count: "00" * count)
-    np.testing.assert_array_equal(list(first), list(build(tmp_path)))
+    np.testing.assert_array_equal(texts(first), texts(build(tmp_path)))
     assert (tmp_path / "victim").read_text() == "mine" and len(cached(tmp_path)) == 3
 
 
@@ -666,7 +670,8 @@ def test_small_blocks_are_not_kept_and_large_ones_are(tmp_path):
     assert not (tmp_path / "cache").exists()
     large = Order(6, Epochs.of(86, 2**17, False, 8), 2)
     kept = GPTDataset(dataset.indexed, 0, 6, large, 8, 5, tmp_path / "cache")
-    np.testing.assert_array_equal(kept[len(kept) - 1], GPTDataset(dataset.indexed, 0, 6, large, 8, 5)[len(kept) - 1])
+    last = GPTDataset(dataset.indexed, 0, 6, large, 8, 5)[len(kept) - 1]
+    np.testing.assert_array_equal(kept[len(kept) - 1]["tokens"], last["tokens"])
     assert len(cached(tmp_path)) == 3
 
 
@@ -674,7 +679,7 @@ def test_where_nothing_can_be_written_the_order_stays_in_memory(tmp_path, said):
     (tmp_path / "cache").write_text("in the way")
     dataset = build(tmp_path)
     assert len(said) == 1 and "cannot be kept" in said[0]
-    np.testing.assert_array_equal(dataset[0], build(tmp_path, cache_dir=None)[0])
+    np.testing.assert_array_equal(dataset[0]["tokens"], build(tmp_path, cache_dir=None)[0]["tokens"])
 
 
 def test_the_cache_lies_where_the_option_says(tmp_path):

@@ -6,14 +6,18 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from cordee.config.check import check_evaluate
 from cordee.config.load import config_from_dict
-from cordee.config.schema import ConvertConfig, EvaluateConfig
+from cordee.config.schema import ConvertConfig, EvaluateConfig, TokenizerOptions
 from cordee.convert import job as convert
+from cordee.data.tokenizer import load_tokenizer
 from cordee.errors import ProblemError
 from cordee.evaluate import documents, job
+from cordee.evaluate.finished import fingerprint_files
+from cordee.evaluate.requests import windows
 from cordee.evaluate.task import all_tasks
 from tests.generate.folders import TEXT, write_tokenizer
 
@@ -40,6 +44,19 @@ def test_results_are_shown_and_written(llama, text, tmp_path, capsys):
     assert result["parts"] == {str(text): result["metrics"]}
     shown = capsys.readouterr().out
     assert f"{result['metrics']['perplexity']:.6g}" in shown and f"{result['metrics']['tokens']:,}" in shown
+
+
+def test_an_interrupted_evaluation_resumes(llama, tmp_path):
+    text, output, partial = (tmp_path / name for name in ("a.txt", "out.json", "out.json.partial"))
+    text.write_text("Lily")
+    ids = load_tokenizer(TokenizerOptions(), str(llama.directory)).encode("Lily")
+    (window,) = windows(np.array(ids), 64, 64)
+    model = f"{fingerprint_files(llama.directory)} torch.float32"
+    partial.write_text(json.dumps([model, window.key, [-6.0, False]]) + "\n")
+    assert run(llama, text, output=output) == 0
+    (result,) = json.loads(output.read_text(encoding="utf-8"))["results"]
+    assert result["metrics"]["loss"] == pytest.approx(6.0 / (len(ids) - 1))
+    assert not partial.exists()
 
 
 @pytest.mark.parametrize("content", ['[{"text": "a b"}, {"text": "c"}', '[{"text": "a b"} {"text": "c"}]'])

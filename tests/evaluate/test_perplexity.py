@@ -18,8 +18,11 @@ from cordee.data.indexed import IndexedDatasetBuilder
 from cordee.data.tokenizer import load_tokenizer
 from cordee.errors import ProblemError
 from cordee.evaluate.documents import Document
+from cordee.evaluate.engine import Engine
+from cordee.evaluate.requests import RollingLoglikelihood, windows
+from cordee.evaluate.runner import run_tasks
 from cordee.evaluate.task import Subject
-from cordee.evaluate.tasks.perplexity import IGNORED, TASK, Score, score, windows
+from cordee.evaluate.tasks.perplexity import TASK, Score
 from cordee.model.gpt import GPTModel
 from cordee.model.init import initialise
 from cordee.parallel import inference
@@ -46,7 +49,22 @@ def evaluate(folder, paths, *, tokenizer=True, **options):
     model = folder.model()
     values = {"load": folder.directory, "task_data_path": [str(path) for path in paths], **options}
     subject = Subject(model, tokenizer_of(folder) if tokenizer else None)
-    return TASK.run(subject, config_from_dict(EvaluateConfig, values), lambda done: None)
+    return run(subject, values)
+
+
+def run(subject, values):
+    (result,) = run_tasks([TASK], subject, config_from_dict(EvaluateConfig, values))
+    return result
+
+
+def score(model, documents, window, stride, batch_size, place=None) -> Score:
+    """The sums of `documents` under `model`."""
+    engine = Engine(Subject(model, None, place), batch_size)
+    asked = ((document, [RollingLoglikelihood(document.tokens, window, stride)]) for document in documents)
+    total = Score()
+    for document, (logprob,) in engine.answers(asked):
+        total.count(document, logprob)
+    return total
 
 
 @torch.no_grad()
@@ -75,22 +93,20 @@ def test_every_token_is_scored_once_after_what_the_window_gives(length, window, 
     stride = data.draw(st.integers(1, window))
     tokens = np.arange(100, 100 + length)
     scored = []
-    for number, (inputs, labels) in enumerate(windows(tokens, window, stride)):
-        assert 0 < len(inputs) == len(labels) <= window
-        assert inputs[0] == 100 + number * stride
-        for given_token, label in zip(inputs, labels, strict=True):
-            if label != IGNORED:
-                assert label == given_token + 1
-                context = given_token - inputs[0] + 1
-                assert context > window - stride or inputs[0] == 100
-                scored.append(label)
+    for number, piece in enumerate(windows(tokens, window, stride)):
+        assert 0 < len(piece.inputs) == piece.length <= window
+        assert piece.inputs[0] == 100 + number * stride
+        for label in piece.tokens[piece.first :].tolist():
+            context = label - piece.inputs[0]
+            assert context > window - stride or piece.inputs[0] == 100
+            scored.append(label)
     assert scored == list(range(101, 100 + length))
 
 
 def test_windows_are_disjoint_at_full_stride():
-    pieces = [inputs.tolist() for inputs, _ in windows(np.arange(11), 4, 4)]
-    assert pieces == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
-    assert all((labels != IGNORED).all() for _, labels in windows(np.arange(11), 4, 4))
+    pieces = list(windows(np.arange(11), 4, 4))
+    assert [piece.inputs.tolist() for piece in pieces] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert all(piece.first == 1 for piece in pieces)
 
 
 # ---- sums ------------------------------------------------------------------------------------------------------------
@@ -306,7 +322,7 @@ def test_a_model_without_numbers_is_a_problem(llama, tmp_path):
         model.final_norm.weight[0] = float("nan")
     values = {"load": llama.directory, "task_data_path": [str(write_jsonl(tmp_path / "a.jsonl", TEXTS))]}
     with pytest.raises(ProblemError, match="not finite"):
-        TASK.run(Subject(model, tokenizer_of(llama)), config_from_dict(EvaluateConfig, values), lambda done: None)
+        run(Subject(model, tokenizer_of(llama)), values)
 
 
 # ---- real models -----------------------------------------------------------------------------------------------------

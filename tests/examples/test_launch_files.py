@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
-from cordee.config.check import check_train, without_effect
+from cordee.config.check import check_train
+from cordee.config.laws import ignored_options
 from cordee.config.load import load_config
 from cordee.config.schema import TrainConfig
 from cordee.families.registry import spec_from_preset
 from cordee.launch import rank_info
-from cordee.parallel import tensor
+from cordee.parallel import laws
 from cordee.parallel.degrees import degrees
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,12 +39,13 @@ def require_sound(command: list[str], monkeypatch) -> None:
     for name, value in {"RANK": 0, "WORLD_SIZE": NODES * PER_NODE, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 8}.items():
         monkeypatch.setenv(name, str(value))
     config = load_config(TrainConfig, arguments).config
-    assert check_train(config) == [] and list(without_effect(config)) == []
+    assert check_train(config) == []
+    assert ignored_options(replace(config, nproc_per_node=NODES * PER_NODE)) == []
     shape = degrees(config, NODES * PER_NODE)
     assert (shape.tp, shape.data) == (8, 2)
     assert config.model is not None and config.save == config.load
-    model, sequence = spec_from_preset(config.model).config, config.sequence_parallel
-    assert list(tensor.check(model, shape.tp, config.seq_length, sequence=sequence)) == []
+    run = laws.Run(model=spec_from_preset(config.model).config, degrees=shape, options=config)
+    assert list(laws.check(run)) == []
 
 
 def told_to_torchrun(words: list[str]) -> tuple[dict[str, str], list[str]]:

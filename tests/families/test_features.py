@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -12,10 +13,10 @@ from cordee.config.load import load_config
 from cordee.config.model_options import FeatureOptions
 from cordee.config.schema import ModelOptions, TrainConfig
 from cordee.errors import ProblemError
-from cordee.families.described import canonical, describe
-from cordee.families.features import features_of, with_defaults
-from cordee.families.options import shape_of
+from cordee.families.lenses import FORM, features_of, model_of
+from cordee.families.options import with_defaults
 from cordee.families.registry import presets, spec_from_options, spec_from_preset
+from cordee.model.compare import canonical
 from cordee.model.config import (
     AttentionConfig,
     BalanceConfig,
@@ -106,8 +107,11 @@ def computes(config: ModelConfig) -> ModelConfig:
 
 def described(config: ModelConfig) -> ModelConfig:
     """What the words read off `config` describe."""
-    words = features_of(config)
-    return describe(shape_of(config), with_defaults(words))
+    return model_of({**form_of(config), **with_defaults(features_of(config))})
+
+
+def form_of(config: ModelConfig) -> dict[str, Any]:
+    return {name: lens.get(config) for name, lens in FORM.items()}
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -130,7 +134,7 @@ def test_options_alone_give_every_preset_that_they_can_say(name):
     config = spec_from_preset(name).config
     said = computes(described(config)) == computes(config)
     assert said != any(name.startswith(family) for family in UNSAID)
-    given = replace(options(""), **_shape_words(config), **_once(features_of(config)))
+    given = replace(options(""), **_form_options(config), **_once(features_of(config)))
     try:
         found = spec_from_options(given)
     except ProblemError as error:
@@ -149,20 +153,20 @@ def _once(words: dict) -> dict:
     return {name: value for name, value in words.items() if name not in left_out}
 
 
-def _shape_words(config: ModelConfig) -> dict:
-    shape = vars(shape_of(config)).copy()
+def _form_options(config: ModelConfig) -> dict:
+    form = form_of(config)
     activation = {("silu", True): "swiglu", ("gelu", True): "geglu", ("gelu_tanh", True): "gelu_tanh"}
     activation[("gelu_tanh", False)] = "openai_gelu"
-    words = {name: shape[name] for name in shape.keys() & ModelOptions.__dataclass_fields__.keys()}
-    if name := activation.get((shape["activation"], shape["gated"])):
+    words = {name: form[name] for name in form.keys() & ModelOptions.__dataclass_fields__.keys()}
+    if name := activation.get((form["activation"], form["gated"])):
         words[name] = True
-    words |= {"add_qkv_bias": shape["qkv_bias"], "add_dense_bias": shape["dense_bias"]}
-    words |= {"add_bias_linear": shape["mlp_bias"], "untie_embeddings_and_output_weights": not shape["tied"]}
+    words |= {"add_qkv_bias": form["qkv_bias"], "add_dense_bias": form["dense_bias"]}
+    words |= {"add_bias_linear": form["mlp_bias"], "untie_embeddings_and_output_weights": not form["tied"]}
     words |= {"make_vocab_size_divisible_by": 1}
-    words |= {"group_query_attention": shape["num_query_groups"] != shape["num_attention_heads"] or None}
-    if shape["position_embedding_type"] != "rope":
+    words |= {"group_query_attention": form["num_query_groups"] != form["num_attention_heads"] or None}
+    if form["position_embedding_type"] != "rope":
         del words["rotary_base"]
-    match shape["rope_scaling"]:
+    match form["rope_scaling"]:
         case LinearScaling(factor=factor):
             words["rotary_seq_len_interpolation_factor"] = factor
         case Llama3Scaling() as scaling:
@@ -190,9 +194,9 @@ def test_a_preset_changes_by_what_its_family_has_a_key_for():
     ("flags", "said"),
     [
         ("--model llama2-7b --num-experts 4", "no family has a model of this form; possible are: family llama"),
-        ("--model mixtral-8x7b --attn-logit-softcapping 30", "options may change .*num_experts"),
+        ("--model mixtral-8x7b --attn-logit-softcapping 30", "no place for --attn-logit-softcapping"),
         ("--model mixtral-8x7b --no-swiglu", "no family has a model"),
-        (f"{SCRIPTS['mixtral-8x7b']} --embed-layernorm", "the nearest, mixtral-8x7b, differs in --embed-layernorm"),
+        (f"{SCRIPTS['mixtral-8x7b']} --embed-layernorm", "the nearest family, mixtral, differs in --embed-layernorm"),
         (f"{SCRIPTS['gemma2-27b']} --geglu --no-gelu-tanh", "differs in the activation"),
         (f"{LLAMA_LIKE} {TINY} --swiglu --moe-router-topk 2", "there is no --num-experts"),
         (
@@ -227,6 +231,18 @@ def test_positions_are_stretched_as_options_say():
     )
     linear = spec_from_options(options("--model llama2-7b --rotary-seq-len-interpolation-factor 4"))
     assert linear.config.layers[0].attention.rope.scaling == LinearScaling(factor=4.0)
+
+
+def test_scores_of_latent_attention_stay_as_sharp_where_positions_are_stretched_otherwise():
+    before = features_of(spec_from_preset("deepseek-v2-lite").config)["rope_scaling_mscale_all_dim"]
+    after = features_of(spec_from_options(options("--model deepseek-v2-lite --rope-scaling-factor 8")).config)
+    assert after["rope_scaling_mscale_all_dim"] == pytest.approx(before) == pytest.approx(0.707)
+
+
+def test_a_size_that_followed_from_another_is_written_where_it_does_no_more():
+    spec = spec_from_options(options("--model gpt2 --hidden-size 1536"))  # whose config.json leaves the MLP's width out
+    assert (spec.config.hidden_size, spec.config.layers[0].mlp.ffn_hidden_size) == (1536, 3072)
+    assert spec.hf_config["n_inner"] == 3072
 
 
 def test_a_model_by_its_config_json(tmp_path):

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+import yaml
 
 from cordee.families.count import canonical_shapes, count_parameters
 from cordee.families.family import Family
+from cordee.families.lenses import LENSES
+from cordee.families.presets import read_table
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "adding-a-family.md"
 
 
 def followed() -> Family:
-    """What the code of the page, taken together, defines."""
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    """What the code of the page, taken together, defines, with the presets of the page's table."""
+    page = PAGE.read_text(encoding="utf-8")
     names: dict[str, Family] = {}
-    exec("\n".join(blocks), names)
-    return names["FAMILY"]
+    exec("\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)), names)
+    (table,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    family = names["FAMILY"]
+    return replace(family, presets=read_table(yaml.safe_load(table)[family.name]))
 
 
 def test_the_family_of_the_page_reads_its_preset():
@@ -39,3 +45,12 @@ def test_the_rules_of_the_page_cover_the_model_and_invert():
         foreign = rules[name].inverse(canonical)
         assert torch.equal(rules[name].forward(foreign), canonical)
     assert rules["layers.0.attention.qkv.weight"].foreign == ("model.layers.0.self_attn.qkv_proj.weight",)
+
+
+def test_options_reach_the_family_of_the_page():
+    family = followed()
+    config = family.config(family.skeleton(family.presets["example-7b"].config))
+    for name, value in {"sliding_window": 16, "num_layers": 2, "rotary_base": 1e6}.items():
+        draft = LENSES[name].put({**vars(config), "layers": config.layers[:1]}, value)
+        asked = replace(config, **draft)
+        assert family.config(family.to_hf(asked)) == asked

@@ -12,7 +12,7 @@ import pytest
 from cordee.config.option import options_of
 from cordee.config.schema import ModelOptions
 from cordee.errors import ProblemError
-from cordee.families.options import shape_of
+from cordee.families.lenses import words_of
 from cordee.families.registry import (
     ModelSpec,
     families,
@@ -461,9 +461,9 @@ ONE_PRESET = sorted(next(iter(family.presets)) for family in families().values()
 @pytest.mark.parametrize("preset", ONE_PRESET)
 def test_an_option_reaches_the_model_or_is_refused(preset):
     spec = spec_from_preset(preset)
-    shape = shape_of(spec.config)
+    words = words_of(spec.config)
     doubled = ("ffn_hidden_size", "hidden_size", "kv_channels", "max_position_embeddings", "num_attention_heads")
-    wanted = {name: 2 * getattr(shape, name) for name in doubled}
+    wanted = {name: 2 * words[name] for name in doubled}
     wanted |= {"attention_dropout": 0.25, "hidden_dropout": 0.25, "init_method_std": 0.5, "norm_epsilon": 0.5}
     wanted |= {"num_layers": 2, "num_query_groups": 1, "rotary_base": 1234.0, "vocab_size": 77}
     with_it = {"num_query_groups": {"group_query_attention": True}}
@@ -473,7 +473,7 @@ def test_an_option_reaches_the_model_or_is_refused(preset):
             changed = spec.with_options(ModelOptions(**{name: value}, **with_it.get(name, {})))
         except ProblemError:
             continue
-        assert getattr(shape_of(changed.config), name) == value, name
+        assert words_of(changed.config)[name] == value, name
         arrived.add(name)
     assert {"num_attention_heads", "num_layers", "max_position_embeddings", "vocab_size"} <= arrived
 

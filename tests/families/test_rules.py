@@ -12,22 +12,9 @@ from hypothesis import strategies as st
 
 from cordee.families.count import canonical_shapes
 from cordee.families.registry import families, spec_from_preset
-from cordee.families.rules import (
-    TRANSPOSE,
-    Chain,
-    Each,
-    Join,
-    Leaf,
-    Rearrange,
-    Rule,
-    Split,
-    grouped_qkv,
-    packed_qkv,
-    rotary_halves,
-    separate_qkv,
-    stack,
-)
 from cordee.model.config import AttentionConfig, LatentAttentionConfig, MLPConfig, ModelConfig, MoEConfig
+from cordee.tensors.rules import TRANSPOSE, Rule, grouped_qkv, packed_qkv, rotary_halves, separate_qkv, stack
+from cordee.tensors.views import Chain, Each, Join, Leaf, Rearrange, Split
 
 size = st.integers(1, 4)
 

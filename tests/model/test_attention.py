@@ -30,7 +30,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3Attention, Phi3RotaryEmbe
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2RotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RotaryEmbedding
 
-from cordee.model.attention import Attention, Context
+from cordee.model.attention import Attention
 from cordee.model.cache import KVCache
 from cordee.model.config import (
     DynamicNTKScaling,
@@ -44,8 +44,9 @@ from cordee.model.config import (
     YarnScaling,
 )
 from cordee.model.gpt import GPTModel, Span
-from cordee.model.mask import AttentionMask
+from cordee.model.inputs import Context
 from cordee.model.rotary import Positions
+from cordee.ops.mask import AttentionMask
 from tests.model import tiny
 
 HIDDEN, HEADS, GROUPS, DIM, SEQ = 24, 6, 2, 8, 11

@@ -6,12 +6,12 @@ from torch import nn
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
 
-from cordee.model.attention import Context
 from cordee.model.cache import KVCache
 from cordee.model.config import LatentAttentionConfig, RopeConfig, YarnScaling
+from cordee.model.inputs import Context
 from cordee.model.latent_attention import LatentAttention
-from cordee.model.mask import AttentionMask
 from cordee.model.rotary import Positions
+from cordee.ops.mask import AttentionMask
 from tests.model import tiny
 
 HIDDEN, HEADS, NOPE, ROPE, VALUE, LATENT, QUERY = 24, 3, 6, 4, 5, 12, 10
@@ -120,7 +120,5 @@ def test_parameters_have_their_canonical_names_and_shapes():
 def test_cache_holds_one_compressed_vector_a_token():
     """That it gives the right numbers is tested with all blocks in test_attention.py."""
     cache = KVCache(tiny.config(tiny.layer(tiny.latent_attention()), tiny.layer()), 2, 7)
-    latent, ordinary = cache.layers
-    assert latent.keys.shape == (2, 1, 7, LATENT + ROPE)
-    assert latent.values.numel() == 0
-    assert ordinary.keys.shape == ordinary.values.shape == (2, 2, 7, 8)
+    assert [keys.shape for keys in cache.keys] == [(2, 1, 7, LATENT + ROPE), (2, 2, 7, 8)]
+    assert [values.shape for values in cache.values] == [(2, 1, 7, 0), (2, 2, 7, 8)]

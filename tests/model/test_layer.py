@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from cordee.model.attention import Context
 from cordee.model.config import MLPConfig, NormConfig
+from cordee.model.inputs import Context
 from cordee.model.layer import Layer
-from cordee.model.mask import AttentionMask
 from cordee.model.noise import Noise
 from cordee.model.rotary import Positions
+from cordee.ops.mask import AttentionMask
 from tests.model import tiny
 
 SEQ = 7

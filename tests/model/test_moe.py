@@ -36,7 +36,7 @@ def test_equals_transformers(name, dispatch):
     values = case.canonical(parameters | dict(original.named_buffers()))
     assert values.keys() == dict(block.named_parameters()).keys()
     copy_into(block, values)
-    block.dispatch = dispatch
+    block.placement.replace("dispatch", "test", dispatch)
     x = torch.randn(2, 21, HIDDEN)
     x_original, x_own = x.clone().requires_grad_(), x.clone().requires_grad_()
     expected = case.output(original(x_original)).view_as(x)
@@ -59,7 +59,7 @@ def test_dispatch_equals_the_loop_in_bfloat16(name):
     block = build(CASES[name].config, torch.bfloat16)
     x = torch.randn(1, 9, HIDDEN, dtype=torch.bfloat16)
     grouped = block(x)
-    block.dispatch = loop_dispatch
+    block.placement.replace("dispatch", "test", loop_dispatch)
     torch.testing.assert_close(grouped, block(x), atol=0.05, rtol=0.05)
     assert grouped.dtype == torch.bfloat16
 
@@ -72,12 +72,11 @@ def test_dispatch_equals_the_loop(gated, bias, weight_input, capacity):
     expert = MLPConfig(ffn_hidden_size=FFN, activation="gelu", gated=gated, bias=bias)
     limits = None if capacity is None else CapacityConfig(factor=capacity[0], pad=capacity[1])
     config = MoEConfig(router=router(2, normalise=True), expert=expert, weight_input=weight_input, capacity=limits)
-    block = build(config)
     x = torch.randn(2, 11, HIDDEN)
     results = []
     for dispatch in DISPATCHES:
-        block.zero_grad()
-        block.dispatch = dispatch
+        block = build(config)
+        block.placement.replace("dispatch", "test", dispatch)
         inputs = x.clone().requires_grad_()
         y = block(inputs)
         y.square().sum().backward()

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from cordee.model.boundary import Boundary
 from cordee.model.cache import KVCache
 from cordee.model.config import MLPConfig, NormConfig
 from cordee.model.gpt import GPTModel, Span
 from cordee.model.init import initialise
 from cordee.model.parameter import ParameterSpec, SpecifiedModule, parameter_specs
+from cordee.model.placement import Placement, before
 from tests.model import tiny
 
 GPT2_LAYER = tiny.layer(
@@ -101,15 +102,15 @@ def test_recomputed_layers_are_plain_layers(config):
     names = [name for name, _ in recomputed.named_parameters()]
     calls = []
 
-    def wrap(index, call):
-        def wrapped(x, context):
+    def wrap(index, inner):
+        def wrapped(forward, x, context):
             calls.append(index)
-            return checkpoint(call, x, context, use_reentrant=False)
+            return checkpoint(inner, forward, x, context, use_reentrant=False)
 
         return wrapped
 
-    recomputed.wrap_layers(wrap)
-    assert recomputed.is_wrapped and not plain.is_wrapped
+    for layer in recomputed.own_layers():
+        layer.placement.wrap("call", "recompute", partial(wrap, layer.index))
     losses = [summed_loss(model, ids()) for model in (plain, recomputed)]
     torch.testing.assert_close(losses[1], losses[0], rtol=0, atol=0)
     for loss in losses:
@@ -124,11 +125,10 @@ def test_wrappers_nest_from_the_inside_out():
     model = tiny.model(CONFIGS["llama"])
     order = []
 
-    def named(name):
-        return lambda index, call: lambda x, context: (order.append(f"{name}{index}"), call(x, context))[1]
-
-    model.wrap_layers(named("inner"))
-    model.wrap_layers(named("outer"))
+    for name in ("inner", "outer"):
+        for layer in model.own_layers():
+            note = partial(order.append, f"{name}{layer.index}")
+            layer.placement.wrap("call", name, lambda inner, note=note: lambda *inputs: (note(), inner(*inputs))[1])
     model(ids())
     assert order == ["outer0", "inner0", "outer1", "inner1", "outer2", "inner2"]
 
@@ -140,21 +140,13 @@ def test_every_block_is_entered_and_left_once():
     model = tiny.model(CONFIGS["llama"])
     seen = []
 
-    class Watched(Boundary):
-        def __init__(self, name: str):
-            self.name = name
-
-        def enter(self, x):
-            seen.append(f"enter {self.name}")
-            return x
-
-        def exit(self, x):
-            seen.append(f"exit {self.name}")
-            return x
+    def watched(what: str):
+        return before(lambda x: (seen.append(what), x)[1])
 
     for name, module in model.named_modules():
-        if hasattr(module, "boundary"):
-            module.boundary = Watched(name)
+        placement = getattr(module, "placement", Placement())
+        for border in {"enter", "exit"}.intersection(placement.hooks):
+            placement.wrap(border, "test", watched(f"{border} {name}"))
     model(ids())
     blocks = [f"layers.{i}.{block}" for i in range(3) for block in ("attention", "mlp")]
     assert seen == ["exit embedding", *(f"{way} {b}" for b in blocks for way in ("enter", "exit")), "enter head"]
@@ -184,7 +176,7 @@ def test_parameters_are_described(config):
 def test_a_parameter_without_description_is_noticed():
     class Forgetful(SpecifiedModule):
         def __init__(self):
-            super().__init__()
+            super().__init__(Placement())
             self.declare("weight", ParameterSpec((2,), ("embed",)))
             self.extra = torch.nn.Parameter(torch.zeros(1))
 
@@ -237,17 +229,32 @@ def test_a_full_cache_says_so():
         with pytest.raises(ValueError, match="12 places holds 11 tokens and cannot take 2 more"):
             model(ids(seq=2), cache=cache)
         model(ids(seq=1), cache=cache)
-    assert cache.length == 12
+    assert cache.lengths == [12, 12]
 
 
 @pytest.mark.parametrize("mask", [None, torch.ones(2, 1)], ids=["no mask", "mask"])
-def test_positions_that_cannot_be_told_are_asked_for(mask):
-    """After padding the number of places is not the next position."""
+def test_positions_after_padding_continue_those_of_each_row(mask):
     model = tiny.model(CONFIGS["llama"])
-    padding = torch.ones(2, 11).index_fill(1, torch.tensor([0]), 0)
+    padding = torch.ones(2, 11)
+    padding[0, :3], padding[1, 6:] = 0, 0
     with torch.inference_mode():
         cache = KVCache(model.config, batch_size=2, max_length=20)
         model(ids(), padding, cache=cache)
+        assert cache.lengths == [8, 6]
+        told = model(ids(seq=1), mask, cache=cache)
+        for row in range(2):
+            alone = torch.cat((ids()[row][padding[row] == 1], ids(seq=1)[row]))[None]
+            torch.testing.assert_close(told[row : row + 1], model(alone)[:, -1:], rtol=1e-4, atol=1e-5)
+
+
+def test_positions_that_cannot_be_told_are_asked_for():
+    """After several documents the number of places is not the next position."""
+    model = tiny.model(CONFIGS["llama"])
+    segments = torch.tensor([0] * 5 + [1] * 6).expand(2, -1)
+    with torch.inference_mode():
+        cache = KVCache(model.config, batch_size=2, max_length=20)
+        model(ids(), segments=segments, cache=cache)
         with pytest.raises(ValueError, match="position_ids"):
-            model(ids(seq=1), mask, cache=cache)
-        model(ids(seq=1), mask, torch.full((2, 1), 10), cache=cache)
+            model(ids(seq=1), cache=cache)
+        model(ids(seq=1), position_ids=torch.full((2, 1), 6), segments=torch.ones(2, 1).long(), cache=cache)
+    assert cache.lengths == [12, 12]

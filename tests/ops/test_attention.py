@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,9 +9,9 @@ from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward as gemma2_attention
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as gpt_oss_attention
 
-from cordee.model.mask import AttentionMask
 from cordee.ops.attention import Scores, alibi_slopes, blockwise_attention, reference_attention, sdpa_attention
 from cordee.ops.dropout import Dropout
+from cordee.ops.mask import AttentionMask
 
 BATCH, HEADS, GROUPS, DIM = 2, 6, 2, 8
 SCALE = 0.4
@@ -64,7 +65,7 @@ def run(core, mask: AttentionMask, scores: Scores, sinks: torch.Tensor | None, *
     """Output and gradients."""
     inputs = qkv(mask.num_queries, mask.num_keys)
     sinks = None if sinks is None else sinks.clone().requires_grad_()
-    y = core(*inputs, mask, scores, sinks=sinks, **options)
+    y = core(*inputs, mask, replace(scores, sinks=sinks), **options)
     (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
     return [y.detach()] + [t.grad for t in (*inputs, *([] if sinks is None else [sinks]))]
 
@@ -84,7 +85,7 @@ def test_cores_are_the_reference_forward_and_backward(scores, mask, sinks):
 @pytest.mark.parametrize("value_dim", [3, 11])
 def test_values_may_have_another_dim_than_keys(core, value_dim):
     q, k, v = qkv(7, 7, value_dim)
-    y = core(q, k, v, AttentionMask(7, 7), Scores(scale=SCALE), sinks=SINKS)
+    y = core(q, k, v, AttentionMask(7, 7), Scores(scale=SCALE, sinks=SINKS))
     assert y.shape == (BATCH, HEADS, 7, value_dim)
     scores = (q @ k.repeat_interleave(3, 1).mT * SCALE).masked_fill(~torch.ones(7, 7).tril().bool(), -torch.inf)
     weights = torch.cat((scores, SINKS[None, :, None, None].expand(BATCH, -1, 7, 1)), -1).softmax(-1)[..., :-1]
@@ -94,9 +95,9 @@ def test_values_may_have_another_dim_than_keys(core, value_dim):
 @pytest.mark.parametrize("scores", SCORES.values(), ids=SCORES)
 def test_bfloat16_stays_close_to_the_reference(scores):
     inputs = qkv(12, 12, dtype=torch.bfloat16)
-    y = sdpa_attention(*inputs, AttentionMask(12, 12), scores, sinks=SINKS.bfloat16())
+    y = sdpa_attention(*inputs, AttentionMask(12, 12), replace(scores, sinks=SINKS.bfloat16()))
     assert y.dtype == torch.bfloat16
-    expected = reference_attention(*[t.float() for t in inputs], AttentionMask(12, 12), scores, sinks=SINKS)
+    expected = reference_attention(*[t.float() for t in inputs], AttentionMask(12, 12), replace(scores, sinks=SINKS))
     torch.testing.assert_close(y.float(), expected, rtol=0.05, atol=0.03)
 
 
@@ -104,7 +105,7 @@ def test_bfloat16_stays_close_to_the_reference(scores):
 def test_dropout_keeps_the_mean(scores):
     inputs = [t.detach() for t in qkv(1, 64)]
     drops = [Dropout(0.3, torch.tensor([2 * n, 2 * n + 1], dtype=torch.int32)) for n in range(400)]
-    ys = [sdpa_attention(*inputs, AttentionMask(1, 64), SCORES[scores], dropout=drop) for drop in drops]
+    ys = [sdpa_attention(*inputs, AttentionMask(1, 64), replace(SCORES[scores], dropout=drop)) for drop in drops]
     whole = sdpa_attention(*inputs, AttentionMask(1, 64), SCORES[scores])
     assert not torch.equal(ys[0], whole)
     torch.testing.assert_close(torch.stack(ys).mean(0), whole, rtol=0, atol=0.1)
@@ -115,8 +116,8 @@ def test_recomputed_blocks_drop_the_same_weights():
     q, k, v = qkv(12, 12, value_dim=1)
     drop = Dropout(0.5, torch.tensor([1, 2], dtype=torch.int32))
     scores = Scores(scale=SCALE, softcap=2.0)
-    y = blockwise_attention(q, k, v, AttentionMask(12, 12), scores, dropout=drop, block_size=4)
-    torch.testing.assert_close(y, reference_attention(q, k, v, AttentionMask(12, 12), scores, dropout=drop))
+    y = blockwise_attention(q, k, v, AttentionMask(12, 12), replace(scores, dropout=drop), block_size=4)
+    torch.testing.assert_close(y, reference_attention(q, k, v, AttentionMask(12, 12), replace(scores, dropout=drop)))
     y.sum().backward()
     torch.testing.assert_close((v * v.grad).sum(), y.sum())
 
@@ -140,7 +141,7 @@ def test_sinks_are_those_of_gpt_oss():
     q, k, v = qkv(9, 9)
     module = SimpleNamespace(num_key_value_groups=HEADS // GROUPS, training=False, sinks=SINKS)
     expected, _ = gpt_oss_attention(module, q, k, v, causal_mask(9), scaling=SCALE)
-    y = reference_attention(q, k, v, AttentionMask(9, 9), Scores(scale=SCALE), sinks=SINKS)
+    y = reference_attention(q, k, v, AttentionMask(9, 9), Scores(scale=SCALE, sinks=SINKS))
     torch.testing.assert_close(y.transpose(1, 2), expected)
 
 

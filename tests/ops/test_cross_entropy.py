@@ -5,7 +5,13 @@ import torch
 import torch.nn.functional as F
 
 from cordee.ops import cross_entropy
-from cordee.ops.cross_entropy import IGNORED, chunked_cross_entropy, reference_cross_entropy
+from cordee.ops.cross_entropy import (
+    IGNORED,
+    adjusted,
+    chunked_cross_entropy,
+    chunked_token_losses,
+    reference_cross_entropy,
+)
 
 TOKENS, HIDDEN, VOCAB = 13, 6, 11
 ADJUSTMENTS = {
@@ -77,6 +83,46 @@ def test_normalisation_is_not_rounded_to_low_precision():
     (reference_cross_entropy(exact, weight.float(), labels) / 2989).backward()
     size = (hidden.grad.float() * exact.grad).sum() / exact.grad.square().sum()
     assert size.item() == pytest.approx(1.0, abs=7e-4)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, None])
+@pytest.mark.parametrize("adjustment", ADJUSTMENTS.values(), ids=ADJUSTMENTS)
+def test_losses_of_single_tokens(adjustment, chunk_size: int | None):
+    """Each token has a gradient of its own, of either sign; what is not counted is 0 and gets none."""
+    hidden, weight, labels = inputs()
+    factors = torch.randn(len(labels), generator=torch.Generator().manual_seed(2))
+    exact = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
+    logits = adjusted(exact[0] @ exact[1].t(), **adjustment)
+    expected = torch.stack(
+        [
+            row.new_zeros(()) if label == IGNORED else -row.log_softmax(-1)[label]
+            for row, label in zip(logits, labels, strict=True)
+        ]
+    )
+    (expected.sigmoid() * factors.double()).sum().backward()
+    ours = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    losses = chunked_token_losses(*ours, labels, chunk_size, **adjustment)
+    (losses.sigmoid() * factors).sum().backward()
+    torch.testing.assert_close(losses.detach().double(), expected.detach(), rtol=1e-5, atol=1e-6)
+    for got, right in zip(ours, exact, strict=True):
+        torch.testing.assert_close(got.grad.double(), right.grad, rtol=1e-5, atol=1e-6)
+    assert (ours[0].grad[labels == IGNORED] == 0).all()
+    with torch.no_grad():
+        assert torch.equal(chunked_token_losses(hidden, weight, labels, chunk_size, **adjustment), losses)
+
+
+def test_losses_of_single_tokens_in_low_precision():
+    hidden, weight, labels = inputs(torch.bfloat16)
+    weight.requires_grad_()
+    losses = chunked_token_losses(hidden, weight, labels, 4)
+    factors = torch.linspace(-1.0, 1.0, len(labels))
+    (losses * factors).sum().backward()
+    assert losses.dtype == torch.float32 and weight.grad.dtype == torch.bfloat16
+    exact = weight.detach().float().requires_grad_()
+    expected = F.cross_entropy(hidden.float() @ exact.t(), labels, ignore_index=IGNORED, reduction="none")
+    (expected * factors).sum().backward()
+    torch.testing.assert_close(losses, expected, rtol=0.02, atol=0.1)
+    assert F.cosine_similarity(weight.grad.float().flatten(), exact.grad.flatten(), 0) > 0.999
 
 
 @pytest.mark.parametrize("adjustment", ADJUSTMENTS.values(), ids=ADJUSTMENTS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,9 +30,10 @@ from cordee.model.init import initialise
 from cordee.model.noise import Noise
 from cordee.optim.build import build_optimizer, set_rates
 from cordee.optim.clip import global_norm, gradients
-from cordee.parallel import apply, collectives, context, data
+from cordee.parallel import apply, collectives, context, data, laws, wrapper
 from cordee.parallel.degrees import degrees
 from cordee.parallel.layout import Layout
+from cordee.parallel.wrapper import Wrapper
 
 SAMPLES, LENGTH, MICRO_BATCHES, VOCAB = 8, 16, 2, 53
 RMS, LAYER = NormConfig(kind="rms", eps=1e-5), NormConfig(kind="layer", eps=1e-5)
@@ -138,12 +140,17 @@ def options(**given: Any) -> TrainConfig:
     return TrainConfig(**{"seq_length": LENGTH, "lr": 1e-3, **given})
 
 
-def build(config: ModelConfig, world_size: int, **given: Any) -> tuple[GPTModel, Layout, TrainConfig]:
+def build(
+    config: ModelConfig, world_size: int, wrappers: Sequence[Wrapper] = (), **given: Any
+) -> tuple[GPTModel, Layout, TrainConfig]:
     settings = options(**given)
     layout = Layout(degrees(settings, world_size))
-    found = list(apply.check(config, layout.degrees, settings))
+    found = [
+        *laws.check(laws.Run(model=config, degrees=layout.degrees, options=settings)),
+        *wrapper.check(wrappers, settings),
+    ]
     assert not found, found
-    built = apply.apply(GPTModel(config, device="meta"), layout, settings, torch.device("cpu"))
+    built = apply.apply(GPTModel(config, device="meta"), layout, settings, torch.device("cpu"), wrappers)
     initialise(built, 7)
     return built, layout, settings
 

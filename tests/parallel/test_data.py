@@ -169,7 +169,7 @@ def layout_facts(rank: int, world_size: int, stage: int):
         "mesh": tuple(layout.data_mesh.mesh_dim_names),
         "speaks": layout.speaks_for_samples,
         "sum": collectives.sum_over(torch.tensor([1.0, rank]), layout).tolist(),
-        "counts": collectives.sum_counts([1, rank], layout),
+        "counts": collectives.sum_numbers([1, rank], layout),
         "gathered": collectives.gather(f"rank {rank}", layout),
         "first": collectives.from_first(rank + 5, layout),
         "groups": [dist.get_backend(group) for group in (layout.control, layout.background)],
@@ -245,7 +245,7 @@ def problems_of_one(rank: int, world_size: int) -> str:
     layout = Layout(degrees(options(), world_size))
     own = [Problem("file", rank, "is broken", "mend it")] if rank == 1 else []
     with pytest.raises(ProblemError) as caught:
-        collectives.raise_together([*own, Problem("all", None, "see it", "once")], layout)
+        collectives.raise_together([*own, Problem("all", None, "see it", "once")], layout.control)
     return str(caught.value)
 
 

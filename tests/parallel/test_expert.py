@@ -24,7 +24,7 @@ from cordee.model.config import (
 from cordee.model.gpt import GPTModel
 from cordee.model.moe import MoE, local_dispatch, loop_dispatch
 from cordee.model.parameter import local_shard
-from cordee.parallel import expert, sharding, tensor
+from cordee.parallel import expert, laws, sharding, tensor
 from cordee.parallel.degrees import Degrees, degrees
 from cordee.parallel.layout import Layout
 from cordee.weights.load import materialise
@@ -85,7 +85,7 @@ def tokens_of(rank: int, length: int, lean: int | None) -> tuple[Tensor, Tensor]
 def in_one_process(config: MoEConfig, lengths: list[int], lean: int | None, dispatch):
     """Results and gradients of every rank's tokens, and the sums of the parameters' gradients."""
     block = fill(GPTModel(model_config(config)).layers["0"].mlp, lean)
-    block.dispatch = dispatch
+    block.placement.replace("dispatch", "test", dispatch)
     found = []
     for rank, length in enumerate(lengths):
         x, upstream = tokens_of(rank, length, lean)
@@ -99,9 +99,8 @@ def on_ranks(rank: int, world_size: int, config: MoEConfig, lengths: list[int], 
     options = TrainConfig(seq_length=8, lr=1e-3, **given)
     layout = Layout(degrees(options, world_size))
     model = GPTModel(model_config(config), device="meta")
-    sharding.share_out(model, layout)
-    tensor.apply(model, layout, sequence=options.sequence_parallel)
-    expert.apply(model, layout, options)
+    for technique in (sharding, tensor, expert):
+        technique.apply(model, layout, options)
     materialise(model)
     block = fill(model.layers["0"].mlp, lean)
     x, upstream = tokens_of(layout.data_rank, lengths[layout.data_rank], lean)
@@ -192,14 +191,16 @@ def test_experts_under_tensor_parallelism(pool, dispatcher: str, sequence: bool,
 # ---- what fits -------------------------------------------------------------------------------------------------------
 
 
-def problems(config: ModelConfig, **sizes) -> str:
-    return "\n".join(map(str, expert.check(config, Degrees(**sizes))))
+def broken(config: ModelConfig, ranks: int) -> list[tuple[str, object]]:
+    chosen = TrainConfig(seq_length=8, lr=1e-3, expert_model_parallel_size=ranks)
+    run = laws.Run(model=config, degrees=Degrees(shard=ranks, ep=ranks), options=chosen)
+    return [(problem.kind, problem.limit) for problem in laws.expert(run)]
 
 
 def test_check():
     model = model_config(mlp(), mixture())
-    assert problems(model, shard=4, ep=4) == problems(model_config(mlp()), shard=4) == ""
-    assert "does not divide the 8 experts" in problems(model, shard=3, ep=3)
-    assert "has no experts" in problems(model_config(mlp()), shard=2, ep=2)
+    assert broken(model, 4) == broken(model_config(mlp()), 1) == []
+    assert broken(model, 3) == [("divides", 8)]
+    assert broken(model_config(mlp()), 2) == [("requires", None)]
     fewer = replace(mixture(), router=RouterConfig(num_experts=6, top_k=1))
-    assert "does not divide the 6 experts" in problems(model_config(mixture(), fewer), shard=4, ep=4)
+    assert broken(model_config(mixture(), fewer), 4) == [("divides", 6)]

@@ -12,10 +12,27 @@ import torch.distributed as dist
 
 from cordee.errors import RankLostError
 from cordee.parallel import collectives, differentiable
-from cordee.parallel.differentiable import copied, gathered, gathered_for_same, scattered_sum, summed, summed_for_parts
+from cordee.parallel.differentiable import (
+    all_gather_fwd_reduce_scatter_bwd,
+    all_gather_fwd_split_bwd,
+    all_reduce_fwd_all_reduce_bwd,
+    all_reduce_fwd_identity_bwd,
+    identity_fwd_all_reduce_bwd,
+    reduce_scatter_fwd_all_gather_bwd,
+)
 
-FORWARD = [summed, summed_for_parts, partial(gathered, dim=1), partial(gathered_for_same, dim=1, sizes=(4, 4))]
-BACKWARD = [copied, summed_for_parts, partial(gathered, dim=1), partial(scattered_sum, dim=1)]
+FORWARD = [
+    all_reduce_fwd_identity_bwd,
+    all_reduce_fwd_all_reduce_bwd,
+    partial(all_gather_fwd_reduce_scatter_bwd, dim=1),
+    partial(all_gather_fwd_split_bwd, dim=1, sizes=(4, 4)),
+]
+BACKWARD = [
+    identity_fwd_all_reduce_bwd,
+    all_reduce_fwd_all_reduce_bwd,
+    partial(all_gather_fwd_reduce_scatter_bwd, dim=1),
+    partial(reduce_scatter_fwd_all_gather_bwd, dim=1),
+]
 
 
 def left_alone(rank: int, world_size: int, function: Callable, in_backward: bool) -> str | None:
@@ -54,7 +71,7 @@ def test_backward(pool, function: Callable):
 
 
 def largest_left_alone(rank: int, world_size: int) -> str | None:
-    return left_alone(rank, world_size, differentiable.largest, False)
+    return left_alone(rank, world_size, differentiable.all_reduce_max, False)
 
 
 def test_without_gradient(pool):

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from cordee.model.gpt import GPTModel
-from cordee.model.mask import AttentionMask
 from cordee.ops import partial_attention
 from cordee.ops.attention import Scores, alibi_slopes, reference_attention
+from cordee.ops.mask import AttentionMask
 from cordee.parallel import context, ring
 from cordee.parallel.degrees import degrees
 from cordee.parallel.layout import Layout
@@ -82,7 +82,7 @@ def attend(core, case: dict, index: torch.Tensor) -> list[torch.Tensor]:
     q, k, v, upstream = (x[:, :, index] for x in made[:4])
     leaves = [x.clone().requires_grad_() for x in (q, k, v, *made[4:])]
     sinks = leaves[3] if len(leaves) > 3 else None
-    y = core(*leaves[:3], mask_of(case, index), case.get("scores", PLAIN), sinks=sinks)
+    y = core(*leaves[:3], mask_of(case, index), replace(case.get("scores", PLAIN), sinks=sinks))
     y.backward(upstream)
     return [y.detach(), *(x.grad for x in leaves)]
 
@@ -96,7 +96,7 @@ def attention_on_ranks(rank: int, ranks: int, given: dict, names: list[str]) -> 
         layout = Layout(degrees(config, ranks))
         model = GPTModel(shape(), device="meta")
         context.apply(model, layout, config)
-        core = model.layers["0"].attention.core
+        core = model.layers["0"].attention.placement.core
         found[name] = attend(core, case, context.places(LENGTH, layout.degrees, rank, causal))
     return found
 

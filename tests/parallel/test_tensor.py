@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from cordee.model.config import QKNormConfig
-from cordee.ops.cross_entropy import IGNORED, chunked_cross_entropy, reference_cross_entropy
-from cordee.parallel import tensor
-from cordee.parallel.degrees import degrees
+from cordee.config.schema import TrainConfig
+from cordee.model.config import ModelConfig, QKNormConfig
+from cordee.model.shards import part_of
+from cordee.ops.cross_entropy import IGNORED, chunked_cross_entropy, chunked_token_losses, reference_cross_entropy
+from cordee.parallel import laws, tensor
+from cordee.parallel.degrees import Degrees, degrees
 from cordee.parallel.layout import Layout
-from cordee.parallel.sharding import part_of
 from tests.matrix import sampled
 from tests.parallel import models
 
@@ -76,9 +77,15 @@ def vocabulary_parts(rank: int, world_size: int, softcap: float | None, scale: f
     (loss * 3.0).backward()
     with torch.no_grad():
         unlearned = chunked_cross_entropy(hidden, own, labels, 8, **given)
+    single = [t.detach().clone().requires_grad_() for t in (hidden, own)]
+    losses = chunked_token_losses(*single, labels, 8, **given)
+    (losses.sum() * 3.0).backward()
     rows = part.lookup(torch.arange(23)[None], own)
     joined = part.join(hidden @ own.t())
-    return [t.detach() for t in (loss, hidden.grad, own.grad, unlearned, rows, joined)]
+    return [
+        t.detach()
+        for t in (loss, hidden.grad, own.grad, unlearned, rows, joined, losses, single[0].grad, single[1].grad)
+    ]
 
 
 @pytest.mark.parametrize(("softcap", "scale"), [(None, 1.0), (3.0, 0.7)])
@@ -88,32 +95,42 @@ def test_cross_entropy_over_parts_of_unequal_size(pool, ranks: int, softcap: flo
     expected = reference_cross_entropy(hidden, weight, labels, scale, softcap)
     (expected * 3.0).backward()
     found = pool.run(vocabulary_parts, ranks, softcap, scale)
-    for loss, _, _, unlearned, _, joined in found:
+    with torch.no_grad():
+        separate = [
+            reference_cross_entropy(h[None], weight, y[None], scale, softcap)
+            for h, y in zip(hidden, labels, strict=True)
+        ]
+    for loss, _, _, unlearned, _, joined, losses, _, _ in found:
+        torch.testing.assert_close(losses, torch.stack(separate))
         torch.testing.assert_close(loss, expected.detach())
         torch.testing.assert_close(unlearned, expected.detach())
         torch.testing.assert_close(joined, hidden.detach() @ weight.detach().t())
     torch.testing.assert_close(sum(part[1] for part in found), hidden.grad)
     torch.testing.assert_close(torch.cat([part[2] for part in found]), weight.grad)
+    torch.testing.assert_close(sum(part[7] for part in found), hidden.grad)
+    torch.testing.assert_close(torch.cat([part[8] for part in found]), weight.grad)
     torch.testing.assert_close(sum(part[4] for part in found)[0], weight.detach())
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 
+def broken(model: ModelConfig, size: int, tokens: int = 16, **options: Any) -> list[tuple[str, str, object]]:
+    chosen = TrainConfig(seq_length=tokens, lr=1e-3, tensor_model_parallel_size=size, **options)
+    run = laws.Run(model=model, degrees=Degrees(tp=size), options=chosen)
+    return [(problem.option, problem.kind, problem.limit) for problem in laws.tensor(run)]
+
+
 def test_what_does_not_fit():
-    llama = models.MODELS["llama"]
-    told = [problem.why for problem in tensor.check(llama, 3, 16, sequence=True)]
-    assert any("4 attention heads" in why for why in told)
-    assert any("share 16 tokens out evenly" in why for why in told)
-    assert not any("dims of the MLP" in why for why in told)  # 48 is a multiple of 3
+    llama, option = models.MODELS["llama"], "--tensor-model-parallel-size"
+    assert broken(llama, 3, sequence_parallel=True) == [  # and 48 channels of the MLP are a multiple of 3
+        (option, "divides", 4),
+        ("--sequence-parallel", "divisible", 3),
+    ]
     normed = models.model(models.layer(attention=models.attention(qk_norm=QKNormConfig(norm=models.RMS, over="all"))))
-    (problem,) = tensor.check(normed, 4, 16, sequence=False)
-    assert "2 key heads" in problem.why
+    assert broken(normed, 4) == [(option, "divides", 2)]
     six = models.model(models.layer(attention=models.attention(num_heads=12, num_kv_heads=6)))
-    (problem,) = tensor.check(six, 4, 16, sequence=False)
-    assert "neither shared out evenly" in problem.why
-    assert list(tensor.check(llama, 1, 16, sequence=False)) == []
-    (problem,) = tensor.check(llama, 1, 16, sequence=True)
-    assert problem.option == "--sequence-parallel"
-    (problem,) = tensor.check(replace(llama, vocab_size=5), 4, 16, sequence=False)
-    assert "none of 5 tokens" in problem.why
+    assert broken(six, 4) == [(option, "divides", 6)]
+    assert broken(llama, 1) == []
+    assert broken(llama, 1, sequence_parallel=True) == [("--sequence-parallel", "requires", f"{option} 2 or more")]
+    assert broken(replace(llama, vocab_size=5), 4) == [(option, "at most", 5)]

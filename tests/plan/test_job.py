@@ -143,14 +143,13 @@ def test_all_problems_at_once():
                 backward_input_time=9.0,
             )
         )
-    whys = [problem.why for problem in caught.value.problems]
-    assert whys == [
-        "interleaved has 8 stages; their layers would not be equal",
-        "the 2 x 4 stages need as many micro-batches; there are 7",
-        "dualpipev has 8 stages; their layers would not be equal",
-        "it has 3 sizes, and 14 samples in micro-batches of 2 make 7",
-        "its sizes make 6 samples, and a step has 14 on each data-parallel rank",
-        "the whole backward takes 2",
+    assert [(problem.option, problem.kind, problem.limit) for problem in caught.value.problems] == [
+        ("--num-layers", "divisible", 8),
+        ("schedule", "micro-batches", 8),
+        ("--num-layers", "divisible", 8),
+        ("--manual-mbs", "length", 7),
+        ("--manual-mbs", "sum", 14),
+        ("--backward-input-time", "at most", 2),
     ]
 
 
@@ -162,7 +161,7 @@ def test_all_problems_at_once():
         ({"num_layer_list": "1,x"}, "no list of numbers"),
         ({"num_layer_list": "0,0,0,0"}, "no stage has a layer"),
         ({"num_layer_list": "1,1,1"}, "1f1b has 4 stages, the list 3"),
-        ({"num_layer_list": "1,1,1,1", "num_layers": 4}, "--num-layer-list gives it too"),
+        ({"num_layer_list": "1,1,1,1", "num_layers": 4}, "--num-layer-list is given too"),
         ({"stages_per_rank": 3}, "1f1b leaves no choice"),
         ({"stages_per_rank": 1, "schedule": ("interleaved",)}, "at least 2 stages a rank"),
         ({"timeline": "x.json", "schedule": ("gpipe", "1f1b")}, "the step of one schedule"),

@@ -41,12 +41,12 @@ class Explodes(NextToken):
         self.after = after
         self.how = how
 
-    def loss(self, head, hidden, batch):
-        total, weight, metrics = super().loss(head, hidden, batch)
+    def loss(self, head, hidden, batch, reduce):
+        total, metrics = super().loss(head, hidden, batch, reduce)
         self.after -= 1
         if self.after < 0:
             total = total * math.nan if self.how == "loss" else total + (0 * hidden.sum()).sqrt()
-        return total, weight, metrics
+        return total, metrics
 
 
 def explode(rank: int, world_size: int, given, after: int, how: str, bad_rank: int) -> str:
@@ -109,8 +109,8 @@ def test_both_failures_are_told(tmp_path: Path, monkeypatch):
     exploded = threading.Event()
 
     class Signals(Explodes):
-        def loss(self, head, hidden, batch):
-            found = super().loss(head, hidden, batch)
+        def loss(self, head, hidden, batch, reduce):
+            found = super().loss(head, hidden, batch, reduce)
             if self.after < 0:
                 exploded.set()
             return found

@@ -44,7 +44,7 @@ def plain_loop(given, steps: int) -> list[float]:
     dataset = build_datasets(given, given.train_iters * tiny.BATCH, 0, 0).train
     losses = []
     for step in range(steps):
-        tokens = torch.from_numpy(np.stack([dataset[step * tiny.BATCH + i] for i in range(tiny.BATCH)]))
+        tokens = torch.from_numpy(np.stack([dataset[step * tiny.BATCH + i]["tokens"] for i in range(tiny.BATCH)]))
         logits = model(tokens[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         loss.backward()
@@ -260,7 +260,7 @@ def test_validation_is_the_exact_mean(tmp_path: Path):
         parameter.data.copy_(weights.tensor(name))
     _, valid, test = build_datasets(given, 48, 16, 16)
     for kind, held_out in (("validation", valid), ("test", test)):
-        tokens = torch.from_numpy(np.stack([held_out[i] for i in range(16)]))
+        tokens = torch.from_numpy(np.stack([held_out[i]["tokens"] for i in range(16)]))
         with torch.no_grad():
             loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
         assert tiny.records(given, kind)[6]["loss"] == pytest.approx(loss.item(), rel=1e-5)
@@ -292,7 +292,7 @@ def test_starts_from_hugging_face_weights(tmp_path: Path):
         save_from(model, sink)
     assert job.run(given) == 0
     dataset = build_datasets(given, 48, 0, 0).train
-    tokens = torch.from_numpy(np.stack([dataset[i] for i in range(tiny.BATCH)]))
+    tokens = torch.from_numpy(np.stack([dataset[i]["tokens"] for i in range(tiny.BATCH)]))
     loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
     assert tiny.losses(given)[0] == pytest.approx(loss.item(), rel=1e-5)
 

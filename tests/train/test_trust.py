@@ -28,14 +28,15 @@ from cordee.checkpoint import directory, source
 from cordee.config.option import to_flag
 from cordee.config.schema import ConvertConfig, EvaluateConfig, GenerateConfig, TrainConfig
 from cordee.convert import job as convert
-from cordee.data.check import check
+from cordee.data.gpt_check import check
 from cordee.data.indexed import IndexedDataset, fingerprint
 from cordee.data.manifest import Manifest, TokenizerNote, manifest_path, read_manifest
 from cordee.errors import Findings, Problem, ProblemError
 from cordee.evaluate import job as evaluate
 from cordee.generate import job as generate
-from cordee.train import job, outputs, plan
+from cordee.train import job, outputs
 from cordee.train.check import check_run, check_with_contents
+from cordee.train.objectives import next_token
 from cordee.train.state import TrainState
 from tests.train import tiny
 from tests.train.test_kill import start, wait_until
@@ -371,7 +372,7 @@ def reads_of_a_run(rank: int, world_size: int, given: TrainConfig) -> list[str]:
         return fingerprint(path, bound)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "fingerprint", count)
+        patch.setattr(next_token, "fingerprint", count)
         assert check_run(given) == [] and not read
         tiny.train_rank(rank, world_size, given)
     return read
@@ -389,7 +390,7 @@ def test_data_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch):
     def broken(path: Path, bound: int) -> int:
         raise OSError("input/output error")
 
-    monkeypatch.setattr(plan, "fingerprint", broken)
+    monkeypatch.setattr(next_token, "fingerprint", broken)
     given = tiny.config(tmp_path)
     for find in (check_with_contents, problems_of_the_run):
         (problem,) = find(given)

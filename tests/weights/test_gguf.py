@@ -165,7 +165,7 @@ def test_models_that_cannot_be_expressed(tmp_path):
     save(tmp_path / "llama", _hf("Llama", "llama", rope_scaling=scaling))
     for name, words in (
         ("gpt2", "position_embedding"),
-        ("gemma2", "layers.*.attention.scale is 0.17677669, there 0.25"),
+        ("gemma2", "--query-pre-attn-scalar is 32.0, there 16.0"),
         ("llama", "low_freq_factor is 2.0, there 1.0"),
     ):
         options = ConvertConfig(load_dir=str(tmp_path / name), save_dir=str(tmp_path / "out"), save_model_type="gguf")

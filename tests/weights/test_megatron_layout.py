@@ -7,7 +7,7 @@ import torch
 
 from cordee.errors import ProblemError
 from cordee.families.registry import spec_from_hf
-from cordee.families.rules import Leaf
+from cordee.tensors.views import Leaf
 from cordee.weights.megatron.layout import Layout, Rank, Wanted, chunks_of, even_chunks, rank_files
 from cordee.weights.megatron.padding import Crop, Pad, padded_rows
 from tests.weights.models import MODELS

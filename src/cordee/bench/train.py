@@ -180,7 +180,7 @@ def _samples(config: TrainConfig) -> Iterator[Any]:
     dataset = build_datasets(config, count, 0, 0).train
     assert dataset is not None
     for index in range(count):
-        yield torch.from_numpy(dataset[index][:SEQ_LENGTH])
+        yield torch.from_numpy(dataset[index]["tokens"][:SEQ_LENGTH])
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------

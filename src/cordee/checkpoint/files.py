@@ -28,11 +28,14 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.futures import Future
 
+from cordee.checkpoint.storage import Place, StoragePath, size_of
 from cordee.errors import Problem, ProblemError
 from cordee.weights.pickled import Call, Name, load
+from cordee.weights.regions import Region
 from cordee.weights.torch_file import UNREADABLE, resolve, tensor_in
 
 METADATA = ".metadata"
+RANGE = 2**25  # bytes that one request to a store reads at most
 _CELLS = 2**22  # of the grid that a tensor's chunks make
 Shape = tuple[int, ...]
 
@@ -40,7 +43,7 @@ Shape = tuple[int, ...]
 # ---- metadata --------------------------------------------------------------------------------------------------------
 
 
-def read_metadata(directory: Path) -> Metadata:
+def read_metadata(directory: Place) -> Metadata:
     """What the data files of a checkpoint hold and where; of the objects beside tensors only the names are kept.
 
     ValueError if it cannot be read, or the files do not have all that it says is in them.
@@ -155,15 +158,13 @@ def _described(metadata: Metadata, name: str) -> TensorStorageMetadata:
     return kept
 
 
-def missing_bytes(directory: Path, metadata: Metadata) -> str | None:
+def missing_bytes(directory: Place, metadata: Metadata) -> str | None:
     """What the data files lack of what `metadata` says is in them; None if nothing."""
     needed: dict[str, int] = {}
     for place in metadata.storage_data.values():
         needed[place.relative_path] = max(needed.get(place.relative_path, 0), place.offset + place.length)
     for name, size in needed.items():
-        path = directory / name
-        found = path.stat().st_size if path.is_file() else 0
-        if found < size:
+        if (found := size_of(directory / name) or 0) < size:
             return f"{name} has {found} bytes of {size}"
     for name, kept in tensors(metadata).items():
         if not _tile(kept.size, kept.chunks):
@@ -188,7 +189,7 @@ def _tile(size: Sequence[int], chunks: Sequence[ChunkStorageMetadata]) -> bool:
     return bool((covered == 1).all())
 
 
-def read_tensor(directory: Path, metadata: Metadata, name: str, index: tuple[slice, ...] | None = None) -> Tensor:
+def read_tensor(directory: Place, metadata: Metadata, name: str, index: tuple[slice, ...] | None = None) -> Tensor:
     """The tensor `name`, or the part of it at `index` (slices with step 1), assembled from its chunks.
 
     ProblemError if what a chunk's place holds is another tensor, or none. Memory: the result.
@@ -216,7 +217,7 @@ def _box(shape: tuple[int, ...], index: tuple[slice, ...] | None) -> list[tuple[
 
 
 def _read_chunk(
-    directory: Path, metadata: Metadata, name: str, chunk: ChunkStorageMetadata, index: tuple[slice, ...]
+    directory: Place, metadata: Metadata, name: str, chunk: ChunkStorageMetadata, index: tuple[slice, ...]
 ) -> Tensor:
     """A slice of a chunk, which may share memory with the file."""
     place, expected = metadata.storage_data[MetadataIndex(name, chunk.offsets)], _described(metadata, name).properties
@@ -225,17 +226,48 @@ def _read_chunk(
         region = tensor_in(path, place.offset, place.length)
         if (region.shape, region.dtype) != (tuple(chunk.sizes), expected.dtype):
             raise ValueError(f"there is one of {list(region.shape)} and {region.dtype}")
-        return region.read(path, index)
+        return region.read(path, index) if isinstance(path, Path) else _read_ranges(path, region, index)
     except UNREADABLE as error:
         why = f"{list(chunk.sizes)} of {name} cannot be read at byte {place.offset}: {error}"
         raise ProblemError([Problem("checkpoint", path, why, "take another checkpoint")]) from error
 
 
+def _read_ranges(path: StoragePath, region: Region, index: tuple[slice, ...]) -> Tensor:
+    """A slice of a tensor in an object, by requests of at most `RANGE` bytes. Memory: the slice, and that."""
+    bounds = [part.indices(size)[:2] for part, size in zip(index, region.shape, strict=True)]
+    result = torch.empty([max(0, stop - start) for start, stop in bounds], dtype=region.dtype)
+    first = sum(start * stride for (start, _), stride in zip(bounds, region.strides, strict=True))
+    _fill(result, path, region.offset + first * region.dtype.itemsize, region.strides)
+    return result
+
+
+def _fill(target: Tensor, path: StoragePath, offset: int, strides: Shape) -> None:
+    """Fill `target` with the elements that follow one another by `strides` from byte `offset` of an object on.
+
+    What lies between them is read with them, where all of it fits in one request: that is less than another request.
+    """
+    size = target.dtype.itemsize
+    span = size * (1 + sum((count - 1) * stride for count, stride in zip(target.shape, strides, strict=True)))
+    if not target.numel():
+        return
+    if span > RANGE and target.numel() > 1:
+        dim = next(dim for dim, count in enumerate(target.shape) if count > 1)
+        half = target.shape[dim] // 2
+        _fill(target.narrow(dim, 0, half), path, offset, strides)
+        rest = target.narrow(dim, half, target.shape[dim] - half)
+        return _fill(rest, path, offset + half * strides[dim] * size, strides)
+    data = bytearray(path.storage.read(path.url, offset, span))
+    if len(data) != span:
+        raise OSError(f"{path} has become shorter")
+    target.copy_(torch.frombuffer(data, dtype=torch.uint8).view(target.dtype).as_strided(target.shape, strides))
+
+
 class SafeReader(FileSystemReader):
     """torch's reader of a checkpoint directory, for metadata that `read_metadata` has read, and tensors alone."""
 
-    def __init__(self, directory: Path, metadata: Metadata):
-        super().__init__(directory)
+    def __init__(self, directory: Place, metadata: Metadata):
+        super().__init__(str(directory))
+        self._directory = directory
         self._metadata = metadata
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -247,7 +279,7 @@ class SafeReader(FileSystemReader):
             chunk = _described(self._metadata, name).chunks[number or 0]
             part = tuple(map(slice, item.storage_offsets, map(add, item.storage_offsets, item.lengths)))
             target = planner.resolve_tensor(item).detach()
-            target.copy_(_read_chunk(Path(self.path), self._metadata, name, chunk, part))
+            target.copy_(_read_chunk(self._directory, self._metadata, name, chunk, part))
             planner.commit_tensor(item, target)
         done: Future[None] = Future()
         done.set_result(None)

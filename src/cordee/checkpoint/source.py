@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from cordee import sealed
-from cordee.checkpoint import directory
+from cordee.checkpoint import assets, directory
 from cordee.checkpoint.files import METADATA, read_metadata, read_tensor, tensors
-from cordee.data.tokenizer import holds_tokenizer
+from cordee.checkpoint.storage import Place, place_of
 from cordee.errors import Problem, ProblemError, raise_all
 from cordee.families.registry import STORED_SPEC, ModelSpec
 from cordee.weights.codec import Source
@@ -25,16 +24,16 @@ from cordee.weights.codec import Source
 _FORM = sealed.record({"model": STORED_SPEC})
 
 
-def is_checkpoint(path: Path) -> bool:
+def is_checkpoint(path: Place) -> bool:
     """Whether `path` is a checkpoint, or a directory of them."""
     return (path / directory.MANIFEST).is_file() or directory.is_root(path)
 
 
-def read(path: str | Path, iteration: int | None = None) -> CheckpointSource:
+def read(path: str | Place, iteration: int | None = None) -> CheckpointSource:
     """The weights of the checkpoint in `path`, or, of a directory of checkpoints, that of `iteration`, else the newest
     whole one. ProblemError if there is none or it is damaged.
     """
-    path = Path(path)
+    path = place_of(path)
     notes: list[str] = []  # what was skipped
     if not (path / directory.MANIFEST).is_file():
         if iteration is None:
@@ -42,7 +41,7 @@ def read(path: str | Path, iteration: int | None = None) -> CheckpointSource:
         if iteration is None:
             why = "; ".join(["it holds no whole checkpoint", *notes])
             raise ProblemError([Problem("checkpoint", path, why, "give a directory that --save has written")])
-        path = path / directory.name_of(iteration)
+        path = directory.folder_of(path, iteration)
     if (why := directory.damage(path)) is not None:
         raise _unusable(path, why)
     return CheckpointSource(path, tuple(notes))
@@ -51,7 +50,7 @@ def read(path: str | Path, iteration: int | None = None) -> CheckpointSource:
 class CheckpointSource(Source):
     """The float32 master weights of a checkpoint. Files are checked against their checksums when first read from."""
 
-    def __init__(self, path: Path, notes: tuple[str, ...] = ()):
+    def __init__(self, path: Place, notes: tuple[str, ...] = ()):
         self.path = path
         self.notes = notes
         self._checked: set[str] = set()
@@ -66,7 +65,7 @@ class CheckpointSource(Source):
         except ValueError as error:
             raise _unusable(path, str(error)) from error
         self.spec = ModelSpec.from_dict(self.manifest["model"])
-        self.companions = path.parent if holds_tokenizer(path.parent) else None
+        self.companions = assets.beside(path)
         self._kept = tensors(self._metadata)
         self._files: dict[str, set[str]] = {}
         for index, place in self._metadata.storage_data.items():
@@ -101,5 +100,5 @@ class CheckpointSource(Source):
         return problems
 
 
-def _unusable(path: Path, why: str) -> ProblemError:
+def _unusable(path: Place, why: str) -> ProblemError:
     return ProblemError([Problem("checkpoint", path, why, "take another checkpoint, or copy this one again")])

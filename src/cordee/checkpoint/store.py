@@ -11,7 +11,7 @@ of a run means is the trainer's.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import TracebackType
@@ -27,8 +27,10 @@ from torch.distributed.checkpoint.storage import StorageWriter
 from torch.optim import Optimizer
 
 from cordee.checkpoint import directory
-from cordee.checkpoint.files import SafeReader, missing_bytes, read_metadata, tensors
-from cordee.errors import Findings, Problem, ProblemError, RankLostError
+from cordee.checkpoint.files import METADATA, SafeReader, missing_bytes, read_metadata, tensors
+from cordee.checkpoint.object_writer import ObjectWriter
+from cordee.checkpoint.storage import Place
+from cordee.errors import Problem, ProblemError, RankLostError
 from cordee.log import logger
 from cordee.parallel import collectives
 
@@ -51,17 +53,19 @@ class CheckpointStore:
 
     def __init__(
         self,
-        root: Path,
+        root: Place,
         *,
         group: ProcessGroup | None = None,
         keep_last: int | None = None,
-        writer: Callable[[Path], StorageWriter] = dcp.FileSystemWriter,
+        writer: Callable[[Any], StorageWriter] | None = None,
         on_lost: Callable[[RankLostError], None] | None = None,
     ):
         self.root = root
         self._group = group
         self._keep_last = keep_last
-        self._writer = writer
+        self._writer: Callable[[Any], StorageWriter] = writer or (
+            dcp.FileSystemWriter if isinstance(root, Path) else ObjectWriter
+        )
         self._on_lost = on_lost
         self._first = group is None or dist.get_rank(group) == 0
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -131,7 +135,10 @@ class CheckpointStore:
             logger.error("%s", unsaved)  # and the error goes on as it is
 
     def _last_good(self) -> str:
-        last, _ = directory.latest(self.root)
+        try:
+            last, _ = directory.latest(self.root)
+        except OSError as error:
+            return f"which checkpoints there are cannot be read ({error})"
         return "there is no checkpoint yet" if last is None else f"the checkpoint of iteration {last} is whole"
 
     def _write_beside(self, iteration: int, staged: Tensors, state: State) -> None:
@@ -144,59 +151,59 @@ class CheckpointStore:
 
     def _write(self, iteration: int, staged: Tensors, state: State) -> None:
         """Runs on every rank; all ranks end alike."""
-        new = directory.temporary(self.root, iteration)
+        new = None
         try:
             with collectives.contact(f"while writing the checkpoint of iteration {iteration}"):
-                self._together(lambda: self._prepare(new))
-                alone = self._group is None
-                written = dcp.save(staged, storage_writer=self._writer(new), process_group=self._group, no_dist=alone)
-                files = self._together(lambda: self._own_files(new))
-                entries = {name: entry for part in files for name, entry in part.items()}
-                self._together(lambda: self._publish(iteration, written, entries, state))
+                name = _on_all(lambda: self._prepare(iteration), self._group)
+                new = self.root / self._gathered(name)[0]
+                writer, alone = self._writer(new), self._group is None
+                written = dcp.save(staged, storage_writer=writer, process_group=self._group, no_dist=alone)
+                own = _on_all(lambda: self._own_files(new, writer), self._group)
+                files = {name: entry for part in self._gathered(own) for name, entry in part.items()}
+                _on_all(lambda: self._publish(new, iteration, written, files, state), self._group)
         except (dcp.CheckpointException, _RanksFailed) as error:
-            if self._first:
+            if (
+                self._first and new is not None and directory.damage(new) is not None
+            ):  # else it was retention that failed
                 directory.discard(new)
             raise ProblemError([self._problem(iteration, error)], everywhere=True) from error
 
-    def _prepare(self, new: Path) -> None:
-        if self._first:
+    def _gathered(self, value: T) -> list[T]:
+        return [value] if self._group is None else collectives.gather_in(self._group, value)
+
+    def _prepare(self, iteration: int) -> str:
+        """The name of the folder to write to, empty as it is; of the first rank that counts."""
+        if not self._first:
+            return ""
+        new = directory.temporary(self.root, iteration)
+        if isinstance(new, Path):
             directory.discard(new)
             new.mkdir(parents=True)
+        return new.name
 
-    def _own_files(self, new: Path) -> dict[str, dict[str, int]]:
-        """Manifest entries of the files this rank wrote; read back from where they were written."""
+    def _own_files(self, new: Place, writer: StorageWriter) -> dict[str, dict[str, int]]:
+        """Manifest entries of the files this rank wrote; from a file system they are read back."""
+        if isinstance(writer, ObjectWriter):
+            return writer.entries
         rank = 0 if self._group is None else dist.get_rank(self._group)
-        own = list(new.glob(f"__{rank}_*")) + ([new / ".metadata"] if rank == 0 else [])
+        assert isinstance(new, Path), "in a store nothing but an ObjectWriter writes"
+        own = [*new.glob(f"__{rank}_*"), *([new / METADATA] if rank == 0 else [])]
         return {path.name: directory.file_entry(path) for path in own}
 
-    def _publish(self, iteration: int, written: dcp.Metadata, files: dict[str, dict[str, int]], state: State) -> None:
+    def _publish(
+        self, new: Place, iteration: int, written: dcp.Metadata, files: dict[str, dict[str, int]], state: State
+    ) -> None:
         if not self._first:
             return
-        new = directory.temporary(self.root, iteration)
         if (lack := missing_bytes(new, written)) is not None:
             raise OSError(f"what was written is not what was saved: {lack}")
         manifest = {"format": directory.FORMAT, "iteration": iteration, "files": files, **state}
-        directory.publish(self.root, iteration, manifest)
+        directory.publish(new, manifest)
         if self._keep_last is not None and (removed := directory.retain(self.root, iteration, self._keep_last)):
             logger.info("removed checkpoints of iterations %s", ", ".join(map(str, sorted(removed))))
 
-    def _together(self, part: Callable[[], Any]) -> list[Any]:
-        """What `part` returns on every rank, once all have done it; raises on all ranks if it failed on one."""
-        error = result = None
-        try:
-            result = part()
-        except (OSError, ValueError) as caught:
-            error = caught
-        outcomes: list[Any] = [(result, error)]
-        if self._group is not None:
-            outcomes = collectives.gather_in(self._group, (result, error))
-        if failures := {rank: error for rank, (_, error) in enumerate(outcomes) if error is not None}:
-            raise _RanksFailed(failures)
-        return [result for result, _ in outcomes]
-
     def _problem(self, iteration: int, error: dcp.CheckpointException | _RanksFailed) -> Problem:
-        reasons = {rank: cause[0] if isinstance(cause, tuple) else cause for rank, cause in error.failures.items()}
-        why = "; ".join(f"rank {rank}: {_short(reason)}" for rank, reason in sorted(reasons.items()))
+        why = "; ".join(f"rank {rank}: {_short(cause)}" for rank, cause in _causes(error))
         return Problem(
             "--save",
             self.root / directory.name_of(iteration),
@@ -208,9 +215,27 @@ class CheckpointStore:
 class _RanksFailed(Exception):
     """Some ranks could not do their part; what each of them raised."""
 
-    def __init__(self, failures: dict[int, BaseException]):
+    def __init__(self, failures: Mapping[int, BaseException]):
         super().__init__(failures)
         self.failures = failures
+
+
+def _on_all(part: Callable[[], T], group: ProcessGroup | None) -> T:
+    """What `part` returns on this rank, once all of `group` have done theirs; `_RanksFailed` on all if one failed."""
+    error = result = None
+    try:
+        result = part()
+    except (OSError, ValueError) as caught:
+        error = caught
+    errors = [error] if group is None else collectives.gather_in(group, error)
+    if failures := {rank: error for rank, error in enumerate(errors) if error is not None}:
+        raise _RanksFailed(failures)
+    return result  # type: ignore[return-value]
+
+
+def _causes(error: dcp.CheckpointException | _RanksFailed) -> list[tuple[int, BaseException]]:
+    """What failed on which rank; torch puts a trace beside it."""
+    return [(rank, each[0] if isinstance(each, tuple) else each) for rank, each in sorted(error.failures.items())]
 
 
 def _short(error: BaseException) -> str:
@@ -241,7 +266,7 @@ def _stage(found: Tensors) -> Tensors:
 
 
 def restore(
-    directory_: Path,
+    directory_: Place,
     model: nn.Module,
     optimizer: Optimizer | None = None,
     *,
@@ -252,20 +277,20 @@ def restore(
     An optimizer that had no state when it was saved (every step was skipped) has none afterwards. All ranks of
     `group` call it together. ProblemError names every parameter that does not fit.
     """
-    metadata = _agreed(lambda: _metadata(directory_), group)
-    kept = tensors(metadata)
-    wanted = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
-    _raise_misfits(directory_, kept, wanted)
-    if optimizer is not None:
-        wanted |= _optimizer_slots(kept, model, optimizer)
-    reader = SafeReader(directory_, metadata)
     try:
+        metadata = _on_all(lambda: _metadata(directory_), group)
+        kept = tensors(metadata)
+        wanted = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+        _raise_misfits(directory_, kept, wanted)
+        if optimizer is not None:
+            wanted |= _optimizer_slots(kept, model, optimizer)
+        reader = SafeReader(directory_, metadata)
         dcp.load(wanted, storage_reader=reader, process_group=group, no_dist=group is None)
-    except dcp.CheckpointException as error:  # of all ranks, to all of them
-        raise ProblemError(_unread(directory_, error), everywhere=True) from error
+    except (dcp.CheckpointException, _RanksFailed) as error:  # of all ranks, to all of them
+        raise ProblemError(dict.fromkeys(_unread(directory_, error)), everywhere=True) from error
 
 
-def _metadata(path: Path) -> dcp.Metadata:
+def _metadata(path: Place) -> dcp.Metadata:
     """ProblemError if it cannot be read, or has tensors in files that the manifest does not vouch for."""
     try:
         metadata = read_metadata(path)
@@ -278,27 +303,17 @@ def _metadata(path: Path) -> dcp.Metadata:
     return metadata
 
 
-def _agreed(part: Callable[[], T], group: ProcessGroup | None) -> T:
-    """What `part` returns on this rank; ProblemError on all ranks of `group` if it has problems on one."""
-    found = Findings()
-    result = found.attempt(part)
-    outcomes = [found.problems] if group is None else collectives.gather_in(group, found.problems)
-    if problems := [problem for outcome in outcomes for problem in outcome]:
-        raise ProblemError(dict.fromkeys(problems), everywhere=True)
-    assert result is not None
-    return result
-
-
-def _unread(path: Path, error: dcp.CheckpointException) -> Iterator[Problem]:
+def _unread(path: Place, error: dcp.CheckpointException | _RanksFailed) -> Iterator[Problem]:
     """What kept ranks from reading their parts."""
-    for rank, (cause, _) in sorted(error.failures.items()):
+    for rank, cause in _causes(error):
         if isinstance(cause, ProblemError):
             yield from cause.problems
         else:
-            yield Problem("--load", path, f"rank {rank} cannot read it: {_short(cause)}", "take another checkpoint")
+            why = f"rank {rank} cannot read it: {_short(cause)}"
+            yield Problem("--load", path, why, "take another checkpoint")
 
 
-def _raise_misfits(path: Path, kept: dict[str, Any], wanted: Tensors) -> None:
+def _raise_misfits(path: Place, kept: dict[str, Any], wanted: Tensors) -> None:
     problems = []
     for name, tensor in wanted.items():
         found = tuple(kept[name].size) if name in kept else None

@@ -7,14 +7,16 @@ DeepSpeed's own engine; they are listed, so that nobody takes them for granted.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cordee.config.check import RANKS
 from cordee.config.option import options_of, to_flag
 from cordee.config.schema import TrainConfig
 from cordee.config.values import Raw, Unfit, convert, to_raw
-from cordee.errors import Problem
+from cordee.errors import Problem, Problems
 from cordee.files import read_json
 
 FLAG = "--deepspeed-config"
@@ -57,69 +59,91 @@ _OPTIONS: dict[str, tuple[str, Callable[[object], Raw]]] = {
 }
 
 
-def read(path: str) -> tuple[list[Entry], list[Problem]]:
-    """What the file gives options, and what is wrong with the file as such."""
-    fields, problems = _fields(path)
-    return [_entry(name, value) for name, value in fields.items() if name in _used(fields)], problems
+@dataclass(frozen=True)
+class Settings:
+    """What a file holds: its fields by their names, sections and fields joined by a dot, or why it holds none."""
+
+    path: str
+    fields: Mapping[str, Any]
+    problems: tuple[Problem, ...] = ()
+
+    def used(self) -> set[str]:
+        """The fields that give an option something. How float16 is scaled says nothing where it is off."""
+        used = {name for name, value in self.fields.items() if name in _OPTIONS and value != AUTO}
+        if self.fields.get("fp16.enabled") in (None, False):
+            used -= {name for name in used if name.startswith("fp16.") and name != "fp16.enabled"}
+        return used
+
+    def entries(self) -> list[Entry]:
+        """What the file gives options."""
+        used = self.used()
+        return [_entry(name, value) for name, value in self.fields.items() if name in used]
+
+    def ignored(self) -> Iterator[str]:
+        """The fields that change nothing here, in words."""
+        idle = [name for name in self.fields if name != ACCUMULATION and name not in self.used()]
+        if idle:
+            yield f"ignored: {', '.join(idle)} in {self.path} (they tune DeepSpeed's own engine)"
 
 
-def check(config: TrainConfig, processes: int) -> Iterator[Problem]:
-    """Where the file of --deepspeed-config, if there is one, and the options of a run contradict each other."""
-    if config.deepspeed_config is None:
-        return
-    entries, problems = read(config.deepspeed_config)
-    yield from problems
+def read(path: str) -> Settings:
+    """The fields of a file, and what is wrong with it as such."""
+    try:
+        root = read_json(Path(path))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        return _unread(path, f"the file cannot be read: {reason}", "give a readable JSON file")
+    except json.JSONDecodeError as error:
+        return _unread(path, f"it is not JSON: line {error.lineno}: {error.msg}", "correct the file")
+    except ValueError as error:
+        return _unread(path, str(error))
+    if not isinstance(root, dict):
+        return _unread(path, "it does not hold an object")
+    return Settings(path, dict(_flat(root)))
+
+
+def _unread(path: str, why: str, fix: str = "give DeepSpeed's configuration file") -> Settings:
+    unknown = {option for option, _ in _OPTIONS.values()}
+    return Settings(path, {}, (Problem(FLAG, path, why, fix, "unreadable", sorted(unknown)),))
+
+
+def check(config: TrainConfig, file: Settings, data_ranks: int) -> Problems:
+    """Where the file of --deepspeed-config and the options of a run over so many `data_ranks` contradict each other."""
+    yield from file.problems
     options = {option.name: option for option in options_of(TrainConfig)}
-    for entry in entries:
-        where, given = f"{entry.field} in {config.deepspeed_config}", getattr(config, entry.option)
+    for entry in file.entries():
+        where, given = f"{entry.field} in {file.path}", getattr(config, entry.option)
         try:
             if isinstance(entry.value, Unfit):
                 raise entry.value
             value = convert(options[entry.option], entry.value)
         except Unfit as unfit:
-            yield Problem(where, None, unfit.why, unfit.fix)
+            yield Problem(where, None, unfit.why, unfit.fix, involves=(entry.option,))
             continue
         if value != given:
-            yield Problem(to_flag(entry.option), given, f"{where} says {value}", "keep one of the two")
-    yield from _accumulation(config, processes)
+            why, involved = f"{where} says {value}", ("deepspeed_config",)
+            yield Problem(to_flag(entry.option), given, why, "keep one of the two", "excludes", involved, value)
+    yield from _accumulation(config, file, data_ranks)
 
 
-def _accumulation(config: TrainConfig, processes: int) -> Iterator[Problem]:
+def _accumulation(config: TrainConfig, file: Settings, data_ranks: int) -> Problems:
     """Passes of a step follow from batch sizes and ranks here; the file may only say the same."""
-    assert config.deepspeed_config is not None
-    passes = _fields(config.deepspeed_config)[0].get(ACCUMULATION, AUTO)
+    passes = file.fields.get(ACCUMULATION, AUTO)
     if passes == AUTO:
         return
-    where = f"{ACCUMULATION} in {config.deepspeed_config}"
+    where = f"{ACCUMULATION} in {file.path}"
     if not isinstance(passes, int) or isinstance(passes, bool) or passes < 1:
         yield Problem(where, passes, "it is no number of passes", "give a whole number from 1 on")
         return
-    model = config.tensor_model_parallel_size * config.pipeline_model_parallel_size * config.context_parallel_size
-    data = max(1, processes // model)
-    samples = config.micro_batch_size * data
+    samples = config.micro_batch_size * data_ranks
     if (config.global_batch_size or samples) != samples * passes:
         why = f"{where} says {passes}: that makes {samples * passes} samples, {config.micro_batch_size} a pass on each "
-        why += f"of {data} data-parallel ranks"
+        why += f"of {data_ranks} data-parallel ranks"
         fix = f"give {samples * passes}, or leave {ACCUMULATION} out"
-        yield Problem("--global-batch-size", config.global_batch_size, why, fix)
-
-
-def without_effect(path: str | None) -> Iterator[str]:
-    """The fields of the file, if there is one, that change nothing here, in words."""
-    if path is None:
-        return
-    fields, _ = _fields(path)
-    idle = [name for name in fields if name != ACCUMULATION and name not in _used(fields)]
-    if idle:
-        yield f"without effect: {', '.join(idle)} in {path}, for that is DeepSpeed's own engine"
-
-
-def _used(fields: dict[str, Any]) -> set[str]:
-    """The fields that give an option something. How float16 is scaled says nothing where it is off."""
-    used = {name for name, value in fields.items() if name in _OPTIONS and value != AUTO}
-    if fields.get("fp16.enabled") in (None, False):
-        used -= {name for name in used if name.startswith("fp16.") and name != "fp16.enabled"}
-    return used
+        involved = ("deepspeed_config", "micro_batch_size", *RANKS)
+        yield Problem(
+            "--global-batch-size", config.global_batch_size, why, fix, "accumulates", involved, samples * passes
+        )
 
 
 def _entry(name: str, value: object) -> Entry:
@@ -128,22 +152,6 @@ def _entry(name: str, value: object) -> Entry:
         return Entry(name, option, translate(value))
     except Unfit as unfit:
         return Entry(name, option, unfit)
-
-
-def _fields(path: str) -> tuple[dict[str, Any], list[Problem]]:
-    """The fields of the file by their names, sections and fields joined by a dot."""
-    try:
-        root = read_json(Path(path))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        return {}, [Problem(FLAG, path, f"the file cannot be read: {reason}", "give a readable JSON file")]
-    except json.JSONDecodeError as error:
-        return {}, [Problem(FLAG, path, f"it is not JSON: line {error.lineno}: {error.msg}", "mend the file")]
-    except ValueError as error:
-        return {}, [Problem(FLAG, path, str(error), "give DeepSpeed's configuration file")]
-    if not isinstance(root, dict):
-        return {}, [Problem(FLAG, path, "it does not hold an object", "give DeepSpeed's configuration file")]
-    return dict(_flat(root)), []
 
 
 def _flat(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

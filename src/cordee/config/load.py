@@ -7,9 +7,8 @@ matter.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from cordee.config.argv import CommandLine, Teaching, parse
@@ -25,21 +24,20 @@ T = TypeVar("T")
 class Loaded(Generic[T]):
     """A configuration and, per option, its origin: `default`, `run.yaml:12`, `--lr`, `python` or `derived`.
 
-    With `problems` it is only good for finding more of them: options in `doubtful` have stand-ins, so that problems
-    with these mean nothing.
+    With `problems` it is only good for finding more of them: the options that these are about have stand-ins, so that
+    further problems with them mean nothing.
     """
 
     config: T
     origins: Mapping[str, str]
     print_config: bool = False
     problems: Sequence[Problem] = ()
-    doubtful: Collection[str] = ()
 
     def derive(self, **values: object) -> Loaded[T]:
         """Fill in values that follow from the machine or from other options."""
         config: Any = self.config
         origins = {**self.origins, **dict.fromkeys(values, "derived")}
-        return dataclasses.replace(self, config=dataclasses.replace(config, **values), origins=origins)
+        return replace(self, config=replace(config, **values), origins=origins)
 
 
 def load_config(
@@ -82,8 +80,7 @@ def load_as_far_as_possible(
     collected.require_all()
     if collected.problems and not collected.stand_in():
         raise_all(collected.problems)
-    config, problems = schema(**collected.values), tuple(collected.problems)
-    return Loaded(config, collected.origins, line.print_config, problems, collected.doubtful)
+    return Loaded(schema(**collected.values), collected.origins, line.print_config, collected.problems)
 
 
 def config_from_dict(schema: type[T], values: Mapping[str, object]) -> T:
@@ -93,11 +90,12 @@ def config_from_dict(schema: type[T], values: Mapping[str, object]) -> T:
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a value stands: `label` names it in problems, `origin` in listings, `layer` tells sources apart."""
+    """Where a value stands: `label` and `place` for problems, `origin` for listings; `layer` tells sources apart."""
 
     label: str
     origin: str
     layer: str
+    place: str = ""
 
 
 class _Collected:
@@ -110,7 +108,6 @@ class _Collected:
         self.origins = dict.fromkeys((o.name for o in self.options), "default")
         self.problems: list[Problem] = []
         self._given: dict[str, tuple[str, Spelling]] = {}  # option -> layer and spelling that gave it last
-        self.doubtful: set[str] = set()  # options whose values are wrong or missing, or may have been misspelled
         self._failed: set[str] = set()
         self._incomplete = False  # a source could not be read at all
 
@@ -122,7 +119,7 @@ class _Collected:
         self._incomplete |= not entries and bool(problems)
         for entry in entries:
             where = f"{path}:{entry.line}"
-            self._add(entry.key, entry.value, _Source(f"{entry.key} ({where})", where, path))
+            self._add(entry.key, entry.value, _Source(entry.key, where, path, where))
 
     def add_command_line(self, line: CommandLine) -> None:
         self.problems += line.problems
@@ -147,12 +144,11 @@ class _Collected:
             return
         from cordee.config import deepspeed
 
-        entries, problems = deepspeed.read(path)
-        self.problems += problems
-        self._incomplete |= bool(problems)
-        for field, option, value in entries:
+        settings = deepspeed.read(path)
+        self.problems += settings.problems
+        for field, option, value in settings.entries():
             if self.origins[option] == "default" and option not in self._failed:
-                self._add(option, value, _Source(f"{field} ({path})", f"{path}: {field}", f"{path} {field}"))
+                self._add(option, value, _Source(field, f"{path}: {field}", f"{path} {field}", path))
 
     def require_all(self) -> None:
         """Report options that every run must give, once each and only if they cannot have been given badly."""
@@ -160,17 +156,16 @@ class _Collected:
             if option.name in self.values or option.name in self._failed or self._incomplete:
                 continue
             fix = f"give {option.flag} on the command line or {option.name} in a --config file: {describe(option)}"
-            self.problems.append(Problem(option.flag, None, f"it is required: {option.declared.help}", fix))
+            why = f"it is required: {option.declared.help}"
+            self.problems.append(Problem(option.flag, None, why, fix, "missing"))
 
     def stand_in(self) -> bool:
         """Give options without a value one that offends nobody; False if that cannot be."""
-        self.doubtful |= self._failed
         for option in self.options:
             if option.name not in self.values:
                 if option.kind not in (int, float):
                     return False
                 self.values[option.name] = option.kind(option.declared.at_least or 1)
-                self.doubtful.add(option.name)
         return not self._incomplete
 
     def _add(self, key: str, raw: Raw | Unfit, source: _Source) -> None:
@@ -184,7 +179,8 @@ class _Collected:
             self._reject_contradiction(spelling, value, source)
         except Unfit as unfit:
             shown = None if isinstance(raw, Unfit) else _shown(raw)
-            self.problems.append(Problem(source.label, shown, unfit.why, unfit.fix))
+            problem = Problem(source.label, shown, unfit.why, unfit.fix, involves=(name,), place=source.place)
+            self.problems.append(problem)
             self._failed.add(name)
             return
         self.values[name] = value
@@ -205,26 +201,25 @@ class _Collected:
             raise Unfit(why, "keep one of the two")
 
     def _unknown_key(self, key: str, raw: Raw | Unfit, source: _Source) -> Problem:
-        names = self._meant(key)
-        fix = f"did you mean {' or '.join(names)}?" if names else "--help lists all options; remove this one"
+        shown = None if isinstance(raw, Unfit | Mapping) else _shown(raw)
+        problem = replace(self._unknown(source.label, shown, key), place=source.place)
         if isinstance(raw, Mapping):
-            return Problem(source.label, None, "no such option, and options are flat", "move its keys to the top level")
-        shown = None if isinstance(raw, Unfit) else _shown(raw)
-        return Problem(source.label, shown, "no such option", fix)
-
-    def _meant(self, key: str) -> list[str]:
-        """What an unknown name may have been meant to be."""
-        names = nearest(to_key(key), self.table)
-        self.doubtful |= {self.table[name].option.name for name in names}
-        return names
+            return replace(problem, why="no such option, and options are flat", fix="move its keys to the top level")
+        return problem
 
     def _unknown_word(self, word: str, rest: str) -> Problem:
         if not (word.startswith("-") and word.lstrip("-")[:1].isalpha()):
             return Problem(word, rest or None, "it belongs to no option", "put the flag that it belongs to before it")
         flag, _, value = word.partition("=")
-        names = [to_flag(name) for name in self._meant(flag.lstrip("-"))]
-        fix = f"did you mean {' or '.join(names)}?" if names else "--help lists all options; remove this one"
-        return Problem(flag, value or rest or None, "no such option", fix)
+        return self._unknown(flag, value or rest or None, flag.lstrip("-"), to_flag)
+
+    def _unknown(self, label: str, shown: str | None, key: str, write: Callable[[str], str] = str) -> Problem:
+        """About the options too that `key` may have been meant to be."""
+        meant = nearest(to_key(key), self.table)
+        fix = (
+            f"did you mean {' or '.join(map(write, meant))}?" if meant else "--help lists all options; remove this one"
+        )
+        return Problem(label, shown, "no such option", fix, "unknown", [self.table[name].option.name for name in meant])
 
 
 def _value(spelling: Spelling, raw: Raw | Unfit) -> object:

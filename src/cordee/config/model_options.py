@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from cordee.config.laws import ignored
 from cordee.config.option import option
 
 
@@ -215,3 +216,9 @@ class PortedOptions:
     square_alibi_mask: bool = option(False, "either form of the bias of alibi gives the same")
     fill_neg_inf: bool = option(False, "the same")
     skip_bias_add: bool = option(False, "biases are added where they belong")
+
+    laws = (
+        ignored("use_glm_rope", "rotary_interleaved", why="pairs of channels are as the family's files have them"),
+        ignored("square_alibi_mask", "fill_neg_inf", why="either form of the bias of ALiBi gives the same"),
+        ignored("skip_bias_add", why="biases are added where they belong"),
+    )

@@ -1,4 +1,4 @@
-"""A configuration as text: YAML that loads again, the argument table of a log, and what differs from the defaults.
+"""A configuration as text: YAML that loads again, and what differs from the defaults.
 
 Owns how values are written. Reads `Loaded` only.
 """
@@ -13,7 +13,7 @@ from itertools import groupby
 from typing import Any
 
 from cordee.config.load import Loaded
-from cordee.config.option import options_of, to_key
+from cordee.config.option import options_of
 from cordee.errors import Problem
 
 _PLAIN = re.compile(r"[A-Za-z_./][A-Za-z0-9_./+-]*")  # needs no quotes in YAML, unless it reads as one of:
@@ -25,13 +25,6 @@ def to_yaml(loaded: Loaded[Any]) -> str:
     return "\n\n".join(f"# {title}\n{_block(loaded, names)}" for title, names in _topics(loaded)) + "\n"
 
 
-def argument_table(loaded: Loaded[Any], title: str = "arguments") -> str:
-    """All options by name in the form of Megatron's log: dots up to column 48, framed."""
-    names = sorted(loaded.origins, key=str.lower)
-    lines = [f"  {name} {'.' * (48 - len(name))} {getattr(loaded.config, name)}" for name in names]
-    return "\n".join([f"{'-' * 24} {title} {'-' * 24}", *lines, f"{'-' * 20} end of {title} {'-' * 21}"])
-
-
 def changes(loaded: Loaded[Any]) -> str:
     """The options that are not at their default, each with where its value comes from."""
     defaults = {option.name: option.default for option in options_of(type(loaded.config))}
@@ -40,14 +33,13 @@ def changes(loaded: Loaded[Any]) -> str:
 
 
 def with_origins(problems: Iterable[Problem], loaded: Loaded[Any]) -> list[Problem]:
-    """The problems, naming the YAML line of an option that stands in a file."""
-    return [_with_origin(problem, loaded.origins.get(to_key(problem.option), "")) for problem in problems]
+    """The problems, with the YAML line of an option that stands in a file."""
+    return [_with_origin(problem, loaded.origins.get(problem.subject, "")) for problem in problems]
 
 
 def _with_origin(problem: Problem, origin: str) -> Problem:
-    if origin.startswith("--") or origin in ("", "default", "python"):
-        return problem
-    return replace(problem, option=f"{problem.option} ({origin})")
+    given_elsewhere = origin.startswith("--") or origin in ("", "default", "python")
+    return problem if given_elsewhere else replace(problem, place=origin)
 
 
 def _topics(loaded: Loaded[Any]) -> Iterator[tuple[str, list[str]]]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from cordee.config.laws import GIVEN, NOT_GIVEN, POSITIVE, SEVERAL, at_most, but, excludes, ignored, needs
 from cordee.config.model_options import ExpertTrainingOptions, ModelOptions, PortedOptions, VocabularyOptions
 from cordee.config.option import option, required
 
@@ -66,6 +67,12 @@ class BatchOptions:
     train_samples: int | None = option(None, "length of the run in samples", above=0)
     seed: int = option(1234, "decides initial weights, sample order and dropout", at_least=0, below=2**32)
 
+    laws = (
+        excludes("train_samples", "train_iters"),
+        needs("rampup_batch_size", train_samples=GIVEN),
+        needs("rampup_batch_size", global_batch_size=GIVEN),
+    )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveOptions:
@@ -93,6 +100,8 @@ class DataOptions:
     eod_mask_loss: bool = option(False, "do not train what follows an end-of-document token")
     reset_position_ids: bool = option(False, "count positions anew in every document of a sample")
     reset_attention_mask: bool = option(False, "keep documents of one sample from attending to each other")
+
+    laws = (ignored("split", data_path=GIVEN),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +148,22 @@ class OptimizerOptions:
         aliases=("--use-checkpoint-opt_param-scheduler", "--use-checkpoint-lr-scheduler"),
     )
 
+    laws = (
+        at_most("min_lr", "lr_warmup_init", other="lr"),
+        needs("lr_decay_samples", "lr_warmup_samples", train_samples=GIVEN),
+        excludes("lr_decay_iters", "train_samples"),
+        excludes("lr_warmup_iters", "train_samples", "lr_warmup_fraction"),
+        excludes("lr_warmup_samples", "lr_warmup_fraction"),
+        needs("start_weight_decay", "end_weight_decay", weight_decay_incr_style=but("constant")),
+        at_most("start_weight_decay", other="end_weight_decay"),
+        excludes("use_checkpoint_opt_param_scheduler", "override_opt_param_scheduler"),
+        ignored("min_lr", lr_decay_style=but("constant")),
+        ignored("lr_decay_iters", "lr_decay_samples", lr_decay_style=but("constant"), lr_warmup_fraction=GIVEN),
+        ignored("lr_warmup_init", lr_warmup_iters=POSITIVE, lr_warmup_samples=POSITIVE, lr_warmup_fraction=POSITIVE),
+        ignored("adam_beta1", "adam_beta2", "adam_eps", optimizer=but("sgd")),
+        ignored("sgd_momentum", optimizer="sgd"),
+    )
+
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionOptions:
@@ -154,6 +179,15 @@ class PrecisionOptions:
     min_loss_scale: float = option(1.0, "fp16: smallest dynamic loss scale", above=0)
     loss_scale_window: int = option(1000, "fp16: good steps before the loss scale doubles", above=0)
     hysteresis: int = option(2, "fp16: bad steps before the loss scale halves", above=0)
+
+    laws = (
+        excludes("fp16", "bf16"),
+        needs("loss_scale", fp16=True),
+        at_most("min_loss_scale", other="initial_loss_scale"),
+        ignored("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis", fp16=True),
+        ignored("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis", loss_scale=NOT_GIVEN),
+        ignored("accumulate_allreduce_grads_in_fp32", fp16=True, bf16=True),
+    )
 
 
 PipelineSchedule = Literal[
@@ -276,12 +310,41 @@ class ParallelOptions:
         45.0, "how long a rank waits for the others in a collective, before it gives up", above=0
     )
 
+    laws = (
+        ignored("tp_comm_overlap", "tp_comm_overlap_parts", tensor_model_parallel_size=SEVERAL),
+        needs("pipeline_schedule", "num_layers_per_virtual_pipeline_stage", pipeline_model_parallel_size=SEVERAL),
+        needs("num_layer_list", "noop_layers", "fold_mode", "pipeline_timeline", pipeline_model_parallel_size=SEVERAL),
+        excludes("num_layer_list", "num_layers_per_virtual_pipeline_stage", "noop_layers"),
+        needs("use_manual_layer_allocation", num_layer_list=GIVEN),
+        needs("fold_mode", num_layers_per_virtual_pipeline_stage=GIVEN),
+        needs("optimized_pipeline", manual_mbs=GIVEN),
+        needs("manual_mbs", optimized_pipeline=True),
+        excludes("manual_mbs", "rampup_batch_size"),
+        ignored("context_parallel_algo", "ulysses_degree_in_cp", "cp_window_size", context_parallel_size=SEVERAL),
+        ignored("cp_attention_mask_type", "use_cp_send_recv_overlap", context_parallel_size=SEVERAL),
+        ignored("kv_head_repeat_before_uly_alltoall", context_parallel_size=SEVERAL),
+        ignored("use_cp_send_recv_overlap", context_parallel_algo=but("ulysses_cp_algo")),
+        ignored("kv_head_repeat_before_uly_alltoall", context_parallel_algo=but("megatron_cp_algo")),
+        ignored("moe_token_dispatcher_type", "moe_permutation_async_comm", expert_model_parallel_size=SEVERAL),
+        ignored("overlap_grad_reduce", "overlap_param_gather", "delay_param_gather", nproc_per_node=SEVERAL),
+        ignored(
+            "delay_grad_reduce", why="a layer's gradients are always reduced right after its part of the last backward"
+        ),
+        ignored("overlap_param_gather", zero_stage=POSITIVE),
+        ignored("delay_param_gather", zero_stage=3),
+        excludes("overlap_param_gather", "delay_param_gather"),
+        needs("num_distributed_optimizer_instances", zero_stage=POSITIVE),
+        needs("deepspeed", deepspeed_config=GIVEN),
+    )
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointOptions:
     """Checkpoints."""
 
-    save: str | None = option(None, "directory for checkpoints", metavar="DIR")
+    save: str | None = option(
+        None, "directory for checkpoints, or a URL of a store that fsspec knows (s3://bucket/run)", metavar="DIR|URL"
+    )
     save_interval: int | None = option(
         None, "steps between checkpoints, needed with --save; one is always written at the end", above=0
     )
@@ -290,9 +353,9 @@ class CheckpointOptions:
     save_optim: bool = option(True, "write optimizer state; without it a run cannot resume exactly")
     load: str | None = option(
         None,
-        "checkpoint directory to resume from, or a model to start from: a directory of any format that cordee convert "
-        "reads (Hugging Face, Megatron, ...), or a file of GGUF",
-        metavar="DIR|FILE",
+        "checkpoint directory, or its URL, to resume from, or a model to start from: a directory of any format that "
+        "cordee convert reads (Hugging Face, Megatron, ...), or a file of GGUF",
+        metavar="DIR|URL|FILE",
     )
     ckpt_step: int | None = option(None, "step to load instead of the newest complete one", at_least=0)
     finetune: bool = option(False, "take only the weights of --load and start at step 0")
@@ -300,6 +363,11 @@ class CheckpointOptions:
     load_rng: bool = option(True, "take the random state of --load")
     exit_on_missing_checkpoint: bool = option(
         False, "stop if --load, where it is --save, holds no checkpoint yet, instead of starting from initial weights"
+    )
+
+    laws = (
+        needs("save_interval", "keep_last", save=GIVEN),
+        needs("ckpt_step", "finetune", "exit_on_missing_checkpoint", load=GIVEN),
     )
 
 
@@ -310,6 +378,8 @@ class ValidationOptions:
     eval_interval: int = option(1000, "steps between validations", above=0)
     eval_iters: int = option(100, "global batches per validation; 0 validates never", at_least=0)
     skip_train: bool = option(False, "only validate and test, do not train")
+
+    laws = (ignored("eval_interval", eval_iters=POSITIVE),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -339,6 +409,8 @@ class LoggingOptions:
         None, "peak of one device in TFLOP/s, for MFU [known for the device, else measured at the start]", above=0
     )
 
+    laws = (ignored("tensorboard_log_interval", tensorboard_dir=GIVEN),)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PerformanceOptions:
@@ -352,6 +424,8 @@ class PerformanceOptions:
     use_deter_comp: bool = option(
         False, "deterministic kernels only: two runs give the same bits", aliases=("--deterministic-mode",)
     )
+
+    laws = (needs("manual_gc_interval", manual_gc=True),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -384,8 +458,8 @@ class InferenceOptions:
 
     load: str = required(
         "model: a directory of any format that cordee convert reads (Hugging Face, Megatron, checkpoints of a run, "
-        "...), or a file of GGUF",
-        metavar="DIR|FILE",
+        "...), a URL of checkpoints of a run, or a file of GGUF",
+        metavar="DIR|URL|FILE",
     )
     dtype: Literal["float32", "bfloat16", "float16"] | None = option(
         None, "type of weights and arithmetic [as stored]", synonyms=_DTYPE_SYNONYMS
@@ -419,9 +493,11 @@ class DecodingOptions:
     batch_size: int = option(8, "continuations computed at the same time", above=0)
     use_kv_cache: bool = option(True, "keep keys and values of earlier tokens", negations=("--no-kv-cache",))
     straight_decoding: bool = option(
-        True, "compute single tokens straight over the weights where the model's form allows; off: through its modules"
+        True, "fused decode path for single tokens, where the model has one; off: through its modules"
     )
     seed: int = option(1234, "decides what --do-sample draws", at_least=0)
+
+    laws = (needs("temperature", "top_k", "top_p", do_sample=True),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -434,6 +510,11 @@ class GenerateOptions(DecodingOptions):
         1, "continuations per prompt, with --do-sample", aliases=("--num-samples",), above=0
     )
     output: str | None = option(None, "also write one JSON line per continuation", metavar="FILE")
+
+    laws = (
+        needs("num_return_sequences", do_sample=True),
+        excludes("prompts_file", "prompt"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -454,10 +535,14 @@ class EvaluateOptions:
     seq_length: int | None = option(None, "window of the model in tokens [its longest sequence]", above=0)
     stride: int | None = option(None, "tokens the window moves on [the window]", above=0)
     prepend_bos: bool = option(True, "begin every document with the tokenizer's bos token, if it has one")
-    evaluation_batch_size: int = option(8, "windows computed at the same time", above=0)
+    evaluation_batch_size: int = option(8, "sequences computed at the same time", above=0)
     max_eval_samples: int | None = option(None, "evaluate only the first documents [all]", above=0)
     skip_invalid: bool = option(False, "count and leave out records that cannot be read, instead of stopping")
-    output: str | None = option(None, "also write the results as JSON", metavar="FILE")
+    output: str | None = option(
+        None, "also write the results as JSON; an interrupted evaluation resumes from FILE.partial", metavar="FILE"
+    )
+
+    laws = (at_most("stride", other="seq_length"),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -496,6 +581,8 @@ class PreprocessOptions:
     overwrite: bool = option(False, "replace output that exists")
     log_interval: int = option(100, "documents between progress lines", above=0)
 
+    laws = (needs("merge_group_keys", input=GIVEN),)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessConfig(PreprocessOptions, TokenizerOptions):
@@ -517,10 +604,10 @@ class ConvertOptions:
 
     load_dir: str = required(
         "directory to read: Hugging Face, Megatron (core, legacy, AscendSpeed, MindSpeed-LLM), pipelines of DeepSpeed, "
-        "MindFormers names, DCP, GGUF (or the file itself), or a checkpoint of a run; what it is, and its degrees of "
-        "parallelism, are read from it",
+        "MindFormers names, DCP, GGUF (or the file itself), or a checkpoint of a run (also a URL, s3://bucket/run); "
+        "what it is, and its degrees of parallelism, are read from it",
         aliases=("--input-model-dir",),
-        metavar="DIR",
+        metavar="DIR|URL",
     )
     save_dir: str = required(
         "directory to write; from mg to hf it may be the original model's, then it is DIR/mg2hf",
@@ -555,6 +642,11 @@ class ConvertOptions:
     max_queue_size: int | None = option(None, "without effect: there is no queue; scripts of MindSpeed-LLM give it")
     megatron_path: str | None = option(
         None, "without effect: Megatron's code is not needed; scripts of MindSpeed-LLM give it", metavar="DIR"
+    )
+
+    laws = (
+        ignored("max_queue_size", why="there is no queue"),
+        ignored("megatron_path", why="Megatron's code is not needed"),
     )
 
 
@@ -612,6 +704,12 @@ class MegatronTargetOptions:
     embed_layernorm: bool | None = option(None, "the model must (not) have a norm after the embedding")
     post_norm: bool | None = option(None, "the model must (not) have norms after attention and MLP too")
 
+    laws = (
+        needs("save_to_legacy", use_mcore_models=True),
+        excludes("vocab_file", "true_vocab_size"),
+        needs("deepspeed", "merge_mlp", save_model_type="ascendspeed"),
+    )
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterOptions:
@@ -627,6 +725,8 @@ class AdapterOptions:
     lora_target_modules: tuple[str, ...] | None = option(
         None, "modules it must be of, such as linear_qkv or q_proj [as it is]", metavar="NAME"
     )
+
+    laws = (needs("lora_r", "lora_alpha", "lora_target_modules", lora_load=GIVEN),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -692,6 +792,8 @@ class PlanOptions:
         None, "compare with the measured step in this JSON file, which a run wrote", metavar="FILE"
     )
     output: str | None = option(None, "draw the schedules: .svg or .png", metavar="FILE")
+
+    laws = (excludes("num_layers", "num_layer_list"),)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -70,6 +70,12 @@ def describe(option: Option) -> str:
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
 
+def whole_numbers(text: str) -> tuple[int, ...] | None:
+    """The numbers of "7,8,8,9"; None if it is something else."""
+    parts = [part.strip() for part in text.split(",")]
+    return tuple(map(int, parts)) if all(part.isdecimal() for part in parts) else None
+
+
 def _text(value: object) -> str:
     if isinstance(value, str | int | float | os.PathLike) or hasattr(value, "item"):  # item: numpy scalars
         return os.fspath(value) if isinstance(value, os.PathLike) else str(value)

@@ -5,14 +5,16 @@ Owns these checks. Options of older converters that state what could not be know
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cordee.checkpoint.storage import is_url
+from cordee.config import laws
 from cordee.config.option import to_flag
 from cordee.config.schema import ConvertConfig
 from cordee.convert.formats import Format
-from cordee.errors import Problem
+from cordee.errors import Problem, Problems, requires
 from cordee.families.reader import nearest
 from cordee.model.config import AttentionConfig, LayerConfig
 
@@ -44,62 +46,65 @@ def target_type(options: ConvertConfig) -> str:
     return options.save_model_type or ("mg" if options.saver else "hf")
 
 
-def check_options(options: ConvertConfig) -> Iterator[Problem]:
+def check_options(options: ConvertConfig) -> Problems:
     """What options contradict by themselves."""
+    if is_url(options.save_dir):
+        fix = "give a local directory, and copy it there"
+        yield Problem("--save-dir", options.save_dir, "a conversion writes no URL", fix)
+    yield from laws.problems(options)
     if Path(options.load_dir).resolve() == Path(options.save_dir).resolve():
-        why = "it is the directory that is read"
-        yield Problem("--save-dir", options.save_dir, why, "give another directory")
-    if options.model_type != "GPT":
-        yield Problem("--model-type", options.model_type, "there are only decoders", "give --model-type GPT")
-    if options.vocab_file is not None and options.true_vocab_size is not None:
-        yield Problem("--vocab-file", options.vocab_file, "--true-vocab-size says it too", "give one of the two")
-    if options.lora_load is None:
-        for name in ("lora_r", "lora_alpha", "lora_target_modules"):
-            if getattr(options, name) is not None:
-                fix = "give it with --lora-load, or leave this out"
-                yield Problem(to_flag(name), None, "there is no adapter", fix)
-    if options.save_to_legacy and not options.use_mcore_models:
-        why = "without --use-mcore-models the legacy format is what there is"
-        yield Problem("--save-to-legacy", True, why, "add --use-mcore-models, or leave it out")
+        why, fix = "it is the directory that is read", "give another directory"
+        yield Problem("--save-dir", options.save_dir, why, fix, "excludes", ("load_dir",))
+    yield from stated(options, {"model_type": "GPT"}, "every model here")
 
 
-def check_format(form: Format, options: ConvertConfig) -> Iterator[Problem]:
+def stated(options: ConvertConfig, found: Mapping[str, object], what: str) -> Problems:
+    """Options, by name, that only state what is `found` of `what`, and state something else."""
+    for name, value in found.items():
+        given = getattr(options, name)
+        if given not in (None, value):
+            has = f"does {'' if value else 'not '}have it" if isinstance(value, bool) else f"has {value}"
+            why, fix = f"{what} {has}", "leave it out, or give another model"
+            yield Problem(to_flag(name), given, why, fix, "stated", ("load_dir", "model"), value)
+
+
+_OF_MEGATRON = (  # options that matter only where a Megatron checkpoint is read
+    "model",
+    "load_from_legacy",
+    "src_tensor_model_parallel_size",
+    "src_pipeline_model_parallel_size",
+    "true_vocab_size",
+    "vocab_file",
+)
+
+
+def check_format(form: Format, options: ConvertConfig) -> Problems:
     """Options that say what must be there to read, or matter only for a Megatron checkpoint."""
-    if options.load_model_type not in (None, form.name):
-        why = f"{options.load_dir} is a {form.title}"
-        yield Problem("--load-model-type", options.load_model_type, why, "leave it out, or give another directory")
+    yield from stated(options, {"load_model_type": form.name}, f"{options.load_dir}, a {form.title},")
     if form.name == "mg":
         return
     if options.use_mcore_models and target_type(options) not in ("mg", "ascendspeed"):
         why = "neither what is read nor what is written is of Megatron"
-        yield Problem("--use-mcore-models", True, why, "leave it out, or give --save-model-type mg")
-    for flag, given in (
-        ("--model", options.model),
-        ("--no-checking", None if options.checking else True),
-        ("--load-from-legacy", options.load_from_legacy or None),
-        ("--src-tensor-model-parallel-size", options.src_tensor_model_parallel_size),
-        ("--src-pipeline-model-parallel-size", options.src_pipeline_model_parallel_size),
-        ("--true-vocab-size", options.true_vocab_size),
-        ("--vocab-file", options.vocab_file),
-    ):
-        if given is not None:
-            why = f"it has no meaning for a {form.title}"
-            yield Problem(flag, given, why, "leave it out, or give a Megatron checkpoint")
+        yield from requires("--use-mcore-models", True, "--save-model-type mg", why, "save_model_type", "load_dir")
+    given = {to_flag(name): getattr(options, name) for name in _OF_MEGATRON}
+    for flag, value in (*given.items(), ("--no-checking", not options.checking)):
+        yield from requires(flag, value, "a Megatron checkpoint", f"what is read is a {form.title}", "load_dir")
 
 
-def check_dialect(source: MegatronSource, options: ConvertConfig) -> Iterator[Problem]:
+def check_dialect(source: MegatronSource, options: ConvertConfig) -> Problems:
     """What options say of the format that is read; --use-mcore-models does where no Megatron checkpoint is written."""
-    for flag, given, found in (
-        ("--src-tensor-model-parallel-size", options.src_tensor_model_parallel_size, source.layout.tensor),
-        ("--src-pipeline-model-parallel-size", options.src_pipeline_model_parallel_size, source.layout.pipeline),
-    ):
-        if given not in (None, found):
-            yield Problem(flag, given, f"{options.load_dir} has {found}", "leave it out")
-    legacy, why = source.dialect.nested != (), f"{options.load_dir} is of {source.dialect.title}"
+    layout, legacy = source.layout, source.dialect.nested != ()
+    ranks = {
+        "src_tensor_model_parallel_size": layout.tensor,
+        "src_pipeline_model_parallel_size": layout.pipeline,
+    }
+    yield from stated(options, ranks, options.load_dir)
+    why = f"{options.load_dir} is of {source.dialect.title}"
     if options.load_from_legacy and not legacy:
-        yield Problem("--load-from-legacy", True, why, "leave it out")
+        yield Problem("--load-from-legacy", True, why, "leave it out", "stated", ("load_dir",))
     if options.use_mcore_models and legacy and not options.load_from_legacy and target_type(options) == "hf":
-        yield Problem("--use-mcore-models", True, why, "leave it out, or add --load-from-legacy")
+        fix = "leave it out, or add --load-from-legacy"
+        yield Problem("--use-mcore-models", True, why, fix, "stated", ("load_dir", "load_from_legacy"))
 
 
 def _attention(holds: Callable[[AttentionConfig], bool]) -> Callable[[ModelSpec], bool]:
@@ -123,17 +128,15 @@ TRAITS: dict[str, Callable[[ModelSpec], bool]] = {
 }
 
 
-def check_model(spec: ModelSpec, options: ConvertConfig) -> Iterator[Problem]:
+def check_model(spec: ModelSpec, options: ConvertConfig) -> Problems:
     """What options say of the model that is not so."""
     if (given := options.model_type_hf) is not None:
         known = FAMILIES.get(given)
         if known is None:
-            yield Problem("--model-type-hf", given, f"no such name; {nearest(given, FAMILIES)}", "take one of these")
+            why = f"no such name; {nearest(given, FAMILIES)}"
+            yield Problem("--model-type-hf", given, why, "take one of these", "unknown")
         elif spec.family.name not in known:
             why = f"the model is of family {spec.family.name}"
-            yield Problem("--model-type-hf", given, why, "leave it out, or give another model")
-    for name, holds in TRAITS.items():
-        stated = getattr(options, name)
-        if stated is not None and stated != holds(spec):
-            why = f"the model does {'not ' if stated else ''}have it"
-            yield Problem(to_flag(name), stated, why, "leave it out, or give another model")
+            yield Problem("--model-type-hf", given, why, "leave it out, or give another model", "stated")
+    traits = {name: holds(spec) for name, holds in TRAITS.items() if getattr(options, name) is not None}
+    yield from stated(options, traits, "the model")

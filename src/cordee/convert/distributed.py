@@ -16,7 +16,7 @@ from torch.distributed.checkpoint import Metadata
 from cordee.checkpoint.files import METADATA, read_metadata, read_tensor, tensors
 from cordee.errors import Problem, ProblemError
 from cordee.families.registry import ModelSpec, spec_from_directory
-from cordee.families.rules import Index
+from cordee.tensors.views import Index
 from cordee.weights.codec import Source
 from cordee.weights.files import Stored
 from cordee.weights.hf import HFSource

@@ -9,9 +9,8 @@ from __future__ import annotations
 import math
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch.distributed.checkpoint import Metadata
@@ -25,12 +24,13 @@ from torch.distributed.checkpoint.metadata import (
 
 from cordee.checkpoint.files import METADATA
 from cordee.families.registry import ModelSpec
-from cordee.families.rules import Shape, View
-from cordee.weights.codec import PlannedFile, Sink, type_of
+from cordee.tensors.views import Shape, View
+from cordee.weights.codec import PlannedFile, type_of
 from cordee.weights.regions import Destination
+from cordee.weights.staged_sink import StagedSink
 from cordee.weights.staging import Staging
 from cordee.weights.torch_file import append
-from cordee.weights.workers import Move, Workers
+from cordee.weights.workers import Move
 
 DATA = "__0_0.distcp"  # as torch names the first file of the first rank
 
@@ -41,7 +41,7 @@ def planned_files(spec: ModelSpec, dtypes: Mapping[str, torch.dtype]) -> list[Pl
     return [PlannedFile(DATA, sum(math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()))]
 
 
-class DistributedSink(Sink):
+class DistributedSink(StagedSink):
     """A distributed checkpoint in the making.
 
     dtype: type of all weights; None keeps each as it is put.
@@ -51,29 +51,20 @@ class DistributedSink(Sink):
     def __init__(
         self, staging: Staging, spec: ModelSpec, dtype: torch.dtype | None, companions: Path | None, workers: int = 1
     ):
-        self._staging = staging
         self._spec = spec
         self._dtype = dtype
-        self._companions = companions
         self._rules = spec.rules()
-        self._remaining = set(self._rules)
         self._tensors: dict[str, TensorStorageMetadata] = {}
         self._places: dict[MetadataIndex, _StorageInfo] = {}
-        try:
-            self._file: BinaryIO = (staging.scratch / DATA).open("w+b")
-        except OSError as error:
-            staging.discard()
-            raise staging.problem(error) from error
-        self._workers = Workers(staging, workers)
+        super().__init__(staging, self._rules, companions, workers)
 
-    def take(self, name: str, view: View) -> None:
-        assert name in self._remaining, f"{name} is unknown or was put before"
-        self._remaining.remove(name)
+    def begin(self) -> None:
+        self._file = self._files.enter_context((self._staging.scratch / DATA).open("w+b"))
+
+    def moves(self, name: str, view: View) -> Iterator[Move]:
         dtype = self._dtype or type_of(view)
-        parts = self._rules[name].foreign_views(view)
-        self._workers.carry(
-            Move(part, dtype, [self._place(foreign, tuple(part.shape), dtype)]) for foreign, part in parts.items()
-        )
+        for foreign, part in self._rules[name].foreign_views(view).items():
+            yield Move(part, dtype, [self._place(foreign, tuple(part.shape), dtype)])
 
     def _place(self, name: str, shape: Shape, dtype: torch.dtype) -> Destination:
         start, nowhere = self._file.seek(0, os.SEEK_END), torch.Size([0] * len(shape))
@@ -91,22 +82,8 @@ class DistributedSink(Sink):
         self._places[MetadataIndex(name, nowhere)] = place
         return Destination(self._staging.scratch / DATA, region)
 
-    def close(self) -> None:
-        assert not self._remaining, f"never put: {sorted(self._remaining)}"
+    def finish(self) -> None:
         paths = {name: (name,) for name in self._tensors}  # where in nested dicts: nowhere
         metadata = Metadata(dict(self._tensors), planner_data=paths, storage_data=self._places)
-        self._workers.close()
-        try:
-            self._file.close()
-            (self._staging.scratch / METADATA).write_bytes(pickle.dumps(metadata))
-            dtypes = {stored.properties.dtype for stored in self._tensors.values()}
-            self._staging.write_config(self._spec.hf_config, dtypes)
-            self._staging.copy_companions(self._companions)
-        except OSError as error:
-            raise self._staging.problem(error) from error
-        self._staging.publish()
-
-    def abort(self) -> None:
-        self._workers.close()
-        self._file.close()
-        self._staging.discard()
+        (self._staging.scratch / METADATA).write_bytes(pickle.dumps(metadata))
+        self._staging.write_config(self._spec.hf_config, {kept.properties.dtype for kept in self._tensors.values()})

@@ -5,13 +5,13 @@ Owns the table of formats. A format is a row: how it is recognised and read. Wha
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cordee.checkpoint import directory
+from cordee.checkpoint.storage import Place, StoragePath, place_of, reached
 from cordee.errors import Problem, ProblemError
 from cordee.weights import mindformers
 from cordee.weights.gguf import place
@@ -22,20 +22,18 @@ if TYPE_CHECKING:
     from cordee.weights.megatron.source import Reading
 
 
-_OPTION = re.compile(r"--[a-z]")
-
-
 @dataclass(frozen=True)
 class Format:
     """One format: its name, whether a directory (or file) holds it, and how to read it, which alone imports torch.
 
-    The second argument of `read` says how to read a Megatron checkpoint; others need no telling.
+    The second argument of `read` says how to read a Megatron checkpoint; others need no telling. Both take a local
+    path; those of the checkpoint of a run also one in a store.
     """
 
     name: str
     title: str
-    recognises: Callable[[Path], bool]
-    read: Callable[[Path, Reading | None], Source]
+    recognises: Callable[[Any], bool]
+    read: Callable[[Any, Reading | None], Source]
 
 
 def _read_hf(path: Path, reading: Reading | None) -> Source:
@@ -54,13 +52,14 @@ def _read_mindformers(path: Path, reading: Reading | None) -> Source:
     return hf.read(path, mindformers.renamed)
 
 
-def _read_checkpoint(path: Path, reading: Reading | None) -> Source:
+def _read_checkpoint(path: Place, reading: Reading | None) -> Source:
     from cordee.checkpoint import source
 
-    return source.read(path)
+    with reached("model directory", str(path)):
+        return source.read(path)
 
 
-def _is_checkpoint(path: Path) -> bool:
+def _is_checkpoint(path: Place) -> bool:
     return (path / directory.MANIFEST).is_file() or directory.is_root(path)
 
 
@@ -96,14 +95,22 @@ FORMATS = (  # the first that recognises a directory reads it
 )
 
 
-def find(path: Path) -> Format | None:
+def find(path: Place) -> Format | None:
     """The format of what is at `path`; None if it is none that is known."""
-    return next((form for form in FORMATS if form.recognises(path)), None)
+    known = [form for form in FORMATS if isinstance(path, Path) or form.name == "cordee"]
+    return next((form for form in known if form.recognises(path)), None)
 
 
-def format_of(path: str | Path) -> Format:
-    """The format of what is at `path`. ProblemError if it is none that is known."""
-    path = Path(path)
+def format_of(given: str | Path) -> Format:
+    """The format of what is at `given`. ProblemError if it is none that is known."""
+    path = place_of(given, "model directory")
+    if isinstance(path, StoragePath):
+        with reached("model directory", str(path)):
+            form = find(path)
+        if form is None:
+            fix = "give a directory that --save has written, or copy it to a local one"
+            raise ProblemError([Problem("model directory", str(path), "it holds no checkpoint of a run", fix)])
+        return form
     if not path.exists():
         raise ProblemError([Problem("model directory", path, "there is no such directory", "give one that exists")])
     if (form := find(path)) is not None:
@@ -121,13 +128,13 @@ def read(path: str | Path, reading: Reading | None = None) -> Source:
     """The weights at `path`, whatever their format. ProblemError if there are none or something is wrong with them."""
     form = format_of(path)
     try:
-        return form.read(Path(path), reading)
+        return form.read(place_of(path), reading)
     except ProblemError as error:
         raise ProblemError([_by_converting(problem) for problem in error.problems], error.everywhere) from error
 
 
 def _by_converting(problem: Problem) -> Problem:
     """What is read here has not the options that conversion has."""
-    if _OPTION.search(problem.fix) is None:
+    if problem.kind != "unclear":
         return problem
     return replace(problem, fix=f"{problem.fix} (options of cordee convert: convert it, and load the result)")

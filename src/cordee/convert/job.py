@@ -11,7 +11,8 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cordee.config.option import to_flag
+from cordee.checkpoint.storage import place_of
+from cordee.config import laws
 from cordee.config.schema import ConvertConfig
 from cordee.convert.check import check_dialect, check_format, check_model, check_options, target_type
 from cordee.convert.formats import Format, format_of
@@ -33,9 +34,8 @@ def run(options: ConvertConfig) -> int:
 
     ProblemError before anything is written, or if `verify` finds that it was written wrong.
     """
-    for name in ("max_queue_size", "megatron_path"):
-        if getattr(options, name) is not None:
-            logger.warning("%s: without effect", to_flag(name))
+    for ignored in laws.ignored_options(options):
+        logger.warning("%s", ignored)
     source, prepared, output = _prepare(options)
     if options.dry_run:
         _tell(source, prepared, output, options)
@@ -121,7 +121,7 @@ def _model(form: Format, options: ConvertConfig) -> ModelSpec | None:
 
 def _read(form: Format, model: ModelSpec | None, options: ConvertConfig) -> Source:
     if form.name != "mg":
-        return form.read(Path(options.load_dir), None)
+        return form.read(place_of(options.load_dir, "--load-dir"), None)
     from cordee.weights.megatron.source import MegatronSource, Reading
 
     reading = Reading(
@@ -129,7 +129,7 @@ def _read(form: Format, model: ModelSpec | None, options: ConvertConfig) -> Sour
         vocab_size=options.true_vocab_size or _count_tokens(options.vocab_file),
         strict=options.checking,
     )
-    source = form.read(Path(options.load_dir), reading)
+    source = form.read(place_of(options.load_dir, "--load-dir"), reading)
     assert isinstance(source, MegatronSource)
     raise_all(check_dialect(source, options))
     if model is not None and (original := Path(options.model or options.save_dir)).is_dir():

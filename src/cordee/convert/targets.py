@@ -5,7 +5,7 @@ Owns the meaning of the options of MindSpeed-LLM's and AscendSpeed's converters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ import torch
 
 from cordee.config.option import to_flag
 from cordee.config.schema import ConvertConfig
+from cordee.config.values import whole_numbers
 from cordee.convert.check import target_type
 from cordee.convert.distributed_sink import DistributedSink, planned_files
-from cordee.errors import Problem, ProblemError, raise_all
+from cordee.errors import Problem, ProblemError, Problems, raise_all, requires
 from cordee.weights import ascendspeed, hf, megatron_core, megatron_legacy, mindformers
 from cordee.weights.codec import PlannedFile, Sink, Source
 from cordee.weights.gguf import codec as gguf
@@ -100,20 +101,17 @@ _SPLITTING = (
     "make_vocab_size_divisible_by",
     "moe_grouped_gemm",
     "save_to_legacy",
-    "deepspeed",
-    "merge_mlp",
     "tokenizer_model",
     "transformer_impl",
 )
 
 
-def _misplaced(options: ConvertConfig) -> Iterator[Problem]:
+def _misplaced(options: ConvertConfig) -> Problems:
     """Options that mean nothing for files that are not split."""
     for name in _SPLITTING:
-        value = getattr(options, name)
-        if value not in (None, False, 1, "local"):
-            why = f"it has no meaning for {target_type(options)}, which is not split"
-            yield Problem(to_flag(name), value, why, "leave it out, or give --save-model-type mg")
+        if (value := getattr(options, name)) not in (None, False, 1, "local"):
+            why = f"{target_type(options)} is not split"
+            yield from requires(to_flag(name), value, "--save-model-type mg", why, "save_model_type")
 
 
 # ---- GGUF ------------------------------------------------------------------------------------------------------------
@@ -154,7 +152,7 @@ def megatron_target(options: ConvertConfig) -> Target:
         tensor=options.target_tensor_parallel_size,
         pipeline=options.target_pipeline_parallel_size,
         expert=options.target_expert_parallel_size,
-        layer_list=layer_list(options.num_layer_list),
+        layer_list=_layer_list(options.num_layer_list),
         layers_per_chunk=options.num_layers_per_virtual_pipeline_stage,
     )
     if target_type(options) == "ascendspeed":
@@ -172,11 +170,8 @@ def megatron_target(options: ConvertConfig) -> Target:
     )
 
 
-def _contradictions(options: ConvertConfig) -> Iterator[Problem]:
+def _contradictions(options: ConvertConfig) -> Problems:
     ascend = target_type(options) == "ascendspeed"
-    for name in ("deepspeed", "merge_mlp"):
-        if getattr(options, name) and not ascend:
-            yield Problem(to_flag(name), True, "only AscendSpeed's format has it", "give --save-model-type ascendspeed")
     if ascend and options.tokenizer_model is not None:
         why = "AscendSpeed's format has no settings to note it in"
         yield Problem("--tokenizer-model", options.tokenizer_model, why, "leave it out")
@@ -186,8 +181,10 @@ def _contradictions(options: ConvertConfig) -> Iterator[Problem]:
     elif not _to_core(options):
         for name in ("moe_grouped_gemm", "transformer_impl"):
             if (value := getattr(options, name)) not in (False, "local"):
-                why, fix = "the legacy format has no such thing", "write Megatron-Core's format with --use-mcore-models"
-                yield Problem(to_flag(name), value, why, fix)
+                why = "the legacy format has no such thing"
+                yield from requires(
+                    to_flag(name), value, "--use-mcore-models", why, "use_mcore_models", "save_to_legacy"
+                )
 
 
 def _to_core(options: ConvertConfig) -> bool:
@@ -216,11 +213,10 @@ def _settings(options: ConvertConfig) -> dict[str, Any]:
     }
 
 
-def layer_list(text: str | None) -> tuple[int, ...] | None:
+def _layer_list(text: str | None) -> tuple[int, ...] | None:
     """The numbers of `--num-layer-list`. ProblemError if it is no list of numbers."""
     if text is None:
         return None
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() for part in parts):
+    if (numbers := whole_numbers(text)) is None:
         raise ProblemError([Problem("--num-layer-list", text, "it is no list of numbers", "give it as 7,8,8,9")])
-    return tuple(int(part) for part in parts)
+    return numbers

@@ -1,92 +1,116 @@
-"""A micro-batch: tensors of token ids, targets and where documents lie.
+"""A micro-batch: named tensors, each with declared axes.
 
-Owns how samples become tensors. Knows nothing of where samples come from or where the tensors go.
+Owns what axes a field may have, and how samples become tensors and tensors are moved or cut along an axis, whatever
+fields an objective adds. Knows nothing of where samples come from or where the tensors go.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cordee.errors import Problem, ProblemError
-
 IGNORED = -100  # label of a position that is not trained
 
+Sample = Mapping[str, npt.NDArray[Any]]  # what a dataset gives, by the name of what it is
 
-@dataclass(frozen=True)
+_AXES = "cordee.axes"
+_PAD = "cordee.pad"
+
+
+def axes(*names: str, pad: float = 0, **default: Any) -> Any:
+    """Declare a field of a batch: the names of its dims, "sample", "sequence", "token" or another, and what stands at
+    places of the axis "token" that a sample does not have."""
+    return field(metadata={_AXES: names, _PAD: pad}, **default)
+
+
+@dataclass(frozen=True, eq=False)
 class Batch:
     """`input_ids` and `labels` are int64 [batch, seq]; `labels[t]` is the target at position t, -100 where none is.
 
     `position_ids` int64 [batch, seq] counts from 0 in every document, `segments` int64 [batch, seq] numbers the
-    documents of a sample, between which there is no attention; None means one document from position 0 on. `samples`
-    int64 [batch] counts samples over the run.
+    documents of a sequence, between which there is no attention; None means one document from position 0 on. `samples`
+    int64 [samples] counts samples over the run. A sample has one or more sequences, all samples the same number, which
+    follow each other in the batch.
+
+    A subclass, a dataclass of keywords, adds fields, each declared by `axes`. Whatever is done to a batch is done to
+    all of them.
     """
 
-    input_ids: Tensor
-    labels: Tensor
-    position_ids: Tensor | None = None
-    segments: Tensor | None = None
-    samples: Tensor | None = None
+    input_ids: Tensor = axes("sequence", "token")
+    labels: Tensor = axes("sequence", "token", pad=IGNORED)
+    position_ids: Tensor | None = axes("sequence", "token", default=None)
+    segments: Tensor | None = axes("sequence", "token", default=None, pad=-1)
+    samples: Tensor | None = axes("sample", default=None)
 
-    def weight(self) -> int:
-        """Number of trained tokens."""
+    @classmethod
+    def of(cls, samples: Sequence[Sample], length: int) -> Self:
+        """The batch of samples that hold its fields under their names: arrays with the axes of the field but for
+        "sample", where a field has that. Sequences are padded at the end to `length` tokens. AssertionError for what
+        is no field, for a field that a sample lacks, and for sequences that are longer.
+        """
+        declared = {each.name: each.metadata for each in fields(cls)}
+        names = samples[0].keys()
+        assert all(sample.keys() == names for sample in samples), "samples of one batch have the same fields"
+        assert names <= declared.keys(), f"{cls.__name__} has no {', '.join(sorted(names - declared.keys()))}"
+
+        def joined(name: str) -> Tensor:
+            axes, pad = declared[name][_AXES], declared[name][_PAD]
+            arrays = [np.asarray(sample[name]) for sample in samples]
+            if "token" in axes:
+                dim = axes.index("token") - len(axes)
+                assert all(array.shape[dim] <= length for array in arrays), f"{name} is longer than {length} tokens"
+                arrays = [_padded(array, dim, length, pad) for array in arrays]
+            return torch.from_numpy(np.concatenate(arrays) if axes[0] == "sequence" else np.stack(arrays))
+
+        return cls(**{name: joined(name) for name in names})
+
+    def to(self, device: torch.device | str) -> Self:
+        return self._each(lambda _, tensor: tensor.to(device))
+
+    def at_tokens(self, index: Tensor) -> Self:
+        """Those tokens of every sequence that `index`, int64, names."""
+
+        def cut(axes: tuple[str, ...], tensor: Tensor) -> Tensor:
+            return tensor.index_select(axes.index("token"), index.to(tensor.device)) if "token" in axes else tensor
+
+        return self._each(cut)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the model computes, trained or not."""
+        return self.input_ids.numel()
+
+    @property
+    def num_trained(self) -> int:
+        """Tokens that have a label."""
         return int((self.labels != IGNORED).sum())
 
-    def to(self, device: torch.device | str) -> Batch:
-        return replace(self, **{name: part.to(device) for name, part in vars(self).items() if part is not None})
+    @property
+    def sequences(self) -> Tensor | None:
+        """A number over the run for every sequence, int64 [batch]."""
+        if self.samples is None:
+            return None
+        each = len(self.input_ids) // len(self.samples)
+        if each == 1:
+            return self.samples
+        return (self.samples[:, None] * each + torch.arange(each, device=self.samples.device)).flatten()
+
+    def _each(self, change: Callable[[tuple[str, ...], Tensor], Tensor]) -> Self:
+        """This batch with every tensor as `change(axes, tensor)` makes it."""
+        declared = {each.name: each.metadata for each in fields(self)}
+        found = {name: value for name, value in vars(self).items() if value is not None}
+        unknown = [name for name in found if _AXES not in declared.get(name, ())]
+        assert not unknown, f"{', '.join(unknown)}: a field of a batch is declared by `axes`"
+        return replace(self, **{name: change(declared[name][_AXES], value) for name, value in found.items()})
 
 
-@dataclass(frozen=True)
-class NextToken:
-    """Samples of `seq + 1` tokens to a batch that predicts each next one; what an end-of-document token `eod` does is
-    as in Megatron.
-
-    `eod_mask_loss`: the token after an eod is no target. `reset_position_ids`: positions begin anew after an eod.
-    `reset_attention_mask`: what follows an eod does not see it, nor anything before it.
-    Raises `ProblemError` for a token that `vocab_size` does not hold.
-    """
-
-    vocab_size: int | None = None
-    eod: int | None = None
-    eod_mask_loss: bool = False
-    reset_position_ids: bool = False
-    reset_attention_mask: bool = False
-
-    def __call__(self, samples: Sequence[npt.NDArray[np.int64]]) -> Batch:
-        tokens = np.stack(samples)  # [batch, seq + 1]
-        if self.vocab_size is not None:
-            _check_tokens(tokens, self.vocab_size)
-        inputs, labels = tokens[:, :-1], tokens[:, 1:]
-        if not (self.eod_mask_loss or self.reset_position_ids or self.reset_attention_mask):
-            return Batch(_tensor(inputs), _tensor(labels))
-        assert self.eod is not None, "resets at the end of a document need the token that ends one"
-        ends = inputs == self.eod
-        begins = np.zeros_like(ends)
-        begins[:, 1:] = ends[:, :-1]
-        positions = segments = None
-        if self.reset_position_ids:
-            steps = np.broadcast_to(np.arange(inputs.shape[1]), inputs.shape)
-            positions = _tensor(steps - np.maximum.accumulate(np.where(begins, steps, 0), axis=1))
-        if self.reset_attention_mask:
-            segments = _tensor(np.cumsum(begins, axis=1, dtype=np.int64))
-        if self.eod_mask_loss:
-            labels = np.where(ends, IGNORED, labels)
-        return Batch(_tensor(inputs), _tensor(labels), positions, segments)
-
-
-def _tensor(array: npt.NDArray[np.int64]) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array))
-
-
-def _check_tokens(tokens: npt.NDArray[np.int64], vocab_size: int) -> None:
-    lowest, highest = int(tokens.min()), int(tokens.max())
-    if lowest < 0 or highest >= vocab_size:
-        token = lowest if lowest < 0 else highest
-        why = f"the data holds token {token}, but the vocabulary has only tokens 0 to {vocab_size - 1}"
-        fix = "take the tokenizer that the data was made with, or preprocess again"
-        raise ProblemError([Problem("--vocab-size", vocab_size, why, fix)])
+def _padded(array: npt.NDArray[Any], dim: int, length: int, pad: float) -> npt.NDArray[Any]:
+    widths = [(0, 0)] * array.ndim
+    widths[dim] = (0, length - array.shape[dim])
+    return np.pad(array, widths, constant_values=pad)

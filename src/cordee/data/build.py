@@ -81,8 +81,8 @@ def build_datasets(
     """Datasets of at least so many samples each. `train_blocks`: as `plan_order` takes them. `verified`: another
     process of this machine has just verified or built the sample orders in the cache, so they are not read whole.
 
-    Raises `ProblemError` for options or files that do not fit, which `cordee.data.check` finds all beforehand, and for
-    an order that is not in the cache and takes more memory to build than this machine has left.
+    Raises `ProblemError` for options or files that do not fit, which `cordee.data.gpt_check` finds all beforehand, and
+    for an order that is not in the cache and takes more memory to build than this machine has left.
     """
     parts = plan_parts(config)
     asked: dict[str, int] = dict(zip(SPLITS, (train_samples, valid_samples, test_samples), strict=True))

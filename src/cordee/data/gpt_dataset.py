@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -36,11 +36,11 @@ Int64s = npt.NDArray[np.int64]
 
 
 class Dataset(Protocol):
-    """Samples by number; sample i never depends on which were asked for before."""
+    """Samples by number, each a mapping of arrays; sample i never depends on which were asked for before."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Int64s: ...
+    def __getitem__(self, index: int) -> Mapping[str, npt.NDArray[Any]]: ...
 
 
 class Indexes(NamedTuple):
@@ -86,13 +86,13 @@ class GPTDataset:
     def __len__(self) -> int:
         return self.order.samples
 
-    def __getitem__(self, index: int) -> Int64s:
-        """Sample `index` as int64 [seq_length + 1]."""
+    def __getitem__(self, index: int) -> dict[str, Int64s]:
+        """The "tokens" of sample `index`, int64 [seq_length + 1]."""
         block, place = divmod(index, self.order.block.samples)
         indexes = self.indexes(block)
         sample = int(indexes.shuffle[place])
         (begin, begin_offset), (end, end_offset) = indexes.samples[sample : sample + 2].tolist()
-        return self.indexed.gather(indexes.documents[begin : end + 1], begin_offset, end_offset + 1)
+        return {"tokens": self.indexed.gather(indexes.documents[begin : end + 1], begin_offset, end_offset + 1)}
 
     def indexes(self, block: int) -> Indexes:
         """Those of a block of the order."""
@@ -243,7 +243,7 @@ class BlendedDataset:
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, index: int) -> Int64s:
+    def __getitem__(self, index: int) -> Mapping[str, npt.NDArray[Any]]:
         turn, place = divmod(index, self.period)
         dataset = int(self.dataset_index[place])
         return self.datasets[dataset][turn * self.drawn[dataset] + int(self.dataset_sample_index[place])]

@@ -18,11 +18,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cordee.data.batch import Batch
+from cordee.data.batch import Batch, Sample
 from cordee.data.gpt_dataset import Dataset
 from cordee.errors import Problem, ProblemError
 
-Collate = Callable[[Sequence[npt.NDArray[np.int64]]], Batch]
+Collate = Callable[[Sequence[Sample]], Batch]
 
 
 class Loader:

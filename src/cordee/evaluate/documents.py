@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cordee.config.schema import EvaluateOptions
-from cordee.data.check import token_problems
+from cordee.data.gpt_check import token_problems
 from cordee.data.indexed import IndexedDataset, idx_path
 from cordee.data.manifest import read_manifest
 from cordee.data.readers import input_files, read_file
@@ -31,12 +31,13 @@ class Document:
     """Token ids, int64 `[tokens]`.
 
     `num_bytes` is the length in UTF-8 of the text of all tokens but the first, None if it is not known. `done` is the
-    share of the source up to the document's end.
+    share of the source up to the document's end, `part` the number of the source.
     """
 
     tokens: npt.NDArray[np.int64]
     num_bytes: int | None
     done: float
+    part: int = 0
 
 
 def is_indexed(path: str) -> bool:

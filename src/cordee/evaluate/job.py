@@ -16,9 +16,10 @@ from cordee.config.schema import EvaluateConfig, TokenizerOptions
 from cordee.convert import formats
 from cordee.data.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
 from cordee.errors import Findings, Problem, raise_all
+from cordee.evaluate.finished import Finished, fingerprint_files
 from cordee.evaluate.runner import run_tasks, show, tasks_of, write
 from cordee.evaluate.task import Subject, Task
-from cordee.generate.loading import check_part, check_vocabulary, load_part
+from cordee.generate.loading import check_part, check_vocabulary, load_part, stop_ids
 from cordee.generate.results import check_new
 from cordee.parallel import inference
 from cordee.parallel.degrees import Degrees
@@ -32,6 +33,7 @@ class _Prepared:
     source: Source
     tokenizer: Tokenizer | None
     tasks: list[Task]
+    stop: frozenset[int]
 
 
 def check_run(config: EvaluateConfig) -> list[Problem]:
@@ -50,13 +52,24 @@ def run(config: EvaluateConfig) -> int:
     prepared = _prepare(config)
     with ExitStack() as stack:
         model, place = load_part(prepared.source, config, _degrees(config), stack, "while evaluating")
-        subject = Subject(model, prepared.tokenizer, place)
-        results = run_tasks(prepared.tasks, subject, config)
+        subject = Subject(model, prepared.tokenizer, place, prepared.stop)
+        finished = _finished(config, subject)
+        results = run_tasks(prepared.tasks, subject, config, finished)
     if subject.speaks:
         show(results)
         if config.output is not None:
             write(config.output, config.load, results)
+            finished.remove()
     return 0
+
+
+def _finished(config: EvaluateConfig, subject: Subject) -> Finished:
+    """What an evaluation of the same weights that was killed has found, in a file beside `--output`."""
+    if config.output is None or not subject.speaks:
+        return Finished(None)
+    dtype = next(subject.model.parameters()).dtype
+    path = Path(config.output)
+    return Finished(path.with_name(f"{path.name}.partial"), f"{fingerprint_files(Path(config.load))} {dtype}")
 
 
 def _degrees(config: EvaluateConfig) -> Degrees:
@@ -67,16 +80,17 @@ def _prepare(config: EvaluateConfig) -> _Prepared:
     found = Findings(check_evaluate(config))
     found.attempt(lambda: check_new(config.output))
     source = found.attempt(lambda: formats.read(config.load))
-    tasks, tokenizer = None, None
+    tasks, tokenizer, stop = None, None, None
     if source is not None:
         found.problems += check_part(source, config, _degrees(config))
         tasks = found.attempt(lambda: tasks_of(config, source.spec.config))
         tokenizer = found.attempt(lambda: _tokenizer(config, tasks or [], source.companions))
     if source is not None and tokenizer is not None:
         found.problems += check_vocabulary(tokenizer, source.spec.config)
+        stop = found.attempt(lambda: stop_ids(source.spec, source.companions, tokenizer))
     raise_all(found.problems)
     assert source is not None and tasks is not None
-    return _Prepared(source, tokenizer, tasks)
+    return _Prepared(source, tokenizer, tasks, stop or frozenset())
 
 
 def _tokenizer(config: EvaluateConfig, tasks: Sequence[Task], companions: Path | None) -> Tokenizer | None:

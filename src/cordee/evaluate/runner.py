@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -16,8 +17,12 @@ from rich.table import Table
 from cordee.config.schema import EvaluateOptions
 from cordee.config.spelling import nearest
 from cordee.errors import Problem, ProblemError
+from cordee.evaluate.engine import Engine
+from cordee.evaluate.finished import Finished
+from cordee.evaluate.requests import Encoder
 from cordee.evaluate.task import Result, Subject, Task, all_tasks
 from cordee.generate.results import NewFile
+from cordee.log import logger
 from cordee.model.config import ModelConfig
 
 
@@ -32,13 +37,32 @@ def tasks_of(options: EvaluateOptions, model: ModelConfig) -> list[Task]:
     return chosen
 
 
-def run_tasks(tasks: Sequence[Task], subject: Subject, options: EvaluateOptions) -> list[Result]:
-    """What each task finds. A bar on the terminal shows how far it is."""
+def run_tasks(
+    tasks: Sequence[Task], subject: Subject, options: EvaluateOptions, finished: Finished | None = None
+) -> list[Result]:
+    """What each task finds. A bar on the terminal shows how far it is.
+
+    finished: results of requests that were answered before, to which those of this run are added.
+    """
+    engine = Engine(subject, options.evaluation_batch_size, finished)
     results = []
     for task in tasks:
         with _bar(task.name, shown=subject.speaks) as progress:
-            results.append(task.run(subject, options, progress))
+            results.append(_run(task, subject, engine, options, progress))
     return results
+
+
+def _run(
+    task: Task, subject: Subject, engine: Engine, options: EvaluateOptions, progress: Callable[[float], None]
+) -> Result:
+    window = options.seq_length or subject.model.config.max_position_embeddings
+    encoder = Encoder(subject.tokenizer, window, prepend_bos=options.prepend_bos)
+    asked = ((doc, task.requests(doc, encoder, options)) for doc in task.docs(subject, options))
+    result = task.score(engine.answers(asked, progress), options)
+    if not encoder.truncated:
+        return result
+    logger.warning("%s: %d requests cut at their left to %d tokens", task.name, encoder.truncated, window)
+    return replace(result, metrics={**result.metrics, "truncated": encoder.truncated})
 
 
 def table(result: Result) -> Table:

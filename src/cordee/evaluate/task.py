@@ -1,7 +1,7 @@
 """What can be evaluated: the form of a task, of what it is given and of what it finds.
 
-Owns the seam between the runner and the tasks, and the list of tasks. A task of questions and answers (documents,
-prompts, scores) and a task of likelihoods are alike to the runner: both look at a model and give metrics.
+Owns the seam between the runner and the tasks, and the list of tasks. A task says what is asked about each of its
+documents and what the answers are worth; how a model answers is the engine's affair.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cordee.config.schema import EvaluateOptions
 from cordee.errors import Problem
 from cordee.evaluate import tasks
+from cordee.evaluate.requests import Encoder, Request
 
 if TYPE_CHECKING:
     from cordee.data.tokenizer import Tokenizer
@@ -28,7 +29,7 @@ Metrics = dict[str, float | int]
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated: a model in evaluation mode, and its tokenizer if there is one.
+    """What is evaluated: a model in evaluation mode, its tokenizer if there is one, and the tokens that end a text.
 
     `place`: where this process is among several that share the model or the work; all of them run the same tasks, and
     find the same.
@@ -37,6 +38,7 @@ class Subject:
     model: GPTModel
     tokenizer: Tokenizer | None
     place: Place | None = None
+    stop_ids: frozenset[int] = frozenset()
 
     @property
     def speaks(self) -> bool:
@@ -53,6 +55,13 @@ class Result:
     parts: dict[str, Metrics]
 
 
+class Doc(Protocol):
+    """What a task asks about at once; `done` is the share of all documents up to its end."""
+
+    @property
+    def done(self) -> float: ...
+
+
 class Task(Protocol):
     """`name` is that of `--task`."""
 
@@ -64,8 +73,16 @@ class Task(Protocol):
 
     def needs_tokenizer(self, options: EvaluateOptions) -> bool: ...
 
-    def run(self, subject: Subject, options: EvaluateOptions, progress: Callable[[float], None]) -> Result:
-        """Evaluate; `progress` is told the share that is done, from 0 to 1. ProblemError if the data is unusable."""
+    def docs(self, subject: Subject, options: EvaluateOptions) -> Iterator[Any]:
+        """The documents, each a `Doc`, in the same order every time. ProblemError if the data is unusable."""
+        ...
+
+    def requests(self, doc: Any, encoder: Encoder, options: EvaluateOptions) -> Sequence[Request]:
+        """What is asked about a document."""
+        ...
+
+    def score(self, answered: Iterable[tuple[Any, Sequence[Any]]], options: EvaluateOptions) -> Result:
+        """What the answers to the requests of each document make. It is computed as they are taken: once, in order."""
         ...
 
 

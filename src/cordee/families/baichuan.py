@@ -10,11 +10,12 @@ No key of the published files says so, but others tell: rotary models have `max_
 from __future__ import annotations
 
 from cordee.families import common
-from cordee.families.family import Family, Preset
+from cordee.families.family import Family, keys
+from cordee.families.lenses import Words
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import read_rope
-from cordee.families.rules import Rule, module, packed_qkv
 from cordee.model.config import AttentionConfig, LayerConfig, ModelConfig
+from cordee.tensors.rules import Rule, module, packed_qkv
 
 FIRST_VOCAB, SECOND_VOCAB = 64000, 125696
 
@@ -53,32 +54,9 @@ def layer_weights(layer: LayerConfig) -> list[Rule]:
     ]
 
 
-def _preset(licence: str, layers: int, hidden: int, ffn: int, heads: int, **more: object) -> Preset:
-    config = {
-        "vocab_size": FIRST_VOCAB,
-        "hidden_size": hidden,
-        "intermediate_size": ffn,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "hidden_act": "silu",
-        "initializer_range": 0.02,
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-        "torch_dtype": "bfloat16",
-    }
-    return Preset(config={**config, **more}, licence=licence)
+def _rotary_length(words: Words) -> int | None:
+    return words["max_position_embeddings"] if words["position_embedding_type"] == "rope" else None
 
-
-_ROTARY, _FALLING = {"max_position_embeddings": 4096}, {"model_max_length": 4096}
-_SECOND = {
-    "vocab_size": SECOND_VOCAB,
-    "tokenizer_class": "BaichuanTokenizer",
-    "model_max_length": 4096,
-    "z_loss_weight": 0,
-}
 
 FAMILY = Family(
     name="baichuan",
@@ -88,14 +66,13 @@ FAMILY = Family(
     weights=weights,
     base_prefix="model.",
     ignored=common.FREQUENCIES,
-    keys={
-        **{name: key for name, key in common.MULTI_HEAD_KEYS.items() if name != "rotary_base"},
-        "max_position_embeddings": "model_max_length",
-    },
-    presets={
-        "baichuan-7b": _preset("Baichuan-7B Model License", 32, 4096, 11008, 32, **_ROTARY),
-        "baichuan-13b": _preset("Baichuan-13B Community License", 40, 5120, 13696, 40, **_FALLING),
-        "baichuan2-7b": _preset("Baichuan 2 Community License", 32, 4096, 11008, 32, **_ROTARY, **_SECOND),
-        "baichuan2-13b": _preset("Baichuan 2 Community License", 40, 5120, 13696, 40, **_SECOND),
-    },
+    keys=keys(
+        "head_dim num_key_value_heads rope_theta",
+        max_position_embeddings=lambda words: (
+            words["max_position_embeddings"] if words["position_embedding_type"] == "rope" else None
+        ),
+        model_max_length="max_position_embeddings",
+        tokenizer_class=lambda words: "BaichuanTokenizer" if words["lm_norm_weight"] else None,
+        z_loss_weight=lambda words: 0 if words["lm_norm_weight"] else None,
+    ),
 )

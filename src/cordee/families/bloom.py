@@ -8,10 +8,10 @@ stored together.
 from __future__ import annotations
 
 from cordee.families import common
-from cordee.families.family import KEYS, Family, Preset
+from cordee.families.family import Family
 from cordee.families.reader import ConfigReader
-from cordee.families.rules import Rule, each_layer, grouped_qkv, module
 from cordee.model.config import AttentionConfig, LayerConfig, MLPConfig, ModelConfig, NormConfig
+from cordee.tensors.rules import Rule, each_layer, grouped_qkv, module
 
 
 def read(hf: ConfigReader) -> ModelConfig:
@@ -71,27 +71,6 @@ def layer_weights(layer: LayerConfig) -> list[Rule]:
     ]
 
 
-def _preset(layers: int, hidden: int, heads: int, **more: object) -> Preset:
-    config = {
-        "vocab_size": 250880,
-        "n_embed": hidden,
-        "n_layer": layers,
-        "num_attention_heads": heads,
-        "seq_length": 2048,
-        "layer_norm_epsilon": 1e-5,
-        "apply_residual_connection_post_layernorm": False,
-        "attention_dropout": 0.0,
-        "hidden_dropout": 0.0,
-        "initializer_range": 0.02,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 3,
-        "unk_token_id": 0,
-        "torch_dtype": "float16",
-    }
-    return Preset(config={**config, **more}, licence="BigScience RAIL 1.0")
-
-
 FAMILY = Family(
     name="bloom",
     architectures=("BloomForCausalLM", "BloomModel"),
@@ -100,20 +79,16 @@ FAMILY = Family(
     weights=weights,
     base_prefix="transformer.",
     keys={
-        **{name: KEYS[name] for name in ("attention_dropout", "init_method_std", "num_attention_heads", "tied")},
-        "hidden_dropout": "hidden_dropout",
-        "hidden_size": "n_embed",
-        "max_position_embeddings": "seq_length",
-        "norm_epsilon": "layer_norm_epsilon",
-        "num_layers": "n_layer",
         "vocab_size": "vocab_size",
-    },
-    presets={
-        "bloom-560m": _preset(24, 1024, 16),
-        "bloom-1b1": _preset(24, 1536, 16),
-        "bloom-1b7": _preset(24, 2048, 16),
-        "bloom-3b": _preset(30, 2560, 32),
-        "bloom-7b1": _preset(30, 4096, 32),
-        "bloom-176b": _preset(70, 14336, 112, torch_dtype="bfloat16"),
+        "n_embed": "hidden_size",
+        "n_layer": "num_layers",
+        "num_attention_heads": "num_attention_heads",
+        "seq_length": "max_position_embeddings",
+        "layer_norm_epsilon": "norm_epsilon",
+        "apply_residual_connection_post_layernorm": "apply_residual_connection_post_layernorm",
+        "attention_dropout": "attention_dropout",
+        "hidden_dropout": "hidden_dropout",
+        "initializer_range": "init_method_std",
+        "tie_word_embeddings": "tied",
     },
 )

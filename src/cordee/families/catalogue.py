@@ -11,7 +11,7 @@ from cordee.families.count import (
     matmul_parameters,
     training_flops_per_token,
 )
-from cordee.families.options import shape_of
+from cordee.families.lenses import FORM
 from cordee.families.registry import families, spec_from_preset
 from cordee.model.config import ModelConfig, MoEConfig
 
@@ -48,7 +48,7 @@ def show(name: str) -> list[tuple[str, str]]:
         ("family", spec.family.name),
         ("architecture", spec.hf_config["architectures"][0]),
         ("licence", spec.family.presets[name].licence),
-        *((key, str(value)) for key, value in vars(shape_of(config)).items()),
+        *((name, str(lens.get(config))) for name, lens in FORM.items()),
         *_mixture(config),
         ("tensors", str(len(canonical_shapes(config)))),
         ("parameters", f"{count_parameters(config):,}"),

@@ -7,10 +7,11 @@ Query groups, SwiGLU, biases of q, k and v, and rotary positions of half of each
 from __future__ import annotations
 
 from cordee.families import common
-from cordee.families.family import Family, Preset
+from cordee.families.family import Family
 from cordee.families.reader import ConfigReader
-from cordee.families.rules import GATE_UP, Chain, Rule, Split, each_layer, module
 from cordee.model.config import AttentionConfig, LayerConfig, MLPConfig, ModelConfig, NormConfig, RopeConfig
+from cordee.tensors.rules import GATE_UP, Rule, each_layer, module
+from cordee.tensors.views import Chain, Split
 
 
 def read(hf: ConfigReader) -> ModelConfig:
@@ -72,39 +73,6 @@ def layer_weights(layer: LayerConfig) -> list[Rule]:
     ]
 
 
-def _preset(licence: str, layers: int, vocab: int, length: int, **more: object) -> Preset:
-    config = {
-        "padded_vocab_size": vocab,
-        "hidden_size": 4096,
-        "ffn_hidden_size": 13696,
-        "num_layers": layers,
-        "num_attention_heads": 32,
-        "multi_query_attention": True,
-        "multi_query_group_num": 2,
-        "kv_channels": 128,
-        "seq_length": length,
-        "layernorm_epsilon": 1e-5,
-        "add_bias_linear": False,
-        "add_qkv_bias": True,
-        "original_rope": True,
-        "attention_dropout": 0.0,
-        "hidden_dropout": 0.0,
-        "tie_word_embeddings": False,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-        "torch_dtype": "float16",
-    }
-    return Preset(config={**config, **more}, licence=licence)
-
-
-_GLM4 = {
-    "layernorm_epsilon": 1.5625e-7,
-    "rope_ratio": 500,
-    "eos_token_id": [151329, 151336, 151338],
-    "pad_token_id": 151329,
-    "torch_dtype": "bfloat16",
-}
-
 FAMILY = Family(
     name="chatglm",
     architectures=("ChatGLMModel", "ChatGLMForConditionalGeneration"),
@@ -114,18 +82,18 @@ FAMILY = Family(
     base_prefix="transformer.",
     ignored=("transformer.rotary_pos_emb.inv_freq",),
     keys={
-        **{name: name for name in ("attention_dropout", "hidden_dropout", "hidden_size", "ffn_hidden_size")},
-        **{name: name for name in ("kv_channels", "num_attention_heads", "num_layers")},
-        "max_position_embeddings": "seq_length",
-        "norm_epsilon": "layernorm_epsilon",
-        "num_query_groups": "multi_query_group_num",
-        "rotary_base": lambda theta: {"rope_ratio": theta / 10000.0},
-        "tied": "tie_word_embeddings",
-        "vocab_size": "padded_vocab_size",
-    },
-    presets={
-        "chatglm3-6b": _preset("ChatGLM3-6B License", 28, 65024, 8192),
-        "chatglm3-6b-32k": _preset("ChatGLM3-6B License", 28, 65024, 32768, rope_ratio=50),
-        "glm4-9b": _preset("GLM-4-9B License", 40, 151552, 131072, **_GLM4),
+        "padded_vocab_size": "vocab_size",
+        "hidden_size": "hidden_size",
+        "ffn_hidden_size": "ffn_hidden_size",
+        "num_layers": "num_layers",
+        "num_attention_heads": "num_attention_heads",
+        "multi_query_group_num": "num_query_groups",
+        "kv_channels": "kv_channels",
+        "seq_length": "max_position_embeddings",
+        "layernorm_epsilon": "norm_epsilon",
+        "rope_ratio": lambda words: words["rotary_base"] / 10000.0,
+        "attention_dropout": "attention_dropout",
+        "hidden_dropout": "hidden_dropout",
+        "tie_word_embeddings": "tied",
     },
 )

@@ -8,21 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, TypedDict, TypeVar
 
-from cordee.families.family import KEYS, HFConfig
-from cordee.families.options import Shape, scaling_section
 from cordee.families.reader import ConfigReader
-from cordee.families.rules import (
-    IDENTITY,
-    Chain,
-    Each,
-    Op,
-    Rule,
-    each_layer,
-    module,
-    rotary_halves,
-    separate_qkv,
-    stack,
-)
 from cordee.model.config import (
     AttentionConfig,
     LayerConfig,
@@ -30,14 +16,12 @@ from cordee.model.config import (
     ModelConfig,
     NormConfig,
 )
+from cordee.tensors.rules import IDENTITY, Rule, each_layer, module, rotary_halves, separate_qkv, stack
+from cordee.tensors.views import Chain, Each, Op
 
 T = TypeVar("T")
 
 FULL, SLIDING = "full_attention", "sliding_attention"  # types of layers
-
-# Keys that options may change where heads share the channels, and where each has keys and values of its own too.
-PLAIN_KEYS = {name: key for name, key in KEYS.items() if name != "kv_channels"}
-MULTI_HEAD_KEYS = {name: key for name, key in PLAIN_KEYS.items() if name != "num_query_groups"}
 
 # Buffers of old checkpoints, made anew from the configuration.
 FREQUENCIES = ("model.layers.{i}.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
@@ -191,33 +175,3 @@ def mlp_weights(canonical: str = "mlp", foreign: str = "mlp") -> list[Rule]:
         *module(f"{canonical}.gate_up", f"{foreign}.gate_proj", f"{foreign}.up_proj", op=stack(2)),
         *module(f"{canonical}.down", f"{foreign}.down_proj"),
     ]
-
-
-# ---- models given by options -----------------------------------------------------------------------------------------
-
-
-def from_shape(shape: Shape) -> HFConfig | None:
-    """The `config.json` of a model of LLaMA's form, biases left out; None if `shape` has another form."""
-    form = (shape.position_embedding_type, shape.normalization, shape.activation, shape.gated)
-    if form != ("rope", "RMSNorm", "silu", True):
-        return None
-    hf = {
-        "attention_dropout": shape.attention_dropout,
-        "head_dim": shape.kv_channels,
-        "hidden_act": "silu",
-        "hidden_size": shape.hidden_size,
-        "initializer_range": shape.init_method_std,
-        "intermediate_size": shape.ffn_hidden_size,
-        "max_position_embeddings": shape.max_position_embeddings,
-        "num_attention_heads": shape.num_attention_heads,
-        "num_hidden_layers": shape.num_layers,
-        "num_key_value_heads": shape.num_query_groups,
-        "rms_norm_eps": shape.norm_epsilon,
-        "rope_scaling": scaling_section(shape.rope_scaling),
-        "rope_theta": shape.rotary_base,
-        "tie_word_embeddings": shape.tied,
-        "vocab_size": shape.vocab_size,
-    }
-    if shape.hidden_dropout:
-        hf["hidden_dropout"] = shape.hidden_dropout
-    return hf

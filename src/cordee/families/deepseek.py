@@ -8,10 +8,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from cordee.families import common
-from cordee.families.experts import Choice, expert_keys, expert_list_weights
+from cordee.families.experts import Choice, expert_list_weights
+from cordee.families.family import HFConfig, keys
+from cordee.families.lenses import Words, scaling_of
 from cordee.families.reader import ConfigReader
-from cordee.families.rope import mscale, read_rope, rope_section
-from cordee.families.rules import Chain, Rearrange, Rule, module, rotary_halves
+from cordee.families.rope import mscale, read_rope, rope_section, write_scaling
 from cordee.model.config import (
     BalanceConfig,
     LatentAttentionConfig,
@@ -23,17 +24,19 @@ from cordee.model.config import (
     RouterConfig,
     YarnScaling,
 )
+from cordee.tensors.rules import Rule, module, rotary_halves
+from cordee.tensors.views import Chain, Rearrange
 
 LATENT_EPS = 1e-6  # of the norms of compressed vectors, whatever `rms_norm_eps` says
 
-# Keys that options may change.
-KEYS = {
-    **common.MULTI_HEAD_KEYS,
-    **expert_keys("n_routed_experts"),
-    "moe_aux_loss_coeff": "aux_loss_alpha",
-    "moe_router_load_balancing_type": lambda name: {"topk_method": "greedy" if name == "softmax_topk" else name},
-    "moe_router_num_groups": "n_group",
-    "num_attention_heads": lambda count: {"num_attention_heads": count, "num_key_value_heads": count},
+KEYS = keys(
+    "head_dim",
+    num_key_value_heads="num_attention_heads",
+    rope_scaling=lambda words: write_strength(write_scaling(scaling_of(words)), words),
+    n_routed_experts="num_experts",
+    num_experts_per_tok="moe_router_topk",
+    aux_loss_alpha="moe_aux_loss_coeff",
+    n_group="moe_router_num_groups",
     **{
         name: name
         for name in (
@@ -42,7 +45,15 @@ KEYS = {
             *("topk_group", "v_head_dim"),
         )
     },
-}
+)
+
+
+def write_strength(scaling: HFConfig | None, words: Words) -> HFConfig | None:
+    """`scaling` with what YaRN sharpens scores by besides."""
+    if scaling is None or scaling["rope_type"] != "yarn":
+        return scaling
+    return {**scaling, "mscale_all_dim": words["rope_scaling_mscale_all_dim"]}
+
 
 # Implied by others, or left from the form that the configuration was made of.
 DERIVED = ("ep_size", "head_dim", "num_key_value_heads", "qk_head_dim")

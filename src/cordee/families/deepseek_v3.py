@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from cordee.families import deepseek
 from cordee.families.experts import read_choice
-from cordee.families.family import Family, HFConfig, LeftOut, Preset
+from cordee.families.family import Family, HFConfig, LeftOut
 from cordee.families.reader import ConfigReader
 from cordee.model.config import BalanceConfig, ModelConfig, RouterConfig
 
@@ -47,52 +47,6 @@ def left_out(hf: HFConfig) -> LeftOut:
     return LeftOut("layers that predict further tokens", prefixes, {"num_nextn_predict_layers": 0})
 
 
-_671B = {
-    "vocab_size": 129280,
-    "hidden_size": 7168,
-    "intermediate_size": 18432,
-    "moe_intermediate_size": 2048,
-    "num_hidden_layers": 61,
-    "num_nextn_predict_layers": 0,
-    "num_attention_heads": 128,
-    "num_key_value_heads": 128,
-    "q_lora_rank": 1536,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "n_routed_experts": 256,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 8,
-    "first_k_dense_replace": 3,
-    "moe_layer_freq": 1,
-    "n_group": 8,
-    "topk_group": 4,
-    "topk_method": "noaux_tc",
-    "scoring_func": "sigmoid",
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 2.5,
-    "hidden_act": "silu",
-    "max_position_embeddings": 163840,
-    "initializer_range": 0.02,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000,
-    "rope_scaling": {
-        "type": "yarn",
-        "factor": 40,
-        "mscale": 1.0,
-        "mscale_all_dim": 1.0,
-        "beta_fast": 32,
-        "beta_slow": 1,
-        "original_max_position_embeddings": 4096,
-    },
-    "attention_bias": False,
-    "tie_word_embeddings": False,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "torch_dtype": "bfloat16",
-}
-
 FAMILY = Family(
     name="deepseek_v3",
     architectures=("DeepseekV3ForCausalLM", "DeepseekV3Model"),
@@ -102,5 +56,4 @@ FAMILY = Family(
     left_out=left_out,
     base_prefix="model.",
     keys=deepseek.KEYS,
-    presets={"deepseek-v3": Preset(config=_671B, licence="DeepSeek Model License")},
 )

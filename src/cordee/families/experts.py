@@ -8,8 +8,9 @@ from __future__ import annotations
 from typing import TypedDict
 
 from cordee.families.reader import ConfigReader
-from cordee.families.rules import Chain, Each, Rearrange, Rule, module, stack
 from cordee.model.config import BalanceConfig, LayerConfig, MoEConfig
+from cordee.tensors.rules import Rule, module, stack
+from cordee.tensors.views import Chain, Each, Rearrange
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
@@ -54,17 +55,17 @@ def read_layer_numbers(hf: ConfigReader, key: str, default: list[int]) -> list[i
     return default
 
 
-def expert_keys(experts: str, top_k: str = "num_experts_per_tok") -> dict[str, str]:
-    """Under which keys options change how many experts there are, how many a token visits, and their loss."""
-    return {"num_experts": experts, "moe_router_topk": top_k, "moe_aux_loss_coeff": "router_aux_loss_coef"}
+def expert_keys(experts: str) -> dict[str, str]:
+    """The usual keys of a mixture, where `experts` counts the experts."""
+    return {
+        experts: "num_experts",
+        "num_experts_per_tok": "moe_router_topk",
+        "router_aux_loss_coef": "moe_aux_loss_coeff",
+    }
 
 
-# Keys that options change where experts are the only MLPs there are, and weights may be normalised.
-NARROW_EXPERTS = {
-    "ffn_hidden_size": "moe_intermediate_size",
-    "moe_intermediate_size": "moe_intermediate_size",
-    "norm_topk_prob": "norm_topk_prob",
-}
+# Keys where experts are narrower than other MLPs, and weights may be normalised.
+NARROW_EXPERTS = {"moe_intermediate_size": "moe_intermediate_size", "norm_topk_prob": "norm_topk_prob"}
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------

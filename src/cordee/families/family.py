@@ -10,31 +10,41 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from cordee.families.options import Shape, followers, scaling_section
+from cordee.families.lenses import Words, scaling_of, words_of
 from cordee.families.reader import ConfigReader
-from cordee.families.rules import Rule
+from cordee.families.rope import write_scaling
 from cordee.model.config import ModelConfig
+from cordee.tensors.rules import Rule
 
 HFConfig = dict[str, Any]
+OF_WEIGHTS = {"dtype", "torch_dtype"}  # keys that say how weights are stored
 
-# Which key of a `config.json` holds what options may say of a model: the names that most families share.
-KEYS: Mapping[str, str | Callable[[Any], HFConfig]] = {
-    "attention_dropout": "attention_dropout",
-    "hidden_dropout": "hidden_dropout",
-    "ffn_hidden_size": "intermediate_size",
-    "hidden_size": "hidden_size",
-    "init_method_std": "initializer_range",
-    "kv_channels": "head_dim",
-    "max_position_embeddings": "max_position_embeddings",
-    "norm_epsilon": "rms_norm_eps",
-    "num_attention_heads": "num_attention_heads",
-    "num_layers": "num_hidden_layers",
-    "num_query_groups": "num_key_value_heads",
-    "rope_scaling": lambda scaling: {"rope_scaling": scaling_section(scaling)},
-    "rotary_base": "rope_theta",
-    "tied": "tie_word_embeddings",
+Keys = Mapping[str, str | Callable[[Words], Any]]
+
+# What the keys of a `config.json` say, in the words of the options: a word, or what is made of several. Most families
+# share these.
+KEYS: Keys = {
     "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "ffn_hidden_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_attention_heads",
+    "num_key_value_heads": "num_query_groups",
+    "head_dim": "kv_channels",
+    "max_position_embeddings": "max_position_embeddings",
+    "initializer_range": "init_method_std",
+    "rms_norm_eps": "norm_epsilon",
+    "rope_theta": "rotary_base",
+    "rope_scaling": lambda words: write_scaling(scaling_of(words)),
+    "tie_word_embeddings": "tied",
+    "attention_dropout": "attention_dropout",
+    "hidden_dropout": lambda words: words["hidden_dropout"] or None,  # transformers has no such key
 }
+
+
+def keys(without: str = "", **more: str | Callable[[Words], Any]) -> Keys:
+    """The usual keys, but those `without`, and `more`."""
+    return {**{key: word for key, word in KEYS.items() if key not in without.split()}, **more}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +77,9 @@ class Family:
     base_prefix: what names begin with in a checkpoint with a head, and lack in one of the bare base model.
     ignored: names in checkpoints that carry no weights, `{i}` standing for a number.
     left_out: the part of published models that `read` leaves out, in a model of this `config.json`.
-    from_shape: the `config.json` of a model given by options alone, or None if the family has no such model; families
-        that no options lead to have no such function.
-    fits: which options lead to the family, for people.
-    keys: without `from_shape`, which key holds each field of a `Shape`, or each feature, that options may change in a
-        model, or what makes keys of its value.
+    keys: what the keys that follow from a model say of it. All others are as in the first preset.
+    plain: models given by options alone are sought in this family before others.
+    presets: published models by name, which the registry takes from `presets.yaml`.
     """
 
     name: str
@@ -82,9 +90,8 @@ class Family:
     base_prefix: str = ""
     ignored: tuple[str, ...] = ()
     left_out: Callable[[HFConfig], LeftOut] | None = None
-    from_shape: Callable[[Shape], HFConfig | None] | None = None
-    fits: str = ""
-    keys: Mapping[str, str | Callable[[Any], HFConfig]] = field(default_factory=lambda: KEYS)
+    keys: Keys = field(default_factory=lambda: KEYS)
+    plain: bool = False
     presets: Mapping[str, Preset] = field(default_factory=dict)
 
     def config(self, hf: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
@@ -94,33 +101,25 @@ class Family:
         reader.finish()
         return config
 
-    def changes(self, before: Shape, after: Shape, features: Mapping[str, Any]) -> HFConfig | None:
-        """Keys of `config.json` that make `after` of `before` and set `features`, None for those to take out.
+    def written(self, words: Words) -> HFConfig:
+        """What `keys` say of a model with these words."""
+        return {key: words[word] if isinstance(word, str) else word(words) for key, word in self.keys.items()}
 
-        None if nothing can.
+    def to_hf(self, config: ModelConfig, said: Words | None = None) -> HFConfig:
+        """A `config.json` of `config`, which reads as `config` again if the family has such a model.
+
+        `said` are words as a user gave them, where arithmetic has made other digits of them.
         """
-        if self.from_shape is not None:
-            if features:
-                return None
-            old, new = self.from_shape(before), self.from_shape(after)
-            if old is None or new is None:
-                return None
-            return {key: new.get(key) for key in old | new if old.get(key) != new.get(key)}
-        differing = {name: value for name, value in vars(after).items() if value != getattr(before, name)}
-        if "qk_nope_head_dim" in self.keys:
-            differing.pop("kv_channels", None)  # of latent attention it is a sum
-        if differing.keys() - self.keys.keys() <= followers(before, after) and features.keys() <= self.keys.keys():
-            differing |= features
-            changed = [(self.keys[name], value) for name, value in differing.items() if name in self.keys]
-            parts = [{key: value} if isinstance(key, str) else key(value) for key, value in changed]
-            return {key: value for part in parts for key, value in part.items()}
-        return None
-
-    @property
-    def changeable(self) -> str:
-        """What options may say of a model, for people."""
-        return self.fits or f"options may change {', '.join(sorted(self.keys))}"
+        preset = next(iter(self.presets.values()), None)
+        hf = {key: value for key, value in preset.config.items() if key not in OF_WEIGHTS} if preset else {}
+        hf = {key: value for key, value in hf.items() if not key.endswith("_token_id")}  # of the preset's own tokenizer
+        return changed(self.skeleton(hf), self.written({**words_of(config), **(said or {})}))
 
     def skeleton(self, hf: Mapping[str, Any]) -> HFConfig:
         """`hf` with the keys that say which family it is."""
         return {"architectures": [self.architectures[0]], "model_type": self.model_types[0], **hf}
+
+
+def changed(hf: HFConfig, values: HFConfig) -> HFConfig:
+    """`hf` with these `values`; None is null for a key that is there, and no key for another."""
+    return {**hf, **{key: value for key, value in values.items() if value is not None or key in hf}}

@@ -12,11 +12,11 @@ from dataclasses import replace
 from typing import Any
 
 from cordee.families import common
-from cordee.families.family import Family, HFConfig, Preset
+from cordee.families.family import Family
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import read_rope
-from cordee.families.rules import Rule
 from cordee.model.config import Activation, AttentionConfig, LayerConfig, MLPConfig, ModelConfig, NormConfig
+from cordee.tensors.rules import Rule
 
 TANH: dict[str, Activation] = {"gelu_pytorch_tanh": "gelu_tanh"}
 
@@ -49,32 +49,6 @@ def weights(config: ModelConfig) -> list[Rule]:
     return common.model_weights(config, common.layer_weights)
 
 
-def preset(layers: int, hidden: int, ffn: int, heads: int, kv_heads: int, head_dim: int, **more: object) -> Preset:
-    """What all Gemmas have in common, with what one of them has of its own."""
-    config: HFConfig = {
-        "vocab_size": 256000,
-        "hidden_size": hidden,
-        "intermediate_size": ffn,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": head_dim,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "max_position_embeddings": 8192,
-        "initializer_range": 0.02,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "tie_word_embeddings": True,
-        "bos_token_id": 2,
-        "eos_token_id": 1,
-        "pad_token_id": 0,
-        "torch_dtype": "bfloat16",
-    }
-    return Preset(config={**config, **more}, licence="Gemma Terms of Use")
-
-
 FAMILY = Family(
     name="gemma",
     architectures=("GemmaForCausalLM", "GemmaModel"),
@@ -82,8 +56,4 @@ FAMILY = Family(
     read=read,
     weights=weights,
     base_prefix="model.",
-    presets={
-        "gemma-2b": preset(18, 2048, 16384, 8, 1, 256),
-        "gemma-7b": preset(28, 3072, 24576, 16, 16, 256),
-    },
 )

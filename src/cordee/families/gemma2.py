@@ -7,12 +7,12 @@ other layer, and scores scaled by a number of its own (Gemma Team 2024, arXiv 24
 from __future__ import annotations
 
 from cordee.families import common
-from cordee.families.family import KEYS, Family
-from cordee.families.gemma import preset, read_mlp, read_model, read_norm
+from cordee.families.family import Family, keys
+from cordee.families.gemma import read_mlp, read_model, read_norm
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import read_rope
-from cordee.families.rules import Rule, module
 from cordee.model.config import AttentionConfig, LayerConfig, ModelConfig
+from cordee.tensors.rules import Rule, module
 
 
 def read(hf: ConfigReader) -> ModelConfig:
@@ -50,13 +50,6 @@ def layer_weights(layer: LayerConfig) -> list[Rule]:
     ]
 
 
-_OWN = {
-    "attn_logit_softcapping": 50.0,
-    "final_logit_softcapping": 30.0,
-    "query_pre_attn_scalar": 256,
-    "sliding_window": 4096,
-}
-
 FAMILY = Family(
     name="gemma2",
     architectures=("Gemma2ForCausalLM", "Gemma2Model"),
@@ -64,16 +57,10 @@ FAMILY = Family(
     read=read,
     weights=weights,
     base_prefix="model.",
-    keys={
-        **KEYS,
-        "attn_logit_softcapping": "attn_logit_softcapping",
-        "interleave_sliding_window": "sliding_window",
-        "output_logit_softcapping": "final_logit_softcapping",
-        "query_pre_attn_scalar": "query_pre_attn_scalar",
-    },
-    presets={
-        "gemma2-2b": preset(26, 2304, 9216, 8, 4, 256, **_OWN),
-        "gemma2-9b": preset(42, 3584, 14336, 16, 8, 256, **_OWN),
-        "gemma2-27b": preset(46, 4608, 36864, 32, 16, 128, **_OWN | {"query_pre_attn_scalar": 144}),
-    },
+    keys=keys(
+        attn_logit_softcapping="attn_logit_softcapping",
+        final_logit_softcapping="output_logit_softcapping",
+        query_pre_attn_scalar="query_pre_attn_scalar",
+        sliding_window="interleave_sliding_window",
+    ),
 )

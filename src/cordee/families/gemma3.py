@@ -7,12 +7,13 @@ whose rotary positions turn more slowly (Gemma Team 2025, arXiv 2503.19786).
 from __future__ import annotations
 
 from cordee.families import common
-from cordee.families.family import KEYS, Family
-from cordee.families.gemma import preset, read_mlp, read_model, read_norm
+from cordee.families.family import Family, keys
+from cordee.families.gemma import read_mlp, read_model, read_norm
 from cordee.families.gemma2 import weights
+from cordee.families.lenses import MODEL, at
 from cordee.families.reader import ConfigReader
-from cordee.families.rope import read_rope
-from cordee.model.config import AttentionConfig, LayerConfig, ModelConfig, QKNormConfig
+from cordee.families.rope import read_rope, write_scaling
+from cordee.model.config import AttentionConfig, LayerConfig, ModelConfig, QKNormConfig, RopeScaling
 
 
 def read(hf: ConfigReader) -> ModelConfig:
@@ -43,22 +44,11 @@ def read(hf: ConfigReader) -> ModelConfig:
     return read_model(hf, layers, logit_softcap=hf.positive("final_logit_softcapping", None))
 
 
-_OWN = {
-    "vocab_size": 262144,
-    "max_position_embeddings": 32768,
-    "query_pre_attn_scalar": 256,
-    "rope_local_base_freq": 10000.0,
-    "rope_scaling": None,
-    "rope_theta": 1e6,
-    "sliding_window": 512,
-    "sliding_window_pattern": 6,
-}
-_LARGE = _OWN | {
-    "vocab_size": 262208,
-    "max_position_embeddings": 131072,
-    "rope_scaling": {"rope_type": "linear", "factor": 8.0},
-    "sliding_window": 1024,
-}
+def far_scaling(config: ModelConfig) -> RopeScaling | None:
+    """That of the layers without a window; the others have none."""
+    scalings = (layer.attention.rope.scaling for layer in config.layers if layer.attention.rope)
+    return next((scaling for scaling in scalings if scaling), None)
+
 
 FAMILY = Family(
     name="gemma3",
@@ -67,12 +57,10 @@ FAMILY = Family(
     read=read,
     weights=weights,
     base_prefix="model.",
-    keys={name: key for name, key in KEYS.items() if name not in ("rope_scaling", "rotary_base")},  # it has two
-    presets={
-        "gemma3-270m": preset(18, 640, 2048, 4, 1, 256, **_OWN),
-        "gemma3-1b": preset(26, 1152, 6912, 4, 1, 256, **_OWN),
-        "gemma3-4b": preset(34, 2560, 10240, 8, 4, 256, **_LARGE),
-        "gemma3-12b": preset(48, 3840, 15360, 16, 8, 256, **_LARGE),
-        "gemma3-27b": preset(62, 5376, 21504, 32, 16, 128, **_LARGE | {"query_pre_attn_scalar": 168}),
-    },
+    keys=keys(
+        "rope_theta",  # it has two
+        query_pre_attn_scalar="query_pre_attn_scalar",
+        rope_scaling=lambda words: write_scaling(far_scaling(words[MODEL])),
+        sliding_window=lambda words: at("layers.attention.window").get(words[MODEL]),
+    ),
 )

@@ -7,11 +7,11 @@ neighbouring pairs of dims (GLM Team 2024). Its own form is in `chatglm.py`.
 from __future__ import annotations
 
 from cordee.families import common
-from cordee.families.family import KEYS, Family, Preset
+from cordee.families.family import Family, keys
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import read_rope
-from cordee.families.rules import GATE_UP, Rule, module
 from cordee.model.config import AttentionConfig, LayerConfig, ModelConfig
+from cordee.tensors.rules import GATE_UP, Rule, module
 
 
 def read(hf: ConfigReader) -> ModelConfig:
@@ -43,27 +43,6 @@ def layer_weights(layer: LayerConfig) -> list[Rule]:
     ]
 
 
-SHAPE = {
-    "vocab_size": 151552,
-    "hidden_size": 4096,
-    "intermediate_size": 13696,
-    "num_hidden_layers": 40,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 2,
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "initializer_range": 0.02,
-    "rms_norm_eps": 1.5625e-7,
-    "rope_theta": 10000.0,
-    "partial_rotary_factor": 0.5,
-    "attention_bias": True,
-    "attention_dropout": 0.0,
-    "tie_word_embeddings": False,
-    "eos_token_id": [151329, 151336, 151338],
-    "pad_token_id": 151329,
-    "torch_dtype": "bfloat16",
-}
-
 FAMILY = Family(
     name="glm",
     architectures=("GlmForCausalLM", "GlmModel"),
@@ -71,11 +50,5 @@ FAMILY = Family(
     read=read,
     weights=weights,
     base_prefix="model.",
-    keys={**KEYS, "rotary_percent": "partial_rotary_factor"},
-    presets={
-        "glm4-9b-hf": Preset(config={**SHAPE, "max_position_embeddings": 8192}, licence="GLM-4-9B License"),
-        "glm4-9b-chat-hf": Preset(
-            config={**SHAPE, "max_position_embeddings": 131072, "rope_theta": 5e6}, licence="GLM-4-9B License"
-        ),
-    },
+    keys=keys(attention_bias="qkv_bias", partial_rotary_factor="rotary_percent"),
 )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from cordee.families import common
-from cordee.families.family import Family, Preset
-from cordee.families.glm import SHAPE, layer_weights, read_attention
+from cordee.families.family import Family, keys
+from cordee.families.glm import layer_weights, read_attention
 from cordee.families.reader import ConfigReader
-from cordee.families.rules import Rule, module
 from cordee.model.config import LayerConfig, ModelConfig
+from cordee.tensors.rules import Rule, module
 
 
 def read(hf: ConfigReader) -> ModelConfig:
@@ -28,15 +28,6 @@ def sandwich_weights(layer: LayerConfig) -> list[Rule]:
     ]
 
 
-_0414 = {**SHAPE, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5}
-_32B = {
-    "hidden_size": 6144,
-    "intermediate_size": 23040,
-    "num_hidden_layers": 61,
-    "num_attention_heads": 48,
-    "attention_bias": False,
-}
-
 FAMILY = Family(
     name="glm4",
     architectures=("Glm4ForCausalLM", "Glm4Model"),
@@ -44,8 +35,5 @@ FAMILY = Family(
     read=read,
     weights=weights,
     base_prefix="model.",
-    presets={
-        "glm4-9b-0414": Preset(config=_0414, licence="MIT"),
-        "glm4-32b-0414": Preset(config={**_0414, **_32B}, licence="MIT"),
-    },
+    keys=keys(attention_bias="qkv_bias"),
 )

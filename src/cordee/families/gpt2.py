@@ -6,11 +6,12 @@ Brown et al. 2020). Linear weights are stored `[in, out]`, the layout of the ori
 
 from __future__ import annotations
 
-from cordee.families.family import Family, HFConfig, Preset
-from cordee.families.options import Shape
+from cordee.families.family import Family
+from cordee.families.lenses import Words
 from cordee.families.reader import ConfigReader
-from cordee.families.rules import TRANSPOSE, Chain, Op, Rule, each_layer, module, packed_qkv
 from cordee.model.config import Activation, AttentionConfig, LayerConfig, MLPConfig, ModelConfig, NormConfig
+from cordee.tensors.rules import TRANSPOSE, Rule, each_layer, module, packed_qkv
+from cordee.tensors.views import Chain, Op
 
 ACTIVATIONS: dict[str, Activation] = {
     "gelu_new": "gelu_tanh",
@@ -82,60 +83,9 @@ def transposed(canonical: str, foreign: str, op: Op | None = None) -> list[Rule]
     ]
 
 
-def from_shape(shape: Shape) -> HFConfig | None:
-    if (shape.position_embedding_type, shape.normalization, shape.gated) != ("learned_absolute", "LayerNorm", False):
-        return None
-    if not (shape.qkv_bias and shape.dense_bias and shape.mlp_bias):
-        return None
-    heads = shape.num_attention_heads
-    if shape.num_query_groups != heads or shape.kv_channels * heads != shape.hidden_size:
-        return None
-    return {
-        "activation_function": "gelu_new" if shape.activation == "gelu_tanh" else shape.activation,
-        "attn_pdrop": shape.attention_dropout,
-        "embd_pdrop": shape.hidden_dropout,
-        "initializer_range": shape.init_method_std,
-        "layer_norm_epsilon": shape.norm_epsilon,
-        "n_embd": shape.hidden_size,
-        "n_head": heads,
-        "n_inner": shape.ffn_hidden_size,
-        "n_layer": shape.num_layers,
-        "n_positions": shape.max_position_embeddings,
-        "resid_pdrop": shape.hidden_dropout,
-        "tie_word_embeddings": shape.tied,
-        "vocab_size": shape.vocab_size,
-    }
+def write_activation(words: Words) -> str | None:
+    return {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu"}.get(words["activation"])
 
-
-def _preset(licence: str, layers: int, hidden: int, heads: int, **more: object) -> Preset:
-    config = {
-        "vocab_size": 50257,
-        "n_positions": 1024,
-        "n_embd": hidden,
-        "n_layer": layers,
-        "n_head": heads,
-        "activation_function": "gelu_new",
-        "attn_pdrop": 0.1,
-        "embd_pdrop": 0.1,
-        "resid_pdrop": 0.1,
-        "initializer_range": 0.02,
-        "layer_norm_epsilon": 1e-5,
-        "bos_token_id": 50256,
-        "eos_token_id": 50256,
-    }
-    return Preset(config={**config, **more}, licence=licence)
-
-
-_GPT3 = {"n_positions": 2048, "activation_function": "gelu", "initializer_range": 0.006}
-
-PRESETS = {
-    "gpt2": _preset("MIT", 12, 768, 12),
-    "gpt2-medium": _preset("MIT", 24, 1024, 16),
-    "gpt2-large": _preset("MIT", 36, 1280, 20),
-    "gpt2-xl": _preset("MIT", 48, 1600, 25),
-    "gpt3-15b": _preset("no weights published", 8, 12288, 96, **_GPT3),
-    "gpt3-175b": _preset("no weights published", 96, 12288, 96, **_GPT3),
-}
 
 FAMILY = Family(
     name="gpt2",
@@ -145,7 +95,20 @@ FAMILY = Family(
     weights=weights,
     base_prefix="transformer.",
     ignored=("transformer.h.{i}.attn.bias", "transformer.h.{i}.attn.masked_bias"),  # causal masks of old files
-    from_shape=from_shape,
-    fits="learned positions, LayerNorm, no --swiglu, biases everywhere, no query groups",
-    presets=PRESETS,
+    plain=True,
+    keys={
+        "vocab_size": "vocab_size",
+        "n_positions": "max_position_embeddings",
+        "n_embd": "hidden_size",
+        "n_layer": "num_layers",
+        "n_head": "num_attention_heads",
+        "n_inner": "ffn_hidden_size",
+        "activation_function": write_activation,
+        "attn_pdrop": "attention_dropout",
+        "embd_pdrop": "hidden_dropout",
+        "resid_pdrop": "hidden_dropout",
+        "initializer_range": "init_method_std",
+        "layer_norm_epsilon": "norm_epsilon",
+        "tie_word_embeddings": "tied",
+    },
 )

@@ -17,11 +17,10 @@ from typing import Literal
 
 from cordee.families import common
 from cordee.families.experts import expert_keys, expert_list_weights, read_balance, read_choice
-from cordee.families.family import KEYS, Family, Preset
-from cordee.families.gpt2 import ACTIVATIONS
+from cordee.families.family import Family, keys
+from cordee.families.gpt2 import ACTIVATIONS, write_activation
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import read_rope
-from cordee.families.rules import Rule, module
 from cordee.model.config import (
     AttentionConfig,
     CapacityConfig,
@@ -32,6 +31,7 @@ from cordee.model.config import (
     NormConfig,
     RouterConfig,
 )
+from cordee.tensors.rules import Rule, module
 
 
 def read(hf: ConfigReader) -> ModelConfig:
@@ -77,32 +77,6 @@ def layer_weights(layer: LayerConfig) -> list[Rule]:
     ]
 
 
-def _preset(layers: int, **more: object) -> Preset:
-    config = {
-        "vocab_size": 50257,
-        "hidden_size": 12288,
-        "intermediate_size": 49152,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 96,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "router_aux_loss_coef": 0.01,
-        "hidden_act": "gelu",
-        "max_position_embeddings": 131072,
-        "initializer_range": 0.006,
-        "layer_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": True,
-        "bos_token_id": 50256,
-        "eos_token_id": 50256,
-        "torch_dtype": "bfloat16",
-    }
-    return Preset(config={**config, **more}, licence="no weights published")
-
-
-_DROP = {"moe_expert_capacity_factor": 1.1, "moe_pad_expert_input_to_capacity": True}
-_NO_BIAS = {"attention_bias": False, "mlp_bias": False}
-
 FAMILY = Family(
     name="gpt_moe",
     architectures=("GPTMoEForCausalLM", "GPTMoEModel"),
@@ -110,16 +84,13 @@ FAMILY = Family(
     read=read,
     weights=weights,
     base_prefix="model.",
-    keys={
-        **KEYS,
+    keys=keys(
+        "rms_norm_eps",
+        attention_bias="qkv_bias",
+        hidden_act=write_activation,
+        layer_norm_eps="norm_epsilon",
+        mlp_bias="mlp_bias",
+        moe_expert_capacity_factor="moe_expert_capacity_factor",
         **expert_keys("num_local_experts"),
-        "dense_bias": "attention_bias",
-        "mlp_bias": "mlp_bias",
-        "norm_epsilon": "layer_norm_eps",
-        "qkv_bias": "attention_bias",
-    },
-    presets={
-        "gpt4-4x13b": _preset(10, **_NO_BIAS, **_DROP),
-        "gpt4-4x16b": _preset(8),
-    },
+    ),
 )

@@ -10,10 +10,9 @@ from dataclasses import replace
 
 from cordee.families import common
 from cordee.families.experts import expert_keys, expert_stack_weights, read_balance, read_choice
-from cordee.families.family import KEYS, Family, Preset
+from cordee.families.family import Family, keys
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import read_rope
-from cordee.families.rules import Rule, module
 from cordee.model.config import (
     AttentionConfig,
     BalanceConfig,
@@ -23,6 +22,7 @@ from cordee.model.config import (
     MoEConfig,
     RouterConfig,
 )
+from cordee.tensors.rules import Rule, module
 
 
 def read(hf: ConfigReader) -> ModelConfig:
@@ -86,41 +86,6 @@ def layer_weights(layer: LayerConfig) -> list[Rule]:
     ]
 
 
-def _preset(layers: int, experts: int) -> Preset:
-    config = {
-        "vocab_size": 201088,
-        "hidden_size": 2880,
-        "intermediate_size": 2880,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "num_local_experts": experts,
-        "num_experts_per_tok": 4,
-        "sliding_window": 128,
-        "swiglu_limit": 7.0,
-        "hidden_act": "silu",
-        "max_position_embeddings": 131072,
-        "initializer_range": 0.02,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 150000,
-        "rope_scaling": {
-            "rope_type": "yarn",
-            "factor": 32.0,
-            "beta_fast": 32.0,
-            "beta_slow": 1.0,
-            "original_max_position_embeddings": 4096,
-            "truncate": False,
-        },
-        "attention_bias": True,
-        "tie_word_embeddings": False,
-        "eos_token_id": 200002,
-        "pad_token_id": 199999,
-        "torch_dtype": "bfloat16",
-    }
-    return Preset(config=config, licence="Apache-2.0")
-
-
 FAMILY = Family(
     name="gpt_oss",
     architectures=("GptOssForCausalLM", "GptOssModel"),
@@ -128,6 +93,5 @@ FAMILY = Family(
     read=read,
     weights=weights,
     base_prefix="model.",
-    keys={**KEYS, **expert_keys("num_local_experts"), "interleave_sliding_window": "sliding_window"},
-    presets={"gpt-oss-20b": _preset(24, 32), "gpt-oss-120b": _preset(36, 128)},
+    keys=keys(sliding_window="interleave_sliding_window", **expert_keys("num_local_experts")),
 )

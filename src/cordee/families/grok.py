@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from cordee.families import common
 from cordee.families.experts import expert_keys, expert_list_weights, read_balance, read_choice
-from cordee.families.family import KEYS, Family, Preset
+from cordee.families.family import Family, keys
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import read_rope
-from cordee.families.rules import Rule, each_layer, module, separate_qkv
 from cordee.model.config import AttentionConfig, LayerConfig, MLPConfig, ModelConfig, MoEConfig, RouterConfig
+from cordee.tensors.rules import Rule, each_layer, module, separate_qkv
 
 
 def read(hf: ConfigReader) -> ModelConfig:
@@ -70,34 +70,6 @@ def scale(canonical: str, foreign: str) -> Rule:
     return Rule(f"{canonical}.weight", (f"{foreign}.scale",))
 
 
-def _preset(licence: str, layers: int, **more: object) -> Preset:
-    config = {
-        "vocab_size": 131072,
-        "hidden_size": 6144,
-        "intermediate_size": 32768,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 48,
-        "num_key_value_heads": 8,
-        "num_experts": 8,
-        "num_experts_per_tok": 2,
-        "attn_output_multiplier": 0.08838834764831845,
-        "embedding_multiplier_scale": 78.38367176906169,
-        "output_multiplier_scale": 0.5773502691896257,
-        "max_attn_value": 30.0,
-        "max_position_embeddings": 8192,
-        "rms_norm_eps": 1e-5,
-        "router_aux_loss_coef": 0.001,
-        "tie_word_embeddings": True,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "torch_dtype": "bfloat16",
-    }
-    return Preset(config={**config, **more}, licence=licence)
-
-
-# As the published training script has the model that is cut to 12 layers.
-_CUT = {"router_aux_loss_coef": 0.01, "initializer_range": 0.01, "tie_word_embeddings": False}
-
 FAMILY = Family(
     name="grok",
     architectures=("Grok1ModelForCausalLM", "Grok1Model"),
@@ -105,16 +77,11 @@ FAMILY = Family(
     read=read,
     weights=weights,
     base_prefix="model.",
-    keys={
-        **KEYS,
+    keys=keys(
+        attn_output_multiplier=lambda words: (words["query_pre_attn_scalar"] or 1) ** -0.5,
+        embedding_multiplier_scale="scale_emb",
+        max_attn_value="attn_logit_softcapping",
+        output_multiplier_scale="output_multiplier_scale",
         **expert_keys("num_experts"),
-        "attn_logit_softcapping": "max_attn_value",
-        "output_multiplier_scale": "output_multiplier_scale",
-        "query_pre_attn_scalar": lambda number: {"attn_output_multiplier": number**-0.5},
-        "scale_emb": "embedding_multiplier_scale",
-    },
-    presets={
-        "grok-1": _preset("Apache-2.0", 64),
-        "grok-1-8x5b": _preset("no weights published", 12, **_CUT),
-    },
+    ),
 )

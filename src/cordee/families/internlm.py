@@ -6,10 +6,10 @@ Past the length trained on, the base of the rotary positions grows with the text
 from __future__ import annotations
 
 from cordee.families import common
-from cordee.families.family import Family, Preset
+from cordee.families.family import Family, keys
 from cordee.families.reader import ConfigReader
-from cordee.families.rules import Rule
 from cordee.model.config import AttentionConfig, DynamicNTKScaling, LayerConfig, ModelConfig, RopeConfig
+from cordee.tensors.rules import Rule
 
 
 def read(hf: ConfigReader) -> ModelConfig:
@@ -36,31 +36,6 @@ def weights(config: ModelConfig) -> list[Rule]:
     return common.model_weights(config, common.layer_weights)
 
 
-LICENCE = "free for research, commercial use by application"
-
-
-def _preset(licence: str, layers: int, hidden: int, ffn: int, heads: int, bias: bool, length: int) -> Preset:
-    config = {
-        "vocab_size": 103168,
-        "hidden_size": hidden,
-        "intermediate_size": ffn,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "hidden_act": "silu",
-        "max_position_embeddings": length,
-        "initializer_range": 0.02,
-        "rms_norm_eps": 1e-6,
-        "rotary": {"base": 10000, "type": "dynamic"},
-        "bias": bias,
-        "tie_word_embeddings": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 2,
-        "torch_dtype": "float16",
-    }
-    return Preset(config=config, licence=licence)
-
-
 FAMILY = Family(
     name="internlm",
     architectures=("InternLMForCausalLM", "InternLMModel"),
@@ -69,10 +44,5 @@ FAMILY = Family(
     weights=weights,
     base_prefix="model.",
     ignored=common.FREQUENCIES,
-    keys={name: key for name, key in common.MULTI_HEAD_KEYS.items() if name != "rotary_base"},
-    presets={
-        "internlm-7b": _preset(LICENCE, 32, 4096, 11008, 32, bias=True, length=2048),
-        "internlm-20b": _preset(LICENCE, 60, 5120, 13824, 40, bias=False, length=4096),
-        "internlm-65b": _preset("no weights published", 80, 8192, 22016, 64, bias=True, length=2048),
-    },
+    keys=keys("head_dim num_key_value_heads rope_theta rope_scaling", bias="qkv_bias"),
 )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from cordee.families import common
-from cordee.families.family import Family, Preset
+from cordee.families.family import Family
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import read_rope
-from cordee.families.rules import Rule
 from cordee.model.config import AttentionConfig, LayerConfig, ModelConfig
+from cordee.tensors.rules import Rule
 
 
 def read(hf: ConfigReader) -> ModelConfig:
@@ -23,34 +23,6 @@ def weights(config: ModelConfig) -> list[Rule]:
     return common.model_weights(config, common.layer_weights)
 
 
-PRESETS = {
-    "internlm3-8b": Preset(
-        config={
-            "vocab_size": 128512,
-            "hidden_size": 4096,
-            "intermediate_size": 10240,
-            "num_hidden_layers": 48,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 2,
-            "head_dim": 128,
-            "hidden_act": "silu",
-            "max_position_embeddings": 32768,
-            "initializer_range": 0.02,
-            "rms_norm_eps": 1e-5,
-            "rope_theta": 50000000,
-            "rope_scaling": {"rope_type": "dynamic", "factor": 6.0},
-            "qkv_bias": False,
-            "bias": False,
-            "tie_word_embeddings": False,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "pad_token_id": 2,
-            "torch_dtype": "bfloat16",
-        },
-        licence="Apache-2.0",
-    ),
-}
-
 FAMILY = Family(
     name="internlm3",
     architectures=("InternLM3ForCausalLM", "InternLM3Model"),
@@ -58,5 +30,4 @@ FAMILY = Family(
     read=read,
     weights=weights,
     base_prefix="model.",
-    presets=PRESETS,
 )

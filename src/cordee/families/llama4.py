@@ -10,11 +10,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from cordee.families import common
-from cordee.families.experts import expert_stack_weights, read_balance, read_choice, read_layer_numbers
-from cordee.families.family import KEYS, Family, HFConfig, Preset
+from cordee.families.experts import expert_keys, expert_stack_weights, read_balance, read_choice, read_layer_numbers
+from cordee.families.family import Family, keys
+from cordee.families.lenses import MODEL
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import read_rope
-from cordee.families.rules import Rule, module
 from cordee.model.config import (
     AttentionConfig,
     LayerConfig,
@@ -25,6 +25,7 @@ from cordee.model.config import (
     RouterConfig,
     TemperatureScaling,
 )
+from cordee.tensors.rules import Rule, module
 
 CHUNKED = "chunked_attention"
 
@@ -90,45 +91,9 @@ def layer_weights(layer: LayerConfig) -> list[Rule]:
     ]
 
 
-def _preset(experts: int, step: int, context: int, qk_norm: bool, scaling: HFConfig | None) -> Preset:
-    config = {
-        "vocab_size": 202048,
-        "hidden_size": 5120,
-        "intermediate_size": 8192,
-        "intermediate_size_mlp": 16384,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 40,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "num_local_experts": experts,
-        "num_experts_per_tok": 1,
-        "interleave_moe_layer_step": step,
-        "router_aux_loss_coef": 0.001,
-        "attention_chunk_size": 8192,
-        "use_qk_norm": qk_norm,
-        "hidden_act": "silu",
-        "max_position_embeddings": context,
-        "initializer_range": 0.02,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "rope_scaling": scaling,
-        "attention_bias": False,
-        "tie_word_embeddings": False,
-        "bos_token_id": 200000,
-        "eos_token_id": [200001, 200007, 200008],
-        "pad_token_id": 200018,
-        "torch_dtype": "bfloat16",
-    }
-    return Preset(config=config, licence="Llama 4 Community License")
+def first_sparse(config: ModelConfig) -> int:
+    return next((i for i, layer in enumerate(config.layers) if isinstance(layer.mlp, MoEConfig)), 0)
 
-
-_STRETCHED = {
-    "rope_type": "llama3",
-    "factor": 16.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 1.0,
-    "original_max_position_embeddings": 8192,
-}
 
 FAMILY = Family(
     name="llama4",
@@ -137,9 +102,10 @@ FAMILY = Family(
     read=read,
     weights=weights,
     base_prefix="model.",
-    keys={name: key for name, key in KEYS.items() if name != "ffn_hidden_size"},
-    presets={
-        "llama4-scout": _preset(16, 1, 10485760, True, _STRETCHED),
-        "llama4-maverick": _preset(128, 2, 1048576, False, None),
-    },
+    keys=keys(
+        "intermediate_size",
+        interleave_moe_layer_step=lambda words: 1 + first_sparse(words[MODEL]),
+        use_qk_norm="qk_layernorm",
+        **expert_keys("num_local_experts"),
+    ),
 )

@@ -10,10 +10,9 @@ import math
 
 from cordee.families import common
 from cordee.families.experts import expert_keys, expert_list_weights, read_choice
-from cordee.families.family import KEYS, Family, Preset
+from cordee.families.family import Family, keys
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import read_rope
-from cordee.families.rules import Rule, module
 from cordee.model.config import (
     AttentionConfig,
     BalanceConfig,
@@ -23,6 +22,7 @@ from cordee.model.config import (
     MoEConfig,
     RouterConfig,
 )
+from cordee.tensors.rules import Rule, module
 
 
 def read(hf: ConfigReader) -> ModelConfig:
@@ -67,28 +67,6 @@ def layer_weights(layer: LayerConfig) -> list[Rule]:
     ]
 
 
-_2B = {
-    "vocab_size": 122753,
-    "hidden_size": 2304,
-    "intermediate_size": 5760,
-    "num_hidden_layers": 40,
-    "num_attention_heads": 36,
-    "num_key_value_heads": 36,
-    "hidden_act": "silu",
-    "max_position_embeddings": 4096,
-    "initializer_range": 0.1,
-    "rms_norm_eps": 1e-5,
-    "rope_scaling": None,
-    "scale_emb": 12,
-    "dim_model_base": 256,
-    "scale_depth": 1.4,
-    "tie_word_embeddings": True,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "torch_dtype": "bfloat16",
-}
-_LICENCE = "MiniCPM Model License"
-
 FAMILY = Family(
     name="minicpm",
     architectures=("MiniCPMForCausalLM", "MiniCPMModel"),
@@ -97,13 +75,7 @@ FAMILY = Family(
     weights=weights,
     base_prefix="model.",
     ignored=common.FREQUENCIES,
-    keys={
-        **KEYS,
-        **expert_keys("num_experts"),
-        **{name: name for name in ("scale_emb", "dim_model_base", "scale_depth")},
-    },
-    presets={
-        "minicpm-2b": Preset(config=_2B, licence=_LICENCE),
-        "minicpm-moe-8x2b": Preset(config={**_2B, "num_experts": 8, "num_experts_per_tok": 2}, licence=_LICENCE),
-    },
+    keys=keys(
+        dim_model_base="dim_model_base", scale_depth="scale_depth", scale_emb="scale_emb", **expert_keys("num_experts")
+    ),
 )

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from cordee.families import common
 from cordee.families.experts import expert_keys, expert_list_weights, read_balance, read_choice
-from cordee.families.family import KEYS, Family, Preset
+from cordee.families.family import Family, keys
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import read_rope
-from cordee.families.rules import Rule, module
 from cordee.model.config import AttentionConfig, LayerConfig, ModelConfig, MoEConfig, RouterConfig
+from cordee.tensors.rules import Rule, module
 
 
 def read(hf: ConfigReader) -> ModelConfig:
@@ -40,31 +40,6 @@ def layer_weights(layer: LayerConfig) -> list[Rule]:
     ]
 
 
-def _preset(layers: int, hidden: int, ffn: int, heads: int, context: int, aux: float) -> Preset:
-    config = {
-        "vocab_size": 32000,
-        "hidden_size": hidden,
-        "intermediate_size": ffn,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": 8,
-        "num_local_experts": 8,
-        "num_experts_per_tok": 2,
-        "router_aux_loss_coef": aux,
-        "hidden_act": "silu",
-        "max_position_embeddings": context,
-        "initializer_range": 0.02,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 1e6,
-        "sliding_window": None,
-        "tie_word_embeddings": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "torch_dtype": "bfloat16",
-    }
-    return Preset(config=config, licence="Apache-2.0")
-
-
 FAMILY = Family(
     name="mixtral",
     architectures=("MixtralForCausalLM", "MixtralModel"),
@@ -73,9 +48,5 @@ FAMILY = Family(
     weights=weights,
     base_prefix="model.",
     ignored=common.FREQUENCIES,
-    keys={**KEYS, **expert_keys("num_local_experts"), "sliding_window": "sliding_window"},
-    presets={
-        "mixtral-8x7b": _preset(32, 4096, 14336, 32, 32768, 0.02),
-        "mixtral-8x22b": _preset(56, 6144, 16384, 48, 65536, 0.001),
-    },
+    keys=keys(sliding_window="sliding_window", **expert_keys("num_local_experts")),
 )

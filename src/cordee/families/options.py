@@ -1,29 +1,26 @@
-"""Models given by options instead of a `config.json`.
+"""What the architecture options mean together: Megatron's defaults, what options imply for each other and for a known
+model, and which cannot be together.
 
-Owns the meaning of the architecture options: Megatron's defaults, what the options imply for each other, and how they
-change a known model. Knows no family: each turns a `Shape` into its own `config.json`.
+Owns the way from options to words (`families/lenses.py`). Knows no family.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import fields
 from typing import Any, TypeVar
 
+from cordee.config.model_options import FeatureOptions
 from cordee.config.option import to_flag
 from cordee.config.schema import ModelOptions
 from cordee.errors import Problem, raise_all
-from cordee.families.features import Features, sparse_layers
-from cordee.families.rope import mscale
+from cordee.families.lenses import Scaling, Words, sparse_layers
+from cordee.families.rope import SCALINGS, mscale
 from cordee.model.config import (
     MAX_LAYERS,
     Activation,
-    AttentionConfig,
-    LatentAttentionConfig,
     LinearScaling,
     Llama3Scaling,
-    ModelConfig,
-    MoEConfig,
     YarnScaling,
     too_large,
 )
@@ -31,122 +28,45 @@ from cordee.model.config import (
 T = TypeVar("T")
 
 VOCAB_MULTIPLE = 128  # Megatron's default for models given by options
-
-Scaling = LinearScaling | Llama3Scaling | YarnScaling  # what options can ask of rotary positions
-SCALINGS = {LinearScaling: "linear", Llama3Scaling: "llama3", YarnScaling: "yarn"}
+TOP_K = 2  # Megatron's default
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """A model of equal layers in the words of the options, each with a value. `vocab_size` counts rows, padded."""
-
-    vocab_size: int
-    num_layers: int
-    hidden_size: int
-    ffn_hidden_size: int
-    num_attention_heads: int
-    num_query_groups: int
-    kv_channels: int
-    max_position_embeddings: int
-    position_embedding_type: str
-    rotary_base: float
-    rope_scaling: Scaling | None
-    normalization: str
-    norm_epsilon: float
-    activation: Activation
-    gated: bool
-    qkv_bias: bool
-    dense_bias: bool
-    mlp_bias: bool
-    tied: bool
-    init_method_std: float
-    attention_dropout: float
-    hidden_dropout: float
+def given_features(options: FeatureOptions) -> dict[str, Any]:
+    """The features that `options` give, by name."""
+    values = {field.name: getattr(options, field.name) for field in fields(FeatureOptions)}
+    given = {name: value for name, value in values.items() if value is not None}
+    if given.get("moe_router_load_balancing_type") == "softmax_topk" and given.get("norm_topk_prob"):
+        given["moe_router_load_balancing_type"] = "aux_loss"  # which is the same
+    return given
 
 
-def shape_of(config: ModelConfig) -> Shape:
-    """`config`, as its first layer is, in the words of the options.
-
-    Of a mixture of experts it tells what one of them is like, of latent attention how large the keys are.
-    """
-    attention, mlp, norm = config.layers[0].attention, config.layers[0].mlp, config.layers[0].norm
-    latent = isinstance(attention, LatentAttentionConfig)
-    if isinstance(mlp, MoEConfig):
-        mlp = mlp.expert
-    scaling = attention.rope.scaling if attention.rope else None
-    return Shape(
-        vocab_size=config.vocab_size,
-        num_layers=config.num_layers,
-        hidden_size=config.hidden_size,
-        ffn_hidden_size=mlp.ffn_hidden_size,
-        num_attention_heads=attention.num_heads,
-        num_query_groups=attention.num_heads if latent else attention.num_kv_heads,
-        kv_channels=attention.key_dim,
-        max_position_embeddings=config.max_position_embeddings,
-        position_embedding_type=_position_type(config),
-        rotary_base=attention.rope.theta if attention.rope else 10000.0,
-        rope_scaling=scaling if isinstance(scaling, Scaling) else None,
-        normalization="RMSNorm" if norm.kind == "rms" else "LayerNorm",
-        norm_epsilon=norm.eps,
-        activation=mlp.activation,
-        gated=mlp.gated,
-        qkv_bias=attention.bias if latent else attention.qkv_bias,
-        dense_bias=attention.bias if latent else attention.out_bias,
-        mlp_bias=mlp.bias,
-        tied=config.tie_word_embeddings,
-        init_method_std=config.init_std,
-        attention_dropout=config.attention_dropout,
-        hidden_dropout=config.hidden_dropout,
-    )
-
-
-def _position_type(config: ModelConfig) -> str:
-    if config.learned_positions:
-        return "learned_absolute"
-    attention = config.layers[0].attention
-    return "alibi" if isinstance(attention, AttentionConfig) and attention.alibi else "rope"
-
-
-def scaling_section(scaling: Scaling | None) -> dict[str, Any] | None:
-    """What a `config.json` calls `rope_scaling`."""
-    return None if scaling is None else {"rope_type": SCALINGS[type(scaling)], **vars(scaling)}
-
-
-def followers(*shapes: Shape) -> set[str]:
-    """The fields that in all `shapes` are what others make them, so that a family needs no key for them."""
-    found = set()
-    if all(shape.num_query_groups == shape.num_attention_heads for shape in shapes):
-        found.add("num_query_groups")
-    if all(shape.kv_channels * shape.num_attention_heads == shape.hidden_size for shape in shapes):
-        found.add("kv_channels")
-    if all(shape.ffn_hidden_size == 4 * shape.hidden_size for shape in shapes):
-        found.add("ffn_hidden_size")
-    return found
+def with_defaults(given: Words) -> dict[str, Any]:
+    """`given` with Megatron's defaults for what goes with experts, in a model that has none by itself."""
+    if not given.get("num_experts"):
+        return dict(given)
+    return {"moe_router_topk": TOP_K, "moe_router_load_balancing_type": "aux_loss", **given}
 
 
 def resolve(
-    options: ModelOptions,
-    features: Features,
-    base: Shape | None = None,
-    vocab_size: int | None = None,
-) -> Shape:
-    """The shape that `options` give: on top of `base`, or on Megatron's defaults.
+    options: ModelOptions, features: Words, base: Words | None = None, vocab_size: int | None = None
+) -> dict[str, Any]:
+    """The words of the model's form that `options` give: on top of `base`, or on Megatron's defaults.
 
     `features` are those that the model will have. `vocab_size` stands in where neither options nor base say how many
     tokens there are. ProblemError with everything that is missing or cannot be together.
     """
     resolver = _Resolver(options, features, base)
-    shape = resolver.shape(vocab_size)
+    form = resolver.form(vocab_size)
     raise_all(resolver.problems)
-    return shape
+    return form
 
 
-def ignored(options: ModelOptions, shape: Shape) -> Iterator[str]:
-    """What `options` say in vain of the model of this `shape` that they led to, or leave out in vain, in words."""
+def ignored(options: ModelOptions, words: Words) -> Iterator[str]:
+    """What `options` say in vain of the model with these `words` that they led to, or leave out in vain, in words."""
     groups = options.num_query_groups
-    if groups is not None and groups != shape.num_query_groups == shape.num_attention_heads:
+    if groups is not None and groups != words["num_query_groups"] == words["num_attention_heads"]:
         yield f"ignored: --num-query-groups {groups} (without --group-query-attention each head has its own keys)"
-    if options.add_gate is False and shape.gated:
+    if options.add_gate is False and words["gated"]:
         yield "ignored: --no-add-gate (gate and up are one matrix here, which is what it asks of a gated MLP)"
     rows, multiple = options.padded_vocab_size, options.make_vocab_size_divisible_by
     if rows is not None and multiple is not None and rows % multiple:
@@ -155,14 +75,14 @@ def ignored(options: ModelOptions, shape: Shape) -> Iterator[str]:
         yield "latent attention has norms of its compressed vectors, as in MindSpeed-LLM with --qk-layernorm"
 
 
-_ACTIVATIONS: dict[str, tuple[Activation, bool]] = {  # what options name: it, and whether the MLP is gated
+ACTIVATIONS: dict[str, tuple[Activation, bool]] = {  # what options name: it, and whether the MLP is gated
     "swiglu": ("silu", True),
     "geglu": ("gelu", True),
     "gelu_tanh": ("gelu_tanh", True),
     "openai_gelu": ("gelu_tanh", False),
 }
 
-_SCALED_BY = {  # options of rotary scaling and the kinds that have them
+SCALED_BY = {  # options of rotary scaling and the kinds that have them
     "rope_scaling_factor": ("llama3", "yarn"),
     "low_freq_factor": ("llama3",),
     "high_freq_factor": ("llama3",),
@@ -176,41 +96,43 @@ _SCALED_BY = {  # options of rotary scaling and the kinds that have them
 class _Resolver:
     """Takes each value from the options, else from the base, else the default, and notes what is wrong."""
 
-    def __init__(self, options: ModelOptions, features: Features, base: Shape | None):
+    def __init__(self, options: ModelOptions, features: Words, base: Words | None):
         self.options = options
         self.features = features
         self.base = base
         self.problems: list[Problem] = []
 
-    def shape(self, tokens: int | None) -> Shape:
+    def form(self, tokens: int | None) -> dict[str, Any]:
         hidden, heads = self.needed("hidden_size"), self.needed("num_attention_heads")
         activation, gated = self.activation()
         position = self.pick("position_embedding_type", "learned_absolute")
         bias = self.options.add_bias_linear
-        return Shape(
-            vocab_size=self.vocabulary(tokens),
-            num_layers=self.layers(),
-            hidden_size=hidden,
-            ffn_hidden_size=self.width(hidden, gated),
-            num_attention_heads=heads,
-            num_query_groups=self.groups(heads),
-            kv_channels=self.head_dim(hidden, heads),
-            max_position_embeddings=self.needed("max_position_embeddings"),
-            position_embedding_type=position,
-            rotary_base=self.pick("rotary_base", 10000.0),
-            rope_scaling=self.scaling(position),
-            normalization=self.pick("normalization", "LayerNorm"),
-            norm_epsilon=self.pick("norm_epsilon", 1e-5),
-            activation=activation,
-            gated=gated,
-            qkv_bias=self.first(self.options.add_qkv_bias, bias, self.base and self.base.qkv_bias, True),
-            dense_bias=self.first(self.options.add_dense_bias, bias, self.base and self.base.dense_bias, True),
-            mlp_bias=self.first(bias, self.base and self.base.mlp_bias, True),
-            tied=self.tied(),
-            init_method_std=self.pick("init_method_std", 0.02),
-            attention_dropout=self.pick("attention_dropout", 0.1),
-            hidden_dropout=self.pick("hidden_dropout", 0.1),
-        )
+        width = self.width(hidden, gated)
+        return {
+            "vocab_size": self.vocabulary(tokens),
+            "num_layers": self.layers(),
+            "hidden_size": hidden,
+            "ffn_hidden_size": width,
+            "num_attention_heads": heads,
+            "num_query_groups": self.groups(heads),
+            "kv_channels": self.head_dim(hidden, heads),
+            "max_position_embeddings": self.needed("max_position_embeddings"),
+            "position_embedding_type": position,
+            "rotary_base": self.pick("rotary_base", 10000.0),
+            "rope_scaling": self.scaling(position),
+            "normalization": self.pick("normalization", "LayerNorm"),
+            "norm_epsilon": self.pick("norm_epsilon", 1e-5),
+            "activation": activation,
+            "gated": gated,
+            "qkv_bias": self.first(self.options.add_qkv_bias, bias, self.of_base("qkv_bias"), True),
+            "dense_bias": self.first(self.options.add_dense_bias, bias, self.of_base("dense_bias"), True),
+            "mlp_bias": self.first(bias, self.of_base("mlp_bias"), True),
+            "tied": self.tied(),
+            "init_method_std": self.pick("init_method_std", 0.02),
+            "attention_dropout": self.pick("attention_dropout", 0.1),
+            "hidden_dropout": self.pick("hidden_dropout", 0.1),
+            **({"moe_intermediate_size": width} if self.has_only_experts() else {}),
+        }
 
     def problem(self, name: str, why: str, fix: str) -> None:
         value = getattr(self.options, name)
@@ -222,7 +144,10 @@ class _Resolver:
         return next(value for value in values if value is not None)
 
     def pick(self, name: str, default: Any) -> Any:
-        return self.first(getattr(self.options, name), getattr(self.base, name, None), default)
+        return self.first(getattr(self.options, name), self.of_base(name), default)
+
+    def of_base(self, name: str) -> Any:
+        return self.base[name] if self.base else None
 
     def needed(self, name: str) -> int:
         if (value := self.pick(name, 0)) == 0:
@@ -236,13 +161,20 @@ class _Resolver:
         return count
 
     def width(self, hidden: int, gated: bool) -> int:
-        """Width of the first layer's MLP or, where it has experts, of one of these."""
+        """Width of the layers' MLPs or, where all layers have experts, of one of these."""
         width = self.pick("ffn_hidden_size", hidden * 8 // 3 // 64 * 64 if gated else 4 * hidden)
-        if self.base is None or not self.features.get("num_experts") or not sparse_layers(1, self.features)[0]:
+        if not self.has_only_experts():
             return width
-        narrow = self.features.get("moe_intermediate_size", width)
-        had_experts = self.options.moe_intermediate_size is None and narrow == self.base.ffn_hidden_size
+        assert self.base is not None
+        narrow = self.features.get("moe_intermediate_size") or width
+        had_experts = self.options.moe_intermediate_size is None and narrow == self.base["ffn_hidden_size"]
         return width if had_experts else narrow
+
+    def has_only_experts(self) -> bool:
+        """Whether a known model has experts in all of its layers."""
+        layers = min(self.pick("num_layers", 1), MAX_LAYERS)
+        known = self.base is not None and self.features.get("num_experts")
+        return bool(known) and all(sparse_layers(layers, self.features))
 
     def head_dim(self, hidden: int, heads: int) -> int:
         base, options = self.base, self.options
@@ -253,7 +185,7 @@ class _Resolver:
                     fix = "leave it out; --qk-nope-head-dim and --qk-rope-head-dim are the sizes"
                     self.problem(name, "heads of latent attention have parts and share their keys already", fix)
             return size
-        if base and base.kv_channels * base.num_attention_heads != base.hidden_size:
+        if base and base["kv_channels"] * base["num_attention_heads"] != base["hidden_size"]:
             return self.pick("kv_channels", 0)  # a free choice of the base, which other options leave alone
         if options.kv_channels is None and hidden % heads:
             why = f"{hidden} hidden channels cannot be shared by {heads} heads"
@@ -265,8 +197,8 @@ class _Resolver:
         given, grouped = self.options.num_query_groups, self.options.group_query_attention
         if grouped is False and given is not None:
             self.problem("num_query_groups", "--group-query-attention is off", "give only one of the two")
-        base = self.base.num_query_groups if self.base else None
-        if self.base and base == self.base.num_attention_heads:
+        base = self.of_base("num_query_groups")
+        if base == self.of_base("num_attention_heads"):
             base = None
         if not self.first(grouped, base is not None):
             return heads  # whatever --num-query-groups says, as in Megatron
@@ -280,23 +212,23 @@ class _Resolver:
 
     def activation(self) -> tuple[Activation, bool]:
         """Name of the activation and whether the MLP is gated."""
-        given = [name for name in _ACTIVATIONS if getattr(self.options, name)]
+        given = [name for name in ACTIVATIONS if getattr(self.options, name)]
         for name in given[1:]:
             self.problem(name, f"--{given[0].replace('_', '-')} sets another activation", "give only one of the two")
         add_gate = self.options.add_gate
-        if add_gate and given and not _ACTIVATIONS[given[0]][1]:
+        if add_gate and given and not ACTIVATIONS[given[0]][1]:
             self.problem("add_gate", f"an MLP with {to_flag(given[0])} has no gate", "give only one of the two")
         # AscendSpeed has a gate with --swiglu, which makes one matrix of gate and up, or with add_gate: two matrices.
         if given or add_gate:
-            return _ACTIVATIONS[given[0] if given else "swiglu"]
-        refused = {form for name, form in _ACTIVATIONS.items() if getattr(self.options, name) is False}
-        base = (self.base.activation, self.base.gated) if self.base else None
+            return ACTIVATIONS[given[0] if given else "swiglu"]
+        refused = {form for name, form in ACTIVATIONS.items() if getattr(self.options, name) is False}
+        base = (self.base["activation"], self.base["gated"]) if self.base else None
         if base and base not in refused and not (base[1] and False in (self.options.swiglu, add_gate)):
             return base
         return "gelu", False
 
     def scaling(self, position: str) -> Scaling | None:
-        options, base = self.options, self.base.rope_scaling if self.base else None
+        options, base = self.options, self.of_base("rope_scaling")
         kind = options.rope_scaling_type
         if position != "rope":
             for name in ("rotary_base", "rope_scaling_type", "rotary_seq_len_interpolation_factor"):
@@ -308,15 +240,15 @@ class _Resolver:
             )
         elif (stretch := options.rotary_seq_len_interpolation_factor) is not None:
             base = LinearScaling(factor=stretch) if stretch > 1 else None
-        kind = kind or (SCALINGS[type(base)] if base else None)
+        kind = kind or SCALINGS.get(type(base))
         self.only_with_their_scaling(kind)
         if kind is None or kind == "linear":
             return base
-        same = base if base is not None and SCALINGS[type(base)] == kind else None
+        same = base if SCALINGS.get(type(base)) == kind else None
         return self.llama3(same) if kind == "llama3" else self.yarn(same)
 
     def only_with_their_scaling(self, kind: str | None) -> None:
-        for name, kinds in _SCALED_BY.items():
+        for name, kinds in SCALED_BY.items():
             if getattr(self.options, name) is not None and kind not in kinds:
                 how = "not scaled" if kind is None else f"scaled by {kind}"
                 self.problem(name, f"rotary frequencies are {how}", f"add --rope-scaling-type {' or '.join(kinds)}")
@@ -357,12 +289,12 @@ class _Resolver:
 
     def tied(self) -> bool:
         untied = self.options.untie_embeddings_and_output_weights
-        return self.first(None if untied is None else not untied, self.base and self.base.tied, True)
+        return self.first(None if untied is None else not untied, self.of_base("tied"), True)
 
     def vocabulary(self, tokens: int | None) -> int:
         """Rows of the embedding: tokens, rounded up or as said."""
         options = self.options
-        base = self.base.vocab_size if self.base else None
+        base = self.of_base("vocab_size")
         tokens = self.first(options.vocab_size, base, tokens, 0)
         if not tokens and not options.padded_vocab_size:
             self.problem("vocab_size", "nothing says how many tokens there are", "give --vocab-size or a tokenizer")
@@ -372,3 +304,82 @@ class _Resolver:
         if options.padded_vocab_size < tokens:
             self.problem("padded_vocab_size", f"there are {tokens} tokens", f"take at least {tokens}")
         return options.padded_vocab_size
+
+
+# ---- what cannot be together -----------------------------------------------------------------------------------------
+
+_OF_EXPERTS = (
+    *("first_k_dense_replace", "moe_intermediate_size", "moe_layer_freq", "moe_router_load_balancing_type"),
+    *("moe_router_num_groups", "moe_router_topk", "n_shared_experts", "norm_topk_prob", "routed_scaling_factor"),
+    "topk_group",
+)
+_OF_LATENT = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+_WITH_LATENT = (*_OF_LATENT, "q_lora_rank", "rope_scaling_mscale_all_dim")
+
+
+def check(words: Words) -> Iterator[Problem]:
+    """What a model that options alone describe, in these `words`, lacks or cannot have together."""
+    yield from _experts(words)
+    yield from _positions(words)
+    yield from _alone(words, _OF_EXPERTS, "num_experts")
+    yield from _alone(words, _WITH_LATENT, "multi_head_latent_attention")
+    if words.get("multi_head_latent_attention"):
+        yield from _needed(words, _OF_LATENT, "multi_head_latent_attention")
+    if words.get("moe_router_load_balancing_type") == "group_limited_greedy":
+        # MindSpeed-LLM takes the expert-parallel ranks; here a model is the same on any.
+        yield from _needed(words, ("moe_router_num_groups", "topk_group"), "moe_router_load_balancing_type")
+    for one, other in (
+        ("sliding_window", "interleave_sliding_window"),
+        ("input_embeds_norm", "scale_emb"),
+        ("dim_model_base", "output_multiplier_scale"),
+    ):
+        if words.get(one) and words.get(other):
+            yield Problem(to_flag(other), words[other], f"{to_flag(one)} says it too", "give one of the two")
+
+
+def _experts(words: Words) -> Iterator[Problem]:
+    experts, top_k = words.get("num_experts"), words.get("moe_router_topk", 0)
+    if not experts:
+        return
+    if top_k > experts:
+        yield Problem("--moe-router-topk", top_k, f"there are {experts} experts", f"give at most {experts}")
+    if not any(sparse_layers(words["num_layers"], words)):
+        first = words.get("first_k_dense_replace")
+        why = f"of {words['num_layers']} layers none is left to have experts"
+        yield Problem("--first-k-dense-replace", first, why, "give less, or leave --num-experts out")
+    groups, top_groups = words.get("moe_router_num_groups", 1), words.get("topk_group", 1)
+    if words.get("moe_router_load_balancing_type") != "group_limited_greedy":
+        for name, count in (("moe_router_num_groups", groups), ("topk_group", top_groups)):
+            if count > 1:
+                fix = "give --moe-router-load-balancing-type group_limited_greedy"
+                yield Problem(to_flag(name), count, "experts are not chosen by groups", fix)
+    elif experts % groups or top_groups > groups or top_k > experts // groups * top_groups:
+        why = f"{top_k} of {experts} experts are not to be found in {top_groups} of {groups} groups"
+        yield Problem("--moe-router-num-groups", groups, why, "let groups divide the experts and hold enough of them")
+
+
+def _positions(words: Words) -> Iterator[Problem]:
+    rotary = words["position_embedding_type"] == "rope"
+    if words.get("rotary_percent", 1.0) != 1.0 and not rotary:
+        why, fix = "positions are not rotary", "add --position-embedding-type rope"
+        yield Problem("--rotary-percent", words["rotary_percent"], why, fix)
+    if words.get("multi_head_latent_attention"):
+        if not rotary:
+            why, fix = "latent attention has rotary positions", "give --position-embedding-type rope"
+            yield Problem("--position-embedding-type", words["position_embedding_type"], why, fix)
+        if words["qkv_bias"] != words["dense_bias"]:
+            why = "latent attention has biases in all of its projections or in none"
+            yield Problem("--add-dense-bias", words["dense_bias"], why, "give --add-qkv-bias the same")
+
+
+def _alone(words: Words, names: tuple[str, ...], needed: str) -> Iterator[Problem]:
+    if not words.get(needed):
+        for name in names:
+            if words.get(name):
+                yield Problem(to_flag(name), words[name], f"there is no {to_flag(needed)}", f"give {to_flag(needed)}")
+
+
+def _needed(words: Words, names: tuple[str, ...], by: str) -> Iterator[Problem]:
+    for name in names:
+        if not words.get(name):
+            yield Problem(to_flag(name), None, f"{to_flag(by)} {words[by]} needs it", f"give {to_flag(name)}")

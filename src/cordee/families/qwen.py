@@ -7,9 +7,9 @@ larger rotary base and sharper scores.
 from __future__ import annotations
 
 from cordee.families import common
-from cordee.families.family import Family, Preset
+from cordee.families.family import Family, keys
+from cordee.families.lenses import MODEL, at, scaling_of
 from cordee.families.reader import ConfigReader
-from cordee.families.rules import Rule, each_layer, module, packed_qkv, stack
 from cordee.model.config import (
     AttentionConfig,
     LayerConfig,
@@ -20,6 +20,7 @@ from cordee.model.config import (
     QwenNTKScaling,
     RopeConfig,
 )
+from cordee.tensors.rules import Rule, each_layer, module, packed_qkv, stack
 
 
 def read(hf: ConfigReader) -> ModelConfig:
@@ -84,31 +85,6 @@ def layer_weights(layer: LayerConfig) -> list[Rule]:
     ]
 
 
-def _preset(layers: int, hidden: int, ffn: int, heads: int, vocab: int, **more: object) -> Preset:
-    config = {
-        "vocab_size": vocab,
-        "hidden_size": hidden,
-        "intermediate_size": 2 * ffn,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "kv_channels": 128,
-        "seq_length": 2048,
-        "max_position_embeddings": 8192,
-        "initializer_range": 0.02,
-        "layer_norm_epsilon": 1e-6,
-        "rotary_emb_base": 10000,
-        "rotary_pct": 1.0,
-        "no_bias": True,
-        "use_dynamic_ntk": True,
-        "use_logn_attn": True,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-    }
-    return Preset(config={**config, **more}, licence="Tongyi Qianwen License")
-
-
-_LONG = {"seq_length": 8192, "max_position_embeddings": 32768, "rotary_emb_base": 1000000}
-
 FAMILY = Family(
     name="qwen",
     architectures=("QWenLMHeadModel", "QWenModel"),
@@ -117,17 +93,14 @@ FAMILY = Family(
     weights=weights,
     base_prefix="transformer.",
     ignored=("transformer.rotary_emb.inv_freq", "transformer.h.{i}.attn.rotary_emb.inv_freq"),
-    keys={
-        **common.MULTI_HEAD_KEYS,
-        "attention_dropout": "attn_dropout_prob",
-        "ffn_hidden_size": lambda ffn: {"intermediate_size": 2 * ffn},
-        "kv_channels": "kv_channels",
-        "norm_epsilon": "layer_norm_epsilon",
-        "rotary_base": "rotary_emb_base",
-    },
-    presets={
-        "qwen-7b": _preset(32, 4096, 11008, 32, 151936, use_logn_attn=False),
-        "qwen-14b": _preset(40, 5120, 13696, 40, 152064),
-        "qwen-72b": _preset(80, 8192, 24576, 64, 152064, **_LONG, use_dynamic_ntk=False, use_logn_attn=False),
-    },
+    keys=keys(
+        "attention_dropout head_dim num_key_value_heads rms_norm_eps rope_scaling rope_theta",
+        attn_dropout_prob="attention_dropout",
+        intermediate_size=lambda words: 2 * words["ffn_hidden_size"],
+        kv_channels="kv_channels",
+        layer_norm_epsilon="norm_epsilon",
+        rotary_emb_base="rotary_base",
+        use_dynamic_ntk=lambda words: isinstance(scaling_of(words), QwenNTKScaling),
+        use_logn_attn=lambda words: isinstance(at("layers.attention.query_scaling").get(words[MODEL]), LogNScaling),
+    ),
 )

@@ -15,11 +15,12 @@ from cordee.families.experts import (
     read_choice,
     read_sparse_layers,
 )
-from cordee.families.family import KEYS, Family, Preset
+from cordee.families.family import Family, keys
+from cordee.families.lenses import MODEL, at
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import read_rope
-from cordee.families.rules import Rule, module
 from cordee.model.config import AttentionConfig, LayerConfig, ModelConfig, MoEConfig, RouterConfig
+from cordee.tensors.rules import Rule, module
 
 
 def read(hf: ConfigReader) -> ModelConfig:
@@ -71,40 +72,6 @@ def layer_weights(layer: LayerConfig) -> list[Rule]:
     ]
 
 
-def _preset(
-    licence: str, layers: int, hidden: int, ffn: int, heads: int, kv_heads: int, shared: int, **more: object
-) -> Preset:
-    config = {
-        "vocab_size": 151936,
-        "hidden_size": hidden,
-        "intermediate_size": ffn,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "shared_expert_intermediate_size": shared,
-        "decoder_sparse_step": 1,
-        "norm_topk_prob": False,
-        "router_aux_loss_coef": 0.001,
-        "hidden_act": "silu",
-        "max_position_embeddings": 32768,
-        "initializer_range": 0.02,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1e6,
-        "use_sliding_window": False,
-        "tie_word_embeddings": False,
-        "bos_token_id": 151643,
-        "eos_token_id": 151643,
-        "torch_dtype": "bfloat16",
-    }
-    return Preset(config={**config, **more}, licence=licence)
-
-
-TONGYI = "Tongyi Qianwen License"
-APACHE = "Apache-2.0"
-
-_EXPERTS_15 = {"num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408}
-_EXPERTS_2 = {"num_experts": 64, "num_experts_per_tok": 8, "moe_intermediate_size": 2560}
-
 FAMILY = Family(
     name="qwen2_moe",
     architectures=("Qwen2MoeForCausalLM", "Qwen2MoeModel"),
@@ -112,9 +79,10 @@ FAMILY = Family(
     read=read,
     weights=weights,
     base_prefix="model.",
-    keys={**KEYS, **expert_keys("num_experts"), **NARROW_EXPERTS},
-    presets={
-        "qwen1.5-moe-a2.7b": _preset(TONGYI, 24, 2048, 5632, 16, 16, 5632, **_EXPERTS_15),
-        "qwen2-57b-a14b": _preset(APACHE, 28, 3584, 18944, 28, 4, 20480, **_EXPERTS_2, max_position_embeddings=131072),
-    },
+    keys=keys(
+        "intermediate_size",
+        shared_expert_intermediate_size=lambda words: at("layers.mlp.shared.ffn_hidden_size").get(words[MODEL]),
+        **expert_keys("num_experts"),
+        **NARROW_EXPERTS,
+    ),
 )

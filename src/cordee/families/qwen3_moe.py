@@ -16,16 +16,16 @@ from cordee.families.experts import (
     read_choice,
     read_sparse_layers,
 )
-from cordee.families.family import KEYS, Family, Preset
+from cordee.families.family import Family, keys
 from cordee.families.qwen3 import read_attention
 from cordee.families.reader import ConfigReader
-from cordee.families.rules import Rule, module
 from cordee.model.config import (
     LayerConfig,
     ModelConfig,
     MoEConfig,
     RouterConfig,
 )
+from cordee.tensors.rules import Rule, module
 
 
 def read(hf: ConfigReader) -> ModelConfig:
@@ -60,38 +60,6 @@ def layer_weights(layer: LayerConfig) -> list[Rule]:
     ]
 
 
-def _preset(layers: int, hidden: int, ffn: int, heads: int, kv_heads: int, expert: int) -> Preset:
-    config = {
-        "vocab_size": 151936,
-        "hidden_size": hidden,
-        "intermediate_size": ffn,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": 128,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "moe_intermediate_size": expert,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "norm_topk_prob": True,
-        "router_aux_loss_coef": 0.001,
-        "hidden_act": "silu",
-        "max_position_embeddings": 40960,
-        "initializer_range": 0.02,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1e6,
-        "rope_scaling": None,
-        "attention_bias": False,
-        "use_sliding_window": False,
-        "tie_word_embeddings": False,
-        "bos_token_id": 151643,
-        "eos_token_id": 151645,
-        "torch_dtype": "bfloat16",
-    }
-    return Preset(config=config, licence="Apache-2.0")
-
-
 FAMILY = Family(
     name="qwen3_moe",
     architectures=("Qwen3MoeForCausalLM", "Qwen3MoeModel"),
@@ -99,9 +67,5 @@ FAMILY = Family(
     read=read,
     weights=weights,
     base_prefix="model.",
-    keys={**KEYS, **expert_keys("num_experts"), **NARROW_EXPERTS},
-    presets={
-        "qwen3-30b-a3b": _preset(48, 2048, 6144, 32, 4, 768),
-        "qwen3-235b-a22b": _preset(94, 4096, 12288, 64, 4, 1536),
-    },
+    keys=keys("intermediate_size", **expert_keys("num_experts"), **NARROW_EXPERTS),
 )

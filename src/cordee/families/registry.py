@@ -10,7 +10,7 @@ import functools
 import importlib
 import logging
 import pkgutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,32 +18,42 @@ from typing import Any
 
 import cordee.families
 from cordee import sealed
-from cordee.config.option import to_flag
 from cordee.config.schema import ModelOptions
 from cordee.errors import Problem, ProblemError, raise_all
-from cordee.families import described
 from cordee.families.count import canonical_shapes
-from cordee.families.family import Family, HFConfig
-from cordee.families.features import PATTERN, Features, features_of, given_features, lost, missing, same, with_defaults
-from cordee.families.options import Shape, followers, resolve, shape_of
+from cordee.families.family import Family, HFConfig, changed
+from cordee.families.lenses import (
+    LENSES,
+    PATTERN,
+    Words,
+    differences,
+    features_of,
+    flag_of,
+    missing,
+    model_of,
+    same,
+    words_of,
+)
+from cordee.families.options import check, given_features, resolve, with_defaults
+from cordee.families.presets import published
 from cordee.families.reader import ConfigReader, nearest, read_object
-from cordee.families.rules import Rule
+from cordee.model.compare import canonical
 from cordee.model.config import ModelConfig
+from cordee.tensors.rules import Rule
 
 logger = logging.getLogger("cordee")
 
 GUIDE = "docs/adding-a-family.md tells how to add one"
-OF_WEIGHTS = {"dtype", "torch_dtype"}  # keys that say how weights are stored
 ROPE_KEYS = {"rope_theta", "rope_scaling"}  # as transformers 4 writes them; 5 has both in rope_parameters
 
 
 @functools.cache
 def families() -> dict[str, Family]:
-    """All families by name: every module of this package that defines `FAMILY`."""
+    """All families by name, with their presets: every module of this package that defines `FAMILY`."""
     names = sorted(module.name for module in pkgutil.iter_modules(cordee.families.__path__))
     modules = [importlib.import_module(f"cordee.families.{name}") for name in names]
     found = [module.FAMILY for module in modules if hasattr(module, "FAMILY")]
-    return {family.name: family for family in found}
+    return {family.name: replace(family, presets=published(family.name)) for family in found}
 
 
 @dataclass(frozen=True)
@@ -86,26 +96,39 @@ class ModelSpec:
             wanted = with_defaults(wanted)
         if not wanted.keys().isdisjoint(PATTERN):
             wanted = {**{name: there[name] for name in PATTERN if name in there}, **wanted}
-        after = resolve(options, {**there, **wanted}, shape_of(self.config))
-        if after == shape_of(self.config) and not missing(self.config, wanted):
+        before = words_of(self.config)
+        form = resolve(options, {**there, **wanted}, before)
+        new = missing(self.config, wanted)
+        after = {**before, **new, **form}
+        if after == before:
             return self
-        changed = self.family.changes(shape_of(self.config), after, missing(self.config, wanted))
-        spec = self if changed is None else self._with_keys(changed)
-        if shape_of(spec.config) != after or missing(spec.config, wanted) or lost(self.config, spec.config, wanted):
-            fits = f"family {self.family.name}: {self.family.changeable}"
-            raise ProblemError([_no_such_model(options, fits)])
+        old, keys = self.family.written(before), self.family.written(after)
+        asked = {name for name in new if not same(new[name], before[name])}
+        if placeless := [name for name in asked if self.family.written({**before, name: new[name]}) == old]:
+            raise ProblemError([_no_such_model(options, self._fits(placeless))])
+        differing = {key: value for key, value in keys.items() if value != old[key]}
+        try:
+            return self._asked(options, differing, form, wanted)
+        except ProblemError:  # a key that is not there may have followed from one that is another now: say all
+            return self._asked(options, keys, form, wanted)
+
+    def _asked(self, options: ModelOptions, values: HFConfig, form: Words, wanted: Words) -> ModelSpec:
+        """The same model with other `values` of keys. ProblemError if it has not this form and what is `wanted`."""
+        spec = self._with_keys(values)
+        if refused := _refused(self.config, spec.config, form, wanted):
+            raise ProblemError([_no_such_model(options, self._fits(refused))])
         return spec._with_fitting_tokens()
 
-    def _with_keys(self, changed: HFConfig) -> ModelSpec:
-        """The same model with other values of keys, None to take one out."""
-        return replace(spec_from_hf(self._hf_with(changed), "model options"), base_prefix=self.base_prefix)
+    def _fits(self, refused: Iterable[str]) -> str:
+        return f"family {self.family.name}, which has no place for {', '.join(map(flag_of, sorted(refused)))}"
 
-    def _hf_with(self, changed: HFConfig) -> HFConfig:
+    def _with_keys(self, values: HFConfig) -> ModelSpec:
+        """The same model with other `values` of keys."""
         hf = dict(self.hf_config)
-        if changed.keys() & ROPE_KEYS and (rope := hf.pop("rope_parameters", None)):
+        if values.keys() & ROPE_KEYS and (rope := hf.pop("rope_parameters", None)):
             hf["rope_theta"] = rope.get("rope_theta")
             hf["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
-        return {key: value for key, value in (hf | changed).items() if key not in changed or value is not None}
+        return replace(spec_from_hf(changed(hf, values), "model options"), base_prefix=self.base_prefix)
 
     def _with_fitting_tokens(self) -> ModelSpec:
         """The same model without special tokens that its vocabulary lacks."""
@@ -248,86 +271,38 @@ def spec_from_options(options: ModelOptions, vocab_size: int | None = None) -> M
     if options.model is not None:
         return spec_named(options.model).with_options(options)
     wanted = with_defaults(given_features(options))
-    shape = resolve(options, wanted, None, vocab_size)
-    raise_all(described.check(shape, wanted))
-    model = described.canonical(described.describe(shape, wanted))
-    for spec in (*_of_shape(shape), *_like_presets(model, shape.ffn_hidden_size, wanted)):
-        if described.canonical(spec.config) == model and not missing(spec.config, wanted):
-            return spec
-    raise ProblemError([_no_such_model(options, _nearest(model))])
+    words = {**wanted, **resolve(options, wanted, None, vocab_size)}
+    raise_all(check(words))
+    model = model_of(words)
+    tried = []
+    for family in sorted(families().values(), key=lambda family: not family.plain):
+        with suppress(ProblemError):  # what a family cannot read is its matter, and others may fit
+            spec, _ = _read(family.to_hf(model, words), "model options")
+            tried.append((differences(canonical(model), canonical(spec.config)), spec))
+            if not tried[-1][0] and not missing(spec.config, wanted):
+                return spec
+    raise ProblemError([_no_such_model(options, _nearest(tried))])
 
 
-def _of_shape(shape: Shape) -> Iterator[ModelSpec]:
-    """What the families that options alone lead to have of this shape."""
-    for family in families().values():
-        hf = family.from_shape(shape) if family.from_shape else None
-        if hf is not None:
-            yield spec_from_hf(family.skeleton(hf), "model options")
+def _refused(before: ModelConfig, after: ModelConfig, form: Words, wanted: Words) -> set[str]:
+    """The words that `after` lacks, and those of `before` that are gone, or new, though nobody asked for it.
 
-
-def _like_presets(model: ModelConfig, dense_width: int, wanted: Features) -> Iterator[ModelSpec]:
-    """Presets, changed to have the shape of `model` and the features that are `wanted`, as far as families' keys go.
-
-    `dense_width` is that of MLPs which are no experts, whether there are any or not.
+    Experts may go: with few layers, the first of which have none.
     """
-    shape, features = shape_of(model), features_of(model)
-    width = {name: features[name] for name in ("moe_intermediate_size",) if name in features}
-    for name in presets():
-        preset = spec_from_preset(name)
-        keys = preset.family.keys
-        without = dict.fromkeys((features_of(preset.config).keys() - features.keys()) & keys.keys())
-        differing = missing(preset.config, {**without, **(width if width.keys() <= keys.keys() else {}), **wanted})
-        has_both = "moe_intermediate_size" in keys and keys["moe_intermediate_size"] != keys["ffn_hidden_size"]
-        after = replace(shape, ffn_hidden_size=dense_width) if has_both else shape
-        changed = preset.family.changes(shape_of(preset.config), after, differing)
-        if changed is None:
-            continue
-        loss = keys.get("moe_aux_loss_coeff")
-        # What a preset says of its tokens, of the type of its weights and of its training is not the new model's.
-        own = {key: value for key, value in preset.hf_config.items() if key not in OF_WEIGHTS and _is_no_token(key)}
-        own |= {loss: 0.0} if isinstance(loss, str) else {}
-        with suppress(ProblemError):  # keys that do not go together are this family's matter, and others may fit
-            spec, unread = _read(replace(preset, hf_config=own)._hf_with(changed), "model options")
-            if not unread & changed.keys():
-                yield spec
+    ours, theirs = features_of(before), features_of(after)
+    switches = {name for words in (ours, theirs) for name, value in words.items() if value is True}
+    unasked = {name for name in switches - wanted.keys() - {"norm_topk_prob"} if ours.get(name) != theirs.get(name)}
+    other = {name for name in form if not same(form[name], LENSES[name].get(after))}
+    return other | missing(after, wanted).keys() | unasked
 
 
-_FLAGS = {  # of fields of a `Shape` that no option is named after
-    "activation": "the activation",
-    "dense_bias": "--add-dense-bias",
-    "gated": "the activation",
-    "mlp_bias": "--add-bias-linear",
-    "qkv_bias": "--add-qkv-bias",
-    "rope_scaling": "--rope-scaling-type",
-    "tied": "--untie-embeddings-and-output-weights",
-}
-
-
-def differences(before: ModelConfig, after: ModelConfig) -> dict[str, str]:
-    """What options would say otherwise of the two, "value -> value" by the option's flag."""
-    ours, theirs = ({**vars(shape_of(config)), **features_of(config)} for config in (before, after))
-    names = [name for name in {**ours, **theirs} if not same(ours.get(name), theirs.get(name))]
-    return {_FLAGS.get(name, to_flag(name)): f"{ours.get(name)} -> {theirs.get(name)}" for name in names}
-
-
-def _nearest(model: ModelConfig) -> str:
-    """The preset that differs in the fewest words from a model that no family has, and in which."""
-    differing = {name: _differing(spec_from_preset(name), model) for name in presets()}
-    name = min(differing, key=lambda name: len(differing[name]))
-    words = ", ".join(sorted({_FLAGS.get(word, to_flag(word)) for word in differing[name]}))
-    nearest_is = f"the nearest, {name}, differs in {words or 'something that no option says'}"
-    return f"what --model with a preset or a config.json gives, and changes of it; {nearest_is}"
-
-
-def _differing(preset: ModelSpec, model: ModelConfig) -> set[str]:
-    """The words of `model` that the family of `preset` has no key for, and that differ."""
-    before, after = shape_of(preset.config), shape_of(model)
-    shape = {name for name, value in vars(after).items() if value != getattr(before, name)}
-    ours, theirs = features_of(described.canonical(preset.config)), features_of(model)
-    features = {name for name in ours.keys() | theirs.keys() if not same(ours.get(name), theirs.get(name))}
-    if "multi_head_latent_attention" in theirs:
-        shape.discard("kv_channels")  # a sum, which nobody gives
-    return (shape - followers(before, after) | features) - preset.family.keys.keys()
+def _nearest(tried: list[tuple[dict[str, Any], ModelSpec]]) -> str:
+    """The family that differs in the fewest places from a model that none has, and in which."""
+    if not tried:
+        return "what --model gives, and changes of it"
+    differing, spec = min(tried, key=lambda pair: len(pair[0]))
+    words = ", ".join(sorted(differing)) or "something that no option says"
+    return f"what --model gives, and changes of it; the nearest family, {spec.family.name}, differs in {words}"
 
 
 def _no_such_model(options: ModelOptions, fits: str) -> Problem:

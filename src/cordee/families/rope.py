@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from cordee.families.reader import ConfigReader
 from cordee.model.config import (
@@ -73,6 +74,22 @@ def _rotary_dim(hf: ConfigReader, section: ConfigReader, head_dim: int, default:
     """How many dims of a head turn; the section says it, or a key beside it."""
     outside = hf.positive("partial_rotary_factor", default)
     return int(head_dim * section.positive("partial_rotary_factor", outside))
+
+
+SCALINGS = {LinearScaling: "linear", Llama3Scaling: "llama3", YarnScaling: "yarn"}  # those that options can ask for
+
+
+def write_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    """What a `config.json` calls `rope_scaling`."""
+    match scaling:
+        case None:
+            return None
+        case DynamicNTKScaling(factor=factor):  # on the length that the model was trained on
+            return {"rope_type": "dynamic", "factor": factor}
+        case LongRopeScaling():
+            lists = {name: list(getattr(scaling, name)) for name in ("short_factor", "long_factor")}
+            return {"rope_type": "longrope", **vars(scaling), **lists}
+    return {"rope_type": SCALINGS[type(scaling)], **vars(scaling)}
 
 
 # ---- scaling ---------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from cordee.model.bound import Unsupported
 from cordee.model.cache import KVCache
 from cordee.model.gpt import GPTModel
 from cordee.parallel.inference import Place, last_logits
@@ -44,24 +45,40 @@ class CachedDecoder:
         self._run = partial(model, output=last_logits) if place is None else partial(place.run, model)
         self._max_length = max_length
         self._cache: KVCache | None = None
-        self._positions: Tensor | None = None  # int64 [batch, 1], of the newest token; None: the cache's length - 1
 
     def begin(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         ids, mask = padded(prompts, _device(self._model))
         self._cache = _cache(self._model, len(prompts), self._max_length, self._place)
-        self._positions = None if mask is None else mask.sum(1, keepdim=True) - 1
         return self._run(ids, mask, cache=self._cache)
 
     def extend(self, tokens: Tensor) -> Tensor:
-        if self._positions is not None:
-            self._positions = self._positions + 1
-        return self._run(tokens[:, None], position_ids=self._positions, cache=self._cache)
+        return self._run(tokens[:, None], cache=self._cache)
 
     def keep(self, rows: Tensor) -> None:
         assert self._cache is not None, "keep before begin"
         self._cache.keep(rows)
-        if self._positions is not None:
-            self._positions = self._positions[rows]
+
+
+class FusedDecoder(CachedDecoder):
+    """As `CachedDecoder`, by the fused decode path of a model that has one; the model must not change meanwhile."""
+
+    def begin(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        logits = super().begin(prompts)
+        self._step = self._model.bind(len(prompts), self._max_length)
+        return logits
+
+    def extend(self, tokens: Tensor) -> Tensor:
+        assert self._cache is not None, "extend before begin"
+        return self._step(tokens, self._cache)
+
+
+def unsupported_reason(model: GPTModel) -> str | None:
+    """Why a model has no fused decode path; None if it has one."""
+    try:
+        model.bind(rows=1, max_length=1)
+    except Unsupported as why:
+        return str(why)
+    return None
 
 
 class PlainDecoder:

@@ -15,15 +15,15 @@ from torch import Tensor
 
 from cordee.config.schema import DecodingOptions
 from cordee.errors import Problem, ProblemError, raise_all
-from cordee.generate.decoder import CachedDecoder, Decoder, PlainDecoder
+from cordee.generate.decoder import CachedDecoder, Decoder, FusedDecoder, PlainDecoder, unsupported_reason
 from cordee.generate.sampling import choose
-from cordee.generate.straight import StraightDecoder, obstacle
 from cordee.log import logger
 from cordee.model.config import ModelConfig
 from cordee.model.gpt import GPTModel
 from cordee.parallel.inference import Place
 
 Prompts = Sequence[Sequence[int]]
+Ended = Callable[[int, Sequence[int]], bool]  # whether sample `number`, of which these tokens are there, is complete
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class _Sample:
     """A sample in the making."""
 
     number: int
+    name: int  # in what is drawn
     prompt: Sequence[int]
     tokens: list[int] = field(default_factory=list)
 
@@ -74,32 +75,42 @@ def stream(
     stop_ids: Collection[int] = (),
     vocab_size: int | None = None,
     place: Place | None = None,
+    names: Sequence[int] | None = None,
+    ended: Ended = lambda number, tokens: False,
 ) -> Iterator[Token]:
     """Tokens one by one, as they are written; the samples of a batch take turns.
 
-    A sample depends on its prompt, and drawn at random on the seed and its number; never on the batch it is in.
+    A sample depends on its prompt, and drawn at random on the seed and its name; never on the batch it is in.
 
     options: length, filters, seed and batch size.
     stop_ids: tokens that end a sample; they are yielded too.
     vocab_size: only ids below it are written, where the model has more rows than the tokenizer has tokens.
     place: that of `model` among several processes, which all call this alike.
+    names: of the samples; their numbers if none are given.
+    ended: asked after every token whether it is its sample's last; stop tokens and length need not be looked at.
     Raises ProblemError if the request does not fit the model, or the model gives no numbers.
     """
     options = options or DecodingOptions()
     raise_all(check(model.config, prompts, options))
-    return _stream(model, prompts, options, frozenset(stop_ids), vocab_size, place)
+    samples = [_Sample(n, n if names is None else names[n], prompt) for n, prompt in enumerate(prompts)]
+    stop = frozenset(stop_ids)
+
+    def last(sample: _Sample) -> bool:
+        tokens = sample.tokens
+        return tokens[-1] in stop or len(tokens) == options.max_new_tokens or ended(sample.number, tokens)
+
+    return _stream(model, samples, options, last, vocab_size, place)
 
 
 @torch.inference_mode()
 def _stream(
     model: GPTModel,
-    prompts: Prompts,
+    samples: list[_Sample],
     options: DecodingOptions,
-    stop_ids: frozenset[int],
+    last: Callable[[_Sample], bool],
     vocab_size: int | None,
     place: Place | None,
 ) -> Iterator[Token]:
-    samples = [_Sample(number, prompt) for number, prompt in enumerate(prompts)]
     decoder_of = _decoder_of(model, options, place)
     training = model.training
     model.eval()
@@ -107,7 +118,7 @@ def _stream(
         for start in range(0, len(samples), options.batch_size):
             batch = samples[start : start + options.batch_size]
             decoder = decoder_of(max(len(s.prompt) for s in batch) + options.max_new_tokens)
-            yield from _write(decoder, batch, options, stop_ids, vocab_size)
+            yield from _write(decoder, batch, options, last, vocab_size)
     finally:
         model.train(training)
 
@@ -143,8 +154,8 @@ def _decoder_of(model: GPTModel, options: DecodingOptions, place: Place | None) 
     if place is not None:
         return lambda length: CachedDecoder(model, length, place)
     if options.straight_decoding:
-        if (why := obstacle(model)) is None:
-            return lambda length: StraightDecoder(model, length)
+        if (why := unsupported_reason(model)) is None:
+            return lambda length: FusedDecoder(model, length)
         _say_through_modules(why)
     return lambda length: CachedDecoder(model, length)
 
@@ -158,7 +169,7 @@ def _write(
     decoder: Decoder,
     samples: list[_Sample],
     options: DecodingOptions,
-    stop_ids: frozenset[int],
+    last: Callable[[_Sample], bool],
     vocab_size: int | None,
 ) -> Iterator[Token]:
     """Write one batch. Samples that have ended leave it, so that the rest goes faster."""
@@ -166,14 +177,14 @@ def _write(
     while True:
         logits = logits[:, :vocab_size]
         _require_numbers(logits)
-        tokens = choose(logits, options, [(s.number, len(s.tokens)) for s in samples])
+        tokens = choose(logits, options, [(s.name, len(s.tokens)) for s in samples])
         going_on = []
         for row, (sample, token) in enumerate(zip(samples, tokens.tolist(), strict=True)):
             sample.tokens.append(token)
-            last = token in stop_ids or len(sample.tokens) == options.max_new_tokens
-            if not last:
+            complete = last(sample)
+            if not complete:
                 going_on.append(row)
-            yield Token(sample.number, token, last)
+            yield Token(sample.number, token, complete)
         if not going_on:
             return
         if len(going_on) < len(samples):

@@ -2,67 +2,65 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from cordee.model.balance import Balance
-from cordee.model.boundary import Boundary
-from cordee.model.cache import KVCache
+from cordee.model.bound import Binding, BoundAttention, BoundStep, require_known, require_plain
 from cordee.model.config import AttentionConfig, ModelConfig, QKNormConfig
+from cordee.model.inputs import Context
 from cordee.model.linear import Linear, scaled_std
-from cordee.model.mask import AttentionMask
-from cordee.model.noise import Noise
 from cordee.model.norm import Norm
 from cordee.model.parameter import ParameterSpec, SpecifiedModule
-from cordee.model.rotary import Positions
+from cordee.model.placement import BlockPlacement
 from cordee.ops.attention import AttentionCore, Scores, alibi_slopes, sdpa_attention
-from cordee.ops.dropout import Dropout
+from cordee.ops.mask import AttentionMask
 from cordee.ops.rope import rotate, split_rotated
 
 
-@dataclass(frozen=True, eq=False)
-class Context:
-    """What all layers of one forward share: positions, mask, in generation the cache, in training router losses."""
+@dataclass(eq=False, kw_only=True)
+class AttentionPlacement(BlockPlacement):
+    """Of attention of every kind. A rank may compute some of the heads only: those from `first_head` on."""
 
-    positions: Positions
-    mask: AttentionMask
-    cache: KVCache | None = None
-    balance: Balance | None = None
-    noise: Noise | None = None
-    places: Tensor | None = None  # int64 [1, seq]: canonical places of the tokens outside of blocks, with noise
+    scores: Scores
+    core: AttentionCore = sdpa_attention
+    first_head: int = 0
 
-
-def weight_dropout(context: Context, rate: float, layer: int, first_head: int) -> Dropout | None:
-    """What drops attention weights; None in evaluation, where nothing is drawn."""
-    if context.noise is None or not rate:
-        return None
-    return context.noise.dropout(rate, layer, "attention weights", first_head=first_head)
+    def scores_of(self, context: Context, dropout: float, layer: int, sinks: Tensor | None = None) -> Scores:
+        """`scores` of one forward of a layer, with what drops its attention weights."""
+        drop = context.dropout(dropout, layer, "attention weights", first_head=self.first_head)
+        return self.scores if drop is None and sinks is None else replace(self.scores, sinks=sinks, dropout=drop)
 
 
-class Attention(SpecifiedModule):
+@dataclass(eq=False, kw_only=True)
+class GroupedPlacement(AttentionPlacement):
+    """Of attention with query groups: `slots` is how many slots of a group are computed here."""
+
+    slots: int
+
+
+class Attention(SpecifiedModule[GroupedPlacement]):
     """q, k and v leave one GEMM over `[kv_group, slot, head_dim, embed]`; the slots are the group's q heads, k, v."""
 
     sinks: Tensor | None
 
     def __init__(self, config: AttentionConfig, model: ModelConfig, index: int, **factory):
-        super().__init__()
-        self.config = config
-        self.index = index
-        self.dropout = model.attention_dropout
-        self.scores = Scores(
+        scores = Scores(
             scale=config.head_dim**-0.5 if config.scale is None else config.scale,
             window=config.window,
             chunk=config.chunk,
             softcap=config.softcap,
             slopes=alibi_slopes(config.num_heads) if config.alibi else None,
         )
-        self.boundary = Boundary()
-        self.core: AttentionCore = sdpa_attention
-        self.first_head = 0  # of those computed here
-        self.slots = config.q_per_group + 2  # computed here, of each group computed here
+        slots = config.q_per_group + 2
+        super().__init__(GroupedPlacement(scores=scores, slots=slots))
+        self.config = config
+        self.index = index
+        self.dropout = model.attention_dropout
         self.qkv = Linear(
-            (config.num_kv_heads, self.slots, config.head_dim),
+            (config.num_kv_heads, slots, config.head_dim),
             ("kv_group", "slot", "head_dim"),
             model.hidden_size,
             "embed",
@@ -92,19 +90,43 @@ class Attention(SpecifiedModule):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """`[batch, seq, embed]` to the same."""
-        x = self.boundary.enter(x)
-        q, k, v = self._project(x, context)
-        if context.cache is not None:
-            k, v = context.cache.layers[self.index].append(k, v, context.cache.length)
-        dropout = weight_dropout(context, self.dropout, self.index, self.first_head)
-        y = self.core(q, k, v, context.mask, self.scores, sinks=self.local("sinks"), dropout=dropout)
+        return self.placement.call(self._forward, x, context)
+
+    def _forward(self, x: Tensor, context: Context) -> Tensor:
+        placement = self.placement
+        q, k, v = self._project(placement.enter(x), context)
+        scores = placement.scores_of(context, self.dropout, self.index, self.local("sinks"))
+        y = context.attend(self.index, placement.core, q, k, v, scores)
         y = y.transpose(1, 2).flatten(2)  # [batch, seq, heads * head_dim]
-        return self.boundary.exit(self.out(y))
+        return placement.exit(self.out(y))
+
+    def bind(self, binding: Binding) -> BoundAttention:
+        config, index, scale = self.config, self.index, self.placement.scores.scale
+        require_known(config, "num_heads num_kv_heads head_dim qkv_bias out_bias rope scale")
+        require_plain(self, Attention, "qkv out")
+        groups, heads, dim, half = config.num_kv_heads, config.q_per_group, config.head_dim, config.head_dim // 2
+        rotation = binding.rotation(config.rope, dim, heads)
+        qkv, out = self.qkv.bind(binding), self.out.bind_onto(binding)
+
+        def core(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+            visible = None if mask.is_plain() else mask.dense(q.device)
+            return F.scaled_dot_product_attention(q, k, v, visible, scale=scale)
+
+        def attend(residual: Tensor, x: Tensor, now: BoundStep) -> Tensor:
+            y = qkv(x).view(-1, groups, heads + 2, dim)
+            if rotation is not None:
+                cos, sin = now.angles[rotation]
+                y = torch.addcmul(y * cos, y.roll(half, -1), sin).to(y.dtype)
+            # The heads of a group share its keys, as queries at several places would: [batch, groups, heads, head_dim].
+            q, k, v = y.narrow(2, 0, heads), y.narrow(2, heads, 1), y.narrow(2, heads + 1, 1)
+            return out(now.cache.attend(index, q, k, v, now.step, core).flatten(1), residual)
+
+        return attend
 
     def _project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
         """q `[batch, heads, seq, head_dim]`; k and v `[batch, kv_heads, seq, head_dim]`, turned by their positions."""
         dim = self.config.head_dim
-        qkv = self.qkv(x).unflatten(-1, (-1, self.slots, dim))  # [batch, seq, groups, slots, head_dim]
+        qkv = self.qkv(x).unflatten(-1, (-1, self.placement.slots, dim))  # [batch, seq, groups, slots, head_dim]
         if self.config.qk_norm is not None:
             q, k = self._normed(qkv[..., :-1, :], self.config.qk_norm, context)
             v = qkv[..., -1, :]

@@ -1,60 +1,163 @@
-"""What attention needs of tokens already seen, in buffers of fixed size.
+"""What attention needs of tokens already seen.
 
-Owns the buffers and how full they are. Knows nothing of sampling.
+Owns how many tokens each row of a batch holds, what a mask must know of them, and where their keys and values lie. A
+forward extends a cache by its tokens and every layer lets the cache do its attention, so that pages, sliding windows
+and shared prefixes are further caches and not further forwards. Knows nothing of sampling.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from cordee.model.config import AttentionConfig, LatentAttentionConfig, ModelConfig
 from cordee.model.span import Span
+from cordee.ops.mask import AttentionMask
+
+Core = Callable[[Tensor, Tensor, Tensor, AttentionMask], Tensor]  # an attention core that has its scores
 
 
-class LayerCache:
-    """Keys and values of one layer, `[batch, kv_heads, max_length, head_dim]`.
+class Step:
+    """The tokens of one forward, `[batch, num_tokens]`, and where they go in the rows of a cache.
 
-    Latent attention keeps one compressed vector a token, as the key of a single head, and no values.
+    Row i holds `lengths[i]` tokens before and `counts[i]` more after; padding, where `real` is False, is not kept.
     """
 
-    def __init__(
-        self,
-        attention: AttentionConfig | LatentAttentionConfig,
-        batch_size: int,
-        max_length: int,
-        dtype: torch.dtype,
-        device: torch.device | None,
-        tensor_ranks: int,
-    ):
-        if isinstance(attention, LatentAttentionConfig):
-            heads, key_dim, value_dim = 1, attention.kv_lora_rank + attention.rope_head_dim, 0
-        else:
-            heads = max(1, attention.num_kv_heads // tensor_ranks)
-            key_dim = value_dim = attention.head_dim
-        self.keys = torch.zeros(batch_size, heads, max_length, key_dim, dtype=dtype, device=device)
-        self.values = torch.zeros(batch_size, heads, max_length, value_dim, dtype=dtype, device=device)
+    def __init__(self, cache: Cache, num_tokens: int, real: Tensor | None, device: torch.device):
+        self.lengths = cache.lengths
+        self.num_tokens = num_tokens
+        self.counts: list[int] = [num_tokens] * len(self.lengths) if real is None else real.sum(1).tolist()
+        self.real = None if min(self.counts) == num_tokens else real
+        self.filled = max(map(int.__add__, self.lengths, self.counts))  # places of the longest row
+        self.is_first = not any(self.lengths)  # no row holds anything yet
+        self.alike = self.real is None and min(self.lengths) == max(self.lengths)  # all rows take the same places
+        self.device = device
+        self._notes = cache.notes
 
-    def append(self, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Store k, v `[batch, kv_heads, seq, head_dim]` from place `start` on; all keys and values so far, as views."""
-        stop = start + k.shape[2]
-        self.keys[:, :, start:stop] = k
-        self.values[:, :, start:stop] = v
-        return self.keys[:, :, :stop], self.values[:, :, :stop]
+    @cached_property
+    def places(self) -> Tensor:
+        """The place in its row that each token takes, int64 `[1 or batch, num_tokens]`; padding has any."""
+        if self.alike:
+            return torch.arange(self.lengths[0], self.filled, device=self.device)[None]
+        lengths = torch.tensor(self.lengths, device=self.device)[:, None]
+        if self.real is None:
+            return lengths + torch.arange(self.num_tokens, device=self.device)
+        return lengths + (self.real.cumsum(1) - 1).clamp(min=0)
+
+    @cached_property
+    def kept(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Row, column and place of every token that is kept: int64 `[tokens]`, or what broadcasts to all tokens."""
+        if self.real is not None:
+            rows, columns = self.real.nonzero(as_tuple=True)
+            return rows, columns, self.places[rows, columns]
+        rows = torch.arange(len(self.lengths), device=self.device)[:, None]
+        return rows, torch.arange(self.num_tokens, device=self.device)[None], self.places
+
+    @cached_property
+    def mask(self) -> AttentionMask:
+        """What the tokens see of all places filled."""
+        return self.mask_over(None if self.alike else torch.arange(self.filled, device=self.device)[None])
+
+    def mask_over(self, keys: Tensor | None) -> AttentionMask:
+        """What they see of keys at these places, int64 `[1 or batch, any]`; a place beyond the filled ones is hidden.
+
+        None: the places that are filled, in order.
+        """
+        noted = {}
+        for name in self._notes.keys() & {"segments", "positions"}:
+            note = self._notes[name]
+            noted[f"query_{name}"] = _at(note, self.places)
+            noted[f"key_{name}"] = note[:, : self.filled] if keys is None else _at(note, keys)
+        if keys is None:
+            return AttentionMask(self.num_tokens, self.filled, **noted)
+        return AttentionMask(self.num_tokens, keys.shape[1], query_index=self.places, key_index=keys, **noted)
+
+
+def _at(note: Tensor, places: Tensor) -> Tensor:
+    """Of a note `[batch, max_length]` what it says of places `[1 or batch, any]`; of places beyond, anything."""
+    return note.gather(1, places.clamp(max=note.shape[1] - 1).expand(len(note), -1))
+
+
+class Cache(ABC):
+    """Tokens already seen: `lengths[i]` of them in row i, at most `max_length`.
+
+    `notes` are what models need to know of them besides keys and values: "segments", "positions" and "tokens", int64
+    `[batch, max_length]`; segments that are not noted are all one, positions are the places.
+    """
+
+    def __init__(self, batch_size: int, max_length: int):
+        self.max_length = max_length
+        self.lengths = [0] * batch_size  # on the host, so that no step waits for a device
+        self.notes: dict[str, Tensor] = {}
+
+    @abstractmethod
+    def append(self, layer: int, k: Tensor, v: Tensor | None, step: Step) -> None:
+        """Keep k `[batch, kv_heads, num_tokens, key_dim]` and v `[..., value_dim]` of the tokens of `step`.
+
+        v None: the layer keeps one vector a token, as latent attention does, that is both key and value.
+        """
+
+    @abstractmethod
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor | None, step: Step, core: Core) -> Tensor:
+        """`append`, and what `core` makes of q `[batch, heads, num_tokens, key_dim]` and all that the rows hold."""
+
+    def extend(self, num_tokens: int, real: Tensor | None, device: torch.device) -> Step:
+        """Begin a forward of so many tokens a row; `real` `[batch, num_tokens]` is 0 at padding (None: there is none).
+
+        ValueError if they do not fit.
+        """
+        step = Step(self, num_tokens, real, device)
+        if step.filled > self.max_length:
+            raise ValueError(
+                f"KV cache of {self.max_length} places holds {max(self.lengths)} tokens and cannot take "
+                f"{max(step.counts)} more; make it with a larger max_length"
+            )
+        self.lengths = list(map(int.__add__, step.lengths, step.counts))
+        return step
+
+    def note(self, name: str, values: Tensor | None, step: Step) -> None:
+        """Remember `values` `[1 or batch, num_tokens]` of the tokens of `step`; None: nothing new."""
+        if values is not None:
+            rows, columns, places = step.kept
+            self.notes[name] = self.noted(name, values.device)
+            self.notes[name][rows, places] = values.expand(len(self.lengths), -1)[rows, columns]
+
+    def noted(self, name: str, device: torch.device) -> Tensor:
+        """A note, int64 `[batch, max_length]`, also where nothing was noted."""
+        if (note := self.notes.get(name)) is not None:
+            return note
+        note = torch.zeros(len(self.lengths), self.max_length, dtype=torch.int64, device=device)
+        return note + torch.arange(self.max_length, device=device) if name == "positions" else note
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these rows of the batch, int64 `[any]`; a row may be taken several times."""
-        self.keys, self.values = self.keys[rows], self.values[rows]
+        """Go on with these rows of the batch, int64 `[any]`, in the order given; a row may be taken several times."""
+        self.lengths = [self.lengths[row] for row in rows.tolist()]
+        self.notes = {name: note[rows] for name, note in self.notes.items()}
+
+    def join(self, other: Self) -> None:
+        """Take the rows of another cache of this kind and size as further rows."""
+        assert other.max_length == self.max_length, f"{other.max_length} places join {self.max_length}"
+        for name in self.notes.keys() | other.notes.keys():
+            device = next(note.device for cache in (self, other) for note in cache.notes.values())
+            own, more = (cache.noted(name, device) for cache in (self, other))
+            self.notes[name] = torch.cat((own, more))
+        self.lengths = self.lengths + other.lengths
+
+    def clear(self) -> None:
+        """Forget all tokens of all rows."""
+        self.lengths, self.notes = [0] * len(self.lengths), {}
 
 
-class KVCache:
-    """One `LayerCache` a layer; `length` places are filled, `segments` are those of the filled places.
+class KVCache(Cache):
+    """The plain cache, and reference of others: buffers `[batch, kv_heads, max_length, dim]` for every layer.
 
-    The model appends to it in every forward and moves `length` on. `positions` and `tokens` of the filled places are
-    kept for models that need them. Of the layers only those of `spans` have any room (None: all), for the heads that
-    one of `tensor_ranks` has.
+    Latent attention keeps one compressed vector a token, as the key of a single head, and no values. Of the layers
+    only those of `spans` have any room (None: all), for the heads that one of `tensor_ranks` has.
     """
 
     def __init__(
@@ -68,74 +171,46 @@ class KVCache:
         spans: Sequence[Span] | None = None,
         tensor_ranks: int = 1,
     ):
-        self.max_length = max_length
-        self.length = 0
-        self.segments: Tensor | None = None  # int64 [batch, length]; None: one segment
-        self.positions: Tensor | None = None  # int64 [1 or batch, length]; None: the places
-        self.tokens: Tensor | None = None  # int64 [batch, length]
+        super().__init__(batch_size, max_length)
         here = range(config.num_layers) if spans is None else {index for span in spans for index in span.layers}
-        self.layers = [
-            LayerCache(layer.attention, batch_size, max_length if index in here else 0, dtype, device, tensor_ranks)
-            for index, layer in enumerate(config.layers)
-        ]
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        for index, layer in enumerate(config.layers):
+            heads, *dims = kept_shape(layer.attention, tensor_ranks)
+            for buffers, dim in zip((self.keys, self.values), dims, strict=True):
+                shape = batch_size, heads, max_length if index in here else 0, dim
+                buffers.append(torch.zeros(shape, dtype=dtype, device=device))
 
-    def advance(self, count: int) -> None:
-        """Mark `count` further places as filled."""
-        self.length += count
+    def append(self, layer: int, k: Tensor, v: Tensor | None, step: Step) -> None:
+        self._put(self.keys[layer], k, step)
+        if v is not None:
+            self._put(self.values[layer], v, step)
+
+    def _put(self, buffer: Tensor, new: Tensor, step: Step) -> None:
+        if step.alike:
+            buffer.narrow(2, step.lengths[0], step.num_tokens).copy_(new)
+            return
+        rows, columns, places = step.kept
+        buffer[rows, :, places] = new.transpose(1, 2) if step.real is None else new[rows, :, columns]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor | None, step: Step, core: Core) -> Tensor:
+        self.append(layer, k, v, step)
+        keys = self.keys[layer].narrow(2, 0, step.filled)
+        return core(q, keys, keys if v is None else self.values[layer].narrow(2, 0, step.filled), step.mask)
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these rows of the batch, int64 `[any]`, in the order given; a row may be taken several times."""
-        for layer in self.layers:
-            layer.keep(rows)
-        if self.segments is not None:
-            self.segments = self.segments[rows]
-        if self.positions is not None and len(self.positions) > 1:
-            self.positions = self.positions[rows]
-        if self.tokens is not None:
-            self.tokens = self.tokens[rows]
+        super().keep(rows)
+        for buffers in (self.keys, self.values):
+            buffers[:] = [buffer[rows] for buffer in buffers]
 
-    def check_room(self, count: int) -> None:
-        """Raise if `count` further tokens do not fit."""
-        if self.length + count > self.max_length:
-            raise ValueError(
-                f"KV cache of {self.max_length} places holds {self.length} tokens and cannot take {count} more; "
-                "make it with a larger max_length"
-            )
+    def join(self, other: Self) -> None:
+        super().join(other)
+        for buffers, more in ((self.keys, other.keys), (self.values, other.values)):
+            buffers[:] = map(torch.cat, zip(buffers, more, strict=True))
 
-    def join_segments(
-        self, segments: Tensor | None, batch_size: int, count: int, device: torch.device
-    ) -> Tensor | None:
-        """Segments of all places once `count` tokens with `segments` `[batch, count]` are added."""
-        if segments is None and self.segments is None:
-            return None
-        old = self.segments
-        if old is None:
-            old = torch.zeros(batch_size, self.length, dtype=torch.int64, device=device)
-        new = segments if segments is not None else torch.zeros(batch_size, count, dtype=torch.int64, device=device)
-        self.segments = torch.cat((old, new), 1)
-        return self.segments
 
-    def join_positions(self, positions: Tensor | None, count: int, device: torch.device) -> Tensor | None:
-        """Positions of all places once `count` tokens at `positions` `[1 or batch, count]` are added.
-
-        None: the places.
-        """
-        if positions is None and self.positions is None:
-            return None
-        old, new = self.positions, positions
-        if old is None:
-            old = torch.arange(self.length, device=device)[None]
-        if new is None:
-            new = torch.arange(self.length, self.length + count, device=device)[None]
-        rows = max(len(old), len(new))
-        self.positions = torch.cat((old.expand(rows, -1), new.expand(rows, -1)), 1)
-        return self.positions
-
-    def join_tokens(self, tokens: Tensor) -> Tensor:
-        """Tokens of all places once `tokens` `[batch, count]` are added."""
-        self.tokens = tokens if self.tokens is None else torch.cat((self.tokens, tokens), 1)
-        return self.tokens
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self.length, self.segments, self.positions, self.tokens = 0, None, None, None
+def kept_shape(attention: AttentionConfig | LatentAttentionConfig, tensor_ranks: int = 1) -> tuple[int, int, int]:
+    """Heads, key_dim and value_dim of what a layer keeps of a token on one of so many tensor-parallel ranks."""
+    if isinstance(attention, LatentAttentionConfig):
+        return 1, attention.kv_lora_rank + attention.rope_head_dim, 0
+    return max(1, attention.num_kv_heads // tensor_ranks), attention.head_dim, attention.head_dim

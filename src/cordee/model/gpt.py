@@ -1,36 +1,38 @@
 """The decoder: embedding, layers, final norm, head.
 
 Owns what is computed. Knows nothing of files, families, processes or optimizers; placement and memory techniques
-enter through the seams: parameter axes, block boundaries, the attention core, the layer span, the head's loss and
-the layer wrapper.
+enter through the seams: parameter axes, the layer span and the `placement` of every module.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cordee.log import logger
-from cordee.model.attention import Context
 from cordee.model.balance import Balance
-from cordee.model.cache import KVCache
-from cordee.model.config import AttentionConfig, LatentAttentionConfig, ModelConfig, RopeConfig
+from cordee.model.bound import Binding, Unsupported, place_index, require_known, require_plain
+from cordee.model.cache import Cache
+from cordee.model.config import AttentionConfig, ModelConfig
 from cordee.model.head import Head
+from cordee.model.inputs import Context, Inputs, ModelPlacement
 from cordee.model.layer import Layer
 from cordee.model.linear import Embedding, factory_kwargs
-from cordee.model.mask import AttentionMask
 from cordee.model.noise import Noise
 from cordee.model.norm import Norm
 from cordee.model.parameter import ParameterSpec, parameter_specs
-from cordee.model.rotary import Longest, Positions, depends_on_length
+from cordee.model.placement import altered
 from cordee.model.span import Span
 
-LayerCall = Callable[[Tensor, Context], Tensor]
 Output = Callable[[Head, Tensor], Any]
+
+# What may be set of a model that has a fused decode path; all that concerns the head alone is the head's.
+_BOUND = """vocab_size hidden_size max_position_embeddings layers final_norm learned_positions tie_word_embeddings
+    norm_head logit_scale logit_softcap embedding_dropout attention_dropout hidden_dropout init_std"""
 
 
 class GPTModel(nn.Module):
@@ -49,6 +51,7 @@ class GPTModel(nn.Module):
         dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
+        self.placement = ModelPlacement()
         self.config = config
         self.spans = tuple(spans) or (Span(0, config.num_layers),)
         factory = factory_kwargs(device, dtype)
@@ -64,17 +67,7 @@ class GPTModel(nn.Module):
             self.head = Head(config, **factory)
             if config.tie_word_embeddings:
                 self.head.weight = self.embedding.weight
-        self.longest: Longest | None = None  # see `Positions`
-        self._calls: dict[str, LayerCall] = {}
-        # Where a layout gives this process other tokens: the places of those it is given, and which of them it keeps
-        # outside of blocks, of a tensor `[..., seq]`.
-        self.places: Callable[[int, torch.device], Tensor] = _in_order
-        self.outside: Callable[[Tensor], Tensor] = _all_of_them
-        self._changing_ropes = _changing_ropes(config)
-        self._has_dropout = bool(config.embedding_dropout or config.attention_dropout or config.hidden_dropout)
-        self._needs_positions = bool(self._changing_ropes) or any(
-            isinstance(layer.attention, AttentionConfig) and layer.attention.chunk for layer in config.layers
-        )
+        self._inputs = Inputs(config)
         _report_slow_attention(config)
 
     @property
@@ -106,7 +99,7 @@ class GPTModel(nn.Module):
         position_ids: Tensor | None = None,
         *,
         segments: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         balance: Balance | None = None,
         noise: Noise | None = None,
         output: Output | None = None,
@@ -116,58 +109,63 @@ class GPTModel(nn.Module):
 
         `inputs` are token ids int64 `[batch, seq]`; for a span without embedding, hidden states `[batch, seq, embed]`.
         `attention_mask` `[batch, seq]` is 1 at real tokens and 0 at padding; positions then count real tokens.
-        `segments` int64 `[batch, seq]` number documents that must not see each other. With a `cache` the inputs
-        continue what it holds. `balance` asks mixtures of experts for their auxiliary losses. In training
-        `noise` says what dropout draws (without it, torch's random numbers do). A span without head returns hidden
-        states. `span` is the one to run of those that were built, needed where there are several. Hidden states that
-        are only a part of a sequence, as between tensor-parallel ranks, need its `position_ids`.
+        `segments` int64 `[batch, seq]` number documents that must not see each other. With a `cache` each row of the
+        inputs continues what its row of the cache holds. `balance` asks mixtures of experts for their auxiliary losses.
+        In training `noise` says what dropout draws (without it, torch's random numbers do). A span without head returns
+        hidden states. `span` is the one to run of those that were built, needed where there are several. Hidden states
+        that are only a part of a sequence, as between tensor-parallel ranks, need its `position_ids`.
         """
         span = span or self._only_span
-        count = inputs.shape[1]
-        given = position_ids is not None or attention_mask is not None
-        if position_ids is None:
-            position_ids = default_positions(inputs, attention_mask, cache)
-        if attention_mask is not None:
-            segments = _padding_as_segment(attention_mask, segments)
-        if cache is not None:
-            cache.check_room(count)
-            if self._changing_ropes:
-                given = True
-                inputs, position_ids, segments = self._renewed(cache, inputs, position_ids, segments)
-        context = self._context(inputs, position_ids, given, segments, cache, balance)
-        if self.training and self._has_dropout:
-            noise = noise or Noise.drawn(len(inputs), inputs.device)
-            places = self.outside(self.places(position_ids.shape[1], inputs.device)[None])
-            context = replace(context, noise=noise, places=places)
-        hidden = self._embed(inputs, context) if span.embedding else inputs
+        tokens, context = self._inputs.prepare(
+            inputs, attention_mask, position_ids, segments, cache, balance, noise, self.training, self.placement
+        )
+        hidden = self._embed(tokens, context) if span.embedding else tokens
         for index in map(str, span.layers):
-            hidden = self._calls.get(index, self.layers[index])(hidden, context)
+            hidden = self.layers[index](hidden, context)
         if cache is not None:
-            cache.advance(inputs.shape[1])
-            hidden = hidden[:, -count:]
+            hidden = hidden[:, -inputs.shape[1] :]  # others were computed anew for the cache
         if not span.head:
             return hidden
         hidden = self.final_norm(hidden)
         return self.head.logits(hidden) if output is None else output(self.head, hidden)
 
+    def bind(self, rows: int, max_length: int) -> Callable[[Tensor, Cache], Tensor]:
+        """The fused decode path (see `bound.py`) for about so many rows: tokens int64 `[batch]` and the cache that they
+        continue, to logits `[batch, vocab]`. Raises `Unsupported` if the model has none.
+        """
+        require_known(self.config, _BOUND)
+        require_plain(self, type(self), "embedding position_embedding layers final_norm head")
+        if (why := altered(self)) is not None:
+            raise Unsupported(why)
+        if type(self).forward is not GPTModel.forward:
+            raise Unsupported("it has a forward of its own")
+        if not (self.has_embedding and self.has_head) or len(self.own_layers()) < len(self.layers):
+            raise Unsupported("its layers are not all here")
+        table = self.embedding.bind()
+        positions = self.position_embedding.bind() if self.config.learned_positions else None
+        binding = Binding(rows, max_length, table.device)
+        layers = [layer.bind(binding) for layer in self.own_layers()]
+        final_norm, head = self.final_norm.bind(), self.head
+
+        def step(tokens: Tensor, cache: Cache) -> Tensor:
+            now = binding.step(cache, cache.extend(1, None, tokens.device))
+            x = F.embedding(tokens, table)  # [batch, embed]
+            if positions is not None:
+                x = x + positions[place_index(now.step)]
+            for layer in layers:
+                x = layer(x, now)
+            return head.logits(final_norm(x))
+
+        return step
+
     def own_layers(self) -> list[Layer]:
         """The layers that were built, in order."""
         return [layer for layer in self.layers.values() if isinstance(layer, Layer)]
-
-    def wrap_layers(self, wrap: Callable[[int, LayerCall], LayerCall]) -> None:
-        """Replace how each layer is called, by `wrap(index, call)`; modules and parameter names stay as they are."""
-        for index, layer in self.layers.items():
-            self._calls[index] = wrap(int(index), self._calls.get(index, layer))
 
     @property
     def _only_span(self) -> Span:
         assert len(self.spans) == 1, "which of the spans is to run?"
         return self.spans[0]
-
-    @property
-    def is_wrapped(self) -> bool:
-        """Whether some layer is called in another way than as a module."""
-        return bool(self._calls)
 
     def parameter_specs(self) -> dict[str, ParameterSpec]:
         """Spec of every parameter by canonical name."""
@@ -182,103 +180,7 @@ class GPTModel(nn.Module):
             hidden = hidden + self.position_embedding(context.positions.ids)
         if self.config.embedding_norm is not None:
             hidden = self.embedding_norm(hidden)
-        dropout = self.config.embedding_dropout
-        if context.noise is None or not dropout:
-            return hidden
-        assert context.places is not None
-        return context.noise.dropout(dropout, "embedding").of_tokens(hidden, context.places)
-
-    def _context(
-        self,
-        inputs: Tensor,
-        position_ids: Tensor,
-        given: bool,
-        segments: Tensor | None,
-        cache: KVCache | None,
-        balance: Balance | None,
-    ) -> Context:
-        """`given`: the positions may be others than the places."""
-        batch_size, length = inputs.shape[0], position_ids.shape[-1]  # which hidden states may be a part of
-        start = 0
-        key_positions = position_ids if given and self._needs_positions else None
-        if cache is not None:
-            start = cache.length
-            segments = cache.join_segments(segments, batch_size, length, inputs.device)
-            key_positions = cache.join_positions(key_positions, length, inputs.device)
-        mask = AttentionMask(
-            length,
-            start + length,
-            query_segments=None if segments is None else segments[:, start:],
-            key_segments=segments,
-            query_positions=None if key_positions is None else key_positions[:, start:],
-            key_positions=key_positions,
-        )
-        return Context(Positions(position_ids, self.training, self.longest), mask, cache, balance)
-
-    def _renewed(
-        self, cache: KVCache, ids: Tensor, position_ids: Tensor, segments: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Ids, positions and segments to compute: as given, or all from the start if what `cache` holds is worthless.
-
-        That is so where they make a sequence so long that rotary frequencies change, and with them all hidden states.
-        """
-        if not self.has_embedding:
-            raise ValueError(
-                "rotary frequencies that depend on the length need all tokens of a cached sequence, "
-                "which a pipeline stage without embedding does not have: generate without a cache"
-            )
-        if cache.positions is not None and self._frequencies_differ(cache.positions, position_ids):
-            batch_size, count = ids.shape
-            segments = cache.join_segments(segments, batch_size, count, ids.device)
-            joined = cache.join_positions(position_ids, count, ids.device)
-            assert joined is not None
-            position_ids, ids = joined, cache.join_tokens(ids)
-            cache.clear()
-        cache.join_tokens(ids)
-        return ids, position_ids, segments
-
-    def _frequencies_differ(self, before: Tensor, after: Tensor) -> bool:
-        old, new = Positions(before, self.training), Positions(after, self.training)
-        return any(bool((old.frequencies(*rope) != new.frequencies(*rope)).any()) for rope in self._changing_ropes)
-
-
-def default_positions(inputs: Tensor, attention_mask: Tensor | None, cache: KVCache | None) -> Tensor:
-    """Positions of `inputs` `[batch, seq, ...]` that none are given for, int64 `[1 or batch, seq]`."""
-    start = 0 if cache is None else cache.length
-    if start and (attention_mask is not None or (cache is not None and cache.segments is not None)):
-        raise ValueError(
-            "a batch with padding or several documents that continues a cache needs its position_ids: "
-            "they cannot be told from the number of places"
-        )
-    if attention_mask is None:
-        return torch.arange(start, start + inputs.shape[1], device=inputs.device)[None]
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-
-
-def _padding_as_segment(attention_mask: Tensor, segments: Tensor | None) -> Tensor:
-    """Padding becomes a segment of its own (-1): real tokens never see it, and no row of the mask is empty."""
-    real = torch.zeros_like(attention_mask, dtype=torch.int64) if segments is None else segments
-    return real.masked_fill(attention_mask == 0, -1)
-
-
-def _in_order(count: int, device: torch.device) -> Tensor:
-    return torch.arange(count, device=device)
-
-
-def _all_of_them(places: Tensor) -> Tensor:
-    return places
-
-
-def _changing_ropes(config: ModelConfig) -> set[tuple[RopeConfig, int]]:
-    """The rotary positions whose frequencies depend on the length, each with its head_dim."""
-    found = set()
-    for layer in config.layers:
-        attention = layer.attention
-        rope = attention.rope
-        if rope is not None and depends_on_length(rope):
-            latent = isinstance(attention, LatentAttentionConfig)
-            found.add((rope, attention.rope_head_dim if latent else attention.head_dim))
-    return found
+        return context.drop(hidden, self.config.embedding_dropout, "embedding")
 
 
 def _report_slow_attention(config: ModelConfig) -> None:

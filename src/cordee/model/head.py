@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch.nn.functional as F
 from torch import Tensor
 
-from cordee.model.boundary import Boundary
 from cordee.model.config import ModelConfig
 from cordee.model.parameter import ParameterSpec, SpecifiedModule
-from cordee.ops.cross_entropy import IGNORED, VocabularyPart, adjusted, chunked_cross_entropy
+from cordee.model.placement import Placement, View, unchanged
+from cordee.ops.cross_entropy import IGNORED, VocabularyPart, adjusted, chunked_cross_entropy, chunked_token_losses
 from cordee.ops.gemm import linear
 
 
-class Head(SpecifiedModule):
+@dataclass(eq=False, kw_only=True)
+class HeadPlacement(Placement):
+    """`enter` as of a block; `vocabulary` is the part of the vocabulary whose rows are here, None: all."""
+
+    enter: View = unchanged
+    vocabulary: VocabularyPart | None = None
+
+
+class Head(SpecifiedModule[HeadPlacement]):
     """Rows of `weight` `[vocab, embed]` score the tokens. A tied head is given the embedding's parameter.
 
     What the config asks for beyond products, scale, softcap and rows of length one, is part of both logits and loss.
@@ -21,19 +31,18 @@ class Head(SpecifiedModule):
     weight: Tensor
 
     def __init__(self, config: ModelConfig, **factory):
-        super().__init__()
+        super().__init__(HeadPlacement())
         self.scale = config.logit_scale
         self.softcap = config.logit_softcap
         self.normalised = config.norm_head
-        self.boundary = Boundary()
-        self.part: VocabularyPart | None = None  # where processes share the vocabulary out
         spec = ParameterSpec((config.vocab_size, config.hidden_size), ("vocab", "embed"), std=config.init_std)
         self.declare("weight", spec, **factory)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[batch, seq, embed]` to `[batch, seq, vocab]`."""
-        logits = adjusted(linear(self.boundary.enter(hidden), self._rows()), self.scale, self.softcap)
-        return logits if self.part is None else self.part.join(logits)
+        logits = adjusted(linear(self.placement.enter(hidden), self._rows()), self.scale, self.softcap)
+        part = self.placement.vocabulary
+        return logits if part is None else part.join(logits)
 
     def loss(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Sum of the cross entropy over tokens and how many tokens that is (float32 and int64 scalars).
@@ -41,16 +50,31 @@ class Head(SpecifiedModule):
         hidden `[batch, seq, embed]`; labels int64 `[batch, seq]`: the token that follows each place, -100 where none
         counts. The logits of the whole batch never exist together.
         """
-        hidden = self.boundary.enter(hidden)
+        hidden = self.placement.enter(hidden)
         total = chunked_cross_entropy(
             hidden.flatten(0, 1),
             self._rows(),
             labels.flatten(),
             scale=self.scale,
             softcap=self.softcap,
-            part=self.part,
+            part=self.placement.vocabulary,
         )
         return total, (labels != IGNORED).sum()
+
+    def token_logprobs(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """log softmax(logits)[label] of every token, float32 `[batch, seq]`, 0 where the label is -100.
+
+        hidden and labels as of `loss`; differentiable once. The logits of the whole batch never exist together.
+        """
+        losses = chunked_token_losses(
+            self.placement.enter(hidden).flatten(0, 1),
+            self._rows(),
+            labels.flatten(),
+            scale=self.scale,
+            softcap=self.softcap,
+            part=self.placement.vocabulary,
+        )
+        return -losses.view_as(labels)
 
     def _rows(self) -> Tensor:
         weight = self.local("weight")

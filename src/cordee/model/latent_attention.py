@@ -11,28 +11,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cordee.model.attention import Context, weight_dropout
-from cordee.model.boundary import Boundary
+from cordee.model.attention import AttentionPlacement
 from cordee.model.config import LatentAttentionConfig, ModelConfig
+from cordee.model.inputs import Context
 from cordee.model.linear import Linear, scaled_std
 from cordee.model.norm import Norm
 from cordee.model.parameter import SpecifiedModule
-from cordee.ops.attention import AttentionCore, Scores, sdpa_attention
+from cordee.model.placement import altered
+from cordee.ops.attention import Scores
+from cordee.ops.mask import AttentionMask
 from cordee.ops.rope import rotate
 
 
-class LatentAttention(SpecifiedModule):
+class LatentAttention(SpecifiedModule[AttentionPlacement]):
     """Dims of a head: first those without, then those with rotary positions; `kv_up` gives its keys, then values."""
 
     def __init__(self, config: LatentAttentionConfig, model: ModelConfig, index: int, **factory):
-        super().__init__()
+        super().__init__(AttentionPlacement(scores=Scores(scale=config.scale)))
         self.config = config
         self.index = index
         self.dropout = model.attention_dropout
-        self.scores = Scores(scale=config.scale)
-        self.boundary = Boundary()
-        self.core: AttentionCore = sdpa_attention
-        self.first_head = 0  # of those computed here
         self._build_queries(model, factory)
         latent, rope = config.kv_lora_rank, config.rope_head_dim
         plain = {"std": model.init_std, **factory}
@@ -63,23 +61,32 @@ class LatentAttention(SpecifiedModule):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """`[batch, seq, embed]` to the same."""
-        x = self.boundary.enter(x)
-        q_nope, q_rope = self._queries(x, context)
-        latent, k_rope = self._compressed(x, context)
-        cache = context.cache
-        if cache is not None:
-            stored = torch.cat((latent, k_rope), -1)[:, None]  # [batch, 1, seq, latent + rope]
-            stored, _ = cache.layers[self.index].append(stored, stored[..., :0], cache.length)
-            if cache.length:
-                return self.boundary.exit(self.out(self._absorbed(q_nope, q_rope, stored, context)))
-        return self.boundary.exit(self.out(self._expanded(q_nope, q_rope, latent, k_rope, context)))
+        return self.placement.call(self._forward, x, context)
 
-    def _queries(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        """`[batch, seq, heads, nope_head_dim]` and, turned by their positions, `[batch, seq, heads, rope_head_dim]`."""
+    def _forward(self, x: Tensor, context: Context) -> Tensor:
+        x = self.placement.enter(x)
+        q = self._queries(x, context)
+        latent, k_rope = self._compressed(x, context)
+        y = self._attend(q, latent, k_rope, context)
+        return self.placement.exit(self.out(y.transpose(1, 2).flatten(2)))
+
+    def _attend(self, q: Tensor, latent: Tensor, k_rope: Tensor, context: Context) -> Tensor:
+        """`[batch, heads, seq, v_head_dim]`."""
+        scores = self.placement.scores_of(context, self.dropout, self.index)
+        if context.cache is None:
+            return self._expanded(q, latent, k_rope, context.mask, scores)
+        stored = torch.cat((latent, k_rope), -1)[:, None]  # [batch, 1, seq, latent + rope]
+        if context.continues and altered(self.kv_up, honoured=("views.weight",)) is None:
+            return self._absorbed(q, stored, context, scores)
+        return context.attend(self.index, self._expanding, q, stored, None, scores)
+
+    def _queries(self, x: Tensor, context: Context) -> Tensor:
+        """`[batch, heads, seq, nope_head_dim + rope_head_dim]`, the latter rotated by their positions."""
         config = self.config
         q = self.q(x) if config.q_lora_rank is None else self.q_up(self.q_norm(self.q_down(x)))
         q = q.unflatten(-1, (-1, config.nope_head_dim + config.rope_head_dim))
-        return q[..., : config.nope_head_dim], self._rotate(q[..., config.nope_head_dim :], context)
+        rotated = self._rotate(q[..., config.nope_head_dim :], context)
+        return torch.cat((q[..., : config.nope_head_dim], rotated), -1).transpose(1, 2)
 
     def _compressed(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """What a token leaves to later ones: `[batch, seq, latent]`, and a rotary key `[batch, seq, rope_head_dim]`."""
@@ -91,22 +98,22 @@ class LatentAttention(SpecifiedModule):
         cos, sin = context.positions.angles(self.config.rope, self.config.rope_head_dim)
         return rotate(x, cos.squeeze(3), sin.squeeze(3))
 
-    def _expanded(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, context: Context) -> Tensor:
-        """Attention with keys and values of every head; `[batch, seq, heads * v_head_dim]`."""
+    def _expanded(self, q: Tensor, latent: Tensor, k_rope: Tensor, mask: AttentionMask, scores: Scores) -> Tensor:
+        """Attention with keys and values of every head."""
         nope, values = self.config.nope_head_dim, self.config.v_head_dim
         k_nope, v = self.kv_up(latent).unflatten(-1, (-1, nope + values)).split((nope, values), -1)
         k = torch.cat((k_nope, k_rope[:, :, None].expand(-1, -1, k_nope.shape[2], -1)), -1)
-        q = torch.cat((q_nope, q_rope), -1)
-        y = self._attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), context)
-        return y.transpose(1, 2).flatten(2)
+        return self.placement.core(q, k.transpose(1, 2), v.transpose(1, 2), mask, scores)
 
-    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, stored: Tensor, context: Context) -> Tensor:
-        """Attention in the compressed space, over `stored` `[batch, 1, keys, latent + rope]`; as `_expanded`."""
+    def _expanding(self, q: Tensor, stored: Tensor, _: Tensor, mask: AttentionMask, scores: Scores) -> Tensor:
+        """As `_expanded`, a core over what is `stored` of tokens, `[batch, 1, keys, latent + rope]`."""
+        latent, k_rope = stored[:, 0].split((self.config.kv_lora_rank, self.config.rope_head_dim), -1)
+        return self._expanded(q, latent, k_rope, mask, scores)
+
+    def _absorbed(self, q: Tensor, stored: Tensor, context: Context, scores: Scores) -> Tensor:
+        """Attention in the compressed space; as `_expanded`."""
         key_up, value_up = self.kv_up.local("weight").split((self.config.nope_head_dim, self.config.v_head_dim), 1)
-        q = torch.cat((torch.einsum("bshd,hdr->bhsr", q_nope, key_up), q_rope.transpose(1, 2)), -1)
-        y = self._attend(q, stored, stored, context)[..., : self.config.kv_lora_rank]
-        return torch.einsum("bhsr,hdr->bshd", y, value_up).flatten(2)
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
-        dropout = weight_dropout(context, self.dropout, self.index, self.first_head)
-        return self.core(q, k, v, context.mask, self.scores, dropout=dropout)
+        q_nope, q_rope = q.split((self.config.nope_head_dim, self.config.rope_head_dim), -1)
+        q = torch.cat((torch.einsum("bhsd,hdr->bhsr", q_nope, key_up), q_rope), -1)
+        y = context.attend(self.index, self.placement.core, q, stored, None, scores)
+        return torch.einsum("bhsr,hdr->bhsd", y[..., : self.config.kv_lora_rank], value_up)

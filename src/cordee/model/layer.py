@@ -7,17 +7,21 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from cordee.model.attention import Attention, Context
+from cordee.model.attention import Attention
+from cordee.model.bound import Binding, BoundLayer, BoundStep, Unsupported, require_known, require_plain
 from cordee.model.config import LatentAttentionConfig, LayerConfig, ModelConfig, MoEConfig
+from cordee.model.inputs import Context
 from cordee.model.latent_attention import LatentAttention
 from cordee.model.mlp import MLP
 from cordee.model.moe import MoE
 from cordee.model.norm import Norm
+from cordee.model.placement import CallPlacement
 
 
 class Layer(nn.Module):
     def __init__(self, config: LayerConfig, model: ModelConfig, index: int, **factory):
         super().__init__()
+        self.placement = CallPlacement()
         self.config = config
         self.index = index
         self.dropout = model.hidden_dropout
@@ -37,6 +41,9 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """`[batch, seq, embed]` to the same."""
+        return self.placement.call(self._forward, x, context)
+
+    def _forward(self, x: Tensor, context: Context) -> Tensor:
         norm = self.attention_norm
         inner = self._enter(x, norm)
         y = self.attention(inner, context)
@@ -45,6 +52,20 @@ class Layer(nn.Module):
         inner = self._enter(x, norm)
         y = self._feed_forward(inner, context)
         return self._leave(x, inner, y, norm, self.mlp_post_norm, partial(self._drop, context, "mlp"))
+
+    def bind(self, binding: Binding) -> BoundLayer:
+        require_known(self.config, "attention mlp norm")
+        require_plain(self, Layer, "attention_norm attention mlp_norm mlp")
+        if not (isinstance(self.attention, Attention) and isinstance(self.mlp, MLP)):
+            raise Unsupported(f"it has a layer of {type(self.attention).__name__} and {type(self.mlp).__name__}")
+        attention_norm, mlp_norm = self.attention_norm.bind(), self.mlp_norm.bind()
+        attend, feed_forward = self.attention.bind(binding), self.mlp.bind(binding)
+
+        def step(x: Tensor, now: BoundStep) -> Tensor:
+            x = attend(x, attention_norm(x), now)
+            return feed_forward(x, mlp_norm(x))
+
+        return step
 
     def _enter(self, x: Tensor, norm: Norm) -> Tensor:
         """What a block is given."""
@@ -73,7 +94,4 @@ class Layer(nn.Module):
         return self.mlp(x, context.balance) if isinstance(self.mlp, MoE) else self.mlp(x)
 
     def _drop(self, context: Context, block: str, x: Tensor) -> Tensor:
-        if context.noise is None or not self.dropout:
-            return x
-        assert context.places is not None
-        return context.noise.dropout(self.dropout, self.index, block).of_tokens(x, context.places)
+        return context.drop(x, self.dropout, self.index, block)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cordee.model.boundary import Boundary
+from cordee.model.bound import Binding, require_plain
 from cordee.model.parameter import ParameterSpec, SpecifiedModule
-from cordee.ops.gemm import linear
+from cordee.model.placement import Placement, View, unchanged
+from cordee.ops.gemm import fixed_linear, fixed_linear_onto, linear
 
 
 class Product(Protocol):
@@ -23,7 +25,14 @@ class Product(Protocol):
     ) -> Tensor: ...
 
 
-class Linear(SpecifiedModule):
+@dataclass(eq=False, kw_only=True)
+class LinearPlacement(Placement):
+    """`product` is the GEMM."""
+
+    product: Product = linear
+
+
+class Linear(SpecifiedModule[LinearPlacement]):
     """y = x W^T + b. W keeps its logical dims `[*out_shape, in_size]` and is flattened for the GEMM only."""
 
     weight: Tensor
@@ -40,8 +49,7 @@ class Linear(SpecifiedModule):
         std: float,
         **factory,
     ):
-        super().__init__()
-        self.product: Product = linear
+        super().__init__(LinearPlacement())
         self.declare("weight", ParameterSpec((*out_shape, in_size), (*out_axes, in_axis), std=std), **factory)
         self.declare("bias", ParameterSpec(out_shape, out_axes, decay=False) if bias else None, **factory)
 
@@ -49,7 +57,19 @@ class Linear(SpecifiedModule):
         """`[..., in_size]` to `[..., product of out_shape]`; with a cheap function `before`, of before(x)."""
         bias = self.local("bias")
         bias = None if bias is None else bias.flatten()
-        return self.product(x, self.local("weight").flatten(0, -2), bias, before=before)
+        return self.placement.product(x, self.local("weight").flatten(0, -2), bias, before=before)
+
+    def bind(self, binding: Binding) -> Callable[[Tensor], Tensor]:
+        """x `[batch, in_size]` to `[batch, product of out_shape]`."""
+        return fixed_linear(*self._bound_weights(), binding.rows)
+
+    def bind_onto(self, binding: Binding) -> Callable[[Tensor, Tensor], Tensor]:
+        """x and a residual to the residual with what `bind` gives added to it."""
+        return fixed_linear_onto(*self._bound_weights(), binding.rows)
+
+    def _bound_weights(self) -> tuple[Tensor, Tensor | None]:
+        require_plain(self, Linear, "weight bias")
+        return self.weight.detach().flatten(0, -2), None if self.bias is None else self.bias.detach().flatten()
 
     def extra_repr(self) -> str:
         return ", ".join(f"{axis}={size}" for axis, size in self._axes())
@@ -62,20 +82,31 @@ class Linear(SpecifiedModule):
 Lookup = Callable[[Tensor, Tensor], Tensor]
 
 
-class Embedding(SpecifiedModule):
-    """A table of rows `[num_rows, hidden_size]` looked up by index: `lookup(index, rows)` with the rows held here."""
+@dataclass(eq=False, kw_only=True)
+class EmbeddingPlacement(Placement):
+    """`lookup` is given the rows that are here, and `exit` what it finds."""
+
+    lookup: Lookup = F.embedding
+    exit: View = unchanged
+
+
+class Embedding(SpecifiedModule[EmbeddingPlacement]):
+    """A table of rows `[num_rows, hidden_size]`, looked up by index."""
 
     weight: Tensor
 
     def __init__(self, num_rows: int, hidden_size: int, axis: str, std: float, **factory):
-        super().__init__()
-        self.boundary = Boundary()
-        self.lookup: Lookup = F.embedding
+        super().__init__(EmbeddingPlacement())
         self.declare("weight", ParameterSpec((num_rows, hidden_size), (axis, "embed"), std=std), **factory)
 
     def forward(self, index: Tensor) -> Tensor:
         """int64 `[batch, seq]` to `[batch, seq, embed]`."""
-        return self.boundary.exit(self.lookup(index, self.local("weight")))
+        return self.placement.exit(self.placement.lookup(index, self.local("weight")))
+
+    def bind(self) -> Tensor:
+        """The table itself."""
+        require_plain(self, Embedding, "weight")
+        return self.weight.detach()
 
 
 def scaled_std(std: float, num_layers: int) -> float:

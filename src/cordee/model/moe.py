@@ -14,18 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cordee.model.balance import Balance, Reduce, balanced
-from cordee.model.boundary import Boundary
 from cordee.model.config import CapacityConfig, MLPConfig, ModelConfig, MoEConfig
 from cordee.model.linear import Linear, scaled_std
 from cordee.model.mlp import MLP, activate
 from cordee.model.parameter import ParameterSpec, SpecifiedModule
+from cordee.model.placement import BlockPlacement, Placement, unchanged
 from cordee.model.router import Router, Routing, count_by_expert, limit_to_capacity, rank_in_group
 from cordee.ops.grouped import grouped_matmul
 
 RowMap = Callable[[Tensor], Tensor]
 
 
-class StackedLinear(SpecifiedModule):
+class StackedLinear(SpecifiedModule[Placement]):
     """A linear map for each expert: y = x W_e^T + b_e, with W `[expert, *out_shape, in_size]`."""
 
     weight: Tensor
@@ -43,7 +43,7 @@ class StackedLinear(SpecifiedModule):
         std: float,
         **factory,
     ):
-        super().__init__()
+        super().__init__(Placement())
         shape, axes = (num_experts, *out_shape), ("expert", *out_axes)
         self.declare("weight", ParameterSpec((*shape, in_size), (*axes, in_axis), std=std), **factory)
         self.declare("bias", ParameterSpec(shape, axes, decay=False) if bias else None, **factory)
@@ -68,11 +68,11 @@ class StackedLinear(SpecifiedModule):
         return ", ".join(f"{axis}={size}" for axis, size in zip(spec.axes, spec.shape, strict=True))
 
 
-class Experts(SpecifiedModule):
+class Experts(SpecifiedModule[Placement]):
     """MLPs of one shape, their parameters stacked. Rows are multiplied by their weight after the MLP, or before it."""
 
     def __init__(self, config: MLPConfig, num_experts: int, model: ModelConfig, *, weight_input: bool, **factory):
-        super().__init__()
+        super().__init__(Placement())
         self.config = config
         self.weight_input = weight_input
         stacked = partial(StackedLinear, num_experts, bias=config.bias, **factory)
@@ -199,17 +199,26 @@ def loop_dispatch(x: Tensor, routing: Routing, experts: Experts) -> Tensor:
     return y
 
 
-class MoE(SpecifiedModule):
+def _limit_alone(routing: Routing, capacity: CapacityConfig, batch_size: int) -> Routing:
+    return limit_to_capacity(routing, capacity)
+
+
+@dataclass(eq=False, kw_only=True)
+class MoEPlacement(BlockPlacement):
+    """Where experts are, and what of the tokens of a sequence other processes hold."""
+
+    dispatch: Dispatch = local_dispatch
+    limit: Limit = _limit_alone
+    reduce: Reduce = unchanged  # adds up sums over tokens
+    balance_share: float = 1.0  # of the auxiliary losses' gradient; other processes with these tokens have the rest
+
+
+class MoE(SpecifiedModule[MoEPlacement]):
     """The sum of the experts a router chooses for each token, and of the shared experts that see all tokens."""
 
     def __init__(self, config: MoEConfig, model: ModelConfig, **factory):
-        super().__init__()
+        super().__init__(MoEPlacement())
         self.config = config
-        self.boundary = Boundary()
-        self.dispatch: Dispatch = local_dispatch
-        self.limit: Limit = _limit_alone  # capacity, where other processes may hold other tokens
-        self.reduce: Reduce = _as_it_is  # of sums over tokens, where other processes hold other tokens
-        self.balance_share = 1.0  # of the auxiliary losses' gradient; other processes with these tokens have the rest
         self.router = Router(config.router, model, **factory)
         self.experts = Experts(
             config.expert, config.router.num_experts, model, weight_input=config.weight_input, **factory
@@ -223,11 +232,15 @@ class MoE(SpecifiedModule):
 
     def forward(self, x: Tensor, balance: Balance | None = None) -> Tensor:
         """`[batch, seq, embed]` to the same. Capacity cuts routes in training only; auxiliary losses need `balance`."""
-        x = self.boundary.enter(x)
+        return self.placement.call(self._forward, x, balance)
+
+    def _forward(self, x: Tensor, balance: Balance | None) -> Tensor:
+        placement = self.placement
+        x = placement.enter(x)
         tokens = x.flatten(0, 1)
         routing = self.router(tokens)
         if self.training and self.config.capacity is not None:
-            routing = self.limit(routing, self.config.capacity, len(x))
+            routing = placement.limit(routing, self.config.capacity, len(x))
         if balance is not None:
             routing = balanced(
                 routing,
@@ -236,23 +249,15 @@ class MoE(SpecifiedModule):
                 balance,
                 layer=self,
                 batch_size=len(x),
-                reduce=self.reduce,
-                share=self.balance_share,
+                reduce=placement.reduce,
+                share=placement.balance_share,
             )
-        y = self.dispatch(tokens, routing, self.experts).view_as(x)
+        y = placement.dispatch(tokens, routing, self.experts).view_as(x)
         if self.shared is not None:
             y = y + self._shared(x)
-        return self.boundary.exit(y)
+        return placement.exit(y)
 
     def _shared(self, x: Tensor) -> Tensor:
         assert self.shared is not None
         y = self.shared(x)
         return y if self.shared_gate is None else self.shared_gate(x).sigmoid() * y
-
-
-def _limit_alone(routing: Routing, capacity: CapacityConfig, batch_size: int) -> Routing:
-    return limit_to_capacity(routing, capacity)
-
-
-def _as_it_is(sums: Tensor) -> Tensor:
-    return sums

@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cordee.device import KINDS
+from cordee.model.bound import BoundNorm, require_known, require_plain
 from cordee.model.config import NormConfig
 from cordee.model.parameter import ParameterSpec, SpecifiedModule
+from cordee.model.placement import Placement
 
 
-class Norm(SpecifiedModule):
+@dataclass(eq=False, kw_only=True)
+class NormPlacement(Placement):
+    """`sum_over_parts` adds up over the processes that hold the other parts of the last dim, where there are some."""
+
+    sum_over_parts: Callable[[Tensor], Tensor] | None = None
+
+
+class Norm(SpecifiedModule[NormPlacement]):
     """x / rms(x) * weight, or (x - mean) / std * weight + bias."""
 
     weight: Tensor | None
     bias: Tensor | None
 
     def __init__(self, config: NormConfig, size: int, axis: str = "embed", **factory):
-        super().__init__()
+        super().__init__(NormPlacement())
         self.config = config
         self.size = size
-        self.sum_over_parts: Callable[[Tensor], Tensor] | None = None  # where processes share the last dim out
         fill = 0.0 if config.unit_offset else 1.0
         weight = ParameterSpec((size,), (axis,), fill=fill, decay=False) if config.affine else None
         self.declare("weight", weight, **factory)
@@ -36,9 +47,21 @@ class Norm(SpecifiedModule):
             return self._normalise(x.float(), self.local("weight").float() + 1.0, bias).to(x.dtype)
         return self._normalise(x, self.local("weight"), self.local("bias"))
 
+    def bind(self) -> BoundNorm:
+        require_known(self.config, "kind eps")
+        require_plain(self, Norm, "weight bias")
+        assert self.weight is not None
+        weight, eps = self.weight.detach(), self.config.eps
+        if self.config.kind == "layer" or KINDS[weight.device.type].fused_rms_norm or weight.dtype != torch.float32:
+            return self
+        # Where torch's RMS norm is a series of operators, this is a shorter one: x / sqrt(x.x / n + eps) is the same as
+        # x sqrt(n) / hypot(|x|, sqrt(n eps)).
+        scaled, least = weight * math.sqrt(self.size), torch.tensor(math.sqrt(self.size * eps))
+        return lambda x: (x * scaled).div_(torch.hypot(torch.linalg.vector_norm(x, 2, -1, True), least))
+
     def _normalise(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        if self.sum_over_parts is not None:
-            return self._normalise_part(x, self.sum_over_parts, weight, bias)
+        if (total := self.placement.sum_over_parts) is not None:
+            return self._normalise_part(x, total, weight, bias)
         if self.config.kind == "layer":
             return F.layer_norm(x, (self.size,), weight, bias, self.config.eps)
         return F.rms_norm(x, (self.size,), weight, self.config.eps)

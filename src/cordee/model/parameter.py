@@ -6,16 +6,17 @@ Tensor, expert and ZeRO sharding, initial values, optimizer groups and checkpoin
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-View = Callable[[Tensor], Tensor]
+from cordee.model.placement import Placement
+
+P = TypeVar("P", bound=Placement)
 
 
 @dataclass(frozen=True)
@@ -39,27 +40,22 @@ class ParameterSpec:
         assert len(self.shape) == len(self.axes), f"{self.axes} does not name the dims of {self.shape}"
 
 
-class SpecifiedModule(nn.Module):
-    """A module whose own parameters are declared with a `ParameterSpec`.
-
-    `views` say how a parameter, as it is kept, becomes the tensor that this process computes with; without one the two
-    are the same. They are a layout's to set.
-    """
+class SpecifiedModule(nn.Module, Generic[P]):
+    """A module whose own parameters are declared with a `ParameterSpec`, and its seams with a `Placement`."""
 
     specs: dict[str, ParameterSpec]
-    views: dict[str, View]
+    placement: P
     device_kwargs: ClassVar[frozenset[str]] = frozenset({"device", "dtype"})
 
-    def __init__(self) -> None:
+    def __init__(self, placement: P):
         super().__init__()
         self.specs = {}
-        self.views = {}
+        self.placement = placement
 
     def local(self, name: str) -> Any:
         """Parameter `name` as this process computes with it; None if it is absent."""
         value = getattr(self, name)
-        view = self.views.get(name)
-        return value if view is None or value is None else view(value)
+        return None if value is None else self.placement.views[name](value)
 
     def declare(self, name: str, spec: ParameterSpec | None, **factory: torch.device | torch.dtype | None) -> None:
         """Register parameter `name`, its values left unset; `spec` None registers an absent parameter."""
@@ -68,6 +64,7 @@ class SpecifiedModule(nn.Module):
             self.register_parameter(name, None)
             return
         self.specs[name] = spec
+        self.placement.declare(name)
         values = torch.empty(spec.shape, **factory)  # type: ignore[arg-type]
         self.register_parameter(name, nn.Parameter(values, requires_grad=spec.trained))
 

@@ -22,6 +22,7 @@ from cordee.model.config import (
     TemperatureScaling,
     YarnScaling,
 )
+from cordee.model.placement import unchanged
 
 
 def depends_on_length(rope: RopeConfig) -> bool:
@@ -105,7 +106,7 @@ class Positions:
     where other processes hold other tokens of it.
     """
 
-    def __init__(self, ids: Tensor, training: bool = False, longest: Longest | None = None):
+    def __init__(self, ids: Tensor, training: bool = False, longest: Longest = unchanged):
         self.ids = ids
         self.training = training
         self._longest = longest
@@ -118,8 +119,7 @@ class Positions:
             rope = RopeConfig(theta=rope.theta, rotary_dim=rope.rotary_dim)
         lengths = None
         if depends_on_length(rope):
-            last = self.ids.amax(-1, keepdim=True)
-            lengths = (last if self._longest is None else self._longest(last)) + 1
+            lengths = self._longest(self.ids.amax(-1, keepdim=True)) + 1
         return inverse_frequencies(rope, head_dim, self.ids.device, lengths)
 
     def angles(self, rope: RopeConfig, head_dim: int) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cordee.model.config import CapacityConfig, ModelConfig, RouterConfig
 from cordee.model.parameter import ParameterSpec, SpecifiedModule
+from cordee.model.placement import Placement
 
 TINY = 1e-20  # keeps a sum of sigmoids from being zero; lost in rounding beside a sum of softmax values
 
@@ -34,7 +35,7 @@ class Routing:
     rows_per_expert: int | None = None
 
 
-class Router(SpecifiedModule):
+class Router(SpecifiedModule[Placement]):
     """Scores in float32, whatever the type of the tokens: near ties decide which expert learns.
 
     Covers the routers of Switch and Mixtral (softmax), GPT-OSS (softmax of the chosen), DeepSeek-V2 (limited to groups;
@@ -46,7 +47,7 @@ class Router(SpecifiedModule):
     correction_bias: Tensor | None
 
     def __init__(self, config: RouterConfig, model: ModelConfig, **factory):
-        super().__init__()
+        super().__init__(Placement())
         self.config = config
         size = (config.num_experts,)
         axis = ("choice",)

@@ -1,9 +1,9 @@
 """Attention cores: softmax(scores) v over what the mask shows.
 
-A core is any `core(q, k, v, mask, scores, sinks=, dropout=)` with q `[batch, heads, queries, head_dim]`,
-k `[batch, kv_heads, keys, head_dim]` and v `[batch, kv_heads, keys, value_dim]`, giving
-`[batch, heads, queries, value_dim]`. `reference_attention` is the definition, in float32; `sdpa_attention` is torch's
-fused attention; `blockwise_attention` does what that cannot, with the scores of a few queries in memory at a time.
+A core is any `core(q, k, v, mask, scores)` with q `[batch, heads, queries, head_dim]`, k `[batch, kv_heads, keys,
+head_dim]` and v `[batch, kv_heads, keys, value_dim]`, giving `[batch, heads, queries, value_dim]`.
+`reference_attention` is the definition, in float32; `sdpa_attention` is torch's fused attention;
+`blockwise_attention` does what that cannot, with the scores of a few queries in memory at a time.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,17 +18,19 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from cordee.ops.dropout import Dropout
+from cordee.ops.mask import AttentionMask
 
 _ALL = slice(None)
 BLOCK_BYTES = 1 << 26  # float32 scores of one block of queries in `blockwise_attention`
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scores:
-    """How a query and a key become a score: c * tanh(scale * (q . k) / c) - slope * distance, for softcap c.
+    """How queries and keys become weights: softmax of c * tanh(scale * (q . k) / c) - slope * distance, for softcap c.
 
     Without `softcap` the scaled product is kept; without `slopes` (one a head) distance does not count. `window` and
-    `chunk` are the reach of `cordee.model.mask.AttentionMask`.
+    `chunk` are the reach of `AttentionMask`. `sinks` `[heads]` are scores that join the softmax of every query and then
+    drop out (GPT-OSS). `dropout` drops weights after the softmax.
     """
 
     scale: float
@@ -37,57 +38,15 @@ class Scores:
     chunk: int | None = None
     softcap: float | None = None
     slopes: tuple[float, ...] | None = None
+    sinks: Tensor | None = None
+    dropout: Dropout | None = None
 
     @property
     def reach(self) -> tuple[int | None, int | None]:
         return self.window, self.chunk
 
 
-class Mask(Protocol):
-    """What a core needs to know of `cordee.model.mask.AttentionMask`."""
-
-    @property
-    def num_queries(self) -> int: ...
-
-    @property
-    def num_keys(self) -> int: ...
-
-    @property
-    def causal(self) -> bool: ...
-
-    @property
-    def in_order(self) -> bool: ...
-
-    def places(self, device: torch.device) -> tuple[Tensor, Tensor]: ...
-
-    def is_plain(self, window: int | None = None, chunk: int | None = None) -> bool: ...
-
-    def dense(self, device: torch.device, window: int | None = None, chunk: int | None = None) -> Tensor: ...
-
-    def bias(
-        self,
-        slopes: tuple[float, ...],
-        dtype: torch.dtype,
-        device: torch.device,
-        window: int | None = None,
-        chunk: int | None = None,
-    ) -> Tensor: ...
-
-
-class AttentionCore(Protocol):
-    """`sinks` `[heads]` are scores that join the softmax of every query and then drop out (GPT-OSS)."""
-
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Mask,
-        scores: Scores,
-        *,
-        sinks: Tensor | None = None,
-        dropout: Dropout | None = None,
-    ) -> Tensor: ...
+AttentionCore = Callable[[Tensor, Tensor, Tensor, AttentionMask, Scores], Tensor]
 
 
 def alibi_slopes(num_heads: int) -> tuple[float, ...]:
@@ -105,21 +64,12 @@ def _geometric_slope(num_heads: int, head: int) -> float:
     return 2.0 ** (-8.0 * (head + 1) / num_heads)
 
 
-def reference_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Mask,
-    scores: Scores,
-    *,
-    sinks: Tensor | None = None,
-    dropout: Dropout | None = None,
-) -> Tensor:
+def reference_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scores: Scores) -> Tensor:
     """The plain definition, scores and softmax in float32."""
     visible = mask.dense(q.device, *scores.reach)
     bias = None if scores.slopes is None else mask.bias(scores.slopes, torch.float32, q.device, *scores.reach)
-    dropped = None if dropout is None else partial(dropout.of_weights, **_places(mask, q.device))
-    return _attend(q.float(), k.float(), v.float(), visible, bias, scores, sinks, dropped).to(q.dtype)
+    dropped = _dropped(mask, scores, q.device)
+    return _attend(q.float(), k.float(), v.float(), visible, bias, scores, dropped).to(q.dtype)
 
 
 def _attend(
@@ -129,7 +79,6 @@ def _attend(
     visible: Tensor,
     bias: Tensor | None,
     scores: Scores,
-    sinks: Tensor | None,
     dropped: Callable[[Tensor], Tensor] | None,
 ) -> Tensor:
     """Products in the type of q, scores and softmax in float32."""
@@ -141,34 +90,31 @@ def _attend(
     if bias is not None:
         score = score + bias
     score = score.masked_fill(~visible, float("-inf"))
-    if sinks is not None:
-        score = torch.cat((score, sinks.float()[None, :, None, None].expand(*score.shape[:3], 1)), -1)
+    if scores.sinks is not None:
+        score = torch.cat((score, scores.sinks.float()[None, :, None, None].expand(*score.shape[:3], 1)), -1)
     weights = score.softmax(-1)[..., : k.shape[2]]
     weights = weights if dropped is None else dropped(weights)
     return weights.to(v.dtype) @ v
 
 
-def _places(mask: Mask, device: torch.device, rows: slice = _ALL, columns: slice = _ALL) -> dict[str, Tensor]:
+def _dropped(
+    mask: AttentionMask, scores: Scores, device: torch.device, rows: slice = _ALL, columns: slice = _ALL
+) -> Callable[[Tensor], Tensor] | None:
+    """What drops the weights of some queries and keys; None: nothing."""
+    if scores.dropout is None:
+        return None
     queries, keys = mask.places(device)
-    return {"queries": queries[rows], "keys": keys[columns]}
+    return partial(scores.dropout.of_weights, queries=queries[rows], keys=keys[columns])
 
 
-def sdpa_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Mask,
-    scores: Scores,
-    *,
-    sinks: Tensor | None = None,
-    dropout: Dropout | None = None,
-) -> Tensor:
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scores: Scores) -> Tensor:
     """torch's fused attention; a dense mask is made only where order and causality do not say it all.
 
     A softcap is not among the things it can do, nor dropout by place: those go to `blockwise_attention`.
     """
-    if scores.softcap is not None or dropout is not None:
-        return blockwise_attention(q, k, v, mask, scores, sinks=sinks, dropout=dropout)
+    if scores.softcap is not None or scores.dropout is not None:
+        return blockwise_attention(q, k, v, mask, scores)
+    sinks = scores.sinks
     window = scores.window
     if mask.num_queries == 1 and window is not None and mask.is_plain(None, scores.chunk):
         k, v, window = k[:, :, -window:], v[:, :, -window:], None  # one last query: its window is the last keys
@@ -192,7 +138,7 @@ def of_one_dim(*tensors: Tensor) -> list[Tensor]:
     return [t if t.shape[-1] == dim else F.pad(t, (0, dim - t.shape[-1])) for t in tensors]
 
 
-def _rendered_mask(q: Tensor, mask: Mask, scores: Scores, window: int | None) -> tuple[Tensor | None, bool]:
+def _rendered_mask(q: Tensor, mask: AttentionMask, scores: Scores, window: int | None) -> tuple[Tensor | None, bool]:
     """What SDPA is told: a dense mask or bias, and whether it is to be causal."""
     if scores.slopes is not None:
         return mask.bias(scores.slopes, q.dtype, q.device, *scores.reach), False
@@ -230,11 +176,9 @@ def blockwise_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Mask,
+    mask: AttentionMask,
     scores: Scores,
     *,
-    sinks: Tensor | None = None,
-    dropout: Dropout | None = None,
     block_size: int | None = None,
 ) -> Tensor:
     """As `reference_attention`, for `block_size` queries at a time, whose scores are made again in the backward.
@@ -256,8 +200,7 @@ def blockwise_attention(
             visible[:, :, rows, keys],
             None if bias is None else bias[:, :, rows, keys],
             scores,
-            sinks,
-            None if dropout is None else partial(dropout.of_weights, **_places(mask, q.device, rows, keys)),
+            _dropped(mask, scores, q.device, rows, keys),
         )
         if torch.is_grad_enabled():
             blocks.append(checkpoint(_attend, *inputs, use_reentrant=False, preserve_rng_state=False))
@@ -266,7 +209,7 @@ def blockwise_attention(
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 2)
 
 
-def _visible_keys(mask: Mask, window: int | None, start: int, stop: int) -> slice:
+def _visible_keys(mask: AttentionMask, window: int | None, start: int, stop: int) -> slice:
     """The keys that any of the queries [start, stop) may see, as far as order and window tell."""
     if not (mask.in_order and mask.causal):
         return slice(0, mask.num_keys)

@@ -2,13 +2,16 @@
 
 `reference_cross_entropy` is the definition. `chunked_cross_entropy` walks over the tokens in chunks and forms the
 gradients of hidden states and head weight while a chunk's logits are at hand, so that at most one chunk's logits
-exist and nothing is computed twice (the idea of Hsu et al. 2024, Liger Kernel).
+exist and nothing is computed twice (the idea of Hsu et al. 2024, Liger Kernel). `chunked_token_losses` gives one number
+per token instead of their sum: what the gradient of each is multiplied with is known only in the backward, which
+therefore walks over the chunks again.
 
 Logits are products times `scale`, and within +-`softcap` where that is given: c * tanh(logit / c) (Gemma 2).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -80,8 +83,7 @@ def chunked_cross_entropy(
     `chunk_size` is in tokens. The result can be differentiated once. With a `part`, `weight` are its rows only, and the
     gradient of `hidden` is what comes through them: it has to be added up over all parts.
     """
-    num_rows = weight.shape[0] if part is None else part.rows  # all parts go through the same chunks
-    chunk_size = chunk_size or max(1, CHUNK_BYTES // (4 * num_rows * CHUNK_MULTIPLE)) * CHUNK_MULTIPLE
+    chunk_size = chunk_size or _chunk_size(weight, part)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk_size, scale, softcap, part)
     total = hidden.new_zeros((), dtype=torch.float32)
@@ -96,39 +98,38 @@ def chunked_cross_entropy(
     return total
 
 
+def chunked_token_losses(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    chunk_size: int | None = None,
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    part: VocabularyPart | None = None,
+) -> Tensor:
+    """-log softmax(logits)[label] of every token, float32 `[tokens]`, 0 where the label is -100; arguments as of
+    `chunked_cross_entropy`. The logits of one chunk exist at a time, in the forward and again in the backward.
+    """
+    return _ChunkedTokenLosses.apply(
+        hidden, weight, labels, chunk_size or _chunk_size(weight, part), scale, softcap, part
+    )
+
+
+def _chunk_size(weight: Tensor, part: VocabularyPart | None) -> int:
+    num_rows = weight.shape[0] if part is None else part.rows  # all parts go through the same chunks
+    return max(1, CHUNK_BYTES // (4 * num_rows * CHUNK_MULTIPLE)) * CHUNK_MULTIPLE
+
+
 class _ChunkedCrossEntropy(Function):
     @staticmethod
-    def forward(
-        ctx,
-        hidden: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        chunk_size: int,
-        scale: float,
-        softcap: float | None,
-        part: VocabularyPart | None,
-    ) -> Tensor:
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
-        total = hidden.new_zeros((), dtype=torch.float32)
-        hidden_grad = torch.empty_like(hidden) if need_hidden else None
-        weight_grad = TransposedSum(weight) if need_weight else None
-        counted = (labels != IGNORED)[:, None]
-        target = torch.where(counted, labels[:, None], 0)
-        for start in range(0, hidden.shape[0], chunk_size):
-            chunk = slice(start, start + chunk_size)
-            rows = hidden[chunk]
-            products = matmul(rows, weight.t())
-            losses, products_grad = _losses_and_products_grad(products, target[chunk], scale, softcap, part)
-            # What does not count is left out of small tensors and spared the large one. It is selected rather than
-            # indexed, which would make the host wait for an accelerator.
-            total += losses.where(counted[chunk], 0.0).sum()
-            if hidden_grad is not None:
-                hidden_grad[chunk] = matmul(products_grad, weight).where(counted[chunk], 0.0)
-            if weight_grad is not None:
-                weight_grad.add(products_grad, rows.where(counted[chunk], 0.0))
-            del products, products_grad  # before the next chunk takes as much memory
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int, *how) -> Tensor:
+        losses, hidden_grad, weight_grad = _walk(hidden, weight, labels, chunk_size, *how, needed=ctx.needs_input_grad)
         ctx.grads = (hidden_grad, weight_grad)
         ctx.weight_dtype = weight.dtype
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for chunk in losses:
+            total += chunk.sum()
         return total
 
     @staticmethod
@@ -144,6 +145,67 @@ class _ChunkedCrossEntropy(Function):
         if weight_grad is not None:
             weight_grad = weight_grad.times(grad).to(ctx.weight_dtype)
         return hidden_grad, weight_grad, None, None, None, None, None
+
+
+class _ChunkedTokenLosses(Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, *how) -> Tensor:
+        ctx.save_for_backward(hidden, weight, labels)
+        ctx.how = how
+        losses, _, _ = _walk(hidden, weight, labels, *how)
+        return torch.cat(losses).squeeze(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        hidden, weight, labels = ctx.saved_tensors
+        factors = grad[:, None].float()
+        _, hidden_grad, weight_grad = _walk(
+            hidden, weight, labels, *ctx.how, needed=ctx.needs_input_grad, factors=factors
+        )
+        if weight_grad is not None:
+            weight_grad = weight_grad.times(factors.new_ones(())).to(weight.dtype)
+        return hidden_grad, weight_grad, None, None, None, None, None
+
+
+def _walk(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    chunk_size: int,
+    scale: float,
+    softcap: float | None,
+    part: VocabularyPart | None,
+    *,
+    needed: Sequence[bool] = (False, False),
+    factors: Tensor | None = None,
+) -> tuple[list[Tensor], Tensor | None, TransposedSum | None]:
+    """Losses `[tokens, 1]` of every chunk, and those `needed` of the gradients of their sum by hidden states and
+    weight. In this sum each loss is multiplied with its one of `factors`, float32 `[tokens, 1]`.
+    """
+    losses: list[Tensor] = []
+    hidden_grad = torch.empty_like(hidden) if needed[0] else None
+    weight_grad = TransposedSum(weight) if needed[1] else None
+    counted = (labels != IGNORED)[:, None]
+    target = torch.where(counted, labels[:, None], 0)
+    for start in range(0, hidden.shape[0], chunk_size):
+        chunk = slice(start, start + chunk_size)
+        rows = hidden[chunk]
+
+        def weighted(x: Tensor, chunk: slice = chunk) -> Tensor:
+            # What does not count is left out of small tensors and spared the large one. It is selected rather than
+            # indexed, which would make the host wait for an accelerator.
+            return (x if factors is None else (x * factors[chunk]).to(x.dtype)).where(counted[chunk], 0.0)
+
+        products = matmul(rows, weight.t())
+        found, products_grad = _losses_and_products_grad(products, target[chunk], scale, softcap, part)
+        losses.append(found.where(counted[chunk], 0.0))
+        if hidden_grad is not None:
+            hidden_grad[chunk] = weighted(matmul(products_grad, weight))
+        if weight_grad is not None:
+            weight_grad.add(products_grad, weighted(rows))
+        del products, products_grad  # before the next chunk takes as much memory
+    return losses, hidden_grad, weight_grad
 
 
 def _losses_and_products_grad(

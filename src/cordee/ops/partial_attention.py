@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from cordee import device
-from cordee.ops.attention import Mask, Scores, of_one_dim
-from cordee.ops.dropout import Dropout
+from cordee.ops.attention import Scores, of_one_dim
+from cordee.ops.mask import AttentionMask
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -26,15 +26,14 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 def has_flash(on: torch.device, scores: Scores) -> bool:
     """Whether the parts of such scores without a mask, or with a causal one, have a fused form on device `on`."""
     kind = device.KINDS.get(on.type)
-    return kind is not None and kind.flash_parts and scores.softcap is None and scores.slopes is None
+    plain = scores.softcap is None and scores.slopes is None and scores.dropout is None
+    return kind is not None and kind.flash_parts and plain
 
 
-def part(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores, dropout: Dropout | None = None
-) -> tuple[Tensor, Tensor]:
-    """Result of these keys alone, and its lse."""
-    flash = dropout is None and mask.is_plain() and has_flash(q.device, scores)
-    return flash_part(q, k, v, mask, scores) if flash else plain_part(q, k, v, mask, scores, dropout)
+def part(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scores: Scores) -> tuple[Tensor, Tensor]:
+    """Result of these keys alone, and its lse; sinks are not a part's to add (see `Merged`)."""
+    fused = mask.is_plain() and has_flash(q.device, scores)
+    return (flash_part if fused else plain_part)(q, k, v, mask, scores)
 
 
 def gradients(
@@ -44,14 +43,12 @@ def gradients(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    mask: Mask,
+    mask: AttentionMask,
     scores: Scores,
-    dropout: Dropout | None = None,
 ) -> Gradients:
     """What this part adds to the gradients of q, k and v, float32; `grad`, `out` and `lse` are of the merged result."""
-    if dropout is None and mask.is_plain() and has_flash(q.device, scores):
-        return flash_gradients(grad, q, k, v, out, lse, mask, scores)
-    return plain_gradients(grad, q, k, v, out, lse, mask, scores, dropout)
+    fused = mask.is_plain() and has_flash(q.device, scores)
+    return (flash_gradients if fused else plain_gradients)(grad, q, k, v, out, lse, mask, scores)
 
 
 class Merged:
@@ -94,13 +91,11 @@ def _inner(grad: Tensor, out: Tensor) -> Tensor:
 # ---- the definition --------------------------------------------------------------------------------------------------
 
 
-def plain_part(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores, dropout: Dropout | None = None
-) -> tuple[Tensor, Tensor]:
+def plain_part(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scores: Scores) -> tuple[Tensor, Tensor]:
     """As `part`, in float32."""
     score, _ = _scores(q, k, mask, scores)
     lse = score.logsumexp(-1)
-    share = _dropped(_weights(score, lse), mask, dropout)
+    share = _dropped(_weights(score, lse), mask, scores)
     return (_of_groups(share, k) @ v.float()).view(*q.shape[:3], -1), lse
 
 
@@ -111,16 +106,15 @@ def plain_gradients(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    mask: Mask,
+    mask: AttentionMask,
     scores: Scores,
-    dropout: Dropout | None = None,
 ) -> Gradients:
     """As `gradients`, by the chain rule."""
     score, capped = _scores(q, k, mask, scores)
     share, grad = _weights(score, lse), grad.float()
     by_group = _of_groups(grad, k)
-    grad_v = _of_groups(_dropped(share, mask, dropout), k).transpose(-1, -2) @ by_group
-    grad_share = _dropped((by_group @ v.float().transpose(-1, -2)).view(score.shape), mask, dropout)
+    grad_v = _of_groups(_dropped(share, mask, scores), k).transpose(-1, -2) @ by_group
+    grad_share = _dropped((by_group @ v.float().transpose(-1, -2)).view(score.shape), mask, scores)
     grad_score = share * (grad_share - _inner(grad, out)[..., None])
     if scores.softcap is not None:
         grad_score = grad_score * (1 - (capped / scores.softcap) ** 2)
@@ -129,7 +123,7 @@ def plain_gradients(
     return grad_q, grad_score.transpose(-1, -2) @ _of_groups(q.float(), k), grad_v
 
 
-def _scores(q: Tensor, k: Tensor, mask: Mask, scores: Scores) -> tuple[Tensor, Tensor]:
+def _scores(q: Tensor, k: Tensor, mask: AttentionMask, scores: Scores) -> tuple[Tensor, Tensor]:
     """`[batch, heads, queries, keys]`: with minus infinity where hidden, and before bias and mask."""
     capped = (_of_groups(q.float(), k) @ k.float().transpose(-1, -2)).view(*q.shape[:3], -1) * scores.scale
     if scores.softcap is not None:
@@ -146,9 +140,9 @@ def _weights(score: Tensor, lse: Tensor) -> Tensor:
     return (score - lse.masked_fill(lse == float("-inf"), 0.0)[..., None]).exp()
 
 
-def _dropped(share: Tensor, mask: Mask, dropout: Dropout | None) -> Tensor:
+def _dropped(share: Tensor, mask: AttentionMask, scores: Scores) -> Tensor:
     """With dropout, softmax is over all keys, and what is dropped of it is missing in the sum of values only."""
-    return share if dropout is None else dropout.of_weights(share, *mask.places(share.device))
+    return share if scores.dropout is None else scores.dropout.of_weights(share, *mask.places(share.device))
 
 
 def _of_groups(x: Tensor, k: Tensor) -> Tensor:
@@ -159,14 +153,14 @@ def _of_groups(x: Tensor, k: Tensor) -> Tensor:
 # ---- torch's fused attention -----------------------------------------------------------------------------------------
 
 
-def flash_part(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scores: Scores) -> tuple[Tensor, Tensor]:
+def flash_part(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scores: Scores) -> tuple[Tensor, Tensor]:
     """As `part`, for a mask that is plain."""
     out, lse = _flash(*of_one_dim(q, k, v), 0.0, mask.causal, scale=scores.scale)
     return out[..., : v.shape[-1]], lse
 
 
 def flash_gradients(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Mask, scores: Scores
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: AttentionMask, scores: Scores
 ) -> Gradients:
     """As `gradients`, for a mask that is plain."""
     inputs = of_one_dim(grad.to(q.dtype), q, k, v, out.to(q.dtype))

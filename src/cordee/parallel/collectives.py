@@ -1,14 +1,15 @@
 """Everything ranks tell each other outside the model.
 
-Owns the few collectives of the training loop. The only file with calls of torch.distributed besides `layout.py` and
-the checkpoint store. Alone in one process every function returns its own value.
+Owns the few collectives of the training loop and the messages of pipelines. Those within a forward and backward are
+`differentiable.py`'s, and `overlap.py`'s where they run under products: no other file communicates through
+torch.distributed. Alone in one process every function returns its own value.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -16,9 +17,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from cordee import launch
-from cordee.errors import Problem, ProblemError, RankLostError
+from cordee.errors import Findings, Problem, ProblemError, RankLostError
 from cordee.parallel.degrees import SUM_AXES
 from cordee.parallel.layout import Layout
+
+T = TypeVar("T")
 
 
 def sum_over(values: Tensor, layout: Layout, axes: tuple[str, ...] = SUM_AXES) -> Tensor:
@@ -42,24 +45,31 @@ def receive(into: Tensor, source: int, group: ProcessGroup) -> dist.Work:
     return work
 
 
-def sum_counts(counts: Sequence[int], layout: Layout) -> list[int]:
-    """Sums of numbers on the host over all ranks; the device is not waited for."""
+def broadcast(tensor: Tensor, source: int, group: ProcessGroup | None = None) -> Tensor:
+    """`tensor` of the rank with that number in `group` (None: all), on every rank; others' are overwritten."""
+    tensor = tensor.contiguous()
+    dist.broadcast(tensor, group=group, group_src=source)
+    return tensor
+
+
+def sum_numbers(numbers: Sequence[float], layout: Layout) -> list[float]:
+    """Sums of numbers on the host over all ranks, of whole ones exact up to 2^53; the device is not waited for."""
     if layout.control is None:
-        return list(counts)
-    values = torch.tensor(counts, dtype=torch.int64)
+        return list(numbers)
+    values = torch.tensor(numbers, dtype=torch.float64)
     dist.all_reduce(values, group=layout.control)
     return values.tolist()
 
 
 def gather(value: Any, layout: Layout) -> list[Any]:
     """The `value` of every rank, in order, on every rank; anything that can be pickled."""
-    if layout.control is None:
-        return [value]
     return gather_in(layout.control, value)
 
 
-def gather_in(group: ProcessGroup, value: Any) -> list[Any]:
+def gather_in(group: ProcessGroup | None, value: Any) -> list[Any]:
     """The `value` of every rank of `group`, in order, on each of them; anything that can be pickled."""
+    if group is None:
+        return [value]
     values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
@@ -74,10 +84,18 @@ def from_first(value: Any, layout: Layout) -> Any:
     return values[0]
 
 
-def raise_together(problems: Iterable[Problem], layout: Layout) -> None:
-    """Raise `ProblemError` on every rank if any rank has problems, with those of all, each once."""
-    if found := dict.fromkeys(problem for part in gather(list(problems), layout) for problem in part):
+def raise_together(problems: Iterable[Problem], group: ProcessGroup | None) -> None:
+    """Raise `ProblemError` on every rank of `group` if any has problems, with those of all, each once."""
+    if found := dict.fromkeys(problem for part in gather_in(group, list(problems)) for problem in part):
         raise ProblemError(found, everywhere=True)
+
+
+def together(function: Callable[[], T], group: ProcessGroup | None) -> T:
+    """What `function` returns on this rank; ProblemError on all ranks of `group` with what it finds on any."""
+    found = Findings()
+    result = found.attempt(function)
+    raise_together(found.problems, group)
+    return cast(T, result)
 
 
 @contextmanager

@@ -6,22 +6,41 @@ every micro-batch of a run has the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from cordee.config.schema import PerformanceOptions
+from cordee.log import logger
+from cordee.model.gpt import GPTModel
+from cordee.model.placement import Change, changes
+from cordee.parallel.layout import Layout
 
 
-def layers(options: PerformanceOptions, modules: list[nn.Module]) -> None:
-    """Compile each of `modules` by itself; those that differ in parameters only share one compilation."""
+def apply(model: GPTModel, layout: Layout, options: PerformanceOptions) -> None:
+    """Compile each layer by itself; those that differ in parameters only share one compilation."""
     if options.compile == "blocks":
-        for module in modules:
-            module.compile(dynamic=False)
+        unknown = {layer: _unknown(layer) for layer in model.own_layers()}
+        _report(change for found in unknown.values() for change in found)
+        for layer in (layer for layer, found in unknown.items() if not found):
+            layer.compile(dynamic=False)
 
 
-def whole(options: PerformanceOptions, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward`, compiled from the inputs to the loss."""
-    return torch.compile(forward, dynamic=False) if options.compile == "model" else forward
+def whole(model: GPTModel, options: PerformanceOptions, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward`, which runs `model` from the inputs to the loss, compiled."""
+    if options.compile != "model":
+        return forward
+    _report(unknown := _unknown(model))
+    return forward if unknown else torch.compile(forward, dynamic=False)
+
+
+def _unknown(module: nn.Module) -> list[Change]:
+    """What was done to `module` of which it is not known that it can be traced: then nothing is compiled."""
+    return [change for change in changes(module) if not change.compiles]
+
+
+def _report(unknown: Iterable[Change]) -> None:
+    for change in dict.fromkeys(unknown):
+        logger.info("not compiled, since %s", change)

@@ -12,9 +12,9 @@ one group, or if every token sees all others, groups hold one stretch each.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,75 +23,21 @@ from torch import Tensor
 from cordee import device
 from cordee.config.schema import ParallelOptions
 from cordee.data.batch import Batch
-from cordee.errors import Problem
 from cordee.log import logger
-from cordee.model.config import CapacityConfig, ModelConfig
+from cordee.model.config import CapacityConfig
 from cordee.model.gpt import GPTModel
-from cordee.model.mask import AttentionMask
 from cordee.model.moe import MoE
+from cordee.model.placement import after
 from cordee.model.router import Routing, limit_to_capacity
-from cordee.ops.attention import AttentionCore, Mask, Scores
-from cordee.ops.dropout import Dropout
+from cordee.ops.attention import AttentionCore, Scores
+from cordee.ops.mask import AttentionMask
 from cordee.parallel import differentiable
 from cordee.parallel.degrees import Degrees
 from cordee.parallel.layout import Layout
 from cordee.parallel.ring import Pieces, Ring, Sight, Work, ring_attention
 
-# ---- what fits -------------------------------------------------------------------------------------------------------
-
-
-def check(model: ModelConfig, options: ParallelOptions, seq_length: int) -> Iterator[Problem]:
-    """What keeps context-parallel ranks from sharing sequences of `seq_length` tokens of `model` out."""
-    size, algo = options.context_parallel_size, options.context_parallel_algo
-    if size == 1:
-        return
-    degree = options.ulysses_degree_in_cp
-    if algo == "hybrid_cp_algo":
-        if degree is None:
-            fix = f"give a divisor of {size}, such as 2"
-            yield Problem("--ulysses-degree-in-cp", None, "hybrid_cp_algo needs it", fix)
-        elif size % degree or degree == size:
-            why = f"{size} ranks are no ring of groups of so many"
-            yield Problem("--ulysses-degree-in-cp", degree, why, f"give a divisor of {size} below it")
-    elif degree is not None:
-        yield Problem("--ulysses-degree-in-cp", degree, f"{algo} has none", "take hybrid_cp_algo, or leave it out")
-    ulysses = {"ulysses_cp_algo": size, "megatron_cp_algo": 1}.get(algo, degree or 1)
-    if size % ulysses == 0:
-        yield from _ring_problems(options, size // ulysses)
-        yield from _length_problems(options, size // ulysses, seq_length)
-        yield from _head_problems(model, options, ulysses)
-
-
-def _ring_problems(options: ParallelOptions, ring: int) -> Iterator[Problem]:
-    window = options.cp_window_size
-    if ring == 1:
-        if window > 1:
-            yield Problem("--cp-window-size", window, "there is no ring", "take megatron_cp_algo, or leave it out")
-        return
-    if ring % window or window == ring:
-        why = f"a ring of {ring} is not made of several inner rings of so many"
-        yield Problem("--cp-window-size", window, why, f"give a divisor of {ring} below it; 1 is one plain ring")
-
-
-def _length_problems(options: ParallelOptions, ring: int, seq_length: int) -> Iterator[Problem]:
-    size = options.context_parallel_size
-    halves = ring > 1 and options.cp_attention_mask_type == "causal"
-    parts = 2 * size if halves else size
-    if seq_length % parts:
-        why = f"{size} context-parallel ranks hold {'two equal chunks' if halves else 'an equal part'} each"
-        yield Problem("--seq-length", seq_length, why, f"give a multiple of {parts}")
-
-
-def _head_problems(model: ModelConfig, options: ParallelOptions, ulysses: int) -> Iterator[Problem]:
-    tensor = options.tensor_model_parallel_size
-    if ulysses == 1:
-        return
-    for heads in sorted({layer.attention.num_heads for layer in model.layers}):
-        if heads % (ulysses * tensor):
-            option = "--ulysses-degree-in-cp" if options.ulysses_degree_in_cp else "--context-parallel-size"
-            why = f"{ulysses} ranks that exchange heads x {tensor} tensor-parallel ranks do not divide {heads} heads"
-            yield Problem(option, ulysses, why, "lower it, or take megatron_cp_algo, which divides no heads")
-
+NAME = "context parallelism"
+AnyBatch = TypeVar("AnyBatch", bound=Batch)
 
 # ---- who holds what --------------------------------------------------------------------------------------------------
 
@@ -112,16 +58,15 @@ def places(length: int, degrees: Degrees, rank: int, causal: bool) -> Tensor:
     return torch.cat(held).chunk(degrees.ulysses)[place]
 
 
-def share(batch: Batch, layout: Layout, options: ParallelOptions) -> Batch:
-    """This rank's part of the tokens of `batch`, with their positions; `batch` itself if there is one rank."""
+def share(batch: AnyBatch, layout: Layout, options: ParallelOptions) -> AnyBatch:
+    """This rank's tokens of `batch`, with their positions; `batch` itself if there is one rank."""
     degrees = layout.degrees
     if degrees.cp == 1:
         return batch
     batch_size, length = batch.input_ids.shape
     own = places(length, degrees, layout.axis_rank("cp"), _is_causal(options)).to(batch.input_ids.device)
-    positions = own.expand(batch_size, -1) if batch.position_ids is None else batch.position_ids[:, own]
-    segments = None if batch.segments is None else batch.segments[:, own]
-    return Batch(batch.input_ids[:, own], batch.labels[:, own], positions, segments, batch.samples)
+    part = batch.at_tokens(own)
+    return part if part.position_ids is not None else replace(part, position_ids=own.expand(batch_size, -1))
 
 
 def _is_causal(options: ParallelOptions) -> bool:
@@ -149,13 +94,20 @@ def apply(model: GPTModel, layout: Layout, options: ParallelOptions) -> None:
         )
         if not device.kind().flash_parts:
             logger.info("ring attention has no fused kernel on this device: a slower one does it, block by block")
-    model.places = tokens.places
-    model.longest = partial(differentiable.largest, group=group)
+    model.placement.replace("token_positions", NAME, tokens.places, compiles=True)
+    model.placement.wrap("longest", NAME, after(partial(differentiable.all_reduce_max, group=group)), compiles=True)
+    attention = partial(ContextAttention, tokens=tokens, exchange=exchange, ring=ring)
     for layer in model.own_layers():
-        layer.attention.core = ContextAttention(layer.attention.core, tokens, exchange, ring)
+        placement = layer.attention.placement
+        if ring is None:
+            placement.wrap("core", NAME, attention, compiles=True)
+        else:  # it has an attention of its own
+            placement.replace("core", NAME, attention(placement.core), compiles=True)
         if isinstance(layer.mlp, MoE):
-            layer.mlp.reduce = partial(differentiable.summed, group=group)
-            layer.mlp.limit = tokens.limit
+            layer.mlp.placement.wrap(
+                "reduce", NAME, after(partial(differentiable.all_reduce_fwd_identity_bwd, group=group)), compiles=True
+            )
+            layer.mlp.placement.replace("limit", NAME, tokens.limit, compiles=True)
     if not tokens.causal:
         logger.info("--cp-attention-mask-type full: every token sees those that it is to predict")
 
@@ -170,12 +122,12 @@ class Tokens:
         assert group is not None
         self._group = group
         self._rank = layout.axis_rank("cp")
-        self._sights: WeakKeyDictionary[Mask, Sight] = WeakKeyDictionary()
+        self._sights: WeakKeyDictionary[AttentionMask, Sight] = WeakKeyDictionary()
 
-    def sight(self, mask: Mask, on: torch.device) -> Sight:
+    def sight(self, mask: AttentionMask, on: torch.device) -> Sight:
         """What all tokens see of each other; `mask` is this rank's of one forward, the same for all layers."""
         if mask not in self._sights:
-            assert isinstance(mask, AttentionMask) and mask.in_order and mask.num_queries == mask.num_keys
+            assert mask.in_order and mask.num_queries == mask.num_keys
             length = mask.num_keys * self.degrees.cp
             segments, positions = (None if x is None else self.join(x) for x in (mask.key_segments, mask.key_positions))
             whole = AttentionMask(
@@ -192,7 +144,7 @@ class Tokens:
 
     def join(self, x: Tensor) -> Tensor:
         """`[batch, part, ...]` of every rank to `[batch, seq, ...]`; without gradient."""
-        return differentiable.join(x, self._group, 1)[:, self._order(x.shape[1]).to(x.device)]
+        return differentiable.all_gather(x, self._group, 1)[:, self._order(x.shape[1]).to(x.device)]
 
     def own(self, x: Tensor) -> Tensor:
         """This rank's part of `[batch, seq, ...]`."""
@@ -258,17 +210,14 @@ class Exchange:
         needed = torch.arange(x.shape[1], device=x.device).repeat_interleave(copies).chunk(self.size)[self.rank]
         group = self.layout.group("ulysses")
         assert group is not None
-        return differentiable.gathered(x, group, 2).index_select(1, needed)
+        return differentiable.all_gather_fwd_reduce_scatter_bwd(x, group, 2).index_select(1, needed)
 
-    def scores(self, scores: Scores) -> Scores:
-        return scores if scores.slopes is None else replace(scores, slopes=self._own(scores.slopes))
-
-    def sinks(self, sinks: Tensor | None) -> Tensor | None:
-        return None if sinks is None else self._own(sinks)
-
-    def dropout(self, dropout: Dropout | None, heads: int) -> Dropout | None:
-        """`heads`: how many are here."""
-        return dropout and replace(dropout, first_head=dropout.first_head + self.rank * heads)
+    def scores(self, scores: Scores, heads: int) -> Scores:
+        """Those of the heads that are here, so many."""
+        slopes, sinks = (None if x is None else self._own(x) for x in (scores.slopes, scores.sinks))
+        dropout = scores.dropout
+        dropout = dropout and replace(dropout, first_head=dropout.first_head + self.rank * heads)
+        return replace(scores, slopes=slopes, sinks=sinks, dropout=dropout)
 
     def _own(self, of_heads):
         size = len(of_heads) // self.size
@@ -276,7 +225,7 @@ class Exchange:
 
     def _exchanged(self, x: Tensor, split: int, joined: int) -> Tensor:
         group = self.layout.group("ulysses")
-        return x if group is None else differentiable.redivided(x, group, split, joined)
+        return x if group is None else differentiable.all_to_all_fwd_bwd(x, group, split, joined)
 
 
 class ContextAttention:
@@ -289,24 +238,13 @@ class ContextAttention:
         self.ring = ring
 
     @torch._disable_dynamo  # collectives, and masks that are kept from layer to layer
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Mask,
-        scores: Scores,
-        *,
-        sinks: Tensor | None = None,
-        dropout: Dropout | None = None,
-    ) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scores: Scores) -> Tensor:
         sight = self.tokens.sight(mask, q.device)
         q, k, v = self.exchange.heads(q), self.exchange.key_heads(k), self.exchange.key_heads(v)
-        scores, sinks = self.exchange.scores(scores), self.exchange.sinks(sinks)
-        dropout = self.exchange.dropout(dropout, q.shape[1])
+        scores = self.exchange.scores(scores, q.shape[1])
         if self.ring is None:
-            y = self.core(q, k, v, sight.whole, scores, sinks=sinks, dropout=dropout)
+            y = self.core(q, k, v, sight.whole, scores)
         else:
-            work = Work(self.ring, sight, self.tokens.pieces(sight.whole.num_keys), scores, dropout)
-            y = ring_attention(q, k, v, work, sinks)
+            work = Work(self.ring, sight, self.tokens.pieces(sight.whole.num_keys), scores)
+            y = ring_attention(q, k, v, work)
         return self.exchange.tokens(y)

@@ -20,6 +20,8 @@ device computes; `schedule` makes that two, or none. On CPU a layer's collective
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -27,9 +29,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from cordee.config.option import to_flag
-from cordee.config.schema import ParallelOptions, PrecisionOptions
+from cordee.config.schema import ParallelOptions, PrecisionOptions, TrainConfig
 from cordee.device import KINDS
 from cordee.log import logger
+from cordee.model.gpt import GPTModel
 from cordee.model.moe import Experts
 from cordee.parallel.layout import Layout
 
@@ -46,12 +49,15 @@ def needs_sharding(options: PrecisionOptions, world_size: int) -> bool:
     return world_size > 1 or compute_dtype(options) != torch.float32
 
 
-def apply(model: nn.Module, layers: list[nn.Module], layout: Layout, stage: int, options: PrecisionOptions) -> None:
-    """Make every parameter of `model` a float32 DTensor over the data ranks.
+def apply(model: GPTModel, layout: Layout, options: TrainConfig) -> None:
+    """Make every parameter of `model` a float32 DTensor over the data ranks, unless it runs as it is.
 
-    Each of `layers` is gathered and reduced on its own; the rest of the model, with a tied embedding and head, is one
-    more group.
+    Each layer is gathered and reduced on its own; the rest of the model, with a tied embedding and head, is one more
+    group.
     """
+    if not needs_sharding(options, layout.world_size):
+        return
+    layers, stage = model.own_layers(), options.zero_stage
     mesh = layout.data_mesh
     assert mesh is not None, "mixed precision and data parallelism need a process group"
     size, expert_size = layout.degrees.storage[1], layout.degrees.expert_storage[1]
@@ -70,17 +76,18 @@ def apply(model: nn.Module, layers: list[nn.Module], layout: Layout, stage: int,
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo cannot multiply while it sums
+    _schedule(model, layers, options, mesh.device_type)
 
 
-def schedule(model: nn.Module, layers: list[nn.Module], options: ParallelOptions, device: torch.device) -> None:
+def _schedule(model: nn.Module, layers: Sequence[nn.Module], options: ParallelOptions, device_type: str) -> None:
     """When the gradients and parameters of `layers`, in the order of the forward, travel. Results do not depend on it.
 
     `model` and `layers` are wrapped already.
     """
     switches = ("overlap_grad_reduce", "overlap_param_gather", "delay_param_gather")
     given = [to_flag(name) for name in switches if getattr(options, name)]
-    if given and not KINDS[device.type].overlaps:
-        why = f"collectives do not run beside the computation of a {device.type}"
+    if given and not KINDS[device_type].overlaps:
+        why = f"collectives do not run beside the computation of a {device_type}"
         logger.info("without effect on speed: %s, for %s", ", ".join(given), why)
     groups: list[FSDPModule] = [module for module in (model, *layers) if isinstance(module, FSDPModule)]
     if options.overlap_grad_reduce:

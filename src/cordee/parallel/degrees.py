@@ -6,12 +6,11 @@ device or a process.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-from cordee.config.check import model_ranks
+from cordee.config.check import RANKS, fewest_processes, model_ranks
 from cordee.config.schema import ParallelOptions
-from cordee.errors import Problem, raise_all
+from cordee.errors import Problem, Problems, divides, divisible, raise_all
 
 AXES = ("pp", "replicate", "shard", "cp", "tp")
 DATA_AXES = ("replicate", "shard")
@@ -87,17 +86,24 @@ def degrees(options: ParallelOptions, world_size: int) -> Degrees:
 
     ProblemError if they do not fit each other.
     """
-    raise_all(_problems(options, world_size))
-    tp, cp, pp = options.tensor_model_parallel_size, options.context_parallel_size, options.pipeline_model_parallel_size
-    data = world_size // model_ranks(options)
-    replicate = data if options.zero_stage == 0 else options.num_distributed_optimizer_instances
+    raise_all(problems(options, world_size))
+    return fitting(options, world_size)
+
+
+def fitting(options: ParallelOptions, world_size: int) -> Degrees:
+    """As `degrees`; of those that do not fit `world_size`, what they are over the fewest processes that they fit."""
+    data, left = divmod(world_size, model_ranks(options))
+    if left or not data:
+        data = fewest_processes(options) // model_ranks(options)
+    instances = options.num_distributed_optimizer_instances
+    replicate = data if options.zero_stage == 0 else instances if data % instances == 0 else 1
     return Degrees(
-        pp=pp,
+        pp=options.pipeline_model_parallel_size,
         replicate=replicate,
         shard=data // replicate,
-        cp=cp,
+        cp=options.context_parallel_size,
         ulysses=_ulysses(options),
-        tp=tp,
+        tp=options.tensor_model_parallel_size,
         ep=options.expert_model_parallel_size,
         whole=options.zero_stage == 0,
     )
@@ -109,30 +115,28 @@ def _ulysses(options: ParallelOptions) -> int:
     return options.context_parallel_size if options.context_parallel_algo == "ulysses_cp_algo" else 1
 
 
-def _problems(options: ParallelOptions, world_size: int) -> Iterator[Problem]:
+def problems(options: ParallelOptions, world_size: int) -> Problems:
+    """Why degrees do not fit each other and so many processes."""
     tp, cp, pp = options.tensor_model_parallel_size, options.context_parallel_size, options.pipeline_model_parallel_size
-    model = model_ranks(options)
+    model, instances, ep = (
+        model_ranks(options),
+        options.num_distributed_optimizer_instances,
+        options.expert_model_parallel_size,
+    )
+    if options.context_parallel_algo == "hybrid_cp_algo":
+        involved = ("context_parallel_size", "context_parallel_algo")
+        yield from divides("--ulysses-degree-in-cp", _ulysses(options), cp, "context-parallel ranks", *involved)
+    made_of = f"tensor {tp} x context {cp} x pipeline {pp}"
+    yield from divisible("processes", world_size, model, made_of, *RANKS, instead="lower a degree")
     if world_size % model:
-        why = f"tensor {tp} x context {cp} x pipeline {pp} = {model} does not divide them"
-        fix = f"start a multiple of {model}, or lower a degree"
-        yield Problem("processes", world_size, why, fix)
         return
-    if cp % _ulysses(options):
-        why = f"it does not divide the {cp} context-parallel ranks"
-        yield Problem("--ulysses-degree-in-cp", _ulysses(options), why, f"give a divisor of {cp}")
     data = world_size // model
-    instances, ep = options.num_distributed_optimizer_instances, options.expert_model_parallel_size
-    if data % instances:
-        why = f"it does not divide the {data} data-parallel ranks"
-        yield Problem("--num-distributed-optimizer-instances", instances, why, f"give a divisor of {data}")
-    if options.zero_stage == 0 and instances > 1:
-        why = "--zero-stage 0 shares nothing out that could be repeated"
-        yield Problem("--num-distributed-optimizer-instances", instances, why, "leave it out, or give a ZeRO stage")
-    if data * cp % ep:
-        why = f"it does not divide the {data} data-parallel x {cp} context-parallel ranks that share the experts out"
-        yield Problem("--expert-model-parallel-size", ep, why, f"give a divisor of {data * cp}")
-    elif options.zero_stage != 0 and data % instances == 0:
-        shards = data // instances * cp
-        if shards % ep and ep % shards:
-            why = f"each copy of the parameters is over {shards} ranks, of which it is neither divisor nor multiple"
-            yield Problem("--expert-model-parallel-size", ep, why, f"give a divisor of {shards}")
+    option = "--expert-model-parallel-size"
+    yield from divides("--num-distributed-optimizer-instances", instances, data, "data-parallel ranks", *RANKS)
+    yield from divides(option, ep, data * cp, f"ranks, {data} data-parallel x {cp} context-parallel,", *RANKS)
+    if options.zero_stage != 0 and data * cp % ep == 0 and data % instances == 0:
+        copies = data // instances * cp
+        if copies % ep and ep % copies:
+            why = f"each copy of the parameters is over {copies} ranks, of which it is neither divisor nor multiple"
+            involved = (*RANKS, "num_distributed_optimizer_instances", "zero_stage")
+            yield Problem(option, ep, why, f"give a divisor of {copies}", "divides", involved, copies)

@@ -16,91 +16,139 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.distributed import ProcessGroup
 
+Collective = Callable[[Tensor], Tensor]
+Collectives = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
-def copied(x: Tensor, group: ProcessGroup) -> Tensor:
+
+def identity_fwd_all_reduce_bwd(x: Tensor, group: ProcessGroup) -> Tensor:
     """x, the same on all ranks, into work that differs between them: its gradient is the sum of theirs."""
-    return _Copied.apply(x, group)
+    return _Pair.apply(x, _view, partial(all_reduce, group=group))
 
 
-def summed(x: Tensor, group: ProcessGroup) -> Tensor:
+def all_reduce_fwd_identity_bwd(x: Tensor, group: ProcessGroup) -> Tensor:
     """The sum of all ranks' x, for work that is the same on all of them: the gradient is passed on as it is."""
-    return _Summed.apply(x, group)
+    return _Pair.apply(x, partial(all_reduce, group=group), _view)
 
 
-def summed_for_parts(x: Tensor, group: ProcessGroup) -> Tensor:
+def all_reduce_fwd_all_reduce_bwd(x: Tensor, group: ProcessGroup) -> Tensor:
     """The sum of all ranks' x, for work that differs between them: the gradient is the sum of theirs, too."""
-    return _SummedForParts.apply(x, group)
+    return _Pair.apply(x, partial(all_reduce, group=group), partial(all_reduce, group=group))
 
 
-def gathered(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
-    """The parts of all ranks joined along `dim`, for work that differs between them: a part gets the sum of its
-    gradients. All parts have one shape.
+def all_gather_fwd_reduce_scatter_bwd(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
+    """The shards of all ranks joined along `dim`, for work that differs between them: a shard gets the sum of its
+    gradients. All shards have one shape.
     """
-    return _Gathered.apply(x, group, dim)
+    return _Pair.apply(x, partial(all_gather, group=group, dim=dim), partial(reduce_scatter, group=group, dim=dim))
 
 
-def gathered_for_same(x: Tensor, group: ProcessGroup, dim: int, sizes: Sequence[int]) -> Tensor:
-    """The parts of all ranks joined along `dim`, for work that is the same on all of them: a part gets its own part of
-    the gradient. `sizes` are those of the parts along `dim`.
+def reduce_scatter_fwd_all_gather_bwd(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
+    """This rank's shard along `dim` of the sum of all ranks' x: the gradient is joined again."""
+    return _Pair.apply(x, partial(reduce_scatter, group=group, dim=dim), partial(all_gather, group=group, dim=dim))
+
+
+def all_gather_fwd_split_bwd(x: Tensor, group: ProcessGroup, dim: int, sizes: Sequence[int]) -> Tensor:
+    """The shards of all ranks joined along `dim`, for work that is the same on all of them: a shard gets its own shard
+    of the gradient. `sizes` are those of the shards along `dim`.
     """
-    return _GatheredForSame.apply(x, group, dim, sizes)
+
+    def own(grad: Tensor) -> Tensor:
+        return grad.split(list(sizes), dim)[dist.get_rank(group)]
+
+    return _Pair.apply(x, partial(all_gather_uneven, group=group, dim=dim, sizes=sizes), own)
 
 
-def scattered_sum(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
-    """This rank's part along `dim` of the sum of all ranks' x: the gradient is joined again."""
-    return _ScatteredSum.apply(x, group, dim)
+def all_to_all_fwd_bwd(x: Tensor, group: ProcessGroup, split: int, joined: int) -> Tensor:
+    """Of x, split along the dim `split`, every rank gets its shard from all ranks, joined along `joined`: what was
+    whole along one dim and a shard along the other becomes the reverse. The gradient takes the way back.
+    """
+    there, back = (partial(all_to_all, group=group, split=a, joined=b) for a, b in ((split, joined), (joined, split)))
+    return _Pair.apply(x, there, back)
 
 
-def own_part(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
-    """This rank's part along `dim` of x, the same on all ranks. x gets the gradient of that part only, zeros elsewhere:
-    its gradient is a part of the whole on each rank.
+def split_fwd_pad_bwd(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
+    """This rank's shard along `dim` of x, the same on all ranks. x gets the gradient of that shard only, zeros
+    elsewhere: its gradient is a part of the whole on each rank.
     """
     size = x.shape[dim] // dist.get_world_size(group)
     return x.narrow(dim, dist.get_rank(group) * size, size)
 
 
-def gathered_together(xs: Sequence[Tensor], group: ProcessGroup, *, at_once: bool) -> tuple[Tensor, ...]:
-    """Of each x the parts of all ranks, of one shape, joined along the first dim; gradients as of `gathered`.
+def all_gather_together_fwd_reduce_scatter_bwd(
+    xs: Sequence[Tensor], group: ProcessGroup, *, at_once: bool
+) -> tuple[Tensor, ...]:
+    """As `all_gather_fwd_reduce_scatter_bwd` along the first dim, of each x. Those of whole numbers have no gradient.
 
-    `at_once`: all of them are under way together. Those of whole numbers have no gradient.
+    `at_once`: all of them are under way together.
     """
-    return _GatheredTogether.apply(group, at_once, *xs)
+    options = {"group": group, "at_once": at_once}
+    return _Pairs.apply(partial(all_gather_together, **options), partial(reduce_scatter_together, **options), *xs)
 
 
-def exchanged(
+def all_to_all_rows_fwd_bwd(
     xs: Sequence[Tensor], group: ProcessGroup, sent: list[int], received: list[int], *, at_once: bool
 ) -> tuple[Tensor, ...]:
     """Rows of each x to the rank they are for: the first `sent[0]` to rank 0 and so on; back come `received[0]` from
     rank 0 and so on. Gradients go the way back. `at_once`: all of them are under way together.
     """
-    return _Exchanged.apply(group, sent, received, at_once, *xs)
+    there = partial(all_to_all_rows, group=group, sent=sent, received=received, at_once=at_once)
+    return _Pairs.apply(
+        there, partial(all_to_all_rows, group=group, sent=received, received=sent, at_once=at_once), *xs
+    )
 
 
-def redivided(x: Tensor, group: ProcessGroup, split: int, joined: int) -> Tensor:
-    """Of x, divided along the dim `split`, every rank gets its part from all ranks, joined along `joined`: what was
-    whole along one dim and a part along the other becomes the reverse. The gradient takes the way back.
-    """
-    return _Redivided.apply(x, group, split, joined)
+def _view(x: Tensor) -> Tensor:
+    return x.view_as(x)
+
+
+class _Pair(Function):
+    """`forward(x)`, whose gradient is `backward(grad)`."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, forward: Collective, backward: Collective) -> Tensor:
+        ctx.back = backward
+        return forward(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return ctx.back(grad), None, None
+
+
+class _Pairs(Function):
+    """`forward(xs)`, whose gradients are `backward(grads)` of those x that need one, the same ones on all ranks."""
+
+    @staticmethod
+    def forward(ctx, forward: Collectives, backward: Collectives, *xs: Tensor) -> tuple[Tensor, ...]:
+        ctx.back = backward
+        ys = tuple(forward(xs))
+        ctx.mark_non_differentiable(*[y for y in ys if not y.is_floating_point()])
+        return ys
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        needed = ctx.needs_input_grad[2:]
+        made = iter(ctx.back([grad for grad, need in zip(grads, needed, strict=True) if need]))
+        return None, None, *(next(made) if need else None for need in needed)
 
 
 # ---- the collectives, without gradients ------------------------------------------------------------------------------
 
 
-def sum_all(x: Tensor, group: ProcessGroup) -> Tensor:
+def all_reduce(x: Tensor, group: ProcessGroup) -> Tensor:
     """A new tensor."""
     x = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(x, group=group)
     return x
 
 
-def largest(x: Tensor, group: ProcessGroup) -> Tensor:
+def all_reduce_max(x: Tensor, group: ProcessGroup) -> Tensor:
     """The largest of all ranks' x, element by element; a new tensor."""
     x = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(x, dist.ReduceOp.MAX, group=group)
     return x
 
 
-def join(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
+def all_gather(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
     """The parts of all ranks, of one shape, joined along `dim`."""
     size = dist.get_world_size(group)
     parts = x.new_empty(size * x.shape[0], *x.shape[1:])
@@ -108,18 +156,18 @@ def join(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
     return parts if dim % x.ndim == 0 else torch.cat(parts.chunk(size), dim)
 
 
-def join_uneven(x: Tensor, group: ProcessGroup, dim: int, sizes: Sequence[int]) -> Tensor:
+def all_gather_uneven(x: Tensor, group: ProcessGroup, dim: int, sizes: Sequence[int]) -> Tensor:
     """The parts of all ranks, of `sizes` along `dim`, joined along it."""
     if len(set(sizes)) == 1:
-        return join(x, group, dim)
+        return all_gather(x, group, dim)
     longest = max(sizes)
     missing = list(x.shape)
     missing[dim] = longest - x.shape[dim]
-    parts = join(torch.cat((x, x.new_zeros(missing)), dim), group, 0).chunk(len(sizes))
+    parts = all_gather(torch.cat((x, x.new_zeros(missing)), dim), group, 0).chunk(len(sizes))
     return torch.cat([part.narrow(dim, 0, size) for part, size in zip(parts, sizes, strict=True)], dim)
 
 
-def sum_parts(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
+def reduce_scatter(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
     """This rank's part along `dim` of the sum of all ranks' x."""
     size = dist.get_world_size(group)
     x = x.contiguous() if dim % x.ndim == 0 else torch.cat(x.chunk(size, dim))
@@ -128,7 +176,7 @@ def sum_parts(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
     return part
 
 
-def join_together(xs: Sequence[Tensor], group: ProcessGroup, *, at_once: bool) -> list[Tensor]:
+def all_gather_together(xs: Sequence[Tensor], group: ProcessGroup, *, at_once: bool) -> list[Tensor]:
     """Of each x the parts of all ranks, of one shape, joined along the first dim."""
     size = dist.get_world_size(group)
     xs = [x.contiguous() for x in xs]
@@ -137,7 +185,7 @@ def join_together(xs: Sequence[Tensor], group: ProcessGroup, *, at_once: bool) -
     return ys
 
 
-def sum_parts_together(xs: Sequence[Tensor], group: ProcessGroup, *, at_once: bool) -> list[Tensor]:
+def reduce_scatter_together(xs: Sequence[Tensor], group: ProcessGroup, *, at_once: bool) -> list[Tensor]:
     """Of each x this rank's part along the first dim of the sum of all ranks' x."""
     size = dist.get_world_size(group)
     xs = [x.contiguous() for x in xs]
@@ -146,10 +194,10 @@ def sum_parts_together(xs: Sequence[Tensor], group: ProcessGroup, *, at_once: bo
     return ys
 
 
-def exchange(
+def all_to_all_rows(
     xs: Sequence[Tensor], group: ProcessGroup, sent: list[int], received: list[int], *, at_once: bool
 ) -> list[Tensor]:
-    """As `exchanged`."""
+    """As `all_to_all_rows_fwd_bwd`."""
     xs = [x.contiguous() for x in xs]
     ys = [x.new_empty(sum(received), *x.shape[1:]) for x in xs]
     send = partial(dist.all_to_all_single, output_split_sizes=received, input_split_sizes=sent, group=group)
@@ -157,7 +205,7 @@ def exchange(
     return ys
 
 
-def begin_exchange(x: Tensor, group: ProcessGroup) -> tuple[Tensor, Callable[[], object]]:
+def begin_all_to_all(x: Tensor, group: ProcessGroup) -> tuple[Tensor, Callable[[], object]]:
     """Equal parts of x along the first dim, one for each rank: those for this rank, once what is returned beside them
     has been called.
     """
@@ -175,8 +223,8 @@ def _run(collectives: Sequence[Callable[..., dist.Work | None]], at_once: bool) 
             work.wait()
 
 
-def redivide(x: Tensor, group: ProcessGroup, split: int, joined: int) -> Tensor:
-    """As `redivided`, for dims counted from 0."""
+def all_to_all(x: Tensor, group: ProcessGroup, split: int, joined: int) -> Tensor:
+    """As `all_to_all_fwd_bwd`, for dims counted from 0."""
     size = dist.get_world_size(group)
     parts = x.unflatten(split, (size, -1)).movedim(split, 0).contiguous()
     received = torch.empty_like(parts)
@@ -206,116 +254,3 @@ def hand_on(x: Tensor, group: ProcessGroup, to: int, source: int, tag: int = 0) 
     send = dist.P2POp(dist.isend, x, group=group, group_peer=to, tag=tag)
     receive = dist.P2POp(dist.irecv, received, group=group, group_peer=source, tag=tag)
     return Transfer(dist.batch_isend_irecv([send, receive]), x, received)
-
-
-# ---- with gradients --------------------------------------------------------------------------------------------------
-
-
-class _Copied(Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return sum_all(grad, ctx.group), None
-
-
-class _Summed(Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, group: ProcessGroup) -> Tensor:
-        return sum_all(x, group)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return grad, None
-
-
-class _SummedForParts(Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
-        return sum_all(x, group)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return sum_all(grad, ctx.group), None
-
-
-class _Gathered(Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
-        ctx.group, ctx.dim = group, dim
-        return join(x, group, dim)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return sum_parts(grad, ctx.group, ctx.dim), None, None
-
-
-class _GatheredForSame(Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, group: ProcessGroup, dim: int, sizes: Sequence[int]) -> Tensor:
-        ctx.dim, ctx.sizes, ctx.rank = dim, list(sizes), dist.get_rank(group)
-        return join_uneven(x, group, dim, sizes)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return grad.split(ctx.sizes, ctx.dim)[ctx.rank], None, None, None
-
-
-class _ScatteredSum(Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
-        ctx.group, ctx.dim = group, dim
-        return sum_parts(x, group, dim)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return join(grad, ctx.group, ctx.dim), None, None
-
-
-class _GatheredTogether(Function):
-    @staticmethod
-    def forward(ctx, group: ProcessGroup, at_once: bool, *xs: Tensor) -> tuple[Tensor, ...]:
-        ctx.group, ctx.at_once = group, at_once
-        ys = join_together(xs, group, at_once=at_once)
-        ctx.mark_non_differentiable(*[y for y in ys if not y.is_floating_point()])
-        return tuple(ys)
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor):
-        return None, None, *_of_needed(ctx, grads, partial(sum_parts_together, group=ctx.group, at_once=ctx.at_once))
-
-
-class _Exchanged(Function):
-    @staticmethod
-    def forward(
-        ctx, group: ProcessGroup, sent: list[int], received: list[int], at_once: bool, *xs: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.group, ctx.sent, ctx.received, ctx.at_once = group, sent, received, at_once
-        return tuple(exchange(xs, group, sent, received, at_once=at_once))
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor):
-        back = partial(exchange, group=ctx.group, sent=ctx.received, received=ctx.sent, at_once=ctx.at_once)
-        return None, None, None, None, *_of_needed(ctx, grads, back)
-
-
-def _of_needed(ctx, grads: Sequence[Tensor], back: Callable[[list[Tensor]], list[Tensor]]) -> list[Tensor | None]:
-    """What `back` makes of the gradients of those last operands that need one, the same ones on all ranks."""
-    needed = ctx.needs_input_grad[-len(grads) :]
-    made = iter(back([grad for grad, need in zip(grads, needed, strict=True) if need]))
-    return [next(made) if need else None for need in needed]
-
-
-class _Redivided(Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, group: ProcessGroup, split: int, joined: int) -> Tensor:
-        ctx.way = group, joined, split
-        return redivide(x, group, split, joined)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return redivide(grad, *ctx.way), None, None, None

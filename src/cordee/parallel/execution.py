@@ -20,10 +20,51 @@ from cordee.model.balance import Balance
 from cordee.model.gpt import GPTModel
 from cordee.model.head import Head
 from cordee.model.noise import Noise
-from cordee.parallel import compile, data
+from cordee.parallel import compile, data, differentiable
+from cordee.parallel.layout import Layout
 
-LossParts = tuple[Tensor, Tensor, dict[str, Tensor]]
-Loss = Callable[[Head, Tensor, Batch], LossParts]  # (sum, weight, further sums) of the last hidden states
+LossParts = tuple[Tensor, dict[str, Tensor]]  # the sum of losses, and further sums by name
+Output = Callable[[Head, Tensor, Batch], Any]  # what is made of the last hidden states of a micro-batch
+Reduce = Callable[[Tensor], Tensor]
+
+
+class Loss(Protocol):
+    """What an executor has to know of an objective; `cordee.train.objectives.Objective` says what each is."""
+
+    @property
+    def reduces(self) -> bool: ...
+
+    def weight(self, batch: Any) -> float: ...
+
+    def loss(self, head: Head, hidden: Tensor, batch: Any, reduce: Reduce) -> LossParts: ...
+
+
+class Criterion:
+    """An objective on one rank, which may have a part of the tokens of each sequence.
+
+    What ranks return is a part of the whole, to be added up over the axes along which ranks hold different tokens.
+    """
+
+    def __init__(self, objective: Loss, layout: Layout):
+        self._objective = objective
+        self._group = layout.group("cp")
+        self._repeats = layout.degrees.cp if objective.reduces else 1  # ranks that work out the same of their sums
+
+    def weight(self, part: Batch) -> float:
+        """This rank's part of the weight of a micro-batch of which it holds `part`."""
+        weight = self._objective.weight(part)
+        return weight if self._repeats == 1 else weight / self._repeats
+
+    def loss(self, head: Head, hidden: Tensor, part: Batch) -> LossParts:
+        """This rank's part of the loss and metrics."""
+        total, metrics = self._objective.loss(head, hidden, part, self._reduce)
+        if self._repeats == 1:
+            return total, metrics
+        return total / self._repeats, {name: value / self._repeats for name, value in metrics.items()}
+
+    def _reduce(self, x: Tensor) -> Tensor:
+        assert self._objective.reduces, "an objective that reduces says so"
+        return x if self._group is None else differentiable.all_reduce_fwd_all_reduce_bwd(x, self._group)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +76,8 @@ class Work:
     """
 
     batches: Sequence[Batch]
-    weights: Sequence[int]
-    weight: int
+    weights: Sequence[float]
+    weight: float
     scale: float
 
 
@@ -51,52 +92,75 @@ class Executor(Protocol):
         """
         ...
 
-    def evaluate(self, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
-        """Sums of loss and weight over `batches`, scalars, without gradients."""
+    def evaluate(self, batches: Sequence[Batch]) -> Tensor:
+        """The sum of the loss over `batches`, a float32 scalar, without gradients."""
+        ...
+
+    def forward(self, batches: Sequence[Batch], output: Output) -> list[Any]:
+        """What `output` makes of each of `batches`, without gradients; None on ranks without the head."""
         ...
 
 
 class LocalExecutor:
     """Micro-batches one after another on a rank that has the whole model."""
 
-    def __init__(self, model: GPTModel, options: TrainConfig, device: torch.device, loss: Loss):
+    def __init__(self, model: GPTModel, options: TrainConfig, device: torch.device, criterion: Criterion):
         self._model = model
         self._seed = options.seed
         self._stage = options.zero_stage
         self._device = device
-        self._loss = loss
-        self._forward = compile.whole(options, self._forward_eager)
+        self._criterion = criterion
+        self._forward = compile.whole(model, options, self._forward_eager)
 
     def train(self, work: Work) -> dict[str, Tensor]:
         sums: dict[str, Tensor] = {}
         for index, batch in enumerate(work.batches):
             data.begin_micro_batch(self._model, self._stage, last=index == len(work.batches) - 1)
             balance = Balance(work.scale * work.weights[index] / work.weight)
-            total, _, metrics = self._forward(batch.to(self._device), balance)
+            total, metrics = self._forward(batch.to(self._device), balance, self._criterion.loss)
             (total * (work.scale / work.weight)).backward()
-            balanced = {name: value * batch.weight() for name, value in balance.metrics().items()}
+            weight = self._criterion.weight(batch)
+            balanced = {name: value * weight for name, value in balance.metrics().items()}
             add(sums, {"": total, **metrics, **balanced})
         return sums
 
-    @torch.no_grad()
-    def evaluate(self, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
-        losses, weights, _ = zip(*(self._forward(batch.to(self._device), None) for batch in batches), strict=True)
-        return torch.stack(losses).float().sum(), torch.stack(weights).sum()
+    def evaluate(self, batches: Sequence[Batch]) -> Tensor:
+        return torch.stack([total for total, _ in self.forward(batches, self._criterion.loss)]).float().sum()
 
-    def _forward_eager(self, batch: Batch, balance: Balance | None) -> Any:
+    @torch.no_grad()
+    def forward(self, batches: Sequence[Batch], output: Output) -> list[Any]:
+        return [self._forward(batch.to(self._device), None, output) for batch in batches]
+
+    def _forward_eager(self, batch: Batch, balance: Balance | None, output: Output) -> Any:
         return self._model(
             batch.input_ids,
             position_ids=batch.position_ids,
             segments=batch.segments,
             balance=balance,
             noise=noise_of(batch, self._seed),
-            output=lambda head, hidden: self._loss(head, hidden, batch),
+            output=lambda head, hidden: output(head, hidden, batch),
         )
+
+
+class Frozen:
+    """A model that is not trained, as `executor` runs it."""
+
+    def __init__(self, model: GPTModel, executor: Executor):
+        self._model = model.requires_grad_(False).eval()
+        self._executor = executor
+
+    def forward(self, batches: Sequence[Batch], output: Output) -> list[Any]:
+        """As `Executor.forward`; what was gathered for it is freed."""
+        try:
+            return self._executor.forward(batches, output)
+        finally:
+            data.release(self._model)
 
 
 def noise_of(batch: Batch, seed: int) -> Noise | None:
     """What dropout draws for `batch`: the same wherever its samples and tokens are."""
-    return None if batch.samples is None else Noise(seed, batch.samples)
+    sequences = batch.sequences
+    return None if sequences is None else Noise(seed, sequences)
 
 
 def add(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:

@@ -9,7 +9,6 @@ sends, receives and multiplies, forward and backward, empty tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,26 +17,12 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from cordee.config.schema import ParallelOptions
-from cordee.errors import Problem
-from cordee.model.config import ModelConfig, MoEConfig
 from cordee.model.moe import Experts, MoE, Rows, kept_experts
 from cordee.model.router import Routing
 from cordee.parallel import differentiable
-from cordee.parallel.degrees import Degrees
 from cordee.parallel.layout import Layout
 
-
-def check(model: ModelConfig, degrees: Degrees) -> Iterator[Problem]:
-    """What keeps the experts of `model` from being shared out."""
-    option, size = "--expert-model-parallel-size", degrees.ep
-    if size == 1:
-        return
-    blocks = {layer.mlp for layer in model.layers if isinstance(layer.mlp, MoEConfig)}
-    if not blocks:
-        yield Problem(option, size, "the model has no experts", "leave it out")
-    for number in sorted({block.router.num_experts for block in blocks}):
-        if number % size:
-            yield Problem(option, size, f"it does not divide the {number} experts", f"give a divisor of {number}")
+NAME = "expert parallelism"
 
 
 def apply(model: nn.Module, layout: Layout, options: ParallelOptions) -> None:
@@ -52,7 +37,7 @@ def apply(model: nn.Module, layout: Layout, options: ParallelOptions) -> None:
     dispatcher = kind(group, layout.axis_rank("ep"), layout.degrees.ep, options.moe_permutation_async_comm)
     for module in model.modules():
         if isinstance(module, MoE):
-            module.dispatch = dispatcher
+            module.placement.replace("dispatch", NAME, dispatcher, compiles=True)
 
 
 @dataclass(frozen=True)
@@ -72,7 +57,7 @@ class AllToAll(_Dispatcher):
     def __call__(self, x: Tensor, routing: Routing, experts: Experts) -> Tensor:
         """`[tokens, embed]` to the same; `experts` are this rank's, `routing` is over those of all."""
         rows = Rows.of(routing)
-        counts, wait = differentiable.begin_exchange(rows.counts, self.group)
+        counts, wait = differentiable.begin_all_to_all(rows.counts, self.group)
         if not self.overlap:
             wait()
         inputs = rows.inputs(x)
@@ -81,14 +66,14 @@ class AllToAll(_Dispatcher):
         counts = counts.view(self.size, -1)  # [ranks, own experts]: rows that come for each
         sizes = torch.stack((rows.counts.view(self.size, -1).sum(1), counts.sum(1)))
         sent, received = sizes.tolist()
-        inputs, weights = differentiable.exchanged(
+        inputs, weights = differentiable.all_to_all_rows_fwd_bwd(
             (inputs, rows.weights), self.group, sent, received, at_once=self.overlap
         )
         order = _by_expert(counts, len(inputs))
         y = experts(inputs.index_select(0, order), weights.index_select(0, order), counts.sum(0))
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         y = y.index_select(0, back)
-        (y,) = differentiable.exchanged((y,), self.group, received, sent, at_once=self.overlap)
+        (y,) = differentiable.all_to_all_rows_fwd_bwd((y,), self.group, received, sent, at_once=self.overlap)
         return rows.add_up(y, len(x))
 
 
@@ -110,18 +95,20 @@ class AllGather(_Dispatcher):
         missing = longest - len(x)
         parts = [_lengthened(x, missing), _lengthened(kept_experts(routing), missing, num_experts)]
         parts.append(_lengthened(routing.weights, missing))
-        tokens, chosen, weights = differentiable.gathered_together(parts, self.group, at_once=self.overlap)
+        tokens, chosen, weights = differentiable.all_gather_together_fwd_reduce_scatter_bwd(
+            parts, self.group, at_once=self.overlap
+        )
         chosen = chosen - self.rank * own
         chosen = chosen.masked_fill((chosen < 0) | (chosen >= own), own)
         rows = Rows.sorted(chosen, weights, own, complete=False, rows_per_expert=capacity)
         y = rows.add_up(experts(rows.inputs(tokens), rows.weights, rows.counts), len(tokens))
-        return differentiable.scattered_sum(y, self.group, 0)[: len(x)]
+        return differentiable.reduce_scatter_fwd_all_gather_bwd(y, self.group, 0)[: len(x)]
 
     def _agree(self, routing: Routing) -> tuple[int, int | None]:
         """The largest number of tokens of any rank, and the sum of all ranks' `rows_per_expert`."""
         padded = routing.rows_per_expert
         own = torch.tensor([[len(routing.experts), padded or 0]], device=routing.experts.device)
-        lengths, rows = differentiable.join(own, self.group, 0).t().tolist()
+        lengths, rows = differentiable.all_gather(own, self.group, 0).t().tolist()
         return max(lengths), None if padded is None else sum(rows)
 
 

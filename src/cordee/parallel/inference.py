@@ -1,26 +1,25 @@
 """A model for inference over several processes: tensor-parallel ranks, stages of a pipeline, and copies of the whole.
 
 Owns building this process's part, and one forward through all that share a copy. Each of them gets the logits, so that
-all choose the same tokens, or the loss. Knows nothing of how tokens are chosen, and of what each copy is given.
+all choose the same tokens, or what else is made of the last hidden states. Knows nothing of how tokens are chosen, and
+of what each copy is given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from cordee.config.schema import InferenceLayoutOptions
-from cordee.errors import Problem, ProblemError
-from cordee.model.cache import KVCache
+from cordee.config.schema import InferenceLayoutOptions, ParallelOptions
+from cordee.errors import ProblemError, Problems, at_most
+from cordee.model.cache import Cache
 from cordee.model.config import ModelConfig
-from cordee.model.gpt import GPTModel, default_positions
+from cordee.model.gpt import GPTModel, Output
 from cordee.model.head import Head
 from cordee.model.span import Span
-from cordee.parallel import collectives, sharding, tensor
+from cordee.parallel import collectives, laws, sharding, tensor
 from cordee.parallel.degrees import Degrees
 from cordee.parallel.layout import Layout
 from cordee.parallel.pipeline.split import by_cost
@@ -32,12 +31,11 @@ def degrees(options: InferenceLayoutOptions, copies: int = 1) -> Degrees:
     return Degrees(pp=options.pipeline_model_parallel_size, replicate=copies, tp=options.tensor_model_parallel_size)
 
 
-def check(model: ModelConfig, degrees: Degrees) -> Iterator[Problem]:
+def check(model: ModelConfig, degrees: Degrees) -> Problems:
     """What keeps the processes from sharing `model` out."""
-    yield from tensor.check(model, degrees.tp, 1, sequence=False)
-    if degrees.pp > model.num_layers:
-        why = f"the model has {model.num_layers} layers"
-        yield Problem("--pipeline-model-parallel-size", degrees.pp, why, f"give at most {model.num_layers}")
+    yield from laws.sharded(model, degrees.tp)
+    layers = model.num_layers
+    yield from at_most("--pipeline-model-parallel-size", degrees.pp, layers, f"the model's {layers} layers", "load")
 
 
 def build(model: ModelConfig, layout: Layout, dtype: torch.dtype, device: torch.device) -> tuple[GPTModel, Place]:
@@ -50,8 +48,9 @@ def build(model: ModelConfig, layout: Layout, dtype: torch.dtype, device: torch.
     spans = by_cost(model, layout.degrees.pp)
     own = spans[layout.axis_rank("pp")]
     built = GPTModel(model, spans=[own], device="meta", dtype=dtype)
-    sharding.share_out(built, layout)
-    tensor.apply(built, layout, sequence=False)
+    options = ParallelOptions(tensor_model_parallel_size=layout.degrees.tp)
+    sharding.apply(built, layout, options)
+    tensor.apply(built, layout, options)
     materialise(built, device=device)
     return built, Place(layout, own)
 
@@ -77,28 +76,18 @@ class Place:
         model: GPTModel,
         ids: Tensor,
         attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
         *,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """As `model(..., output=last_logits)` of a whole model; all processes of a copy call it alike."""
-        if position_ids is None:
-            position_ids = default_positions(ids, attention_mask, cache)
         dtype = next(model.parameters()).dtype
         like = torch.empty(len(ids), model.config.vocab_size, dtype=dtype, device="meta")
         x = self._inputs(model, ids)
-        return self._from_last(model(x, attention_mask, position_ids, cache=cache, output=last_logits), like)
+        return self._from_last(model(x, attention_mask, cache=cache, output=last_logits), like)
 
-    def loss(self, model: GPTModel, ids: Tensor, labels: Tensor) -> Tensor:
-        """As `model.head.loss` of the last hidden states of `ids`, of a whole model: the sum, float32, scalar."""
-
-        def output(head: Head, hidden: Tensor) -> Tensor:
-            return head.loss(hidden, labels)[0]
-
-        like = torch.empty((), device="meta")
-        return self._from_last(
-            model(self._inputs(model, ids), None, default_positions(ids, None, None), output=output), like
-        )
+    def output(self, model: GPTModel, ids: Tensor, output: Output, like: Tensor) -> Tensor:
+        """As `model(ids, output=output)` of a whole model, which is `like` this in shape and type."""
+        return self._from_last(model(self._inputs(model, ids), output=output), like)
 
     def _inputs(self, model: GPTModel, ids: Tensor) -> Tensor:
         """What this stage works on: token ids, or the hidden states of the stage before."""
@@ -113,8 +102,7 @@ class Place:
         if rank < last:
             collectives.send(y.contiguous(), rank + 1, group).wait()
             y = torch.empty_like(like, device=y.device)
-        dist.broadcast(y := y.contiguous(), group=group, group_src=last)
-        return y
+        return collectives.broadcast(y, last, group)
 
     def _receive(self, model: GPTModel, ids: Tensor) -> Tensor:
         group = self.layout.group("pp")

@@ -17,35 +17,37 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
+from cordee.config.schema import ParallelOptions
 from cordee.model.attention import Attention
-from cordee.model.boundary import Boundary
 from cordee.model.gpt import GPTModel
 from cordee.model.linear import Linear
 from cordee.model.mlp import MLP
+from cordee.model.placement import unchanged
 from cordee.ops.gemm import linear, matmul, transposed_matmul
+from cordee.parallel import tensor
 from cordee.parallel.layout import Layout
 
+NAME = "communication overlap"
 Before = Callable[[Tensor], Tensor]
 
 
-def apply(model: GPTModel, layout: Layout, num_parts: int, *, sequence: bool) -> None:
-    """Replace the borders of attention and MLPs of a `model` that `tensor.apply` has prepared.
+def apply(model: GPTModel, layout: Layout, options: ParallelOptions) -> None:
+    """Move the collectives of attention and MLPs of a `model` that `tensor.apply` has prepared into their products.
 
-    A product with `num_parts` parts is cut along the tokens; fewer, where these are too few. Mixtures of experts and
-    compressed queries and keys take what enters a block more than once: there only what leaves it is overlapped.
+    A product in parts is cut along the tokens; into fewer, where these are too few. Mixtures of experts and compressed
+    queries and keys take what enters a block more than once: there only what leaves it is overlapped.
     """
-    group = layout.group("tp")
-    if group is None or num_parts == 1:
+    group, num_parts = layout.group("tp"), options.tp_comm_overlap_parts
+    if group is None or not options.tp_comm_overlap or num_parts == 1:
         return
-    exchange = _Exchange(group, num_parts, sequence)
+    exchange = _Exchange(group, num_parts, options.sequence_parallel)
     for layer in model.own_layers():
         for block in (layer.attention, layer.mlp):
             enters, leaves = _products(block)
-            if enters is not None:
-                enters.product = exchange.enter
-            if leaves is not None:
-                leaves.product = exchange.leave
-            block.boundary = _Rest(block.boundary, enters is None, leaves is None)
+            for border, product, function in (("enter", enters, exchange.enter), ("exit", leaves, exchange.leave)):
+                if product is not None:
+                    product.placement.replace("product", NAME, function, final=True, compiles=True)
+                    block.placement.replace(border, NAME, unchanged, instead_of=tensor.NAME, final=True, compiles=True)
 
 
 def _products(block: object) -> tuple[Linear | None, Linear | None]:
@@ -55,19 +57,6 @@ def _products(block: object) -> tuple[Linear | None, Linear | None]:
     if isinstance(block, MLP):
         return (block.gate_up if block.config.gated else block.up), block.down
     return None, getattr(block, "out", None)
-
-
-class _Rest(Boundary):
-    """What is left of a border: the sides that no product has taken over."""
-
-    def __init__(self, border: Boundary, enters: bool, leaves: bool):
-        self._border, self._enters, self._leaves = border, enters, leaves
-
-    def enter(self, x: Tensor) -> Tensor:
-        return self._border.enter(x) if self._enters else x
-
-    def exit(self, x: Tensor) -> Tensor:
-        return self._border.exit(x) if self._leaves else x
 
 
 @dataclass(frozen=True)

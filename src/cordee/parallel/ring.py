@@ -16,10 +16,9 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from cordee.model.mask import AttentionMask
 from cordee.ops import partial_attention
 from cordee.ops.attention import BLOCK_BYTES, Scores
-from cordee.ops.dropout import Dropout
+from cordee.ops.mask import AttentionMask
 from cordee.parallel.differentiable import Transfer, hand_on
 
 INNER, OUTER, INNER_GRADIENT, OUTER_GRADIENT = range(4)  # what a message is, for its tag
@@ -135,28 +134,26 @@ class Sight:
         self._labels: dict[int | None, Tensor | None] = {}
         self._extents: dict[tuple[int | None, range], tuple[Tensor, Tensor]] = {}
 
-    def tiles(
-        self, queries: Pieces, keys: Pieces, scores: Scores, score_bytes: int, *, fused: bool, placed: bool = False
-    ) -> Iterator[Tile]:
+    def tiles(self, queries: Pieces, keys: Pieces, scores: Scores, score_bytes: int, *, fused: bool) -> Iterator[Tile]:
         """The parts to compute; what is hidden entirely is left out.
 
         `score_bytes` is what the scores of a pair of places need, of all heads and sequences. `fused`: plain parts are
-        computed without any scores in memory, and may be of any size. `placed`: masks tell places, which plain ones do
-        not.
+        computed without any scores in memory, and may be of any size. With dropout masks tell places, which plain ones
+        do not.
         """
         query_start = 0
         for q in queries:
             key_start = 0
             for k in keys:
-                for rows, columns, mask in self._parts(q, k, scores, score_bytes, fused, placed):
+                for rows, columns, mask in self._parts(q, k, scores, score_bytes, fused):
                     yield Tile(_within(rows, q, query_start), _within(columns, k, key_start), mask)
                 key_start += len(k)
             query_start += len(q)
 
     def _parts(
-        self, q: range, k: range, scores: Scores, score_bytes: int, fused: bool, placed: bool
+        self, q: range, k: range, scores: Scores, score_bytes: int, fused: bool
     ) -> Iterator[tuple[range, range, AttentionMask]]:
-        mask = self._seen(q, k, scores, placed)
+        mask = self._seen(q, k, scores)
         if mask is None:
             return
         rows = max(1, BLOCK_BYTES // (score_bytes * len(k)))
@@ -166,7 +163,7 @@ class Sight:
         for start in range(q.start, q.stop, rows):
             own = range(start, min(start + rows, q.stop))
             near = self._near(own, k, scores.window)
-            if near and (mask := self._seen(own, near, scores, placed)) is not None:
+            if near and (mask := self._seen(own, near, scores)) is not None:
                 yield own, near, mask
 
     def _near(self, q: range, k: range, window: int | None) -> range:
@@ -174,7 +171,7 @@ class Sight:
         first = k.start if window is None else max(k.start, q.start - window + 1)
         return range(first, min(k.stop, q.stop) if self.whole.causal else k.stop)
 
-    def _seen(self, q: range, k: range, scores: Scores, placed: bool) -> AttentionMask | None:
+    def _seen(self, q: range, k: range, scores: Scores) -> AttentionMask | None:
         """The mask of a part; None if it hides everything."""
         nearest, farthest = q.start - (k.stop - 1), q.stop - 1 - k.start
         same = [self._same(label, q, k) for label in (None, scores.chunk) if self._label(label) is not None]
@@ -182,32 +179,12 @@ class Sight:
         if False in same or out_of_reach or (self.whole.causal and farthest < 0):
             return None
         within = scores.window is None or farthest < scores.window
-        if all(same) and within and scores.slopes is None and not placed:
+        if all(same) and within and scores.slopes is None and scores.dropout is None:
             if nearest >= 0 or not self.whole.causal:
                 return AttentionMask(len(q), len(k), causal=False)
             if q == k:
                 return AttentionMask(len(q), len(k))
-        return self._part(q, k)
-
-    def _part(self, q: range, k: range) -> AttentionMask:
-        """The whole mask, cut out."""
-        whole = self.whole
-        index = [torch.arange(places.start, places.stop, device=self._device) for places in (q, k)]
-        segments, positions = (
-            [None if x is None else x[:, places.start : places.stop] for places in (q, k)]
-            for x in (whole.key_segments, whole.key_positions)
-        )
-        return AttentionMask(
-            len(q),
-            len(k),
-            whole.causal,
-            query_index=index[0],
-            key_index=index[1],
-            query_segments=segments[0],
-            key_segments=segments[1],
-            query_positions=positions[0],
-            key_positions=positions[1],
-        )
+        return self.whole.block(q, k, self._device)
 
     def _label(self, chunk: int | None) -> Tensor | None:
         """Numbers on the host, `[1 or batch, places]`, of segments or chunks: the same where a key may be seen."""
@@ -252,19 +229,17 @@ class Work:
     sight: Sight
     pieces: Sequence[Pieces]
     scores: Scores
-    dropout: Dropout | None = None
 
     def tiles(self, q: Tensor, source: int) -> Iterator[Tile]:
         """The parts to compute of queries `q` with the keys of rank `source`."""
         pieces = self.pieces[self.ring.rank], self.pieces[source]
-        placed = self.dropout is not None
-        fused = not placed and partial_attention.has_flash(q.device, self.scores)
-        return self.sight.tiles(*pieces, self.scores, 4 * q.shape[0] * q.shape[1], fused=fused, placed=placed)
+        fused = partial_attention.has_flash(q.device, self.scores)
+        return self.sight.tiles(*pieces, self.scores, 4 * q.shape[0] * q.shape[1], fused=fused)
 
 
-def ring_attention(q: Tensor, k: Tensor, v: Tensor, work: Work, sinks: Tensor | None = None) -> Tensor:
+def ring_attention(q: Tensor, k: Tensor, v: Tensor, work: Work) -> Tensor:
     """As any core, of this rank's q, k and v."""
-    return _RingAttention.apply(q, k, v, sinks, work)
+    return _RingAttention.apply(q, k, v, work.scores.sinks, work)
 
 
 class _RingAttention(Function):
@@ -276,7 +251,7 @@ class _RingAttention(Function):
             for tile in work.tiles(q, source):
                 rows, columns = tile.queries, tile.keys
                 inputs = q[:, :, rows], keys[:, :, columns], values[:, :, columns]
-                merged.add(rows, *partial_attention.part(*inputs, tile.mask, work.scores, work.dropout))
+                merged.add(rows, *partial_attention.part(*inputs, tile.mask, work.scores))
         if sinks is not None:
             merged.add_sinks(sinks)
         out = merged.out.to(q.dtype)
@@ -304,7 +279,6 @@ class _RingAttention(Function):
                         lse[:, :, rows],
                         tile.mask,
                         ctx.work.scores,
-                        ctx.work.dropout,
                     )
                     grad_q[:, :, rows] += of_q
                     for part, found in zip(grad_kv[:, :, columns].split(_dims(ctx, kv), -1), of_kv, strict=True):

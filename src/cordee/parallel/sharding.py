@@ -1,6 +1,6 @@
 """Which dim of a parameter lies along which axis of the ranks that compute.
 
-Owns the table from logical axes to mesh axes, turning whole parameters into DTensors by it, and counting the parts.
+Owns turning whole parameters into DTensors by the table from logical axes to mesh axes, and counting the parts.
 What a rank does with its part is `tensor.py`'s and `expert.py`'s affair, and how parts are kept between steps
 `data.py`'s.
 """
@@ -16,14 +16,17 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from cordee.model.parameter import ParameterSpec, SpecifiedModule, View
+from cordee.config.schema import ParallelOptions
+from cordee.model.parameter import ParameterSpec, SpecifiedModule
+from cordee.model.placement import View, after
+from cordee.model.shards import ALONG, part_of
 from cordee.parallel.cost import Share
 from cordee.parallel.layout import Layout
 
-ALONG = {"vocab": "tp", "kv_group": "tp", "heads": "tp", "ffn": "tp", "expert": "ep"}
+NAME = "sharding"
 
 
-def share_out(model: nn.Module, layout: Layout) -> None:
+def apply(model: nn.Module, layout: Layout, options: ParallelOptions) -> None:
     """Make every parameter of `model`, whole and on the meta device, a DTensor of the parts that ranks compute with.
 
     Experts lie over the expert and tensor axes, all else over the tensor axis; axes of one rank are left out, and a
@@ -41,7 +44,7 @@ def share_out(model: nn.Module, layout: Layout) -> None:
             if parameter not in made:
                 made[parameter] = _distributed(parameter, mesh, placements(spec, mesh))
             setattr(module, name, made[parameter])
-            module.views[name] = local
+            module.placement.wrap(f"views.{name}", NAME, after(local), compiles=True)
 
 
 def placements(spec: ParameterSpec, mesh: DeviceMesh) -> list[Placement]:
@@ -77,12 +80,6 @@ def _distributed(parameter: nn.Parameter, mesh: DeviceMesh, lying: list[Placemen
     part = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
     tensor = DTensor.from_local(part, mesh, lying, run_check=False, shape=parameter.shape, stride=parameter.stride())
     return nn.Parameter(tensor, requires_grad=parameter.requires_grad)
-
-
-def part_of(length: int, rank: int, size: int) -> tuple[int, int]:
-    """Begin and end of a rank's part of a dim, as DTensor divides it: equal parts, of which the last may be short."""
-    step = -(-length // size)
-    return min(rank * step, length), min((rank + 1) * step, length)
 
 
 def count(model: nn.Module, layers: Iterable[nn.Module]) -> Share:

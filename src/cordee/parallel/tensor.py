@@ -21,71 +21,28 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate
 
-from cordee.errors import Problem
+from cordee.config.schema import ParallelOptions
 from cordee.model.attention import Attention
-from cordee.model.boundary import Boundary
-from cordee.model.config import AttentionConfig, MLPConfig, ModelConfig
 from cordee.model.gpt import GPTModel
 from cordee.model.linear import Linear
 from cordee.model.moe import MoE, StackedLinear
-from cordee.model.parameter import SpecifiedModule, View
+from cordee.model.parameter import SpecifiedModule
+from cordee.model.placement import Placement, View, after, before
+from cordee.model.shards import ALONG, part_of
 from cordee.parallel import differentiable, sharding
 from cordee.parallel.layout import Layout
 
-# ---- what fits -------------------------------------------------------------------------------------------------------
-
-
-def check(model: ModelConfig, size: int, seq_length: int, *, sequence: bool) -> Iterator[Problem]:
-    """What keeps `size` ranks from sharing `model` out; `seq_length` is what a rank has of a sequence."""
-    option = "--tensor-model-parallel-size"
-    if size == 1:
-        if sequence:
-            yield Problem(
-                "--sequence-parallel", True, "there is one tensor-parallel rank", f"give {option}, or drop it"
-            )
-        return
-    for what, number in dict.fromkeys(_divided(model)):
-        if number % size:
-            yield Problem(option, size, f"it does not divide the {number} {what}", "give a divisor of all of these")
-    if sharding.part_of(model.vocab_size, size - 1, size)[0] >= model.vocab_size:
-        yield Problem(option, size, f"one of the ranks would get none of {model.vocab_size} tokens", "lower it")
-    for attention in {layer.attention for layer in model.layers}:
-        if isinstance(attention, AttentionConfig):
-            yield from _group_problems(attention, size)
-    if sequence and seq_length % size:
-        why = f"the {size} tensor-parallel ranks cannot share {seq_length} tokens out evenly"
-        yield Problem("--sequence-parallel", True, why, f"take a multiple of {size} tokens, or drop it")
-
-
-def _divided(model: ModelConfig) -> Iterator[tuple[str, int]]:
-    for layer in model.layers:
-        yield "attention heads", layer.attention.num_heads
-        mlps = [layer.mlp] if isinstance(layer.mlp, MLPConfig) else [layer.mlp.expert, layer.mlp.shared]
-        for mlp in mlps:
-            if mlp is not None:
-                yield "dims of the MLP", mlp.ffn_hidden_size
-
-
-def _group_problems(attention: AttentionConfig, size: int) -> Iterator[Problem]:
-    groups = attention.num_kv_heads
-    if groups % size == 0 or attention.num_heads % size:
-        return
-    if size % groups:
-        why = f"{groups} key and value heads are neither shared out evenly by it nor repeated evenly"
-        yield Problem("--tensor-model-parallel-size", size, why, f"give a divisor or a multiple of {groups}")
-    elif attention.qk_norm is not None and attention.qk_norm.over == "all":
-        why = f"the norm over all keys needs them shared out, and there are {groups} key heads"
-        yield Problem("--tensor-model-parallel-size", size, why, f"give a divisor of {groups}")
-
+NAME = "tensor parallelism"
 
 # ---- putting it on ---------------------------------------------------------------------------------------------------
 
 
-def apply(model: GPTModel, layout: Layout, *, sequence: bool) -> None:
-    """Let `model`, whose parameters are shared out already, compute its part on each tensor-parallel rank.
+def apply(model: GPTModel, layout: Layout, options: ParallelOptions) -> None:
+    """Let `model`, whose parameters are sharded already, compute its part on each tensor-parallel rank.
 
     Nothing happens where there is one.
     """
+    sequence = options.sequence_parallel
     group = layout.group("tp")
     if group is None:
         return
@@ -116,26 +73,28 @@ def _blocks(model: GPTModel) -> Iterator[nn.Module]:
 
 
 def _set_borders(model: GPTModel, axis: _Axis, sequence: bool) -> None:
-    border = _SequenceBorder(axis.group) if sequence else _Border(axis.group)
+    border = partial(_set_border, group=axis.group, sequence=sequence)
     if sequence:
-        model.outside = partial(_own_places, rank=axis.rank, size=axis.size)
+        own = partial(_own_places, rank=axis.rank, size=axis.size)
+        model.placement.wrap("outside_blocks", NAME, after(own), compiles=True)
     for layer in model.own_layers():
-        layer.attention.boundary = border
-        layer.mlp.boundary = border
-        layer.attention.first_head = axis.rank * layer.config.attention.num_heads // axis.size
+        border(layer.attention.placement)
+        border(layer.mlp.placement)
+        layer.attention.placement.set(NAME, first_head=axis.rank * layer.config.attention.num_heads // axis.size)
         if isinstance(layer.attention, Attention):
             _prepare_attention(layer.attention, axis)
         if isinstance(layer.mlp, MoE):
-            layer.mlp.balance_share = 1.0 / axis.size  # every rank of the axis routes the same tokens
+            layer.mlp.placement.set(NAME, balance_share=1.0 / axis.size)  # every rank routes the same tokens
     vocabulary = _Vocabulary.of(model.config.vocab_size, axis)
     if model.has_embedding:
-        model.embedding.boundary = border
-        model.embedding.lookup = vocabulary.lookup
+        border(model.embedding.placement)
+        model.embedding.placement.replace("lookup", NAME, vocabulary.lookup, compiles=True)
         if model.config.learned_positions and sequence:
-            model.position_embedding.boundary = _OwnTokens(axis.group)
+            own = partial(differentiable.split_fwd_pad_bwd, group=axis.group, dim=1)
+            model.position_embedding.placement.wrap("exit", NAME, after(own), compiles=True)
     if model.has_head:
-        model.head.boundary = border
-        model.head.part = vocabulary
+        border(model.head.placement)
+        model.head.placement.set(NAME, vocabulary=vocabulary)
 
 
 def _own_places(places: Tensor, rank: int, size: int) -> Tensor:
@@ -144,13 +103,16 @@ def _own_places(places: Tensor, rank: int, size: int) -> Tensor:
 
 def _prepare_attention(module: Attention, axis: _Axis) -> None:
     if (groups := module.config.num_kv_heads) % axis.size:
-        module.slots = module.config.q_per_group * groups // axis.size + 2
-    if (slopes := module.scores.slopes) is not None:
+        module.placement.set(NAME, slots=module.config.q_per_group * groups // axis.size + 2)
+    scores = module.placement.scores
+    if (slopes := scores.slopes) is not None:
         own = len(slopes) // axis.size
-        module.scores = replace(module.scores, slopes=slopes[axis.rank * own :][:own])
+        module.placement.set(NAME, scores=replace(scores, slopes=slopes[axis.rank * own :][:own]))
     if module.config.qk_norm is not None and module.config.qk_norm.over == "all":
         for norm in (module.q_norm, module.k_norm):
-            norm.sum_over_parts = partial(differentiable.summed_for_parts, group=axis.group)
+            norm.placement.set(
+                NAME, sum_over_parts=partial(differentiable.all_reduce_fwd_all_reduce_bwd, group=axis.group)
+            )
 
 
 def _set_views(module: SpecifiedModule, axis: _Axis, summed: bool) -> None:
@@ -159,21 +121,18 @@ def _set_views(module: SpecifiedModule, axis: _Axis, summed: bool) -> None:
         parameter = getattr(module, name)
         assert isinstance(parameter, DTensor)
         if parameter.placements[-1] == Replicate():
-            module.views[name] = sharding.repeated(summed)
+            view, repeated = f"views.{name}", sharding.repeated(summed)
+            module.placement.replace(view, NAME, repeated, instead_of=sharding.NAME, compiles=True)
             if spec.axes[0] == "kv_group":
-                module.views[name] = _then(module.views[name], _group_slots(spec.shape, axis))
+                module.placement.wrap(view, NAME, after(_group_slots(spec.shape, axis)), compiles=True)
     if module.specs.get("bias") is not None and _adds_parts(module):
         first = 1.0 if axis.rank == 0 else 0.0  # the sum over ranks has the bias once
-        module.views["bias"] = _then(module.views["bias"], lambda bias: bias * first)
+        module.placement.wrap("views.bias", NAME, after(lambda bias: bias * first), compiles=True)
 
 
 def _adds_parts(module: SpecifiedModule) -> bool:
     """Whether the results of a projection are parts of a sum over ranks: what it contracts is shared out."""
-    return isinstance(module, Linear | StackedLinear) and sharding.ALONG.get(module.specs["weight"].axes[-1]) == "tp"
-
-
-def _then(first: View, second: View) -> View:
-    return lambda parameter: second(first(parameter))
+    return isinstance(module, Linear | StackedLinear) and ALONG.get(module.specs["weight"].axes[-1]) == "tp"
 
 
 def _group_slots(shape: tuple[int, ...], axis: _Axis) -> View:
@@ -196,34 +155,18 @@ def _group_slots(shape: tuple[int, ...], axis: _Axis) -> View:
 # ---- borders ---------------------------------------------------------------------------------------------------------
 
 
-class _Border(Boundary):
-    """Activations outside of blocks are the same on all ranks."""
-
-    def __init__(self, group: ProcessGroup):
-        self._group = group
-
-    def enter(self, x: Tensor) -> Tensor:
-        return differentiable.copied(x, self._group)
-
-    def exit(self, x: Tensor) -> Tensor:
-        return differentiable.summed(x, self._group)
-
-
-class _SequenceBorder(_Border):
-    """Activations outside of blocks `[batch, seq / ranks, embed]` are of other tokens on every rank."""
-
-    def enter(self, x: Tensor) -> Tensor:
-        return differentiable.gathered(x, self._group, 1)
-
-    def exit(self, x: Tensor) -> Tensor:
-        return differentiable.scattered_sum(x, self._group, 1)
-
-
-class _OwnTokens(_Border):
-    """For what every rank has whole before a sequence is shared out: each goes on with its own tokens."""
-
-    def exit(self, x: Tensor) -> Tensor:
-        return differentiable.own_part(x, self._group, 1)
+def _set_border(placement: Placement, group: ProcessGroup, sequence: bool) -> None:
+    """Activations outside of blocks are the same on all ranks; with sequence parallelism `[batch, seq / ranks, embed]`,
+    of other tokens on every rank.
+    """
+    enter, leave = differentiable.identity_fwd_all_reduce_bwd, differentiable.all_reduce_fwd_identity_bwd
+    if sequence:
+        enter = partial(differentiable.all_gather_fwd_reduce_scatter_bwd, dim=1)
+        leave = partial(differentiable.reduce_scatter_fwd_all_gather_bwd, dim=1)
+    if "enter" in placement.hooks:
+        placement.wrap("enter", NAME, before(partial(enter, group=group)), compiles=True)
+    if "exit" in placement.hooks:
+        placement.wrap("exit", NAME, after(partial(leave, group=group)), compiles=True)
 
 
 @dataclass(frozen=True)
@@ -237,8 +180,8 @@ class _Vocabulary:
 
     @staticmethod
     def of(vocab_size: int, axis: _Axis) -> _Vocabulary:
-        start, stop = sharding.part_of(vocab_size, axis.rank, axis.size)
-        parts = (sharding.part_of(vocab_size, rank, axis.size) for rank in range(axis.size))
+        start, stop = part_of(vocab_size, axis.rank, axis.size)
+        parts = (part_of(vocab_size, rank, axis.size) for rank in range(axis.size))
         return _Vocabulary(axis.group, start, stop, tuple(end - begin for begin, end in parts))
 
     @property
@@ -253,10 +196,10 @@ class _Vocabulary:
         return F.embedding(own, rows).masked_fill(~here[..., None], 0.0)
 
     def largest(self, x: Tensor) -> Tensor:
-        return differentiable.largest(x, self.group)
+        return differentiable.all_reduce_max(x, self.group)
 
     def total(self, x: Tensor) -> Tensor:
-        return differentiable.sum_all(x, self.group)
+        return differentiable.all_reduce(x, self.group)
 
     def join(self, logits: Tensor) -> Tensor:
-        return differentiable.gathered_for_same(logits, self.group, -1, self.sizes)
+        return differentiable.all_gather_fwd_split_bwd(logits, self.group, -1, self.sizes)

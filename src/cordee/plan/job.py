@@ -5,13 +5,15 @@ Owns what the options mean for a simulation, their problems, and the table. How 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import lcm
 from pathlib import Path
 
+from cordee.config import laws
 from cordee.config.schema import PlanConfig
-from cordee.errors import Problem, ProblemError, raise_all
+from cordee.config.values import whole_numbers
+from cordee.errors import Problem, ProblemError, Problems, at_most, divisible, raise_all
 from cordee.parallel.pipeline import micro_batches
 from cordee.parallel.pipeline.orders import REDUCING, STAGES_PER_RANK, orders, problems, with_reduction
 from cordee.plan.schedule import Costs, simulate
@@ -122,52 +124,43 @@ def _costs(config: PlanConfig) -> Costs:
 def _layers(config: PlanConfig, case: Case, cases: Sequence[Case]) -> list[float]:
     """Layers of each stage."""
     if config.num_layer_list:
-        return list(map(float, _numbers(config.num_layer_list)))
+        return list(map(float, whole_numbers(config.num_layer_list) or ()))
     total = config.num_layers or lcm(*(each.num_stages for each in cases))
     return [total / case.num_stages] * case.num_stages
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
 
 
 # ---------------------------------------------------------------------------------------------------- what is wrong
 
 
-def _options(config: PlanConfig) -> Iterator[Problem]:
+def _options(config: PlanConfig) -> Problems:
     """What is wrong with single options, so that the rest can be read."""
+    yield from laws.problems(config)
     if config.manual_mbs:
-        try:
-            micro_batches.sizes(config.manual_mbs)
-        except ProblemError as error:
-            yield from error.problems
+        yield from micro_batches.unreadable(config.manual_mbs)
         if "1f1b" not in config.schedule:
             why = "micro-batches of different sizes are run in the order of 1f1b"
-            yield Problem("--manual-mbs", config.manual_mbs, why, "add 1f1b to --schedule")
-    if config.num_layer_list:
-        if not all(part.strip().isdecimal() for part in config.num_layer_list.split(",")):
-            yield Problem("--num-layer-list", config.num_layer_list, "it is no list of numbers", "write 3,4,4,3")
-        elif not any(_numbers(config.num_layer_list)):
-            yield Problem("--num-layer-list", config.num_layer_list, "no stage has a layer", "write 3,4,4,3")
-    if config.num_layer_list and config.num_layers:
-        yield Problem("--num-layers", config.num_layers, "--num-layer-list gives it too", "give one of the two")
+            yield Problem("--manual-mbs", config.manual_mbs, why, "add 1f1b to --schedule", "requires", ("schedule",))
+    if (text := config.num_layer_list) and not any(whole_numbers(text) or ()):
+        why = "it is no list of numbers" if whole_numbers(text) is None else "no stage has a layer"
+        yield Problem("--num-layer-list", text, why, "write 3,4,4,3")
     if not config.schedule:
-        yield Problem("--schedule", None, "there is nothing to simulate", "give a schedule, such as 1f1b")
+        yield Problem("--schedule", None, "there is nothing to simulate", "give a schedule, such as 1f1b", "missing")
     if config.timeline and len(config.schedule) != 1:
         why = f"it is the step of one schedule; there are {len(config.schedule)}"
-        yield Problem("--timeline", config.timeline, why, "give the --schedule of that run alone")
+        fix = "give the --schedule of that run alone"
+        yield Problem("--timeline", config.timeline, why, fix, "requires", ("schedule",))
     if config.output:
         yield from _output(Path(config.output))
 
 
-def _output(path: Path) -> Iterator[Problem]:
+def _output(path: Path) -> Problems:
     if path.suffix.lower() not in FORMATS:
         yield Problem("--output", path, "a picture is drawn as SVG or PNG", "let the name end in .svg or .png")
     if not path.absolute().parent.is_dir():
         yield Problem("--output", path, "there is no such directory", "make it first")
 
 
-def _fit(config: PlanConfig, cases: Sequence[Case]) -> Iterator[Problem]:
+def _fit(config: PlanConfig, cases: Sequence[Case]) -> Problems:
     """What does not fit together."""
     for case in cases:
         yield from problems(case.schedule, case.num_ranks, case.stages_per_rank, len(case.sizes))
@@ -182,20 +175,20 @@ def _fit(config: PlanConfig, cases: Sequence[Case]) -> Iterator[Problem]:
         why = f"{', '.join(config.schedule)} leaves no choice"
         yield Problem("--stages-per-rank", config.stages_per_rank, why, "leave it out")
     costs = _costs(config)
-    if costs.backward_input > costs.backward:
-        why = f"the whole backward takes {costs.backward:g}"
-        yield Problem("--backward-input-time", costs.backward_input, why, f"give at most {costs.backward:g}")
+    whole = f"the whole backward, {costs.backward:g}"
+    yield from at_most("--backward-input-time", costs.backward_input, costs.backward, whole, "backward_time")
 
 
-def _uneven(config: PlanConfig, case: Case) -> Iterator[Problem]:
+def _uneven(config: PlanConfig, case: Case) -> Problems:
     """Layers that do not come out even over the stages."""
     stages = f"{case.schedule} has {case.num_stages} stages"
-    if config.num_layer_list and len(_numbers(config.num_layer_list)) != case.num_stages:
-        why = f"{stages}, the list {len(_numbers(config.num_layer_list))}"
-        yield Problem("--num-layer-list", config.num_layer_list, why, f"give {case.num_stages} numbers")
-    if config.num_layers and config.num_layers % case.num_stages:
-        fix = f"give a multiple of {case.num_stages}, or --num-layer-list"
-        yield Problem("--num-layers", config.num_layers, f"{stages}; their layers would not be equal", fix)
+    counts = whole_numbers(config.num_layer_list or "")
+    if counts is not None and len(counts) != case.num_stages:
+        why = f"{stages}, the list {len(counts)}"
+        yield Problem("--num-layer-list", config.num_layer_list, why, f"give {case.num_stages} numbers", "length")
+    if config.num_layers:
+        stages, instead = f"the stages of {case.schedule}", "give --num-layer-list"
+        yield from divisible("--num-layers", config.num_layers, case.num_stages, stages, instead=instead)
 
 
 # -------------------------------------------------------------------------------------------------------- the table

@@ -32,7 +32,7 @@ from cordee.convert import formats
 from cordee.convert import job as convert
 from cordee.data import preprocess
 from cordee.errors import Problem, ProblemError
-from cordee.evaluate.task import Subject, all_tasks
+from cordee.evaluate.task import Subject
 from cordee.families.count import count_parameters, training_flops_per_token
 from cordee.families.registry import spec_from_options
 from cordee.generate import job as generate
@@ -273,6 +273,7 @@ def _generate(climb: Climb) -> list[report.Sample]:
 def _evaluate(climb: Climb, values: dict[str, Any]) -> tuple[float, float]:
     """Perplexity on held-out files of the model as it was drawn and as it is now."""
     from cordee.data.tokenizer import load_tokenizer
+    from cordee.evaluate.runner import run_tasks, tasks_of
     from cordee.generate.loading import load_model
     from cordee.model.gpt import GPTModel
     from cordee.model.init import initialise
@@ -287,12 +288,9 @@ def _evaluate(climb: Climb, values: dict[str, Any]) -> tuple[float, float]:
         trained, untrained = load_model(source), GPTModel(source.spec.config).eval()
         initialise(untrained, values["seed"])
         tokens = load_tokenizer(options, options.load)
-        task = all_tasks()["perplexity"]
-        scores = [
-            task.run(Subject(model, tokens), options, lambda done: None).metrics["perplexity"]
-            for model in (untrained, trained)
-        ]
-    return scores[0], scores[1]
+        tasks = tasks_of(options, source.spec.config)
+        (before,), (after,) = (run_tasks(tasks, Subject(model, tokens), options) for model in (untrained, trained))
+    return before.metrics["perplexity"], after.metrics["perplexity"]
 
 
 def _report(climb: Climb, values: dict[str, Any], text: corpus.Corpus, samples: list[report.Sample], scores) -> Path:

@@ -12,7 +12,7 @@ from cordee.config.option import options_of, to_flag
 from cordee.errors import Problem
 from cordee.parallel import collectives
 from cordee.parallel.layout import Layout
-from cordee.train.plan import RunPlan
+from cordee.train.run_plan import RunPlan
 
 OF_A_NODE = ("nproc_per_node", "num_workers", "peak_tflops", "exit_grace_seconds", "distributed_timeout_minutes")
 
@@ -27,7 +27,7 @@ def require(plan: RunPlan, layout: Layout) -> None:
         for name, value in mine.items()
         if first.get(name) != value
     ]
-    collectives.raise_together(problems, layout)
+    collectives.raise_together(problems, layout.control)
 
 
 def _identity(plan: RunPlan) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def _identity(plan: RunPlan) -> dict[str, Any]:
         "model": str(plan.spec.to_dict()),
         "pipeline": str(plan.division),
         "micro-batches": plan.batches.sizes,
-        "data": str(plan.data),
+        "data": str(plan.data.identity),
         "length of the run": plan.iterations,
         "checkpoint": None if checkpoint is None else (checkpoint.manifest["iteration"], checkpoint.resume),
         "weights of a model": plan.origin.weights is not None,

@@ -10,24 +10,23 @@ import gc
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
-from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
 
 from cordee import device, launch, lock, log
-from cordee.checkpoint import directory
+from cordee.checkpoint import assets, directory
+from cordee.checkpoint.storage import Place, place_of, reached, same
 from cordee.checkpoint.store import CheckpointStore, restore
 from cordee.config.schema import PerformanceOptions, TrainConfig
-from cordee.data.batch import NextToken
-from cordee.data.build import Datasets, build_datasets
+from cordee.data.gpt_dataset import Dataset
 from cordee.data.loader import Loader
-from cordee.data.tokenizer import VOCABULARIES, holds_tokenizer
 from cordee.errors import Findings, Problem, ProblemError
 from cordee.families.count import count_parameters, training_flops_per_token
+from cordee.families.registry import ModelSpec
 from cordee.files import copy_files
 from cordee.log import logger
 from cordee.model.gpt import GPTModel
@@ -35,22 +34,23 @@ from cordee.model.init import initialise
 from cordee.optim.build import build_optimizer
 from cordee.optim.precision import build_scaler
 from cordee.parallel import apply, collectives, cost, data, sharding
+from cordee.parallel.collectives import together
 from cordee.parallel.degrees import degrees
 from cordee.parallel.describe import describe
-from cordee.parallel.execution import Executor, LocalExecutor
+from cordee.parallel.execution import Criterion, Executor, Frozen, LocalExecutor
 from cordee.parallel.layout import Layout, process_group
 from cordee.parallel.pipeline.executor import PipelineExecutor
+from cordee.parallel.pipeline.split import Division, divide
 from cordee.train import agreement, objectives, outputs
 from cordee.train.exits import COMPLETE, Exit, ExitRule
 from cordee.train.metrics import Meter, measure_peak_flops
-from cordee.train.plan import Fingerprints, RunPlan, fingerprint_data, plan_run
+from cordee.train.plan import plan_run
 from cordee.train.reports import Reports, build_reports
+from cordee.train.run_plan import RunPlan
 from cordee.train.signals import watch
 from cordee.train.state import TrainState
 from cordee.train.trainer import Parts, Trainer
 from cordee.weights.load import load_into
-
-T = TypeVar("T")
 
 
 def run(config: TrainConfig) -> int:
@@ -84,7 +84,7 @@ def train(config: TrainConfig, layout: Layout, on: torch.device, exits: ExitRule
     with ExitStack() as stack, exits.bounded_after_loss():
         with collectives.contact("while planning the run"):
             first = layout.rank == 0
-            together(layout, lambda: stack.enter_context(outputs.held(config)) if first else None)
+            together(lambda: stack.enter_context(outputs.held(config)) if first else None, layout.control)
             plan = _plan(config, layout)
         with collectives.contact("while building the model and opening the data"):
             parts, state = _build(plan, layout, on, exits, stack)
@@ -120,27 +120,33 @@ def _interpreter(options: PerformanceOptions) -> Iterator[None]:
 
 def _plan(config: TrainConfig, layout: Layout) -> RunPlan:
     """The plan, the same on all ranks, with a checkpoint whose every byte is as it was saved."""
-    if config.save is not None and layout.rank == 0:
-        for name in directory.tidy(Path(config.save)):
-            logger.info("removed what an interrupted save had left: %s", name)
-    collectives.from_first(None, layout)  # nobody looks for checkpoints before that is done
+    together(
+        lambda: _tidy(config) if layout.rank == 0 else None, layout.control
+    )  # before anybody looks for checkpoints
     unread = Findings()
-    fingerprints = _fingerprints(config, layout, unread)
+    fingerprint = _fingerprint(config, layout, unread)
     avoid: dict[int, str] = {}
     while True:
-        plan = together(layout, lambda: plan_run(config, layout.world_size, avoid, fingerprints))
-        collectives.raise_together(unread.problems, layout)  # after what planning finds of the same files
+        plan = together(lambda: plan_run(config, layout.world_size, avoid, fingerprint), layout.control)
+        collectives.raise_together(unread.problems, layout.control)  # after what planning finds of the same files
         agreement.require(plan, layout)  # so all ranks have the same checkpoint, or none
         if (why := _damage(plan, layout)) is None:
             break
         assert plan.origin.checkpoint is not None
         path = plan.origin.checkpoint.path
-        if config.ckpt_step is not None or path == Path(config.load or ""):
+        if config.ckpt_step is not None or same(path, place_of(config.load or "")):
             raise ProblemError([Problem("--load", path, why, "choose another checkpoint by --ckpt-step")])
         avoid[plan.origin.checkpoint.manifest["iteration"]] = why
     for note in plan.notes:
         logger.info("%s", note)
     return plan
+
+
+def _tidy(config: TrainConfig) -> None:
+    if config.save is not None:
+        with reached("--save", config.save):
+            for name in directory.tidy(place_of(config.save, "--save")):
+                logger.info("removed what an interrupted save had left: %s", name)
 
 
 def _first_of_machine(layout: Layout) -> int:
@@ -150,11 +156,12 @@ def _first_of_machine(layout: Layout) -> int:
     return collectives.gather(mine, layout).index(mine)
 
 
-def _fingerprints(config: TrainConfig, layout: Layout, unread: Findings) -> Fingerprints | None:
-    """Those of the data on this machine, read by its first rank alone; machines may have copies, which `agreement`
+def _fingerprint(config: TrainConfig, layout: Layout, unread: Findings) -> Any:
+    """That of the data on this machine, read by its first rank alone; machines may have copies, which `agreement`
     compares. None, and the problems of the reader in `unread`, if it cannot be read."""
     first = _first_of_machine(layout)
-    mine = unread.attempt(lambda: fingerprint_data(config)) if first == layout.rank else None
+    objective = objectives.named(config.stage)
+    mine = unread.attempt(lambda: objective.fingerprint(config)) if first == layout.rank else None
     return collectives.gather(mine, layout)[first]
 
 
@@ -167,17 +174,6 @@ def _damage(plan: RunPlan, layout: Layout) -> str | None:
     return next((found for found in collectives.gather(why, layout) if found), None)
 
 
-def together(layout: Layout, function: Callable[[], T]) -> T:
-    """What `function` returns on this rank; ProblemError on all ranks with what it finds on any."""
-    result, problems = None, []
-    try:
-        result = function()
-    except ProblemError as error:
-        problems = error.problems
-    collectives.raise_together(problems, layout)
-    return result  # type: ignore[return-value]
-
-
 # ---- parts -----------------------------------------------------------------------------------------------------------
 
 
@@ -185,9 +181,9 @@ def _build(
     plan: RunPlan, layout: Layout, on: torch.device, exits: ExitRule, stack: ExitStack
 ) -> tuple[Parts, TrainState]:
     """Everything the loop works with, closed when `stack` is, and where the run is."""
-    config = plan.config
-    spans = plan.division.owned(layout.axis_rank("pp")) if plan.division is not None else ()
-    model = apply.apply(GPTModel(plan.spec.config, spans=spans, device="meta"), layout, config, on)
+    config, objective = plan.config, plan.objective
+    criterion = Criterion(objective, layout)
+    model, executor = _model(plan.spec, plan.division, config, layout, on, criterion)
     fused = device.kind().fused_optimizer
     optimizer = build_optimizer(config, model.named_parameters(), model.parameter_specs(), fused=fused)
     scaler, state = build_scaler(config), TrainState()
@@ -199,13 +195,10 @@ def _build(
     loaders = _loaders(plan, layout, stack)
     store = None
     if config.save is not None:
-        store = CheckpointStore(
-            Path(config.save), group=layout.background, keep_last=config.keep_last, on_lost=exits.rank_lost
-        )
+        root = place_of(config.save, "--save")
+        store = CheckpointStore(root, group=layout.background, keep_last=config.keep_last, on_lost=exits.rank_lost)
         stack.enter_context(store)
-        if layout.rank == 0:
-            _save_companions(plan, store.root)
-    objective = objectives.registry()[config.stage]
+        together(lambda: _save_companions(plan, root) if layout.rank == 0 else None, layout.control)
     reports = _reports(plan, layout, on, objective.loss_name)
     stack.callback(reports.close)
     logger.info("%s", _summary(plan))
@@ -214,7 +207,9 @@ def _build(
     _tell_layout(plan, layout, model)
     parts = Parts(
         model=model,
-        executor=_executor(plan, model, layout, on, objective),
+        executor=executor,
+        objective=objective,
+        models={name: _further(further, plan, layout, on, criterion) for name, further in plan.models.items()},
         optimizer=optimizer,
         scaler=scaler,
         loaders=loaders,
@@ -227,12 +222,34 @@ def _build(
     return parts, state
 
 
-def _executor(
-    plan: RunPlan, model: GPTModel, layout: Layout, on: torch.device, objective: objectives.Objective
-) -> Executor:
-    if plan.division is None:
-        return LocalExecutor(model, plan.config, on, objective.loss)
-    return PipelineExecutor(model, plan.division, layout, plan.config, on, objective.loss)
+def _model(
+    spec: ModelSpec,
+    division: Division | None,
+    config: TrainConfig,
+    layout: Layout,
+    on: torch.device,
+    criterion: Criterion,
+) -> tuple[GPTModel, Executor]:
+    """This rank's part of a model, its values still to be filled, and what runs it."""
+    spans = division.owned(layout.axis_rank("pp")) if division is not None else ()
+    model = apply.apply(GPTModel(spec.config, spans=spans, device="meta"), layout, config, on)
+    if division is None:
+        return model, LocalExecutor(model, config, on, criterion)
+    return model, PipelineExecutor(model, division, layout, config, on, criterion)
+
+
+def _further(
+    further: objectives.FurtherModel, plan: RunPlan, layout: Layout, on: torch.device, criterion: Criterion
+) -> Frozen:
+    """A further model of the objective, over the same ranks."""
+    spec, source, config = further.spec, further.source, plan.config
+    division = None if plan.division is None else divide(config, spec.config, config.seq_length)
+    model, executor = _model(spec, division, config, layout, on, criterion)
+    if source is None:
+        initialise(model, config.seed)
+    else:
+        together(lambda: load_into(model, source), layout.control)
+    return Frozen(model, executor)
 
 
 def _fill(plan: RunPlan, model: GPTModel, optimizer: torch.optim.Optimizer, layout: Layout) -> None:
@@ -242,76 +259,57 @@ def _fill(plan: RunPlan, model: GPTModel, optimizer: torch.optim.Optimizer, layo
         takes_state = origin.checkpoint.resume and plan.config.load_optim
         restore(origin.checkpoint.path, model, optimizer if takes_state else None, group=layout.background)
     elif (source := origin.source) is not None:
-        report = together(layout, lambda: load_into(model, source))
+        report = together(lambda: load_into(model, source), layout.control)
         logger.info("%s: %s", origin.weights, report)
     else:
         initialise(model, plan.config.seed)
 
 
-def _save_companions(plan: RunPlan, root: Path) -> None:
+def _save_companions(plan: RunPlan, root: Place) -> None:
     """Put the tokenizer beside the checkpoints, so that they can be talked to and exported without the options."""
-    if plan.tokenizer is None or holds_tokenizer(root):
+    if plan.tokenizer is None:
         return
-    scratch = root / ".tokenizer.new"
-    directory.discard(scratch)
-    scratch.mkdir(parents=True)
-    try:
-        plan.tokenizer.save(scratch)
-    except ProblemError as error:
-        logger.warning("the tokenizer is not put beside the checkpoints: %s", error)
-        directory.discard(scratch)
-        return
-    companions = plan.origin.companions if plan.origin.weights else None
-    if companions is not None:
-        copy_files(companions.glob("generation_config.json"), scratch)
-    # What makes it a tokenizer comes last: a process that is killed in between does it again the next time.
-    for file in sorted(scratch.iterdir(), key=lambda file: (file.name in VOCABULARIES, file.name)):
-        file.rename(root / file.name)
-    directory.discard(scratch)
+    with reached("--save", str(root)):
+        if assets.are_in(root):
+            return
+        try:
+            with assets.put_into(root) as scratch:
+                plan.tokenizer.save(scratch)
+                companions = plan.origin.companions if plan.origin.weights else None
+                if companions is not None:
+                    copy_files(companions.glob("generation_config.json"), scratch)
+        except ProblemError as error:
+            logger.warning("the tokenizer is not put beside the checkpoints: %s", error)
 
 
 def _loaders(plan: RunPlan, layout: Layout, stack: ExitStack) -> dict[str, Loader]:
     """Loaders of those of "train", "validation" and "test" that the run has samples of."""
-    config, tokenizer = plan.config, plan.tokenizer
-    collate = NextToken(
-        vocab_size=plan.spec.config.vocab_size,
-        eod=tokenizer.eod if tokenizer else None,
-        eod_mask_loss=config.eod_mask_loss,
-        reset_position_ids=config.reset_position_ids,
-        reset_attention_mask=config.reset_attention_mask,
-    )
-    datasets = _datasets(plan, layout)
-    named = {"train": datasets.train, "validation": datasets.valid, "test": datasets.test}
+    config, collate = plan.config, plan.data.collate()
     loaders = {}
-    for name, dataset in named.items():
-        if dataset is not None:
-            loaders[name] = Loader(
-                dataset,
-                collate,
-                order=config.dataloader_type if name == "train" else "single",
-                rank=layout.data_rank,
-                size=layout.data_size,
-                num_workers=config.num_workers,
-            )
-            stack.callback(loaders[name].close)
+    for name, dataset in _datasets(plan, layout).items():
+        loaders[name] = Loader(
+            dataset,
+            collate,
+            order=config.dataloader_type if name == "train" else "single",
+            rank=layout.data_rank,
+            size=layout.data_size,
+            num_workers=config.num_workers,
+        )
+        stack.callback(loaders[name].close)
     return loaders
 
 
-def _datasets(plan: RunPlan, layout: Layout) -> Datasets:
-    """Datasets of all parts. Of the sample orders that are kept in the cache rank 0 builds those that are missing, the
-    first rank of every machine verifies them, and the others open them; small blocks of an order each rank builds
-    itself, when it comes to them."""
-    counts = [plan.samples[name] for name in ("train", "valid", "test")]
+def _datasets(plan: RunPlan, layout: Layout) -> Mapping[str, Dataset]:
+    """Datasets of all parts. What is kept on disk of them rank 0 builds where it is missing, the first rank of every
+    machine verifies it, and the others open it; what is not kept each rank builds itself, when it comes to it."""
     first = _first_of_machine(layout)
     turn = 0 if layout.rank == 0 else 1 if layout.rank == first else 2
 
-    def build() -> Datasets:
-        return build_datasets(plan.config, *counts, train_blocks=plan.data["blocks"], verified=turn == 2)
+    def build() -> Mapping[str, Dataset]:
+        return plan.data.open(verified=turn == 2)
 
-    built = [together(layout, build if now == turn else lambda: None) for now in range(3)]  # each after those before
-    datasets = built[turn]
-    assert datasets is not None
-    return datasets
+    turns = (build if now == turn else dict for now in range(3))
+    return [together(function, layout.control) for function in turns][turn]  # each after those before
 
 
 def _reports(plan: RunPlan, layout: Layout, on: torch.device, loss_name: str) -> Reports:

@@ -7,44 +7,17 @@ choose; only what is no checkpoint brings it when it is opened.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from cordee.checkpoint import directory
+from cordee.checkpoint import assets, directory
+from cordee.checkpoint.storage import Place, place_of, reached, same
 from cordee.config.schema import TrainConfig
 from cordee.convert import formats
 from cordee.errors import Problem, ProblemError
-from cordee.families.registry import ModelSpec, spec_from_directory, spec_named
+from cordee.families.registry import spec_from_directory, spec_named
 from cordee.train import resume
-
-if TYPE_CHECKING:
-    from cordee.weights.codec import Source
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint to load and its manifest. `resume`: the run goes on from it, instead of taking the weights only."""
-
-    path: Path
-    manifest: dict[str, Any]
-    resume: bool
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where weights come from: a checkpoint, a model in another format, or neither, and then they are drawn.
-
-    source: those of `weights`, when they are opened; None if they cannot be read.
-    spec: the model in `weights`, as far as it is known.
-    companions: directory where the tokenizer may be that belongs to them.
-    """
-
-    checkpoint: Checkpoint | None = None
-    weights: Path | None = None
-    source: Source | None = None
-    spec: ModelSpec | None = None
-    companions: Path | None = None
+from cordee.train.run_plan import Checkpoint, Origin
 
 
 def opened(config: TrainConfig, origin: Origin) -> Origin:
@@ -72,15 +45,19 @@ def choose(config: TrainConfig, avoid: Mapping[int, str] | None, notes: list[str
     """What --load names, but for checkpoints known to be damaged (`avoid`). ProblemError if that is nothing."""
     if config.load is None:
         return Origin()
-    path = Path(config.load)
+    with reached("--load", config.load):
+        return _choose(config, place_of(config.load), avoid, notes)
+
+
+def _choose(config: TrainConfig, path: Place, avoid: Mapping[int, str] | None, notes: list[str]) -> Origin:
     form = formats.find(path) if path.exists() else None
-    if form is not None and form.name != "cordee":
+    if form is not None and form.name != "cordee" and isinstance(path, Path):
         return Origin(weights=path)
     if (path / directory.MANIFEST).is_file():
         return _of_checkpoint(_checkpoint(config, path))
     if directory.is_root(path):
-        return _of_checkpoint(_checkpoint(config, path / directory.name_of(_iteration(config, path, avoid, notes))))
-    is_own = config.save is not None and Path(config.save).absolute() == path.absolute()
+        return _of_checkpoint(_checkpoint(config, directory.folder_of(path, _iteration(config, path, avoid, notes))))
+    is_own = config.save is not None and same(place_of(config.save, "--save"), path)
     if path.is_file() or (path.is_dir() and any(path.iterdir()) and not is_own):
         fix = "give a directory that --save has written, one with config.json and weights, or a file of GGUF"
         raise ProblemError([Problem("--load", path, "it holds neither a checkpoint nor a model", fix)])
@@ -92,10 +69,10 @@ def choose(config: TrainConfig, avoid: Mapping[int, str] | None, notes: list[str
 
 
 def _of_checkpoint(checkpoint: Checkpoint) -> Origin:
-    return Origin(checkpoint, companions=checkpoint.path.parent)
+    return Origin(checkpoint, companions=assets.beside(checkpoint.path))
 
 
-def _iteration(config: TrainConfig, root: Path, avoid: Mapping[int, str] | None, notes: list[str]) -> int:
+def _iteration(config: TrainConfig, root: Place, avoid: Mapping[int, str] | None, notes: list[str]) -> int:
     """The checkpoint to load: that of --ckpt-step, else the newest whole one."""
     if config.ckpt_step is not None:
         return config.ckpt_step
@@ -107,11 +84,11 @@ def _iteration(config: TrainConfig, root: Path, avoid: Mapping[int, str] | None,
     return iteration
 
 
-def _checkpoint(config: TrainConfig, path: Path) -> Checkpoint:
+def _checkpoint(config: TrainConfig, path: Place) -> Checkpoint:
     try:
         if (why := directory.damage(path)) is not None:
             raise ValueError(why)
-        return Checkpoint(path, directory.read_manifest(path, resume.FORM), resume=not config.finetune)
+        return Checkpoint(path, directory.read_manifest(path, resume.form(config)), resume=not config.finetune)
     except ValueError as error:
         have = ", ".join(str(iteration) for iteration in directory.iterations(path.parent)) or "none"
         fix = f"choose another by --ckpt-step; there are: {have}"

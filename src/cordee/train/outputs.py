@@ -12,6 +12,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from cordee import lock
+from cordee.checkpoint.storage import Place, is_url, place_of
+from cordee.checkpoint.storage_lock import StorageLock
 from cordee.config.schema import TrainConfig
 from cordee.errors import Problem, raise_all
 
@@ -19,8 +21,9 @@ LOCK, METRICS = ".lock", "metrics.jsonl"
 
 
 def check_free(config: TrainConfig) -> list[Problem]:
-    """The places that another run has now, as far as the kernel of this machine knows."""
-    found = _all_at_once(lock.holder, config)
+    """The places that another run has now, as far as the kernel of this machine knows. ProblemError for one that is
+    none."""
+    found = _all_at_once(lambda file: lock.holder(file) if isinstance(file, Path) else None, config)
     return [_taken(*place, who) for place, who in found if isinstance(who, lock.HeldError)]
 
 
@@ -31,9 +34,9 @@ def held(config: TrainConfig) -> Iterator[None]:
     """
     with ExitStack() as stack:
 
-        def acquire(file: Path) -> Exception | None:
+        def acquire(file: Place) -> Exception | None:
             try:
-                stack.enter_context(lock.acquire(file))
+                stack.enter_context(lock.acquire(file) if isinstance(file, Path) else StorageLock(file))
             except (lock.HeldError, OSError) as error:
                 return error
             return None
@@ -50,7 +53,7 @@ def held(config: TrainConfig) -> Iterator[None]:
 
 
 def _all_at_once(
-    look: Callable[[Path], Exception | None], config: TrainConfig
+    look: Callable[[Place], Exception | None], config: TrainConfig
 ) -> list[tuple[tuple[str, str], Exception | None]]:
     """What stands against each place, by threads: waiting for a lease, or for a run that is dying, is waiting once."""
     locks = _locks(config)
@@ -58,12 +61,15 @@ def _all_at_once(
         return list(zip(locks.values(), threads.map(look, locks), strict=True))
 
 
-def _locks(config: TrainConfig) -> dict[Path, tuple[str, str]]:
+def _locks(config: TrainConfig) -> dict[Place, tuple[str, str]]:
     """The files to lock, with the option and the place they stand for; each once, however it is written."""
-    files = {}
-    for option, given in (("--save", config.save), ("--tensorboard-dir", config.tensorboard_dir)):
-        if given is not None:
-            files[Path(os.path.realpath(given)) / LOCK] = (option, given)
+    files: dict[Place, tuple[str, str]] = {}
+    if config.save is not None:
+        root = place_of(config.save, "--save")
+        files[(Path(os.path.realpath(root)) if isinstance(root, Path) else root) / LOCK] = ("--save", config.save)
+    if config.tensorboard_dir is not None:
+        given = config.tensorboard_dir
+        files[Path(os.path.realpath(given)) / LOCK] = ("--tensorboard-dir", given)
     if (given := config.metrics_file) is not None:
         path = Path(os.path.realpath(given))
         beside_checkpoints = path.name == METRICS  # as those are of a run that has its --save there
@@ -73,10 +79,17 @@ def _locks(config: TrainConfig) -> dict[Path, tuple[str, str]]:
 
 
 def metrics_path(config: TrainConfig) -> Path | None:
-    """Where the records of a run go as lines of JSON: beside its checkpoints, if no other place is given."""
+    """Where the records of a run go as lines of JSON: beside its checkpoints, if no other place is given and these are
+    not in a store, where nothing can be appended to."""
     if config.metrics_file is not None:
         return Path(config.metrics_file)
-    return None if config.save is None else Path(config.save) / METRICS
+    return None if config.save is None or is_url(config.save) else Path(config.save) / METRICS
+
+
+def left_out(config: TrainConfig) -> Iterator[str]:
+    """What a run does not write that others do."""
+    if config.save is not None and metrics_path(config) is None:
+        yield f"{METRICS} is not written beside checkpoints in a store: give --metrics-file for one"
 
 
 def _taken(option: str, given: str, who: lock.HeldError) -> Problem:

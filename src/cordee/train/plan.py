@@ -7,111 +7,99 @@ problems are found together, so `cordee check` and the start of a job are the sa
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cordee.checkpoint import directory
-from cordee.config import deepspeed
-from cordee.config.check import check_train, fewest_processes, without_effect
-from cordee.config.option import to_flag
-from cordee.config.schema import TokenizerOptions, TrainConfig
-from cordee.data import check as data_check
-from cordee.data.build import Part, plan_order, plan_parts
-from cordee.data.indexed import IndexedDataset, bin_path, fingerprint, idx_path
+from cordee.checkpoint.storage import place_of, reached, same
+from cordee.config import deepspeed, laws
+from cordee.config.check import check_train
+from cordee.config.option import options_of
+from cordee.config.schema import ModelOptions, TokenizerOptions, TrainConfig
 from cordee.data.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
-from cordee.errors import Findings, Problem, ProblemError, raise_all
-from cordee.families.described import canonical
-from cordee.families.options import ignored, shape_of
-from cordee.families.registry import ModelSpec, differences, spec_from_options, spec_named
+from cordee.errors import Findings, Problem, ProblemError, Problems, at_most, divides, raise_all, unique
+from cordee.families.lenses import differences, words_of
+from cordee.families.options import ignored
+from cordee.families.registry import ModelSpec, spec_from_options, spec_named
+from cordee.model.compare import canonical
 from cordee.model.config import ModelConfig
-from cordee.optim.schedule import Schedule, build_schedule
-from cordee.parallel.degrees import Degrees, degrees
+from cordee.optim.schedule import build_schedule
+from cordee.parallel.degrees import fitting
+from cordee.parallel.degrees import problems as degree_problems
+from cordee.parallel.laws import Run
+from cordee.parallel.laws import check as layout_problems
 from cordee.parallel.pipeline import check as pipeline_check
-from cordee.parallel.pipeline.split import Division, noop_layers
-from cordee.train import experts, objectives, resume
+from cordee.parallel.pipeline.split import noop_layers
+from cordee.train import experts, objectives, outputs, resume
 from cordee.train.batch_schedule import BatchSchedule, build_batch_schedule
-from cordee.train.origin import Checkpoint, Origin, choose, described, opened
+from cordee.train.origin import choose, described, opened
+from cordee.train.run_plan import Origin, RunPlan
 
-
-@dataclass(frozen=True, kw_only=True)
-class RunPlan:
-    """A run that nothing is known to be wrong with.
-
-    `iterations` is the length of the whole run in steps, `samples` what it needs for "train", "valid" and "test",
-    `data` says which samples it sees in which order, `division` how a pipeline shares the layers out, `notes` what a
-    person should know before it starts.
-    """
-
-    config: TrainConfig
-    origin: Origin
-    spec: ModelSpec
-    tokenizer: Tokenizer | None
-    degrees: Degrees
-    division: Division | None
-    batches: BatchSchedule
-    iterations: int
-    samples: dict[str, int]
-    schedule: Schedule
-    data: dict[str, Any]
-    notes: tuple[str, ...]
-
-    @property
-    def resumed(self) -> Checkpoint | None:
-        """The checkpoint that the run resumes from."""
-        checkpoint = self.origin.checkpoint
-        return checkpoint if checkpoint is not None and checkpoint.resume else None
-
-
-READ_OF_DATA = 1 << 30  # bytes, over all .bin and over all .idx, that tell whether the data changed: some seconds
-Fingerprints = tuple[dict[str, int], ...]  # of the .bin and .idx of every dataset to train on
+# What the model and the tokenizer of a run follow from, by names that problems have.
+_MODEL = (*(option.name for option in options_of(ModelOptions)), "load", "model_options")
+_TOKENIZER = (*(option.name for option in options_of(TokenizerOptions)), "load", "tokenizer")
+_MANY_TOKENS = 1 << 20  # of a tokenizer that cannot be read, so that the model it is for is checked all the same
 
 
 def plan_run(
     config: TrainConfig,
     world_size: int,
     avoid: Mapping[int, str] | None = None,
-    fingerprints: Fingerprints | None = None,
+    fingerprint: Any = None,
 ) -> RunPlan:
     """The plan of a run over `world_size` processes; ProblemError with everything that is wrong with it.
 
     A run does not resume from checkpoints of the iterations in `avoid`: they have turned out to be damaged, as the
-    text says. `fingerprints` are what `fingerprint_data` returned on this machine. With None, which is for plans that
-    are not trained, the contents of the data are neither in the plan nor compared with those of a run to resume.
+    text says. `fingerprint` is what `Objective.fingerprint` returned on this machine. With None, which is for plans
+    that are not trained, the contents of the data are neither in the plan nor compared with those of a run to resume.
     """
-    contradictions = check_train(config)
+    shape = fitting(config, world_size)
+    notes = [str(each) for each in laws.ignored_options(replace(config, nproc_per_node=world_size))]
     found = Findings(
-        [*contradictions, *_stage_problems(config), *_report_problems(config)],
-        [*without_effect(config), *deepspeed.without_effect(config.deepspeed_config)],
+        [*check_train(config), *_stage_problems(config), *_report_problems(config)],
+        [*notes, *outputs.left_out(config)],
     )
-    shape = found.attempt(lambda: degrees(config, world_size)) or _smallest(config)
+    if config.deepspeed_config is not None:
+        settings = deepspeed.read(config.deepspeed_config)
+        found.problems += deepspeed.check(config, settings, shape.data)
+        found.notes += settings.ignored()
+    found.problems += degree_problems(config, world_size)
+    objective = objectives.named(config.stage)
     sizes = found.attempt(lambda: pipeline_check.sizes(config))
     batches = build_batch_schedule(config, shape.data, sizes)
-    iterations = found.attempt(lambda: _iterations(config, batches, found.notes)) or 0
+    length = found.attempt(lambda: _iterations(config, batches, found.notes))
+    iterations = length or (0 if config.skip_train else 1)  # one step stands in for a length that is not known
     schedule = build_schedule(config, config, batches.global_batch_size)
+    contradictory = frozenset[str]().union(*(problem.names for problem in found.problems))
     origin, tokenizer, spec = _start(config, avoid, found)
-    samples = found.attempt(lambda: _samples(config, batches, iterations, found.notes)) or {}
-    found.problems += data_check.check(
-        config,
-        **{f"{name}_samples": count for name, count in samples.items()},
-        vocab_size=spec.config.vocab_size if spec else None,
-        tokenizer=tokenizer,
+    run = objectives.Run(
+        config=config, batches=batches, iterations=iterations, spec=spec, tokenizer=tokenizer, fingerprint=fingerprint
     )
-    division = None
+    data = objective.data(run, found)
+    models = found.attempt(lambda: objective.models(run))
     if spec is not None:
         found.notes += experts.ignored(spec, config)
-        spec = found.attempt(partial(experts.with_training, spec, config)) or spec
+        trained = found.attempt(partial(experts.with_training, spec, config), involves=("num_experts", "model", "load"))
+        spec = trained or spec
         found.problems += _fit_problems(config, spec, tokenizer)
-        found.problems += _layout_problems(config, spec, shape)
-        counts = sorted({size // batches.slice_size for size in batches.batch_sizes()})
-        division = found.attempt(lambda: pipeline_check.division(config, shape, spec.config, counts))
-        found.notes += pipeline_check.notes(division, counts)
-    data = found.attempt(lambda: _data_identity(config, samples, fingerprints))
-    plan = None
-    if origin is not None and spec is not None and data is not None:
-        whole = RunPlan(
+    counts = sorted({size // batches.slice_size for size in batches.batch_sizes()})
+    placed = Run(model=spec.config if spec else None, degrees=shape, options=config, micro_batches=counts)
+    for each in (placed, *(replace(placed, model=further.spec.config) for further in (models or {}).values())):
+        found.problems += layout_problems(each) if shape.world_size > 1 else ()
+    division = found.attempt(lambda: pipeline_check.division(placed))
+    found.notes += pipeline_check.notes(division, counts)
+    checkpoint = origin.checkpoint if origin is not None else None
+    if checkpoint is not None and checkpoint.resume:
+        # Of options that contradict each other it says nothing that a run had others before.
+        resumed = resume.problems(config, schedule, data, checkpoint.manifest)
+        found.problems += (problem for problem in resumed if not problem.names & contradictory)
+    raise_all(unique(found.problems))
+    assert origin is not None and spec is not None and data is not None and models is not None
+    return _joined(
+        RunPlan(
             config=config,
             origin=origin,
             spec=spec,
@@ -120,27 +108,13 @@ def plan_run(
             division=division,
             batches=batches,
             iterations=iterations,
-            samples=samples,
             schedule=schedule,
+            objective=objective,
             data=data,
+            models=models,
             notes=tuple(found.notes),
         )
-        # With options that contradict each other the schedule is none that anybody wants.
-        plan = whole if contradictions else found.attempt(lambda: _joined(whole))
-    # What a contradiction already says of an option may be found in other words further on.
-    known = {(problem.option, str(problem.value)) for problem in contradictions}
-    further = found.problems[len(contradictions) :]
-    raise_all(dict.fromkeys([*contradictions, *(p for p in further if (p.option, str(p.value)) not in known)]))
-    assert plan is not None
-    return plan
-
-
-def _smallest(config: TrainConfig) -> Degrees:
-    """The fewest processes that `config` fits, so that what does not depend on their number is checked all the same."""
-    try:
-        return degrees(config, fewest_processes(config))
-    except ProblemError:  # degrees that fit no number of processes, which is known already
-        return Degrees()
+    )
 
 
 def _joined(plan: RunPlan) -> RunPlan:
@@ -154,7 +128,7 @@ def _joined(plan: RunPlan) -> RunPlan:
     return resume.join(plan, resumed.manifest)
 
 
-def _stage_problems(config: TrainConfig) -> Iterator[Problem]:
+def _stage_problems(config: TrainConfig) -> Problems:
     known = objectives.registry()
     if config.stage not in known:
         yield Problem("--stage", config.stage, "there is no such objective", f"give one of {', '.join(sorted(known))}")
@@ -181,14 +155,17 @@ def _start(
 ) -> tuple[Origin | None, Tokenizer | None, ModelSpec | None]:
     """Where the run begins, and what model and tokenizer that makes; None for what is unknown."""
     chosen = found.attempt(lambda: choose(config, avoid, found.notes))
-    if chosen is None:
-        return None, None, None
-    found.problems += _save_problems(config, chosen)
-    origin = found.attempt(lambda: opened(config, chosen)) or found.attempt(lambda: described(chosen))
+    found.problems += found.attempt(lambda: list(_save_problems(config, chosen))) or []
+    origin = None
+    if chosen is not None:
+        origin = found.attempt(lambda: opened(config, chosen)) or found.attempt(lambda: described(chosen))
+    before = len(found.problems)
+    tokenizer = found.attempt(lambda: _tokenizer(config, origin or Origin()), involves=_TOKENIZER)
     if origin is None:
-        return None, None, None
-    tokenizer = found.attempt(lambda: _tokenizer(config, origin))
-    return origin, tokenizer, found.attempt(lambda: _spec(config, origin, tokenizer, found.notes))
+        return None, tokenizer, None
+    tokens = _MANY_TOKENS if len(found.problems) > before else tokenizer and tokenizer.vocab_size
+    spec = found.attempt(lambda: _spec(config, origin, tokenizer, tokens, found.notes), involves=(*_MODEL, *_TOKENIZER))
+    return origin, tokenizer, spec
 
 
 def _tokenizer(config: TrainConfig, origin: Origin) -> Tokenizer | None:
@@ -202,13 +179,18 @@ def _tokenizer(config: TrainConfig, origin: Origin) -> Tokenizer | None:
     return load_tokenizer(config, beside) if given or beside else None
 
 
-def _spec(config: TrainConfig, origin: Origin, tokenizer: Tokenizer | None, notes: list[str]) -> ModelSpec:
-    spec = _asked(config, origin, tokenizer, notes)
-    notes += ignored(config, shape_of(spec.config))
+def _spec(
+    config: TrainConfig, origin: Origin, tokenizer: Tokenizer | None, tokens: int | None, notes: list[str]
+) -> ModelSpec:
+    """The model of the run; `tokens` is how many the tokenizer has, for a model that is given by options."""
+    spec = _asked(config, origin, tokenizer, tokens, notes)
+    notes += ignored(config, words_of(spec.config))
     return spec
 
 
-def _asked(config: TrainConfig, origin: Origin, tokenizer: Tokenizer | None, notes: list[str]) -> ModelSpec:
+def _asked(
+    config: TrainConfig, origin: Origin, tokenizer: Tokenizer | None, tokens: int | None, notes: list[str]
+) -> ModelSpec:
     if config.num_layers is not None and (placeholders := noop_layers(config)):  # which --num-layers counts
         config = replace(config, num_layers=config.num_layers - len(placeholders))
     if origin.checkpoint is not None:
@@ -216,14 +198,14 @@ def _asked(config: TrainConfig, origin: Origin, tokenizer: Tokenizer | None, not
     elif origin.spec is not None:
         loaded = origin.spec
     else:
-        fresh = spec_from_options(config, tokenizer.vocab_size if tokenizer else None)
+        fresh = spec_from_options(config, tokens)
         return fresh.with_tokens(tokenizer.bos, tokenizer.eos) if tokenizer else fresh  # not those of a preset
     # What is loaded has its rows; options that count tokens, or say how rows were padded, only have to agree with them.
     shape = replace(config, vocab_size=None, make_vocab_size_divisible_by=None)
     wanted = (spec_named(config.model) if config.model else loaded).with_options(shape)
     problems = list(_vocabulary_problems(config, loaded.config.vocab_size))
     changed = differences(loaded.config, wanted.config)
-    listed = ", ".join(f"{flag} {values}" for flag, values in changed.items()) or "in what no option says"
+    listed = ", ".join(f"{flag} {before} -> {after}" for flag, (before, after) in changed.items())
     resumes = origin.checkpoint is not None and origin.checkpoint.resume
     if wanted.shapes() != loaded.shapes():
         fix = "leave the model options out: what is loaded says its shape"
@@ -243,51 +225,47 @@ def _lasting(config: ModelConfig) -> ModelConfig:
     return canonical(replace(config, init_std=0.0, **dropout))
 
 
-def _vocabulary_problems(config: TrainConfig, rows: int) -> Iterator[Problem]:
-    if config.vocab_size is not None and config.vocab_size > rows:
-        why = f"the model that is loaded has {rows} tokens"
-        yield Problem("--vocab-size", config.vocab_size, why, f"give at most {rows}, or leave it out")
-    multiple = config.make_vocab_size_divisible_by
-    if multiple is not None and rows % multiple:
-        why = f"the model that is loaded has {rows} tokens"
-        yield Problem("--make-vocab-size-divisible-by", multiple, why, "leave it out")
+def _vocabulary_problems(config: TrainConfig, rows: int) -> Problems:
+    loaded = f"the {rows} tokens of the model that is loaded"
+    yield from at_most("--vocab-size", config.vocab_size, rows, loaded, "load")
+    if config.make_vocab_size_divisible_by is not None:
+        yield from divides(
+            "--make-vocab-size-divisible-by", config.make_vocab_size_divisible_by, rows, "tokens of the model", "load"
+        )
 
 
-def _fit_problems(config: TrainConfig, spec: ModelSpec, tokenizer: Tokenizer | None) -> Iterator[Problem]:
+def _fit_problems(config: TrainConfig, spec: ModelSpec, tokenizer: Tokenizer | None) -> Problems:
     longest, vocab_size = spec.config.max_position_embeddings, spec.config.vocab_size
-    if config.seq_length > longest:
-        why = f"the model holds at most {longest} positions"
-        yield Problem("--seq-length", config.seq_length, why, f"give at most {longest}, or a larger model")
-    if tokenizer is not None and tokenizer.vocab_size > vocab_size:
-        why = f"the tokenizer has {tokenizer.vocab_size} tokens, the model {vocab_size}"
-        yield Problem("tokenizer", tokenizer.type, why, "take the model's own tokenizer, or a model with more tokens")
-
-
-def _layout_problems(config: TrainConfig, spec: ModelSpec, shape: Degrees) -> Iterator[Problem]:
-    if shape.world_size > 1:
-        from cordee.parallel import apply  # brings torch, which a run in one process needs none of here
-
-        yield from apply.check(spec.config, shape, config)
+    positions = f"the {longest} positions that the model holds"
+    yield from at_most(
+        "--seq-length", config.seq_length, longest, positions, "max_position_embeddings", "model", "load"
+    )
+    if tokenizer is not None:
+        why, involved = f"the {vocab_size} tokens of the model", (*_TOKENIZER, *_MODEL)
+        yield from at_most("tokenizer", tokenizer.vocab_size, vocab_size, why, *involved)
 
 
 # ---- places --------------------------------------------------------------------------------------------------------
 
 
-def _save_problems(config: TrainConfig, origin: Origin) -> Iterator[Problem]:
+def _save_problems(config: TrainConfig, origin: Origin | None) -> Problems:
     if config.save is None:
         return
-    root = Path(config.save)
-    yield from _unwritable("--save", root)
-    if directory.is_root(root):
+    root = place_of(config.save, "--save")
+    if isinstance(root, Path):
+        yield from _unwritable("--save", root)
+    with reached("--save", config.save):
+        holds_run, newest = directory.is_root(root), max(directory.iterations(root), default=0)
+    if origin is not None and holds_run:
         checkpoint = origin.checkpoint
-        resumes = checkpoint is not None and checkpoint.resume and checkpoint.path.parent.samefile(root)
+        resumes = checkpoint is not None and checkpoint.resume and same(checkpoint.path.parent, root)
         if not resumes:
-            newest = max(directory.iterations(root), default=0)
             why = f"it holds the checkpoints of another run, up to iteration {newest}"
-            yield Problem("--save", root, why, f"resume that run: --load {root}; or give another directory")
+            fix = f"resume that run: --load {root}; or give another directory"
+            yield Problem("--save", root, why, fix, "taken", ("load", "finetune"))
 
 
-def _report_problems(config: TrainConfig) -> Iterator[Problem]:
+def _report_problems(config: TrainConfig) -> Problems:
     """Places of what the run tells, beside its checkpoints."""
     if config.tensorboard_dir is not None:
         yield from _unwritable("--tensorboard-dir", Path(config.tensorboard_dir))
@@ -299,7 +277,7 @@ def _report_problems(config: TrainConfig) -> Iterator[Problem]:
             yield from _unwritable("--metrics-file", file, file.parent)
 
 
-def _unwritable(option: str, given: Path, folder: Path | None = None) -> Iterator[Problem]:
+def _unwritable(option: str, given: Path, folder: Path | None = None) -> Problems:
     """Why nothing can be put in `folder`, `given` itself if None, which need not be there yet."""
     folder = folder or given
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -307,78 +285,3 @@ def _unwritable(option: str, given: Path, folder: Path | None = None) -> Iterato
         yield Problem(option, given, f"{place} is not a directory", "give another place")
     elif not os.access(place, os.W_OK | os.X_OK):
         yield Problem(option, given, f"{place} cannot be written to", "give a place that can be written to")
-
-
-# ---- data ----------------------------------------------------------------------------------------------------------
-
-
-def _samples(config: TrainConfig, batches: BatchSchedule, iterations: int, notes: list[str]) -> dict[str, int]:
-    """Samples that the run reads of each part. The final test is left out where --split leaves it no sequence."""
-    held_out = config.eval_iters * batches.global_batch_size
-    train = config.train_samples or iterations * batches.global_batch_size
-    lengths = {"train_samples" if config.train_samples else "train_iters": train, "eval_iters": held_out}
-    raise_all(
-        Problem(to_flag(name), getattr(config, name), "it makes more tokens than 64 bits count", "give less")
-        for name, count in lengths.items()
-        if count * (config.seq_length + 1) >= 2**63
-    )
-    samples = {"train": 0 if config.skip_train else train, "valid": held_out, "test": held_out}
-    parts = plan_parts(config)
-    for name in ("valid", "test"):
-        if name not in parts:
-            samples[name] = 0
-    if samples["test"] and not config.test_data_path and not _has_sequences(config):
-        notes.append(f"no test at the end: --split {config.split} leaves it no sequence")
-        samples["test"] = 0
-    return samples
-
-
-def _has_sequences(config: TrainConfig) -> bool:
-    """Whether --split leaves the test any sequence; files that cannot be read are found by the check of the data."""
-    part = plan_parts(config)["test"]
-    try:
-        ranges = [part.sequences(IndexedDataset(prefix)) for prefix in part.blend.prefixes]
-    except ProblemError:
-        return True
-    return all(first < last for first, last in ranges)
-
-
-def _training_part(config: TrainConfig) -> Part:
-    if (part := plan_parts(config).get("train")) is None:
-        fix = "give training a share, for example 969,30,1"
-        raise ProblemError([Problem("--split", config.split, "its first share, that of training, is zero", fix)])
-    return part
-
-
-def fingerprint_data(config: TrainConfig) -> Fingerprints:
-    """What tells changed bytes of the data to train on; ProblemError if it cannot be read.
-
-    The more datasets, the less is read of each, so that no blend takes longer to start than another.
-    """
-    prefixes = _training_part(config).blend.prefixes
-    bound = READ_OF_DATA // len(set(prefixes))
-
-    def read(prefix: str) -> dict[str, int]:
-        try:
-            return {"bin": fingerprint(bin_path(prefix), bound), "idx": fingerprint(idx_path(prefix), bound)}
-        except OSError as error:
-            fix = "give a prefix whose files can be read"
-            raise ProblemError([Problem("dataset", prefix, f"it cannot be read: {error}", fix)]) from error
-
-    found = {prefix: read(prefix) for prefix in dict.fromkeys(prefixes)}
-    return tuple(found[prefix] for prefix in prefixes)
-
-
-def _data_identity(config: TrainConfig, samples: dict[str, int], fingerprints: Fingerprints | None) -> dict[str, Any]:
-    """What decides which sample comes when: two runs with equal identities see the same ones. Nothing about the order
-    for a run that trains on no samples."""
-    part, count = _training_part(config), samples.get("train")
-    weights = part.blend.weights or (1.0,)
-    opened = [IndexedDataset(prefix) for prefix in part.blend.prefixes]
-    sets = []
-    for indexed, weight, content in zip(opened, weights, fingerprints or ({},) * len(opened), strict=True):
-        first, last = part.sequences(indexed)
-        sets.append({"tokens": indexed.num_tokens, "first": first, "last": last, "weight": weight, **content})
-    order = plan_order(part, opened, config.seq_length, count).describe() if count else {"blocks": None, "period": None}
-    whole = {"seq_length": config.seq_length, "seed": config.seed, "order": config.dataloader_type, "sets": sets}
-    return whole | order | {"samples": count}

@@ -7,7 +7,6 @@ norms are of all ranks. (Megatron prints on the last rank, the only one that kno
 from __future__ import annotations
 
 import functools
-import io
 import json
 import math
 import sys
@@ -17,11 +16,10 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Protocol, TextIO
 
-from cordee.log import logger
+from cordee.files import end_last_line
 from cordee.train.metrics import Record
 
 MB = 1 << 20
-_BLOCK = 1 << 16  # bytes read at a time from a file's end
 WIDE = 130  # columns of a terminal that has room for a bar beside the figures
 
 
@@ -175,7 +173,7 @@ class JsonSink:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_file():
             raise OSError(f"{path} is no regular file")  # opening a pipe would wait for its reader
-        _end_last_line(path)
+        end_last_line(path)
         self._file = path.open("a", encoding="utf-8")
 
     def step(self, record: Record) -> None:
@@ -193,30 +191,6 @@ class JsonSink:
     def _write(self, values: dict) -> None:
         self._file.write(json.dumps(values) + "\n")
         self._file.flush()
-
-
-def _end_last_line(path: Path) -> None:
-    """Let a file of JSON lines, if there is one, end with a whole line: a last one that has no end gets it if it is a
-    record, and is cut off if it is part of one."""
-    if not path.is_file():
-        return
-    with path.open("r+b") as file:
-        size = start = file.seek(0, io.SEEK_END)
-        last = b""
-        while start and b"\n" not in last:
-            length = min(start, _BLOCK)
-            start = file.seek(start - length)
-            last = file.read(length) + last
-        last = last.rpartition(b"\n")[2]
-        if not last:
-            return
-        try:
-            json.loads(last)
-            file.seek(size)
-            file.write(b"\n")
-        except ValueError:
-            file.truncate(size - len(last))
-            logger.warning("%s ended inside a record, of which %d bytes were cut off", path, len(last))
 
 
 class TensorBoardSink:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,30 +21,32 @@ from cordee.checkpoint.store import CheckpointStore
 from cordee.config.schema import TrainConfig
 from cordee.data.batch import Batch
 from cordee.data.loader import Loader
-from cordee.errors import Problem, ProblemError
+from cordee.errors import Findings, ProblemError
 from cordee.log import logger
 from cordee.model.gpt import GPTModel
 from cordee.optim.build import set_rates
 from cordee.optim.clip import clip_factor, gradients, scale_
 from cordee.optim.precision import LossScaler
 from cordee.parallel import collectives, context, data, norms
-from cordee.parallel.execution import Executor, Work
+from cordee.parallel.execution import Executor, Frozen, Work
 from cordee.parallel.layout import Layout
 from cordee.train import not_finite
 from cordee.train.exits import COMPLETE, Exit, ExitRule
 from cordee.train.metrics import StepResult
-from cordee.train.plan import RunPlan
+from cordee.train.objectives import Objective
 from cordee.train.reports import Reports
 from cordee.train.resume import describe
+from cordee.train.run_plan import RunPlan
 from cordee.train.state import TrainState
 
 
 @dataclass(frozen=True)
 class Step:
-    """The micro-batches of this rank and what all ranks have of them together: trained tokens."""
+    """The micro-batches of this rank, and of those of all ranks together the weight and the tokens."""
 
     batches: list[Batch]
-    weight: int
+    weight: float
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,14 @@ class Losses:
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What a trainer works with, ready made. `loaders` are those of "train", "validation" and "test" that exist."""
+    """What a trainer works with, ready made. `models` are further ones of the objective, `loaders` those of "train",
+    "validation" and "test" that exist.
+    """
 
     model: GPTModel
     executor: Executor
+    objective: Objective[Any]
+    models: Mapping[str, Frozen]
     optimizer: Optimizer
     scaler: LossScaler
     loaders: dict[str, Loader]
@@ -182,23 +189,22 @@ class Trainer:
 
         ProblemError on all ranks if one of them cannot read its samples or write its part of a checkpoint.
         """
-        layout, store = self.parts.layout, self.parts.store
-        batches: list[Batch] = []
-        problems: list[Problem] = []
-        try:
-            batches = self.parts.loaders[split].next_step(consumed, global_batch_size, micro_batch_size)
-        except ProblemError as error:
-            problems = error.problems
-        weight = sum(batch.weight() for batch in batches) if layout.speaks_for_samples else 0
+        layout, store, found = self.parts.layout, self.parts.store, Findings()
+        loader = self.parts.loaders[split]
+        batches = found.attempt(lambda: loader.next_step(consumed, global_batch_size, micro_batch_size)) or []
+        counted = batches if layout.speaks_for_samples else []
+        weight = sum(map(self.parts.objective.weight, counted))
+        tokens = sum(batch.num_tokens for batch in counted)
         unsaved = int(store is not None and store.failed)
         votes = self.parts.exits.votes()
-        weight, unread, unsaved, *votes = collectives.sum_counts([weight, len(problems), unsaved, *votes], layout)
+        numbers = [weight, tokens, len(found.problems), unsaved, *votes]
+        weight, tokens, unread, unsaved, *votes = collectives.sum_numbers(numbers, layout)
         if unread:
-            collectives.raise_together(problems, layout)
+            collectives.raise_together(found.problems, layout.control)
         if unsaved and store is not None:
             store.wait()  # the save has failed on all ranks alike, and says so here
-        self.told_to_stop = self.parts.exits.decide(votes)
-        return Step(batches, max(weight, 1)) if self.told_to_stop is None else None
+        self.told_to_stop = self.parts.exits.decide([int(vote) for vote in votes])
+        return Step(batches, weight, int(tokens)) if self.told_to_stop is None else None
 
     def _step(self, step: Step) -> StepResult:
         """Forward, backward and optimizer; `state` moves on."""
@@ -222,8 +228,7 @@ class Trainer:
         parts.optimizer.zero_grad()
         parts.scaler.update(overflow)
         samples = self._batch_size
-        tokens = samples * self.config.seq_length
-        state.advance(samples, tokens, skipped=overflow)
+        state.advance(samples, step.tokens, skipped=overflow)
         return StepResult(
             loss=losses.mean,
             metrics=losses.metrics,
@@ -231,7 +236,7 @@ class Trainer:
             learning_rate=learning_rate,
             loss_scale=scale,
             samples=samples,
-            tokens=tokens,
+            tokens=step.tokens,
             skipped=overflow,
             zeros_in_grad=zeros,
             params_norm=self._params_norm() if told and self.config.log_params_norm else None,
@@ -243,32 +248,34 @@ class Trainer:
     def _backward(self, step: Step, scale: float) -> Losses:
         """Gradients of the mean loss over all ranks, times `scale`, summed over all micro-batches."""
         layout = self.parts.layout
+        weight = step.weight or 1  # of nothing that counts all sums are 0
         work = Work(
             batches=self._own_parts(step.batches),
-            weights=[batch.weight() for batch in step.batches],
-            weight=step.weight,
+            weights=[self.parts.objective.weight(batch) for batch in step.batches],
+            weight=weight,
             scale=scale,
         )
         sums = self.parts.executor.train(work)
         local = torch.stack(list(sums.values()))
         overall = collectives.sum_over(local.clone(), layout).tolist()
-        means = {name: value / step.weight for name, value in zip(sums, overall, strict=True)}
+        means = {name: value / weight for name, value in zip(sums, overall, strict=True)}
         return Losses(means.pop(""), means, local[list(sums).index("")])
 
     def _own_parts(self, batches: Sequence[Batch]) -> list[Batch]:
-        """What this rank has of the tokens of each micro-batch."""
-        return [context.share(batch, self.parts.layout, self.config) for batch in batches]
+        """What this rank has of the tokens of each micro-batch, with what further models say of them."""
+        parts = [context.share(batch, self.parts.layout, self.config) for batch in batches]
+        return self.parts.objective.prepare(parts, self.parts.models)
 
     def _mean_loss(self, split: str) -> float | None:
         size = self.plan.batches.global_batch_size
-        loss, weight = 0.0, 0
+        loss, weight = 0.0, 0.0
         for index in range(self.config.eval_iters):
             if (step := self._fetch(split, index * size, size, self.config.micro_batch_size)) is None:
                 return None
-            total, count = self.parts.executor.evaluate(self._own_parts(step.batches))
+            total = self.parts.executor.evaluate(self._own_parts(step.batches))
             loss += collectives.sum_over(total, self.parts.layout).item()
-            weight += int(collectives.sum_over(count, self.parts.layout))
-        return loss / max(weight, 1)
+            weight += step.weight
+        return loss / (weight or 1)
 
     def _require_curable(self, losses: Losses, norm: float) -> None:
         """Stop the run unless this is an overflow in fp16, which a smaller loss scale cures."""

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from cordee.families.rules import Index, Leaf, Op, View, normalise
+from cordee.tensors.views import Index, Leaf, Op, View, normalise
 from cordee.weights.codec import Source
 
 Change = Callable[[View, torch.dtype], View]  # what an adapter makes of a tensor of the checkpoint, in that type

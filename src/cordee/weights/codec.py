@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cordee.families.registry import ModelSpec
-from cordee.families.rules import Index, Leaf, Shape, View, whole
+from cordee.tensors.views import Index, Leaf, Shape, View, whole
 from cordee.weights.regions import COPIED
 
 SLICE = COPIED  # bytes that are moved at a time: small enough for caches, large enough for disks
@@ -96,6 +96,10 @@ class Source(ABC):
     def copy_into(self, out: Tensor, name: str, index: Sequence[slice] | None = None) -> None:
         """Copy a parameter, or the part at `index`, into `out` of the same shape, converting its type."""
         out.copy_(self.tensor(name, index))
+
+    def skip(self, name: str) -> None:  # noqa: B027 - nothing is to be done where each process reads for itself
+        """Read nothing of a parameter. Whoever reads walks all names in order and skips those that it does not need:
+        reading some sources is collective."""
 
 
 class Sink(ABC):

@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cordee.errors import Problem, raise_all
-from cordee.families.rules import Index
 from cordee.files import read_json
+from cordee.tensors.views import Index
 from cordee.weights import torch_file
 from cordee.weights.regions import contiguous
 from cordee.weights.safetensors_file import NAMES_OF_TYPES, starts

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -17,14 +17,16 @@ import torch
 
 from cordee.errors import Problem, raise_all
 from cordee.families.registry import ModelSpec, spec_from_directory
-from cordee.families.rules import Rule, Shape, View, whole
-from cordee.weights.codec import PlannedFile, Sink, is_of_weights, type_of
+from cordee.tensors.rules import Rule
+from cordee.tensors.views import Shape, View, whole
+from cordee.weights.codec import PlannedFile, is_of_weights, type_of
 from cordee.weights.files import SAFETENSORS, SAFETENSORS_INDEX, TensorFile, open_files
 from cordee.weights.regions import Destination
 from cordee.weights.ruled import RuledSource
 from cordee.weights.safetensors_file import SafetensorsWriter, room_for
+from cordee.weights.staged_sink import StagedSink
 from cordee.weights.staging import Staging
-from cordee.weights.workers import Move, Workers
+from cordee.weights.workers import Move
 
 MAX_SHARD_SIZE = 5 * 10**9  # bytes; as transformers 4 has it, and small enough for any file system
 
@@ -199,7 +201,7 @@ def _file_name(number: int, count: int) -> str:
     return SAFETENSORS if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
 
 
-class HFSink(Sink):
+class HFSink(StagedSink):
     """A Hugging Face directory in the making."""
 
     def __init__(
@@ -213,28 +215,21 @@ class HFSink(Sink):
         workers: int,
     ):
         self.spec = spec
-        self._staging = staging
         self._dtype = dtype
         self._max_shard_size = max_shard_size
-        self._companions = companions
         self._rules = rules
         self._shapes = spec.shapes()
-        self._remaining = set(self._rules)
         self._sizes = _foreign_sizes(self._rules, self._shapes)  # of tensors that are still to come
         self._shards: list[SafetensorsWriter] = []
         self._dtypes: set[torch.dtype] = set()
-        self._workers = Workers(staging, workers)
+        super().__init__(staging, rules, companions, workers)
 
-    def take(self, name: str, view: View) -> None:
-        assert name in self._remaining, f"{name} is unknown or was put before"
+    def moves(self, name: str, view: View) -> Iterator[Move]:
         assert tuple(view.shape) == self._shapes[name], f"{name}: {tuple(view.shape)} != {self._shapes[name]}"
-        self._remaining.remove(name)
         dtype = self._dtype or type_of(view)
         self._dtypes.add(dtype)
-        parts = self._rules[name].foreign_views(view)
-        self._workers.carry(
-            Move(part, dtype, [self._place(foreign, part.shape, dtype)]) for foreign, part in parts.items()
-        )
+        for foreign, part in self._rules[name].foreign_views(view).items():
+            yield Move(part, dtype, [self._place(foreign, part.shape, dtype)])
 
     def _place(self, foreign: str, shape: Shape, dtype: torch.dtype) -> Destination:
         try:
@@ -256,18 +251,11 @@ class HFSink(Sink):
         self._shards.append(SafetensorsWriter(self._staging.scratch / f"shard-{len(self._shards)}", room))
         return self._shards[-1]
 
-    def close(self) -> None:
-        assert not self._remaining, f"never put: {sorted(self._remaining)}"
-        self._workers.close()
-        try:
-            for shard in self._shards:
-                shard.close()
-            self._name_shards()
-            self._staging.write_config(self.spec.hf_config, self._dtypes)
-            self._staging.copy_companions(self._companions)
-        except OSError as error:
-            raise self._staging.problem(error) from error
-        self._staging.publish()
+    def finish(self) -> None:
+        for shard in self._shards:
+            shard.close()
+        self._name_shards()
+        self._staging.write_config(self.spec.hf_config, self._dtypes)
 
     def _name_shards(self) -> None:
         """Shards get their final names when their number is known."""
@@ -282,10 +270,6 @@ class HFSink(Sink):
         total = sum(shard.nbytes for shard in self._shards)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         self._staging.write_json(SAFETENSORS_INDEX, index)
-
-    def abort(self) -> None:
-        self._workers.close()
-        self._staging.discard()
 
 
 def _foreign_sizes(rules: dict[str, Rule], shapes: dict[str, Shape]) -> dict[str, int]:

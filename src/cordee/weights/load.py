@@ -42,21 +42,24 @@ def load_into(model: nn.Module, source: Source, dtype: torch.dtype | None = None
     loaded, if a parameter is not in the source or has another shape there.
     """
     materialise(model, dtype)
+    raise_all(mismatches(model, source))
     parameters = dict(model.named_parameters())
-    raise_all(_mismatches(parameters, source))
-    for name, parameter in parameters.items():
-        local, offset = local_shard(parameter.detach())
-        if local.numel():
+    for name in source.names():
+        local, offset = local_shard(parameters[name].detach()) if name in parameters else (None, ())
+        if local is None or not local.numel():
+            source.skip(name)
+        else:
             index = tuple(slice(start, start + size) for start, size in zip(offset, local.shape, strict=True))
             source.copy_into(local, name, index)
     elements = sum(math.prod(parameter.shape) for parameter in parameters.values())
     return LoadReport(len(parameters), elements, source.notes)
 
 
-def _mismatches(parameters: dict[str, nn.Parameter], source: Source) -> list[Problem]:
+def mismatches(model: nn.Module, source: Source) -> list[Problem]:
+    """The parameters of `model` that `source` lacks, or has in another shape."""
     problems = []
     available = set(source.names())
-    for name, parameter in parameters.items():
+    for name, parameter in model.named_parameters():
         if name not in available:
             fix = "load a checkpoint of the same model"
             problems.append(Problem(name, None, "the model has this parameter, the checkpoint does not", fix))

@@ -18,8 +18,8 @@ import torch
 
 from cordee.errors import Problem, ProblemError, raise_all
 from cordee.families.registry import ModelSpec
-from cordee.families.rules import Leaf, Op, Shape, View
 from cordee.files import read_json
+from cordee.tensors.views import Leaf, Op, Shape, View
 from cordee.weights.adapter import Change, Given, LowRank, is_factor
 from cordee.weights.codec import is_of_weights
 from cordee.weights.files import COPY_AGAIN, UNREADABLE, BinFile, SafetensorsFile, TensorFile

@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from cordee.families.rules import Index, Shape
+from cordee.tensors.views import Index, Shape
 
 COPIED = 16 * 2**20  # bytes that are read into memory at most; more is mapped
 

@@ -11,7 +11,8 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from cordee.families.rules import Index, Rule, View, normalise
+from cordee.tensors.rules import Rule
+from cordee.tensors.views import Index, View, normalise
 from cordee.weights.codec import Source
 from cordee.weights.files import TensorFile
 

@@ -17,13 +17,13 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.serialization import MAGIC_NUMBER, skip_data
 
-from cordee.families.rules import Index
+from cordee.tensors.views import Index
 from cordee.weights.pickled import Builder, Bytes, Call, Name, load
 from cordee.weights.regions import Region
 
@@ -36,6 +36,12 @@ _DEPTH = 32  # of dicts in dicts
 _DIMS = 64  # of a tensor, as many as torch allows
 _ENTRIES = 2**22  # of all those dicts: they may hold one another, so that few bytes become many
 UNREADABLE = (zipfile.BadZipFile, NotImplementedError, struct.error, OSError, ValueError)  # of a damaged file
+
+
+class Opens(Protocol):
+    """A path to something with bytes."""
+
+    def open(self, mode: Literal["rb"]) -> BinaryIO: ...
 
 
 class TorchFile:
@@ -57,7 +63,7 @@ class TorchFile:
         return self.tensors[keys].read(self.path, index)
 
 
-def tensor_in(path: Path, start: int, size: int) -> Region:
+def tensor_in(path: Opens, start: int, size: int) -> Region:
     """Where the tensor is that stands alone in an archive of `size` bytes from `start` on in a file. One of
     `UNREADABLE` if it does not.
     """

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cordee.families.rules import Index, View
+from cordee.tensors.views import Index, View
 from cordee.weights.codec import slices
 from cordee.weights.regions import Destination
 from cordee.weights.staging import Staging

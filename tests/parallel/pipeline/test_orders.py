@@ -113,21 +113,20 @@ def test_reduction_waits_for_the_backward_by_weights():
 
 
 @pytest.mark.parametrize(
-    ("case", "why", "fix"),
+    ("case", "kind", "limit"),
     [
-        (("1f1b", 4, 2, 8), "it needs 1 stage a rank; there are 2", "give 1, or choose interleaved or"),
-        (("interleaved", 4, 1, 8), "it needs at least 2 stages a rank; there is 1", "gpipe or 1f1b"),
-        (("interleaved", 4, 2, 9), "9 micro-batches cannot be dealt out in 2 equal rounds over 4 ranks", "8 or 12"),
-        (("fold_aiao", 4, 1, 8), "at least 2 stages a rank", "give at least 2"),
-        (("fold_fifo", 4, 2, 9), "9 micro-batches cannot be dealt out", "8 or 12"),
-        (("zbv", 4, 3, 8), "it needs 2 stages a rank; there are 3", "give 2"),
-        (("dualpipev", 4, 2, 7), "the 2 x 4 stages need as many micro-batches; there are 7", "at least 8"),
-        (("1fb1", 4, 1, 8), "there is no such pipeline schedule", "did you mean 1f1b?"),
+        (("1f1b", 4, 2, 8), "stages", "1"),
+        (("interleaved", 4, 1, 8), "stages", "at least 2"),
+        (("interleaved", 4, 2, 9), "rounds", (8, 12)),
+        (("fold_aiao", 4, 1, 8), "stages", "at least 2"),
+        (("fold_fifo", 4, 2, 9), "rounds", (8, 12)),
+        (("zbv", 4, 3, 8), "stages", "2"),
+        (("dualpipev", 4, 2, 7), "micro-batches", 8),
+        (("1fb1", 4, 1, 8), "unknown", None),
     ],
 )
-def test_what_does_not_fit_is_said(case, why, fix):
+def test_what_does_not_fit_is_said(case, kind, limit):
     with pytest.raises(ProblemError) as caught:
         orders(*case)
     (problem,) = caught.value.problems
-    assert why in problem.why
-    assert fix in problem.fix
+    assert (problem.option, problem.value, problem.kind, problem.limit) == ("schedule", case[0], kind, limit)

@@ -16,7 +16,7 @@ from cordee.data.tokenizer.base import Tokenizer
 from cordee.data.tokenizer.null import NullTokenizer
 from cordee.errors import Problem, raise_all
 
-__all__ = ["VOCABULARIES", "Tokenizer", "check_tokenizer", "holds_tokenizer", "load_tokenizer"]
+__all__ = ["VOCABULARIES", "Tokenizer", "check_tokenizer", "holds_tokenizer", "is_vocabulary", "load_tokenizer"]
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")  # of which a directory has one
 # The files each type cannot do without; PretrainedFromHF has a directory instead.
@@ -100,9 +100,13 @@ def _directory_problems(options: TokenizerOptions, fallback: str | None) -> Iter
         yield Problem("--tokenizer-use-fast", False, why, "leave it out")
 
 
+def is_vocabulary(name: str) -> bool:
+    """Whether a file of this name makes its directory one of a tokenizer."""
+    return name in VOCABULARIES or name.endswith(".tiktoken")
+
+
 def _vocabulary_files(directory: Path) -> Iterator[Path]:
-    for pattern in (*VOCABULARIES, "*.tiktoken"):
-        yield from (path for path in directory.glob(pattern) if path.is_file())
+    return (path for path in directory.glob("*") if is_vocabulary(path.name) and path.is_file())
 
 
 def _from_directory(directory: Path, options: TokenizerOptions) -> Tokenizer:

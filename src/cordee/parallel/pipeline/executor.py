@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,7 @@ from cordee.model.balance import Balance
 from cordee.model.gpt import GPTModel
 from cordee.model.span import Span
 from cordee.parallel import collectives, compile, data
-from cordee.parallel.execution import Loss, LossParts, Work, add, noise_of
+from cordee.parallel.execution import Criterion, LossParts, Output, Work, add, noise_of
 from cordee.parallel.layout import Layout
 from cordee.parallel.pipeline import engine
 from cordee.parallel.pipeline.orders import REDUCING, Action, orders, with_reduction
@@ -44,19 +45,21 @@ class PipelineExecutor:
         layout: Layout,
         options: TrainConfig,
         device: torch.device,
-        loss: Loss,
+        criterion: Criterion,
     ):
         self._model = model
         self._division = division
         self._layout = layout
+        self._criterion = criterion
         self._device = device
         self._zero_stage = options.zero_stage
         self._dtype = data.compute_dtype(options)
         self._parts = layout.degrees.tp if options.sequence_parallel else 1  # of a sequence between two stages
         self._rank = layout.axis_rank("pp")
-        run = compile.whole(options, self._run)
+        run = compile.whole(model, options, self._run)
         self._stages = {
-            stage: Stage(stage, division.spans[stage], model, run, loss) for stage in division.stages(self._rank)
+            stage: Stage(stage, division.spans[stage], model, run, criterion.loss)
+            for stage in division.stages(self._rank)
         }
         self._program = cache(self._make_program)
         self._num_reports: dict[str, int] | None = None
@@ -71,7 +74,7 @@ class PipelineExecutor:
 
     def train(self, work: Work) -> dict[str, Tensor]:
         batches = [batch.to(self._device) for batch in work.batches]
-        weights = [batch.weight() for batch in work.batches]
+        weights = [self._criterion.weight(batch) for batch in work.batches]
         figures = _Figures()
 
         def forward(stage: Stage, micro_batch: int, x: Tensor) -> Tensor:
@@ -91,21 +94,26 @@ class PipelineExecutor:
         self._join_copies()
         return self._agreed(figures)
 
-    @torch.no_grad()
-    def evaluate(self, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
-        batches = [batch.to(self._device) for batch in batches]
+    def evaluate(self, batches: Sequence[Batch]) -> Tensor:
         loss = torch.zeros((), device=self._device)
-        count = torch.zeros((), dtype=torch.int64, device=self._device)
-
-        def forward(stage: Stage, micro_batch: int, x: Tensor) -> Tensor:
-            output, parts = stage.evaluate(x, batches[micro_batch])
+        for parts in self.forward(batches, self._criterion.loss):
             if parts is not None:
                 loss.add_(parts[0].float())
-                count.add_(parts[1])
-            return output
+        return loss
+
+    @torch.no_grad()
+    def forward(self, batches: Sequence[Batch], output: Output) -> list[Any]:
+        batches = [batch.to(self._device) for batch in batches]
+        made: list[Any] = [None] * len(batches)
+
+        def forward(stage: Stage, micro_batch: int, x: Tensor) -> Tensor:
+            hidden = stage.evaluate(x, batches[micro_batch])
+            if stage.span.head:
+                made[micro_batch] = output(self._model.head, hidden, batches[micro_batch])
+            return hidden
 
         self._perform(self._program(len(batches), training=False), batches, forward)
-        return loss, count
+        return made
 
     # ---- running a program -------------------------------------------------------------------------------------------
 
@@ -226,12 +234,12 @@ class _Figures:
         self.num_reports: dict[str, int] = {}
 
     def of_head(self, parts: LossParts) -> None:
-        total, _, metrics = parts
+        total, metrics = parts
         values = {"": total, **metrics}
         add(self.sums, values)
         self.num_reports |= dict.fromkeys(values, 1)
 
-    def of_layers(self, balance: Balance, weight: int, first: bool) -> None:
+    def of_layers(self, balance: Balance, weight: float, first: bool) -> None:
         """What the layers of one stage report of a micro-batch of this weight; they are counted in the `first`."""
         for values in balance.layers.values():
             add(self.sums, {name: value * weight for name, value in values.items()})

@@ -7,12 +7,14 @@ the samples of each micro-batch, so that the step is that of equal micro-batches
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-from cordee.errors import Problem, ProblemError
+from cordee.config.check import RANKS
+from cordee.config.values import whole_numbers
+from cordee.errors import Problem, Problems, raise_all
 
 _OPTION = "--manual-mbs"
+_SAMPLES = ("global_batch_size", "micro_batch_size", *RANKS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,39 +39,42 @@ EXAMPLES = {
 
 def sizes(text: str) -> tuple[int, ...]:
     """Samples of each micro-batch of a step, from an example's name or "1,2,3". ProblemError if it is neither."""
-    if text in EXAMPLES:
-        return EXAMPLES[text].sizes
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+    raise_all(unreadable(text))
+    return EXAMPLES[text].sizes if text in EXAMPLES else whole_numbers(text) or ()
+
+
+def unreadable(text: str) -> Problems:
+    """Why a text is no list."""
+    if text not in EXAMPLES and not all(whole_numbers(text) or (0,)):
         why = "it is neither an example nor a list of sizes"
-        raise ProblemError([Problem(_OPTION, text, why, f"give {', '.join(EXAMPLES)}, or sizes such as 1,2,3,2")])
-    return tuple(map(int, parts))
+        fix = f"give {', '.join(EXAMPLES)}, or sizes such as 1,2,3,2"
+        yield Problem(_OPTION, text, why, fix)
 
 
-def problems(text: str, *, num_ranks: int, micro_batch_size: int, num_samples: int) -> Iterator[Problem]:
+def problems(text: str, *, num_ranks: int, micro_batch_size: int, num_samples: int) -> Problems:
     """Why a list does not suit a run of `num_ranks` pipeline ranks.
 
     `num_samples`: of one step on one data-parallel rank, global batch / data-parallel ranks; `micro_batch_size`
     samples is what a micro-batch has in the mean.
     """
-    try:
-        listed = sizes(text)
-    except ProblemError as error:
-        yield from error.problems
+    if problems := list(unreadable(text)):
+        yield from problems
         return
+    listed = sizes(text)
     if text in EXAMPLES:
         yield from _unlike_example(text, num_ranks, micro_batch_size, num_samples)
         return
     if len(listed) * micro_batch_size != num_samples:
         why = f"it has {len(listed)} sizes, and {num_samples} samples in micro-batches of {micro_batch_size} make "
         wanted = num_samples / micro_batch_size
-        yield Problem(_OPTION, text, f"{why}{wanted:g}", "give that many, or change the batch sizes")
+        fix = "give that many, or change the batch sizes"
+        yield Problem(_OPTION, text, f"{why}{wanted:g}", fix, "length", _SAMPLES, wanted)
     if sum(listed) != num_samples:
         why = f"its sizes make {sum(listed)} samples, and a step has {num_samples} on each data-parallel rank"
-        yield Problem(_OPTION, text, why, f"let the sizes make {num_samples}")
+        yield Problem(_OPTION, text, why, f"let the sizes make {num_samples}", "sum", _SAMPLES, num_samples)
 
 
-def _unlike_example(name: str, num_ranks: int, micro_batch_size: int, num_samples: int) -> Iterator[Problem]:
+def _unlike_example(name: str, num_ranks: int, micro_batch_size: int, num_samples: int) -> Problems:
     example = EXAMPLES[name]
     for what, made_for, given in (
         ("pipeline ranks", example.num_ranks, num_ranks),
@@ -78,4 +83,5 @@ def _unlike_example(name: str, num_ranks: int, micro_batch_size: int, num_sample
     ):
         if given != made_for:
             why = f"it is made for {made_for} {what}; there {'is' if given == 1 else 'are'} {given}"
-            yield Problem(_OPTION, name, why, f"let there be {made_for}, or give a list of your own")
+            fix = f"let there be {made_for}, or give a list of your own"
+            yield Problem(_OPTION, name, why, fix, "example", _SAMPLES, (what, made_for))

@@ -14,7 +14,7 @@ from typing import Literal, get_args
 
 from cordee.config.schema import PipelineSchedule
 from cordee.config.spelling import nearest
-from cordee.errors import Problem, raise_all
+from cordee.errors import Problem, Problems, raise_all
 
 Kind = Literal["F", "B", "I", "W", "R"]
 SCHEDULES: tuple[str, ...] = get_args(PipelineSchedule)
@@ -73,40 +73,44 @@ def with_reduction(orders: Iterable[Sequence[Action]], *, at_once: bool = True) 
     return [_reduced(order, at_once) for order in orders]
 
 
-def problems(schedule: str, num_ranks: int, stages_per_rank: int, num_micro_batches: int) -> Iterator[Problem]:
+def problems(schedule: str, num_ranks: int, stages_per_rank: int, num_micro_batches: int) -> Problems:
     """Why these numbers do not suit the schedule."""
     if schedule not in SCHEDULES:
         near = nearest(schedule, SCHEDULES)
         fix = f"did you mean {' or '.join(near)}?" if near else f"one of {', '.join(SCHEDULES)}"
-        yield Problem("schedule", schedule, "there is no such pipeline schedule", fix)
+        yield Problem("schedule", schedule, "there is no such pipeline schedule", fix, "unknown")
         return
     yield from _stages(schedule, stages_per_rank)
     if schedule in ("interleaved", "interleaved_zero_bubble", "fold_fifo"):
         yield from _rounds(schedule, num_ranks, num_micro_batches)
     if schedule == "dualpipev" and num_micro_batches < 2 * num_ranks:
         why = f"the 2 x {num_ranks} stages need as many micro-batches; there are {num_micro_batches}"
-        yield Problem("schedule", schedule, why, f"give at least {2 * num_ranks} micro-batches, or choose zbv")
+        fix = f"give at least {2 * num_ranks} micro-batches, or choose zbv"
+        yield Problem("schedule", schedule, why, fix, "micro-batches", limit=2 * num_ranks)
 
 
 # -------------------------------------------------------------------------------------------- what does not fit
 
 
-def _stages(schedule: str, stages_per_rank: int) -> Iterator[Problem]:
+def _stages(schedule: str, stages_per_rank: int) -> Problems:
     least, most = STAGES_PER_RANK[schedule]
     if not least <= stages_per_rank <= (most or stages_per_rank):
         wanted = f"{least}" if most else f"at least {least}"
         why = f"it needs {wanted} stage{'s' if wanted != '1' else ''} a rank; there {_are(stages_per_rank)}"
         others = [name for name, (low, high) in STAGES_PER_RANK.items() if low <= stages_per_rank <= (high or 10**9)]
-        yield Problem("schedule", schedule, why, f"give {wanted}, or choose {' or '.join(others)}")
+        yield Problem(
+            "schedule", schedule, why, f"give {wanted}, or choose {' or '.join(others)}", "stages", limit=wanted
+        )
 
 
-def _rounds(schedule: str, num_ranks: int, num_micro_batches: int) -> Iterator[Problem]:
+def _rounds(schedule: str, num_ranks: int, num_micro_batches: int) -> Problems:
     """Stages take turns after about as many micro-batches as there are ranks; all turns must be equally long."""
     rounds = max(1, num_micro_batches // num_ranks)
     if num_micro_batches % rounds:
         why = f"{num_micro_batches} micro-batches cannot be dealt out in {rounds} equal rounds over {num_ranks} ranks"
         multiple = num_micro_batches // num_ranks * num_ranks
-        yield Problem("schedule", schedule, why, f"give {multiple} or {multiple + num_ranks} micro-batches")
+        fix = f"give {multiple} or {multiple + num_ranks} micro-batches"
+        yield Problem("schedule", schedule, why, fix, "rounds", limit=(multiple, multiple + num_ranks))
 
 
 def _are(number: int) -> str:

@@ -6,13 +6,14 @@ say. Knows neither torch nor time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
 from cordee.config.schema import ParallelOptions
-from cordee.errors import Problem, raise_all
+from cordee.config.values import whole_numbers
+from cordee.errors import Problem, Problems, raise_all
 from cordee.families.count import head_flops, layer_flops
 from cordee.model.config import ModelConfig
 from cordee.model.span import Span
@@ -72,7 +73,7 @@ def divide(options: ParallelOptions, model: ModelConfig, seq_length: int) -> Div
     schedule, num_ranks = schedule_of(options), options.pipeline_model_parallel_size
     num_stages = num_ranks * _stages_per_rank(options, schedule, model)
     if options.num_layer_list is not None:
-        ends = list(accumulate(layer_list(options.num_layer_list) or ()))
+        ends = list(accumulate(whole_numbers(options.num_layer_list) or ()))
     elif options.num_layers_per_virtual_pipeline_stage is not None or options.noop_layers is not None:
         raise_all(_even_problems(options, model, num_stages))
         ends = _even_ends(model.num_layers, noop_layers(options) or (), num_stages)
@@ -152,97 +153,89 @@ def _best_end(before: _Best, stop: int, sums: Sequence[float], extra: float, lea
 
 # ---- what does not fit -----------------------------------------------------------------------------------------------
 
+RANKS, LIST, NOOP = "--pipeline-model-parallel-size", "--num-layer-list", "--noop-layers"
+VIRTUAL = "--num-layers-per-virtual-pipeline-stage"
+_LAYERS = ("pipeline_model_parallel_size", "num_layers", "model", "load")
+_STAGES = (*_LAYERS, "pipeline_schedule", "fold_mode")
 
-def layer_list(text: str) -> list[int] | None:
-    """The numbers of "7,8,8,9"; None if it is something else."""
-    parts = [part.strip() for part in text.split(",")]
-    return [int(part) for part in parts] if all(part.isdecimal() for part in parts) else None
 
-
-def noop_layers(options: ParallelOptions) -> list[int] | None:
+def noop_layers(options: ParallelOptions) -> tuple[int, ...] | None:
     """The places of layers that are only counted; None if the option cannot be read."""
-    return layer_list(options.noop_layers) if options.noop_layers is not None else []
+    return whole_numbers(options.noop_layers) if options.noop_layers is not None else ()
 
 
 def _num_places(options: ParallelOptions, model: ModelConfig) -> int:
     return model.num_layers + len(noop_layers(options) or ())
 
 
-def _list_problems(options: ParallelOptions, model: ModelConfig) -> Iterator[Problem]:
+def _list_problems(options: ParallelOptions, model: ModelConfig) -> Problems:
     text, num_ranks = options.num_layer_list, options.pipeline_model_parallel_size
     if text is None:
         return
-    option = "--num-layer-list"
-    counts = layer_list(text)
-    for other, value in (
-        ("--num-layers-per-virtual-pipeline-stage", options.num_layers_per_virtual_pipeline_stage),
-        ("--noop-layers", options.noop_layers),
-    ):
-        if value is not None:
-            yield Problem(option, text, f"{other} {value} divides the layers too", "give one of the two")
-    if schedule_of(options) in V_SHAPED:
-        why = f"--pipeline-schedule {schedule_of(options)} has two stages on each rank"
-        yield Problem(option, text, why, "leave it out: layers are shared out by their cost")
+    if (schedule := schedule_of(options)) in V_SHAPED:
+        why, fix = f"{schedule} has two stages on each rank", "leave it out: layers are divided by their cost"
+        yield Problem(LIST, text, why, fix, "excludes", ("pipeline_schedule",), schedule)
+    counts = whole_numbers(text)
     if counts is None:
-        yield Problem(option, text, "it is not a list of numbers", "give the layers of each stage, such as 7,8,8,9")
+        yield Problem(LIST, text, "it is not a list of numbers", "give the layers of each stage, such as 7,8,8,9")
         return
     if len(counts) != num_ranks:
-        why = f"it has {len(counts)} numbers for {num_ranks} stages"
-        yield Problem(option, text, why, f"give {num_ranks}, the layers of each stage")
+        why, fix = f"it has {len(counts)} numbers for {num_ranks} stages", f"give {num_ranks}, the layers of each stage"
+        yield Problem(LIST, text, why, fix, "length", ("pipeline_model_parallel_size",), num_ranks)
     if sum(counts) != model.num_layers:
         why = f"it sums up to {sum(counts)}, and the model has {model.num_layers} layers"
-        yield Problem(option, text, why, f"let the numbers sum up to {model.num_layers}")
+        fix = f"let the numbers sum up to {model.num_layers}"
+        yield Problem(LIST, text, why, fix, "sum", _LAYERS, model.num_layers)
 
 
-def _noop_problems(options: ParallelOptions, model: ModelConfig) -> Iterator[Problem]:
-    text = options.noop_layers
-    if text is None:
-        return
-    places, option = noop_layers(options), "--noop-layers"
+def _noop_problems(options: ParallelOptions, model: ModelConfig) -> Problems:
+    text, places = options.noop_layers, noop_layers(options)
     if places is None:
-        yield Problem(option, text, "it is not a list of numbers", "give places of layers, counted from 0: 0,127")
+        yield Problem(NOOP, text, "it is not a list of numbers", "give places of layers, counted from 0: 0,127")
         return
     total = model.num_layers + len(places)
     if outside := [place for place in places if place >= total]:
         why = f"{outside[0]} is not among the {total} places, with those of {len(places)} placeholders"
-        yield Problem(option, text, why, f"give numbers from 0 to {total - 1}")
+        yield Problem(NOOP, text, why, f"give numbers from 0 to {total - 1}", "at most", _LAYERS, total - 1)
     if len(set(places)) < len(places):
-        yield Problem(option, text, "it names a place twice", "name each place once")
+        yield Problem(NOOP, text, "it names a place twice", "name each place once", "unique")
 
 
-def _virtual_problems(options: ParallelOptions, model: ModelConfig) -> Iterator[Problem]:
+def _virtual_problems(options: ParallelOptions, model: ModelConfig) -> Problems:
     size, num_ranks = options.num_layers_per_virtual_pipeline_stage, options.pipeline_model_parallel_size
     if size is None:
         return
-    places = _num_places(options, model)
+    places, involved = _num_places(options, model), (*_LAYERS, "noop_layers")
     if places % (size * num_ranks):
-        why = f"{num_ranks} ranks x {size} layers do not divide the {places} layers"
-        yield Problem("--num-layers-per-virtual-pipeline-stage", size, why, f"let {num_ranks} x it divide {places}")
+        why = f"{places} layers are not divisible by {num_ranks} ranks x {size}"
+        yield Problem(VIRTUAL, size, why, f"let {num_ranks} x it divide {places}", "divides", involved, places)
     elif places == size * num_ranks:
         why = f"each of {num_ranks} ranks would have one stage of {size} layers, which is none to take turns with"
-        yield Problem("--num-layers-per-virtual-pipeline-stage", size, why, "give fewer layers, or leave it out")
+        yield Problem(VIRTUAL, size, why, "give fewer layers, or leave it out", "at most", involved, places)
 
 
-def _even_problems(options: ParallelOptions, model: ModelConfig, num_stages: int) -> Iterator[Problem]:
+def _even_problems(options: ParallelOptions, model: ModelConfig, num_stages: int) -> Problems:
     places = _num_places(options, model)
     if places % num_stages:
-        why = f"with them {places} layers are to be shared out evenly over {num_stages} stages"
-        yield Problem("--noop-layers", options.noop_layers, why, f"let there be a multiple of {num_stages}")
+        why = f"with them {places} layers are not divisible by {num_stages} stages"
+        fix, involved = f"let there be a multiple of {num_stages}", (*_STAGES, "num_layers_per_virtual_pipeline_stage")
+        yield Problem(NOOP, options.noop_layers, why, fix, "divisible", involved, num_stages)
 
 
-def _few_problems(model: ModelConfig, num_stages: int, schedule: str, num_ranks: int) -> Iterator[Problem]:
+def _few_problems(model: ModelConfig, num_stages: int, schedule: str, num_ranks: int) -> Problems:
     if model.num_layers < num_stages - 2:
         why = f"its {num_stages} stages ({schedule}) are more than {model.num_layers} layers, embedding and head"
-        yield Problem("--pipeline-model-parallel-size", num_ranks, why, f"give at most {model.num_layers}")
+        yield Problem(RANKS, num_ranks, why, f"give at most {model.num_layers}", "at most", _STAGES, model.num_layers)
 
 
-def _idle_problems(options: ParallelOptions, division: Division) -> Iterator[Problem]:
+def _idle_problems(options: ParallelOptions, division: Division) -> Problems:
     idle = [
         str(rank)
         for rank in range(division.num_ranks)
         if not any(span.layers or span.embedding or span.head for span in division.owned(rank))
     ]
     if idle:
-        option = "--num-layer-list" if options.num_layer_list is not None else "--noop-layers"
-        value = options.num_layer_list or options.noop_layers
-        yield Problem(option, value, f"rank {', '.join(idle)} of the pipeline would have nothing", "give it a layer")
+        listed = options.num_layer_list
+        option, value = (NOOP, options.noop_layers) if listed is None else (LIST, listed)
+        why = f"rank {', '.join(idle)} of the pipeline would have nothing"
+        yield Problem(option, value, why, "give it a layer", "idle", _STAGES, ", ".join(idle))

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from cordee.data.batch import Batch
 from cordee.model.balance import Balance
 from cordee.model.gpt import GPTModel
+from cordee.model.head import Head
 from cordee.model.span import Span
-from cordee.parallel.execution import Loss, LossParts
+from cordee.parallel.execution import LossParts
 from cordee.parallel.pipeline import engine
 
+RankLoss = Callable[[Head, Tensor, Batch], LossParts]
 Run = Callable[[Tensor, Batch, Balance | None, Span], Tensor]  # the hidden states that a span makes
 
 
@@ -42,7 +44,7 @@ class Stage:
     `sharded` are its modules whose gradients are reduced, each by itself.
     """
 
-    def __init__(self, index: int, span: Span, model: GPTModel, run: Run, loss: Loss):
+    def __init__(self, index: int, span: Span, model: GPTModel, run: Run, loss: RankLoss):
         self.index = index
         self.span = span
         self._model = model
@@ -72,10 +74,9 @@ class Stage:
         kept.loss = parts[0] * scale
         return output.detach(), parts
 
-    def evaluate(self, x: Tensor, batch: Batch) -> tuple[Tensor, LossParts | None]:
-        """As `forward`, without a backward."""
-        output = self._run(x, batch, None, self.span)
-        return output, self._loss(self._model.head, output, batch) if self.span.head else None
+    def evaluate(self, x: Tensor, batch: Batch) -> Tensor:
+        """Hidden states, without a backward."""
+        return self._run(x, batch, None, self.span)
 
     def backward(self, micro_batch: int, grad: Tensor | None) -> Tensor | None:
         """The gradient of what the stage was given, from that of what it made, None in the last stage."""

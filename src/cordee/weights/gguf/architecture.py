@@ -7,7 +7,6 @@ files, and never imports torch.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -19,7 +18,9 @@ import numpy as np
 from cordee.errors import Problem, ProblemError
 from cordee.families.count import canonical_shapes
 from cordee.families.family import HFConfig
+from cordee.families.lenses import differences
 from cordee.families.registry import ModelSpec, spec_from_hf
+from cordee.model.compare import OF_TRAINING
 from cordee.model.config import (
     AttentionConfig,
     DynamicNTKScaling,
@@ -261,14 +262,14 @@ def choose(spec: ModelSpec, factors: Sequence[float] | None) -> tuple[Architectu
     for row in (row for row in ARCHITECTURES if row.experts == experts):
         values: dict[str, Any] = {"general.architecture": row.name}
         values |= {f"{row.name}.{key}": value for key, value in _describe(config) if value is not None}
-        readable, differences = _differences(config, row, values, factors)
-        if not differences:
+        readable, differing = _differences(config, row, values, factors)
+        if not differing:
             return row, values, notes
-        tried.append((not readable, len(differences), row.name, differences))
-    *_, name, differences = min(tried)
-    more = f"; and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
+        tried.append((not readable, len(differing), row.name, differing))
+    *_, name, differing = min(tried)
+    more = f"; and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
     why = f"family {spec.family.name}: none of the models of llama.cpp that are known here is such a one; the nearest, "
-    why += f"{name}, differs: {'; '.join(differences[:_SHOWN])}{more}"
+    why += f"{name}, differs: {'; '.join(differing[:_SHOWN])}{more}"
     raise ProblemError([Problem("--save-model-type", "gguf", why, "choose another format")])
 
 
@@ -352,41 +353,16 @@ def _differences(
 ) -> tuple[bool, list[str]]:
     """Whether `values` can be read as a model at all, and in what it would be another than `config`."""
     found = rules(config, row.paired)
-    differences = [f"it has no tensor for {_starred(name)}" for name in canonical_shapes(config) if name not in found]
+    missing = [f"it has no tensor for {_starred(name)}" for name in canonical_shapes(config) if name not in found]
     names = {name for rule in found.values() for name in rule.foreign}
     try:
         read = spec_from_hf(hf_config(row, values, names, factors), row.name).config
     except ProblemError as error:
-        return False, [*dict.fromkeys(differences), *(f"{problem.option}: {problem.why}" for problem in error.problems)]
-    ours, theirs = _facts(config), _facts(read)
-    differences += [
-        f"{_starred(name)} is {ours.get(name)}, there {theirs.get(name)}"
-        for name in ours | theirs
-        if ours.get(name) != theirs.get(name)
-    ]
-    return True, list(dict.fromkeys(differences))
+        return False, [*dict.fromkeys(missing), *(f"{problem.option}: {problem.why}" for problem in error.problems)]
+    found = differences(config, read, without=OF_TRAINING, stored=shortest)
+    missing += [f"{place} is {ours}, there {theirs}" for place, (ours, theirs) in found.items()]
+    return True, list(dict.fromkeys(missing))
 
 
 def _starred(name: str) -> str:
     return re.sub(r"\.\d+\.", ".*.", name)
-
-
-_OF_TRAINING = {"attention_dropout", "embedding_dropout", "hidden_dropout", "init_std", "balance", "capacity"}
-
-
-def _facts(config: ModelConfig) -> dict[str, object]:
-    """What decides what a model computes when it does not train, by path, as exactly as a file holds it."""
-    facts: dict[str, object] = {}
-
-    def walk(path: str, value: object) -> None:
-        if isinstance(value, dict):
-            for key in value.keys() - _OF_TRAINING:
-                walk(f"{path}.{key}" if path else key, value[key])
-        elif isinstance(value, tuple | list):
-            for number, item in enumerate(value):
-                walk(f"{path}.{number}", item)
-        else:
-            facts[path] = shortest(value) if isinstance(value, float) else value
-
-    walk("", dataclasses.asdict(config))
-    return facts

@@ -21,10 +21,11 @@ from torch import Tensor
 
 from cordee.errors import Problem, ProblemError, raise_all
 from cordee.families.registry import ModelSpec, spec_from_hf
-from cordee.families.rules import Rule, Shape, View, whole
 from cordee.model.config import AttentionConfig, Llama3Scaling, ModelConfig
 from cordee.model.rotary import inverse_frequencies
-from cordee.weights.codec import PlannedFile, Sink, Source
+from cordee.tensors.rules import Rule
+from cordee.tensors.views import Shape, View, whole
+from cordee.weights.codec import PlannedFile, Source
 from cordee.weights.gguf import vocabulary
 from cordee.weights.gguf.architecture import (
     ROPE_FACTORS,
@@ -39,8 +40,9 @@ from cordee.weights.gguf.place import FILE, file_of
 from cordee.weights.gguf.tensors import rules
 from cordee.weights.regions import Destination, contiguous
 from cordee.weights.ruled import RuledSource
+from cordee.weights.staged_sink import StagedSink
 from cordee.weights.staging import TERMS, Staging
-from cordee.weights.workers import Move, Workers
+from cordee.weights.workers import Move
 
 logger = logging.getLogger("cordee")
 
@@ -240,7 +242,7 @@ def _keeps_type(name: str, rule: Rule, shape: Shape) -> bool:
     return not name.endswith("router.weight") and all(len(foreign) > 1 for foreign in rule.foreign_shapes(shape))
 
 
-class GGUFSink(Sink):
+class GGUFSink(StagedSink):
     """A directory with a file of GGUF in the making.
 
     companions: directory from which terms of use are copied.
@@ -249,41 +251,22 @@ class GGUFSink(Sink):
 
     def __init__(self, staging: Staging, plan: Plan, companions: Path | None, workers: int = 1):
         self.plan = plan
-        self._staging = staging
-        self._companions = companions
-        self._remaining = set(plan.rules)
-        self._workers = Workers(staging, workers)
         self._path = staging.scratch / FILE
-        try:
-            self._offsets = create(self._path, plan.values, plan.tensors)
-            if plan.factors is not None:
-                self._place(ROPE_FACTORS).write(plan.factors)
-        except OSError as error:
-            self.abort()
-            raise staging.problem(error) from error
+        super().__init__(staging, plan.rules, companions, workers, TERMS)
+
+    def begin(self) -> None:
+        self._offsets = create(self._path, self.plan.values, self.plan.tensors)
+        if self.plan.factors is not None:
+            self._place(ROPE_FACTORS).write(self.plan.factors)
 
     def _place(self, foreign: str) -> Destination:
         return Destination(self._path, contiguous(self._offsets[foreign], *self.plan.tensors[foreign]))
 
-    def take(self, name: str, view: View) -> None:
-        assert name in self._remaining, f"{name} is unknown or was put before"
-        self._remaining.remove(name)
-        parts = self.plan.rules[name].foreign_views(view)
-        for foreign, part in parts.items():
-            assert tuple(part.shape) == self.plan.tensors[foreign][0], f"{foreign}: {tuple(part.shape)}"
-        self._workers.carry(
-            Move(part, self.plan.tensors[foreign][1], [self._place(foreign)]) for foreign, part in parts.items()
-        )
+    def moves(self, name: str, view: View) -> Iterator[Move]:
+        for foreign, part in self.plan.rules[name].foreign_views(view).items():
+            shape, dtype = self.plan.tensors[foreign]
+            assert tuple(part.shape) == shape, f"{foreign}: {tuple(part.shape)}"
+            yield Move(part, dtype, [self._place(foreign)])
 
-    def close(self) -> None:
-        assert not self._remaining, f"never put: {sorted(self._remaining)}"
-        self._workers.close()
-        try:
-            self._staging.copy_companions(self._companions, TERMS)
-        except OSError as error:
-            raise self._staging.problem(error) from error
-        self._staging.publish()
-
-    def abort(self) -> None:
-        self._workers.close()
-        self._staging.discard()
+    def finish(self) -> None:
+        """Nothing: the file is laid out from the beginning."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cordee.errors import Problem, ProblemError, raise_all
-from cordee.families.rules import Index, Shape
+from cordee.tensors.views import Index, Shape
 from cordee.weights.files import COPY_AGAIN, Stored
 from cordee.weights.gguf.header import ByteOrderError, Header, Sizes, read_header
 from cordee.weights.regions import contiguous

@@ -11,22 +11,9 @@ from typing import TYPE_CHECKING
 
 from cordee.families import common
 from cordee.families.count import canonical_shapes
-from cordee.families.rules import (
-    IDENTITY,
-    Chain,
-    Each,
-    Index,
-    Join,
-    Op,
-    Rearrange,
-    Rule,
-    View,
-    each_layer,
-    module,
-    separate_qkv,
-    stack,
-)
 from cordee.model.config import AttentionConfig, LayerConfig, ModelConfig
+from cordee.tensors.rules import IDENTITY, Rule, each_layer, module, separate_qkv, stack
+from cordee.tensors.views import Chain, Each, Index, Join, Op, Rearrange, View
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cordee.errors import Problem, ProblemError, raise_all
 from cordee.families.registry import ModelSpec
-from cordee.families.rules import Index, Op
+from cordee.tensors.views import Index, Op
 from cordee.weights.adapter import Change, Given, LowRank, is_factor
 from cordee.weights.codec import is_of_weights
 from cordee.weights.megatron.dialect import Dialect

@@ -13,17 +13,17 @@ from typing import Any
 import torch
 
 from cordee.config.load import config_from_dict
-from cordee.config.model_options import FeatureOptions, ModelOptions
+from cordee.config.model_options import ModelOptions
 from cordee.errors import Problem, ProblemError
-from cordee.families import described
-from cordee.families.features import features_of
+from cordee.families.lenses import FEATURES, Words, differences, features_of, words_of
+from cordee.families.options import ACTIVATIONS, SCALED_BY
 from cordee.families.registry import ModelSpec, spec_from_options
+from cordee.families.rope import SCALINGS
+from cordee.model.compare import canonical
 from cordee.model.config import (
     AttentionConfig,
     LatentAttentionConfig,
     LinearScaling,
-    Llama3Scaling,
-    MLPConfig,
     ModelConfig,
     MoEConfig,
     RopeConfig,
@@ -32,42 +32,44 @@ from cordee.model.config import (
 from cordee.weights.megatron.layout import Layout
 
 GIVE_MODEL = "give --model with a preset or a directory with the config.json that belongs to the weights"
+OF_READING = ("model", "checking")  # options of a conversion that say how a Megatron checkpoint is read
+
+
+def unclear(where: str, value: object, why: str, fix: str = GIVE_MODEL) -> Problem:
+    """What a Megatron checkpoint does not tell of its model, and options of a conversion can."""
+    return Problem(where, value, why, fix, "unclear", OF_READING)
 
 
 # ---- from a model ----------------------------------------------------------------------------------------------------
+
+
+# What Megatron calls as the options do, in every model and, besides, where attention is not latent.
+_ALIKE = (
+    *("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings", "normalization", "norm_epsilon"),
+    *("vocab_size", "init_method_std", "attention_dropout", "hidden_dropout", "ffn_hidden_size", "num_query_groups"),
+)
+_LATENT = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+_OF_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")
 
 
 def arguments(config: ModelConfig, layout: Layout, padded_vocab: int, **more: Any) -> Namespace:
     """Megatron's arguments for a model in a layout; `more` are what a dialect or a user adds."""
     stages = [sum(len(c.layers) for c in layout.chunks if c.pipeline == p) for p in range(layout.pipeline)]
     uneven = len(set(stages)) > 1
-    attention = config.layers[0].attention
-    rope = attention.rope
-    if rope is not None:
-        positions = "rope"
-    elif config.learned_positions:
-        positions = "learned_absolute"
-    else:
-        positions = "alibi" if isinstance(attention, AttentionConfig) and attention.alibi else "none"
+    words, rope = words_of(config), config.layers[0].attention.rope
+    placed = rope is not None or words["position_embedding_type"] != "rope"
     values: dict[str, Any] = {
-        "num_layers": config.num_layers,
+        **{name: words[name] for name in _ALIKE},
         "encoder_num_layers": config.num_layers,
-        "hidden_size": config.hidden_size,
-        "num_attention_heads": attention.num_heads,
         "seq_length": config.max_position_embeddings,
-        "max_position_embeddings": config.max_position_embeddings,
-        "position_embedding_type": positions,
+        "position_embedding_type": words["position_embedding_type"] if placed else "none",
         "add_position_embedding": config.learned_positions,
         "use_rotary_position_embeddings": rope is not None,
-        "normalization": "RMSNorm" if config.final_norm.kind == "rms" else "LayerNorm",
-        "norm_epsilon": config.final_norm.eps,
-        "layernorm_epsilon": config.final_norm.eps,
+        "layernorm_epsilon": words["norm_epsilon"],
         "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
-        "vocab_size": config.vocab_size,
         "padded_vocab_size": padded_vocab,
-        "init_method_std": config.init_std,
-        "attention_dropout": config.attention_dropout,
-        "hidden_dropout": config.hidden_dropout,
+        "add_bias_linear": words["mlp_bias"],
+        **{name: form == (words["activation"], words["gated"]) for name, form in ACTIVATIONS.items()},
         "tensor_model_parallel_size": layout.tensor,
         "pipeline_model_parallel_size": layout.pipeline,
         "virtual_pipeline_model_parallel_size": len(layout.chunks) // layout.pipeline if layout.virtual else None,
@@ -80,9 +82,9 @@ def arguments(config: ModelConfig, layout: Layout, padded_vocab: int, **more: An
         "consumed_valid_samples": 0,
         "data_parallel_random_init": False,
     }
-    values |= _rope(rope, attention) if rope is not None else {}
-    values |= _attention(attention)
-    values |= _mlp(config)
+    values |= _rope(rope, config.layers[0].attention) if rope is not None else {}
+    values |= _attention(words)
+    values |= _experts(config, words) if words["num_experts"] else {}
     # Where Megatron has a form of its own for a feature, it stands.
     found = Namespace(**{**_features(config), **values, **more})
     setattr(found, UNTOLD, not _tells(found, config))
@@ -95,7 +97,7 @@ def _tells(args: Namespace, config: ModelConfig) -> bool:
         read = spec_of_arguments(args, config.vocab_size, "settings")
     except ProblemError:
         return False
-    return described.canonical(read.config) == described.canonical(config)
+    return not differences(canonical(read.config), canonical(config))
 
 
 def _features(config: ModelConfig) -> dict[str, Any]:
@@ -116,74 +118,47 @@ def _rope(rope: RopeConfig, attention: AttentionConfig | LatentAttentionConfig) 
         "rotary_percent": (rope.rotary_dim or head_dim) / head_dim,
         "rotary_interleaved": False,
     }
-    if isinstance(rope.scaling, YarnScaling):
-        values |= {
-            "rope_scaling_type": "yarn",
-            "rope_scaling_factor": rope.scaling.factor,
-            "rope_scaling_original_max_position_embeddings": rope.scaling.original_max_position_embeddings,
-            "rope_scaling_beta_fast": rope.scaling.beta_fast,
-            "rope_scaling_beta_slow": rope.scaling.beta_slow,
-        }
-    elif isinstance(rope.scaling, LinearScaling):
-        values["rotary_seq_len_interpolation_factor"] = rope.scaling.factor
-    elif isinstance(rope.scaling, Llama3Scaling):
-        values |= {
-            "rope_scaling_type": "llama3",
-            "use_rope_scaling": True,
-            "rope_scaling_factor": rope.scaling.factor,
-            "low_freq_factor": rope.scaling.low_freq_factor,
-            "high_freq_factor": rope.scaling.high_freq_factor,
-            "original_max_position_embeddings": rope.scaling.original_max_position_embeddings,
-        }
-    elif rope.scaling is not None:
-        values["rope_scaling_type"] = type(rope.scaling).__name__  # not Megatron's: nobody shall take it for none
-    return values
+    scaling = rope.scaling
+    if isinstance(scaling, LinearScaling):
+        return {**values, "rotary_seq_len_interpolation_factor": scaling.factor}
+    if scaling is None or type(scaling) not in SCALINGS:  # else not Megatron's: nobody shall take it for none
+        return {**values, **({} if scaling is None else {"rope_scaling_type": type(scaling).__name__})}
+    yarn, original = isinstance(scaling, YarnScaling), scaling.original_max_position_embeddings
+    own = {name: getattr(scaling, name) for name in _OF_SCALING if hasattr(scaling, name)}
+    return {
+        **values,
+        "rope_scaling_type": SCALINGS[type(scaling)],
+        **({} if yarn else {"use_rope_scaling": True}),
+        **{name if name.endswith("freq_factor") else f"rope_scaling_{name}": value for name, value in own.items()},
+        f"{'rope_scaling_' if yarn else ''}original_max_position_embeddings": original,
+    }
 
 
-def _attention(attention: AttentionConfig | LatentAttentionConfig) -> dict[str, Any]:
-    if isinstance(attention, AttentionConfig):
+def _attention(words: Words) -> dict[str, Any]:
+    if not words["multi_head_latent_attention"]:
         return {
-            "kv_channels": attention.head_dim,
-            "group_query_attention": attention.num_kv_heads != attention.num_heads,
-            "num_query_groups": attention.num_kv_heads,
-            "qk_layernorm": attention.qk_norm is not None,
-            "add_qkv_bias": attention.qkv_bias,
-            "add_dense_bias": attention.out_bias,
+            "kv_channels": words["kv_channels"],
+            "group_query_attention": words["num_query_groups"] != words["num_attention_heads"],
+            "qk_layernorm": words["qk_layernorm"],
+            "add_qkv_bias": words["qkv_bias"],
+            "add_dense_bias": words["dense_bias"],
         }
     return {
+        **{name: words[name] for name in _LATENT},
         "multi_latent_attention": True,
         "multi_head_latent_attention": True,  # as MindSpeed-LLM calls it
         "qk_layernorm": True,
-        "q_lora_rank": attention.q_lora_rank,
-        "kv_lora_rank": attention.kv_lora_rank,
-        "qk_head_dim": attention.nope_head_dim,
-        "qk_nope_head_dim": attention.nope_head_dim,
-        "qk_pos_emb_head_dim": attention.rope_head_dim,
-        "qk_rope_head_dim": attention.rope_head_dim,
-        "v_head_dim": attention.v_head_dim,
-        "kv_channels": attention.v_head_dim,
+        "qk_head_dim": words["qk_nope_head_dim"],
+        "qk_pos_emb_head_dim": words["qk_rope_head_dim"],
+        "kv_channels": words["v_head_dim"],
         "group_query_attention": False,
-        "num_query_groups": attention.num_heads,
     }
 
 
-def _mlp(config: ModelConfig) -> dict[str, Any]:
-    mixtures = [layer.mlp for layer in config.layers if isinstance(layer.mlp, MoEConfig)]
-    dense = [layer.mlp for layer in config.layers if isinstance(layer.mlp, MLPConfig)]
-    mlp = dense[0] if dense else mixtures[0].expert
-    values: dict[str, Any] = {
-        "ffn_hidden_size": mlp.ffn_hidden_size,
-        "swiglu": mlp.activation == "silu" and mlp.gated,
-        "openai_gelu": mlp.activation == "gelu_tanh" and not mlp.gated,
-        "geglu": mlp.activation == "gelu" and mlp.gated,
-        "gelu_tanh": mlp.activation == "gelu_tanh" and mlp.gated,
-        "add_bias_linear": mlp.bias,
-    }
-    if not mixtures:
-        return values
-    router, shared = mixtures[0].router, mixtures[0].shared
+def _experts(config: ModelConfig, words: Words) -> dict[str, Any]:
+    mixture = next(layer.mlp for layer in config.layers if isinstance(layer.mlp, MoEConfig))
+    router, shared = mixture.router, mixture.shared
     return {
-        **values,
         "num_experts": router.num_experts,
         "moe_router_topk": router.top_k,
         "moe_router_score_function": router.score,
@@ -192,7 +167,7 @@ def _mlp(config: ModelConfig) -> dict[str, Any]:
         "moe_router_topk_scaling_factor": router.scale,
         "moe_router_enable_expert_bias": router.correction_bias,
         "moe_layer_freq": [int(isinstance(layer.mlp, MoEConfig)) for layer in config.layers],
-        "moe_ffn_hidden_size": mixtures[0].expert.ffn_hidden_size,
+        "moe_ffn_hidden_size": words["moe_intermediate_size"],
         "moe_shared_expert_intermediate_size": shared.ffn_hidden_size if shared else None,
     }
 
@@ -202,38 +177,16 @@ def _mlp(config: ModelConfig) -> dict[str, Any]:
 # Settings that change the mathematics and that nothing here would understand.
 REFUSED = ("apply_layernorm_1p", "quick_geglu", "rotary_interleaved", "squared_relu", "use_glm_rope", "window_size")
 UNTOLD = "cordee_model_untold"  # a setting of ours: the others do not tell all about the model
-FEATURES = {field.name for field in fields(FeatureOptions)}
 _FLAGS = {  # features that Megatron and MindSpeed-LLM keep in the same form, and that a dense model may have
     *("add_rmsnorm_offset", "apply_residual_connection_post_layernorm", "attn_logit_softcapping", "dim_model_base"),
     *("embed_layernorm", "input_embeds_norm", "interleave_sliding_window", "lm_norm_weight"),
     *("output_logit_softcapping", "output_multiplier_scale", "post_norm", "qk_layernorm", "query_pre_attn_scalar"),
     *("rotary_percent", "scale_depth", "scale_emb", "sliding_window"),
 }
-_SAME = (
-    {field.name for field in fields(ModelOptions)}
-    - FEATURES
-    - {
-        "model",
-        "make_vocab_size_divisible_by",
-        "padded_vocab_size",
-        "group_query_attention",
-        "num_query_groups",
-        "openai_gelu",
-        "rope_scaling_type",
-        "rope_scaling_factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-        "rope_scaling_beta_fast",
-        "rope_scaling_beta_slow",
-        "rope_scaling_mscale",
-    }
-)
-_ALSO = (  # what else is read
-    *("rope_scaling_type", "rope_scaling_factor", "low_freq_factor", "high_freq_factor", "norm_epsilon"),
-    *("layernorm_epsilon", "num_query_groups", "original_max_position_embeddings", "rope_scaling_beta_fast"),
-    *("rope_scaling_beta_slow", "rope_scaling_mscale", "rope_scaling_original_max_position_embeddings"),
-)
+_ELSEWHERE = {"group_query_attention", "make_vocab_size_divisible_by", "model", "num_query_groups", "openai_gelu"}
+_SAME = {field.name for field in fields(ModelOptions)} - FEATURES.keys() - SCALED_BY.keys() - _ELSEWHERE
+_ALSO = {*SCALED_BY, "layernorm_epsilon", "num_query_groups", "rope_scaling_original_max_position_embeddings"}
+_ALSO |= {"rope_scaling_type"}
 
 
 def spec_of_arguments(args: Namespace | None, vocab_size: int, where: str) -> ModelSpec:
@@ -242,23 +195,21 @@ def spec_of_arguments(args: Namespace | None, vocab_size: int, where: str) -> Mo
     ProblemError if they do not, or if arguments alone do not tell the family.
     """
     if args is None:
-        why = "it carries no settings, so that nothing tells which model it is"
-        raise ProblemError([Problem(where, None, why, GIVE_MODEL)])
+        raise _untold(where, "it carries no settings, so that nothing tells which model it is")
     if getattr(args, UNTOLD, False):
-        raise ProblemError([Problem(where, None, "its settings do not tell all about the model", GIVE_MODEL)])
+        raise _untold(where, "its settings do not tell all about the model")
     if refused := [name for name in REFUSED if getattr(args, name, None) not in (None, False)]:
-        why = f"its settings say what flags of cordee train do not: {', '.join(refused)}"
-        raise ProblemError([Problem(where, None, why, GIVE_MODEL)])
+        raise _untold(where, f"its settings say what flags of cordee train do not: {', '.join(refused)}")
     given = _given(args, where)
     if given.get("position_embedding_type") != "rope" and not given.get("use_rotary_position_embeddings"):
         for name in ("rotary_base", "rotary_percent", "rotary_seq_len_interpolation_factor"):
             given.pop(name, None)  # Megatron has defaults for them, whatever the positions are
     if given.get("num_experts") or given.get("multi_latent_attention") or given.get("multi_head_latent_attention"):
-        why = "its settings do not tell all about a mixture of experts or latent attention"
-        raise ProblemError([Problem(where, None, why, GIVE_MODEL)])
+        raise _untold(where, "its settings do not tell all about a mixture of experts or latent attention")
     if given.get("position_embedding_type") == "alibi" and not hasattr(args, "lm_norm_weight"):
-        why = "its settings do not tell whether the head is normalised, as it is in some models with alibi"
-        raise ProblemError([Problem(where, None, why, GIVE_MODEL)])
+        raise _untold(
+            where, "its settings do not tell whether the head is normalised, as it is in some models with alibi"
+        )
     values = {name: given[name] for name in _SAME & given.keys()}
     values |= {name: given[name] for name in _FLAGS & given.keys() if given[name]}
     values |= {"vocab_size": vocab_size, "padded_vocab_size": vocab_size}
@@ -275,19 +226,20 @@ def spec_of_arguments(args: Namespace | None, vocab_size: int, where: str) -> Mo
     try:
         return spec_from_options(config_from_dict(ModelOptions, {**values, **_scaling(given, where)}))
     except ProblemError as error:
-        raise ProblemError(
-            [Problem(where, p.option, f"by its settings: {p.why}", GIVE_MODEL) for p in error.problems]
-        ) from error
+        raise ProblemError([unclear(where, p.option, f"by its settings: {p.why}") for p in error.problems]) from error
 
 
 def _given(args: Namespace, where: str) -> dict[str, Any]:
     """The settings that are plain values."""
     given = {name: value for name, value in vars(args).items() if isinstance(value, str | int | float)}
-    said = (_SAME | _FLAGS | set(_ALSO)) & given.keys()
+    said = (_SAME | _FLAGS | _ALSO) & given.keys()
     if endless := sorted(name for name in said if not _is_reasonable(given[name])):
-        why = f"by its settings: no model has such values of {', '.join(endless)}"
-        raise ProblemError([Problem(where, None, why, GIVE_MODEL)])
+        raise _untold(where, f"by its settings: no model has such values of {', '.join(endless)}")
     return given
+
+
+def _untold(where: str, why: str) -> ProblemError:
+    return ProblemError([unclear(where, None, why)])
 
 
 def _is_reasonable(value: str | int | float) -> bool:
@@ -298,16 +250,11 @@ def _is_reasonable(value: str | int | float) -> bool:
 def _scaling(given: dict[str, Any], where: str) -> dict[str, Any]:
     kind = given.get("rope_scaling_type")
     if kind == "yarn":
-        return {
-            "rope_scaling_type": kind,
-            "rope_scaling_factor": given.get("rope_scaling_factor"),
-            "original_max_position_embeddings": given.get("rope_scaling_original_max_position_embeddings"),
-            "rope_scaling_beta_fast": given.get("rope_scaling_beta_fast"),
-            "rope_scaling_beta_slow": given.get("rope_scaling_beta_slow"),
-            "rope_scaling_mscale": given.get("rope_scaling_mscale"),
-        }
+        names = [name for name, kinds in SCALED_BY.items() if kind in kinds]
+        original = {"original_max_position_embeddings": given.get("rope_scaling_original_max_position_embeddings")}
+        return {"rope_scaling_type": kind, **{name: given.get(name) for name in names}, **original}
     if kind not in (None, "llama3"):
-        raise ProblemError([Problem(where, kind, "its settings do not tell how positions are stretched", GIVE_MODEL)])
+        raise ProblemError([unclear(where, kind, "its settings do not tell how positions are stretched")])
     if given.get("rope_scaling_type") != "llama3" and not given.get("use_rope_scaling"):
         return {}
     return {

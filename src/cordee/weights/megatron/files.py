@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor
 
 from cordee.errors import Problem, ProblemError, raise_all
-from cordee.families.rules import Index
+from cordee.tensors.views import Index
 from cordee.weights.megatron.dialect import Dialect
 from cordee.weights.megatron.layout import Layout, Rank, chunks_of, current, layer_files, rank_files
 from cordee.weights.regions import Region

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
 
-from cordee.errors import Problem, raise_all
-from cordee.model.config import AttentionConfig, LatentAttentionConfig, MLPConfig, ModelConfig, MoEConfig
+from cordee.errors import Problem, Problems, divides, excludes, raise_all, requires
+from cordee.model import shards
+from cordee.model.config import ModelConfig
 
+PIPELINE = "--target-pipeline-parallel-size"
 TRACKER = "latest_checkpointed_iteration.txt"
 DEEPSPEED_TRACKER = "latest"
 FILE = "model_optim_rng.pt"
@@ -174,63 +176,45 @@ class Wanted:
             chunks = even_chunks(model.num_layers, self.pipeline, self.layers_per_chunk)
         return Layout(tensor=self.tensor, expert=self.expert, chunks=chunks, virtual=self.layers_per_chunk is not None)
 
-    def _stages(self, layers: int) -> Iterator[Problem]:
-        given, size = self.layer_list, self.layers_per_chunk
-        if given is not None:
-            text = ",".join(map(str, given))
-            if size is not None:
-                why = "virtual stages hold equal numbers of layers"
-                yield Problem("--num-layer-list", text, why, "leave out one of the two")
-            if len(given) != self.pipeline:
-                fix = "give one number for each stage"
-                yield Problem("--num-layer-list", text, f"there are {self.pipeline} pipeline stages", fix)
-            if sum(given) != layers or min(given) < 1:
-                why = f"the numbers add up to {sum(given)}, but the model has {layers} layers"
-                if sum(given) == layers:
-                    why = "a stage would have no layers"
-                yield Problem("--num-layer-list", text, why, f"give positive numbers whose sum is {layers}")
-        elif size is not None:
-            if self.pipeline < 2:
-                why = "there is only one pipeline stage"
-                fix = "give --target-pipeline-parallel-size, or leave it out"
-                yield Problem("--num-layers-per-virtual-pipeline-stage", size, why, fix)
-            elif layers % (self.pipeline * size):
-                why = f"{layers} layers do not go round over {self.pipeline} stages in runs of {size}"
-                fix = f"take a divisor of {layers / self.pipeline:g}"
-                yield Problem("--num-layers-per-virtual-pipeline-stage", size, why, fix)
-        elif layers % self.pipeline:
-            why = f"{layers} layers cannot be shared evenly by {self.pipeline} stages"
+    def _stages(self, layers: int) -> Problems:
+        virtual, size = "--num-layers-per-virtual-pipeline-stage", self.layers_per_chunk
+        if self.layer_list is not None:
+            yield from self._listed(self.layer_list, layers)
+        elif size is not None and self.pipeline < 2:
+            yield from requires(virtual, size, f"{PIPELINE} 2 or more", "there is only one pipeline stage")
+        elif size is not None and layers % (self.pipeline * size):
+            why = f"{layers} layers are not divisible by {self.pipeline} stages x {size}"
+            yield Problem(virtual, size, why, f"take a divisor of {layers / self.pipeline:g}", "divides", limit=layers)
+        elif size is None and layers % self.pipeline:
+            why = f"{layers} layers are not divisible by {self.pipeline} stages"
             fix = "take a divisor, or say with --num-layer-list how many layers each stage holds"
-            yield Problem("--target-pipeline-parallel-size", self.pipeline, why, fix)
+            yield Problem(PIPELINE, self.pipeline, why, fix, "divides", limit=layers)
+
+    def _listed(self, given: tuple[int, ...], layers: int) -> Problems:
+        option, text = "--num-layer-list", ",".join(map(str, given))
+        yield from excludes(option, text, "--num-layers-per-virtual-pipeline-stage", self.layers_per_chunk)
+        if len(given) != self.pipeline:
+            why, fix = f"there are {self.pipeline} pipeline stages", "give one number for each stage"
+            yield Problem(option, text, why, fix, "length", limit=self.pipeline)
+        if sum(given) != layers or min(given) < 1:
+            why = f"the numbers add up to {sum(given)}, but the model has {layers} layers"
+            if sum(given) == layers:
+                why = "a stage would have no layers"
+            yield Problem(option, text, why, f"give positive numbers whose sum is {layers}", "sum", limit=layers)
 
 
 # ---- what can be split -----------------------------------------------------------------------------------------------
 
 
-def indivisible(model: ModelConfig, tensor: int, expert: int) -> Iterator[Problem]:
-    """What `tensor` and `expert` ranks cannot share evenly."""
-    counts = {pair for layer in model.layers for pair in _shared_by_tensor_ranks(layer.attention, layer.mlp)}
-    for what, count in sorted(counts):
-        if count % tensor:
-            why = f"{count} {what} cannot be shared evenly by {tensor} ranks"
-            yield Problem("--target-tensor-parallel-size", tensor, why, f"take a divisor of {count}")
-    experts = {layer.mlp.router.num_experts for layer in model.layers if isinstance(layer.mlp, MoEConfig)}
+def indivisible(model: ModelConfig, tensor: int, expert: int) -> Problems:
+    """What `tensor` and `expert` ranks cannot shard evenly."""
+    option = "--target-tensor-parallel-size"
+    for groups in shards.num_groups(model):
+        yield from divides(option, tensor, groups, "heads with keys and values of their own")
+    for width in shards.mlp_widths(model):
+        yield from divides(option, tensor, width, "channels of the MLP")
+    experts, option = shards.num_experts(model), "--target-expert-parallel-size"
     if expert > 1 and not experts:
-        fix = "leave it out"
-        yield Problem("--target-expert-parallel-size", expert, "the model has no experts", fix)
-    for count in sorted(experts):
-        if count % expert:
-            why = f"{count} experts cannot be shared evenly by {expert} ranks"
-            yield Problem("--target-expert-parallel-size", expert, why, f"take a divisor of {count}")
-
-
-def _shared_by_tensor_ranks(
-    attention: AttentionConfig | LatentAttentionConfig, mlp: MLPConfig | MoEConfig
-) -> Iterator[tuple[str, int]]:
-    if isinstance(attention, AttentionConfig):
-        yield "groups of heads with keys and values of their own", attention.num_kv_heads
-    else:
-        yield "heads", attention.num_heads
-    for part in (mlp,) if isinstance(mlp, MLPConfig) else (mlp.expert, mlp.shared):
-        if part is not None:
-            yield "channels of the MLP", part.ffn_hidden_size
+        yield Problem(option, expert, "the model has no experts", "leave it out", "requires")
+    for number in experts:
+        yield from divides(option, expert, number, "experts")

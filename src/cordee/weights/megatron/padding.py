@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from cordee.families.rules import Index, View
+from cordee.tensors.views import Index, View
 
 if TYPE_CHECKING:
     from torch import Tensor

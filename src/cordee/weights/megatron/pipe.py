@@ -25,7 +25,7 @@ from typing import Any
 from torch import Tensor
 
 from cordee.errors import Problem, ProblemError, raise_all
-from cordee.families.rules import Index
+from cordee.tensors.views import Index
 from cordee.weights.megatron.files import (
     COPY_AGAIN,
     Contents,

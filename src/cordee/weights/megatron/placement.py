@@ -15,29 +15,16 @@ from torch import Tensor
 
 from cordee.errors import Problem, raise_all
 from cordee.families.registry import ModelSpec
-from cordee.families.rules import (
-    IDENTITY,
-    Chain,
-    Each,
-    Index,
-    Join,
-    Leaf,
-    Op,
-    Rearrange,
-    Shape,
-    View,
-    grouped_qkv,
-    rotary_halves,
-    stack,
-)
 from cordee.model.config import AttentionConfig, LatentAttentionConfig, LayerConfig, ModelConfig
 from cordee.model.gpt import GPTModel
 from cordee.model.parameter import parameter_specs
+from cordee.model.shards import ALONG
+from cordee.tensors.rules import IDENTITY, grouped_qkv, rotary_halves, stack
+from cordee.tensors.views import Chain, Each, Index, Join, Leaf, Op, Rearrange, Shape, View
 from cordee.weights.megatron.dialect import Dialect
 from cordee.weights.megatron.layout import Chunk, Layout, Rank
 from cordee.weights.megatron.padding import Crop
 
-SPLIT_AXES = {"vocab", "kv_group", "heads", "ffn"}  # what tensor ranks share
 GATE_UP = Rearrange("(b f) ... -> b f ...", {"b": 2})
 
 
@@ -190,7 +177,7 @@ class _Placer:
 
     def _split(self, tail: str, shape: Shape, axes: tuple[str, ...], count: int, layer: LayerConfig | None) -> _Split:
         """How tensor ranks share a parameter of `shape` that is stored under `count` names on each."""
-        split = _Split(next((dim for dim, axis in enumerate(axes) if axis in SPLIT_AXES), None))
+        split = _Split(next((dim for dim, axis in enumerate(axes) if ALONG.get(axis) == "tp"), None))
         if "vocab" in axes:
             return replace(split, whole=Crop(shape[0], self.padded_vocab, self.dialect.tail_padding))
         module = tail.rpartition(".")[0]

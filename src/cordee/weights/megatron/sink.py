@@ -7,7 +7,7 @@ before the first tensor comes, so that each tensor goes straight to its places a
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,17 +16,18 @@ import torch
 
 from cordee.errors import Problem, ProblemError
 from cordee.families.registry import ModelSpec
-from cordee.families.rules import Shape, View
-from cordee.weights.codec import PlannedFile, Sink
+from cordee.tensors.views import Shape, View
+from cordee.weights.codec import PlannedFile
 from cordee.weights.megatron.arguments import arguments, dtype_arguments
 from cordee.weights.megatron.dialect import Dialect
 from cordee.weights.megatron.layout import DEEPSPEED_TRACKER, FILE, RELEASE, TRACKER, Layout, Rank, Wanted
 from cordee.weights.megatron.padding import padded_rows
 from cordee.weights.megatron.placement import Placement, Slot, place
 from cordee.weights.regions import Destination, Region
+from cordee.weights.staged_sink import StagedSink
 from cordee.weights.staging import Staging
 from cordee.weights.torch_file import create
-from cordee.weights.workers import Move, Workers
+from cordee.weights.workers import Move
 
 Form = Literal["megatron", "release", "deepspeed"]
 VERSION = 3.0  # the form of checkpoints in which q, k and v of a group stand together
@@ -98,7 +99,7 @@ def plan(spec: ModelSpec, dtypes: Mapping[str, torch.dtype], target: Target) -> 
     return Plan(target, spec, layout, padded, place(spec, layout, target.dialect, padded), dict(dtypes))
 
 
-class MegatronSink(Sink):
+class MegatronSink(StagedSink):
     """A checkpoint in the making.
 
     companions: directory of tokenizer files to go along.
@@ -107,19 +108,11 @@ class MegatronSink(Sink):
 
     def __init__(self, staging: Staging, plan: Plan, companions: Path | None, workers: int = 1):
         self.plan = plan
-        self._staging = staging
-        self._companions = companions
-        self._remaining = set(plan.placements)
-        self._workers = Workers(staging, workers)
-        try:
-            self._regions = self._create_files()
-        except OSError as error:
-            self.abort()
-            raise staging.problem(error) from error
+        self._regions: dict[Slot, Region] = {}  # where each tensor goes
+        super().__init__(staging, plan.placements, companions, workers)
 
-    def _create_files(self) -> dict[Slot, Region]:
-        """Make all files, without values; where each tensor goes."""
-        regions = {}
+    def begin(self) -> None:
+        """Make all files, without values."""
         args = self._arguments()
         for rank, tensors in self.plan.tensors().items():
             path = self._staging.scratch / self.plan.path(rank)
@@ -127,8 +120,7 @@ class MegatronSink(Sink):
             found = create(path, self._content(tensors, args))
             for virtual, name in tensors:
                 keys = (self._key(virtual), *self.plan.target.dialect.keys(name))
-                regions[Slot(rank, virtual, name)] = found[keys]
-        return regions
+                self._regions[Slot(rank, virtual, name)] = found[keys]
 
     def _key(self, virtual: int) -> str:
         if self.plan.target.form == "deepspeed":
@@ -166,34 +158,20 @@ class MegatronSink(Sink):
         """The type of most weights: that of the embedding."""
         return self.plan.dtypes["embedding.weight"]
 
-    def take(self, name: str, view: View) -> None:
-        assert name in self._remaining, f"{name} is unknown or was put before"
+    def moves(self, name: str, view: View) -> Iterator[Move]:
         placement, dtype = self.plan.placements[name], self.plan.dtypes[name]
         assert tuple(view.shape) == placement.shape, f"{name}: {tuple(view.shape)} != {placement.shape}"
-        self._remaining.remove(name)
-
-        parts = zip(placement.parts(view), placement.slots, strict=True)
-        self._workers.carry(Move(part, dtype, [self._place(slot) for slot in copies]) for part, copies in parts)
+        for part, copies in zip(placement.parts(view), placement.slots, strict=True):
+            yield Move(part, dtype, [self._place(slot) for slot in copies])
 
     def _place(self, slot: Slot) -> Destination:
         region = self._regions[Slot(slot.rank, slot.virtual, slot.name)]
         return Destination(self._staging.scratch / self.plan.path(slot.rank), region, slot.row)
 
-    def close(self) -> None:
-        assert not self._remaining, f"never put: {sorted(self._remaining)}"
+    def finish(self) -> None:
         form = self.plan.target.form
         tracker = DEEPSPEED_TRACKER if form == "deepspeed" else TRACKER
         content = str(ITERATION) if form == "megatron" else f"{RELEASE}\n"
-        try:
-            (self._staging.scratch / tracker).write_text(content, encoding="utf-8")
-            # Megatron does not look at these: they are for the way back.
-            self._staging.write_config(self.plan.spec.hf_config, self.plan.dtypes.values())
-            self._staging.copy_companions(self._companions)
-        except OSError as error:
-            raise self._staging.problem(error) from error
-        self._workers.close()
-        self._staging.publish()
-
-    def abort(self) -> None:
-        self._workers.close()
-        self._staging.discard()
+        (self._staging.scratch / tracker).write_text(content, encoding="utf-8")
+        # Megatron does not look at this, nor at what is copied: they are for the way back.
+        self._staging.write_config(self.plan.spec.hf_config, self.plan.dtypes.values())

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from cordee.errors import Problem, ProblemError, raise_all
 from cordee.families.registry import ModelSpec, spec_from_directory
-from cordee.families.rules import Index, Leaf, Shape, View, normalise, whole
 from cordee.model.config import MoEConfig
+from cordee.tensors.views import Index, Leaf, Shape, View, normalise, whole
 from cordee.weights import ascendspeed, megatron_core, megatron_legacy
 from cordee.weights.codec import Source, is_of_weights
 from cordee.weights.megatron import pipe
-from cordee.weights.megatron.arguments import GIVE_MODEL, spec_of_arguments
+from cordee.weights.megatron.arguments import GIVE_MODEL, spec_of_arguments, unclear
 from cordee.weights.megatron.dialect import Dialect
 from cordee.weights.megatron.files import COPY_AGAIN, RankFile, layout_of, shown
 from cordee.weights.megatron.layout import Layout, Rank, indivisible
@@ -151,7 +151,7 @@ class MegatronSource(Source):
         told = getattr(args, "num_layers", None)
         if type(told) is int and told != layers:  # told here, for it may be a number of layers that no memory can hold
             why = f"by its settings it has {shown(told)} layers, but its ranks hold {layers}"
-            raise ProblemError([Problem(str(self.path), None, why, GIVE_MODEL)])
+            raise ProblemError([unclear(str(self.path), None, why)])
         return spec_of_arguments(args, reading.vocab_size or padded, str(self.path))
 
     def _check_model(self, padded: int) -> None:
@@ -160,12 +160,12 @@ class MegatronSource(Source):
         problems = []
         if layers != config.num_layers:
             why = f"its ranks hold {layers} layers, but the model has {config.num_layers}"
-            problems.append(Problem(str(self.path), None, why, GIVE_MODEL))
+            problems.append(unclear(str(self.path), None, why))
         if padded < config.vocab_size:
             why = f"its embedding has {padded} rows, but the model has {config.vocab_size} tokens"
-            problems.append(Problem(str(self.path), None, why, GIVE_MODEL))
+            problems.append(unclear(str(self.path), None, why))
         for problem in indivisible(config, self.layout.tensor, self.layout.expert):
-            problems.append(Problem(str(self.path), None, f"its ranks are not the model's: {problem.why}", GIVE_MODEL))
+            problems.append(unclear(str(self.path), None, f"its ranks are not the model's: {problem.why}"))
         raise_all(problems)
 
     def _as_split(self, dialect: Dialect) -> Dialect:
@@ -196,10 +196,10 @@ class MegatronSource(Source):
             missing |= {name for _, name in needed[rank] - file.keys.keys()}
             unknown |= {name for _, name in file.keys.keys() - needed[rank] if not _IGNORED.fullmatch(name)}
         if missing:
-            yield Problem(str(self.path), None, f"tensors are missing: {_listed(missing)}", GIVE_MODEL)
+            yield unclear(str(self.path), None, f"tensors are missing: {_listed(missing)}")
         if unknown and self._strict:
             why = f"tensors that the model does not have: {_listed(unknown)}"
-            yield Problem(str(self.path), None, why, f"{GIVE_MODEL}, or --no-checking to leave them out")
+            yield unclear(str(self.path), None, why, f"{GIVE_MODEL}, or --no-checking to leave them out")
         elif unknown:
             self.notes = (*self.notes, f"tensors that the model does not have left out: {_listed(unknown)}")
 
@@ -215,7 +215,7 @@ class MegatronSource(Source):
             if (slot.virtual, slot.name) in file.keys and (found := self._region(slot).shape) != shape:
                 wrong[slot.name] = f"{slot.name} is {list(found)} instead of {list(shape)}"
         for why in wrong.values():
-            yield Problem(str(self.path), None, why, GIVE_MODEL)
+            yield unclear(str(self.path), None, why)
 
     def _check_types(self) -> Iterator[Problem]:
         needed = {(slot.rank, slot.virtual, slot.name) for _, slot in self._slots()}

@@ -1,4 +1,4 @@
-"""Decoding straight over the weights against decoding through the modules."""
+"""The fused decode path against decoding through the modules."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ import torch
 
 from cordee.config.schema import DecodingOptions
 from cordee.generate import engine
-from cordee.generate.decoder import CachedDecoder
+from cordee.generate.decoder import CachedDecoder, FusedDecoder, padded, unsupported_reason
 from cordee.generate.engine import generate
-from cordee.generate.straight import StraightDecoder, obstacle
-from cordee.model.boundary import Boundary
+from cordee.model.cache import KVCache
 from cordee.model.config import (
     DynamicNTKScaling,
     Llama3Scaling,
@@ -26,9 +25,10 @@ from cordee.model.config import (
     YarnScaling,
 )
 from cordee.model.init import initialise
+from cordee.model.linear import Linear
 from cordee.ops import gemm
-from cordee.ops.attention import reference_attention
 from tests.model import tiny
+from tests.model.caches import PagedCache, WindowCache
 
 LAYER_NORM = NormConfig(kind="layer", eps=1e-5)
 YARN = YarnScaling(factor=2.0, original_max_position_embeddings=64, attention_factor=1.2)
@@ -69,8 +69,8 @@ UNCOMMON = {
     "change with the length": tiny.config(
         attention(rope=RopeConfig(scaling=DynamicNTKScaling(factor=2.0, original_max_position_embeddings=8)))
     ),
-    "LatentAttentionConfig": tiny.config(tiny.layer(tiny.latent_attention())),
-    "MoEConfig": tiny.config(
+    "LatentAttention": tiny.config(tiny.layer(tiny.latent_attention())),
+    "MoE": tiny.config(
         tiny.layer(mlp=MoEConfig(router=RouterConfig(num_experts=4, top_k=2), expert=tiny.MLP)),
     ),
     "unit_offset": tiny.config(final_norm=NormConfig(kind="rms", eps=1e-6, unit_offset=True)),
@@ -95,16 +95,16 @@ def model_of(config, dtype=torch.float32):
 @torch.no_grad()
 def check_equal(model, prompts, **tolerance):
     """Logits over several steps, with rows that change places and leave."""
-    straight, reference = StraightDecoder(model, 16), CachedDecoder(model, 16)
-    assert torch.equal(straight.begin(prompts), reference.begin(prompts))
+    fused, reference = FusedDecoder(model, 16), CachedDecoder(model, 16)
+    assert torch.equal(fused.begin(prompts), reference.begin(prompts))
     tokens = torch.arange(3 * len(prompts)).view(3, -1) % tiny.VOCAB
     for step in tokens:
-        torch.testing.assert_close(straight.extend(step), reference.extend(step), **tolerance)
+        torch.testing.assert_close(fused.extend(step), reference.extend(step), **tolerance)
     rows = torch.tensor([len(prompts) - 1, 0, 0])
-    for decoder in (straight, reference):
+    for decoder in (fused, reference):
         decoder.keep(rows)
     for step in tokens[:, :1].expand(-1, 3):
-        torch.testing.assert_close(straight.extend(step), reference.extend(step), **tolerance)
+        torch.testing.assert_close(fused.extend(step), reference.extend(step), **tolerance)
 
 
 PROMPTS = {"one": [[1, 2, 3]], "alike": [[1, 2, 3], [9, 8, 7]], "padded": [[1, 2], [5, 6, 7, 8, 9], [3]]}
@@ -114,7 +114,7 @@ PROMPTS = {"one": [[1, 2, 3]], "alike": [[1, 2, 3], [9, 8, 7]], "padded": [[1, 2
 @pytest.mark.parametrize("name", COMMON)
 def test_logits_equal_those_of_the_modules(name, prompts):
     model = model_of(COMMON[name])
-    assert obstacle(model) is None
+    assert unsupported_reason(model) is None
     check_equal(model, PROMPTS[prompts])
 
 
@@ -138,7 +138,7 @@ def test_logits_are_equal_in_onednn(name, monkeypatch):
 @pytest.mark.parametrize("name", UNCOMMON)
 def test_other_models_go_through_their_modules(name, caplog):
     model = model_of(UNCOMMON[name])
-    why = obstacle(model)
+    why = unsupported_reason(model)
     assert why is not None and name in why
     engine._say_through_modules.cache_clear()
     with caplog.at_level(logging.INFO, "cordee"):
@@ -148,29 +148,89 @@ def test_other_models_go_through_their_modules(name, caplog):
 
 
 def test_changed_models_go_through_their_modules():
-    class Communicating(Boundary):
+    class Adapted(torch.nn.Linear):
         pass
 
-    class Adapted(torch.nn.Linear):
+    class Derived(Linear):
         pass
 
     def changed(change):
         model = tiny.model(COMMON["grouped"])
         change(model, model.layers["1"])
-        return obstacle(model)
+        return unsupported_reason(model)
 
     assert changed(lambda model, layer: None) is None
-    assert changed(lambda model, layer: model.wrap_layers(lambda index, call: call)) is not None
     assert changed(lambda model, layer: layer.mlp.register_forward_hook(lambda *a: None)) is not None
-    assert changed(lambda model, layer: setattr(layer.mlp, "boundary", Communicating())) is not None
-    assert changed(lambda model, layer: setattr(layer.attention, "core", reference_attention)) is not None
+    assert changed(lambda model, layer: setattr(layer.mlp, "forward", layer.mlp.forward)) is not None
+    assert changed(lambda model, layer: setattr(model, "_embed", model._embed)) is not None
+    assert changed(lambda model, layer: setattr(layer.mlp.down, "__class__", Derived)) is not None
     assert changed(lambda model, layer: setattr(layer.mlp, "adapter", Adapted(2, 2))) is not None
+
+
+def placements(model):
+    found = {name: getattr(module, "placement", None) for name, module in model.named_modules()}
+    return {name: placement for name, placement in found.items() if placement is not None}
+
+
+SEAMS = [
+    (config, name, seam)
+    for config in ("grouped", "biases", "learned positions")
+    for name, placement in placements(tiny.model(COMMON[config])).items()
+    for seam in (*placement.hooks, *placement.facts)
+]
+
+
+def bent(inner):
+    """A hook whose result is another."""
+    return lambda *inputs, **options: torch.sin(4.0 * inner(*inputs, **options))
+
+
+@pytest.mark.parametrize(("config", "name", "seam"), SEAMS)
+def test_whatever_is_done_at_a_seam_is_not_passed_over(config, name, seam):
+    model = model_of(COMMON[config])
+    placement = placements(model)[name]
+    if seam in placement.facts:
+        placement.set("test", **{seam: object()})
+        assert unsupported_reason(model) is not None
+        return
+    placement.wrap(seam, "test", bent)
+    assert unsupported_reason(model) is not None and not placement.is_plain
+    written = generate(model, [[1, 2, 3]], DecodingOptions(max_new_tokens=6))
+    assert written == generate(model, [[1, 2, 3]], DecodingOptions(max_new_tokens=6, straight_decoding=False))
+
+
+def test_a_delta_is_felt_in_what_is_written():
+    written = {}
+    for seam, hook in (("product", "product"), ("view", "views.weight"), ("none", None)):
+        model = tiny.model(COMMON["grouped"])
+        if hook is not None:
+            model.layers["0"].attention.qkv.placement.wrap(hook, "test", bent)
+        written[seam] = str(generate(model, [[1, 2, 3]], DecodingOptions(max_new_tokens=12)))
+    assert len(set(written.values())) == 3
+
+
+@pytest.mark.parametrize("kind", [PagedCache, WindowCache])
+@torch.inference_mode()
+def test_any_cache_serves_the_fused_path(kind):
+    """Rows of unequal lengths, of which one leaves and one is doubled, in pages that they share."""
+    model = tiny.model(COMMON["grouped"])
+    step = model.bind(rows=3, max_length=16)
+    caches = kind(model.config, 3, 16), KVCache(model.config, 3, 16)
+    ids, mask = padded(PROMPTS["padded"], torch.device("cpu"))
+    for cache in caches:
+        model(ids, mask, cache=cache)
+    for n in range(6):
+        tokens = torch.tensor([n, n + 1, 7])
+        expected = model(tokens[:, None], cache=caches[1])[:, 0]
+        torch.testing.assert_close(step(tokens, caches[0]), expected, rtol=1e-5, atol=1e-5)
+        for cache in caches if n == 2 else ():
+            cache.keep(torch.tensor([2, 0, 2]))
 
 
 def test_it_is_taken_where_possible_and_can_be_forced_off(monkeypatch):
     taken = []
     monkeypatch.setattr(
-        StraightDecoder, "extend", lambda self, tokens: taken.append(1) or CachedDecoder.extend(self, tokens)
+        FusedDecoder, "extend", lambda self, tokens: taken.append(1) or CachedDecoder.extend(self, tokens)
     )
     model = tiny.model(COMMON["grouped"])
     generate(model, [[1]], DecodingOptions(max_new_tokens=3, straight_decoding=False))

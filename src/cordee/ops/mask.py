@@ -16,9 +16,9 @@ from torch import Tensor
 class AttentionMask:
     """Query i sees key j iff both lie in one segment, j is not later (`causal`), within the window and the chunk.
 
-    Queries are the last `num_queries` of `num_keys` places unless `query_index` and `key_index` (int64, one
-    increasing order of places over both) say otherwise. Segments are int64 `[batch, places]`; None is one segment.
-    Positions are int64 `[1 or batch, places]`; None: the positions are the places.
+    Queries are the last `num_queries` of `num_keys` places unless `query_index` and `key_index` say otherwise: int64
+    `[places]`, or `[batch, places]` where rows differ, in one order of places over both. Segments are int64 `[batch,
+    places]`; None is one segment. Positions are int64 `[1 or batch, places]`; None: the positions are the places.
 
     `window` w hides keys w or more places back; `chunk` c hides keys whose position lies in other c positions.
     """
@@ -64,7 +64,7 @@ class AttentionMask:
         """
         key = (slopes, dtype, *self._reach(window, chunk))
         if key not in self._rendered:
-            distance = self._distance(device).float()
+            distance = self._distance(device).float()[:, None]
             falling = distance * -torch.tensor(slopes, device=device)[:, None, None]
             hidden = ~self.dense(device, window, chunk)
             self._rendered[key] = falling.to(dtype).masked_fill(hidden, float("-inf"))
@@ -79,31 +79,44 @@ class AttentionMask:
         return window, chunk
 
     def places(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Places of queries `[num_queries]` and of keys `[num_keys]`."""
+        """Places of queries `[num_queries]` and of keys `[num_keys]`, or those of every row."""
         key = torch.arange(self.num_keys, device=device) if self.key_index is None else self.key_index
         query = key[self.num_keys - self.num_queries :] if self.query_index is None else self.query_index
         return query, key
 
+    def block(self, queries: range, keys: range, device: torch.device) -> AttentionMask:
+        """Of a mask of places in order: the part for some of the queries and some of the keys."""
+        of_queries, of_keys = slice(queries.start, queries.stop), slice(keys.start, keys.stop)
+        segments, positions = self.key_segments, self.key_positions
+        return AttentionMask(
+            len(queries),
+            len(keys),
+            self.causal,
+            query_index=torch.arange(queries.start, queries.stop, device=device),
+            key_index=torch.arange(keys.start, keys.stop, device=device),
+            query_segments=None if segments is None else segments[:, of_queries],
+            key_segments=None if segments is None else segments[:, of_keys],
+            query_positions=None if positions is None else positions[:, of_queries],
+            key_positions=None if positions is None else positions[:, of_keys],
+        )
+
     def _distance(self, device: torch.device) -> Tensor:
-        """How far back from each query each key is, `[num_queries, num_keys]`."""
+        """How far back from each query each key is, `[1 or batch, num_queries, num_keys]`."""
         query, key = self.places(device)
-        return query[:, None] - key[None, :]
+        return (query[..., :, None] - key[..., None, :]).view(-1, self.num_queries, self.num_keys)
 
     def _visible(self, device: torch.device, window: int | None, chunk: int | None) -> Tensor:
         distance = self._distance(device)
-        visible = torch.ones_like(distance, dtype=torch.bool)
-        if self.causal:
-            visible = visible & (distance >= 0)
+        visible = distance >= 0 if self.causal else torch.ones_like(distance, dtype=torch.bool)
         if window is not None:
             visible = visible & (distance < window)
-        visible = visible[None, None]
         if chunk is not None:
-            query, key = (places[:, None] for places in self.places(device))
-            key = key.T
+            query, key = self.places(device)
             if self.key_positions is not None:
                 assert self.query_positions is not None
-                query, key = self.query_positions[:, None, :, None], self.key_positions[:, None, None, :]
-            visible = visible & (query // chunk == key // chunk)
+                query, key = self.query_positions, self.key_positions
+            visible = visible & (query[..., :, None] // chunk == key[..., None, :] // chunk)
+        visible = visible[:, None]
         if self.query_segments is not None:
             assert self.key_segments is not None
             visible = visible & (self.query_segments[:, None, :, None] == self.key_segments[:, None, None, :])

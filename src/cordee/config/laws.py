@@ -1,0 +1,145 @@
+"""Laws between options, declared in the attribute `laws` of the schema class that has them.
+
+Owns the forms of such laws, and what breaks them in a configuration. Knows no option by name: a new technique declares
+its options and their laws in one class. What takes more than two options to say is `check.py`'s.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from cordee import errors
+from cordee.config.option import options_of, to_flag
+from cordee.errors import Problems, given
+
+
+class Wanted(NamedTuple):
+    """What the value of an option should be, in words that follow its flag, and whether a value is so."""
+
+    words: str
+    fits: Callable[[Any], bool]
+
+
+GIVEN = Wanted("", given)
+NOT_GIVEN = Wanted("not given", lambda value: not given(value))
+POSITIVE = Wanted("above 0", bool)
+SEVERAL = Wanted("2 or more", lambda value: (value or 1) > 1)
+
+
+def but(value: object) -> Wanted:
+    return Wanted(f"other than {value}", lambda given: given != value)
+
+
+@dataclass(frozen=True)
+class Law:
+    """A law about each of the options `names`, which matters where one is not at its default.
+
+    `others`: what other options should be, of which one is enough; none is for an empty mapping. `why`: of a law that
+    no option could satisfy.
+    """
+
+    kind: Literal["requires", "excludes", "at most", "ignored"]
+    names: tuple[str, ...]
+    others: Mapping[str, Wanted]
+    why: str = ""
+
+    def holds(self, config: Any) -> bool:
+        return any(wanted.fits(getattr(config, name)) for name, wanted in self.others.items())
+
+    def reason(self, config: Any) -> str:
+        """Why it does not hold: "--zero-stage is 1"."""
+        return self.why or ", ".join(_state(name, getattr(config, name)) for name in self.others)
+
+    @property
+    def remedy(self) -> str:
+        """What would let it hold: "--zero-stage 3"."""
+        return " or ".join(f"{to_flag(name)} {wanted.words}".rstrip() for name, wanted in self.others.items())
+
+
+def needs(*names: str, **others: object) -> Law:
+    """These options must be given only where another is so: `needs("keep_last", save=GIVEN)`."""
+    return Law("requires", names, _wanted(others))
+
+
+def ignored(*names: str, why: str = "", **others: object) -> Law:
+    """These options change nothing unless another is so, or never. No problem: ported scripts are full of them.
+
+    `ignored("sgd_momentum", optimizer="sgd")`.
+    """
+    return Law("ignored", names, _wanted(others), why)
+
+
+def excludes(name: str, *others: str) -> Law:
+    """The option must not be given together with one of `others`."""
+    return Law("excludes", (name,), dict.fromkeys(others, GIVEN))
+
+
+def at_most(*names: str, other: str) -> Law:
+    """The numbers that these options give must not be above that of another, if that is given."""
+    return Law("at most", names, {other: GIVEN})
+
+
+def _wanted(others: Mapping[str, object]) -> dict[str, Wanted]:
+    return {name: value if isinstance(value, Wanted) else _equal(value) for name, value in others.items()}
+
+
+def _equal(value: object) -> Wanted:
+    return Wanted("" if value is True else str(value), lambda given: given == value)
+
+
+def _state(name: str, value: object) -> str:
+    return f"{to_flag(name)} is {value}" if given(value) and value is not True else f"{to_flag(name)} is not given"
+
+
+@functools.cache
+def laws_of(schema: type) -> tuple[Law, ...]:
+    """The laws that a schema class and its bases declare."""
+    return tuple(law for base in schema.__mro__ for law in vars(base).get("laws", ()))
+
+
+# ---- what breaks them ------------------------------------------------------------------------------------------------
+
+
+def problems(config: Any) -> Problems:
+    """Every option of `config` that breaks a law of its class."""
+    given_ones = _given(config)
+    for law in laws_of(type(config)):
+        for name in law.names:
+            flag, value = to_flag(name), getattr(config, name)
+            if law.kind == "at most":
+                (other,) = law.others
+                limit = getattr(config, other)
+                yield from errors.at_most(flag, value, limit, f"{to_flag(other)} {limit}", other)
+            elif law.kind == "requires" and name in given_ones and not law.holds(config):
+                yield from errors.requires(flag, value, law.remedy, law.reason(config), *law.others)
+            elif law.kind == "excludes" and name in given_ones:
+                for other in law.others:
+                    yield from errors.excludes(flag, value, to_flag(other), getattr(config, other))
+
+
+class Ignored(NamedTuple):
+    """Options that were given and change nothing."""
+
+    names: tuple[str, ...]
+    why: str
+
+    def __str__(self) -> str:
+        return f"ignored: {', '.join(map(to_flag, self.names))} ({self.why})"
+
+
+def ignored_options(config: Any) -> list[Ignored]:
+    """What was given and changes nothing, each option once."""
+    left, found = _given(config), []
+    for law in laws_of(type(config)):
+        if law.kind == "ignored" and not law.holds(config) and (names := [n for n in law.names if n in left]):
+            left -= set(names)
+            found.append(Ignored(tuple(names), law.reason(config)))
+    return found
+
+
+def _given(config: Any) -> set[str]:
+    """The options that are not at their default."""
+    return {option.name for option in options_of(type(config)) if getattr(config, option.name) != option.default}

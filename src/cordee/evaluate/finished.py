@@ -1,0 +1,65 @@
+"""Results that outlive a killed evaluation.
+
+Owns the file in which they are kept, a line of JSON each. Knows neither what was computed nor how.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cordee.errors import Problem, ProblemError
+from cordee.evaluate.requests import digest
+from cordee.files import append_durably, end_last_line
+
+
+class Finished:
+    """Results by the key of what was computed, in a file that an evaluation of the same `model` goes on with.
+
+    path: None keeps nothing. model: identifies the weights; results of other models are left alone.
+    ProblemError if the file cannot be read or written.
+    """
+
+    def __init__(self, path: Path | None, model: str = ""):
+        self._path = path
+        self._model = model
+        self.results: dict[str, Any] = {}
+        if path is not None and path.exists():
+            self._read(path)
+
+    def add(self, results: Mapping[str, Any]) -> None:
+        """Keep `results`, which are on the disk when this returns."""
+        if self._path is None:
+            return
+        lines = "".join(json.dumps([self._model, key, result]) + "\n" for key, result in results.items())
+        try:
+            append_durably(self._path, lines)
+        except OSError as error:
+            raise self._problem(f"it cannot be written: {error}") from error
+
+    def remove(self) -> None:
+        """Nothing is to be resumed any more."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+
+    def _read(self, path: Path) -> None:
+        try:
+            end_last_line(path)
+            for line in path.read_text(encoding="utf-8").splitlines():
+                model, key, result = json.loads(line)
+                if model == self._model:
+                    self.results[key] = result
+        except (OSError, ValueError, TypeError) as error:
+            raise self._problem(f"it does not hold the results of an interrupted evaluation: {error}") from error
+
+    def _problem(self, why: str) -> ProblemError:
+        return ProblemError([Problem("--output", self._path, why, "remove that file, or give --output another name")])
+
+
+def fingerprint_files(path: Path) -> str:
+    """Identifies what is in a file, or in all files of a directory: names, sizes and times of the last change."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    states = [(str(file), file.stat()) for file in files if file.is_file()]
+    return digest(json.dumps([(name, state.st_size, state.st_mtime_ns) for name, state in states]).encode())

@@ -1,0 +1,201 @@
+"""What a forward needs before its first layer: positions, padding, what the cache holds, dropout randomness.
+
+Owns how the arguments of `GPTModel.forward` become one `Context` for all layers. Knows nothing of what layers compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cordee.model.balance import Balance
+from cordee.model.cache import Cache, Step
+from cordee.model.config import AttentionConfig, LatentAttentionConfig, ModelConfig, RopeConfig
+from cordee.model.noise import Noise
+from cordee.model.placement import Placement, unchanged
+from cordee.model.rotary import Longest, Positions, depends_on_length
+from cordee.ops.attention import AttentionCore, Scores
+from cordee.ops.dropout import Dropout
+from cordee.ops.mask import AttentionMask
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What all layers of one forward share: positions, mask, in generation the cache, in training router losses.
+
+    `mask` is over the tokens of this forward; what they see of those in the cache is the cache's to say.
+    """
+
+    positions: Positions
+    mask: AttentionMask
+    cache: Cache | None = None
+    step: Step | None = None  # of this forward's tokens, with a cache
+    balance: Balance | None = None
+    noise: Noise | None = None
+    places: Tensor | None = None  # int64 [1, seq]: canonical places of the tokens outside of blocks, with noise
+
+    @property
+    def continues(self) -> bool:
+        """Whether the tokens follow others, which only a cache has."""
+        return self.step is not None and not self.step.is_first
+
+    def attend(self, layer: int, core: AttentionCore, q: Tensor, k: Tensor, v: Tensor | None, scores: Scores) -> Tensor:
+        """Attention of `core`, over the tokens of this forward and those in the cache; v None: k is the values too."""
+        if self.cache is not None and self.step is not None and not self.step.is_first:
+            return self.cache.attend(layer, q, k, v, self.step, lambda q, k, v, mask: core(q, k, v, mask, scores))
+        if self.cache is not None and self.step is not None:
+            self.cache.append(layer, k, v, self.step)
+        return core(q, k, k if v is None else v, self.mask, scores)
+
+    def dropout(self, rate: float, *site: str | int, first_head: int = 0) -> Dropout | None:
+        """Dropout at a place of the model that nothing else has the name of; None in evaluation."""
+        return self.noise.dropout(rate, *site, first_head=first_head) if self.noise is not None and rate else None
+
+    def drop(self, x: Tensor, rate: float, *site: str | int) -> Tensor:
+        """x `[batch, seq, channels]` with `dropout`, outside of blocks."""
+        dropout = self.dropout(rate, *site)
+        if dropout is None:
+            return x
+        assert self.places is not None
+        return dropout.of_tokens(x, self.places)
+
+
+def _in_order(count: int, device: torch.device) -> Tensor:
+    return torch.arange(count, device=device)
+
+
+@dataclass(eq=False, kw_only=True)
+class ModelPlacement(Placement):
+    """Where a layout gives this process other tokens than a sequence has.
+
+    `token_positions` of as many tokens as are here, `outside_blocks` those of `[..., seq]` that are kept outside of
+    blocks, `longest` the last position of a sequence from that of the part that is here.
+    """
+
+    token_positions: Callable[[int, torch.device], Tensor] = _in_order
+    outside_blocks: Callable[[Tensor], Tensor] = unchanged
+    longest: Longest = unchanged
+
+
+class Inputs:
+    """How the arguments of a model's forward become the `Context` of its layers; see `GPTModel.forward` for what they
+    are."""
+
+    def __init__(self, config: ModelConfig):
+        self._has_dropout = bool(config.embedding_dropout or config.attention_dropout or config.hidden_dropout)
+        self._changing_ropes = _changing_ropes(config)
+        self._needs_positions = bool(self._changing_ropes) or any(
+            isinstance(layer.attention, AttentionConfig) and layer.attention.chunk for layer in config.layers
+        )
+
+    def prepare(
+        self,
+        inputs: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        segments: Tensor | None,
+        cache: Cache | None,
+        balance: Balance | None,
+        noise: Noise | None,
+        training: bool,
+        placement: ModelPlacement,
+    ) -> tuple[Tensor, Context]:
+        """What the layers are to compute, and with what.
+
+        These are the inputs, with all that the cache holds before them if that has become worthless.
+        """
+        real = None if attention_mask is None else attention_mask != 0
+        step = None
+        if cache is not None:
+            inputs, real, position_ids, segments = self._with_cached(cache, inputs, real, position_ids, segments)
+            step = cache.extend(inputs.shape[1], real, inputs.device)
+            cache.note("segments", segments, step)
+            cache.note("positions", position_ids if self._needs_positions else None, step)
+            cache.note("tokens", inputs if self._changing_ropes else None, step)
+        given = position_ids is not None or real is not None
+        if position_ids is None:
+            position_ids = _next_positions(inputs, real) if step is None else step.places
+        if real is not None:
+            # Padding becomes a segment of its own: real tokens never see it, and no row of the mask is empty.
+            segments = torch.zeros_like(real, dtype=torch.int64) if segments is None else segments
+            segments = segments.masked_fill(~real, -1)
+        count = position_ids.shape[-1]  # of which hidden states may be a part
+        key_positions = position_ids if given and self._needs_positions else None
+        index = None if step is None or step.alike else step.places
+        mask = AttentionMask(count, count, True, segments, segments, index, index, key_positions, key_positions)
+        places = None
+        if training and self._has_dropout:
+            noise = noise or Noise.drawn(len(inputs), inputs.device)
+            places = placement.outside_blocks(placement.token_positions(count, inputs.device)[None])
+        else:
+            noise = None
+        positions = Positions(position_ids, training, placement.longest)
+        return inputs, Context(positions, mask, cache, step, balance, noise, places)
+
+    def _with_cached(
+        self,
+        cache: Cache,
+        inputs: Tensor,
+        real: Tensor | None,
+        position_ids: Tensor | None,
+        segments: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """What is given, after all that the cache holds where that has become worthless: it is then empty.
+
+        That is so where a row becomes so long that rotary frequencies change, and with them all hidden states.
+        """
+        given = inputs, real, position_ids, segments
+        if self._changing_ropes and inputs.is_floating_point():
+            raise ValueError(
+                "rotary frequencies that depend on the length need all tokens of a cached sequence, "
+                "which a pipeline stage without embedding does not have: generate without a cache"
+            )
+        if not (held := max(cache.lengths)):
+            return given
+        if position_ids is None and "segments" in cache.notes:
+            raise ValueError(
+                "a batch of several documents that continues a cache needs its position_ids: "
+                "they cannot be told from the number of places"
+            )
+        if not self._changing_ropes:
+            return given
+        lengths = torch.tensor(cache.lengths, device=inputs.device)[:, None]
+        old_real = torch.arange(held, device=inputs.device) < lengths  # [batch, held]
+        old_positions = cache.noted("positions", inputs.device)[:, :held] * old_real
+        positions = lengths + _next_positions(inputs, real) if position_ids is None else position_ids
+        if not self._frequencies_differ(old_positions, positions):
+            return given
+        old_tokens, old_segments = (cache.noted(name, inputs.device)[:, :held] for name in ("tokens", "segments"))
+        if segments is not None or "segments" in cache.notes:
+            segments = torch.cat((old_segments, torch.zeros_like(inputs) if segments is None else segments), 1)
+        if real is not None or min(cache.lengths) < held:
+            real = torch.cat((old_real, torch.ones_like(inputs, dtype=torch.bool) if real is None else real), 1)
+        cache.clear()
+        positions = torch.cat((old_positions, positions.expand_as(inputs)), 1)
+        return torch.cat((old_tokens, inputs), 1), real, positions, segments
+
+    def _frequencies_differ(self, before: Tensor, after: Tensor) -> bool:
+        old, new = Positions(before), Positions(after)
+        return any(bool((old.frequencies(*rope) != new.frequencies(*rope)).any()) for rope in self._changing_ropes)
+
+
+def _next_positions(inputs: Tensor, real: Tensor | None) -> Tensor:
+    """Positions of `inputs` `[batch, seq, ...]` from 0 on, int64 `[1 or batch, seq]`; padding is not counted."""
+    if real is None:
+        return torch.arange(inputs.shape[1], device=inputs.device)[None]
+    return (real.cumsum(-1) - 1).clamp(min=0)
+
+
+def _changing_ropes(config: ModelConfig) -> set[tuple[RopeConfig, int]]:
+    """The rotary positions whose frequencies depend on the length, each with its head_dim."""
+    found = set()
+    for layer in config.layers:
+        attention = layer.attention
+        rope = attention.rope
+        if rope is not None and depends_on_length(rope):
+            latent = isinstance(attention, LatentAttentionConfig)
+            found.add((rope, attention.rope_head_dim if latent else attention.head_dim))
+    return found

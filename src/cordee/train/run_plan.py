@@ -1,0 +1,78 @@
+"""What a run is, once it is planned: where it begins, what is trained, on what, over which ranks.
+
+Owns these records. How they are worked out is `plan.py`'s, `origin.py`'s and the objective's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cordee.checkpoint.storage import Place
+from cordee.config.schema import TrainConfig
+from cordee.data.tokenizer import Tokenizer
+from cordee.families.registry import ModelSpec
+from cordee.optim.schedule import Schedule
+from cordee.parallel.degrees import Degrees
+from cordee.parallel.pipeline.split import Division
+from cordee.train.batch_schedule import BatchSchedule
+from cordee.train.objectives import DataPlan, FurtherModel, Objective
+
+if TYPE_CHECKING:
+    from cordee.weights.codec import Source
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint to load and its manifest. `resume`: the run goes on from it, instead of taking the weights only."""
+
+    path: Place
+    manifest: dict[str, Any]
+    resume: bool
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where weights come from: a checkpoint, a model in another format, or neither, and then they are drawn.
+
+    source: those of `weights`, when they are opened; None if they cannot be read.
+    spec: the model in `weights`, as far as it is known.
+    companions: directory where the tokenizer may be that belongs to them.
+    """
+
+    checkpoint: Checkpoint | None = None
+    weights: Path | None = None
+    source: Source | None = None
+    spec: ModelSpec | None = None
+    companions: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """A run that nothing is known to be wrong with.
+
+    `iterations` is the length of the whole run in steps, `data` its objective's, `models` are the objective's further
+    ones, `division` says how a pipeline shares the layers out, `notes` what a person should know before it starts.
+    """
+
+    config: TrainConfig
+    origin: Origin
+    spec: ModelSpec
+    tokenizer: Tokenizer | None
+    degrees: Degrees
+    division: Division | None
+    batches: BatchSchedule
+    iterations: int
+    schedule: Schedule
+    objective: Objective[Any]
+    data: DataPlan
+    models: Mapping[str, FurtherModel]
+    notes: tuple[str, ...]
+
+    @property
+    def resumed(self) -> Checkpoint | None:
+        """The checkpoint that the run resumes from."""
+        checkpoint = self.origin.checkpoint
+        return checkpoint if checkpoint is not None and checkpoint.resume else None
