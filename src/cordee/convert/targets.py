@@ -1,6 +1,7 @@
 """What `cordee convert` writes: from its options to a format, a layout and files.
 
-Owns the meaning of the options of MindSpeed-LLM's and AscendSpeed's converters. The formats themselves are codecs.
+Owns the table of formats that are written, and the meaning of the options of MindSpeed-LLM's and AscendSpeed's
+converters. The formats themselves are codecs.
 """
 
 from __future__ import annotations
@@ -47,23 +48,25 @@ class Prepared:
 def prepare(source: Source, path: Path, options: ConvertConfig) -> Prepared:
     """Lay the output out. ProblemError with everything that stands against it."""
     check_output(path.absolute(), overwrite=options.overwrite)
-    wanted = getattr(torch, options.params_dtype) if options.params_dtype else None
+    wanted = _wanted(options)
     dtypes = {name: wanted or source.dtype(name) for name in source.names()}
-    if target_type(options) in ("mg", "ascendspeed"):
-        return _prepare_megatron(source, path, dtypes, options)
-    raise_all(_misplaced(options))
-    if target_type(options) == "gguf":
-        return _prepare_gguf(source, path, dtypes, options)
-    return _prepare_unsplit(source, path, dtypes, wanted, options)
+    target = TARGETS[target_type(options)]
+    if target is not _prepare_megatron:
+        raise_all(_misplaced(options))
+    return target(source, path, dtypes, options)
+
+
+def _wanted(options: ConvertConfig) -> torch.dtype | None:
+    """The type to write; None: as stored."""
+    return getattr(torch, options.params_dtype) if options.params_dtype else None
 
 
 # ---- Hugging Face, MindFormers, torch's distributed checkpoints ------------------------------------------------------
 
 
-def _prepare_unsplit(
-    source: Source, path: Path, dtypes: dict[str, torch.dtype], wanted: torch.dtype | None, options: ConvertConfig
-) -> Prepared:
+def _prepare_unsplit(source: Source, path: Path, dtypes: dict[str, torch.dtype], options: ConvertConfig) -> Prepared:
     rename: hf.Rename = str
+    wanted = _wanted(options)
     if target_type(options) == "mindformers":
         mindformers.check(source.spec)
         rename = mindformers.renamed
@@ -220,3 +223,13 @@ def _layer_list(text: str | None) -> tuple[int, ...] | None:
     if (numbers := whole_numbers(text)) is None:
         raise ProblemError([Problem("--num-layer-list", text, "it is no list of numbers", "give it as 7,8,8,9")])
     return numbers
+
+
+TARGETS: Mapping[str, Callable[[Source, Path, dict[str, torch.dtype], ConvertConfig], Prepared]] = {
+    "hf": _prepare_unsplit,
+    "mindformers": _prepare_unsplit,
+    "dcp": _prepare_unsplit,
+    "gguf": _prepare_gguf,
+    "mg": _prepare_megatron,
+    "ascendspeed": _prepare_megatron,
+}
