@@ -6,20 +6,29 @@ file in its first line, and commands are run in order, on a copy of the sources 
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from cordee.checkpoint import directory
+from cordee.convert import formats
 from cordee.data.indexed import IndexedDataset
 
 ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ROOT / "src" / "cordee"
+CODE = re.compile(r"`([\w/-]+/[\w.-]+\.(?:py|yaml))`")
 EXTENDING, ARCHITECTURE = ROOT / "docs" / "extending.md", ROOT / "docs" / "architecture.md"
 FAMILY = ROOT / "docs" / "adding-a-family.md"
 
@@ -63,7 +72,7 @@ def sections() -> dict[str, Section]:
 def house(tmp_path_factory) -> Path:
     """The sources with everything that the pages add: a folder to import from."""
     folder = tmp_path_factory.mktemp("house")
-    package = shutil.copytree(ROOT / "src" / "cordee", folder / "cordee", ignore=shutil.ignore_patterns("__pycache__"))
+    package = shutil.copytree(SOURCES, folder / "cordee", ignore=shutil.ignore_patterns("__pycache__"))
     for section in sections().values():
         for path, text in section.files.items():
             assert (package / path).parent.is_dir() and not (package / path).exists()
@@ -100,8 +109,127 @@ def followed(house, tmp_path_factory) -> Path:
     return folder
 
 
-def losses(folder: Path) -> dict[int, float]:
-    """Of the steps that the run of the page has logged."""
+# ---- what was added works --------------------------------------------------------------------------------------------
+
+
+def logged(folder: Path) -> dict[int, dict[str, Any]]:
+    """What the runs of the page have logged, by step."""
     lines = (folder / "counted" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
-    return {record["iteration"]: record["loss"] for record in records if "loss" in record}
+    return {record["iteration"]: record for record in map(json.loads, lines)}
+
+
+@pytest.mark.slow
+def test_the_objective_trains(followed):
+    records = logged(followed)
+    assert records[10]["loss"] > 1 > 0.1 > records[60]["loss"]
+    assert records[60]["loss_name"] == "counting loss"
+
+
+@pytest.mark.slow
+def test_the_task_scores_what_was_learned(followed):
+    (result,) = json.loads((followed / "score.json").read_text(encoding="utf-8"))["results"]
+    assert (result["task"], result["metrics"]) == ("last_word", {"accuracy": 0.75, "lines": 4})  # one line is wrong
+
+
+@pytest.mark.slow
+def test_the_reader_reads(followed):
+    indexed = IndexedDataset(str(followed / "numbers_text_document"))
+    assert [indexed[number].tolist() for number in range(len(indexed))] == [[1, 2, 3, 4], [5, 6]]
+
+
+@pytest.mark.slow
+def test_the_optimizer_goes_on_with_its_own_state(followed):
+    of_page = {step: directory.read_manifest(followed / "counted" / f"iter_00000{step}") for step in (60, 64, 68)}
+    assert [manifest["optimizer"] for manifest in of_page.values()] == ["adam", "nadam", "nadam"]
+    assert logged(followed)[64]["loss"] < 0.1
+
+
+@pytest.mark.slow
+def test_the_codec_writes_and_reads(followed):
+    named = load_file(followed / "named" / "named.safetensors")
+    source = formats.read(followed / "back")  # in the format of Hugging Face, made of the other
+    assert set(named) == set(source.names())
+    assert all(torch.equal(named[name], source.tensor(name)) for name in named)
+
+
+MEASURE = """
+import json, sys, torch
+from tests.parallel import models
+
+kept, found = 0, []
+def keep(tensor):
+    global kept
+    kept += tensor.numel()
+    return tensor
+
+for recompute in (False, True):
+    built = models.build(models.MODELS["llama"], 1, recompute_mlp=recompute)
+    kept = 0
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        built[0](torch.arange(16)[None])
+    found.append((kept, models.train(*built)["norms"]))
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_the_technique_keeps_less_for_the_same_gradients(house, tmp_path):
+    (kept, norms), (fewer, same) = json.loads(run(house, tmp_path, f"PYTHONPATH+=:{ROOT} python -c '{MEASURE}'"))
+    assert fewer < kept and same == norms
+
+
+def test_the_family_is_listed(house, tmp_path):
+    assert "7,241,732,096" in run(house, tmp_path, "cordee models show example-7b")
+
+
+# ---- what the pages say is there -------------------------------------------------------------------------------------
+
+
+def rows(heading: str) -> list[list[str]]:
+    """Cells of the table under a heading of the page on the architecture."""
+    (text,) = re.findall(rf"^## {heading}\n(.*?)(?=^## |\Z)", ARCHITECTURE.read_text("utf-8"), re.DOTALL | re.MULTILINE)
+    lines = [line.strip("|").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line] for line in lines[2:]]
+
+
+def test_what_is_written_and_touched_is_what_the_table_says():
+    by_title = sections()
+    found = {}
+    for what, written, touched in rows("You add, you write, you touch"):
+        title = re.fullmatch(r"\[(.*)\]\(extending\.md#(.*)\)", what)
+        assert title is not None and title[2] == title[1].replace(" ", "-")
+        found[title[1].capitalize()] = set(re.findall(r"`(\S+)/<name>\.py`", written)), set(CODE.findall(touched))
+    assert list(found) == list(by_title)
+    for title, (folders, touched) in found.items():
+        section = by_title[title]
+        if section.commands:  # others have a page or tests of their own
+            assert {str(Path(path).parent) for path in section.files} == folders, title
+            assert {path for path, *_ in section.touches} == touched, title
+
+
+def test_the_seams_are_where_the_table_says():
+    for seam, where, *_ in rows("The seams"):
+        defined: set[str] = set()
+        for path in re.findall(r"`(\S+\.py)`", where):
+            for node in ast.walk(ast.parse((SOURCES / path).read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ClassDef | ast.FunctionDef):
+                    defined.add(node.name)
+                elif isinstance(node, ast.AnnAssign | ast.Assign):
+                    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                    defined |= {target.id for target in targets if isinstance(target, ast.Name)}
+        names = set(re.findall(r"`(\w+)`", where))
+        assert names and names <= defined, seam
+
+
+def test_the_files_that_pages_name_are_there():
+    for page in (ROOT / "docs").glob("*.md"):
+        text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+        missing = [path for path in CODE.findall(text) if not any((of / path).exists() for of in (SOURCES, ROOT))]
+        assert not missing, page.name
+        links = re.findall(r"\]\((?!https?:)([^)#]+)", text)
+        assert all((page.parent / link).exists() for link in links), page.name
+
+
+def test_the_picture_is_drawn_from_the_sources():
+    draw = runpy.run_path(str(ROOT / "docs" / "draw_architecture.py"))["draw"]
+    assert draw() == (ROOT / "docs" / "architecture.svg").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Which process of how many this is, and starting the others on this machine.
+"""Which process this is, and the launch of the others.
 
 Owns the launchers' environment variables and the life of local processes: signals go to all of them, one that dies
 takes the others with it, and none outlives the launcher. Must not import torch: it runs before any job does.
