@@ -153,7 +153,7 @@ def test_the_codec_writes_and_reads(followed):
 
 
 MEASURE = """
-import json, sys, torch
+import json, torch
 from tests.parallel import models
 
 kept, found = 0, []
@@ -174,7 +174,9 @@ print(json.dumps(found))
 
 @pytest.mark.slow
 def test_the_technique_keeps_less_for_the_same_gradients(house, tmp_path):
-    (kept, norms), (fewer, same) = json.loads(run(house, tmp_path, f"PYTHONPATH+=:{ROOT} python -c '{MEASURE}'"))
+    (kept, norms), (fewer, same) = json.loads(
+        run(house, tmp_path, f"PYTHONPATH+=:{ROOT} {sys.executable} -c '{MEASURE}'")
+    )
     assert fewer < kept and same == norms
 
 
