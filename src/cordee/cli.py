@@ -1,8 +1,7 @@
 """The `cordee` command: which command, with which options, is run how.
 
 Owns the table of commands, their help, and how a run ends: problems as text with exit code 2 (75 where other ranks
-are gone), Ctrl-C with 130. Imports
-a job's module only when the job runs, so that help and errors answer at once.
+are gone), Ctrl-C with 130. Imports a job's module only when the job runs, so that help and errors answer at once.
 """
 
 from __future__ import annotations

@@ -17,14 +17,14 @@ LAYOUTS = {
         "cp2·ring · pp2·1f1b",
         "tp2·sp · cp2·ulysses · pp2·1f1b",
     ),
-    "mixture": ("ep2·alltoall", "dp2·zero1 · ep2·allgather", "cp2·ulysses · pp2·1f1b · ep2·alltoall"),
+    "MoE": ("ep2·alltoall", "dp2·zero1 · ep2·allgather", "cp2·ulysses · pp2·1f1b · ep2·alltoall"),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", LAYOUTS)
 def test_layouts_equal_one_process(pool, folder: Path, model: str):
-    known = {case.name: case for case in layouts.cases(model == "mixture")}
+    known = {case.name: case for case in layouts.cases(model == "MoE")}
     for name in LAYOUTS[model]:
         alone = tiny.trained(pool, folder, model, ALONE, micro_batch_size=tiny.micro_batch_size(known[name]))
         loss, norm, verdict = tiny.compare(lambda name=name: tiny.trained(pool, folder, model, known[name]), alone)
@@ -32,10 +32,10 @@ def test_layouts_equal_one_process(pool, folder: Path, model: str):
 
 
 def test_every_technique_alone_and_with_every_other():
-    dense, mixture = layouts.cases(False), layouts.cases(True)
-    assert len(dense) >= 80 and len(mixture) >= 80
-    assert all(case.ranks <= 8 for case in mixture)
-    assert len({case.name for case in mixture}) == len(mixture)
+    dense, moe = layouts.cases(False), layouts.cases(True)
+    assert len(dense) >= 80 and len(moe) >= 80
+    assert all(case.ranks <= 8 for case in moe)
+    assert len({case.name for case in moe}) == len(moe)
     for first, second in (("tp2", "dp2·zero1"), ("tp2·sp", "cp2·ring"), ("dp2·zero1", "pp2·1f1b")):
         assert any(first in case.name and second in case.name for case in dense)
     samples = {"loss": [2.0], "grad_norm": [1.0], "consumed_samples": [8]}

@@ -12,7 +12,7 @@ from cordee.bench.tiny import TOLERANCE
 
 PAIRS = {
     "dense": (("tp2", "dp2·zero1"), ("pp2·zbv", "one process")),
-    "mixture": (("dp2·zero3 · ep2·allgather", "pp2·interleaved"),),
+    "MoE": (("dp2·zero3 · ep2·allgather", "pp2·interleaved"),),
 }
 
 
@@ -20,7 +20,7 @@ PAIRS = {
 @pytest.mark.parametrize("model", PAIRS)
 def test_a_run_goes_on_on_another_layout(pool, folder: Path, model: str):
     whole = tiny.trained(pool, folder, model, ALONE, **resume.GIVEN)
-    known = {case.name: case for case in (ALONE, *cases(model == "mixture"))}
+    known = {case.name: case for case in (ALONE, *cases(model == "MoE"))}
     for first, second in PAIRS[model]:
         found = resume.resumed(pool, folder, model, known[first], known[second])
         assert len(found["loss"]) == 3

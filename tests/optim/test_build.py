@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -10,9 +11,11 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
+from cordee.config.option import options_of
 from cordee.config.schema import TrainConfig
 from cordee.model.parameter import local_shard
-from cordee.optim.build import build_optimizer, parameter_groups, registry, set_rates
+from cordee.optim.algorithms import registry, state_of
+from cordee.optim.build import build_optimizer, parameter_groups, set_rates
 
 
 @dataclass
@@ -52,11 +55,16 @@ def test_rates_spare_what_does_not_decay():
     assert [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [(0.25, 0.5), (0.25, 0.0)]
 
 
-def test_every_choice_of_the_option_exists():
-    from cordee.config.option import options_of
+def test_every_choice_that_the_help_names_exists_and_the_default_is_one():
+    (optimizer,) = (option for option in options_of(TrainConfig) if option.name == "optimizer")
+    assert optimizer.default in registry()
+    for name in registry():
+        assert re.search(rf"\b{name}\b", optimizer.declared.help)
 
-    choices = next(o.choices for o in options_of(TrainConfig) if o.name == "optimizer")
-    assert set(choices) == set(registry())
+
+def test_the_implementations_of_an_algorithm_keep_one_state():
+    assert state_of("fused_adam") == state_of("foreach_adam") == state_of("adam") != state_of("sgd")
+    assert state_of("gone") not in {state_of(name) for name in registry()}
 
 
 def test_implementations_agree():

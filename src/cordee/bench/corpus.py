@@ -1,4 +1,4 @@
-"""Real text that is on every machine, the sources of Python's standard library, and a tokenizer learned from it."""
+"""Files of text that is on every machine, the sources of Python's standard library, and a tokenizer learned from it."""
 
 from __future__ import annotations
 

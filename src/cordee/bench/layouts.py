@@ -34,13 +34,13 @@ ALONE = Case("one process", 1, {})
 
 @dataclass(frozen=True)
 class _Way:
-    """One technique: its ranks, the axis they are along, and its options. `mixture`: only for mixtures of experts."""
+    """One technique: its ranks, the axis they are along, and its options. `moe`: only for MoE models."""
 
     name: str
     axis: str
     ranks: int
     options: Mapping[str, Any]
-    mixture: bool = False
+    moe: bool = False
 
 
 def _ways() -> Iterator[_Way]:
@@ -105,9 +105,9 @@ def _experts() -> Iterator[_Way]:
     for size in (2, 4):
         for kind in ("alltoall", "allgather"):
             options = {"expert_model_parallel_size": size, "moe_token_dispatcher_type": kind}
-            yield _Way(f"ep{size}·{kind}", "ep", 1, options, mixture=True)
+            yield _Way(f"ep{size}·{kind}", "ep", 1, options, moe=True)
     options = {"expert_model_parallel_size": 2, "moe_permutation_async_comm": True}
-    yield _Way("ep2·overlap", "ep", 1, options, mixture=True)
+    yield _Way("ep2·overlap", "ep", 1, options, moe=True)
 
 
 # What every pair and the triples are made of: a form or two of each technique, lest there be thousands.
@@ -120,9 +120,9 @@ TRIPLED = {
 }
 
 
-def cases(mixture: bool, most: int = 8) -> list[Case]:
+def cases(moe: bool, most: int = 8) -> list[Case]:
     """Techniques alone, pairs and triples of different axes, on at most `most` ranks."""
-    ways = [way for way in _ways() if mixture or not way.mixture]
+    ways = [way for way in _ways() if moe or not way.moe]
     paired = [way for way in ways if way.name in PAIRED]
     tripled = [way for way in ways if way.name in TRIPLED]
     found: list[Case] = []

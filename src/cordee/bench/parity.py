@@ -1,6 +1,6 @@
 """`cordee bench parity`: one loss, any layout.
 
-Owns the comparison. A tiny dense model and a tiny mixture of experts train the same few steps, through the whole of
+Owns the comparison. A tiny dense model and a tiny MoE train the same few steps, through the whole of
 `cordee train`, on every layout; losses and gradient norms are compared with those of one process. What is saved on one
 layout and goes on on another is `resume.py`'s, the second part of the report.
 """
@@ -42,9 +42,9 @@ def run(config: BenchConfig, on_turn: Callable[[int, str, Turn], None]) -> Repor
         work = Path(folder)
         pool.run(prepare, 1, folder)
         for name in MODELS:
-            # The auxiliary loss of a mixture is one of micro-batches: they are alike on both sides.
+            # The auxiliary loss of an MoE is one of micro-batches: they are alike on both sides.
             alone = {size: trained(pool, work, name, ALONE, micro_batch_size=size) for size in (1, 2, 4)}
-            for case in cases(name == "mixture"):
+            for case in cases(name == "MoE"):
                 run_case = partial(trained, pool, work, name, case)
                 found.add(name, case.name, (case.name, str(case.ranks)), run_case, alone[micro_batch_size(case)])
     return _report(found, resume.run(config, on_turn))

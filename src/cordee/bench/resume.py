@@ -31,7 +31,7 @@ ROUNDS: dict[str, tuple[str, ...]] = {
         *("dp8·zero1", "pp2·zbv", "cp4·hybrid", "tp8", "dp2·zero2 · pp2·1f1b", "cp2·ring", "tp4·sp · pp2·zbv"),
         *("dp4·zero0", "pp4·interleaved", "tp2·sp · cp2·ulysses · pp2·1f1b"),
     ),
-    "mixture": (
+    "MoE": (
         *(ALONE.name, "ep2·alltoall", "tp2·sp · dp2·zero1 · ep2·alltoall", "pp2·interleaved"),
         *("dp2·zero3 · ep2·allgather", "cp2·ring · pp2·zbv", "dp4·hsdp2 · ep2·alltoall", "tp2", "ep4·alltoall"),
         *("cp2·ulysses · pp2·1f1b · ep2·alltoall", "dp8·zero1", "dp2·zero2 · pp2·zbv", "tp4·sp · dp2·zero0"),
@@ -41,7 +41,7 @@ ROUNDS: dict[str, tuple[str, ...]] = {
 
 def pairs(model: str) -> Iterator[tuple[Case, Case]]:
     """Where a run of `model` is saved and where it goes on; each layout saves once."""
-    known = {case.name: case for case in (ALONE, *cases(model == "mixture"))}
+    known = {case.name: case for case in (ALONE, *cases(model == "MoE"))}
     names = ROUNDS[model]
     for first, second in itertools.pairwise((*names, names[0])):
         yield known[first], known[second]

@@ -35,7 +35,7 @@ SHAPE: dict[str, Any] = {
 }
 MODELS: dict[str, dict[str, Any]] = {
     "dense": {**SHAPE, "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True},
-    "mixture": {
+    "MoE": {
         **SHAPE,
         "architectures": ["Qwen2MoeForCausalLM"],
         "num_experts": 8,

@@ -1,1 +1,4 @@
-"""Options: what there is, what was given, where it comes from, and whether it fits together."""
+"""Options: declared, loaded, checked.
+
+Owns what there is, what was given, where each value comes from, and whether it fits together.
+"""

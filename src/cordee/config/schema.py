@@ -108,8 +108,8 @@ class DataOptions:
 class OptimizerOptions:
     """Optimizer and schedule."""
 
-    optimizer: Literal["adam", "fused_adam", "foreach_adam", "sgd"] = option(
-        "adam", "adam: AdamW, fused where the device has it; fused_adam, foreach_adam: that implementation"
+    optimizer: str = option(
+        "adam", "adam: AdamW, fused where the device has it; fused_adam, foreach_adam: that implementation; sgd"
     )
     lr: float = required("highest learning rate", above=0)
     min_lr: float = option(0.0, "learning rate at the end of the decay", at_least=0)

@@ -1,6 +1,7 @@
 """What `cordee convert` writes: from its options to a format, a layout and files.
 
-Owns the meaning of the options of MindSpeed-LLM's and AscendSpeed's converters. The formats themselves are codecs.
+Owns the table of formats that are written, and the meaning of the options of MindSpeed-LLM's and AscendSpeed's
+converters. The formats themselves are codecs.
 """
 
 from __future__ import annotations
@@ -49,23 +50,26 @@ class Prepared:
     compare_tokenizers: Callable[[Path, Path], str | None] | None = None
 
 
+Dtypes = dict[str, torch.dtype]  # of canonical parameters, as they are written
+
+
 def prepare(source: Source, path: Path, options: ConvertConfig) -> Prepared:
     """Lay the output out. ProblemError with everything that stands against it."""
     check_output(path.absolute(), overwrite=options.overwrite)
     wanted = getattr(torch, options.params_dtype) if options.params_dtype else None
     dtypes = {name: wanted or source.dtype(name) for name in source.names()}
     output = Output(path, source.companions, options.workers, options.overwrite)
-    kind = target_type(options)
-    if kind in ("mg", "ascendspeed"):
-        return _prepare_megatron(source, output, dtypes, megatron_target(options))
-    raise_all(_misplaced(options))
-    return _prepare_gguf(source, output, dtypes) if kind == "gguf" else _prepare_unsplit(source, output, dtypes, kind)
+    target = TARGETS[target_type(options)]
+    if target is not _prepare_megatron:
+        raise_all(_misplaced(options))
+    return target(source, output, dtypes, options)
 
 
 # ---- Hugging Face, MindFormers, torch's distributed checkpoints ------------------------------------------------------
 
 
-def _prepare_unsplit(source: Source, output: Output, dtypes: dict[str, torch.dtype], kind: str) -> Prepared:
+def _prepare_unsplit(source: Source, output: Output, dtypes: Dtypes, options: ConvertConfig) -> Prepared:
+    kind = target_type(options)
     rules = source.spec.rules()
     largest = max(
         torch.Size(shape).numel() * dtypes[name].itemsize
@@ -107,7 +111,7 @@ def _misplaced(options: ConvertConfig) -> Problems:
 # ---- GGUF ------------------------------------------------------------------------------------------------------------
 
 
-def _prepare_gguf(source: Source, output: Output, dtypes: dict[str, torch.dtype]) -> Prepared:
+def _prepare_gguf(source: Source, output: Output, dtypes: Dtypes, options: ConvertConfig) -> Prepared:
     laid_out = gguf.plan(source.spec, dtypes, source.companions)
     sink, expected = partial(gguf.GGUFSink, output, laid_out), gguf.Held(laid_out, source)
     return Prepared(laid_out.files(), max(laid_out.sizes), laid_out.dtypes, sink, expected, compare_tokenizers)
@@ -116,8 +120,8 @@ def _prepare_gguf(source: Source, output: Output, dtypes: dict[str, torch.dtype]
 # ---- Megatron and AscendSpeed ----------------------------------------------------------------------------------------
 
 
-def _prepare_megatron(source: Source, output: Output, dtypes: dict[str, torch.dtype], target: Target) -> Prepared:
-    laid_out = plan(source.spec, dtypes, target)
+def _prepare_megatron(source: Source, output: Output, dtypes: Dtypes, options: ConvertConfig) -> Prepared:
+    laid_out = plan(source.spec, dtypes, megatron_target(options))
     largest = max(
         torch.Size(shape).numel() * dtypes[name].itemsize
         for name, placement in laid_out.placements.items()
@@ -194,3 +198,13 @@ def _settings(options: ConvertConfig) -> dict[str, Any]:
         "moe_grouped_gemm": options.moe_grouped_gemm,
         "tokenizer_model": tokenizer,
     }
+
+
+TARGETS: Mapping[str, Callable[[Source, Output, Dtypes, ConvertConfig], Prepared]] = {
+    "hf": _prepare_unsplit,
+    "mindformers": _prepare_unsplit,
+    "dcp": _prepare_unsplit,
+    "gguf": _prepare_gguf,
+    "mg": _prepare_megatron,
+    "ascendspeed": _prepare_megatron,
+}

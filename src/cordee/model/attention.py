@@ -1,4 +1,7 @@
-"""Self-attention with query groups: multi-head, grouped-query and multi-query attention in one form."""
+"""Self-attention with query groups: multi-head, grouped-query and multi-query attention in one form.
+
+Owns what stands between hidden states and an attention core: projections, norms, rotation, the cache.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """What a model is: shapes and mathematics, free of torch, files and placement.
 
-A family reads its `config.json` into a `ModelConfig`; the model is built from nothing else. Whatever differs
-between layers differs in their `LayerConfig`, so no model code asks for a family or a layer number.
+Owns the words in which a model is described. A family reads its `config.json` into a `ModelConfig`; the model is built
+from nothing else. Whatever differs between layers differs in their `LayerConfig`, so no model code asks for a family or
+a layer number.
 """
 
 from __future__ import annotations

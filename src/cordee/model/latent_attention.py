@@ -1,6 +1,6 @@
 """Multi-head latent attention: keys and values of all heads from one compressed vector a token (DeepSeek-V2, 2024).
 
-Two forms of the same sum. Over a whole sequence, keys and values are expanded for every head. For tokens that
+Owns two forms of the same sum. Over a whole sequence, keys and values are expanded for every head. For tokens that
 continue a cache, which holds nothing but the compressed vectors, the expansion moves to the other side of the
 products: queries are brought into the compressed space, where all heads share one key, and what they gather there
 is expanded afterwards.

@@ -1,4 +1,7 @@
-"""Projections and tables: parameters with logical axes that run as one GEMM or one look-up."""
+"""Projections and tables: parameters with logical axes that run as one GEMM or one look-up.
+
+Owns the seams around these. Knows not what they are part of.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,4 @@
+"""Optimizers and schedules.
+
+Owns parameter groups, mixed precision, clipping, learning rates.
+"""

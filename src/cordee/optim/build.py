@@ -1,27 +1,21 @@
 """Optimizers from options.
 
-Owns the parameter groups and the registry of algorithms. Knows no model: a parameter's description says whether it
+Owns the parameter groups. Knows no model: a parameter's description says whether it
 decays.
 """
 
 from __future__ import annotations
 
-import functools
-import pkgutil
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from importlib import import_module
-from typing import Any, Protocol
+from collections.abc import Iterable, Mapping
+from typing import Protocol
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from cordee.config.schema import OptimizerOptions
-from cordee.optim import algorithms
-
-Groups = list[dict[str, Any]]
-Build = Callable[[OptimizerOptions, Groups, bool], Optimizer]
+from cordee.optim.algorithms import Groups, registry
 
 
 class Described(Protocol):
@@ -67,12 +61,3 @@ def set_rates(optimizer: Optimizer, learning_rate: float, weight_decay: float) -
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
         group["weight_decay"] = weight_decay if group["decays"] else 0.0
-
-
-@functools.cache
-def registry() -> dict[str, Build]:
-    """Every algorithm by the value of --optimizer that asks for it."""
-    found: dict[str, Build] = {}
-    for module in pkgutil.iter_modules(algorithms.__path__, f"{algorithms.__name__}."):
-        found |= import_module(module.name).ALGORITHMS
-    return found

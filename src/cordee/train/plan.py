@@ -25,6 +25,7 @@ from cordee.families.options import ignored
 from cordee.families.registry import ModelSpec, spec_from_options, spec_named
 from cordee.model.compare import canonical
 from cordee.model.config import ModelConfig
+from cordee.optim import algorithms
 from cordee.optim.schedule import build_schedule
 from cordee.parallel.degrees import fitting
 from cordee.parallel.degrees import problems as degree_problems
@@ -59,7 +60,7 @@ def plan_run(
     shape = fitting(config, world_size)
     notes = [str(each) for each in laws.ignored_options(replace(config, nproc_per_node=world_size))]
     found = Findings(
-        [*check_train(config), *_stage_problems(config), *_report_problems(config)],
+        [*check_train(config), *_name_problems(config), *_report_problems(config)],
         [*notes, *outputs.left_out(config)],
     )
     if config.deepspeed_config is not None:
@@ -128,10 +129,14 @@ def _joined(plan: RunPlan) -> RunPlan:
     return resume.join(plan, resumed.manifest)
 
 
-def _stage_problems(config: TrainConfig) -> Problems:
-    known = objectives.registry()
-    if config.stage not in known:
-        yield Problem("--stage", config.stage, "there is no such objective", f"give one of {', '.join(sorted(known))}")
+def _name_problems(config: TrainConfig) -> Problems:
+    named = (
+        ("--stage", config.stage, "objective", objectives.registry()),
+        ("--optimizer", config.optimizer, "optimizer", algorithms.registry()),
+    )
+    for option, value, what, known in named:
+        if value not in known:
+            yield Problem(option, value, f"there is no such {what}", f"give one of {', '.join(sorted(known))}")
 
 
 def _iterations(config: TrainConfig, batches: BatchSchedule, notes: list[str]) -> int:

@@ -16,6 +16,7 @@ from cordee.config.check import RANKS
 from cordee.config.schema import BatchOptions, OptimizerOptions, TrainConfig
 from cordee.errors import Findings, Problem
 from cordee.families.registry import STORED_SPEC
+from cordee.optim.algorithms import state_of
 from cordee.optim.schedule import Schedule
 from cordee.train import experts, objectives
 from cordee.train.objectives import DataPlan
@@ -130,11 +131,6 @@ def _optimizer_problems(config: TrainConfig, manifest: dict[str, Any]) -> Iterat
     if then is None:
         fix = "resume without it: --no-load-optim"
         yield Problem("--load", config.load, "the checkpoint was saved without the state of the optimizer", fix)
-    elif _algorithm(then) != _algorithm(now):
+    elif state_of(then) != state_of(now):
         why = f"the checkpoint has the state of {then}"
         yield Problem("--optimizer", now, why, f"give {then}, or resume without that state: --no-load-optim")
-
-
-def _algorithm(optimizer: str) -> str:
-    """The algorithm, whichever of its implementations runs: their state is the same."""
-    return optimizer.rpartition("_")[2]

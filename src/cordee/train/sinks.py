@@ -1,4 +1,4 @@
-"""Where records of a run go: log lines, a live progress line, TensorBoard, metrics.jsonl.
+"""Where records of a run go: log lines, a live progress line, and files: TensorBoard, metrics.jsonl.
 
 Owns the form of each; the figures are `metrics.py`'s. Only rank 0 has sinks: it knows every figure, for losses and
 norms are of all ranks. (Megatron prints on the last rank, the only one that knows its loss.)

@@ -1,6 +1,7 @@
 """Training from Python: the processes that `cordee train` would start.
 
-Owns what stands between a configuration and the job on each rank. The command line has its own way to the same job.
+Owns what stands between a configuration and the job on each rank: a file with it, and the launch. The command line has
+its own way to the same job.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""CSV with a header line; fields in quotes may hold line ends."""
+"""CSV with a header line; fields in quotes may hold line ends.
+
+Owns where a record ends and how large it may be. What a field means is the library's affair.
+"""
 
 from __future__ import annotations
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch.optim import AdamW
+from typing import TYPE_CHECKING
 
 from cordee.config.schema import OptimizerOptions
+from cordee.optim.algorithms import Groups
+
+if TYPE_CHECKING:
+    from torch.optim import AdamW
 
 
-def build(options: OptimizerOptions, groups: list[dict[str, Any]], fused: bool) -> AdamW:
+def build(options: OptimizerOptions, groups: Groups, fused: bool) -> AdamW:
     """One fused kernel over all parameters of a group, else torch's operators over lists of tensors."""
+    from torch.optim import AdamW
+
     betas = (options.adam_beta1, options.adam_beta2)
     return AdamW(groups, lr=options.lr, betas=betas, eps=options.adam_eps, fused=fused, foreach=not fused)
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch.optim import SGD
+from typing import TYPE_CHECKING
 
 from cordee.config.schema import OptimizerOptions
+from cordee.optim.algorithms import Groups
+
+if TYPE_CHECKING:
+    from torch.optim import SGD
 
 
-def build(options: OptimizerOptions, groups: list[dict[str, Any]], fused: bool) -> SGD:
+def build(options: OptimizerOptions, groups: Groups, fused: bool) -> SGD:
+    from torch.optim import SGD
+
     return SGD(groups, lr=options.lr, momentum=options.sgd_momentum, fused=fused, foreach=not fused)
 
 

@@ -1,8 +1,8 @@
 """What is trained: one file an objective, found by scanning this package.
 
-An objective is the only difference between pretraining, instruction tuning and preference training. It owns its data
-and how samples become a batch, what a batch weighs, further models, and the loss. It sees micro-batches and no ranks;
-the trainer divides its loss by the weight of the whole step.
+Owns what an objective is, and knows none. It is the only difference between pretraining, instruction tuning and
+preference training: its data and how samples become a batch, what a batch weighs, further models, and the loss. It sees
+micro-batches and no ranks; the trainer divides its loss by the weight of the whole step.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Megatron's checkpoints, one directory a rank, in every dialect: read and written."""
