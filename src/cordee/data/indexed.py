@@ -183,7 +183,9 @@ def _missing(prefix: str) -> Iterator[Problem]:
     if len(absent) == 2:
         is_file = prefix.endswith((".bin", ".idx")) and Path(prefix).is_file()
         fix = f"give the prefix: {prefix[:-4]}" if is_file else "check the path; `cordee preprocess` writes such pairs"
-        yield Problem("dataset", prefix, f"there is neither {pair[0].name} nor {pair[1].name}", fix)
+        yield Problem(
+            "dataset", prefix, f"there is neither {pair[0].name} nor {pair[1].name}", fix, "unreadable", limit=prefix
+        )
     elif absent:
         there = next(path for path in pair if path not in absent)
         yield Problem(
