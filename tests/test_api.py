@@ -60,10 +60,15 @@ def test_options_of_generation(llama):  # noqa: F811
     model = cordee.GPTModel.from_pretrained(llama.directory)
     draw = {"do_sample": True, "temperature": 0.8, "top_k": 50, "top_p": 0.95, "seed": 3}
     assert model.generate("Once", 8, **draw) == model.generate("Once", 8, use_kv_cache=False, **draw)
-    with pytest.raises(ProblemError, match="max_new_tokens"):
+    with pytest.raises(ProblemError) as caught:
         model.generate("Once", temprature=0.5, max_new_tokens=0)
-    with pytest.raises(ProblemError, match="add --do-sample"):
+    found = [(problem.option, problem.kind) for problem in caught.value.problems]
+    assert found == [("max_new_tokens", "range"), ("temprature", "unknown")]
+    with pytest.raises(ProblemError) as caught:
         model.generate("Once", temperature=0.5)
+    assert [(p.option, p.kind, p.limit) for p in caught.value.problems] == [
+        ("--temperature", "requires", "--do-sample")
+    ]
 
 
 def test_a_model_without_tokenizer_still_takes_ids(llama, tmp_path):  # noqa: F811

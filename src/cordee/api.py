@@ -1,6 +1,6 @@
 """Cordée from Python: a model that loads, writes and saves, and training with a configuration.
 
-Owns the forms in which a program asks; the work is done by the jobs' own modules.
+Owns the public signatures; the jobs' own modules do the work.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cordee.checkpoint import formats
-from cordee.config.check import check_decoding
+from cordee.config import laws
 from cordee.config.load import config_from_dict
 from cordee.config.schema import DecodingOptions, TokenizerOptions
 from cordee.errors import raise_all
@@ -34,7 +34,7 @@ Ids = Sequence[int]
 
 
 class GPTModel(gpt.GPTModel):
-    """A model, what it is (`spec`), and the directory with the tokenizer and other files that go with it."""
+    """A model, its `spec` (family and `config.json`), and the directory of its assets: tokenizer, generation config."""
 
     def __init__(
         self,
@@ -53,8 +53,8 @@ class GPTModel(gpt.GPTModel):
         """The model in a Hugging Face directory or a checkpoint, in evaluation mode.
 
         dtype: "float32", "bfloat16" or "float16"; None takes the stored type.
-        device: where it goes; None takes the fastest there is.
-        Takes the memory of the model and its largest tensor. Raises ProblemError if something is wrong with the files.
+        device: None takes the fastest available.
+        Peak memory: the model and its largest tensor. Raises ProblemError with what is wrong with the files.
         """
         source = formats.read(path)
         model = cls(source.spec, companions=source.companions, device=device_of(device), dtype=dtype_of(dtype, source))
@@ -62,16 +62,16 @@ class GPTModel(gpt.GPTModel):
         return model
 
     def save_pretrained(self, path: str | Path, overwrite: bool = False) -> None:
-        """Write the model in its family's Hugging Face format, with the tokenizer and other files that go with it.
+        """Write the model in its family's Hugging Face format, with its assets.
 
-        `overwrite` replaces a model that is there; else a ProblemError says so.
+        `overwrite` replaces an existing model, which else raises ProblemError.
         """
         with hf.write(path, self.spec, companions=self.companions, overwrite=overwrite) as sink:
             save_from(self, sink, {"base"})
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that goes with the model; another can be assigned. ProblemError if there is none."""
+        """The model's tokenizer; another can be assigned. ProblemError if there is none."""
         tokenizer = load_tokenizer(TokenizerOptions(), self.companions and str(self.companions))
         raise_all(check_vocabulary(tokenizer, self.config))
         return tokenizer
@@ -88,14 +88,14 @@ class GPTModel(gpt.GPTModel):
     ) -> list[list[int]]: ...
 
     def generate(self, prompt, max_new_tokens: int = 64, **options):
-        """What follows `prompt`: text for a text, token ids for token ids, a list for several.
+        """The continuation of `prompt`: text for a text, token ids for token ids, a list for several.
 
         prompt: a text, token ids, or several of either; ids also as an int64 tensor `[seq]` or `[batch, seq]`.
         options: fields of `DecodingOptions`, such as do_sample, temperature, top_k, top_p, seed, batch_size.
         A stop token that ends a continuation is the last of its ids, and not in its text.
         """
         decoding = config_from_dict(DecodingOptions, {"max_new_tokens": max_new_tokens, **options})
-        raise_all(check_decoding(decoding))
+        raise_all(laws.problems(decoding))
         if isinstance(prompt, Tensor):
             prompt = prompt.tolist()
         if isinstance(prompt, str):

@@ -1,7 +1,7 @@
-"""The `cordee` command: which command, with which options, is run how.
+"""The `cordee` command: from arguments to a job and its exit code.
 
-Owns the table of commands, their help, and how a run ends: problems as text with exit code 2 (75 where other ranks
-are gone), Ctrl-C with 130. Imports a job's module only when the job runs, so that help and errors answer at once.
+Owns the table of commands, their help, and how a run ends: problems as text with exit code 2 (75 where other ranks are
+lost), Ctrl-C with 130. Imports a job's module only when the job runs, so that help and errors answer at once.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ INFERENCE_GRACE = 10.0  # seconds: processes that write or score have nothing to
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """One command: `job` names `run(config) -> exit code`, which checks before it starts, `check` what only checks.
+    """One command: `job` names `run(config) -> exit code`, which checks first, `check` the check alone.
 
-    `start` takes the place of checking and running where more is to be done.
+    `start` replaces running the job where there is more to do.
     """
 
     about: str
@@ -47,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _dispatch(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes nowhere, without a word
+    except BrokenPipeError:  # the reader of the output, such as `head`, has closed it: drop the rest
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except ProblemError as error:
         count = len(error.problems)
@@ -73,7 +73,7 @@ def _dispatch(argv: list[str]) -> int:
     if name not in COMMANDS:
         names = nearest(name, [*COMMANDS, "models"])
         fix = f"did you mean {' or '.join(names)}?" if names else "`cordee --help` lists the commands"
-        raise ProblemError([Problem("cordee", name, "no such command", fix)])
+        raise ProblemError([Problem("cordee", name, "no such command", fix, "unknown")])
     command = COMMANDS[name]
     try:
         teaching = Teaching(f"cordee {name}", command.about, command.example)
@@ -89,15 +89,15 @@ def _dispatch(argv: list[str]) -> int:
 
 
 def problems(command: Command, loaded: Loaded[Any]) -> list[Problem]:
-    """Everything that is wrong with the job as a whole."""
+    """All problems of the job as a whole."""
     return _load(command.check)(loaded.config) if command.check else []
 
 
 def further(command: Command, loaded: Loaded[Any]) -> list[Problem]:
-    """What is wrong besides options on their own, as far as these let it be seen."""
+    """Problems besides those of single options, without those that may follow from them."""
     config = loaded.config
     if isinstance(config, schema.TrainConfig) and not config.nproc_per_node and not launch.rank_info().launcher:
-        loaded = loaded.derive(nproc_per_node=check.fewest_processes(config))  # no torch, to count devices, for this
+        loaded = loaded.derive(nproc_per_node=check.fewest_processes(config))  # without torch, which counts devices
     doubtful = frozenset[str]().union(*(problem.names for problem in loaded.problems))
     found = [problem for problem in problems(command, loaded) if not problem.names & doubtful]
     return render.with_origins(found, loaded)
@@ -117,9 +117,9 @@ def _do(command: Command, loaded: Loaded[Any]) -> int:
 
 
 def _train(command: Command, loaded: Loaded[Any], argv: Sequence[str]) -> int:
-    """Check, then join the run that a launcher has started, or start one process per local device."""
+    """Check, then join the rendezvous of a launcher, or start one process per local device."""
     here = launch.rank_info()
-    if here.launcher != launch.CORDEE:  # else the process that started this one has checked
+    if here.launcher != launch.CORDEE:  # else the parent process has checked
         loaded = _with_processes(loaded)
         _raise_all(problems(command, loaded), loaded)
     processes = loaded.config.nproc_per_node
@@ -129,7 +129,7 @@ def _train(command: Command, loaded: Loaded[Any], argv: Sequence[str]) -> int:
 
 
 def _infer(command: Command, loaded: Loaded[Any], argv: Sequence[str]) -> int:
-    """Check and start a process for every part of the model, or join those that a launcher has started, which check."""
+    """Check and start a process for every shard of the model, or run as one of a launcher's, each of which checks."""
     config = loaded.config
     processes = check.inference_processes(config)
     if processes == 1 or launch.rank_info().launcher:
@@ -139,7 +139,7 @@ def _infer(command: Command, loaded: Loaded[Any], argv: Sequence[str]) -> int:
 
 
 def _check(command: Command, loaded: Loaded[Any], argv: Sequence[str]) -> int:
-    """Check as `train` does, and the contents of the data as its ranks do when they start; print what would run."""
+    """Check as `train` does, and the contents of the data as its ranks do at the start; print a summary of the run."""
     loaded = _with_processes(loaded)
     _raise_all(problems(command, loaded), loaded)
     print(f"ok\n\n{_summary(loaded.config)}\n\n# options that are not at their default\n{render.changes(loaded)}")
@@ -147,7 +147,7 @@ def _check(command: Command, loaded: Loaded[Any], argv: Sequence[str]) -> int:
 
 
 def _with_processes(loaded: Loaded[Any]) -> Loaded[Any]:
-    """One process per local device, if neither a launcher nor the user has given how many."""
+    """One process per local device, if neither a launcher nor the user sets the number."""
     if launch.rank_info().launcher or loaded.config.nproc_per_node:
         return loaded
     return loaded.derive(nproc_per_node=_load("cordee.device:count")())
@@ -191,7 +191,7 @@ def _models(argv: Sequence[str]) -> int:
 def _short(number: int) -> str:
     """1234567890 -> 1.23B"""
     for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
-        if number >= 0.9995 * size:  # what rounds to a thousand of the smaller unit is one of the larger
+        if number >= 0.9995 * size:  # 999,950 rounds to 1M, not to 1000K
             return f"{number / size:.3g}{letter}"
     return str(number)
 
@@ -208,26 +208,26 @@ def _load(name: str) -> Callable[..., Any]:
 
 COMMANDS = {
     "quickstart": Command(
-        about="The whole climb on this machine: tokenizer, preprocess, pretrain, export, generate, evaluate, report.",
+        about="Every step on this machine: tokenizer, preprocess, pretrain, export, generate, evaluate, report.",
         example="cordee quickstart --input my-texts/",
         schema=schema.QuickstartConfig,
         job="cordee.quickstart.job:run",
     ),
     "check": Command(
-        about="Find everything that would stop `cordee train` with the same options; starts nothing.",
+        about="Find all problems of `cordee train` with the same options; starts nothing.",
         example="cordee check --config run.yaml --nproc-per-node 8",
         schema=schema.TrainConfig,
         check="cordee.train.check:check_with_contents",
         start=_check,
     ),
     "plan": Command(
-        about="Simulate pipeline schedules: bubble, peak activations, and a picture; needs no devices.",
+        about="Simulate pipeline schedules: bubble, peak activation memory, timeline; needs no devices.",
         example="cordee plan --schedule 1f1b interleaved zbv --num-micro-batches 16 --output schedules.svg",
         schema=schema.PlanConfig,
         job="cordee.plan.job:run",
     ),
     "preprocess": Command(
-        about="Text to the .bin/.idx files that training reads.",
+        about="Tokenize text into the .bin/.idx files that training reads.",
         example="cordee preprocess --input texts.jsonl --output-prefix data/texts --append-eod \\\n"
         "    --tokenizer-type PretrainedFromHF --tokenizer-name-or-path models/llama2",
         schema=schema.PreprocessConfig,
@@ -235,14 +235,14 @@ COMMANDS = {
         check="cordee.data.preprocess:check_run",
     ),
     "convert": Command(
-        about="Weights from one format to another.",
+        about="Convert weights from any format and layout to another, merge LoRA adapters.",
         example="cordee convert --load-dir checkpoints --save-dir models/mine --save-model-type hf",
         schema=schema.ConvertConfig,
         job="cordee.convert.job:run",
         check="cordee.convert.job:check_run",
     ),
     "train": Command(
-        about="Train a model, on all local devices or on those of the launcher that started this.",
+        about="Train a model on all local devices, or as a rank of torchrun, Slurm or MPI.",
         example="cordee train --config run.yaml --nproc-per-node 2 --lr 3e-4",
         schema=schema.TrainConfig,
         job="cordee.train.job:run",
@@ -250,7 +250,7 @@ COMMANDS = {
         start=_train,
     ),
     "generate": Command(
-        about="Continue prompts with a model.",
+        about="Generate text from prompts.",
         example='cordee generate --load models/mine --prompt "Once upon a time" --max-new-tokens 64',
         schema=schema.GenerateConfig,
         job="cordee.generate.job:run",
@@ -258,7 +258,7 @@ COMMANDS = {
         start=_infer,
     ),
     "evaluate": Command(
-        about="Score a model.",
+        about="Evaluate a model on benchmark tasks.",
         example="cordee evaluate --load models/mine --task perplexity --task-data-path held-out.txt",
         schema=schema.EvaluateConfig,
         job="cordee.evaluate.job:run",
@@ -266,7 +266,7 @@ COMMANDS = {
         start=_infer,
     ),
     "bench": Command(
-        about="Measure speed and memory against peers, in turns within one run.",
+        about="Measure speed and memory against peers, interleaved in one run.",
         example="cordee bench train --threads 2",
         schema=schema.BenchConfig,
         job="cordee.bench.job:run",

@@ -7,6 +7,7 @@ import re
 import pytest
 
 from cordee.config import schema
+from cordee.config.argv import parse
 from cordee.config.option import options_of, to_key
 from cordee.config.spelling import spellings
 
@@ -17,6 +18,36 @@ def test_every_command_has_a_schema():
     names = {config.__name__ for config in CONFIGS}
     jobs = {"Train", "Preprocess", "Generate", "Evaluate", "Convert", "Bench", "Quickstart", "Plan"}
     assert names == {f"{job}Config" for job in jobs}
+
+
+WORDS = {
+    schema.TrainConfig: "shard all-gather reduce-scatter all-reduce all-to-all overlap recompute resume rendezvous "
+    "bucket prefetch dgrad wgrad ZeRO FSDP DDP HSDP zero-bubble interleaved dropout GQA MLA RoPE SwiGLU MoE router "
+    "top-k epsilon warm-up AdamW MFU TensorBoard",
+    schema.GenerateConfig: "tensor parallelism pipeline parallelism shard greedy nucleus KV cache dtype batch",
+    schema.EvaluateConfig: "perplexity data-parallel shard context window stride BOS resumes batch",
+    schema.ConvertConfig: "Megatron Hugging Face GGUF DCP layout pipeline-parallel tensor-parallel LoRA merge dtype",
+    schema.PreprocessConfig: "tokenizer .bin/.idx EOD end-of-document jsonl parquet merge stream",
+    schema.PlanConfig: "schedule forward backward dgrad wgrad reduce-scatter send/recv micro-batches timeline",
+    schema.BenchConfig: "torch.compile rounds threads preset Markdown",
+}
+TERMS = {
+    schema.TrainConfig: (
+        *("gradient accumulation", "first-moment decay (Adam beta1)", "second-moment decay", "gradient clipping"),
+        *("load-balancing auxiliary loss", "capacity factor", "ring attention", "virtual pipeline stage", "loss scale"),
+        *("sliding window attention", "position embedding", "mixture of experts", "tensor parallelism"),
+        *("context parallelism", "expert parallelism", "pipeline parallelism", "learning rate schedule"),
+    ),
+    schema.GenerateConfig: ("softmax temperature", "fused decode path", "KV cache"),
+}
+
+
+@pytest.mark.parametrize("config", WORDS)
+def test_help_has_the_words_of_the_field(config, capsys):
+    with pytest.raises(SystemExit):
+        parse(config, ["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert [term for term in (*WORDS[config].split(), *TERMS.get(config, ())) if term not in shown] == []
 
 
 @pytest.mark.parametrize("config", CONFIGS)

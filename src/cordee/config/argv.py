@@ -1,12 +1,13 @@
 """The command line of one command: its flags, its help, and what was given.
 
 Owns the argparse parser made from a schema. argparse splits the line and prints the help; values stay text, so that
-types, choices and unknown flags are judged in one place with those of YAML files, and all at once.
+missing values, types, choices and unknown flags are checked in one place with those of YAML files, and all at once.
 """
 
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -19,7 +20,10 @@ from cordee.errors import Problem
 
 @dataclass(frozen=True)
 class CommandLine:
-    """What a command line gives: `options` as (flag as written, text), `unknown` as (word, what follows it)."""
+    """What a command line gives: `options` as (flag as written, text), `unknown` as (word, what follows it).
+
+    The text of a switch, and of a flag whose value is missing, is ().
+    """
 
     options: list[tuple[str, Raw]]
     unknown: list[tuple[str, str]]
@@ -30,7 +34,7 @@ class CommandLine:
 
 @dataclass(frozen=True)
 class Teaching:
-    """What the help of a command says besides its options."""
+    """Head and foot of a command's help."""
 
     prog: str = "cordee"
     about: str = ""
@@ -45,12 +49,12 @@ def parse(schema: type, argv: Sequence[str], teaching: Teaching | None = None) -
         problems = []
     except argparse.ArgumentError as error:
         rest = []
-        problems = [Problem(error.argument_name or "command line", None, error.message, "see --help for its form")]
+        problems = [Problem(error.argument_name or "command line", None, error.message, "see --help", "syntax")]
     return CommandLine(given.options, list(_unknown(rest)), tuple(given.config), given.print_config, problems)
 
 
 class _Collect(argparse.Action):
-    """Notes the flag as it was written, and its values."""
+    """Appends the flag as it was written, and its values."""
 
     def __call__(
         self,
@@ -59,10 +63,23 @@ class _Collect(argparse.Action):
         values: Any,
         option_string: str | None = None,
     ) -> None:
-        if values is None:  # a positional that was left out
-            return
-        flag = option_string or self.dest
-        namespace.options.append((flag, values if isinstance(values, str) else tuple(values)))
+        if option_string or values is not None:  # else a positional that is not given
+            flag = option_string or self.dest
+            namespace.options.append((flag, values if isinstance(values, str) else tuple(values or ())))
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps words whole, so that they can be searched for, and shows of values the metavar alone.
+
+    To argparse every value is optional, as it would stop at the first missing one.
+    """
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        assert isinstance(action.metavar, str)
+        return action.metavar
 
 
 def _parser(schema: type, teaching: Teaching) -> argparse.ArgumentParser:
@@ -73,7 +90,7 @@ def _parser(schema: type, teaching: Teaching) -> argparse.ArgumentParser:
         usage=" ".join([teaching.prog, *(_metavar(o) for o in positionals), "[--config run.yaml] [options]"]),
         description=teaching.about,
         epilog=f"example:\n  {teaching.example}" if teaching.example else None,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34),
+        formatter_class=lambda prog: _Formatter(prog, max_help_position=34),
         allow_abbrev=False,
         exit_on_error=False,
         add_help=False,
@@ -88,10 +105,10 @@ def _parser(schema: type, teaching: Teaching) -> argparse.ArgumentParser:
 
 
 def _add_general(parser: argparse.ArgumentParser) -> None:
-    section = parser.add_argument_group("General")
+    section = parser.add_argument_group("General", "[...] in a help text: what holds where the option is not given")
     section.add_argument("-h", "--help", action="help", help="show this text")
     section.add_argument(
-        "--config", nargs="+", action="extend", metavar="FILE", help="YAML of the options below; later files win"
+        "--config", nargs="+", action="extend", metavar="FILE ...", help="YAML of the options below; later files win"
     )
     section.add_argument(
         "--print-config", action="store_true", help="write all options and where each comes from as YAML, then stop"
@@ -99,11 +116,12 @@ def _add_general(parser: argparse.ArgumentParser) -> None:
 
 
 def _add(section: argparse._ArgumentGroup, option: Option) -> None:
-    form: dict[str, Any] = {"action": _Collect, "dest": option.name, "nargs": _nargs(option)}
-    if form["nargs"] != 0:
+    nargs = 0 if option.is_switch else "?" if option.shape == "one" else "*"
+    form: dict[str, Any] = {"action": _Collect, "dest": option.name, "nargs": nargs}
+    if not option.is_switch:
         form["metavar"] = _metavar(option)
     if option.declared.positional:
-        section.add_argument(**{**form, "nargs": "?", "help": _help(option)})
+        section.add_argument(**form, help=_help(option))
         section.add_argument(*option.value_flags, **form, help=argparse.SUPPRESS)
         return
     shown = [option.flag]
@@ -117,18 +135,12 @@ def _add(section: argparse._ArgumentGroup, option: Option) -> None:
         section.add_argument(flag, action=_Collect, nargs=0, help=f"the same as {option.flag} {constant}")
 
 
-def _nargs(option: Option) -> int | str | None:
-    if option.shape == "one":
-        return 0 if option.kind is bool else None
-    return option.length or "+"
-
-
 def _metavar(option: Option) -> str:
-    if option.declared.metavar:
-        return option.declared.metavar
-    if option.choices:
-        return "{" + ",".join(map(str, option.choices)) + "}"
-    return {int: "N", float: "X"}.get(option.kind, "TEXT")
+    choices = "{" + ",".join(map(str, option.choices)) + "}" if option.choices else ""
+    one = option.declared.metavar or choices or {int: "N", float: "X"}.get(option.kind, "TEXT")
+    if option.length:
+        return " ".join([one] * option.length)
+    return one if option.shape == "one" else f"{one} ..."
 
 
 def _help(option: Option) -> str:
@@ -147,7 +159,7 @@ def _help(option: Option) -> str:
 
 
 def _unknown(rest: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Group the words that no option took: each unknown flag with what follows it."""
+    """The words that belong to no option, in groups: each unknown flag with what follows it."""
     words: list[str] = []
     for word in rest:
         if words and (word.startswith("-") or "=" in words[0]):

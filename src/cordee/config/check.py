@@ -1,9 +1,8 @@
-"""How the options of one job fit together.
+"""Checks of the options of one job against each other.
 
 Owns the rules between options that their classes do not declare as laws (`laws.py`): no files, no model, no devices.
-Each topic has one function that yields every problem it finds, and `check_train`, `check_generate`, ... ask them all.
-Options on their own (types, ranges, choices) are the loader's matter; what they mean for a model, data or a tokenizer
-is checked by the packages of that name.
+Single options (types, ranges, choices) are the loader's; the model, data and tokenizer packages check what options mean
+for them.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from cordee.config import laws
 from cordee.config.option import to_flag
 from cordee.config.schema import (
     BatchOptions,
-    DecodingOptions,
     EvaluateConfig,
     GenerateConfig,
     InferenceLayoutOptions,
@@ -29,11 +27,11 @@ from cordee.config.schema import (
 from cordee.errors import Problem, Problems, at_most, divisible
 
 DEGREES = ("tensor_model_parallel_size", "context_parallel_size", "pipeline_model_parallel_size")
-RANKS = ("nproc_per_node", *DEGREES)  # what the number of data-parallel ranks follows from
+RANKS = ("nproc_per_node", *DEGREES)  # the number of data-parallel ranks follows from these
 
 
 def check_train(config: TrainConfig) -> list[Problem]:
-    """All problems between the options of a training run; a launcher, if there is one, tells how many processes."""
+    """All problems between the options of a training run; a launcher, if there is one, sets the number of processes."""
     return [
         *laws.problems(config),
         *_length(config),
@@ -43,7 +41,7 @@ def check_train(config: TrainConfig) -> list[Problem]:
             config.max_position_embeddings,
             f"--max-position-embeddings {config.max_position_embeddings}",
             "max_position_embeddings",
-            instead="raise that",
+            instead="raise --max-position-embeddings",
         ),
         *_batch(config, data_ranks(config, launch.world_size(config.nproc_per_node))),
         *_warmup(config),
@@ -55,38 +53,34 @@ def check_train(config: TrainConfig) -> list[Problem]:
 
 def check_generate(config: GenerateConfig) -> list[Problem]:
     """All problems between the options of a generation."""
-    return [*_prompts(config), *laws.problems(config), *_parts(config)]
+    return [*_prompts(config), *laws.problems(config), *_launched_processes(config)]
 
 
 def model_processes(options: InferenceLayoutOptions) -> int:
-    """How many processes share a model."""
+    """The number of processes that shard one copy of the model."""
     return options.tensor_model_parallel_size * options.pipeline_model_parallel_size
 
 
 def inference_processes(options: GenerateConfig | EvaluateConfig) -> int:
-    """How many processes there are: those of one model, or in an evaluation as many as are asked for or started."""
+    """The number of processes: those of one copy of the model; for an evaluation, those given or launched."""
     if isinstance(options, GenerateConfig):
         return model_processes(options)
     here = launch.rank_info()
     return here.world_size if here.launcher else options.nproc_per_node or model_processes(options)
 
 
-def _parts(options: InferenceLayoutOptions) -> Problems:
+def _launched_processes(options: InferenceLayoutOptions) -> Problems:
     here, processes = launch.rank_info(), model_processes(options)
     if here.launcher and here.world_size != processes:
-        why = f"{here.launcher} has started {here.world_size} processes, and the degrees ask for {processes}"
-        yield Problem("processes", here.world_size, why, f"start {processes}, or change the degrees", involves=DEGREES)
+        why = f"{here.launcher} has started {here.world_size} processes, tensor x pipeline degrees are {processes}"
+        fix = f"start {processes}, or change the degrees"
+        yield Problem("processes", here.world_size, why, fix, "launched", DEGREES, processes)
 
 
 def _copies(config: EvaluateConfig) -> Problems:
     model = model_processes(config)
     degrees = f"tensor {config.tensor_model_parallel_size} x pipeline {config.pipeline_model_parallel_size}"
     yield from divisible("processes", inference_processes(config), model, degrees, *RANKS, instead="lower a degree")
-
-
-def check_decoding(options: DecodingOptions) -> list[Problem]:
-    """All problems between the options of how tokens are chosen."""
-    return [*laws.problems(options)]
 
 
 def check_evaluate(config: EvaluateConfig) -> list[Problem]:
@@ -111,24 +105,23 @@ def _length(options: TrainConfig) -> Problems:
         why, fix = "the length of the run is not given", "give --train-iters or --train-samples"
         yield _problem(options, "train_iters", why, fix, "train_samples", "skip_train", kind="missing")
     if options.skip_train and not options.eval_iters:
-        yield _problem(
-            options, "skip_train", "with --eval-iters 0 nothing is left to do", "give --eval-iters 100", "eval_iters"
-        )
+        why, fix = "--eval-iters 0 leaves nothing to do", "give --eval-iters 100"
+        yield _problem(options, "skip_train", why, fix, "eval_iters", kind="excludes")
 
 
 def model_ranks(options: ParallelOptions) -> int:
-    """Processes that work on the same samples."""
+    """The number of ranks of one model replica: they process the same samples."""
     return math.prod(getattr(options, name) for name in DEGREES)
 
 
 def data_ranks(options: ParallelOptions, processes: int) -> int:
-    """Ranks with different samples; one where the degrees do not fit the number of processes."""
+    """The number of data-parallel ranks; 1 where the degrees do not divide the number of processes."""
     ranks, left = divmod(processes, model_ranks(options))
     return 1 if left else max(1, ranks)
 
 
 def fewest_processes(options: ParallelOptions) -> int:
-    """The smallest number of processes that the degrees fit."""
+    """The smallest number of processes that the degrees divide."""
     return model_ranks(options) * options.expert_model_parallel_size * options.num_distributed_optimizer_instances
 
 
@@ -145,10 +138,8 @@ def _batch(options: BatchOptions, data_ranks: int) -> Problems:
         for problem in divisible(option, number, size, made_of, *involved):
             yield replace(problem, value=ramp, why=f"{meaning} {problem.why}", limit=(meaning, size))
     if end is not None and (start > end or (end - start) % increment):
-        why, fix = (
-            f"{start} does not reach {end} in steps of {increment}",
-            f"let {end} - START be a multiple of INCREMENT",
-        )
+        why = f"{start} does not reach {end} in steps of {increment}"
+        fix = f"let {end} - START be a multiple of INCREMENT"
         yield Problem(option, ramp, why, fix, "reaches", ("global_batch_size",), end)
 
 
@@ -160,7 +151,7 @@ def _warmup(options: TrainConfig) -> Problems:
     name, decay, whole = f"lr_warmup_{unit}", f"lr_decay_{unit}", f"train_{unit}"
     warmup, length = getattr(options, name), getattr(options, decay) or getattr(options, whole)
     if warmup and length and warmup >= length and options.lr_warmup_fraction is None:
-        why = f"the schedule is over after {length} {unit}"
+        why = f"the learning rate schedule ends after {length} {unit}"
         yield _problem(options, name, why, f"give less than {length}", decay, whole, kind="at most")
 
 
@@ -168,7 +159,7 @@ def _weight_decay(options: OptimizerOptions) -> Problems:
     style = options.weight_decay_incr_style
     for name in ("start_weight_decay", "end_weight_decay"):
         if style != "constant" and getattr(options, name) is None:
-            why = f"--weight-decay-incr-style {style} needs it"
+            why = f"--weight-decay-incr-style is {style}"
             yield _problem(options, name, why, "give a weight decay", "weight_decay_incr_style", kind="missing")
 
 
@@ -180,13 +171,13 @@ def _processes(options: ParallelOptions | EvaluateConfig) -> Problems:
     given = options.nproc_per_node
     if here.launcher and given and given != here.local_world_size:
         why = f"{here.launcher} has started {here.local_world_size} processes on this node"
-        fix = "leave it out, or let the launcher start that many"
+        fix = "leave the option out, or launch that many"
         yield Problem("--nproc-per-node", given, why, fix, "launched", limit=here.local_world_size)
 
 
 def _save_interval(options: TrainConfig) -> Problems:
     if options.save and not options.save_interval:
-        why, fix = "--save needs it", "give the number of steps between checkpoints"
+        why, fix = "--save is given", "give the iterations between checkpoints"
         yield _problem(options, "save_interval", why, fix, "save", kind="missing")
 
 

@@ -1,7 +1,7 @@
 """A DeepSpeed configuration file as values of options.
 
-Owns which of its fields are options here: the ZeRO stage, precision, batch sizes and clipping. All other fields tune
-DeepSpeed's own engine; they are listed, so that nobody takes them for granted.
+Owns which of its fields set options: the ZeRO stage, precision, batch sizes and gradient clipping. All others tune
+DeepSpeed's own engine and are reported as ignored.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from cordee.files import read_json
 
 FLAG = "--deepspeed-config"
 ACCUMULATION = "gradient_accumulation_steps"
-AUTO = "auto"  # what other programs fill in before DeepSpeed sees it: not given
+AUTO = "auto"  # a value that other programs fill in before DeepSpeed reads the file: not given
 
 
 class Entry(NamedTuple):
-    """What `field` of the file, such as fp16.enabled, gives `option`: text of a value, or why there is none."""
+    """The value that `field` of the file, such as fp16.enabled, sets `option` to, or why there is none."""
 
     field: str
     option: str
@@ -39,7 +39,7 @@ def _fixed_scale(value: object) -> Raw:
 
 def _power_of_two(value: object) -> Raw:
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 100:
-        raise Unfit("it is no exponent of two", "give a number from 0 to 100")
+        raise Unfit("the value is no exponent of two", "give a number from 0 to 100", "range")
     return to_raw(2.0**value)
 
 
@@ -61,44 +61,44 @@ _OPTIONS: dict[str, tuple[str, Callable[[object], Raw]]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What a file holds: its fields by their names, sections and fields joined by a dot, or why it holds none."""
+    """The fields of a file by name, section and field joined by a dot, or why there are none."""
 
     path: str
     fields: Mapping[str, Any]
     problems: tuple[Problem, ...] = ()
 
     def used(self) -> set[str]:
-        """The fields that give an option something. How float16 is scaled says nothing where it is off."""
+        """The fields that set an option. Loss scaling does not where float16 is off."""
         used = {name for name, value in self.fields.items() if name in _OPTIONS and value != AUTO}
         if self.fields.get("fp16.enabled") in (None, False):
             used -= {name for name in used if name.startswith("fp16.") and name != "fp16.enabled"}
         return used
 
     def entries(self) -> list[Entry]:
-        """What the file gives options."""
+        """The options that the file sets."""
         used = self.used()
         return [_entry(name, value) for name, value in self.fields.items() if name in used]
 
     def ignored(self) -> Iterator[str]:
-        """The fields that change nothing here, in words."""
+        """A note on the fields that change nothing."""
         idle = [name for name in self.fields if name != ACCUMULATION and name not in self.used()]
         if idle:
             yield f"ignored: {', '.join(idle)} in {self.path} (they tune DeepSpeed's own engine)"
 
 
 def read(path: str) -> Settings:
-    """The fields of a file, and what is wrong with it as such."""
+    """The fields of a file, and the problems of reading it."""
     try:
         root = read_json(Path(path))
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        reason = error.strerror if isinstance(error, OSError) else "no UTF-8 text"
         return _unread(path, f"the file cannot be read: {reason}", "give a readable JSON file")
     except json.JSONDecodeError as error:
-        return _unread(path, f"it is not JSON: line {error.lineno}: {error.msg}", "correct the file")
+        return _unread(path, f"the file is not JSON: line {error.lineno}: {error.msg}", "correct the file")
     except ValueError as error:
         return _unread(path, str(error))
     if not isinstance(root, dict):
-        return _unread(path, "it does not hold an object")
+        return _unread(path, "the file does not hold an object")
     return Settings(path, dict(_flat(root)))
 
 
@@ -108,7 +108,7 @@ def _unread(path: str, why: str, fix: str = "give DeepSpeed's configuration file
 
 
 def check(config: TrainConfig, file: Settings, data_ranks: int) -> Problems:
-    """Where the file of --deepspeed-config and the options of a run over so many `data_ranks` contradict each other."""
+    """The contradictions between the file of --deepspeed-config and the options of a run over `data_ranks`."""
     yield from file.problems
     options = {option.name: option for option in options_of(TrainConfig)}
     for entry in file.entries():
@@ -118,27 +118,27 @@ def check(config: TrainConfig, file: Settings, data_ranks: int) -> Problems:
                 raise entry.value
             value = convert(options[entry.option], entry.value)
         except Unfit as unfit:
-            yield Problem(where, None, unfit.why, unfit.fix, involves=(entry.option,))
+            yield Problem(where, None, unfit.why, unfit.fix, unfit.kind, (entry.option,))
             continue
         if value != given:
-            why, involved = f"{where} says {value}", ("deepspeed_config",)
-            yield Problem(to_flag(entry.option), given, why, "keep one of the two", "excludes", involved, value)
+            why, fix = f"{where} is {value}", "keep one of the two"
+            yield Problem(to_flag(entry.option), given, why, fix, "excludes", ("deepspeed_config",), value)
     yield from _accumulation(config, file, data_ranks)
 
 
 def _accumulation(config: TrainConfig, file: Settings, data_ranks: int) -> Problems:
-    """Passes of a step follow from batch sizes and ranks here; the file may only say the same."""
+    """Gradient accumulation steps follow from batch sizes and ranks; the file must agree."""
     passes = file.fields.get(ACCUMULATION, AUTO)
     if passes == AUTO:
         return
     where = f"{ACCUMULATION} in {file.path}"
     if not isinstance(passes, int) or isinstance(passes, bool) or passes < 1:
-        yield Problem(where, passes, "it is no number of passes", "give a whole number from 1 on")
+        yield Problem(where, passes, "not a positive whole number", "give a whole number from 1 on", "type")
         return
     samples = config.micro_batch_size * data_ranks
     if (config.global_batch_size or samples) != samples * passes:
-        why = f"{where} says {passes}: that makes {samples * passes} samples, {config.micro_batch_size} a pass on each "
-        why += f"of {data_ranks} data-parallel ranks"
+        why = f"{where} is {passes}: {passes} x {config.micro_batch_size} per micro-batch x {data_ranks} data-parallel "
+        why += f"ranks are {samples * passes} samples"
         fix = f"give {samples * passes}, or leave {ACCUMULATION} out"
         involved = ("deepspeed_config", "micro_batch_size", *RANKS)
         yield Problem(

@@ -1,7 +1,7 @@
-"""Laws between options, declared in the attribute `laws` of the schema class that has them.
+"""Laws between options, declared in the attribute `laws` of a schema class.
 
-Owns the forms of such laws, and what breaks them in a configuration. Knows no option by name: a new technique declares
-its options and their laws in one class. What takes more than two options to say is `check.py`'s.
+Owns the forms of such laws, and the problems of a configuration that breaks them. Knows no option by name: a new
+technique declares its options and their laws in one class. Laws of more than two options are `check.py`'s.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cordee.errors import Problems, given
 
 
 class Wanted(NamedTuple):
-    """What the value of an option should be, in words that follow its flag, and whether a value is so."""
+    """A condition on an option's value: words that follow its flag, and a predicate."""
 
     words: str
     fits: Callable[[Any], bool]
@@ -35,10 +35,10 @@ def but(value: object) -> Wanted:
 
 @dataclass(frozen=True)
 class Law:
-    """A law about each of the options `names`, which matters where one is not at its default.
+    """A law about each of the options `names`, where that is not at its default.
 
-    `others`: what other options should be, of which one is enough; none is for an empty mapping. `why`: of a law that
-    no option could satisfy.
+    `others`: conditions on other options, one of which is enough. `why`: the reason, where `others` is empty and the
+    law never holds.
     """
 
     kind: Literal["requires", "excludes", "at most", "ignored"]
@@ -50,24 +50,24 @@ class Law:
         return any(wanted.fits(getattr(config, name)) for name, wanted in self.others.items())
 
     def reason(self, config: Any) -> str:
-        """Why it does not hold: "--zero-stage is 1"."""
+        """Why the law does not hold: "--zero-stage is 1"."""
         return self.why or ", ".join(_state(name, getattr(config, name)) for name in self.others)
 
     @property
     def remedy(self) -> str:
-        """What would let it hold: "--zero-stage 3"."""
+        """What lets the law hold: "--zero-stage 3"."""
         return " or ".join(f"{to_flag(name)} {wanted.words}".rstrip() for name, wanted in self.others.items())
 
 
 def needs(*names: str, **others: object) -> Law:
-    """These options must be given only where another is so: `needs("keep_last", save=GIVEN)`."""
+    """These options require another to be so: `needs("keep_last", save=GIVEN)`."""
     return Law("requires", names, _wanted(others))
 
 
 def ignored(*names: str, why: str = "", **others: object) -> Law:
-    """These options change nothing unless another is so, or never. No problem: ported scripts are full of them.
+    """These options are ignored unless another is so: `ignored("sgd_momentum", optimizer="sgd")`; or always: `why`.
 
-    `ignored("sgd_momentum", optimizer="sgd")`.
+    An ignored option is reported, but no problem: ported scripts are full of them.
     """
     return Law("ignored", names, _wanted(others), why)
 
@@ -78,7 +78,7 @@ def excludes(name: str, *others: str) -> Law:
 
 
 def at_most(*names: str, other: str) -> Law:
-    """The numbers that these options give must not be above that of another, if that is given."""
+    """The values of these options must not be above that of another, where both are given."""
     return Law("at most", names, {other: GIVEN})
 
 
@@ -100,11 +100,11 @@ def laws_of(schema: type) -> tuple[Law, ...]:
     return tuple(law for base in schema.__mro__ for law in vars(base).get("laws", ()))
 
 
-# ---- what breaks them ------------------------------------------------------------------------------------------------
+# ---- broken laws -----------------------------------------------------------------------------------------------------
 
 
 def problems(config: Any) -> Problems:
-    """Every option of `config` that breaks a law of its class."""
+    """The problems of all options of `config` that break a law of its class."""
     given_ones = _given(config)
     for law in laws_of(type(config)):
         for name in law.names:
@@ -121,7 +121,7 @@ def problems(config: Any) -> Problems:
 
 
 class Ignored(NamedTuple):
-    """Options that were given and change nothing."""
+    """Options that are given and change nothing."""
 
     names: tuple[str, ...]
     why: str
@@ -131,7 +131,7 @@ class Ignored(NamedTuple):
 
 
 def ignored_options(config: Any) -> list[Ignored]:
-    """What was given and changes nothing, each option once."""
+    """All options that are given and change nothing, each once."""
     left, found = _given(config), []
     for law in laws_of(type(config)):
         if law.kind == "ignored" and not law.holds(config) and (names := [n for n in law.names if n in left]):

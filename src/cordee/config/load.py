@@ -24,8 +24,8 @@ T = TypeVar("T")
 class Loaded(Generic[T]):
     """A configuration and, per option, its origin: `default`, `run.yaml:12`, `--lr`, `python` or `derived`.
 
-    With `problems` it is only good for finding more of them: the options that these are about have stand-ins, so that
-    further problems with them mean nothing.
+    With `problems` the configuration only serves to find more of them: the options that these name have stand-ins, so
+    further problems of those options mean nothing.
     """
 
     config: T
@@ -34,7 +34,7 @@ class Loaded(Generic[T]):
     problems: Sequence[Problem] = ()
 
     def derive(self, **values: object) -> Loaded[T]:
-        """Fill in values that follow from the machine or from other options."""
+        """Set values that follow from the machine or from other options."""
         config: Any = self.config
         origins = {**self.origins, **dict.fromkeys(values, "derived")}
         return replace(self, config=replace(config, **values), origins=origins)
@@ -65,9 +65,9 @@ def load_as_far_as_possible(
     overrides: Mapping[str, object] | None = None,
     teaching: Teaching | None = None,
 ) -> Loaded[T]:
-    """As `load_config`, but what is wrong is noted, so that checks of the whole may find what else is.
+    """As `load_config`, but with the problems in `Loaded.problems`, so that checks of the whole run may find others.
 
-    Raises `ProblemError` where that makes no sense: a source could not be read, or nothing can stand in for an option.
+    Raises `ProblemError` where a source could not be read, or nothing can stand in for an option.
     """
     line = parse(schema, argv, teaching)
     collected = _Collected(schema)
@@ -90,7 +90,7 @@ def config_from_dict(schema: type[T], values: Mapping[str, object]) -> T:
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a value stands: `label` and `place` for problems, `origin` for listings; `layer` tells sources apart."""
+    """Where a value is given: `label` and `place` for problems, `origin` for listings, `layer` to compare sources."""
 
     label: str
     origin: str
@@ -99,7 +99,7 @@ class _Source:
 
 
 class _Collected:
-    """Values found so far, and what is wrong with them."""
+    """Values found so far, and their problems."""
 
     def __init__(self, schema: type):
         self.options = options_of(schema)
@@ -126,7 +126,12 @@ class _Collected:
         self._incomplete |= bool(line.problems)
         for flag, raw in line.options:
             name = flag if flag.startswith("--") else to_flag(flag)  # a positional is named by its field
-            self._add(flag, raw, _Source(name, name, "the command line"))
+            spelling = self.table[to_key(flag)]
+            missing = raw == () and spelling.kind == "value" and not spelling.option.is_switch
+            value = (
+                Unfit("no value follows the flag", f"give {describe(spelling.option)}", "missing") if missing else raw
+            )
+            self._add(flag, value, _Source(name, name, "the command line"))
         for word, rest in line.unknown:
             self.problems.append(self._unknown_word(word, rest))
 
@@ -138,7 +143,7 @@ class _Collected:
         self._add(key, raw, _Source(key, "python", "python"))
 
     def add_deepspeed(self) -> None:
-        """What the file of --deepspeed-config says of options that nothing else gives; `check` compares the others."""
+        """Options that the file of --deepspeed-config sets and nothing else does; `check` compares the others."""
         path = self.values.get("deepspeed_config")
         if not isinstance(path, str):
             return
@@ -151,16 +156,16 @@ class _Collected:
                 self._add(option, value, _Source(field, f"{path}: {field}", f"{path} {field}", path))
 
     def require_all(self) -> None:
-        """Report options that every run must give, once each and only if they cannot have been given badly."""
+        """Report required options that are not given, once each and only if they cannot have been given badly."""
         for option in self.options:
             if option.name in self.values or option.name in self._failed or self._incomplete:
                 continue
             fix = f"give {option.flag} on the command line or {option.name} in a --config file: {describe(option)}"
-            why = f"it is required: {option.declared.help}"
+            why = f"the option is required: {option.declared.help}"
             self.problems.append(Problem(option.flag, None, why, fix, "missing"))
 
     def stand_in(self) -> bool:
-        """Give options without a value one that offends nobody; False if that cannot be."""
+        """Set options without a value to one that breaks no law; False if there is none."""
         for option in self.options:
             if option.name not in self.values:
                 if option.kind not in (int, float):
@@ -179,7 +184,7 @@ class _Collected:
             self._reject_contradiction(spelling, value, source)
         except Unfit as unfit:
             shown = None if isinstance(raw, Unfit) else _shown(raw)
-            problem = Problem(source.label, shown, unfit.why, unfit.fix, involves=(name,), place=source.place)
+            problem = Problem(source.label, shown, unfit.why, unfit.fix, unfit.kind, (name,), place=source.place)
             self.problems.append(problem)
             self._failed.add(name)
             return
@@ -188,33 +193,35 @@ class _Collected:
         self._given[name] = (source.layer, spelling)
 
     def _reject_contradiction(self, spelling: Spelling, value: object, source: _Source) -> None:
-        """One source may not say two things; only a later flag of the same name overrides, as on any command line."""
+        """One source must set an option to one value; only a later flag of the same name overrides an earlier one."""
         option = spelling.option
         layer, earlier = self._given.get(option.name, (None, None))
         if layer != source.layer or earlier is None:
             return
         if earlier.flag == spelling.flag and option.shape != "one":
-            raise Unfit("the flag is given twice", "give all its values after one flag")
+            raise Unfit("the flag is given twice", "give all its values after one flag", "repeated")
         switched = option.kind is bool and source.layer == "the command line"
         if earlier.flag != spelling.flag and not switched and self.values[option.name] != value:
-            why = f"{to_key(earlier.flag)} in {layer} already says {self.values[option.name]} for the same option"
-            raise Unfit(why, "keep one of the two")
+            why = f"{to_key(earlier.flag)} in {layer} sets the same option to {self.values[option.name]}"
+            raise Unfit(why, "keep one of the two", "excludes")
 
     def _unknown_key(self, key: str, raw: Raw | Unfit, source: _Source) -> Problem:
         shown = None if isinstance(raw, Unfit | Mapping) else _shown(raw)
         problem = replace(self._unknown(source.label, shown, key), place=source.place)
         if isinstance(raw, Mapping):
-            return replace(problem, why="no such option, and options are flat", fix="move its keys to the top level")
+            fix = "options are flat: move the keys to the top level"
+            return replace(problem, fix=fix, kind="nested")
         return problem
 
     def _unknown_word(self, word: str, rest: str) -> Problem:
         if not (word.startswith("-") and word.lstrip("-")[:1].isalpha()):
-            return Problem(word, rest or None, "it belongs to no option", "put the flag that it belongs to before it")
+            why, fix = "the word belongs to no option", "put the flag that it belongs to before it"
+            return Problem(word, rest or None, why, fix, "unknown")
         flag, _, value = word.partition("=")
         return self._unknown(flag, value or rest or None, flag.lstrip("-"), to_flag)
 
     def _unknown(self, label: str, shown: str | None, key: str, write: Callable[[str], str] = str) -> Problem:
-        """About the options too that `key` may have been meant to be."""
+        """A problem that names the options that `key` may mean."""
         meant = nearest(to_key(key), self.table)
         fix = (
             f"did you mean {' or '.join(map(write, meant))}?" if meant else "--help lists all options; remove this one"
@@ -223,18 +230,18 @@ class _Collected:
 
 
 def _value(spelling: Spelling, raw: Raw | Unfit) -> object:
-    """What writing `raw` under this spelling sets. A flag of a switch carries no value: its `raw` is ()."""
+    """The value that `raw` under this spelling sets. A flag of a switch has no value: its `raw` is ()."""
     if isinstance(raw, Unfit):
         raise raw
     option = spelling.option
-    is_switch = option.kind is bool and option.shape == "one"
     if spelling.kind == "value":
-        return True if is_switch and raw == () else convert(option, raw)
+        return True if option.is_switch and raw == () else convert(option, raw)
     on = raw == () or to_boolean(raw)
     if spelling.kind == "negation":
         return not on
     if not on:
-        raise Unfit(f"it can only be true, which sets {option.name} to {spelling.constant}", f"set {option.name}")
+        why = f"the value can only be true, which sets {option.name} to {spelling.constant}"
+        raise Unfit(why, f"set {option.name}", "choice")
     return spelling.constant
 
 

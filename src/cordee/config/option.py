@@ -1,7 +1,7 @@
 """How one option is declared: default, help, spellings, choices.
 
-Owns `option` and `required`, the two ways to declare a field of a schema class, and `options_of`, which reads the
-declarations back for the loader, the help and the renderer. Knows no option by name, no file and no command line.
+Owns `option` and `required`, which declare a field of a schema class, and `options_of`, which reads the declarations
+back for the loader, the help and the renderer. Knows no option by name, no file and no command line.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def required(help: str, **details: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """A declared option, read back: everything that loading, checking and showing it needs."""
+    """A declared option, read back."""
 
     name: str  # field name and YAML key
     kind: type  # bool, int, float, str
@@ -72,6 +72,11 @@ class Option:
     choices: tuple[object, ...]
     group: str  # title: first line of the docstring of the class that declares the field
     declared: _Declaration
+
+    @property
+    def is_switch(self) -> bool:
+        """Whether its flags take no value."""
+        return self.kind is bool and self.shape == "one"
 
     @property
     def flag(self) -> str:

@@ -1,4 +1,4 @@
-"""A configuration as text: YAML that loads again, and what differs from the defaults.
+"""A configuration as text: YAML that loads again, and the options that are not at their default.
 
 Owns how values are written. Reads `Loaded` only.
 """
@@ -21,25 +21,26 @@ _RESERVED = {"null", "true", "false", "yes", "no", "on", "off"}
 
 
 def to_yaml(loaded: Loaded[Any]) -> str:
-    """All options by topic, each with where its value comes from; `--config` reads it back to the same run."""
+    """All options by topic, each with the origin of its value; `--config` reads the text back to the same run."""
     return "\n\n".join(f"# {title}\n{_block(loaded, names)}" for title, names in _topics(loaded)) + "\n"
 
 
 def changes(loaded: Loaded[Any]) -> str:
-    """The options that are not at their default, each with where its value comes from."""
+    """The options that are not at their default, each with the origin of its value."""
     defaults = {option.name: option.default for option in options_of(type(loaded.config))}
     changed = [name for name, default in defaults.items() if getattr(loaded.config, name) != default]
     return _block(loaded, [name for name in changed if defaults[name] is not MISSING or name in loaded.origins])
 
 
 def with_origins(problems: Iterable[Problem], loaded: Loaded[Any]) -> list[Problem]:
-    """The problems, with the YAML line of an option that stands in a file."""
-    return [_with_origin(problem, loaded.origins.get(problem.subject, "")) for problem in problems]
+    """The problems, each with the file and line that sets its option, if a file does."""
+    return [
+        replace(problem, place=_place(loaded.origins.get(problem.subject, "")) or problem.place) for problem in problems
+    ]
 
 
-def _with_origin(problem: Problem, origin: str) -> Problem:
-    given_elsewhere = origin.startswith("--") or origin in ("", "default", "python")
-    return problem if given_elsewhere else replace(problem, place=origin)
+def _place(origin: str) -> str:
+    return "" if origin.startswith("--") or origin in ("default", "python") else origin
 
 
 def _topics(loaded: Loaded[Any]) -> Iterator[tuple[str, list[str]]]:

@@ -1,7 +1,7 @@
-"""Every way to write an option, and the nearest ones to a word that is none.
+"""Every spelling of an option, and the nearest ones to an unknown word.
 
 Owns the table from a spelling (`norm_epsilon`, `layernorm_epsilon`, `no_swiglu`, `use_distributed_optimizer`) to the
-option it sets and how. Flags and YAML keys share it: a flag is its key with dashes.
+option that it sets, and how. Flags and YAML keys share the table: a flag is its key with dashes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from cordee.config.option import Option, options_of, to_key
 
 @dataclass(frozen=True)
 class Spelling:
-    """One way to write `option`: its value follows, or writing it (or writing `true`) sets `constant`."""
+    """One way to write `option`: with its value, or alone (or with `true`), which sets `constant`."""
 
     option: Option
     flag: str
@@ -45,7 +45,7 @@ def _spellings_of(option: Option) -> Iterable[Spelling]:
 
 
 def nearest(word: str, known: Iterable[str], count: int = 3) -> list[str]:
-    """The known words most like `word`, best first; words that contain it (`batch_size`) count as alike."""
+    """The known words most like `word`, best first, then those that contain it (`batch_size`)."""
     import difflib
 
     known = sorted(known)

@@ -1,8 +1,7 @@
 """From text to a value of an option's type.
 
-Owns the one conversion that flags, YAML and Python values all go through. Everything arrives as text in one of three
-shapes (one, many, map) or as None, and the option's declaration alone decides what it becomes, so `1e-5`, `8` and
-`no` mean the same wherever they are written.
+Owns the one conversion of flags, YAML and Python values. Everything arrives as text in one of three shapes (one, many,
+map) or as None, and the option's declaration alone decides its type, so `1e-5`, `8` and `no` mean the same everywhere.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 from cordee.config.option import Option, to_key
 
@@ -20,12 +20,11 @@ _FALSE = ("false", "no", "off", "0")
 
 
 class Unfit(Exception):
-    """A value that an option cannot take: why, and what to give instead."""
+    """A value that an option cannot take; arguments are those of a `Problem`."""
 
-    def __init__(self, why: str, fix: str):
+    def __init__(self, why: str, fix: str, kind: str = "type"):
         super().__init__(why)
-        self.why = why
-        self.fix = fix
+        self.why, self.fix, self.kind = why, fix, kind
 
 
 def convert(option: Option, raw: Raw) -> object:
@@ -33,7 +32,7 @@ def convert(option: Option, raw: Raw) -> object:
     if raw is None:
         if option.optional:
             return None
-        raise Unfit("it cannot be empty", f"give {describe(option)}, or leave the option out")
+        raise Unfit("null is no value of this option", f"give {describe(option)}, or leave the option out", "missing")
     if option.shape == "map":
         return _map(option, raw)
     if option.shape == "many":
@@ -41,7 +40,7 @@ def convert(option: Option, raw: Raw) -> object:
     if isinstance(raw, tuple) and len(raw) == 1:
         raw = raw[0]
     if not isinstance(raw, str):
-        raise Unfit("it takes one value", f"give {describe(option)}")
+        raise Unfit("the option takes one value", f"give {describe(option)}", "count")
     return _scalar(option, raw)
 
 
@@ -57,7 +56,7 @@ def to_raw(value: object) -> Raw:
 
 
 def describe(option: Option) -> str:
-    """The kind of value in words: "a whole number", "one of none, blocks, model"."""
+    """An option's type in words: "a whole number", "one of none, blocks, model"."""
     if option.shape == "map":
         return "pairs: key value key value ..."
     one = f"one of {', '.join(map(str, option.choices))}" if option.choices else _KINDS[option.kind]
@@ -84,10 +83,10 @@ def _text(value: object) -> str:
 
 def _many(option: Option, raw: Raw) -> tuple[object, ...]:
     if isinstance(raw, Mapping):
-        raise Unfit("it takes a list, not keys and values", f"give {describe(option)}")
+        raise Unfit("the option takes a list, not keys and values", f"give {describe(option)}")
     items = (raw,) if isinstance(raw, str) else tuple(raw or ())
     if option.length not in (None, len(items)):
-        raise Unfit(f"it takes {option.length} values, not {len(items)}", f"give {describe(option)}")
+        raise Unfit(f"the option takes {option.length} values, not {len(items)}", f"give {describe(option)}", "count")
     return tuple(_scalar(option, item) for item in items)
 
 
@@ -99,15 +98,15 @@ def _map(option: Option, raw: Raw) -> dict[str, str | int | bool]:
     if items and all("=" in item for item in items):
         items = tuple(part for item in items for part in item.split("=", 1))
     if len(items) % 2:
-        raise Unfit(f"{len(items)} values are not pairs", f"give an even number: {describe(option)}")
+        raise Unfit(f"{len(items)} values are not pairs", f"give an even number: {describe(option)}", "count")
     keys = items[::2]
     if repeated := sorted({key for key in keys if keys.count(key) > 1}):
-        raise Unfit(f"{', '.join(repeated)} stands twice", "give every key once")
+        raise Unfit(f"{', '.join(repeated)} is given twice", "give every key once", "repeated")
     return {key: _loose(value) for key, value in zip(keys, items[1::2], strict=True)}
 
 
 def _loose(text: str) -> str | int | bool:
-    """A value whose type nobody declared: true, false, a whole number, else text."""
+    """A value without a declared type: true, false, a whole number, else text."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     return int(text) if text.isascii() and text.isdigit() else text
@@ -123,46 +122,37 @@ def _scalar(option: Option, text: str) -> object:
         value = _integer(text) if option.kind is int else _number(text)
         _in_range(option, value)
     if option.choices and value not in option.choices:
-        raise Unfit(f"it must be {describe(option)}", _nearest_choice(option, text))
+        raise Unfit(f"the value must be {describe(option)}", _nearest_choice(option, text), "choice")
     return value
 
 
 def to_boolean(raw: Raw) -> bool:
-    """What a switch is set to. Raises `Unfit`."""
+    """The value of a switch. Raises `Unfit`."""
     text = raw if isinstance(raw, str) else ""
     if text.lower() in _TRUE:
         return True
     if text.lower() in _FALSE:
         return False
-    raise Unfit("it is neither true nor false", "give true or false")
+    raise Unfit("the value is neither true nor false", "give true or false")
 
 
 def _number(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        raise Unfit("it is not a number", "give a number such as 0.1 or 1e-5") from None
+        raise Unfit("the value is not a number", "give a number such as 0.1 or 1e-5") from None
     if not math.isfinite(value):
-        raise Unfit("it is not a finite number", "give a number such as 0.1 or 1e-5")
+        raise Unfit("the value is not finite", "give a number such as 0.1 or 1e-5", "range")
     return value
 
 
 def _integer(text: str) -> int:
-    try:
+    with suppress(ValueError):
         return int(text)
-    except ValueError:
-        pass
-    try:
-        value = float(text)
-    except ValueError:
-        raise Unfit("it is not a whole number", "give a whole number such as 8") from None
-    if not value.is_integer():
-        raise Unfit("it has a fraction, but must be a whole number", f"give {_round(value)} or another whole number")
-    return int(value)
-
-
-def _round(value: float) -> int:
-    return round(value) if math.isfinite(value) else 1
+    with suppress(ValueError):
+        if (value := float(text)).is_integer():  # 1e3
+            return int(value)
+    raise Unfit("the value is not a whole number", "give a whole number such as 8")
 
 
 def _in_range(option: Option, value: float) -> None:
@@ -173,10 +163,9 @@ def _in_range(option: Option, value: float) -> None:
         (d.at_most, lambda limit: value <= limit, "at most"),
         (d.below, lambda limit: value < limit, "below"),
     )
-    broken = [f"{word} {limit}" for limit, holds, word in bounds if limit is not None and not holds(limit)]
-    if broken:
+    if any(limit is not None and not holds(limit) for limit, holds, _ in bounds):
         allowed = " and ".join(f"{word} {limit}" for limit, _, word in bounds if limit is not None)
-        raise Unfit(f"it must be {' and '.join(broken)}", f"give a number {allowed}")
+        raise Unfit("the value is out of range", f"give a number {allowed}", "range")
 
 
 def _nearest_choice(option: Option, text: str) -> str:

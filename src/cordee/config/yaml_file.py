@@ -19,7 +19,7 @@ _NULLS = ("", "~", "null", "Null", "NULL")
 
 
 class Entry(NamedTuple):
-    """One top-level key: its value, or why it has none that an option could take."""
+    """One top-level key: its value, or why no option could take that."""
 
     key: str
     value: Raw | Unfit
@@ -31,8 +31,9 @@ def read(path: str) -> tuple[list[Entry], list[Problem]]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        return [], [Problem("--config", path, f"the file cannot be read: {reason}", "give a readable YAML file")]
+        reason = error.strerror if isinstance(error, OSError) else "no UTF-8 text"
+        why = f"the file cannot be read: {reason}"
+        return [], [Problem("--config", path, why, "give a readable YAML file", "unreadable")]
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
@@ -40,7 +41,8 @@ def read(path: str) -> tuple[list[Entry], list[Problem]]:
     if root is None:
         return [], []
     if not isinstance(root, yaml.MappingNode):
-        return [], [Problem("--config", path, "it does not hold `option: value` lines", "write one option per line")]
+        why = "the file does not hold `option: value` lines"
+        return [], [Problem("--config", path, why, "write one option per line", "syntax")]
     entries = list(_entries(root))
     return entries, list(_repeated(path, entries))
 
@@ -67,20 +69,27 @@ def _raw(node: yaml.Node) -> Raw:
 def _item(node: yaml.Node) -> str:
     if isinstance(node, yaml.ScalarNode):
         return node.value
-    raise Unfit("it is nested, but options are flat", "write the inner options at the top level of the file")
+    raise Unfit("nested, but options are flat", "write the inner options at the top level of the file", "nested")
 
 
 def _repeated(path: str, entries: list[Entry]) -> Iterator[Problem]:
     first: dict[str, int] = {}
     for entry in entries:
         if entry.key in first:
-            why = f"the key stands on line {first[entry.key]} already"
-            yield Problem(f"{entry.key} ({path}:{entry.line})", None, why, "keep one of the lines")
+            yield Problem(
+                entry.key,
+                None,
+                f"line {first[entry.key]} sets the same key",
+                "keep one of the lines",
+                "repeated",
+                limit=first[entry.key],
+                place=f"{path}:{entry.line}",
+            )
         first.setdefault(entry.key, entry.line)
 
 
 def _syntax_problem(path: str, error: yaml.YAMLError) -> Problem:
     mark = getattr(error, "problem_mark", None)
     where = f"{path}:{mark.line + 1}" if mark else path
-    why = f"it is not YAML: {getattr(error, 'problem', None) or error}"
-    return Problem("--config", where, why, "write `option: value` lines")
+    why = f"the file is not YAML: {getattr(error, 'problem', None) or error}"
+    return Problem("--config", where, why, "write `option: value` lines", "syntax")

@@ -1,4 +1,4 @@
-"""What can be built, for people: the rows of `cordee models` and the page of one model. Knows no torch."""
+"""The output of `cordee models`: a row per preset and the page of one model. Knows no torch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def describe() -> list[Row]:
 
 
 def show(name: str) -> list[tuple[str, str]]:
-    """What preset `name` is, as pairs of a label and a value. ProblemError if there is no such preset."""
+    """The page of preset `name`, as pairs of a label and a value. ProblemError if there is no such preset."""
     spec = spec_from_preset(name)
     config = spec.config
     seq_length = config.max_position_embeddings
@@ -49,21 +49,21 @@ def show(name: str) -> list[tuple[str, str]]:
         ("architecture", spec.hf_config["architectures"][0]),
         ("licence", spec.family.presets[name].licence),
         *((name, str(lens.get(config))) for name, lens in FORM.items()),
-        *_mixture(config),
+        *_moe(config),
         ("tensors", str(len(canonical_shapes(config)))),
         ("parameters", f"{count_parameters(config):,}"),
         ("training FLOPs per token", f"{flops:,} at {seq_length} tokens a sample = {FLOPS_FORMULA}"),
     ]
 
 
-def _mixture(config: ModelConfig) -> list[tuple[str, str]]:
-    """What there is to say of experts, all layers with experts being alike."""
-    mixtures = [layer.mlp for layer in config.layers if isinstance(layer.mlp, MoEConfig)]
-    if not mixtures:
+def _moe(config: ModelConfig) -> list[tuple[str, str]]:
+    """The rows of an MoE model, whose MoE layers are alike."""
+    layers = [layer.mlp for layer in config.layers if isinstance(layer.mlp, MoEConfig)]
+    if not layers:
         return []
-    moe = mixtures[-1]
+    moe = layers[-1]
     return [
-        ("layers with experts", str(len(mixtures))),
+        ("layers with experts", str(len(layers))),
         ("num_experts", str(moe.router.num_experts)),
         ("moe_router_topk", str(moe.router.top_k)),
         ("moe_ffn_hidden_size", str(moe.expert.ffn_hidden_size)),

@@ -1,6 +1,6 @@
 """What most families share: the keys of LLaMA's `config.json` and the names of its tensors.
 
-Owns small functions, each for one part of a model, which families put together and differ in. Knows no family.
+Owns small functions, each for one part of a model, which families compose. Knows no family.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 FULL, SLIDING = "full_attention", "sliding_attention"  # types of layers
 
-# Buffers of old checkpoints, made anew from the configuration.
+# Buffers of old checkpoints, computed from the configuration.
 FREQUENCIES = ("model.layers.{i}.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
 
 
@@ -31,7 +31,7 @@ FREQUENCIES = ("model.layers.{i}.self_attn.rotary_emb.inv_freq", "model.rotary_e
 
 
 class Heads(TypedDict):
-    """The fields of `AttentionConfig` that say its shape."""
+    """The fields of `AttentionConfig` that set its shapes."""
 
     num_heads: int
     num_kv_heads: int
@@ -39,7 +39,7 @@ class Heads(TypedDict):
 
 
 def read_heads(hf: ConfigReader, head_dim: int | None = None) -> Heads:
-    """Query heads, groups and the size of a head, by default `head_dim` or, for None, its share of the channels."""
+    """Query heads, KV heads and head_dim, by default `head_dim` or, for None, hidden size / heads."""
     hidden, heads = hf.integer("hidden_size"), hf.integer("num_attention_heads")
     groups = hf.integer("num_key_value_heads", heads)
     hf.divides("num_key_value_heads", groups, "num_attention_heads", heads)
@@ -51,7 +51,7 @@ def read_heads(hf: ConfigReader, head_dim: int | None = None) -> Heads:
 
 
 def read_plain_heads(hf: ConfigReader, grouped: bool = True) -> Heads:
-    """As `read_heads`, where heads share the channels and, unless `grouped`, each has keys and values of its own."""
+    """As `read_heads` with head_dim = hidden size / heads and, unless `grouped`, as many KV heads as query heads."""
     hidden, heads = hf.integer("hidden_size"), hf.integer("num_attention_heads")
     hf.divides("num_attention_heads", heads, "hidden_size", hidden)
     groups = hf.integer("num_key_value_heads", heads) if grouped else heads
@@ -60,12 +60,12 @@ def read_plain_heads(hf: ConfigReader, grouped: bool = True) -> Heads:
 
 
 def read_norm(hf: ConfigReader) -> NormConfig:
-    """Root mean square norm."""
+    """RMSNorm."""
     return NormConfig(kind="rms", eps=hf.number("rms_norm_eps"))
 
 
 def read_swiglu(hf: ConfigReader, bias: bool = False, key: str = "intermediate_size") -> MLPConfig:
-    """A gated MLP with SiLU; `key` says how wide it is."""
+    """A gated MLP with SiLU; `key` is its FFN hidden size."""
     return MLPConfig(
         ffn_hidden_size=hf.integer(key),
         activation=hf.choice("hidden_act", {"silu": "silu"}, "silu"),
@@ -75,14 +75,14 @@ def read_swiglu(hf: ConfigReader, bias: bool = False, key: str = "intermediate_s
 
 
 def read_window(hf: ConfigReader, default: int | None = None) -> int | None:
-    """Tokens of the sliding window; null means none, and no key the family's `default`."""
+    """Tokens of the sliding window: null is None, a missing key the family's `default`."""
     return hf.integer("sliding_window", None if "sliding_window" in hf.hf else default)
 
 
 def read_windows(
     hf: ConfigReader, window: int | None, sliding: Callable[[int], bool] = lambda layer: True
 ) -> list[int | None]:
-    """The window of every layer: `window` in those that `layer_types` call sliding, without it in `sliding` layers."""
+    """The window of every layer: `window` where `layer_types` is sliding or, without that key, in `sliding` layers."""
     count = hf.integer("num_hidden_layers")
     default = [SLIDING if window is not None and sliding(i) else FULL for i in range(count)]
     types = read_of_layers(hf, "layer_types", (FULL, SLIDING), default)
@@ -92,7 +92,7 @@ def read_windows(
 
 
 def read_of_layers(hf: ConfigReader, key: str, known: tuple[T, ...], default: list[T]) -> list[T]:
-    """One of the `known` values for each layer; without a list, or with an empty one, the `default`."""
+    """A list of one of the `known` values per layer; missing or empty gives the `default`."""
     values = hf.value(key, []) or default
     if isinstance(values, list) and len(values) == len(default) and all(value in known for value in values):
         return values
@@ -101,7 +101,7 @@ def read_of_layers(hf: ConfigReader, key: str, known: tuple[T, ...], default: li
 
 
 def read_model(hf: ConfigReader, layers: Iterable[LayerConfig], norm: NormConfig, **more: Any) -> ModelConfig:
-    """A model of `layers`; `more` are further fields of `ModelConfig`, or others than the usual keys say."""
+    """A model of `layers`; `more` are further fields of `ModelConfig`, or replace those of the usual keys."""
     dropout = hf.probability("hidden_dropout", 0.0)  # not a key of transformers, which ignores it
     values = {
         "vocab_size": hf.integer("vocab_size"),
@@ -124,7 +124,7 @@ def read_model(hf: ConfigReader, layers: Iterable[LayerConfig], norm: NormConfig
 
 
 def model_weights(config: ModelConfig, layer_weights: Callable[[LayerConfig], list[Rule]]) -> list[Rule]:
-    """Rules of a whole model, whose layers have the rules `layer_weights`."""
+    """Rules of a whole model; `layer_weights` gives those of a layer."""
     return [
         *module("embedding", "model.embed_tokens"),
         *each_layer(config, layer_weights, "model.layers.{i}."),
@@ -134,7 +134,7 @@ def model_weights(config: ModelConfig, layer_weights: Callable[[LayerConfig], li
 
 
 def layer_weights(layer: LayerConfig) -> list[Rule]:
-    """Rules of a layer of LLaMA's form."""
+    """Rules of a LLaMA layer."""
     return [
         *module("attention_norm", "input_layernorm"),
         *attention_weights(layer),
@@ -144,14 +144,14 @@ def layer_weights(layer: LayerConfig) -> list[Rule]:
 
 
 def qkv_op(layer: LayerConfig, layout: Callable[[int, int, int], Op]) -> Op:
-    """The operation that brings q, k and v of a layer together from `layout`, such as `packed_qkv`."""
+    """The operation that fuses q, k and v of a layer from `layout`, such as `packed_qkv`."""
     attention = layer.attention
     assert isinstance(attention, AttentionConfig)
     return layout(attention.num_kv_heads, attention.q_per_group, attention.head_dim)
 
 
 def paired_qkv(attention: AttentionConfig) -> Op:
-    """q, k and v apart, of which q and k turn in neighbouring pairs."""
+    """Separate q, k and v, of which RoPE rotates neighbouring dims (interleaved)."""
     rotary_dim = attention.rope.rotary_dim if attention.rope else None
     halves = rotary_halves(attention.head_dim, rotary_dim or attention.head_dim)
     qkv = separate_qkv(attention.num_kv_heads, attention.q_per_group, attention.head_dim)
@@ -159,7 +159,7 @@ def paired_qkv(attention: AttentionConfig) -> Op:
 
 
 def attention_weights(layer: LayerConfig) -> list[Rule]:
-    """Rules of attention with q, k and v apart, and norms of q and k where there are any."""
+    """Rules of attention with separate q, k and v, and norms of q and k where there are any."""
     qkv = qkv_op(layer, separate_qkv)
     return [
         *module("attention.qkv", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", op=qkv),
@@ -170,7 +170,7 @@ def attention_weights(layer: LayerConfig) -> list[Rule]:
 
 
 def mlp_weights(canonical: str = "mlp", foreign: str = "mlp") -> list[Rule]:
-    """Rules of a gated MLP with gate and up apart."""
+    """Rules of a gated MLP with separate gate and up."""
     return [
         *module(f"{canonical}.gate_up", f"{foreign}.gate_proj", f"{foreign}.up_proj", op=stack(2)),
         *module(f"{canonical}.down", f"{foreign}.down_proj"),

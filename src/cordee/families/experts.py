@@ -1,6 +1,6 @@
-"""What families with mixtures of experts share: keys of `config.json` and the layouts of experts in checkpoints.
+"""What MoE families share: keys of `config.json` and the layouts of experts in checkpoints.
 
-Owns small functions, each for one part of a mixture, which families put together and differ in. Knows no family.
+Owns small functions, each for one part of an MoE layer, which families compose. Knows no family.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from cordee.tensors.views import Chain, Each, Rearrange
 
 
 class Choice(TypedDict):
-    """The fields of `RouterConfig` that say how many experts there are and how many of them a token visits."""
+    """The fields of `RouterConfig` for the number of experts and the top-k of a token."""
 
     num_experts: int
     top_k: int
@@ -31,16 +31,15 @@ def read_choice(hf: ConfigReader, experts_key: str, top_k_key: str = "num_expert
 
 
 def read_balance(hf: ConfigReader, default: float = 0.001) -> BalanceConfig:
-    """The coefficient of the auxiliary loss, taken as that of each layer's loss, which is one if experts are even.
+    """The coefficient of each layer's load-balancing auxiliary loss, which is 1 for even load, as in Megatron.
 
-    That is how Megatron, and the scripts published for it, take the value. transformers' loss is as many times larger
-    as a token visits experts, is a mean over layers, and is off unless router logits are asked for.
+    transformers' loss is top-k times as large, a mean over layers, and off unless router logits are returned.
     """
     return BalanceConfig(expert=hf.number("router_aux_loss_coef", default))
 
 
 def read_sparse_layers(hf: ConfigReader) -> list[bool]:
-    """Which layers of Qwen's mixtures have experts: every `decoder_sparse_step`-th, but none of `mlp_only_layers`."""
+    """Which layers of Qwen's MoE models have experts: every `decoder_sparse_step`-th, except `mlp_only_layers`."""
     step, dense = hf.integer("decoder_sparse_step", 1), read_layer_numbers(hf, "mlp_only_layers", [])
     return [(i + 1) % step == 0 and i not in dense for i in range(hf.integer("num_hidden_layers"))]
 
@@ -56,7 +55,7 @@ def read_layer_numbers(hf: ConfigReader, key: str, default: list[int]) -> list[i
 
 
 def expert_keys(experts: str) -> dict[str, str]:
-    """The usual keys of a mixture, where `experts` counts the experts."""
+    """The usual keys of an MoE model; `experts` is that of the number of experts."""
     return {
         experts: "num_experts",
         "num_experts_per_tok": "moe_router_topk",
@@ -64,7 +63,7 @@ def expert_keys(experts: str) -> dict[str, str]:
     }
 
 
-# Keys where experts are narrower than other MLPs, and weights may be normalised.
+# Keys where experts have their own FFN hidden size, and router weights may be normalised.
 NARROW_EXPERTS = {"moe_intermediate_size": "moe_intermediate_size", "norm_topk_prob": "norm_topk_prob"}
 
 
@@ -72,9 +71,9 @@ NARROW_EXPERTS = {"moe_intermediate_size": "moe_intermediate_size", "norm_topk_p
 
 
 def expert_list_weights(layer: LayerConfig, prefix: str, gate: str | None, up: str, down: str) -> list[Rule]:
-    """Rules of experts that each have matrices of their own, named under `prefix`, in which `{e}` is the expert.
+    """Rules of experts with matrices of their own, named under `prefix`, in which `{e}` is the expert.
 
-    Without the name of a `gate` experts are not gated. A layer without experts has no rules.
+    `gate` None: experts are not gated. A layer without experts has no rules.
     """
     if not isinstance(layer.mlp, MoEConfig):
         return []
@@ -90,7 +89,7 @@ def expert_list_weights(layer: LayerConfig, prefix: str, gate: str | None, up: s
 def expert_stack_weights(prefix: str, branches: str) -> list[Rule]:
     """Rules of gated experts stored as stacks `[expert, in, out]`.
 
-    `branches` is "two f" where gates come before ups, "f two" where they take turns.
+    `branches` is "two f" where gates precede ups, "f two" where they alternate.
     """
     two = {"two": 2}
     return [

@@ -1,7 +1,7 @@
 """What a family of models is.
 
-Owns the form that every family file fills: how its `config.json` reads, how its weights are laid out, which sizes are
-known by name. Knows no single family.
+Owns the form of every family file: how its `config.json` reads, how its weights are laid out, its presets. Knows no
+single family.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from cordee.model.config import ModelConfig
 from cordee.tensors.rules import Rule
 
 HFConfig = dict[str, Any]
-OF_WEIGHTS = {"dtype", "torch_dtype"}  # keys that say how weights are stored
+OF_WEIGHTS = {"dtype", "torch_dtype"}  # keys of the stored weights, not of the model
 
 Keys = Mapping[str, str | Callable[[Words], Any]]
 
-# What the keys of a `config.json` say, in the words of the options: a word, or what is made of several. Most families
-# share these.
+# The keys of a `config.json` by the words of the options: a word, or a function of several. Most families share these.
 KEYS: Keys = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
@@ -43,13 +42,13 @@ KEYS: Keys = {
 
 
 def keys(without: str = "", **more: str | Callable[[Words], Any]) -> Keys:
-    """The usual keys, but those `without`, and `more`."""
+    """The usual keys except those in `without`, and `more`."""
     return {**{key: word for key, word in KEYS.items() if key not in without.split()}, **more}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """A published size: the keys of its `config.json` that matter, and under which licence its weights are given."""
+    """A published size: the relevant keys of its `config.json`, and the licence of its weights."""
 
     config: HFConfig
     licence: str
@@ -57,8 +56,8 @@ class Preset:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A part of published models that is not built: what it is, for people, the beginnings of the names of its tensors,
-    and what `config.json` says without it.
+    """A part of published models that is not built: its description, the prefixes of its tensor names, and the
+    `config.json` without it.
     """
 
     what: str
@@ -71,15 +70,15 @@ class Family:
     """A family of models, as data.
 
     architectures: names in `config.json`; the first is written where a configuration has none.
-    read: takes the values of a `config.json`; wrong ones it notes in the reader.
-    weights: how every parameter of such a model is laid out in a checkpoint, weight and bias of all modules;
-        rules for parameters that a given model lacks are left out (`ModelSpec.rules`).
-    base_prefix: what names begin with in a checkpoint with a head, and lack in one of the bare base model.
-    ignored: names in checkpoints that carry no weights, `{i}` standing for a number.
+    read: reads a `config.json`; problems are collected in the reader.
+    weights: the rule of every parameter in a checkpoint, weight and bias of all modules; `ModelSpec.rules` drops those
+        of parameters that a model lacks.
+    base_prefix: prefix of names in a checkpoint with a head, absent in one of the base model alone.
+    ignored: names in checkpoints that are no weights; `{i}` is a number.
     left_out: the part of published models that `read` leaves out, in a model of this `config.json`.
-    keys: what the keys that follow from a model say of it. All others are as in the first preset.
-    plain: models given by options alone are sought in this family before others.
-    presets: published models by name, which the registry takes from `presets.yaml`.
+    keys: the keys that follow from a model. All others are as in the first preset.
+    plain: models of options alone are matched with this family before others.
+    presets: published models by name; the registry takes them from `presets.yaml`.
     """
 
     name: str
@@ -102,24 +101,24 @@ class Family:
         return config
 
     def written(self, words: Words) -> HFConfig:
-        """What `keys` say of a model with these words."""
+        """The values of `keys` for a model with these words."""
         return {key: words[word] if isinstance(word, str) else word(words) for key, word in self.keys.items()}
 
-    def to_hf(self, config: ModelConfig, said: Words | None = None) -> HFConfig:
-        """A `config.json` of `config`, which reads as `config` again if the family has such a model.
+    def to_hf(self, config: ModelConfig, given: Words | None = None) -> HFConfig:
+        """A `config.json` that reads as `config` if the family has such a model.
 
-        `said` are words as a user gave them, where arithmetic has made other digits of them.
+        `given`: words as the user gave them, exact where those of `config` are rounded.
         """
         preset = next(iter(self.presets.values()), None)
         hf = {key: value for key, value in preset.config.items() if key not in OF_WEIGHTS} if preset else {}
         hf = {key: value for key, value in hf.items() if not key.endswith("_token_id")}  # of the preset's own tokenizer
-        return changed(self.skeleton(hf), self.written({**words_of(config), **(said or {})}))
+        return changed(self.skeleton(hf), self.written({**words_of(config), **(given or {})}))
 
     def skeleton(self, hf: Mapping[str, Any]) -> HFConfig:
-        """`hf` with the keys that say which family it is."""
+        """`hf` with the keys that name the family."""
         return {"architectures": [self.architectures[0]], "model_type": self.model_types[0], **hf}
 
 
 def changed(hf: HFConfig, values: HFConfig) -> HFConfig:
-    """`hf` with these `values`; None is null for a key that is there, and no key for another."""
+    """`hf` with these `values`; None makes an existing key null and adds no other."""
     return {**hf, **{key: value for key, value in values.items() if value is not None or key in hf}}

@@ -1,8 +1,8 @@
-"""The options of a model and the places in a `ModelConfig` that they mean: one table, read in both directions.
+"""The options of a model and the places in a `ModelConfig` that they set: one table, for both directions.
 
-Owns a lens for each word: how it is read off a model, and how it is put into one. Words are named as the options are;
-a few, such as `activation`, stand for several. Of layers that differ, the first that has the place is read. Knows no
-family: a family says which key of its `config.json` holds a word.
+Owns a lens for each word: how to read a word from a model, and how to put a word into one. Words are named as the
+options; a few, such as `activation`, stand for several. Of layers that differ, the first with the place is read. Knows
+no family: a family declares which key of its `config.json` holds a word.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from cordee.model.config import (
 )
 
 Words = Mapping[str, Any]  # values by the name of a lens
-Scaling = LinearScaling | Llama3Scaling | YarnScaling  # what options can ask of rotary positions
-Draft = dict[str, Any]  # the fields of a `ModelConfig` that is being made
+Scaling = LinearScaling | Llama3Scaling | YarnScaling  # RoPE scalings that options can set
+Draft = dict[str, Any]  # the fields of an unfinished `ModelConfig`
 
 LATENT_EPS = 1e-6  # of the norms of compressed vectors, in every model that has them
 MODEL = "model"  # the word of a whole `ModelConfig`
@@ -46,10 +46,10 @@ _ABSENT = object()
 
 @dataclass(frozen=True, kw_only=True)
 class Lens:
-    """How a word is read off a model, and put into one that has the words before it in the table.
+    """How to read a word from a model, and to put a word into a draft that has the words before it in the table.
 
-    neutral: what is read off a model that has no such thing.
-    places: where it is in a `ModelConfig`, so that differences there are named by it.
+    neutral: the word of a model without the feature.
+    places: the places in a `ModelConfig` that the word sets, so that differences there are named by it.
     """
 
     get: Callable[[ModelConfig], Any]
@@ -84,7 +84,7 @@ def _written(node: Any, place: str, value: Any) -> Any:
 
 
 def at(*places: str, neutral: Any = None, read: Mapping[Any, Any] | None = None) -> Lens:
-    """The word that stands in all of these `places`; `read` gives the word of a value, where it is not the value."""
+    """The word in all of these `places`; `read` maps values to words where they differ."""
     meant = {word: value for value, word in read.items()} if read else {}
 
     def get(config: ModelConfig) -> Any:
@@ -123,13 +123,13 @@ def _put_position_type(draft: Draft, kind: str) -> Draft:
 
 
 def _scaling(config: ModelConfig) -> tuple[Scaling | None, RopeScaling | None]:
-    """How positions are scaled, if options can ask for it, and else if they cannot."""
+    """The RoPE scaling as a pair, of which one is None: one that options can set, one that they cannot."""
     scaling = at("layers.attention.rope.scaling").get(config)
     return (scaling, None) if isinstance(scaling, Scaling) else (None, scaling)
 
 
 def scaling_of(words: Words) -> RopeScaling | None:
-    """How positions are scaled in a model with these words."""
+    """The RoPE scaling of a model with these words."""
     return words["rope_scaling"] or _scaling(words[MODEL])[1]
 
 
@@ -152,7 +152,7 @@ def _put_latent(draft: Draft, wanted: bool) -> Draft:
 
 
 def _sharper(attention: LatentAttentionConfig, strength: float) -> float:
-    """By what YaRN of this strength multiplies queries and keys."""
+    """The factor by which YaRN of this strength (mscale) multiplies queries and keys."""
     scaling = attention.rope.scaling
     return mscale(scaling.factor, strength) if isinstance(scaling, YarnScaling) else 1.0
 
@@ -167,7 +167,7 @@ def _put_strength(draft: Draft, strength: float) -> Draft:
 
 
 def _strength(config: ModelConfig) -> float:
-    """The strength by which scores are sharper than without YaRN; 0.0 if they are not."""
+    """The strength (mscale_all_dim) with which YaRN scales attention scores; 0.0 if it does not."""
     attention = config.layers[0].attention
     if not isinstance(attention, LatentAttentionConfig) or not isinstance(attention.rope.scaling, YarnScaling):
         return 0.0
@@ -176,7 +176,7 @@ def _strength(config: ModelConfig) -> float:
 
 
 def _latent_size(field: str) -> Lens:
-    """The size of a part of a head, which decides the scale of scores too."""
+    """The size of a part of a head, which sets the softmax scale too."""
     plain = at(f"layers.attention.{field}")
     return replace(plain, put=lambda draft, size: _put_strength(plain.put(draft, size), 0.0))
 
@@ -214,7 +214,7 @@ def _query_scalar(config: ModelConfig) -> float | None:
 
 
 def _windows(every: int) -> Lens:
-    """The window of every `every`-th layer, where the others have none."""
+    """The sliding window of every `every`-th layer, where the others have none."""
 
     def get(config: ModelConfig) -> int | None:
         found = [getattr(layer.attention, "window", None) for layer in config.layers]
@@ -233,7 +233,7 @@ def _windows(every: int) -> Lens:
 
 
 def sparse_layers(num_layers: int, words: Words) -> list[bool]:
-    """Which layers have experts where any have: from the first few on, those whose number the frequency divides."""
+    """Which layers of an MoE model have experts: after the dense ones, those whose number the frequency divides."""
     first, every = words.get("first_k_dense_replace") or 0, words.get("moe_layer_freq") or 1
     return [number >= first and number % every == 0 for number in range(num_layers)]
 
@@ -285,7 +285,7 @@ def _put_shared_experts(draft: Draft, count: int) -> Draft:
 
 
 def _balancing(config: ModelConfig) -> str | None:
-    """Megatron's name of a way to choose: it takes the softmax over the chosen, which is that over all, normalised."""
+    """Megatron's name of a routing. Its softmax over the top-k equals that over all experts, normalised."""
     router = _read(config, "layers.mlp.router")
     if router is _ABSENT:
         return None
@@ -295,7 +295,7 @@ def _balancing(config: ModelConfig) -> str | None:
 
 
 def _put_routed_scale(draft: Draft, scale: float) -> Draft:
-    """DeepSeek-V2 scales only weights that are not normalised."""
+    """DeepSeek-V2 scales only router weights that are not normalised."""
     router = _read(draft["layers"], "mlp.router")
     limited = router is not _ABSENT and router.num_groups > 1 and router.normalise
     return draft if limited else _written(draft, "layers.mlp.router.scale", scale)
@@ -309,13 +309,13 @@ def _unless_one(scale: float, times: float) -> float | None:
 
 
 def _switch(get: Callable[[ModelConfig], bool], put: Callable[[Draft], Draft], *places: str) -> Lens:
-    """A word that is there or is not; `put` makes it so."""
+    """A feature that a model has or has not; `put` adds it."""
     return Lens(get=get, put=lambda draft, on: put(draft) if on else draft, neutral=False, places=places)
 
 
 _NORMS = ("layers.norm", "final_norm", "layers.attention.qk_norm.norm", "embedding_norm")
 
-# How large a model is, and its form; every model has a value of each.
+# The sizes and the form of a model; every model has a value of each.
 FORM = {
     "vocab_size": at("vocab_size"),
     "num_layers": Lens(
@@ -351,7 +351,7 @@ FORM = {
     "hidden_dropout": at("hidden_dropout", "embedding_dropout"),
 }
 
-# What a model may have besides: `FeatureOptions`.
+# Further features that a model may have: `FeatureOptions`.
 FEATURES = {
     "multi_head_latent_attention": Lens(
         get=lambda config: isinstance(config.layers[0].attention, LatentAttentionConfig),
@@ -427,7 +427,7 @@ FEATURES = {
     "routed_scaling_factor": replace(at("layers.mlp.router.scale", neutral=1.0), put=_put_routed_scale),
 }
 
-# What is said of the training of experts.
+# The training of experts.
 TRAINING = {
     "moe_aux_loss_coeff": at("layers.mlp.balance.expert", neutral=0.0),
     "moe_expert_capacity_factor": at("layers.mlp.capacity.factor"),
@@ -436,7 +436,7 @@ TRAINING = {
 LENSES = {**FORM, **FEATURES, **TRAINING}
 assert FEATURES.keys() == {field.name for field in fields(FeatureOptions)}
 
-_FLAGS = {  # of words that no option is named after
+_FLAGS = {  # of words that are not named as an option
     "activation": "the activation",
     "dense_bias": "--add-dense-bias",
     "gated": "the activation",
@@ -451,12 +451,12 @@ _FLAGS = {  # of words that no option is named after
 
 
 def words_of(config: ModelConfig) -> dict[str, Any]:
-    """Every word of the table, as it is in `config`, and `MODEL`, the whole of it, for what no word says."""
+    """Every word of the table, read from `config`, and `MODEL`: `config` itself, for what has no word."""
     return {**{name: lens.get(config) for name, lens in LENSES.items()}, MODEL: config}
 
 
 def features_of(config: ModelConfig) -> dict[str, Any]:
-    """What `config` has of the features. What is not there, or does nothing, has no entry."""
+    """The features of `config` that are not neutral."""
     words = {name: lens.get(config) for name, lens in FEATURES.items()}
     attention = config.layers[0].attention
     found = {name: value for name, value in words.items() if not same(value, FEATURES[name].neutral)}
@@ -466,7 +466,7 @@ def features_of(config: ModelConfig) -> dict[str, Any]:
 
 
 def model_of(words: Words) -> ModelConfig:
-    """The model that has these words, and of everything else what the plainest one has."""
+    """The model with these words, and the defaults of `ModelConfig` for everything else."""
     norm = NormConfig(kind="layer", eps=1e-5)
     layer = LayerConfig(
         attention=AttentionConfig(num_heads=1, num_kv_heads=1, head_dim=1),
@@ -481,14 +481,14 @@ def model_of(words: Words) -> ModelConfig:
 
 
 def same(ours: Any, theirs: Any) -> bool:
-    """Whether two values of a word are equal; numbers up to rounding, and False is not there, as None is."""
+    """Whether two values of a word are equal: numbers up to rounding, False as None."""
     if isinstance(ours, int | float) and isinstance(theirs, int | float) and ours and theirs:
         return math.isclose(ours, theirs, rel_tol=1e-9)
     return (ours or None) == (theirs or None)
 
 
 def missing(config: ModelConfig, wanted: Words) -> dict[str, Any]:
-    """The features that are `wanted` and not so in `config`."""
+    """The features that are `wanted` and differ in `config`."""
     there = {name: FEATURES[name].get(config) for name in {*wanted, *PATTERN}}
     found = {name: value for name, value in wanted.items() if not same(there[name], value)}
     if wanted.get("norm_topk_prob") and FEATURES["moe_router_num_groups"].get(config) != 1:
@@ -498,20 +498,20 @@ def missing(config: ModelConfig, wanted: Words) -> dict[str, Any]:
         found = {name: value for name, value in found.items() if name not in PATTERN}
         have = [isinstance(layer.mlp, MoEConfig) for layer in config.layers]
         asked = sparse_layers(config.num_layers, {**{name: there[name] for name in PATTERN}, **pattern})
-        dense = not any(have) and all(asked)  # values that say nothing of a model without experts
+        dense = not any(have) and all(asked)  # neutral values, for a model without experts
         found |= {} if have == asked or dense else pattern
     return found
 
 
 def flag_of(word: str) -> str:
-    """The flag that says a word, for people."""
+    """The flag of a word, for messages."""
     return _FLAGS.get(word, to_flag(word))
 
 
 def differences(ours: ModelConfig, theirs: ModelConfig, **how: Any) -> dict[str, tuple[Any, Any]]:
-    """In what two models differ, and what each has: by the flag that says it or, where none does, by the place.
+    """The differences of two models, as pairs of values: by flag or, where no flag sets the place, by place.
 
-    how: of `model.compare.differences`.
+    how: arguments of `model.compare.differences`.
     """
     found: dict[str, tuple[Any, Any]] = {}
     for place, values in differing_places(ours, theirs, **how).items():
@@ -528,7 +528,7 @@ def _shown(name: str, config: ModelConfig) -> Any:
 
 
 def _words_at(place: str) -> list[str]:
-    """The words that stand at a place of a model, or around it, the nearest first."""
+    """The words that set a place of a model, or one around it, the nearest first."""
     around = {
         name: max((len(at) for at in lens.places if f"{place}.".startswith(f"{at}.")), default=0)
         for name, lens in LENSES.items()

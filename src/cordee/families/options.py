@@ -1,5 +1,5 @@
-"""What the architecture options mean together: Megatron's defaults, what options imply for each other and for a known
-model, and which cannot be together.
+"""The architecture options together: Megatron's defaults, what options imply for each other and for a known model, and
+which exclude each other.
 
 Owns the way from options to words (`families/lenses.py`). Knows no family.
 """
@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from cordee.config.model_options import FeatureOptions
 from cordee.config.option import to_flag
 from cordee.config.schema import ModelOptions
-from cordee.errors import Problem, raise_all
+from cordee.errors import Problem, at_most, raise_all, requires
 from cordee.families.lenses import Scaling, Words, sparse_layers
 from cordee.families.rope import SCALINGS, mscale
 from cordee.model.config import (
@@ -36,12 +36,12 @@ def given_features(options: FeatureOptions) -> dict[str, Any]:
     values = {field.name: getattr(options, field.name) for field in fields(FeatureOptions)}
     given = {name: value for name, value in values.items() if value is not None}
     if given.get("moe_router_load_balancing_type") == "softmax_topk" and given.get("norm_topk_prob"):
-        given["moe_router_load_balancing_type"] = "aux_loss"  # which is the same
+        given["moe_router_load_balancing_type"] = "aux_loss"  # the same mathematics
     return given
 
 
 def with_defaults(given: Words) -> dict[str, Any]:
-    """`given` with Megatron's defaults for what goes with experts, in a model that has none by itself."""
+    """`given` with Megatron's defaults for MoE, where the model itself is dense."""
     if not given.get("num_experts"):
         return dict(given)
     return {"moe_router_topk": TOP_K, "moe_router_load_balancing_type": "aux_loss", **given}
@@ -50,10 +50,10 @@ def with_defaults(given: Words) -> dict[str, Any]:
 def resolve(
     options: ModelOptions, features: Words, base: Words | None = None, vocab_size: int | None = None
 ) -> dict[str, Any]:
-    """The words of the model's form that `options` give: on top of `base`, or on Megatron's defaults.
+    """The words of the model's form that `options` set: on top of `base`, or on Megatron's defaults.
 
-    `features` are those that the model will have. `vocab_size` stands in where neither options nor base say how many
-    tokens there are. ProblemError with everything that is missing or cannot be together.
+    `features` are those of the resulting model. `vocab_size` stands in where neither options nor base have one.
+    ProblemError with everything that is missing or contradictory.
     """
     resolver = _Resolver(options, features, base)
     form = resolver.form(vocab_size)
@@ -62,27 +62,27 @@ def resolve(
 
 
 def ignored(options: ModelOptions, words: Words) -> Iterator[str]:
-    """What `options` say in vain of the model with these `words` that they led to, or leave out in vain, in words."""
+    """Notes on `options` that change nothing in the model with these `words`, which they describe."""
     groups = options.num_query_groups
     if groups is not None and groups != words["num_query_groups"] == words["num_attention_heads"]:
-        yield f"ignored: --num-query-groups {groups} (without --group-query-attention each head has its own keys)"
+        yield f"ignored: --num-query-groups {groups} (--group-query-attention is not given)"
     if options.add_gate is False and words["gated"]:
-        yield "ignored: --no-add-gate (gate and up are one matrix here, which is what it asks of a gated MLP)"
+        yield "ignored: --no-add-gate (gate and up are one matrix in any gated MLP)"
     rows, multiple = options.padded_vocab_size, options.make_vocab_size_divisible_by
     if rows is not None and multiple is not None and rows % multiple:
         yield f"ignored: --make-vocab-size-divisible-by {multiple} (--padded-vocab-size is {rows})"
     if options.multi_head_latent_attention and not options.qk_layernorm:
-        yield "latent attention has norms of its compressed vectors, as in MindSpeed-LLM with --qk-layernorm"
+        yield "latent attention normalises its latents, as in MindSpeed-LLM with --qk-layernorm"
 
 
-ACTIVATIONS: dict[str, tuple[Activation, bool]] = {  # what options name: it, and whether the MLP is gated
+ACTIVATIONS: dict[str, tuple[Activation, bool]] = {  # by option: the activation, and whether the MLP is gated
     "swiglu": ("silu", True),
     "geglu": ("gelu", True),
     "gelu_tanh": ("gelu_tanh", True),
     "openai_gelu": ("gelu_tanh", False),
 }
 
-SCALED_BY = {  # options of rotary scaling and the kinds that have them
+SCALED_BY = {  # options of RoPE scaling and the types that have them
     "rope_scaling_factor": ("llama3", "yarn"),
     "low_freq_factor": ("llama3",),
     "high_freq_factor": ("llama3",),
@@ -94,7 +94,7 @@ SCALED_BY = {  # options of rotary scaling and the kinds that have them
 
 
 class _Resolver:
-    """Takes each value from the options, else from the base, else the default, and notes what is wrong."""
+    """Takes each value from the options, else from the base, else the default; collects problems."""
 
     def __init__(self, options: ModelOptions, features: Words, base: Words | None):
         self.options = options
@@ -134,9 +134,8 @@ class _Resolver:
             **({"moe_intermediate_size": width} if self.has_only_experts() else {}),
         }
 
-    def problem(self, name: str, why: str, fix: str) -> None:
-        value = getattr(self.options, name)
-        self.problems.append(Problem(to_flag(name), value, why, fix))
+    def problem(self, name: str, why: str, fix: str, kind: str = "excludes") -> None:
+        self.problems.append(Problem(to_flag(name), getattr(self.options, name), why, fix, kind))
 
     @staticmethod
     def first(*values: T | None) -> T:
@@ -151,7 +150,7 @@ class _Resolver:
 
     def needed(self, name: str) -> int:
         if (value := self.pick(name, 0)) == 0:
-            self.problem(name, "nothing says how large the model is", f"give --{name.replace('_', '-')}, or --model")
+            self.problem(name, "the size of the model is not given", f"give {to_flag(name)}, or --model", "missing")
             return 1
         return value
 
@@ -182,18 +181,20 @@ class _Resolver:
             size = self.features.get("qk_nope_head_dim", 1) + self.features.get("qk_rope_head_dim", 1)
             for name, value in (("kv_channels", size), ("num_query_groups", heads)):
                 if getattr(options, name) not in (None, value):
-                    fix = "leave it out; --qk-nope-head-dim and --qk-rope-head-dim are the sizes"
-                    self.problem(name, "heads of latent attention have parts and share their keys already", fix)
+                    fix = "leave the option out; --qk-nope-head-dim and --qk-rope-head-dim are the sizes"
+                    self.problem(name, "heads of latent attention share one latent", fix)
             return size
         if base and base["kv_channels"] * base["num_attention_heads"] != base["hidden_size"]:
-            return self.pick("kv_channels", 0)  # a free choice of the base, which other options leave alone
+            return self.pick("kv_channels", 0)  # independent of the base's hidden size, so of that of the options
         if options.kv_channels is None and hidden % heads:
-            why = f"{hidden} hidden channels cannot be shared by {heads} heads"
-            self.problem("num_attention_heads", why, "take a divisor of --hidden-size, or give --kv-channels")
+            why = f"--hidden-size {hidden} is not divisible by {heads} heads"
+            self.problem(
+                "num_attention_heads", why, "take a divisor of --hidden-size, or give --kv-channels", "divides"
+            )
         return self.first(options.kv_channels, max(1, hidden // heads))
 
     def groups(self, heads: int) -> int:
-        """Key and value heads: one for each head, unless --group-query-attention or the base says otherwise."""
+        """Number of KV heads: that of the heads, unless --group-query-attention or the base sets another."""
         given, grouped = self.options.num_query_groups, self.options.group_query_attention
         if grouped is False and given is not None:
             self.problem("num_query_groups", "--group-query-attention is off", "give only one of the two")
@@ -201,12 +202,11 @@ class _Resolver:
         if base == self.of_base("num_attention_heads"):
             base = None
         if not self.first(grouped, base is not None):
-            return heads  # whatever --num-query-groups says, as in Megatron
+            return heads  # whatever --num-query-groups is, as in Megatron
         groups = self.first(given, base, 1)
         if heads % groups:
-            self.problem(
-                "num_query_groups", f"{heads} heads cannot share {groups} groups", "take a divisor of the heads"
-            )
+            why = f"{heads} heads are not divisible by {groups} groups"
+            self.problem("num_query_groups", why, "take a divisor of the heads", "divides")
             return heads
         return groups
 
@@ -214,7 +214,7 @@ class _Resolver:
         """Name of the activation and whether the MLP is gated."""
         given = [name for name in ACTIVATIONS if getattr(self.options, name)]
         for name in given[1:]:
-            self.problem(name, f"--{given[0].replace('_', '-')} sets another activation", "give only one of the two")
+            self.problem(name, f"{to_flag(given[0])} sets another activation", "give only one of the two")
         add_gate = self.options.add_gate
         if add_gate and given and not ACTIVATIONS[given[0]][1]:
             self.problem("add_gate", f"an MLP with {to_flag(given[0])} has no gate", "give only one of the two")
@@ -233,11 +233,10 @@ class _Resolver:
         if position != "rope":
             for name in ("rotary_base", "rope_scaling_type", "rotary_seq_len_interpolation_factor"):
                 if getattr(options, name) is not None:
-                    self.problem(name, "positions are not rotary", "add --position-embedding-type rope")
+                    self.problem(name, "there is no RoPE", "add --position-embedding-type rope", "requires")
         if kind is not None and options.rotary_seq_len_interpolation_factor is not None:
-            self.problem(
-                "rope_scaling_type", "--rotary-seq-len-interpolation-factor says another", "give one of the two"
-            )
+            why = "--rotary-seq-len-interpolation-factor sets linear scaling"
+            self.problem("rope_scaling_type", why, "give one of the two")
         elif (stretch := options.rotary_seq_len_interpolation_factor) is not None:
             base = LinearScaling(factor=stretch) if stretch > 1 else None
         kind = kind or SCALINGS.get(type(base))
@@ -250,8 +249,8 @@ class _Resolver:
     def only_with_their_scaling(self, kind: str | None) -> None:
         for name, kinds in SCALED_BY.items():
             if getattr(self.options, name) is not None and kind not in kinds:
-                how = "not scaled" if kind is None else f"scaled by {kind}"
-                self.problem(name, f"rotary frequencies are {how}", f"add --rope-scaling-type {' or '.join(kinds)}")
+                why, fix = f"RoPE scaling is {kind or 'off'}", f"add --rope-scaling-type {' or '.join(kinds)}"
+                self.problem(name, why, fix, "requires")
 
     def llama3(self, base: Scaling | None) -> Llama3Scaling:
         return Llama3Scaling(
@@ -279,12 +278,12 @@ class _Resolver:
         )
 
     def of_scaling(self, base: Scaling | None, name: str, option: str | None = None) -> Any:
-        """A value that a scaling needs: the option's, else that of `base`."""
+        """A required value of a scaling: the option's, else that of `base`."""
         if value := self.first(getattr(self.options, option or name), getattr(base, name, None), 0):
             return value
         kind = self.options.rope_scaling_type
         usual = "Llama 3.1: 8, 1, 4, 8192" if kind == "llama3" else "Qwen2 on 32K tokens: 8, 4096"
-        self.problem(option or name, f"--rope-scaling-type {kind} needs it", f"give it ({usual})")
+        self.problem(option or name, f"--rope-scaling-type {kind} requires a value", f"give one ({usual})", "missing")
         return 1
 
     def tied(self) -> bool:
@@ -292,21 +291,20 @@ class _Resolver:
         return self.first(None if untied is None else not untied, self.of_base("tied"), True)
 
     def vocabulary(self, tokens: int | None) -> int:
-        """Rows of the embedding: tokens, rounded up or as said."""
-        options = self.options
-        base = self.of_base("vocab_size")
+        """Rows of the embedding: tokens, rounded up, or --padded-vocab-size."""
+        options, base = self.options, self.of_base("vocab_size")
         tokens = self.first(options.vocab_size, base, tokens, 0)
         if not tokens and not options.padded_vocab_size:
-            self.problem("vocab_size", "nothing says how many tokens there are", "give --vocab-size or a tokenizer")
+            self.problem("vocab_size", "the number of tokens is not given", "give it, or a tokenizer", "missing")
         if options.padded_vocab_size is None:
             multiple = self.first(options.make_vocab_size_divisible_by, 1 if base else VOCAB_MULTIPLE)
             return -(-tokens // multiple) * multiple
         if options.padded_vocab_size < tokens:
-            self.problem("padded_vocab_size", f"there are {tokens} tokens", f"take at least {tokens}")
+            self.problem("padded_vocab_size", f"there are {tokens} tokens", f"give at least {tokens}", "at least")
         return options.padded_vocab_size
 
 
-# ---- what cannot be together -----------------------------------------------------------------------------------------
+# ---- contradictions --------------------------------------------------------------------------------------------------
 
 _OF_EXPERTS = (
     *("first_k_dense_replace", "moe_intermediate_size", "moe_layer_freq", "moe_router_load_balancing_type"),
@@ -318,7 +316,7 @@ _WITH_LATENT = (*_OF_LATENT, "q_lora_rank", "rope_scaling_mscale_all_dim")
 
 
 def check(words: Words) -> Iterator[Problem]:
-    """What a model that options alone describe, in these `words`, lacks or cannot have together."""
+    """What is missing or contradictory in these `words` of a model that options alone describe."""
     yield from _experts(words)
     yield from _positions(words)
     yield from _alone(words, _OF_EXPERTS, "num_experts")
@@ -334,52 +332,53 @@ def check(words: Words) -> Iterator[Problem]:
         ("dim_model_base", "output_multiplier_scale"),
     ):
         if words.get(one) and words.get(other):
-            yield Problem(to_flag(other), words[other], f"{to_flag(one)} says it too", "give one of the two")
+            yield Problem(
+                to_flag(other), words[other], f"{to_flag(one)} is given too", "give one of the two", "excludes", (one,)
+            )
 
 
 def _experts(words: Words) -> Iterator[Problem]:
     experts, top_k = words.get("num_experts"), words.get("moe_router_topk", 0)
     if not experts:
         return
-    if top_k > experts:
-        yield Problem("--moe-router-topk", top_k, f"there are {experts} experts", f"give at most {experts}")
+    yield from at_most("--moe-router-topk", top_k, experts, f"--num-experts {experts}", "num_experts")
     if not any(sparse_layers(words["num_layers"], words)):
         first = words.get("first_k_dense_replace")
-        why = f"of {words['num_layers']} layers none is left to have experts"
-        yield Problem("--first-k-dense-replace", first, why, "give less, or leave --num-experts out")
+        why = f"none of {words['num_layers']} layers has experts"
+        yield Problem("--first-k-dense-replace", first, why, "give less, or leave --num-experts out", "at most")
     groups, top_groups = words.get("moe_router_num_groups", 1), words.get("topk_group", 1)
     if words.get("moe_router_load_balancing_type") != "group_limited_greedy":
         for name, count in (("moe_router_num_groups", groups), ("topk_group", top_groups)):
             if count > 1:
                 fix = "give --moe-router-load-balancing-type group_limited_greedy"
-                yield Problem(to_flag(name), count, "experts are not chosen by groups", fix)
+                yield Problem(to_flag(name), count, "routing is not group-limited", fix, "requires")
     elif experts % groups or top_groups > groups or top_k > experts // groups * top_groups:
-        why = f"{top_k} of {experts} experts are not to be found in {top_groups} of {groups} groups"
+        why = f"{top_groups} of {groups} groups do not hold {top_k} of {experts} experts"
         yield Problem("--moe-router-num-groups", groups, why, "let groups divide the experts and hold enough of them")
 
 
 def _positions(words: Words) -> Iterator[Problem]:
     rotary = words["position_embedding_type"] == "rope"
     if words.get("rotary_percent", 1.0) != 1.0 and not rotary:
-        why, fix = "positions are not rotary", "add --position-embedding-type rope"
-        yield Problem("--rotary-percent", words["rotary_percent"], why, fix)
+        why, fix = "there is no RoPE", "add --position-embedding-type rope"
+        yield Problem("--rotary-percent", words["rotary_percent"], why, fix, "requires")
     if words.get("multi_head_latent_attention"):
         if not rotary:
-            why, fix = "latent attention has rotary positions", "give --position-embedding-type rope"
-            yield Problem("--position-embedding-type", words["position_embedding_type"], why, fix)
+            why, fix = "latent attention requires RoPE", "give --position-embedding-type rope"
+            yield Problem("--position-embedding-type", words["position_embedding_type"], why, fix, "requires")
         if words["qkv_bias"] != words["dense_bias"]:
-            why = "latent attention has biases in all of its projections or in none"
+            why = "latent attention has biases in all projections or in none"
             yield Problem("--add-dense-bias", words["dense_bias"], why, "give --add-qkv-bias the same")
 
 
 def _alone(words: Words, names: tuple[str, ...], needed: str) -> Iterator[Problem]:
-    if not words.get(needed):
-        for name in names:
-            if words.get(name):
-                yield Problem(to_flag(name), words[name], f"there is no {to_flag(needed)}", f"give {to_flag(needed)}")
+    flag = to_flag(needed)
+    for name in names if not words.get(needed) else ():
+        yield from requires(to_flag(name), words.get(name) or None, flag, f"{flag} is not given", needed)
 
 
 def _needed(words: Words, names: tuple[str, ...], by: str) -> Iterator[Problem]:
     for name in names:
         if not words.get(name):
-            yield Problem(to_flag(name), None, f"{to_flag(by)} {words[by]} needs it", f"give {to_flag(name)}")
+            why, fix = f"{to_flag(by)} {words[by]} requires a value", f"give {to_flag(name)}"
+            yield Problem(to_flag(name), None, why, fix, "missing", (by,))

@@ -9,7 +9,7 @@ from typing import Any
 
 from cordee.families.family import HFConfig, Preset
 
-BY_ROW = "row"  # the value of a key that each row says
+BY_ROW = "row"  # the value of a key that each row sets
 
 
 @functools.cache
@@ -26,12 +26,12 @@ def published(family: str) -> dict[str, Preset]:
 
 
 def read_table(table: Mapping[str, Any]) -> dict[str, Preset]:
-    """The presets of a table: under `usual` the configuration that they share, and under each name its row."""
+    """The presets of a table: `usual` is the configuration that they share, every other name a row."""
     return {name: read_row(table["usual"], row) for name, row in table.items() if name != "usual"}
 
 
 def read_row(usual: HFConfig, row: list[Any]) -> Preset:
-    """What a row makes of the `usual` configuration: values of the keys that it says, in order, then differences."""
+    """The `usual` configuration with a row's values of the keys that are "row", in order, and then its differences."""
     values = iter(value for value in row if not isinstance(value, dict))
     config = {key: next(values) if value == BY_ROW else value for key, value in usual.items()}
     for differences in (part for part in row if isinstance(part, dict)):

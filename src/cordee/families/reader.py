@@ -1,13 +1,13 @@
 """Strict reading of a Hugging Face `config.json`.
 
-Owns what can be wrong with one: missing keys, wrong types, values that cannot be together, and keys that change the
-mathematics in a way the family does not implement. All of it is collected and reported at once. Knows no family.
+Owns its problems: missing keys, wrong types, contradicting values, and keys that change the mathematics in a way the
+family does not implement. All are collected and reported at once. Knows no family.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ from cordee.model.config import MAX_LAYERS, too_large
 
 T = TypeVar("T")
 REQUIRED = object()
-_MANY = 1e30  # what is larger is no number that a model computes with
+_MANY = 1e30  # larger numbers are no hyperparameters
 
 # Keys that count layers, of which families make lists: a limit has to hold before a `ModelConfig` can check it.
 LAYER_COUNTS = ("n_layer", "num_hidden_layers", "num_layers", "num_nextn_predict_layers")
@@ -68,7 +68,7 @@ MATHEMATICAL: dict[str, tuple[object, ...]] = {
     "z_loss_weight": (0,),
 }
 
-# Keys without effect on the weights or the logits: names, token ids, outputs, generation, implementation choices.
+# Keys that change neither weights nor logits: names, token ids, outputs, generation, implementation choices.
 IRRELEVANT = frozenset(
     {
         "_attn_implementation",
@@ -148,7 +148,7 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 class ConfigReader:
-    """Reads typed values from a configuration, notes every problem and goes on with a stand-in value."""
+    """Reads typed values from a configuration; collects every problem and continues with a stand-in value."""
 
     def __init__(self, hf: Mapping[str, Any], where: str = "config.json"):
         self.hf = hf
@@ -158,13 +158,13 @@ class ConfigReader:
         self._stood_in: set[str] = set()  # keys without a value of their own
 
     def problem(self, key: str, why: str, fix: str) -> None:
-        """Note a problem with the value of `key`, once however often it is read."""
+        """Collect a problem with the value of `key`, once however often it is read."""
         problem = Problem(f"{self.where}: {key}", self.hf.get(key), why, fix)
         if problem not in self.problems:
             self.problems.append(problem)
 
     def value(self, key: str, default: Any = REQUIRED) -> Any:
-        """The value as it stands; missing and null give the `default`."""
+        """The value, whatever its type; missing and null give the `default`."""
         self._read.add(key)
         if (value := self.hf.get(key)) is not None:
             return value
@@ -175,46 +175,41 @@ class ConfigReader:
         return default
 
     def alias(self, *keys: str) -> str:
-        """Of several names of one value, the one that is there; if several are, they have to agree."""
+        """The name, of several for one value, that is in the configuration; where several are, they must agree."""
         self._read.update(keys)
         given = [key for key in keys if self.hf.get(key) is not None] or [keys[0]]
         for key in given[1:]:
             if self.hf[key] != self.hf[given[0]]:
-                self.problem(key, f"{given[0]} says {self.hf[given[0]]}", "keep one of the two")
+                self.problem(key, f"{given[0]} is {self.hf[given[0]]}", "keep one of the two")
         return given[0]
 
     def integer(self, key: str, default: Any = REQUIRED) -> Any:
-        """A positive whole number below 2^31; one of layers is 1 if it is above their limit, which is a problem."""
+        """A positive whole number below 2^31; a number of layers is at most MAX_LAYERS."""
         value = self.value(key, default)
         if key in LAYER_COUNTS and isinstance(value, int) and value > MAX_LAYERS:
             self._stood_in.add(key)
             problem = too_large(key, value, MAX_LAYERS)
             self.problem(key, problem.why, problem.fix)
             return 1
-        if value is default or (isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31):
-            return value
-        return self._wrong(key, value, "a positive whole number", 1)
+        fits = isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
+        return value if value is default or fits else self._wrong(key, value, "a positive whole number", 1)
 
     def number(self, key: str, default: Any = REQUIRED) -> Any:
         """A number that is not negative."""
-        value = self.value(key, default)
-        if value is default or (isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < _MANY):
-            return value
-        return self._wrong(key, value, "a number of at least 0", 1.0)
+        return self._number(key, default, lambda value: 0 <= value < _MANY, "a number of at least 0", 1.0)
 
     def probability(self, key: str, default: Any = REQUIRED) -> Any:
         """A number from 0 on and below 1."""
-        value = self.value(key, default)
-        if value is default or (isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1):
-            return value
-        return self._wrong(key, value, "a number from 0 on and below 1", 0.0)
+        return self._number(key, default, lambda value: 0 <= value < 1, "a number from 0 on and below 1", 0.0)
 
     def positive(self, key: str, default: Any = REQUIRED) -> Any:
         """A number above 0."""
+        return self._number(key, default, lambda value: 0 < value < _MANY, "a number above 0", 1.0)
+
+    def _number(self, key: str, default: Any, in_range: Callable[[float], bool], expected: str, stand_in: float) -> Any:
         value = self.value(key, default)
-        if value is default or (isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < _MANY):
-            return value
-        return self._wrong(key, value, "a number above 0", 1.0)
+        fits = isinstance(value, int | float) and not isinstance(value, bool) and in_range(value)
+        return value if value is default or fits else self._wrong(key, value, expected, stand_in)
 
     def flag(self, key: str, default: Any = REQUIRED) -> Any:
         """True or false."""
@@ -230,7 +225,7 @@ class ConfigReader:
 
     def _wrong(self, key: str, value: object, expected: str, stand_in: T) -> T:
         self._stood_in.add(key)
-        if value is not None:  # a missing key has been noted already
+        if value is not None:  # a missing key is a problem already
             self.problem(key, f"not {expected}", f"give {expected}")
         return stand_in
 
@@ -240,11 +235,10 @@ class ConfigReader:
         return value if isinstance(value, Mapping) else self._wrong(key, value, "an object", {})
 
     def divides(self, divisor_key: str, divisor: int, key: str, value: int) -> None:
-        """Note a problem unless `value` of `key` is a multiple of `divisor` of `divisor_key`, or one is a stand-in."""
+        """`divisor`, of `divisor_key`, must divide `value`, of `key`, unless one of them is a stand-in."""
         if value % divisor and not {divisor_key, key} & self._stood_in:
-            self.problem(
-                divisor_key, f"{key} = {value} is not a multiple of {divisor}", f"correct {key} or {divisor_key}"
-            )
+            why = f"{key} = {value} is not divisible by {divisor}"
+            self.problem(divisor_key, why, f"correct {key} or {divisor_key}")
 
     def accept_all(self) -> None:
         """Count every key as read."""
@@ -279,7 +273,7 @@ class ConfigReader:
         return [_unimplemented(f"{self.where}: {key}", self.hf[key]) for key in self.unread()]
 
     def finish(self) -> None:
-        """Raise all problems noted, and those of keys that nobody read but that matter."""
+        """Raise all problems, also those of unread keys that change the mathematics."""
         raise_all(self.problems + self.unimplemented())
 
 
@@ -291,7 +285,7 @@ def _unimplemented(option: str, value: object) -> Problem:
     return Problem(
         option,
         value,
-        "it changes what the model computes, and this family does not implement it",
+        "the key changes the mathematics, and this family does not implement it",
         "use a checkpoint without it, or add it to the family (docs/adding-a-family.md)",
     )
 

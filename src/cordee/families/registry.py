@@ -1,7 +1,7 @@
 """Every family, and the one way to name a model.
 
-Owns the list of families, found by looking at the files of this package, and `ModelSpec`, which everything above takes
-for "which model": a family, its `config.json`, and what that reads as. Knows no weights and no torch.
+Owns the list of families, which are the modules of this package with a `FAMILY`, and `ModelSpec`, by which everything
+above names a model: a family, its `config.json`, and the `ModelConfig` that it reads as. Knows no weights and no torch.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from cordee.tensors.rules import Rule
 
 logger = logging.getLogger("cordee")
 
-GUIDE = "docs/adding-a-family.md tells how to add one"
+GUIDE = "docs/adding-a-family.md shows how to add one"
 ROPE_KEYS = {"rope_theta", "rope_scaling"}  # as transformers 4 writes them; 5 has both in rope_parameters
 
 
@@ -58,9 +58,9 @@ def families() -> dict[str, Family]:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Which model: what its family is, the `config.json` it is written with, and what that means.
+    """A model: its family, its `config.json`, and the `ModelConfig` that this reads as.
 
-    `base_prefix` tells whether the family's `base_prefix` begins the names in its checkpoint.
+    base_prefix: whether the family's `base_prefix` begins the names in its checkpoint.
     """
 
     family: Family
@@ -70,7 +70,7 @@ class ModelSpec:
 
     @property
     def dtype(self) -> str | None:
-        """Name of the type the weights are stored in, as far as the configuration tells."""
+        """Name of the dtype of the stored weights, if the configuration has it."""
         return self.hf_config.get("dtype") or self.hf_config.get("torch_dtype")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -90,7 +90,7 @@ class ModelSpec:
         return foreign.removeprefix(self.family.base_prefix)
 
     def with_options(self, options: ModelOptions) -> ModelSpec:
-        """The same model with what `options` change. ProblemError if the family has no such model."""
+        """The same model changed by `options`. ProblemError if the family has no such model."""
         there, wanted = features_of(self.config), given_features(options)
         if "num_experts" not in there:
             wanted = with_defaults(wanted)
@@ -105,22 +105,24 @@ class ModelSpec:
         old, keys = self.family.written(before), self.family.written(after)
         asked = {name for name in new if not same(new[name], before[name])}
         if placeless := [name for name in asked if self.family.written({**before, name: new[name]}) == old]:
-            raise ProblemError([_no_such_model(options, self._fits(placeless))])
+            raise self._no_place(options, placeless)
         differing = {key: value for key, value in keys.items() if value != old[key]}
         try:
             return self._asked(options, differing, form, wanted)
-        except ProblemError:  # a key that is not there may have followed from one that is another now: say all
+        except ProblemError:  # an absent key may have followed from one that differs now: write all
             return self._asked(options, keys, form, wanted)
 
     def _asked(self, options: ModelOptions, values: HFConfig, form: Words, wanted: Words) -> ModelSpec:
         """The same model with other `values` of keys. ProblemError if it has not this form and what is `wanted`."""
         spec = self._with_keys(values)
         if refused := _refused(self.config, spec.config, form, wanted):
-            raise ProblemError([_no_such_model(options, self._fits(refused))])
+            raise self._no_place(options, refused)
         return spec._with_fitting_tokens()
 
-    def _fits(self, refused: Iterable[str]) -> str:
-        return f"family {self.family.name}, which has no place for {', '.join(map(flag_of, sorted(refused)))}"
+    def _no_place(self, options: ModelOptions, refused: Iterable[str]) -> ProblemError:
+        flags = list(map(flag_of, sorted(refused)))
+        fits = f"family {self.family.name}, which has no place for {', '.join(flags)}"
+        return ProblemError([_no_such_model(options, fits, flags)])
 
     def _with_keys(self, values: HFConfig) -> ModelSpec:
         """The same model with other `values` of keys."""
@@ -141,8 +143,8 @@ class ModelSpec:
 
     def with_tokens(self, bos: int | None, eos: int | None) -> ModelSpec:
         """The same model for another tokenizer: texts begin with `bos` and end with `eos`, None for no such token."""
-        said = self.hf_config.get("eos_token_id")
-        if said is None or eos in (said if isinstance(said, list) else [said]):
+        known = self.hf_config.get("eos_token_id")
+        if known is None or eos in (known if isinstance(known, list) else [known]):
             return self
         return replace(self, hf_config=self.hf_config | {"bos_token_id": bos, "eos_token_id": eos})
 
@@ -151,7 +153,7 @@ class ModelSpec:
         return self.with_options(ModelOptions(padded_vocab_size=vocab_size, vocab_size=vocab_size))
 
     def to_dict(self) -> dict[str, Any]:
-        """What `from_dict` needs, as JSON holds it."""
+        """The model as JSON, for `from_dict`."""
         return {"family": self.family.name, "hf_config": self.hf_config, "base_prefix": self.base_prefix}
 
     @staticmethod
@@ -255,7 +257,7 @@ def spec_from_preset(name: str) -> ModelSpec:
 
 
 def spec_named(name: str) -> ModelSpec:
-    """The model that --model names: a preset or, if there is none, that of a `config.json` or of one in a directory."""
+    """The model of --model: a preset or, if there is none, that of a `config.json` or of one in a directory."""
     path = Path(name)
     if name in presets() or not path.exists():
         return spec_from_preset(name)
@@ -263,10 +265,10 @@ def spec_named(name: str) -> ModelSpec:
 
 
 def spec_from_options(options: ModelOptions, vocab_size: int | None = None) -> ModelSpec:
-    """The model that options describe: `--model` with what else they say, or a model on its own.
+    """The model that options describe: `--model` and changes of it, or a model of flags alone.
 
-    `vocab_size`, the tokenizer's, stands in where the options give none and there is no --model. ProblemError with all
-    that is missing or contradictory, or if no family has such a model.
+    `vocab_size`, the tokenizer's, stands in where there is neither an option nor --model. ProblemError with all that is
+    missing or contradictory, or if no family has such a model.
     """
     if options.model is not None:
         return spec_named(options.model).with_options(options)
@@ -276,18 +278,18 @@ def spec_from_options(options: ModelOptions, vocab_size: int | None = None) -> M
     model = model_of(words)
     tried = []
     for family in sorted(families().values(), key=lambda family: not family.plain):
-        with suppress(ProblemError):  # what a family cannot read is its matter, and others may fit
+        with suppress(ProblemError):  # this family has no such model, another may
             spec, _ = _read(family.to_hf(model, words), "model options")
             tried.append((differences(canonical(model), canonical(spec.config)), spec))
             if not tried[-1][0] and not missing(spec.config, wanted):
                 return spec
-    raise ProblemError([_no_such_model(options, _nearest(tried))])
+    raise ProblemError([_no_such_model(options, *_nearest(tried))])
 
 
 def _refused(before: ModelConfig, after: ModelConfig, form: Words, wanted: Words) -> set[str]:
-    """The words that `after` lacks, and those of `before` that are gone, or new, though nobody asked for it.
+    """The words that `after` lacks, and the features that it gains or loses unasked.
 
-    Experts may go: with few layers, the first of which have none.
+    Experts may be lost: few layers may all be among the leading dense ones.
     """
     ours, theirs = features_of(before), features_of(after)
     switches = {name for words in (ours, theirs) for name, value in words.items() if value is True}
@@ -296,16 +298,18 @@ def _refused(before: ModelConfig, after: ModelConfig, form: Words, wanted: Words
     return other | missing(after, wanted).keys() | unasked
 
 
-def _nearest(tried: list[tuple[dict[str, Any], ModelSpec]]) -> str:
-    """The family that differs in the fewest places from a model that none has, and in which."""
+def _nearest(tried: list[tuple[dict[str, Any], ModelSpec]]) -> tuple[str, list[str]]:
+    """The family that differs in the fewest places from a model that none has, for people, and in which."""
+    fits = "models of --model, and changes of them"
     if not tried:
-        return "what --model gives, and changes of it"
+        return fits, []
     differing, spec = min(tried, key=lambda pair: len(pair[0]))
-    words = ", ".join(sorted(differing)) or "something that no option says"
-    return f"what --model gives, and changes of it; the nearest family, {spec.family.name}, differs in {words}"
+    places = sorted(differing) or ["something without an option"]
+    return f"{fits}; the nearest family, {spec.family.name}, differs in {', '.join(places)}", places
 
 
-def _no_such_model(options: ModelOptions, fits: str) -> Problem:
+def _no_such_model(options: ModelOptions, fits: str, differing: list[str]) -> Problem:
     given = {name: getattr(options, name) for name in ModelOptions.__dataclass_fields__}
     text = ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
-    return Problem("model options", text, "no family has a model of this form", f"possible are: {fits}")
+    why = "no family has a model of this form"
+    return Problem("model options", text, why, f"possible are: {fits}", "unknown", limit=differing)

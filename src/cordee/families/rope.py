@@ -1,4 +1,4 @@
-"""Rotary positions as configurations describe them.
+"""RoPE as configurations describe it.
 
 Owns both spellings, transformers 4's (`rope_theta`, `rope_scaling`) and 5's (`rope_parameters`), and every scaling type
 that transformers' `modeling_rope_utils` knows for text. Knows no family.
@@ -32,18 +32,19 @@ def read_rope(
     theta_key: str = "rope_theta",
     scaling_key: str | None = "rope_scaling",
 ) -> RopeConfig:
-    """The rotary positions of heads of `head_dim`; what is wrong is noted in `hf`.
+    """The RoPE of heads of `head_dim`; problems are collected in `hf`.
 
-    `theta` is the family's default. `partial` is the default of `partial_rotary_factor`, the part of a head that turns;
-    for None the family has no such key, and one is a problem. `layer_type` is the entry of `rope_parameters` where
-    these are given by type of layer. `theta_key` and `scaling_key` (None: not scaled) are the older spelling's.
+    `theta` is the family's default. `partial` is the default of `partial_rotary_factor`, the fraction of head_dim that
+    RoPE rotates; for None the family has no such key, and one is a problem. `layer_type` is the entry of
+    `rope_parameters` where these are given per layer type. `theta_key` and `scaling_key` (None: not scaled) are the
+    older spelling's.
     """
     hf.value("original_max_position_embeddings", None)  # often there without a scaling, and then without meaning
     section = rope_section(hf, layer_type, theta_key, scaling_key)
     theta = section.positive("rope_theta", theta)
     rotary_dim = head_dim if partial is None else _rotary_dim(hf, section, head_dim, partial)
     if (rotary_dim % 2 or not rotary_dim) and not hf.problems:  # a stand-in may be odd
-        hf.problem("head_dim", f"{rotary_dim} dims of a head cannot turn in pairs", "correct the size of the heads")
+        hf.problem("head_dim", f"{rotary_dim} rotated dims are not divisible by 2", "correct the size of the heads")
     scaling = _scaling(section, hf, rotary_dim)
     hf.problems += section.problems + section.unimplemented() + section.not_understood()
     return RopeConfig(theta=float(theta), rotary_dim=None if rotary_dim == head_dim else rotary_dim, scaling=scaling)
@@ -55,7 +56,7 @@ def rope_section(
     theta_key: str = "rope_theta",
     scaling_key: str | None = "rope_scaling",
 ) -> ConfigReader:
-    """What both spellings say together, as transformers 5 writes it, to be read on; contradictions are noted."""
+    """Both spellings merged, as transformers 5 writes them, to be read on; contradictions are collected in `hf`."""
     theta = hf.positive(theta_key, None)
     old = hf.section(scaling_key) if scaling_key else {}
     new, name = hf.section("rope_parameters"), "rope_parameters"
@@ -66,21 +67,21 @@ def rope_section(
             hf.problem("rope_parameters", f"{key} differs from that of {scaling_key}", "keep one of the two")
     values = {**old, **new}
     if theta is not None and values.setdefault("rope_theta", theta) != theta:
-        hf.problem(theta_key, f"{name} say {values['rope_theta']}", "keep one of the two")
+        hf.problem(theta_key, f"{name} has {values['rope_theta']}", "keep one of the two")
     return ConfigReader(values, f"{hf.where}: {name if new or not scaling_key else scaling_key}")
 
 
 def _rotary_dim(hf: ConfigReader, section: ConfigReader, head_dim: int, default: float) -> int:
-    """How many dims of a head turn; the section says it, or a key beside it."""
+    """The number of dims of a head that RoPE rotates, from the section or a key beside it."""
     outside = hf.positive("partial_rotary_factor", default)
     return int(head_dim * section.positive("partial_rotary_factor", outside))
 
 
-SCALINGS = {LinearScaling: "linear", Llama3Scaling: "llama3", YarnScaling: "yarn"}  # those that options can ask for
+SCALINGS = {LinearScaling: "linear", Llama3Scaling: "llama3", YarnScaling: "yarn"}  # those that options can set
 
 
 def write_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    """What a `config.json` calls `rope_scaling`."""
+    """The value of `rope_scaling` in a `config.json`."""
     match scaling:
         case None:
             return None
@@ -96,7 +97,7 @@ def write_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
 
 
 def mscale(factor: float, strength: float = 1.0) -> float:
-    """By what scores are made sharper, at the root, when positions are stretched by `factor` (Peng et al. 2023)."""
+    """YaRN's scale of queries and keys for a context stretched by `factor` (Peng et al. 2023)."""
     return 0.1 * strength * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
@@ -163,7 +164,7 @@ def _longrope(section: ConfigReader, hf: ConfigReader, rotary_dim: int) -> LongR
 
 
 def _original_length(section: ConfigReader, hf: ConfigReader) -> int:
-    """Tokens of the sequences before positions were stretched; a key beside the section goes first (Phi-3)."""
+    """Context length in tokens before scaling; a key beside the section comes first (Phi-3)."""
     inside = section.integer("original_max_position_embeddings", None)
     outside = hf.integer("original_max_position_embeddings", None)
     return outside or inside or hf.integer("max_position_embeddings")
@@ -176,7 +177,7 @@ def _factors(section: ConfigReader, key: str, count: int) -> tuple[float, ...]:
     if numbers and len(values) == count:
         return tuple(float(v) for v in values)
     if values is not None:
-        section.problem(key, f"not {count} positive numbers", "give one for every pair of dims that turn")
+        section.problem(key, f"not {count} positive numbers", "give one for every pair of rotated dims")
     return (1.0,) * count
 
 

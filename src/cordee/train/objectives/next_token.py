@@ -187,7 +187,9 @@ def fingerprint_data(config: TrainConfig) -> Fingerprints:
             return {"bin": fingerprint(bin_path(prefix), bound), "idx": fingerprint(idx_path(prefix), bound)}
         except OSError as error:
             fix = "give a prefix whose files can be read"
-            raise ProblemError([Problem("dataset", prefix, f"it cannot be read: {error}", fix)]) from error
+            raise ProblemError(
+                [Problem("dataset", prefix, f"it cannot be read: {error}", fix, "unreadable", limit=prefix)]
+            ) from error
 
     found = {prefix: read(prefix) for prefix in dict.fromkeys(prefixes)}
     return tuple(found[prefix] for prefix in prefixes)
