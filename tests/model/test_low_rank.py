@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from cordee.errors import ProblemError
-from cordee.families.count import adapter_shapes, canonical_shapes, count_parameters
+from cordee.families.count import canonical_shapes, count_parameters, shapes_of
 from cordee.families.registry import spec_from_hf
 from cordee.generate.decoder import CachedDecoder, unsupported_reason
 from cordee.model.config import LowRankConfig, ModelConfig
@@ -341,7 +341,7 @@ def test_tokens_one_by_one_are_tokens_at_once(config: ModelConfig):
 def test_shapes_are_known_without_a_model(config: ModelConfig):
     for prefixed in (config, replace(config, num_prefix_tokens=2), replace(config, tie_word_embeddings=True)):
         specs = GPTModel(prefixed, device="meta").parameter_specs()
-        for origin, shapes in (("base", canonical_shapes(prefixed)), ("adapter", adapter_shapes(prefixed))):
+        for origin, shapes in (("base", canonical_shapes(prefixed)), ("adapter", shapes_of(prefixed, "adapter"))):
             assert shapes == {name: spec.shape for name, spec in specs.items() if spec.origin == origin}
         assert count_parameters(prefixed) == sum(math.prod(spec.shape) for spec in specs.values())
         assert count_parameters(prefixed, {"base"}) == count_parameters(
@@ -401,7 +401,7 @@ def test_base_weights_come_from_a_source_and_go_to_files_alone(tmp_path):
     assert report.parameters == len(canonical_shapes(config))
     with pytest.raises(ProblemError) as raised:
         load_into(model, source)
-    assert {problem.option for problem in raised.value.problems} == adapter_shapes(config).keys()
+    assert {problem.option for problem in raised.value.problems} == shapes_of(config, "adapter").keys()
     with hf.write(tmp_path / "out", source.spec) as sink:
         save_from(model, sink, {"base"})
     before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("base", "out"))

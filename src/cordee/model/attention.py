@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cordee.model import specs
 from cordee.model.bound import Binding, BoundAttention, BoundStep, require_known, require_plain
 from cordee.model.config import AttentionConfig, ModelConfig, QKNormConfig
 from cordee.model.inputs import Context
-from cordee.model.linear import Linear, scaled_std
+from cordee.model.linear import Linear
 from cordee.model.norm import Norm
-from cordee.model.parameter import ParameterSpec, SpecifiedModule
+from cordee.model.parameter import SpecifiedModule
 from cordee.model.placement import BlockPlacement
 from cordee.ops.attention import AttentionCore, Scores, alibi_slopes, behind_prefix, sdpa_attention
 from cordee.ops.mask import AttentionMask
@@ -55,46 +56,17 @@ class Attention(SpecifiedModule[GroupedPlacement]):
             softcap=config.softcap,
             slopes=alibi_slopes(config.num_heads) if config.alibi else None,
         )
-        slots = config.q_per_group + 2
-        super().__init__(GroupedPlacement(scores=scores, slots=slots))
+        super().__init__(GroupedPlacement(scores=scores, slots=config.q_per_group + 2))
         self.config = config
         self.index = index
         self.dropout = model.attention_dropout
-        self.qkv = Linear(
-            (config.num_kv_heads, slots, config.head_dim),
-            ("kv_group", "slot", "head_dim"),
-            model.hidden_size,
-            "embed",
-            bias=config.qkv_bias,
-            std=model.init_std,
-            **factory,
-        )
-        self.out = Linear(
-            (model.hidden_size,),
-            ("embed",),
-            config.num_heads * config.head_dim,
-            "heads",
-            bias=config.out_bias,
-            std=scaled_std(model.init_std, model.num_layers),
-            **factory,
-        )
+        own = specs.grouped_attention(config, model)
+        self.qkv = Linear(specs.of_part(own, "qkv"), **factory)
+        self.out = Linear(specs.of_part(own, "out"), **factory)
         if config.qk_norm is not None:
-            self.q_norm = self._norm(config.qk_norm, config.num_heads, factory)
-            self.k_norm = self._norm(config.qk_norm, config.num_kv_heads, factory)
-        sinks = ParameterSpec((config.num_heads,), ("heads",), std=model.init_std, decay=False)
-        self.declare("sinks", sinks if config.sinks else None, **factory)
-        prefix = ParameterSpec(
-            (config.num_kv_heads, 2, model.num_prefix_tokens, config.head_dim),
-            ("kv_group", "kv_slot", "virtual", "head_dim"),
-            std=model.init_std,
-            origin="adapter",
-        )
-        self.declare("prefix", prefix if model.num_prefix_tokens else None, **factory)
-
-    def _norm(self, config: QKNormConfig, num_heads: int, factory: dict) -> Norm:
-        if config.over == "head":
-            return Norm(config.norm, self.config.head_dim, "head_dim", **factory)
-        return Norm(config.norm, num_heads * self.config.head_dim, "heads", **factory)
+            self.q_norm = Norm(config.qk_norm.norm, *specs.qk_norm_dim(config, config.num_heads), **factory)
+            self.k_norm = Norm(config.qk_norm.norm, *specs.qk_norm_dim(config, config.num_kv_heads), **factory)
+        self.declare(own, "sinks", "prefix", **factory)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """`[batch, seq, embed]` to the same."""

@@ -300,14 +300,6 @@ class LowRankConfig:
     def names(self, projection: str) -> bool:
         return any(f".{projection}".endswith(f".{target}") for target in self.targets)
 
-    def shapes(self, weight: tuple[int, ...], path: str, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of A `[(expert,) rank, in]` and B `[(expert,) *shape of the slice, rank]` for a weight of module `path`."""
-        stack = 1 if ".experts." in path else 0
-        out = list(weight[:-1])
-        if (cut := slice_of(path, name)) is not None:
-            out[stack + cut.dim] = len(range(out[stack + cut.dim])[cut.start : cut.stop])
-        return (*weight[:stack], self.rank, weight[-1]), (*out, self.rank)
-
 
 class Slice(NamedTuple):
     """Of the output of a fused projection, places `start` to `stop` along a dim, which have an axis of their own."""

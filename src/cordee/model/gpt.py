@@ -25,9 +25,10 @@ from cordee.model.linear import Embedding, factory_kwargs
 from cordee.model.low_rank import add_low_rank
 from cordee.model.noise import Noise
 from cordee.model.norm import Norm
-from cordee.model.parameter import ParameterSpec, parameter_specs
+from cordee.model.parameter import parameter_specs
 from cordee.model.placement import altered
 from cordee.model.span import Span
+from cordee.model.specs import Specs, table
 
 Output = Callable[[Head, Tensor], Any]
 
@@ -57,9 +58,13 @@ class GPTModel(nn.Module):
         self.spans = tuple(spans) or (Span(0, config.num_layers),)
         factory = factory_kwargs(device, dtype)
         if self.has_embedding or self.copies_embedding:
-            self.embedding = Embedding(config.vocab_size, config.hidden_size, "vocab", config.init_std, **factory)
+            self.embedding = Embedding(table(config, "vocab", config.vocab_size), **factory)
         if self.has_embedding:
-            self._build_rest_of_embedding(factory)
+            if config.learned_positions:
+                positions = table(config, "position", config.max_position_embeddings)
+                self.position_embedding = Embedding(positions, **factory)
+            if config.embedding_norm is not None:
+                self.embedding_norm = Norm(config.embedding_norm, config.hidden_size, **factory)
         self.layers = nn.ModuleDict(
             {str(i): Layer(config.layers[i], config, i, **factory) for span in self.spans for i in span.layers}
         )
@@ -84,15 +89,6 @@ class GPTModel(nn.Module):
     def copies_embedding(self) -> bool:
         """Whether the rows of the head are a copy of an embedding that another process has."""
         return self.config.tie_word_embeddings and self.has_head and not self.has_embedding
-
-    def _build_rest_of_embedding(self, factory: dict) -> None:
-        config = self.config
-        if config.learned_positions:
-            self.position_embedding = Embedding(
-                config.max_position_embeddings, config.hidden_size, "position", config.init_std, **factory
-            )
-        if config.embedding_norm is not None:
-            self.embedding_norm = Norm(config.embedding_norm, config.hidden_size, **factory)
 
     def forward(
         self,
@@ -169,7 +165,7 @@ class GPTModel(nn.Module):
         assert len(self.spans) == 1, "which of the spans is to run?"
         return self.spans[0]
 
-    def parameter_specs(self) -> dict[str, ParameterSpec]:
+    def parameter_specs(self) -> Specs:
         """Spec of every parameter by canonical name."""
         return parameter_specs(self)
 

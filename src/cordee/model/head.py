@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cordee.model.config import ModelConfig
-from cordee.model.low_rank import Adapted
-from cordee.model.parameter import ParameterSpec
+from cordee.model.low_rank import Projection
 from cordee.model.placement import Placement, View, unchanged
+from cordee.model.specs import table
 from cordee.ops.cross_entropy import IGNORED, VocabularyPart, adjusted, chunked_cross_entropy, chunked_token_losses
 from cordee.ops.gemm import linear
 
@@ -23,19 +23,17 @@ class HeadPlacement(Placement):
     vocabulary: VocabularyPart | None = None
 
 
-class Head(Adapted[HeadPlacement]):
+class Head(Projection[HeadPlacement]):
     """Rows of `weight` `[vocab, embed]` score the tokens. A tied head is given the embedding's parameter.
 
     What the config asks for beyond products, scale, softcap and rows of length one, is part of both logits and loss.
     """
 
     def __init__(self, config: ModelConfig, **factory):
-        super().__init__(HeadPlacement())
+        super().__init__(HeadPlacement(), table(config, "vocab", config.vocab_size), **factory)
         self.scale = config.logit_scale
         self.softcap = config.logit_softcap
         self.normalised = config.norm_head
-        spec = ParameterSpec((config.vocab_size, config.hidden_size), ("vocab", "embed"), std=config.init_std)
-        self.declare("weight", spec, **factory)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[batch, seq, embed]` to `[batch, seq, vocab]`."""
