@@ -22,10 +22,10 @@ from cordee.model.init import initialise
 from cordee.model.inputs import Context
 from cordee.model.latent_attention import LatentAttention
 from cordee.model.moe import MoE, loop_dispatch
-from cordee.model.noise import Noise
 from cordee.model.parameter import of_origins, train_only
 from cordee.model.rotary import Positions
 from cordee.ops.attention import Scores
+from cordee.ops.dropout import DropoutRNG
 from cordee.ops.mask import AttentionMask
 from cordee.weights import hf
 from cordee.weights.load import load_into, save_from
@@ -301,8 +301,10 @@ def test_every_document_and_padding_see_the_prefix():
 def test_dropout_of_tokens_is_the_same_behind_a_prefix():
     """The expansion of latent attention runs over a prefix too."""
     places = torch.arange(4)[None]
-    noise = Noise(0, torch.arange(2))
-    context = Context(Positions(places), AttentionMask(4, 4), noise=noise, places=places, inner_places=places)
+    dropout_rng = DropoutRNG(0, torch.arange(2))
+    context = Context(
+        Positions(places), AttentionMask(4, 4), dropout_rng=dropout_rng, residual_indices=places, block_indices=places
+    )
     x = torch.ones(2, 7, 16)
     dropped = context.drop(x, 0.5, "site", first=0)
     assert torch.equal(dropped[:, 3:], context.drop(x[:, 3:], 0.5, "site", first=0))

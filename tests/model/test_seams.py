@@ -227,7 +227,7 @@ def test_a_full_cache_says_so():
     cache = KVCache(model.config, batch_size=2, max_length=12)
     with torch.inference_mode():
         model(ids(), cache=cache)
-        with pytest.raises(ValueError, match="12 places holds 11 tokens and cannot take 2 more"):
+        with pytest.raises(ValueError, match="for 12 tokens holds 11 tokens and cannot take 2 more"):
             model(ids(seq=2), cache=cache)
         model(ids(seq=1), cache=cache)
     assert cache.lengths == [12, 12]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cordee.model import specs
-from cordee.model.bound import Binding, BoundAttention, BoundStep, require_known, require_plain
+from cordee.model.bound import Binding, BoundAttention, DecodeStep, require_known, require_plain
 from cordee.model.config import AttentionConfig, ModelConfig, QKNormConfig
 from cordee.model.inputs import Context
 from cordee.model.linear import Linear
@@ -90,10 +90,10 @@ class Attention(SpecifiedModule[GroupedPlacement]):
         qkv, out = self.qkv.bind(binding), self.out.bind_onto(binding)
 
         def core(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
-            visible = None if mask.is_plain() else mask.dense(q.device)
-            return F.scaled_dot_product_attention(q, k, v, visible, scale=scale)
+            bias = None if mask.is_plain() else mask.bias(None, q.dtype, q.device)  # a bool mask is converted anew
+            return F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
 
-        def attend(residual: Tensor, x: Tensor, now: BoundStep) -> Tensor:
+        def attend(residual: Tensor, x: Tensor, now: DecodeStep) -> Tensor:
             y = qkv(x).view(-1, groups, heads + 2, dim)
             if rotation is not None:
                 cos, sin = now.angles[rotation]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,7 +12,7 @@ from cordee.model.config import ModelConfig
 from cordee.model.low_rank import Projection
 from cordee.model.placement import Placement, View, unchanged
 from cordee.model.specs import table
-from cordee.ops.cross_entropy import IGNORED, VocabularyPart, adjusted, chunked_cross_entropy, chunked_token_losses
+from cordee.ops.cross_entropy import IGNORED, VocabularyPart, adjusted, chunked_cross_entropy
 from cordee.ops.gemm import linear
 
 
@@ -47,15 +48,7 @@ class Head(Projection[HeadPlacement]):
         hidden `[batch, seq, embed]`; labels int64 `[batch, seq]`: the token that follows each place, -100 where none
         counts. The logits of the whole batch never exist together.
         """
-        hidden = self.placement.enter(hidden)
-        total = chunked_cross_entropy(
-            hidden.flatten(0, 1),
-            self._rows(),
-            labels.flatten(),
-            scale=self.scale,
-            softcap=self.softcap,
-            part=self.placement.vocabulary,
-        )
+        total = self._cross_entropy(hidden, labels, "sum")
         return total, (labels != IGNORED).sum()
 
     def token_logprobs(self, hidden: Tensor, labels: Tensor) -> Tensor:
@@ -63,15 +56,18 @@ class Head(Projection[HeadPlacement]):
 
         hidden and labels as of `loss`; differentiable once. The logits of the whole batch never exist together.
         """
-        losses = chunked_token_losses(
+        return -self._cross_entropy(hidden, labels, "none").view_as(labels)
+
+    def _cross_entropy(self, hidden: Tensor, labels: Tensor, reduction: Literal["sum", "none"]) -> Tensor:
+        return chunked_cross_entropy(
             self.placement.enter(hidden).flatten(0, 1),
             self._rows(),
             labels.flatten(),
+            reduction=reduction,
             scale=self.scale,
             softcap=self.softcap,
             part=self.placement.vocabulary,
         )
-        return -losses.view_as(labels)
 
     def _rows(self) -> Tensor:
         weight = self.local("weight")

@@ -64,22 +64,24 @@ class AttentionMask:
 
     def bias(
         self,
-        slopes: tuple[float, ...],
+        slopes: tuple[float, ...] | None,
         dtype: torch.dtype,
         device: torch.device,
         window: int | None = None,
         chunk: int | None = None,
     ) -> Tensor:
-        """What is added to scores, of the shape of `dense` for every head: -slope * distance, or -inf if hidden.
+        """A term of the scores, of the shape of `dense` for every head: -slope * distance, or -inf if hidden.
 
-        One slope a head. Made once for each reach.
+        One slope a head; None: 0 for all heads. Made once for each reach.
         """
         key = (slopes, dtype, *self._reach(window, chunk))
         if key not in self._rendered:
-            distance = F.pad(self._distance(device).float(), (self.num_prefix, 0))[:, None]
-            falling = distance * -torch.tensor(slopes, device=device)[:, None, None]
             hidden = ~self.dense(device, window, chunk)
-            self._rendered[key] = falling.to(dtype).masked_fill(hidden, float("-inf"))
+            term = torch.zeros_like(hidden, dtype=dtype)
+            if slopes is not None:
+                distance = F.pad(self._distance(device).float(), (self.num_prefix, 0))[:, None]
+                term = (distance * -torch.tensor(slopes, device=device)[:, None, None]).to(dtype)
+            self._rendered[key] = term.masked_fill(hidden, float("-inf"))
         return self._rendered[key]
 
     def _reach(self, window: int | None, chunk: int | None) -> tuple[int | None, int | None]:
