@@ -98,14 +98,14 @@ class Attention(SpecifiedModule[GroupedPlacement]):
             if rotation is not None:
                 cos, sin = now.angles[rotation]
                 y = torch.addcmul(y * cos, y.roll(half, -1), sin).to(y.dtype)
-            # The heads of a group share its keys, as queries at several places would: [batch, groups, heads, head_dim].
+            # The heads of a group share its keys, as several queries would: [batch, groups, heads, head_dim].
             q, k, v = y.narrow(2, 0, heads), y.narrow(2, heads, 1), y.narrow(2, heads + 1, 1)
             return out(now.cache.attend(index, q, k, v, now.step, core).flatten(1), residual)
 
         return attend
 
     def _project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
-        """q `[batch, heads, seq, head_dim]`; k and v `[batch, kv_heads, seq, head_dim]`, turned by their positions."""
+        """q `[batch, heads, seq, head_dim]`; k and v `[batch, kv_heads, seq, head_dim]`, rotated by their positions."""
         dim = self.config.head_dim
         # [batch, seq, groups, slots, head_dim]
         qkv = self.qkv(x, drop=context.drop).unflatten(-1, (-1, self.placement.slots, dim))
@@ -123,12 +123,12 @@ class Attention(SpecifiedModule[GroupedPlacement]):
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def _rotate(self, x: Tensor, context: Context) -> Tensor:
-        """x `[batch, seq, groups, slots, head_dim]`, turned by its positions."""
+        """x `[batch, seq, groups, slots, head_dim]`, rotated by its positions."""
         rope = self.config.rope
         return x if rope is None else rotate(x, *context.positions.angles(rope, self.config.head_dim))
 
     def _normed(self, qk: Tensor, config: QKNormConfig, context: Context) -> tuple[Tensor, Tensor]:
-        """q `[batch, seq, groups, slots, head_dim]` and k `[batch, seq, groups, head_dim]`, normed and turned."""
+        """q `[batch, seq, groups, slots, head_dim]` and k `[batch, seq, groups, head_dim]`, normed and rotated."""
         if config.after_rope:
             qk = self._rotate(qk, context)
         q, k = qk[..., :-1, :], qk[..., -1:, :]

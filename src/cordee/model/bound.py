@@ -23,7 +23,7 @@ from cordee.model.config import RopeConfig
 from cordee.model.rotary import Positions, depends_on_length
 
 BoundNorm = Callable[[Tensor], Tensor]  # [batch, embed] to the same
-BoundMLP = Callable[[Tensor, Tensor], Tensor]  # residual and x to their sum with what the block makes of x
+BoundMLP = Callable[[Tensor, Tensor], Tensor]  # residual and x to residual + block(x)
 
 
 class Unsupported(Exception):

@@ -104,7 +104,7 @@ class Cache(ABC):
 
     @abstractmethod
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor | None, step: CacheStep, core: Core) -> Tensor:
-        """`append`, and what `core` makes of q `[batch, heads, num_tokens, key_dim]` and all that the rows hold."""
+        """`append`, then `core` of q `[batch, heads, num_tokens, key_dim]` over all that the rows hold."""
 
     def extend(self, num_tokens: int, real: Tensor | None, device: torch.device) -> CacheStep:
         """Begin a forward of so many tokens a row; `real` `[batch, num_tokens]` is 0 at padding (None: there is none).

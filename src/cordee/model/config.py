@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from cordee.errors import Problem, raise_all
+from cordee.errors import Problem, at_most, raise_all
 
 # Far above any model there is. What is larger is a slip or a damaged file, and would fill the memory with lists of
 # layers and tensors long before anything else is found to be wrong.
 MAX_LAYERS = 10_000
 MAX_EXPERTS = 1_000_000  # of all layers together
 MAX_WIDTH = 2**24  # channels of the residual stream, inside an MLP, and of all heads together
+LARGEST, CORRECT = "the size of any model", "correct the model's description"
 MAX_TOKENS = 2**31 - 1  # of a vocabulary or a sequence: ids and positions are int32 where they are stored
 
 
@@ -60,7 +61,7 @@ class QwenNTKScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class YarnScaling:
-    """Frequencies blended between kept and stretched by their number of turns (Peng et al. 2023).
+    """Frequencies blended between kept and stretched by their number of rotations (Peng et al. 2023).
 
     `attention_factor` multiplies cos and sin. `truncate` rounds the borders of the blend to whole dims.
     """
@@ -98,7 +99,7 @@ RopeScaling = LinearScaling | DynamicNTKScaling | QwenNTKScaling | YarnScaling |
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """Rotary positions (Su et al. 2021) on halves: of the first `rotary_dim` dims (None: all), j turns with j + half.
+    """Rotary positions (Su et al. 2021) on halves: dims j and j + half of the first `rotary_dim` (None: all).
 
     Families whose files pair neighbouring dims are brought into this order by their weight rules.
     """
@@ -264,7 +265,7 @@ class CapacityConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig:
-    """A mixture of experts, each an MLP, beside `shared` experts that see every token.
+    """Mixture of experts (MoE), each an MLP, beside `shared` experts that see every token.
 
     `weight_input`: the router's weight multiplies the expert's input instead of its output (Llama 4). `shared_gate`:
     the shared output is multiplied by a learned sigmoid (Qwen2-MoE).
@@ -302,7 +303,7 @@ class LowRankConfig:
 
 
 class Slice(NamedTuple):
-    """Of the output of a fused projection, places `start` to `stop` along a dim, which have an axis of their own."""
+    """A part of a fused projection's output: indices `start` to `stop` of a dim, with an axis of their own."""
 
     dim: int
     start: int
@@ -334,11 +335,6 @@ def _projections(layer: LayerConfig) -> Iterator[str]:
             yield from (f"{path}.gate_up" if part.gated else f"{path}.up", f"{path}.down")
     if isinstance(mlp, MoEConfig) and mlp.shared_gate:
         yield "mlp.shared_gate"
-
-
-def too_large(option: str, size: int, limit: int) -> Problem:
-    """What to say of a size above its limit."""
-    return Problem(option, size, f"no model is so large: the limit is {limit:,}", "correct the model's description")
 
 
 # ---- layers and model ------------------------------------------------------------------------------------------------
@@ -387,7 +383,7 @@ class ModelConfig:
     num_prefix_tokens: int = 0  # learned keys and values in every layer, which every query sees (Li & Liang 2021)
 
     def __post_init__(self) -> None:
-        raise_all(too_large(name, size, limit) for name, size, limit in self._sizes() if size > limit)
+        raise_all(problem for sizes in self._sizes() for problem in at_most(*sizes, LARGEST, instead=CORRECT))
         raise_all(self._adapter_problems())
 
     def _adapter_problems(self) -> Iterator[Problem]:
@@ -430,10 +426,10 @@ class ModelConfig:
         yield "hidden_size", self.hidden_size, MAX_WIDTH
         yield "max_position_embeddings", self.max_position_embeddings, MAX_TOKENS
         yield "num_layers", len(self.layers), MAX_LAYERS
-        mixtures = [layer.mlp for layer in self.layers if isinstance(layer.mlp, MoEConfig)]
-        yield "num_experts of all layers", sum(mlp.router.num_experts for mlp in mixtures), MAX_EXPERTS
+        moes = [layer.mlp for layer in self.layers if isinstance(layer.mlp, MoEConfig)]
+        yield "num_experts of all layers", sum(mlp.router.num_experts for mlp in moes), MAX_EXPERTS
         dense = [layer.mlp for layer in self.layers if isinstance(layer.mlp, MLPConfig)]
-        widths = (mlp.ffn_hidden_size for mlp in (*dense, *(mixture.expert for mixture in mixtures)))
+        widths = (mlp.ffn_hidden_size for mlp in (*dense, *(moe.expert for moe in moes)))
         yield "ffn_hidden_size", max(widths, default=0), MAX_WIDTH
         heads = (layer.attention.num_heads * layer.attention.key_dim for layer in self.layers)
         yield "num_attention_heads x kv_channels", max(heads, default=0), MAX_WIDTH

@@ -45,7 +45,7 @@ class Head(Projection[HeadPlacement]):
     def loss(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Sum of the cross entropy over tokens and how many tokens that is (float32 and int64 scalars).
 
-        hidden `[batch, seq, embed]`; labels int64 `[batch, seq]`: the token that follows each place, -100 where none
+        hidden `[batch, seq, embed]`; labels int64 `[batch, seq]`: the token that follows each position, -100 where none
         counts. The logits of the whole batch never exist together.
         """
         total = self._cross_entropy(hidden, labels, "sum")

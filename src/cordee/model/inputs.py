@@ -25,7 +25,7 @@ from cordee.ops.mask import AttentionMask
 class Context:
     """What all layers of one forward share: positions, mask, in generation the cache, in training router losses.
 
-    `mask` is over the tokens of this forward; what they see of those in the cache is the cache's to say.
+    `mask` is over the tokens of this forward; the cache masks those that it holds.
     """
 
     positions: Positions
@@ -110,9 +110,9 @@ class Inputs:
         training: bool,
         placement: ModelPlacement,
     ) -> tuple[Tensor, Context]:
-        """What the layers are to compute, and with what.
+        """The inputs of the layers and their context.
 
-        These are the inputs, with all that the cache holds before them if that has become worthless.
+        All tokens of the cache come before the inputs if its keys are no longer valid.
         """
         real = None if attention_mask is None else attention_mask != 0
         step = None
@@ -151,9 +151,9 @@ class Inputs:
         position_ids: Tensor | None,
         segments: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """What is given, after all that the cache holds where that has become worthless: it is then empty.
+        """The arguments, with all tokens of the cache before them if its keys are no longer valid; it is then empty.
 
-        That is so where a row becomes so long that rotary frequencies change, and with them all hidden states.
+        Keys are invalid once a row is so long that rotary frequencies change, and with them all hidden states.
         """
         given = inputs, real, position_ids, segments
         if self._changing_ropes and inputs.is_floating_point():

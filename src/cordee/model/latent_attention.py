@@ -92,7 +92,7 @@ class LatentAttention(SpecifiedModule[AttentionPlacement]):
         return self.kv_norm(latent), self._rotate(k_rope[:, :, None], context)[:, :, 0]
 
     def _rotate(self, x: Tensor, context: Context) -> Tensor:
-        """x `[batch, seq, heads, rope_head_dim]`, turned by its positions."""
+        """x `[batch, seq, heads, rope_head_dim]`, rotated by its positions."""
         cos, sin = context.positions.angles(self.config.rope, self.config.rope_head_dim)
         return rotate(x, cos.squeeze(3), sin.squeeze(3))
 

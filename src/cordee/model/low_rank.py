@@ -52,10 +52,10 @@ class LowRank(SpecifiedModule[Placement]):
         _, (*_, first) = local_shard(self.a)
         return drop(x, self.config.dropout, self.site, first=first)
 
-    def place(self, whole: Tensor, part: Tensor) -> None:
-        """Add scale * part `[..., out of the slice]` to the slice's place in `[..., *out_shape]`."""
-        place = whole[(..., *self.region)]
-        place.add_(part.view_as(place), alpha=self.config.scale)
+    def add_to(self, whole: Tensor, part: Tensor) -> None:
+        """Add scale * part `[..., out of the slice]` to the slice of `whole` `[..., *out_shape]`."""
+        region = whole[(..., *self.region)]
+        region.add_(part.view_as(region), alpha=self.config.scale)
 
     def extra_repr(self) -> str:
         return f"rank={self.config.rank}, scale={self.config.scale}"
@@ -82,7 +82,7 @@ class Projection(SpecifiedModule[P], Generic[P]):
         return [] if self.adapters is None else [each for each in self.adapters.values() if isinstance(each, LowRank)]
 
     def with_adapters(self, y: Tensor, x: Tensor, multiply: Multiply, drop: Drop | None = None) -> Tensor:
-        """y `[..., out]`, the product with x `[..., in]`, and what adapters make of x; `multiply` is by a matrix."""
+        """y `[..., out]`, the product with x `[..., in]`, plus the adapters of x; `multiply` is by a matrix."""
         if self.adapters is None:
             return y
         delta = torch.zeros_like(y)
@@ -90,7 +90,7 @@ class Projection(SpecifiedModule[P], Generic[P]):
         whole = delta.unflatten(-1, out)
         for adapter in self.low_ranks():
             a, b = adapter.factors()
-            adapter.place(whole, multiply(multiply(adapter.dropped(x, drop), a), b))
+            adapter.add_to(whole, multiply(multiply(adapter.dropped(x, drop), a), b))
         return y + delta
 
     def extra_repr(self) -> str:
@@ -104,7 +104,7 @@ class Projection(SpecifiedModule[P], Generic[P]):
         delta = torch.zeros_like(weight)
         for adapter in self.low_ranks():
             a, b = adapter.factors()
-            adapter.place(delta.movedim(-1, 0), a.t() @ b.t())
+            adapter.add_to(delta.movedim(-1, 0), a.t() @ b.t())
         return weight + delta
 
 

@@ -1,4 +1,4 @@
-"""Mixtures of experts: each token goes through a few of many MLPs.
+"""Mixture of experts (MoE): each token goes through a few of many MLPs.
 
 Owns the block, its experts and the local dispatch. Where experts live is decided by what replaces `MoE.dispatch`.
 """
@@ -120,10 +120,10 @@ class Rows:
     def sorted(
         experts: Tensor, weights: Tensor, num_experts: int, *, complete: bool, rows_per_expert: int | None
     ) -> Rows:
-        """The rows of `num_experts` experts; `experts` `[tokens, top_k]` says who is chosen, `num_experts` for nobody.
+        """The rows of `num_experts` experts; `experts` `[tokens, top_k]` are the chosen ones, `num_experts` for none.
 
         `complete`: that does not occur. No loop; the host waits for the device only for routes without an expert whose
-        places are not kept by padding every expert to `rows_per_expert`.
+        number is not fixed by padding every expert to `rows_per_expert`.
         """
         top_k = experts.shape[1]
         experts, weights = experts.flatten(), weights.flatten()
@@ -137,11 +137,11 @@ class Rows:
             order = order[: int(counts[:-1].sum())]
         return Rows(order // top_k, weights.index_select(0, order), counts[:-1])
 
-    def inputs(self, x: Tensor) -> Tensor:
+    def permute(self, x: Tensor) -> Tensor:
         """The tokens of `[tokens, embed]` that go in, `[rows, embed]`."""
         return x.index_select(0, self.token.clamp(max=len(x) - 1))
 
-    def add_up(self, y: Tensor, tokens: int) -> Tensor:
+    def unpermute(self, y: Tensor, tokens: int) -> Tensor:
         """The sum for each of `tokens` of the results `[rows, embed]`, `[tokens, embed]`."""
         # Padding goes to a row of its own.
         return y.new_zeros(tokens + 1, y.shape[1]).index_add(0, self.token, y)[:-1]
@@ -155,21 +155,21 @@ def kept_experts(routing: Routing) -> Tensor:
 
 
 def _padded(order: Tensor, experts: Tensor, counts: Tensor, rows_per_expert: int) -> Tensor:
-    """Each expert's routes on the first of its `rows_per_expert` places, the number of all routes on the others.
+    """Each expert's routes in the first of its `rows_per_expert` rows, the number of all routes in the others.
 
     `experts` are those of the routes in `order`, sorted; the last of `counts` is of dropped routes.
     """
     end = (len(counts) - 1) * rows_per_expert
-    places = experts * rows_per_expert + rank_in_group(experts, counts)
+    rows = experts * rows_per_expert + rank_in_group(experts, counts)
     padded = order.new_full((end + 1,), len(order))
-    # The dropped meet on one place past the end, which is cut off.
-    return padded.scatter_(0, places.clamp(max=end), order)[:-1]
+    # Dropped routes go to one row past the end, which is cut off.
+    return padded.scatter_(0, rows.clamp(max=end), order)[:-1]
 
 
 def local_dispatch(x: Tensor, routing: Routing, experts: Experts) -> Tensor:
-    """Sum over its experts of what they make of each token of `[tokens, embed]`, all experts in one grouped product."""
+    """The sum of each token's experts, `[tokens, embed]` to the same, all experts in one grouped product."""
     rows = Rows.of(routing)
-    return rows.add_up(experts(rows.inputs(x), rows.weights, rows.counts), len(x))
+    return rows.unpermute(experts(rows.permute(x), rows.weights, rows.counts), len(x))
 
 
 def loop_dispatch(x: Tensor, routing: Routing, experts: Experts) -> Tensor:

@@ -83,7 +83,7 @@ def chunked_cross_entropy(
 
     With `reduction` "none" the loss of every token, float32 `[tokens]`, 0 where the label is -100. `chunk_size` is in
     tokens. The result can be differentiated once. With a `part`, `weight` are its rows only, and the gradient of
-    `hidden` is what comes through them: it has to be added up over all parts.
+    `hidden` is what comes through them: it has to be summed over all parts.
     """
     how = chunk_size or _chunk_size(weight, part), scale, softcap, part
     if reduction == "none":
@@ -178,7 +178,7 @@ def _walk(
         rows = hidden[chunk]
 
         def weighted(x: Tensor, chunk: slice = chunk) -> Tensor:
-            # What does not count is left out of small tensors and spared the large one. It is selected rather than
+            # Ignored labels are masked in the small tensors, not in the large one. They are selected rather than
             # indexed, which would make the host wait for an accelerator.
             return (x if factors is None else (x * factors[chunk]).to(x.dtype)).where(counted[chunk], 0.0)
 
@@ -219,7 +219,7 @@ def _losses_and_logits_grad(logits: Tensor, target: Tensor, part: VocabularyPart
     largest = logits.amax(-1, keepdim=True)
     at_target = logits.gather(1, target)
     probability = torch.softmax(logits, -1, out=logits)
-    # The largest logit gives away what softmax divided by, and its probability cannot underflow.
+    # The largest logit yields the denominator of the softmax, and its probability cannot underflow.
     losses = largest - probability.amax(-1, keepdim=True).log_() - at_target
     probability.scatter_add_(1, target, torch.full_like(losses, -1.0))
     return losses, probability.to(dtype)

@@ -25,7 +25,7 @@ Build = Callable[[OptimizerOptions, Groups, bool], Optimizer]
 
 
 class Described(Protocol):
-    """What the description of a parameter says here."""
+    """The part of a `ParameterSpec` that is used here."""
 
     @property
     def decay(self) -> bool: ...
