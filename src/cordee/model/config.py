@@ -17,7 +17,6 @@ from cordee.errors import Problem, at_most, raise_all
 MAX_LAYERS = 10_000
 MAX_EXPERTS = 1_000_000  # of all layers together
 MAX_WIDTH = 2**24  # channels of the residual stream, inside an MLP, and of all heads together
-LARGEST, CORRECT = "the size of any model", "correct the model's description"
 MAX_TOKENS = 2**31 - 1  # of a vocabulary or a sequence: ids and positions are int32 where they are stored
 
 
@@ -383,7 +382,8 @@ class ModelConfig:
     num_prefix_tokens: int = 0  # learned keys and values in every layer, which every query sees (Li & Liang 2021)
 
     def __post_init__(self) -> None:
-        raise_all(problem for sizes in self._sizes() for problem in at_most(*sizes, LARGEST, instead=CORRECT))
+        fix = "correct the model's description"
+        raise_all(found for size in self._sizes() for found in at_most(*size, "the size of any model", instead=fix))
         raise_all(self._adapter_problems())
 
     def _adapter_problems(self) -> Iterator[Problem]:

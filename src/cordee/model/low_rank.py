@@ -21,9 +21,9 @@ Multiply = Callable[[Tensor, Tensor], Tensor]  # x `[..., in]` and W `[(expert,)
 
 
 class Drop(Protocol):
-    """Dropout in a training forward: of x `[batch, seq, channels]`, whose first channel is `first`, at `site`."""
+    """As `Context.drop` of `cordee.model.inputs`."""
 
-    def __call__(self, x: Tensor, rate: float, site: str, *, first: int) -> Tensor: ...
+    def __call__(self, x: Tensor, rate: float, /, *site: str | int, first: int = 0) -> Tensor: ...
 
 
 class LowRank(SpecifiedModule[Placement]):

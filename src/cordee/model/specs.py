@@ -84,9 +84,11 @@ def model_specs(config: ModelConfig) -> Specs:
 
 
 def layer_specs(layer: LayerConfig, model: ModelConfig) -> Specs:
-    latent = isinstance(layer.attention, LatentAttentionConfig)
-    attention = latent_attention(layer.attention, model) if latent else grouped_attention(layer.attention, model)
-    feed_forward = moe(layer.mlp, model) if isinstance(layer.mlp, MoEConfig) else mlp(layer.mlp, model)
+    of_attention, of_mlp = layer.attention, layer.mlp
+    if isinstance(of_attention, LatentAttentionConfig):
+        attention = latent_attention(of_attention, model)
+    else:
+        attention = grouped_attention(of_attention, model)
     pre = norm(layer.norm, model.hidden_size)
     post = pre if layer.norm_placement == "sandwich" else {}
     return _parts(
@@ -94,7 +96,7 @@ def layer_specs(layer: LayerConfig, model: ModelConfig) -> Specs:
         attention=attention,
         attention_post_norm=post,
         mlp_norm=pre,
-        mlp=feed_forward,
+        mlp=moe(of_mlp, model) if isinstance(of_mlp, MoEConfig) else mlp(of_mlp, model),
         mlp_post_norm=post,
     )
 
