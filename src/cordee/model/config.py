@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from cordee.errors import Problem, at_most, raise_all
+from cordee.errors import Problem, raise_all
 
 # Far above any model there is. What is larger is a slip or a damaged file, and would fill the memory with lists of
 # layers and tensors long before anything else is found to be wrong.
@@ -336,6 +336,12 @@ def _projections(layer: LayerConfig) -> Iterator[str]:
         yield "mlp.shared_gate"
 
 
+def too_large(option: str, size: int, limit: int) -> Problem:
+    """The problem of a size above its limit."""
+    why, fix = f"no model is so large: the limit is {limit:,}", "correct the model's description"
+    return Problem(option, size, why, fix, "at most", limit=limit)
+
+
 # ---- layers and model ------------------------------------------------------------------------------------------------
 
 
@@ -382,8 +388,7 @@ class ModelConfig:
     num_prefix_tokens: int = 0  # learned keys and values in every layer, which every query sees (Li & Liang 2021)
 
     def __post_init__(self) -> None:
-        fix = "correct the model's description"
-        raise_all(found for size in self._sizes() for found in at_most(*size, "the size of any model", instead=fix))
+        raise_all(too_large(name, size, limit) for name, size, limit in self._sizes() if size > limit)
         raise_all(self._adapter_problems())
 
     def _adapter_problems(self) -> Iterator[Problem]:
