@@ -100,7 +100,7 @@ class Attention(SpecifiedModule[GroupedPlacement]):
                 y = torch.addcmul(y * cos, y.roll(half, -1), sin).to(y.dtype)
             # The heads of a group share its keys, as several queries would: [batch, groups, heads, head_dim].
             q, k, v = y.narrow(2, 0, heads), y.narrow(2, heads, 1), y.narrow(2, heads + 1, 1)
-            return out(now.cache.attend(index, q, k, v, now.step, core).flatten(1), residual)
+            return out(now.step.cache.attend(index, q, k, v, now.step, core).flatten(1), residual)
 
         return attend
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cordee.model.cache import Cache, CacheStep
+from cordee.model.cache import CacheStep
 from cordee.model.config import RopeConfig
 from cordee.model.rotary import Positions, depends_on_length
 
@@ -34,7 +34,6 @@ class Unsupported(Exception):
 class DecodeStep:
     """What all layers of one step share; `angles` are cos and sin of every `Binding.rotation`."""
 
-    cache: Cache
     step: CacheStep
     angles: list[tuple[Tensor, Tensor]]
 
@@ -74,9 +73,9 @@ class Binding:
         sin = torch.cat((-half_sin, half_sin), -1).expand(-1, heads + 1, -1)
         return F.pad(cos, (0, 0, 0, 1), value=1.0)[:, None], F.pad(sin, (0, 0, 0, 1))[:, None]
 
-    def step(self, cache: Cache, step: CacheStep) -> DecodeStep:
+    def step(self, step: CacheStep) -> DecodeStep:
         at = row_index(step)
-        return DecodeStep(cache, step, [(cos[at], sin[at]) for cos, sin in self._tables])
+        return DecodeStep(step, [(cos[at], sin[at]) for cos, sin in self._tables])
 
 
 def row_index(step: CacheStep) -> slice | Tensor:

@@ -29,6 +29,7 @@ class CacheStep:
     """
 
     def __init__(self, cache: Cache, num_tokens: int, real: Tensor | None, device: torch.device):
+        self.cache = cache
         self.lengths = cache.lengths
         self.num_tokens = num_tokens
         self.counts: list[int] = [num_tokens] * len(self.lengths) if real is None else real.sum(1).tolist()
@@ -37,7 +38,6 @@ class CacheStep:
         self.is_first = not any(self.lengths)  # no row holds anything yet
         self.alike = self.real is None and min(self.lengths) == max(self.lengths)  # all rows take the same indices
         self.device = device
-        self._notes = cache.notes
 
     @cached_property
     def indices(self) -> Tensor:
@@ -68,9 +68,9 @@ class CacheStep:
 
         None: all that are filled, in order.
         """
-        noted = {}
-        for name in self._notes.keys() & {"segments", "positions"}:
-            note = self._notes[name]
+        noted, notes = {}, self.cache.notes
+        for name in notes.keys() & {"segments", "positions"}:
+            note = notes[name]
             noted[f"query_{name}"] = _at(note, self.indices)
             noted[f"key_{name}"] = note[:, : self.filled] if keys is None else _at(note, keys)
         if keys is None:

@@ -146,7 +146,7 @@ class GPTModel(nn.Module):
         final_norm, head = self.final_norm.bind(), self.head
 
         def step(tokens: Tensor, cache: Cache) -> Tensor:
-            now = binding.step(cache, cache.extend(1, None, tokens.device))
+            now = binding.step(cache.extend(1, None, tokens.device))
             x = F.embedding(tokens, table)  # [batch, embed]
             if positions is not None:
                 x = x + positions[row_index(now.step)]

@@ -30,8 +30,7 @@ class Context:
 
     positions: Positions
     mask: AttentionMask
-    cache: Cache | None = None
-    step: CacheStep | None = None  # of this forward's tokens, with a cache
+    step: CacheStep | None = None  # with a cache: these tokens in it
     balance: Balance | None = None
     dropout_rng: DropoutRNG | None = None
     residual_indices: Tensor | None = None  # with dropout, int64 [1, seq]: which tokens of a sequence are here between
@@ -44,10 +43,11 @@ class Context:
 
     def attend(self, layer: int, core: AttentionCore, q: Tensor, k: Tensor, v: Tensor | None, scores: Scores) -> Tensor:
         """Attention of `core`, over the tokens of this forward and those in the cache; v None: k is the values too."""
-        if self.cache is not None and self.step is not None and not self.step.is_first:
-            return self.cache.attend(layer, q, k, v, self.step, lambda q, k, v, mask: core(q, k, v, mask, scores))
-        if self.cache is not None and self.step is not None:
-            self.cache.append(layer, k, v, self.step)
+        step = self.step
+        if step is not None and not step.is_first:
+            return step.cache.attend(layer, q, k, v, step, lambda q, k, v, mask: core(q, k, v, mask, scores))
+        if step is not None:
+            step.cache.append(layer, k, v, step)
         return core(q, k, k if v is None else v, self.mask, scores)
 
     def dropout(self, rate: float, *site: str | int, first_head: int = 0) -> Dropout | None:
@@ -141,7 +141,7 @@ class Inputs:
         else:
             dropout_rng = None
         positions = Positions(position_ids, training, placement.longest)
-        return inputs, Context(positions, mask, cache, step, balance, dropout_rng, residual_indices, block_indices)
+        return inputs, Context(positions, mask, step, balance, dropout_rng, residual_indices, block_indices)
 
     def _with_cached(
         self,

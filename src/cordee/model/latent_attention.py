@@ -65,7 +65,7 @@ class LatentAttention(SpecifiedModule[AttentionPlacement]):
         """`[batch, heads, seq, v_head_dim]`."""
         scores = self.placement.scores_of(context, self.dropout, self.index)
         prefix = self.local("prefix")
-        if context.cache is None and prefix is None:
+        if context.step is None and prefix is None:
             return self._expanded(q, latent, k_rope, context.mask, scores, context.drop)
         stored = torch.cat((latent, k_rope), -1)[:, None]  # [batch, 1, seq, latent + rope]
         prefix = None if prefix is None else prefix[None, None]
