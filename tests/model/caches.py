@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cordee.model.cache import Cache, Core, KVCache, Step, kept_shape
+from cordee.model.cache import Cache, CacheStep, Core, KVCache, kept_shape
 from cordee.model.config import ModelConfig
 
 PAGE = 4
@@ -24,7 +24,7 @@ class PagedCache(Cache):
         self.keys = [torch.full((num_pages, heads, PAGE, dim), float("nan")) for heads, dim, _ in shapes]
         self.values = [torch.full((num_pages, heads, PAGE, dim), float("nan")) for heads, _, dim in shapes]
 
-    def extend(self, num_tokens: int, real: Tensor | None, device: torch.device) -> Step:
+    def extend(self, num_tokens: int, real: Tensor | None, device: torch.device) -> CacheStep:
         step = super().extend(num_tokens, real, device)
         for row, table in enumerate(self.tables):
             if step.counts[row] and table and step.lengths[row] % PAGE:
@@ -33,14 +33,14 @@ class PagedCache(Cache):
                 table.append(self._take())
         return step
 
-    def append(self, layer: int, k: Tensor, v: Tensor | None, step: Step) -> None:
+    def append(self, layer: int, k: Tensor, v: Tensor | None, step: CacheStep) -> None:
         rows, columns, places = step.kept
         pages = self._table()[rows, places // PAGE]
         self.keys[layer][pages, :, places % PAGE] = k[rows, :, columns]
         if v is not None:
             self.values[layer][pages, :, places % PAGE] = v[rows, :, columns]
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor | None, step: Step, core: Core) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor | None, step: CacheStep, core: Core) -> Tensor:
         self.append(layer, k, v, step)
         keys = self._read(self.keys[layer], step)
         return core(q, keys, keys if v is None else self._read(self.values[layer], step), step.mask)
@@ -77,7 +77,7 @@ class PagedCache(Cache):
         longest = max(map(len, self.tables))
         return torch.tensor([table + [0] * (longest - len(table)) for table in self.tables])
 
-    def _read(self, pool: Tensor, step: Step) -> Tensor:
+    def _read(self, pool: Tensor, step: CacheStep) -> Tensor:
         x = pool[self._table()].transpose(1, 2).flatten(2, 3)[:, :, : step.filled]  # [batch, heads, filled, dim]
         lengths = torch.tensor(self.lengths)[:, None, None, None]
         return x.masked_fill(torch.arange(step.filled)[:, None] >= lengths, 0.0)  # a core may weigh by zero, not skip
@@ -117,7 +117,7 @@ class WindowCache(KVCache):
                 self.keys[layer] = self.keys[layer][:, :, :window].clone()
                 self.values[layer] = self.values[layer][:, :, :window].clone()
 
-    def append(self, layer: int, k: Tensor, v: Tensor | None, step: Step) -> None:
+    def append(self, layer: int, k: Tensor, v: Tensor | None, step: CacheStep) -> None:
         window = self.windows[layer]
         if window is None:
             super().append(layer, k, v, step)
@@ -131,7 +131,7 @@ class WindowCache(KVCache):
         self.keys[layer][rows, :, slots] = k[rows, :, columns]
         self.values[layer][rows, :, slots] = v[rows, :, columns]
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor | None, step: Step, core: Core) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor | None, step: CacheStep, core: Core) -> Tensor:
         window = self.windows[layer]
         if window is None:
             return super().attend(layer, q, k, v, step, core)
@@ -140,7 +140,7 @@ class WindowCache(KVCache):
         slots = torch.arange(self.keys[layer].shape[2])
         held = lengths - 1 - (lengths - 1 - slots) % window  # the last place before this step that a slot had
         hidden = self.max_length  # a place that no query reaches
-        new = step.places.expand(len(k), -1)
+        new = step.indices.expand(len(k), -1)
         if step.real is not None:
             new = new.masked_fill(~step.real, hidden)
         places = torch.cat((held.masked_fill(held < 0, hidden), new), 1)

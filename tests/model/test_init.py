@@ -12,7 +12,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from cordee.model import init
 from cordee.model.init import fill, initialise, stream_key
-from cordee.model.parameter import ParameterSpec, local_shard
+from cordee.model.parameter import local_shard
+from cordee.model.specs import ParameterSpec
 from tests.model import tiny
 
 SHAPES = [(60, 24), (2, 30, 24), (3, 5, 8, 24), (97,), (1, 7, 5), (13, 1)]

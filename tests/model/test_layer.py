@@ -9,8 +9,8 @@ from torch import Tensor
 from cordee.model.config import MLPConfig, NormConfig
 from cordee.model.inputs import Context
 from cordee.model.layer import Layer
-from cordee.model.noise import Noise
 from cordee.model.rotary import Positions
+from cordee.ops.dropout import DropoutRNG
 from cordee.ops.mask import AttentionMask
 from tests.model import tiny
 
@@ -76,7 +76,12 @@ def test_dropout_comes_before_the_scale_and_in_training_only():
     x = torch.randn(2, SEQ, 24)
     assert torch.equal(layer(x, context), layer(x, context))
     first, other = (
-        Context(Positions(places), AttentionMask(SEQ, SEQ), noise=Noise(seed, torch.arange(2)), places=places)
+        Context(
+            Positions(places),
+            AttentionMask(SEQ, SEQ),
+            dropout_rng=DropoutRNG(seed, torch.arange(2)),
+            residual_indices=places,
+        )
         for seed in (1, 2)
     )
     assert torch.equal(layer(x, first), layer(x, first))

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from cordee.errors import ProblemError
-from cordee.families.count import adapter_shapes, canonical_shapes, count_parameters
+from cordee.families.count import canonical_shapes, count_parameters, shapes_of
 from cordee.families.registry import spec_from_hf
 from cordee.generate.decoder import CachedDecoder, unsupported_reason
 from cordee.model.config import LowRankConfig, ModelConfig
@@ -22,10 +22,10 @@ from cordee.model.init import initialise
 from cordee.model.inputs import Context
 from cordee.model.latent_attention import LatentAttention
 from cordee.model.moe import MoE, loop_dispatch
-from cordee.model.noise import Noise
 from cordee.model.parameter import of_origins, train_only
 from cordee.model.rotary import Positions
 from cordee.ops.attention import Scores
+from cordee.ops.dropout import DropoutRNG
 from cordee.ops.mask import AttentionMask
 from cordee.weights import hf
 from cordee.weights.load import load_into, save_from
@@ -301,8 +301,10 @@ def test_every_document_and_padding_see_the_prefix():
 def test_dropout_of_tokens_is_the_same_behind_a_prefix():
     """The expansion of latent attention runs over a prefix too."""
     places = torch.arange(4)[None]
-    noise = Noise(0, torch.arange(2))
-    context = Context(Positions(places), AttentionMask(4, 4), noise=noise, places=places, inner_places=places)
+    dropout_rng = DropoutRNG(0, torch.arange(2))
+    context = Context(
+        Positions(places), AttentionMask(4, 4), dropout_rng=dropout_rng, residual_indices=places, block_indices=places
+    )
     x = torch.ones(2, 7, 16)
     dropped = context.drop(x, 0.5, "site", first=0)
     assert torch.equal(dropped[:, 3:], context.drop(x[:, 3:], 0.5, "site", first=0))
@@ -341,7 +343,7 @@ def test_tokens_one_by_one_are_tokens_at_once(config: ModelConfig):
 def test_shapes_are_known_without_a_model(config: ModelConfig):
     for prefixed in (config, replace(config, num_prefix_tokens=2), replace(config, tie_word_embeddings=True)):
         specs = GPTModel(prefixed, device="meta").parameter_specs()
-        for origin, shapes in (("base", canonical_shapes(prefixed)), ("adapter", adapter_shapes(prefixed))):
+        for origin, shapes in (("base", canonical_shapes(prefixed)), ("adapter", shapes_of(prefixed, "adapter"))):
             assert shapes == {name: spec.shape for name, spec in specs.items() if spec.origin == origin}
         assert count_parameters(prefixed) == sum(math.prod(spec.shape) for spec in specs.values())
         assert count_parameters(prefixed, {"base"}) == count_parameters(
@@ -401,7 +403,7 @@ def test_base_weights_come_from_a_source_and_go_to_files_alone(tmp_path):
     assert report.parameters == len(canonical_shapes(config))
     with pytest.raises(ProblemError) as raised:
         load_into(model, source)
-    assert {problem.option for problem in raised.value.problems} == adapter_shapes(config).keys()
+    assert {problem.option for problem in raised.value.problems} == shapes_of(config, "adapter").keys()
     with hf.write(tmp_path / "out", source.spec) as sink:
         save_from(model, sink, {"base"})
     before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("base", "out"))

@@ -13,8 +13,9 @@ from cordee.model.cache import KVCache
 from cordee.model.config import MLPConfig, NormConfig
 from cordee.model.gpt import GPTModel, Span
 from cordee.model.init import initialise
-from cordee.model.parameter import ParameterSpec, SpecifiedModule, parameter_specs
+from cordee.model.parameter import SpecifiedModule, parameter_specs
 from cordee.model.placement import Placement, before
+from cordee.model.specs import ParameterSpec
 from tests.model import tiny
 
 GPT2_LAYER = tiny.layer(
@@ -177,7 +178,7 @@ def test_a_parameter_without_description_is_noticed():
     class Forgetful(SpecifiedModule):
         def __init__(self):
             super().__init__(Placement())
-            self.declare("weight", ParameterSpec((2,), ("embed",)))
+            self.declare({"weight": ParameterSpec((2,), ("embed",))}, "weight")
             self.extra = torch.nn.Parameter(torch.zeros(1))
 
     with pytest.raises(AssertionError, match="extra"):
@@ -226,7 +227,7 @@ def test_a_full_cache_says_so():
     cache = KVCache(model.config, batch_size=2, max_length=12)
     with torch.inference_mode():
         model(ids(), cache=cache)
-        with pytest.raises(ValueError, match="12 places holds 11 tokens and cannot take 2 more"):
+        with pytest.raises(ValueError, match="for 12 tokens holds 11 tokens and cannot take 2 more"):
             model(ids(seq=2), cache=cache)
         model(ids(seq=1), cache=cache)
     assert cache.lengths == [12, 12]

@@ -9,7 +9,6 @@ from cordee.ops.cross_entropy import (
     IGNORED,
     adjusted,
     chunked_cross_entropy,
-    chunked_token_losses,
     reference_cross_entropy,
 )
 
@@ -101,20 +100,22 @@ def test_losses_of_single_tokens(adjustment, chunk_size: int | None):
     )
     (expected.sigmoid() * factors.double()).sum().backward()
     ours = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
-    losses = chunked_token_losses(*ours, labels, chunk_size, **adjustment)
+    losses = chunked_cross_entropy(*ours, labels, chunk_size, reduction="none", **adjustment)
     (losses.sigmoid() * factors).sum().backward()
     torch.testing.assert_close(losses.detach().double(), expected.detach(), rtol=1e-5, atol=1e-6)
     for got, right in zip(ours, exact, strict=True):
         torch.testing.assert_close(got.grad.double(), right.grad, rtol=1e-5, atol=1e-6)
     assert (ours[0].grad[labels == IGNORED] == 0).all()
     with torch.no_grad():
-        assert torch.equal(chunked_token_losses(hidden, weight, labels, chunk_size, **adjustment), losses)
+        assert torch.equal(
+            chunked_cross_entropy(hidden, weight, labels, chunk_size, reduction="none", **adjustment), losses
+        )
 
 
 def test_losses_of_single_tokens_in_low_precision():
     hidden, weight, labels = inputs(torch.bfloat16)
     weight.requires_grad_()
-    losses = chunked_token_losses(hidden, weight, labels, 4)
+    losses = chunked_cross_entropy(hidden, weight, labels, 4, reduction="none")
     factors = torch.linspace(-1.0, 1.0, len(labels))
     (losses * factors).sum().backward()
     assert losses.dtype == torch.float32 and weight.grad.dtype == torch.bfloat16

@@ -27,7 +27,7 @@ from cordee.model.config import (
 )
 from cordee.model.gpt import GPTModel
 from cordee.model.init import initialise
-from cordee.model.noise import Noise
+from cordee.ops.dropout import DropoutRNG
 from cordee.optim.build import build_optimizer, set_rates
 from cordee.optim.clip import global_norm, gradients
 from cordee.parallel import apply, collectives, context, data, laws, wrapper
@@ -178,7 +178,7 @@ def train(built: GPTModel, layout: Layout, config: TrainConfig, steps: int = 3) 
                 batch.input_ids,
                 position_ids=batch.position_ids,
                 balance=Balance(LENGTH / count),
-                noise=Noise(1, batch.samples),
+                dropout_rng=DropoutRNG(1, batch.samples),
                 output=lambda head, hidden, labels=batch.labels: head.loss(hidden, labels),
             )
             (loss / count).backward()

@@ -12,7 +12,7 @@ import torch
 from cordee.config.schema import TrainConfig
 from cordee.model.config import ModelConfig, QKNormConfig
 from cordee.model.shards import part_of
-from cordee.ops.cross_entropy import IGNORED, chunked_cross_entropy, chunked_token_losses, reference_cross_entropy
+from cordee.ops.cross_entropy import IGNORED, chunked_cross_entropy, reference_cross_entropy
 from cordee.parallel import laws, tensor
 from cordee.parallel.degrees import Degrees, degrees
 from cordee.parallel.layout import Layout
@@ -78,7 +78,7 @@ def vocabulary_parts(rank: int, world_size: int, softcap: float | None, scale: f
     with torch.no_grad():
         unlearned = chunked_cross_entropy(hidden, own, labels, 8, **given)
     single = [t.detach().clone().requires_grad_() for t in (hidden, own)]
-    losses = chunked_token_losses(*single, labels, 8, **given)
+    losses = chunked_cross_entropy(*single, labels, 8, reduction="none", **given)
     (losses.sum() * 3.0).backward()
     rows = part.lookup(torch.arange(23)[None], own)
     joined = part.join(hidden @ own.t())

@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cordee.model.bound import Binding, BoundAttention, BoundStep, require_known, require_plain
+from cordee.model import specs
+from cordee.model.bound import Binding, BoundAttention, DecodeStep, require_known, require_plain
 from cordee.model.config import AttentionConfig, ModelConfig, QKNormConfig
 from cordee.model.inputs import Context
-from cordee.model.linear import Linear, scaled_std
+from cordee.model.linear import Linear
 from cordee.model.norm import Norm
-from cordee.model.parameter import ParameterSpec, SpecifiedModule
+from cordee.model.parameter import SpecifiedModule
 from cordee.model.placement import BlockPlacement
 from cordee.ops.attention import AttentionCore, Scores, alibi_slopes, behind_prefix, sdpa_attention
 from cordee.ops.mask import AttentionMask
@@ -58,46 +59,17 @@ class Attention(SpecifiedModule[GroupedPlacement]):
             softcap=config.softcap,
             slopes=alibi_slopes(config.num_heads) if config.alibi else None,
         )
-        slots = config.q_per_group + 2
-        super().__init__(GroupedPlacement(scores=scores, slots=slots))
+        super().__init__(GroupedPlacement(scores=scores, slots=config.q_per_group + 2))
         self.config = config
         self.index = index
         self.dropout = model.attention_dropout
-        self.qkv = Linear(
-            (config.num_kv_heads, slots, config.head_dim),
-            ("kv_group", "slot", "head_dim"),
-            model.hidden_size,
-            "embed",
-            bias=config.qkv_bias,
-            std=model.init_std,
-            **factory,
-        )
-        self.out = Linear(
-            (model.hidden_size,),
-            ("embed",),
-            config.num_heads * config.head_dim,
-            "heads",
-            bias=config.out_bias,
-            std=scaled_std(model.init_std, model.num_layers),
-            **factory,
-        )
+        own = specs.grouped_attention(config, model)
+        self.qkv = Linear(specs.of_part(own, "qkv"), **factory)
+        self.out = Linear(specs.of_part(own, "out"), **factory)
         if config.qk_norm is not None:
-            self.q_norm = self._norm(config.qk_norm, config.num_heads, factory)
-            self.k_norm = self._norm(config.qk_norm, config.num_kv_heads, factory)
-        sinks = ParameterSpec((config.num_heads,), ("heads",), std=model.init_std, decay=False)
-        self.declare("sinks", sinks if config.sinks else None, **factory)
-        prefix = ParameterSpec(
-            (config.num_kv_heads, 2, model.num_prefix_tokens, config.head_dim),
-            ("kv_group", "kv_slot", "virtual", "head_dim"),
-            std=model.init_std,
-            origin="adapter",
-        )
-        self.declare("prefix", prefix if model.num_prefix_tokens else None, **factory)
-
-    def _norm(self, config: QKNormConfig, num_heads: int, factory: dict) -> Norm:
-        if config.over == "head":
-            return Norm(config.norm, self.config.head_dim, "head_dim", **factory)
-        return Norm(config.norm, num_heads * self.config.head_dim, "heads", **factory)
+            self.q_norm = Norm(config.qk_norm.norm, *specs.qk_norm_dim(config, config.num_heads), **factory)
+            self.k_norm = Norm(config.qk_norm.norm, *specs.qk_norm_dim(config, config.num_kv_heads), **factory)
+        self.declare(own, "sinks", "prefix", **factory)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """`[batch, seq, embed]` to the same."""
@@ -121,22 +93,22 @@ class Attention(SpecifiedModule[GroupedPlacement]):
         qkv, out = self.qkv.bind(binding), self.out.bind_onto(binding)
 
         def core(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
-            visible = None if mask.is_plain() else mask.dense(q.device)
-            return F.scaled_dot_product_attention(q, k, v, visible, scale=scale)
+            bias = None if mask.is_plain() else mask.bias(None, q.dtype, q.device)  # a bool mask is converted anew
+            return F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
 
-        def attend(residual: Tensor, x: Tensor, now: BoundStep) -> Tensor:
+        def attend(residual: Tensor, x: Tensor, now: DecodeStep) -> Tensor:
             y = qkv(x).view(-1, groups, heads + 2, dim)
             if rotation is not None:
                 cos, sin = now.angles[rotation]
                 y = torch.addcmul(y * cos, y.roll(half, -1), sin).to(y.dtype)
-            # The heads of a group share its keys, as queries at several places would: [batch, groups, heads, head_dim].
+            # The heads of a group share its keys, as several queries would: [batch, groups, heads, head_dim].
             q, k, v = y.narrow(2, 0, heads), y.narrow(2, heads, 1), y.narrow(2, heads + 1, 1)
-            return out(now.cache.attend(index, q, k, v, now.step, core).flatten(1), residual)
+            return out(now.step.cache.attend(index, q, k, v, now.step, core).flatten(1), residual)
 
         return attend
 
     def _project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
-        """q `[batch, heads, seq, head_dim]`; k and v `[batch, kv_heads, seq, head_dim]`, turned by their positions."""
+        """q `[batch, heads, seq, head_dim]`; k and v `[batch, kv_heads, seq, head_dim]`, rotated by their positions."""
         dim = self.config.head_dim
         # [batch, seq, groups, slots, head_dim]
         qkv = self.qkv(x, drop=context.drop).unflatten(-1, (-1, self.placement.slots, dim))
@@ -154,12 +126,12 @@ class Attention(SpecifiedModule[GroupedPlacement]):
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def _rotate(self, x: Tensor, context: Context) -> Tensor:
-        """x `[batch, seq, groups, slots, head_dim]`, turned by its positions."""
+        """x `[batch, seq, groups, slots, head_dim]`, rotated by its positions."""
         rope = self.config.rope
         return x if rope is None else rotate(x, *context.positions.angles(rope, self.config.head_dim))
 
     def _normed(self, qk: Tensor, config: QKNormConfig, context: Context) -> tuple[Tensor, Tensor]:
-        """q `[batch, seq, groups, slots, head_dim]` and k `[batch, seq, groups, head_dim]`, normed and turned."""
+        """q `[batch, seq, groups, slots, head_dim]` and k `[batch, seq, groups, head_dim]`, normed and rotated."""
         if config.after_rope:
             qk = self._rotate(qk, context)
         q, k = qk[..., :-1, :], qk[..., -1:, :]

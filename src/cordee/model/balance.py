@@ -1,6 +1,6 @@
 """The auxiliary losses of routers: that experts are evenly used, and that logits stay small.
 
-Owns the losses, how their gradients enter, and what is reported of them. Sums over tokens are taken in one place, so
+Owns the losses, how their gradients enter, and what is reported of them. `token_sums` takes all sums over tokens, so
 that a layout which splits the tokens of a micro-batch only has to add them up. Knows nothing of dispatch.
 """
 
@@ -87,9 +87,9 @@ def balanced(
 def token_sums(
     routing: Routing, router: RouterConfig, config: BalanceConfig, batch_size: int, counted: Tensor | None = None
 ) -> Tensor:
-    """All that the losses need of the tokens, added up for each sequence: float32 `[batch, columns]` (`Sums`).
+    """Sums over the tokens of each sequence, of all that the losses need: float32 `[batch, columns]` (`Sums`).
 
-    `counted` bool `[tokens]` says which tokens take part.
+    `counted` bool `[tokens]`: False leaves a token out.
     """
     columns = [_visits(routing.experts, router.num_experts), probabilities(routing.logits, router)]
     if config.communication:

@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cordee.model.cache import Cache, Step
+from cordee.model.cache import CacheStep
 from cordee.model.config import RopeConfig
 from cordee.model.rotary import Positions, depends_on_length
 
 BoundNorm = Callable[[Tensor], Tensor]  # [batch, embed] to the same
-BoundMLP = Callable[[Tensor, Tensor], Tensor]  # residual and x to their sum with what the block makes of x
+BoundMLP = Callable[[Tensor, Tensor], Tensor]  # residual and x to residual + block(x)
 
 
 class Unsupported(Exception):
@@ -31,16 +31,15 @@ class Unsupported(Exception):
 
 
 @dataclass(frozen=True)
-class BoundStep:
+class DecodeStep:
     """What all layers of one step share; `angles` are cos and sin of every `Binding.rotation`."""
 
-    cache: Cache
-    step: Step
+    step: CacheStep
     angles: list[tuple[Tensor, Tensor]]
 
 
-BoundAttention = Callable[[Tensor, Tensor, BoundStep], Tensor]  # as BoundMLP
-BoundLayer = Callable[[Tensor, BoundStep], Tensor]
+BoundAttention = Callable[[Tensor, Tensor, DecodeStep], Tensor]  # as BoundMLP
+BoundLayer = Callable[[Tensor, DecodeStep], Tensor]
 
 
 class Binding:
@@ -74,14 +73,14 @@ class Binding:
         sin = torch.cat((-half_sin, half_sin), -1).expand(-1, heads + 1, -1)
         return F.pad(cos, (0, 0, 0, 1), value=1.0)[:, None], F.pad(sin, (0, 0, 0, 1))[:, None]
 
-    def step(self, cache: Cache, step: Step) -> BoundStep:
-        at = place_index(step)
-        return BoundStep(cache, step, [(cos[at], sin[at]) for cos, sin in self._tables])
+    def step(self, step: CacheStep) -> DecodeStep:
+        at = row_index(step)
+        return DecodeStep(step, [(cos[at], sin[at]) for cos, sin in self._tables])
 
 
-def place_index(step: Step) -> slice | Tensor:
-    """What takes the places of a step's tokens, one a row, from a table of all places."""
-    return slice(step.lengths[0], step.filled) if step.alike else step.places[:, 0]
+def row_index(step: CacheStep) -> slice | Tensor:
+    """Index of a step's tokens, one a row, into a table of all positions."""
+    return slice(step.lengths[0], step.filled) if step.alike else step.indices[:, 0]
 
 
 def require_known(config: Any, known: str) -> None:

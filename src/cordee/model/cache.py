@@ -22,26 +22,26 @@ from cordee.ops.mask import AttentionMask
 Core = Callable[[Tensor, Tensor, Tensor, AttentionMask], Tensor]  # an attention core that has its scores
 
 
-class Step:
+class CacheStep:
     """The tokens of one forward, `[batch, num_tokens]`, and where they go in the rows of a cache.
 
     Row i holds `lengths[i]` tokens before and `counts[i]` more after; padding, where `real` is False, is not kept.
     """
 
     def __init__(self, cache: Cache, num_tokens: int, real: Tensor | None, device: torch.device):
+        self.cache = cache
         self.lengths = cache.lengths
         self.num_tokens = num_tokens
         self.counts: list[int] = [num_tokens] * len(self.lengths) if real is None else real.sum(1).tolist()
         self.real = None if min(self.counts) == num_tokens else real
-        self.filled = max(map(int.__add__, self.lengths, self.counts))  # places of the longest row
+        self.filled = max(map(int.__add__, self.lengths, self.counts))  # tokens of the longest row
         self.is_first = not any(self.lengths)  # no row holds anything yet
-        self.alike = self.real is None and min(self.lengths) == max(self.lengths)  # all rows take the same places
+        self.alike = self.real is None and min(self.lengths) == max(self.lengths)  # all rows take the same indices
         self.device = device
-        self._notes = cache.notes
 
     @cached_property
-    def places(self) -> Tensor:
-        """The place in its row that each token takes, int64 `[1 or batch, num_tokens]`; padding has any."""
+    def indices(self) -> Tensor:
+        """The index in its row of each token, int64 `[1 or batch, num_tokens]`; padding has any."""
         if self.alike:
             return torch.arange(self.lengths[0], self.filled, device=self.device)[None]
         lengths = torch.tensor(self.lengths, device=self.device)[:, None]
@@ -51,43 +51,43 @@ class Step:
 
     @cached_property
     def kept(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Row, column and place of every token that is kept: int64 `[tokens]`, or what broadcasts to all tokens."""
+        """Row, column and index in its row of every token that is kept: int64 `[tokens]`, or broadcastable."""
         if self.real is not None:
             rows, columns = self.real.nonzero(as_tuple=True)
-            return rows, columns, self.places[rows, columns]
+            return rows, columns, self.indices[rows, columns]
         rows = torch.arange(len(self.lengths), device=self.device)[:, None]
-        return rows, torch.arange(self.num_tokens, device=self.device)[None], self.places
+        return rows, torch.arange(self.num_tokens, device=self.device)[None], self.indices
 
     @cached_property
     def mask(self) -> AttentionMask:
-        """What the tokens see of all places filled."""
+        """What the tokens see of all tokens in the cache."""
         return self.mask_over(None if self.alike else torch.arange(self.filled, device=self.device)[None])
 
     def mask_over(self, keys: Tensor | None) -> AttentionMask:
-        """What they see of keys at these places, int64 `[1 or batch, any]`; a place beyond the filled ones is hidden.
+        """What the tokens see of keys with these indices, int64 `[1 or batch, any]`; one beyond the row is hidden.
 
-        None: the places that are filled, in order.
+        None: all that are filled, in order.
         """
-        noted = {}
-        for name in self._notes.keys() & {"segments", "positions"}:
-            note = self._notes[name]
-            noted[f"query_{name}"] = _at(note, self.places)
+        noted, notes = {}, self.cache.notes
+        for name in notes.keys() & {"segments", "positions"}:
+            note = notes[name]
+            noted[f"query_{name}"] = _at(note, self.indices)
             noted[f"key_{name}"] = note[:, : self.filled] if keys is None else _at(note, keys)
         if keys is None:
             return AttentionMask(self.num_tokens, self.filled, **noted)
-        return AttentionMask(self.num_tokens, keys.shape[1], query_index=self.places, key_index=keys, **noted)
+        return AttentionMask(self.num_tokens, keys.shape[1], query_index=self.indices, key_index=keys, **noted)
 
 
-def _at(note: Tensor, places: Tensor) -> Tensor:
-    """Of a note `[batch, max_length]` what it says of places `[1 or batch, any]`; of places beyond, anything."""
-    return note.gather(1, places.clamp(max=note.shape[1] - 1).expand(len(note), -1))
+def _at(note: Tensor, indices: Tensor) -> Tensor:
+    """The entries of a note `[batch, max_length]` with `indices` `[1 or batch, any]`; of indices beyond, any entry."""
+    return note.gather(1, indices.clamp(max=note.shape[1] - 1).expand(len(note), -1))
 
 
 class Cache(ABC):
     """Tokens already seen: `lengths[i]` of them in row i, at most `max_length`.
 
     `notes` are what models need to know of them besides keys and values: "segments", "positions" and "tokens", int64
-    `[batch, max_length]`; segments that are not noted are all one, positions are the places.
+    `[batch, max_length]`; segments that are not noted are all one, positions are the indices.
     """
 
     def __init__(self, batch_size: int, max_length: int):
@@ -96,36 +96,36 @@ class Cache(ABC):
         self.notes: dict[str, Tensor] = {}
 
     @abstractmethod
-    def append(self, layer: int, k: Tensor, v: Tensor | None, step: Step) -> None:
+    def append(self, layer: int, k: Tensor, v: Tensor | None, step: CacheStep) -> None:
         """Keep k `[batch, kv_heads, num_tokens, key_dim]` and v `[..., value_dim]` of the tokens of `step`.
 
         v None: the layer keeps one vector a token, as latent attention does, that is both key and value.
         """
 
     @abstractmethod
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor | None, step: Step, core: Core) -> Tensor:
-        """`append`, and what `core` makes of q `[batch, heads, num_tokens, key_dim]` and all that the rows hold."""
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor | None, step: CacheStep, core: Core) -> Tensor:
+        """`append`, then `core` of q `[batch, heads, num_tokens, key_dim]` over all that the rows hold."""
 
-    def extend(self, num_tokens: int, real: Tensor | None, device: torch.device) -> Step:
+    def extend(self, num_tokens: int, real: Tensor | None, device: torch.device) -> CacheStep:
         """Begin a forward of so many tokens a row; `real` `[batch, num_tokens]` is 0 at padding (None: there is none).
 
         ValueError if they do not fit.
         """
-        step = Step(self, num_tokens, real, device)
+        step = CacheStep(self, num_tokens, real, device)
         if step.filled > self.max_length:
             raise ValueError(
-                f"KV cache of {self.max_length} places holds {max(self.lengths)} tokens and cannot take "
+                f"KV cache for {self.max_length} tokens holds {max(self.lengths)} tokens and cannot take "
                 f"{max(step.counts)} more; make it with a larger max_length"
             )
         self.lengths = list(map(int.__add__, step.lengths, step.counts))
         return step
 
-    def note(self, name: str, values: Tensor | None, step: Step) -> None:
+    def note(self, name: str, values: Tensor | None, step: CacheStep) -> None:
         """Remember `values` `[1 or batch, num_tokens]` of the tokens of `step`; None: nothing new."""
         if values is not None:
-            rows, columns, places = step.kept
+            rows, columns, indices = step.kept
             self.notes[name] = self.noted(name, values.device)
-            self.notes[name][rows, places] = values.expand(len(self.lengths), -1)[rows, columns]
+            self.notes[name][rows, indices] = values.expand(len(self.lengths), -1)[rows, columns]
 
     def noted(self, name: str, device: torch.device) -> Tensor:
         """A note, int64 `[batch, max_length]`, also where nothing was noted."""
@@ -135,13 +135,13 @@ class Cache(ABC):
         return note + torch.arange(self.max_length, device=device) if name == "positions" else note
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these rows of the batch, int64 `[any]`, in the order given; a row may be taken several times."""
+        """Select rows of the batch, int64 `[any]`, in the order given; a row may be selected several times."""
         self.lengths = [self.lengths[row] for row in rows.tolist()]
         self.notes = {name: note[rows] for name, note in self.notes.items()}
 
     def join(self, other: Self) -> None:
         """Take the rows of another cache of this kind and size as further rows."""
-        assert other.max_length == self.max_length, f"{other.max_length} places join {self.max_length}"
+        assert other.max_length == self.max_length, f"{other.max_length} tokens join {self.max_length}"
         for name in self.notes.keys() | other.notes.keys():
             device = next(note.device for cache in (self, other) for note in cache.notes.values())
             own, more = (cache.noted(name, device) for cache in (self, other))
@@ -181,19 +181,22 @@ class KVCache(Cache):
                 shape = batch_size, heads, max_length if index in here else 0, dim
                 buffers.append(torch.zeros(shape, dtype=dtype, device=device))
 
-    def append(self, layer: int, k: Tensor, v: Tensor | None, step: Step) -> None:
+    def append(self, layer: int, k: Tensor, v: Tensor | None, step: CacheStep) -> None:
         self._put(self.keys[layer], k, step)
         if v is not None:
             self._put(self.values[layer], v, step)
 
-    def _put(self, buffer: Tensor, new: Tensor, step: Step) -> None:
+    def _put(self, buffer: Tensor, new: Tensor, step: CacheStep) -> None:
         if step.alike:
             buffer.narrow(2, step.lengths[0], step.num_tokens).copy_(new)
             return
-        rows, columns, places = step.kept
-        buffer[rows, :, places] = new.transpose(1, 2) if step.real is None else new[rows, :, columns]
+        if step.real is None:
+            buffer.scatter_(2, step.indices[:, None, :, None].expand_as(new), new)
+            return
+        rows, columns, indices = step.kept
+        buffer[rows, :, indices] = new[rows, :, columns]
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor | None, step: Step, core: Core) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor | None, step: CacheStep, core: Core) -> Tensor:
         self.append(layer, k, v, step)
         keys = self.keys[layer].narrow(2, 0, step.filled)
         return core(q, keys, keys if v is None else self.values[layer].narrow(2, 0, step.filled), step.mask)

@@ -61,7 +61,7 @@ class QwenNTKScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class YarnScaling:
-    """Frequencies blended between kept and stretched by their number of turns (Peng et al. 2023).
+    """Frequencies blended between kept and stretched by their number of rotations (Peng et al. 2023).
 
     `attention_factor` multiplies cos and sin. `truncate` rounds the borders of the blend to whole dims.
     """
@@ -99,7 +99,7 @@ RopeScaling = LinearScaling | DynamicNTKScaling | QwenNTKScaling | YarnScaling |
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """Rotary positions (Su et al. 2021) on halves: of the first `rotary_dim` dims (None: all), j turns with j + half.
+    """Rotary positions (Su et al. 2021) on halves: dims j and j + half of the first `rotary_dim` (None: all).
 
     Families whose files pair neighbouring dims are brought into this order by their weight rules.
     """
@@ -265,7 +265,7 @@ class CapacityConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig:
-    """A mixture of experts, each an MLP, beside `shared` experts that see every token.
+    """Mixture of experts (MoE), each an MLP, beside `shared` experts that see every token.
 
     `weight_input`: the router's weight multiplies the expert's input instead of its output (Llama 4). `shared_gate`:
     the shared output is multiplied by a learned sigmoid (Qwen2-MoE).
@@ -301,17 +301,9 @@ class LowRankConfig:
     def names(self, projection: str) -> bool:
         return any(f".{projection}".endswith(f".{target}") for target in self.targets)
 
-    def shapes(self, weight: tuple[int, ...], path: str, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of A `[(expert,) rank, in]` and B `[(expert,) *shape of the slice, rank]` for a weight of module `path`."""
-        stack = 1 if ".experts." in path else 0
-        out = list(weight[:-1])
-        if (cut := slice_of(path, name)) is not None:
-            out[stack + cut.dim] = len(range(out[stack + cut.dim])[cut.start : cut.stop])
-        return (*weight[:stack], self.rank, weight[-1]), (*out, self.rank)
-
 
 class Slice(NamedTuple):
-    """Of the output of a fused projection, places `start` to `stop` along a dim, which have an axis of their own."""
+    """A part of a fused projection's output: indices `start` to `stop` of a dim, with an axis of their own."""
 
     dim: int
     start: int
@@ -346,8 +338,9 @@ def _projections(layer: LayerConfig) -> Iterator[str]:
 
 
 def too_large(option: str, size: int, limit: int) -> Problem:
-    """What to say of a size above its limit."""
-    return Problem(option, size, f"no model is so large: the limit is {limit:,}", "correct the model's description")
+    """The problem of a size above its limit."""
+    why, fix = f"no model is so large: the limit is {limit:,}", "correct the model's description"
+    return Problem(option, size, why, fix, "at most", limit=limit)
 
 
 # ---- layers and model ------------------------------------------------------------------------------------------------
@@ -439,10 +432,10 @@ class ModelConfig:
         yield "hidden_size", self.hidden_size, MAX_WIDTH
         yield "max_position_embeddings", self.max_position_embeddings, MAX_TOKENS
         yield "num_layers", len(self.layers), MAX_LAYERS
-        mixtures = [layer.mlp for layer in self.layers if isinstance(layer.mlp, MoEConfig)]
-        yield "num_experts of all layers", sum(mlp.router.num_experts for mlp in mixtures), MAX_EXPERTS
+        moes = [layer.mlp for layer in self.layers if isinstance(layer.mlp, MoEConfig)]
+        yield "num_experts of all layers", sum(mlp.router.num_experts for mlp in moes), MAX_EXPERTS
         dense = [layer.mlp for layer in self.layers if isinstance(layer.mlp, MLPConfig)]
-        widths = (mlp.ffn_hidden_size for mlp in (*dense, *(mixture.expert for mixture in mixtures)))
+        widths = (mlp.ffn_hidden_size for mlp in (*dense, *(moe.expert for moe in moes)))
         yield "ffn_hidden_size", max(widths, default=0), MAX_WIDTH
         heads = (layer.attention.num_heads * layer.attention.key_dim for layer in self.layers)
         yield "num_attention_heads x kv_channels", max(heads, default=0), MAX_WIDTH

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cordee.log import logger
 from cordee.model.balance import Balance
-from cordee.model.bound import Binding, Unsupported, place_index, require_known, require_plain
+from cordee.model.bound import Binding, Unsupported, require_known, require_plain, row_index
 from cordee.model.cache import Cache
 from cordee.model.config import AttentionConfig, ModelConfig
 from cordee.model.head import Head
@@ -23,11 +23,12 @@ from cordee.model.inputs import Context, Inputs, ModelPlacement
 from cordee.model.layer import Layer
 from cordee.model.linear import Embedding, factory_kwargs
 from cordee.model.low_rank import add_low_rank
-from cordee.model.noise import Noise
 from cordee.model.norm import Norm
-from cordee.model.parameter import ParameterSpec, parameter_specs
+from cordee.model.parameter import parameter_specs
 from cordee.model.placement import altered
 from cordee.model.span import Span
+from cordee.model.specs import Specs, table
+from cordee.ops.dropout import DropoutRNG
 
 Output = Callable[[Head, Tensor], Any]
 
@@ -57,9 +58,13 @@ class GPTModel(nn.Module):
         self.spans = tuple(spans) or (Span(0, config.num_layers),)
         factory = factory_kwargs(device, dtype)
         if self.has_embedding or self.copies_embedding:
-            self.embedding = Embedding(config.vocab_size, config.hidden_size, "vocab", config.init_std, **factory)
+            self.embedding = Embedding(table(config, "vocab", config.vocab_size), **factory)
         if self.has_embedding:
-            self._build_rest_of_embedding(factory)
+            if config.learned_positions:
+                positions = table(config, "position", config.max_position_embeddings)
+                self.position_embedding = Embedding(positions, **factory)
+            if config.embedding_norm is not None:
+                self.embedding_norm = Norm(config.embedding_norm, config.hidden_size, **factory)
         self.layers = nn.ModuleDict(
             {str(i): Layer(config.layers[i], config, i, **factory) for span in self.spans for i in span.layers}
         )
@@ -85,15 +90,6 @@ class GPTModel(nn.Module):
         """Whether the rows of the head are a copy of an embedding that another process has."""
         return self.config.tie_word_embeddings and self.has_head and not self.has_embedding
 
-    def _build_rest_of_embedding(self, factory: dict) -> None:
-        config = self.config
-        if config.learned_positions:
-            self.position_embedding = Embedding(
-                config.max_position_embeddings, config.hidden_size, "position", config.init_std, **factory
-            )
-        if config.embedding_norm is not None:
-            self.embedding_norm = Norm(config.embedding_norm, config.hidden_size, **factory)
-
     def forward(
         self,
         inputs: Tensor,
@@ -103,7 +99,7 @@ class GPTModel(nn.Module):
         segments: Tensor | None = None,
         cache: Cache | None = None,
         balance: Balance | None = None,
-        noise: Noise | None = None,
+        dropout_rng: DropoutRNG | None = None,
         output: Output | None = None,
         span: Span | None = None,
     ) -> Any:
@@ -112,14 +108,14 @@ class GPTModel(nn.Module):
         `inputs` are token ids int64 `[batch, seq]`; for a span without embedding, hidden states `[batch, seq, embed]`.
         `attention_mask` `[batch, seq]` is 1 at real tokens and 0 at padding; positions then count real tokens.
         `segments` int64 `[batch, seq]` number documents that must not see each other. With a `cache` each row of the
-        inputs continues what its row of the cache holds. `balance` asks mixtures of experts for their auxiliary losses.
-        In training `noise` says what dropout draws (without it, torch's random numbers do). A span without head returns
+        inputs continues what its row of the cache holds. `balance` collects the auxiliary losses of MoE layers.
+        In training `dropout_rng` seeds dropout (None: torch's random numbers do). A span without head returns
         hidden states. `span` is the one to run of those that were built, needed where there are several. Hidden states
         that are only a part of a sequence, as between tensor-parallel ranks, need its `position_ids`.
         """
         span = span or self._only_span
         tokens, context = self._inputs.prepare(
-            inputs, attention_mask, position_ids, segments, cache, balance, noise, self.training, self.placement
+            inputs, attention_mask, position_ids, segments, cache, balance, dropout_rng, self.training, self.placement
         )
         hidden = self._embed(tokens, context) if span.embedding else tokens
         for index in map(str, span.layers):
@@ -150,10 +146,10 @@ class GPTModel(nn.Module):
         final_norm, head = self.final_norm.bind(), self.head
 
         def step(tokens: Tensor, cache: Cache) -> Tensor:
-            now = binding.step(cache, cache.extend(1, None, tokens.device))
+            now = binding.step(cache.extend(1, None, tokens.device))
             x = F.embedding(tokens, table)  # [batch, embed]
             if positions is not None:
-                x = x + positions[place_index(now.step)]
+                x = x + positions[row_index(now.step)]
             for layer in layers:
                 x = layer(x, now)
             return head.logits(final_norm(x))
@@ -169,7 +165,7 @@ class GPTModel(nn.Module):
         assert len(self.spans) == 1, "which of the spans is to run?"
         return self.spans[0]
 
-    def parameter_specs(self) -> dict[str, ParameterSpec]:
+    def parameter_specs(self) -> Specs:
         """Spec of every parameter by canonical name."""
         return parameter_specs(self)
 
@@ -182,7 +178,7 @@ class GPTModel(nn.Module):
             hidden = hidden + self.position_embedding(context.positions.ids)
         if self.config.embedding_norm is not None:
             hidden = self.embedding_norm(hidden)
-        return context.drop_outside(hidden, self.config.embedding_dropout, "embedding")
+        return context.drop(hidden, self.config.embedding_dropout, "embedding", residual=True)
 
 
 def _report_slow_attention(config: ModelConfig) -> None:

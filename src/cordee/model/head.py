@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from cordee.model.config import ModelConfig
-from cordee.model.low_rank import Adapted
-from cordee.model.parameter import ParameterSpec
+from cordee.model.low_rank import Projection
 from cordee.model.placement import Placement, View, unchanged
-from cordee.ops.cross_entropy import IGNORED, VocabularyPart, adjusted, chunked_cross_entropy, chunked_token_losses
+from cordee.model.specs import table
+from cordee.ops.cross_entropy import IGNORED, VocabularyPart, adjusted, chunked_cross_entropy
 from cordee.ops.gemm import linear
 
 
@@ -23,19 +24,17 @@ class HeadPlacement(Placement):
     vocabulary: VocabularyPart | None = None
 
 
-class Head(Adapted[HeadPlacement]):
+class Head(Projection[HeadPlacement]):
     """Rows of `weight` `[vocab, embed]` score the tokens. A tied head is given the embedding's parameter.
 
     What the config asks for beyond products, scale, softcap and rows of length one, is part of both logits and loss.
     """
 
     def __init__(self, config: ModelConfig, **factory):
-        super().__init__(HeadPlacement())
+        super().__init__(HeadPlacement(), table(config, "vocab", config.vocab_size), **factory)
         self.scale = config.logit_scale
         self.softcap = config.logit_softcap
         self.normalised = config.norm_head
-        spec = ParameterSpec((config.vocab_size, config.hidden_size), ("vocab", "embed"), std=config.init_std)
-        self.declare("weight", spec, **factory)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[batch, seq, embed]` to `[batch, seq, vocab]`."""
@@ -46,18 +45,10 @@ class Head(Adapted[HeadPlacement]):
     def loss(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Sum of the cross entropy over tokens and how many tokens that is (float32 and int64 scalars).
 
-        hidden `[batch, seq, embed]`; labels int64 `[batch, seq]`: the token that follows each place, -100 where none
+        hidden `[batch, seq, embed]`; labels int64 `[batch, seq]`: the token that follows each position, -100 where none
         counts. The logits of the whole batch never exist together.
         """
-        hidden = self.placement.enter(hidden)
-        total = chunked_cross_entropy(
-            hidden.flatten(0, 1),
-            self._rows(),
-            labels.flatten(),
-            scale=self.scale,
-            softcap=self.softcap,
-            part=self.placement.vocabulary,
-        )
+        total = self._cross_entropy(hidden, labels, "sum")
         return total, (labels != IGNORED).sum()
 
     def token_logprobs(self, hidden: Tensor, labels: Tensor) -> Tensor:
@@ -65,15 +56,18 @@ class Head(Adapted[HeadPlacement]):
 
         hidden and labels as of `loss`; differentiable once. The logits of the whole batch never exist together.
         """
-        losses = chunked_token_losses(
+        return -self._cross_entropy(hidden, labels, "none").view_as(labels)
+
+    def _cross_entropy(self, hidden: Tensor, labels: Tensor, reduction: Literal["sum", "none"]) -> Tensor:
+        return chunked_cross_entropy(
             self.placement.enter(hidden).flatten(0, 1),
             self._rows(),
             labels.flatten(),
+            reduction=reduction,
             scale=self.scale,
             softcap=self.softcap,
             part=self.placement.vocabulary,
         )
-        return -losses.view_as(labels)
 
     def _rows(self) -> Tensor:
         weight = self.local("weight")

@@ -15,7 +15,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from cordee.model.parameter import ORIGINS, Origin, ParameterSpec, local_shard, of_origins, parameter_specs
+from cordee.model.parameter import ORIGINS, local_shard, of_origins, parameter_specs
+from cordee.model.specs import Origin, ParameterSpec
 
 BLOCK = 1 << 18  # elements filled at once: the int64 counters and what becomes of them stay in the caches, 2 MiB each
 

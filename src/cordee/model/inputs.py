@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from cordee.model.balance import Balance
-from cordee.model.cache import Cache, Step
+from cordee.model.cache import Cache, CacheStep
 from cordee.model.config import AttentionConfig, LatentAttentionConfig, ModelConfig, RopeConfig
-from cordee.model.noise import Noise
 from cordee.model.placement import Placement, unchanged
 from cordee.model.rotary import Longest, Positions, depends_on_length
 from cordee.ops.attention import AttentionCore, Scores
-from cordee.ops.dropout import Dropout
+from cordee.ops.dropout import Dropout, DropoutRNG
 from cordee.ops.mask import AttentionMask
 
 
@@ -26,17 +25,16 @@ from cordee.ops.mask import AttentionMask
 class Context:
     """What all layers of one forward share: positions, mask, in generation the cache, in training router losses.
 
-    `mask` is over the tokens of this forward; what they see of those in the cache is the cache's to say.
+    `mask` is over the tokens of this forward; the cache masks those that it holds.
     """
 
     positions: Positions
     mask: AttentionMask
-    cache: Cache | None = None
-    step: Step | None = None  # of this forward's tokens, with a cache
+    step: CacheStep | None = None  # with a cache: these tokens in it
     balance: Balance | None = None
-    noise: Noise | None = None
-    places: Tensor | None = None  # int64 [1, seq]: canonical places of the tokens outside of blocks, with noise
-    inner_places: Tensor | None = None  # of the tokens inside of blocks
+    dropout_rng: DropoutRNG | None = None
+    residual_indices: Tensor | None = None  # with dropout, int64 [1, seq]: which tokens of a sequence are here between
+    block_indices: Tensor | None = None  # blocks, and which within them
 
     @property
     def continues(self) -> bool:
@@ -45,33 +43,30 @@ class Context:
 
     def attend(self, layer: int, core: AttentionCore, q: Tensor, k: Tensor, v: Tensor | None, scores: Scores) -> Tensor:
         """Attention of `core`, over the tokens of this forward and those in the cache; v None: k is the values too."""
-        if self.cache is not None and self.step is not None and not self.step.is_first:
-            return self.cache.attend(layer, q, k, v, self.step, lambda q, k, v, mask: core(q, k, v, mask, scores))
-        if self.cache is not None and self.step is not None:
-            self.cache.append(layer, k, v, self.step)
+        step = self.step
+        if step is not None and not step.is_first:
+            return step.cache.attend(layer, q, k, v, step, lambda q, k, v, mask: core(q, k, v, mask, scores))
+        if step is not None:
+            step.cache.append(layer, k, v, step)
         return core(q, k, k if v is None else v, self.mask, scores)
 
     def dropout(self, rate: float, *site: str | int, first_head: int = 0) -> Dropout | None:
-        """Dropout at a place of the model that nothing else has the name of; None in evaluation."""
-        return self.noise.dropout(rate, *site, first_head=first_head) if self.noise is not None and rate else None
+        """Dropout at one `site` of the model; None in evaluation."""
+        rng = self.dropout_rng
+        return rng.dropout(rate, *site, first_head=first_head) if rng is not None and rate else None
 
-    def drop_outside(self, x: Tensor, rate: float, *site: str | int) -> Tensor:
-        """x `[batch, seq, channels]` with `dropout`, outside of blocks."""
+    def drop(self, x: Tensor, rate: float, *site: str | int, first: int = 0, residual: bool = False) -> Tensor:
+        """x `[batch, seq, channels]` with `dropout`: of the `residual` stream, or within a block, maybe after a prefix.
+
+        `first` is the number of the first channel that is here.
+        """
         dropout = self.dropout(rate, *site)
         if dropout is None:
             return x
-        assert self.places is not None
-        return dropout.of_tokens(x, self.places)
-
-    def drop(self, x: Tensor, rate: float, site: str, *, first: int) -> Tensor:
-        """Dropout of what is inside of a block (see `cordee.model.low_rank.Drop`), perhaps behind a prefix."""
-        dropout = self.dropout(rate, site)
-        if dropout is None:
-            return x
-        assert self.inner_places is not None
-        num_prefix = x.shape[1] - self.inner_places.shape[1]
-        prefix = torch.arange(-num_prefix, 0, device=x.device)[None]
-        return dropout.of_tokens(x, torch.cat((prefix, self.inner_places), 1), first)
+        indices = self.residual_indices if residual else self.block_indices
+        assert indices is not None
+        prefix = torch.arange(indices.shape[1] - x.shape[1], 0, device=x.device)[None]
+        return dropout.of_tokens(x, torch.cat((prefix, indices), 1), first)
 
 
 def _in_order(count: int, device: torch.device) -> Tensor:
@@ -82,8 +77,8 @@ def _in_order(count: int, device: torch.device) -> Tensor:
 class ModelPlacement(Placement):
     """Where a layout gives this process other tokens than a sequence has.
 
-    `token_positions` of as many tokens as are here, `outside_blocks` those of `[..., seq]` that are kept outside of
-    blocks, `longest` the last position of a sequence from that of the part that is here.
+    `token_positions` are those of as many tokens as are here, `outside_blocks` selects those of `[..., seq]` that are
+    here between blocks, `longest` is the last position of a sequence from that of the part that is here.
     """
 
     token_positions: Callable[[int, torch.device], Tensor] = _in_order
@@ -111,13 +106,13 @@ class Inputs:
         segments: Tensor | None,
         cache: Cache | None,
         balance: Balance | None,
-        noise: Noise | None,
+        dropout_rng: DropoutRNG | None,
         training: bool,
         placement: ModelPlacement,
     ) -> tuple[Tensor, Context]:
-        """What the layers are to compute, and with what.
+        """The inputs of the layers and their context.
 
-        These are the inputs, with all that the cache holds before them if that has become worthless.
+        All tokens of the cache come before the inputs if its keys are no longer valid.
         """
         real = None if attention_mask is None else attention_mask != 0
         step = None
@@ -129,24 +124,24 @@ class Inputs:
             cache.note("tokens", inputs if self._changing_ropes else None, step)
         given = position_ids is not None or real is not None
         if position_ids is None:
-            position_ids = _next_positions(inputs, real) if step is None else step.places
+            position_ids = _next_positions(inputs, real) if step is None else step.indices
         if real is not None:
             # Padding becomes a segment of its own: real tokens never see it, and no row of the mask is empty.
             segments = torch.zeros_like(real, dtype=torch.int64) if segments is None else segments
             segments = segments.masked_fill(~real, -1)
         count = position_ids.shape[-1]  # of which hidden states may be a part
         key_positions = position_ids if given and self._needs_positions else None
-        index = None if step is None or step.alike else step.places
+        index = None if step is None or step.alike else step.indices
         mask = AttentionMask(count, count, True, segments, segments, index, index, key_positions, key_positions)
-        places = inner_places = None
+        residual_indices = block_indices = None
         if training and self._has_dropout:
-            noise = noise or Noise.drawn(len(inputs), inputs.device)
-            inner_places = placement.token_positions(count, inputs.device)[None]
-            places = placement.outside_blocks(inner_places)
+            dropout_rng = dropout_rng or DropoutRNG.drawn(len(inputs), inputs.device)
+            block_indices = placement.token_positions(count, inputs.device)[None]
+            residual_indices = placement.outside_blocks(block_indices)
         else:
-            noise = None
+            dropout_rng = None
         positions = Positions(position_ids, training, placement.longest)
-        return inputs, Context(positions, mask, cache, step, balance, noise, places, inner_places)
+        return inputs, Context(positions, mask, step, balance, dropout_rng, residual_indices, block_indices)
 
     def _with_cached(
         self,
@@ -156,9 +151,9 @@ class Inputs:
         position_ids: Tensor | None,
         segments: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """What is given, after all that the cache holds where that has become worthless: it is then empty.
+        """The arguments, with all tokens of the cache before them if its keys are no longer valid; it is then empty.
 
-        That is so where a row becomes so long that rotary frequencies change, and with them all hidden states.
+        Keys are invalid once a row is so long that rotary frequencies change, and with them all hidden states.
         """
         given = inputs, real, position_ids, segments
         if self._changing_ropes and inputs.is_floating_point():
@@ -171,7 +166,7 @@ class Inputs:
         if position_ids is None and "segments" in cache.notes:
             raise ValueError(
                 "a batch of several documents that continues a cache needs its position_ids: "
-                "they cannot be told from the number of places"
+                "they do not follow from the number of tokens"
             )
         if not self._changing_ropes:
             return given

@@ -13,13 +13,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from cordee.model import specs
 from cordee.model.attention import AttentionPlacement
 from cordee.model.config import LatentAttentionConfig, ModelConfig
 from cordee.model.inputs import Context
-from cordee.model.linear import Linear, scaled_std
+from cordee.model.linear import Linear
 from cordee.model.low_rank import Drop
 from cordee.model.norm import Norm
-from cordee.model.parameter import ParameterSpec, SpecifiedModule
+from cordee.model.parameter import SpecifiedModule
 from cordee.model.placement import altered
 from cordee.ops.attention import Scores, behind_prefix
 from cordee.ops.mask import AttentionMask
@@ -36,37 +37,18 @@ class LatentAttention(SpecifiedModule[AttentionPlacement]):
         self.config = config
         self.index = index
         self.dropout = model.attention_dropout
-        self._build_queries(model, factory)
-        latent, rope = config.kv_lora_rank, config.rope_head_dim
-        plain = {"std": model.init_std, **factory}
-        self.kv_down = Linear((latent + rope,), ("latent",), model.hidden_size, "embed", bias=config.bias, **plain)
-        self.kv_norm = Norm(config.norm, latent, "latent", **factory)
-        shape = (config.num_heads, config.nope_head_dim + config.v_head_dim)
-        self.kv_up = Linear(shape, ("heads", "head_dim"), latent, "latent", bias=False, **plain)
-        self.out = Linear(
-            (model.hidden_size,),
-            ("embed",),
-            config.num_heads * config.v_head_dim,
-            "heads",
-            bias=config.bias,
-            std=scaled_std(model.init_std, model.num_layers),
-            **factory,
-        )
-        # As tokens leave it to later ones: compressed, and a rotary key.
-        shape, axes = (model.num_prefix_tokens, latent + rope), ("virtual", "latent")
-        prefix = ParameterSpec(shape, axes, std=model.init_std, origin="adapter")
-        self.declare("prefix", prefix if model.num_prefix_tokens else None, **factory)
-
-    def _build_queries(self, model: ModelConfig, factory: dict) -> None:
-        config, rank = self.config, self.config.q_lora_rank
-        shape, axes = (config.num_heads, config.nope_head_dim + config.rope_head_dim), ("heads", "head_dim")
-        plain = {"std": model.init_std, **factory}
-        if rank is None:
-            self.q = Linear(shape, axes, model.hidden_size, "embed", bias=False, **plain)
-            return
-        self.q_down = Linear((rank,), ("latent",), model.hidden_size, "embed", bias=config.bias, **plain)
-        self.q_norm = Norm(config.norm, rank, "latent", **factory)
-        self.q_up = Linear(shape, axes, rank, "latent", bias=False, **plain)
+        own = specs.latent_attention(config, model)
+        if config.q_lora_rank is None:
+            self.q = Linear(specs.of_part(own, "q"), **factory)
+        else:
+            self.q_down = Linear(specs.of_part(own, "q_down"), **factory)
+            self.q_norm = Norm(config.norm, config.q_lora_rank, "latent", **factory)
+            self.q_up = Linear(specs.of_part(own, "q_up"), **factory)
+        self.kv_down = Linear(specs.of_part(own, "kv_down"), **factory)
+        self.kv_norm = Norm(config.norm, config.kv_lora_rank, "latent", **factory)
+        self.kv_up = Linear(specs.of_part(own, "kv_up"), **factory)
+        self.out = Linear(specs.of_part(own, "out"), **factory)
+        self.declare(own, "prefix", **factory)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """`[batch, seq, embed]` to the same."""
@@ -83,7 +65,7 @@ class LatentAttention(SpecifiedModule[AttentionPlacement]):
         """`[batch, heads, seq, v_head_dim]`."""
         scores = self.placement.scores_of(context, self.dropout, self.index)
         prefix = self.local("prefix")
-        if context.cache is None and prefix is None:
+        if context.step is None and prefix is None:
             return self._expanded(q, latent, k_rope, context.mask, scores, context.drop)
         stored = torch.cat((latent, k_rope), -1)[:, None]  # [batch, 1, seq, latent + rope]
         prefix = None if prefix is None else prefix[None, None]
@@ -110,7 +92,7 @@ class LatentAttention(SpecifiedModule[AttentionPlacement]):
         return self.kv_norm(latent), self._rotate(k_rope[:, :, None], context)[:, :, 0]
 
     def _rotate(self, x: Tensor, context: Context) -> Tensor:
-        """x `[batch, seq, heads, rope_head_dim]`, turned by its positions."""
+        """x `[batch, seq, heads, rope_head_dim]`, rotated by its positions."""
         cos, sin = context.positions.angles(self.config.rope, self.config.rope_head_dim)
         return rotate(x, cos.squeeze(3), sin.squeeze(3))
 

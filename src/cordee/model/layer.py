@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 from torch import Tensor, nn
 
 from cordee.model.attention import Attention
-from cordee.model.bound import Binding, BoundLayer, BoundStep, Unsupported, require_known, require_plain
+from cordee.model.bound import Binding, BoundLayer, DecodeStep, Unsupported, require_known, require_plain
 from cordee.model.config import LatentAttentionConfig, LayerConfig, ModelConfig, MoEConfig
 from cordee.model.inputs import Context
 from cordee.model.latent_attention import LatentAttention
@@ -44,14 +43,35 @@ class Layer(nn.Module):
         return self.placement.call(self._forward, x, context)
 
     def _forward(self, x: Tensor, context: Context) -> Tensor:
-        norm = self.attention_norm
-        inner = self._enter(x, norm)
-        y = self.attention(inner, context)
-        x = self._leave(x, inner, y, norm, self.attention_post_norm, partial(self._drop, context, "attention"))
-        norm = self.mlp_norm
-        inner = self._enter(x, norm)
-        y = self._feed_forward(inner, context)
-        return self._leave(x, inner, y, norm, self.mlp_post_norm, partial(self._drop, context, "mlp"))
+        x = self._add(x, self.attention, self.attention_norm, self.attention_post_norm, "attention", context)
+        return self._add(x, self._feed_forward, self.mlp_norm, self.mlp_post_norm, "mlp", context)
+
+    def _add(
+        self,
+        x: Tensor,
+        block: Callable[[Tensor, Context], Tensor],
+        norm: Norm,
+        post_norm: Norm | None,
+        site: str,
+        context: Context,
+    ) -> Tensor:
+        """The residual x with the block's result added to it."""
+        config = self.config
+        inner = x if config.norm_placement == "post" else norm(x)
+        y = block(inner, context)
+        if config.norm_placement == "post":
+            y = norm(y)
+        elif post_norm is not None:
+            y = post_norm(y)
+        y = context.drop(y, self.dropout, self.index, site, residual=True)
+        if config.residual_scale != 1.0:
+            y = y * config.residual_scale
+        return (inner if config.residual_from_norm else x) + y
+
+    def _feed_forward(self, x: Tensor, context: Context) -> Tensor:
+        if isinstance(self.mlp, MoE):
+            return self.mlp(x, context.balance, drop=context.drop)
+        return self.mlp(x, drop=context.drop)
 
     def bind(self, binding: Binding) -> BoundLayer:
         require_known(self.config, "attention mlp norm")
@@ -61,39 +81,8 @@ class Layer(nn.Module):
         attention_norm, mlp_norm = self.attention_norm.bind(), self.mlp_norm.bind()
         attend, feed_forward = self.attention.bind(binding), self.mlp.bind(binding)
 
-        def step(x: Tensor, now: BoundStep) -> Tensor:
+        def step(x: Tensor, now: DecodeStep) -> Tensor:
             x = attend(x, attention_norm(x), now)
             return feed_forward(x, mlp_norm(x))
 
         return step
-
-    def _enter(self, x: Tensor, norm: Norm) -> Tensor:
-        """What a block is given."""
-        return x if self.config.norm_placement == "post" else norm(x)
-
-    def _leave(
-        self,
-        x: Tensor,
-        inner: Tensor,
-        y: Tensor,
-        norm: Norm,
-        post_norm: Norm | None,
-        drop: Callable[[Tensor], Tensor],
-    ) -> Tensor:
-        """The residual with a block's result y added to it; `inner` is what the block was given."""
-        if self.config.norm_placement == "post":
-            y = norm(y)
-        elif post_norm is not None:
-            y = post_norm(y)
-        y = drop(y)
-        if self.config.residual_scale != 1.0:
-            y = y * self.config.residual_scale
-        return (inner if self.config.residual_from_norm else x) + y
-
-    def _feed_forward(self, x: Tensor, context: Context) -> Tensor:
-        if isinstance(self.mlp, MoE):
-            return self.mlp(x, context.balance, drop=context.drop)
-        return self.mlp(x, drop=context.drop)
-
-    def _drop(self, context: Context, block: str, x: Tensor) -> Tensor:
-        return context.drop_outside(x, self.dropout, self.index, block)

@@ -6,7 +6,6 @@ Owns the factors A and B of a slice of a projection's output and what they add. 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection
 from typing import Generic, Protocol
 
@@ -14,23 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from cordee.model.config import LowRankConfig, ModelConfig, slice_of
-from cordee.model.parameter import P, ParameterSpec, SpecifiedModule, local_shard
+from cordee.model.parameter import P, SpecifiedModule, local_shard
 from cordee.model.placement import Placement
+from cordee.model.specs import ParameterSpec, Specs, low_rank
 
 Multiply = Callable[[Tensor, Tensor], Tensor]  # x `[..., in]` and W `[(expert,) out, in]` to `[..., out]`
 
 
 class Drop(Protocol):
-    """Dropout in a training forward: of x `[batch, seq, channels]`, whose first channel is `first`, at `site`."""
+    """As `Context.drop` of `cordee.model.inputs`."""
 
-    def __call__(self, x: Tensor, rate: float, site: str, *, first: int) -> Tensor: ...
+    def __call__(self, x: Tensor, rate: float, /, *site: str | int, first: int = 0) -> Tensor: ...
 
 
 class LowRank(SpecifiedModule[Placement]):
-    """scale * B A dropout(x) with A `[(expert,) rank, in_size]` and B `[(expert,) *shape of the slice, rank]`.
-
-    A begins as PEFT has it, uniform within 1 / sqrt(in_size), and B with zeros.
-    """
+    """scale * B A dropout(x) with A `[(expert,) rank, in_size]` and B `[(expert,) *shape of the slice, rank]`."""
 
     a: Tensor
     b: Tensor
@@ -40,16 +37,10 @@ class LowRank(SpecifiedModule[Placement]):
         self.config = config
         self.site = f"{path}.{name}"
         self.stacked = weight.axes[0] == "expert"
-        stack, axes = int(self.stacked), list(weight.axes)
-        self.region = [slice(None)] * (len(axes) - 1 - stack)
+        self.region = [slice(None)] * (len(weight.axes) - 1 - self.stacked)
         if (cut := slice_of(path, name)) is not None:
             self.region[cut.dim] = slice(cut.start, cut.stop)
-            axes[stack + cut.dim] = cut.axis
-        a, b = config.shapes(weight.shape, path, name)
-        start = {"std": 1 / math.sqrt(3 * weight.shape[-1]), "uniform": True}
-        a = ParameterSpec(a, (*axes[:stack], "rank", axes[-1]), **start, origin="adapter")
-        self.declare("a", a, **factory)
-        self.declare("b", ParameterSpec(b, (*axes[:-1], "rank"), origin="adapter"), **factory)
+        self.declare(low_rank(config, weight, path, name), "a", "b", **factory)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A `[(expert,) rank, in]` and B `[(expert,) out, rank]`, as this process computes with them."""
@@ -61,22 +52,24 @@ class LowRank(SpecifiedModule[Placement]):
         _, (*_, first) = local_shard(self.a)
         return drop(x, self.config.dropout, self.site, first=first)
 
-    def place(self, whole: Tensor, part: Tensor) -> None:
-        """Add scale * part `[..., out of the slice]` to the slice's place in `[..., *out_shape]`."""
-        place = whole[(..., *self.region)]
-        place.add_(part.view_as(place), alpha=self.config.scale)
+    def add_to(self, whole: Tensor, part: Tensor) -> None:
+        """Add scale * part `[..., out of the slice]` to the slice of `whole` `[..., *out_shape]`."""
+        region = whole[(..., *self.region)]
+        region.add_(part.view_as(region), alpha=self.config.scale)
 
     def extra_repr(self) -> str:
         return f"rank={self.config.rank}, scale={self.config.scale}"
 
 
-class Adapted(SpecifiedModule[P], Generic[P]):
-    """A projection, whose slices may have low-rank adapters."""
+class Projection(SpecifiedModule[P], Generic[P]):
+    """A weight, perhaps with a bias, whose slices may have low-rank adapters."""
 
     weight: Tensor
+    bias: Tensor | None
 
-    def __init__(self, placement: P):
+    def __init__(self, placement: P, specs: Specs, **factory):
         super().__init__(placement)
+        self.declare(specs, "weight", "bias", **factory)
         self.adapters: nn.ModuleDict | None = None  # LowRank by slice; a projection without has no module for it
 
     def adapt(self, config: LowRankConfig, path: str, name: str, **factory) -> None:
@@ -89,25 +82,29 @@ class Adapted(SpecifiedModule[P], Generic[P]):
         return [] if self.adapters is None else [each for each in self.adapters.values() if isinstance(each, LowRank)]
 
     def with_adapters(self, y: Tensor, x: Tensor, multiply: Multiply, drop: Drop | None = None) -> Tensor:
-        """y `[..., out]`, the product with x `[..., in]`, and what adapters make of x; `multiply` is by a matrix."""
+        """y `[..., out]`, the product with x `[..., in]`, plus the adapters of x; `multiply` is by a matrix."""
         if self.adapters is None:
             return y
         delta = torch.zeros_like(y)
         out = self.local("weight").shape[1 if self.specs["weight"].axes[0] == "expert" else 0 : -1]
         whole = delta.unflatten(-1, out)
-        for low_rank in self.low_ranks():
-            a, b = low_rank.factors()
-            low_rank.place(whole, multiply(multiply(low_rank.dropped(x, drop), a), b))
+        for adapter in self.low_ranks():
+            a, b = adapter.factors()
+            adapter.add_to(whole, multiply(multiply(adapter.dropped(x, drop), a), b))
         return y + delta
+
+    def extra_repr(self) -> str:
+        spec = self.specs["weight"]
+        return ", ".join(f"{axis}={size}" for axis, size in zip(spec.axes, spec.shape, strict=True))
 
     def merged(self, weight: Tensor) -> Tensor:
         """`weight` `[*out_shape, in]` with the adapters in it, for what is no plain product; one without dropout."""
         if self.adapters is None:
             return weight
         delta = torch.zeros_like(weight)
-        for low_rank in self.low_ranks():
-            a, b = low_rank.factors()
-            low_rank.place(delta.movedim(-1, 0), a.t() @ b.t())
+        for adapter in self.low_ranks():
+            a, b = adapter.factors()
+            adapter.add_to(delta.movedim(-1, 0), a.t() @ b.t())
         return weight + delta
 
 
@@ -115,5 +112,5 @@ def add_low_rank(model: nn.Module, config: ModelConfig, foreign: Collection[str]
     """Put the low-rank adapters of `config` on the projections that `model` has, those named in `foreign` left out."""
     modules = dict(model.named_modules())
     for path, name, chosen in config.adapted():
-        if path not in foreign and isinstance(module := modules.get(path), Adapted):
+        if path not in foreign and isinstance(module := modules.get(path), Projection):
             module.adapt(chosen, path, name, **factory)

@@ -6,9 +6,10 @@ from functools import partial
 
 from torch import Tensor
 
+from cordee.model import specs
 from cordee.model.bound import Binding, BoundMLP, require_known, require_plain
 from cordee.model.config import MLPConfig, ModelConfig
-from cordee.model.linear import Linear, scaled_std
+from cordee.model.linear import Linear
 from cordee.model.low_rank import Drop
 from cordee.model.parameter import SpecifiedModule
 from cordee.model.placement import BlockPlacement
@@ -21,14 +22,12 @@ class MLP(SpecifiedModule[BlockPlacement]):
     def __init__(self, config: MLPConfig, model: ModelConfig, **factory):
         super().__init__(BlockPlacement())
         self.config = config
-        shared = {"bias": config.bias, "std": model.init_std, **factory}
-        ffn = config.ffn_hidden_size
+        own = specs.mlp(config, model)
         if config.gated:
-            self.gate_up = Linear((2, ffn), ("branch", "ffn"), model.hidden_size, "embed", **shared)
+            self.gate_up = Linear(specs.of_part(own, "gate_up"), **factory)
         else:
-            self.up = Linear((ffn,), ("ffn",), model.hidden_size, "embed", **shared)
-        shared["std"] = scaled_std(model.init_std, model.num_layers)
-        self.down = Linear((model.hidden_size,), ("embed",), ffn, "ffn", **shared)
+            self.up = Linear(specs.of_part(own, "up"), **factory)
+        self.down = Linear(specs.of_part(own, "down"), **factory)
 
     def forward(self, x: Tensor, *, drop: Drop | None = None) -> Tensor:
         """`[batch, seq, embed]` to the same."""

@@ -1,4 +1,4 @@
-"""Mixtures of experts: each token goes through a few of many MLPs.
+"""Mixture of experts (MoE): each token goes through a few of many MLPs.
 
 Owns the block, its experts and the local dispatch. Where experts live is decided by what replaces `MoE.dispatch`.
 """
@@ -13,40 +13,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cordee.model import specs
 from cordee.model.balance import Balance, Reduce, balanced
 from cordee.model.config import CapacityConfig, MLPConfig, ModelConfig, MoEConfig
-from cordee.model.linear import Linear, scaled_std
-from cordee.model.low_rank import Adapted, Drop
+from cordee.model.linear import Linear
+from cordee.model.low_rank import Drop, Projection
 from cordee.model.mlp import MLP, activate
-from cordee.model.parameter import ParameterSpec, SpecifiedModule
+from cordee.model.parameter import SpecifiedModule
 from cordee.model.placement import BlockPlacement, Placement, unchanged
 from cordee.model.router import Router, Routing, count_by_expert, limit_to_capacity, rank_in_group
+from cordee.model.specs import Specs
 from cordee.ops.grouped import grouped_matmul
 
 RowMap = Callable[[Tensor], Tensor]
 
 
-class StackedLinear(Adapted[Placement]):
+class StackedLinear(Projection[Placement]):
     """A linear map for each expert: y = x W_e^T + b_e, with W `[expert, *out_shape, in_size]`."""
 
-    bias: Tensor | None
-
-    def __init__(
-        self,
-        num_experts: int,
-        out_shape: tuple[int, ...],
-        out_axes: tuple[str, ...],
-        in_size: int,
-        in_axis: str,
-        *,
-        bias: bool,
-        std: float,
-        **factory,
-    ):
-        super().__init__(Placement())
-        shape, axes = (num_experts, *out_shape), ("expert", *out_axes)
-        self.declare("weight", ParameterSpec((*shape, in_size), (*axes, in_axis), std=std), **factory)
-        self.declare("bias", ParameterSpec(shape, axes, decay=False) if bias else None, **factory)
+    def __init__(self, specs: Specs, **factory):
+        super().__init__(Placement(), specs, **factory)
 
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
         """`[rows, in_size]`, counts[0] of them for the first expert and so on, to `[rows, product of out_shape]`."""
@@ -67,10 +53,6 @@ class StackedLinear(Adapted[Placement]):
         y = F.linear(rows, weight, None if bias is None else bias[index].flatten())
         return self.with_adapters(y, rows, lambda x, matrices: F.linear(x, matrices[index]))
 
-    def extra_repr(self) -> str:
-        spec = self.specs["weight"]
-        return ", ".join(f"{axis}={size}" for axis, size in zip(spec.axes, spec.shape, strict=True))
-
 
 class Experts(SpecifiedModule[Placement]):
     """MLPs of one shape, their parameters stacked. Rows are multiplied by their weight after the MLP, or before it."""
@@ -79,13 +61,12 @@ class Experts(SpecifiedModule[Placement]):
         super().__init__(Placement())
         self.config = config
         self.weight_input = weight_input
-        stacked = partial(StackedLinear, num_experts, bias=config.bias, **factory)
-        ffn, hidden = config.ffn_hidden_size, model.hidden_size
+        own = specs.mlp(config, model, num_experts)
         if config.gated:
-            self.gate_up = stacked((2, ffn), ("branch", "ffn"), hidden, "embed", std=model.init_std)
+            self.gate_up = StackedLinear(specs.of_part(own, "gate_up"), **factory)
         else:
-            self.up = stacked((ffn,), ("ffn",), hidden, "embed", std=model.init_std)
-        self.down = stacked((hidden,), ("embed",), ffn, "ffn", std=scaled_std(model.init_std, model.num_layers))
+            self.up = StackedLinear(specs.of_part(own, "up"), **factory)
+        self.down = StackedLinear(specs.of_part(own, "down"), **factory)
 
     def forward(self, rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
         """`[rows, embed]` to the same; `weights` float32 `[rows]`, `counts` int64 `[experts]`: rows of each expert."""
@@ -139,10 +120,10 @@ class Rows:
     def sorted(
         experts: Tensor, weights: Tensor, num_experts: int, *, complete: bool, rows_per_expert: int | None
     ) -> Rows:
-        """The rows of `num_experts` experts; `experts` `[tokens, top_k]` says who is chosen, `num_experts` for nobody.
+        """The rows of `num_experts` experts; `experts` `[tokens, top_k]` are the chosen ones, `num_experts` for none.
 
         `complete`: that does not occur. No loop; the host waits for the device only for routes without an expert whose
-        places are not kept by padding every expert to `rows_per_expert`.
+        number is not fixed by padding every expert to `rows_per_expert`.
         """
         top_k = experts.shape[1]
         experts, weights = experts.flatten(), weights.flatten()
@@ -156,11 +137,11 @@ class Rows:
             order = order[: int(counts[:-1].sum())]
         return Rows(order // top_k, weights.index_select(0, order), counts[:-1])
 
-    def inputs(self, x: Tensor) -> Tensor:
+    def permute(self, x: Tensor) -> Tensor:
         """The tokens of `[tokens, embed]` that go in, `[rows, embed]`."""
         return x.index_select(0, self.token.clamp(max=len(x) - 1))
 
-    def add_up(self, y: Tensor, tokens: int) -> Tensor:
+    def unpermute(self, y: Tensor, tokens: int) -> Tensor:
         """The sum for each of `tokens` of the results `[rows, embed]`, `[tokens, embed]`."""
         # Padding goes to a row of its own.
         return y.new_zeros(tokens + 1, y.shape[1]).index_add(0, self.token, y)[:-1]
@@ -174,21 +155,21 @@ def kept_experts(routing: Routing) -> Tensor:
 
 
 def _padded(order: Tensor, experts: Tensor, counts: Tensor, rows_per_expert: int) -> Tensor:
-    """Each expert's routes on the first of its `rows_per_expert` places, the number of all routes on the others.
+    """Each expert's routes in the first of its `rows_per_expert` rows, the number of all routes in the others.
 
     `experts` are those of the routes in `order`, sorted; the last of `counts` is of dropped routes.
     """
     end = (len(counts) - 1) * rows_per_expert
-    places = experts * rows_per_expert + rank_in_group(experts, counts)
+    rows = experts * rows_per_expert + rank_in_group(experts, counts)
     padded = order.new_full((end + 1,), len(order))
-    # The dropped meet on one place past the end, which is cut off.
-    return padded.scatter_(0, places.clamp(max=end), order)[:-1]
+    # Dropped routes go to one row past the end, which is cut off.
+    return padded.scatter_(0, rows.clamp(max=end), order)[:-1]
 
 
 def local_dispatch(x: Tensor, routing: Routing, experts: Experts) -> Tensor:
-    """Sum over its experts of what they make of each token of `[tokens, embed]`, all experts in one grouped product."""
+    """The sum of each token's experts, `[tokens, embed]` to the same, all experts in one grouped product."""
     rows = Rows.of(routing)
-    return rows.add_up(experts(rows.inputs(x), rows.weights, rows.counts), len(x))
+    return rows.unpermute(experts(rows.permute(x), rows.weights, rows.counts), len(x))
 
 
 def loop_dispatch(x: Tensor, routing: Routing, experts: Experts) -> Tensor:
@@ -228,11 +209,8 @@ class MoE(SpecifiedModule[MoEPlacement]):
             config.expert, config.router.num_experts, model, weight_input=config.weight_input, **factory
         )
         self.shared = None if config.shared is None else MLP(config.shared, model, **factory)
-        self.shared_gate = None
-        if config.shared_gate:
-            self.shared_gate = Linear(
-                (1,), ("gate",), model.hidden_size, "embed", bias=False, std=model.init_std, **factory
-            )
+        gate = specs.of_part(specs.moe(config, model), "shared_gate")
+        self.shared_gate = Linear(gate, **factory) if gate else None
 
     def forward(self, x: Tensor, balance: Balance | None = None, *, drop: Drop | None = None) -> Tensor:
         """`[batch, seq, embed]` to the same. Capacity cuts routes in training only; auxiliary losses need `balance`."""

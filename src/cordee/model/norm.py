@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cordee.device import KINDS
+from cordee.model import specs
 from cordee.model.bound import BoundNorm, require_known, require_plain
 from cordee.model.config import NormConfig
-from cordee.model.parameter import ParameterSpec, SpecifiedModule
+from cordee.model.parameter import SpecifiedModule
 from cordee.model.placement import Placement
 
 
@@ -34,11 +35,7 @@ class Norm(SpecifiedModule[NormPlacement]):
         super().__init__(NormPlacement())
         self.config = config
         self.size = size
-        fill = 0.0 if config.unit_offset else 1.0
-        weight = ParameterSpec((size,), (axis,), fill=fill, decay=False) if config.affine else None
-        self.declare("weight", weight, **factory)
-        bias = ParameterSpec((size,), (axis,), decay=False) if config.affine and config.kind == "layer" else None
-        self.declare("bias", bias, **factory)
+        self.declare(specs.norm(config, size, axis), "weight", "bias", **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.config.unit_offset and self.weight is not None:

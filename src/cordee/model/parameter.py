@@ -1,14 +1,13 @@
-"""Parameters that say what their dims mean.
+"""Modules whose parameters carry a `ParameterSpec`.
 
-Owns the description every parameter carries: global shape, logical axes, origin, initial distribution, weight decay.
-Tensor, expert and ZeRO sharding, initial values, optimizer groups and checkpoints read it; it knows none of them.
+Tensor, expert and ZeRO sharding, initial values, optimizer groups and checkpoints read the specs, and this file knows
+none of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Generic, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,41 +15,16 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from cordee.model.placement import Placement
+from cordee.model.specs import Origin, Specs
 
 P = TypeVar("P", bound=Placement)
-Origin = Literal["base", "adapter", "head"]
 ORIGINS: tuple[Origin, ...] = get_args(Origin)
-
-
-@dataclass(frozen=True)
-class ParameterSpec:
-    """What a parameter is, whatever shard of it this process holds.
-
-    `axes` names each dim of the global `shape`: "vocab", "embed", "position", "kv_group", "slot" (the q heads of a
-    group, then k, then v; "q_slot", "kv_slot": some of these), "head_dim", "heads", "branch" (gate, up), "ffn",
-    "latent", "expert", "choice" (what a router scores), "gate", "rank" (of an adapter), "virtual" (tokens of a prefix).
-    Initial values are normal with `std` where it is positive, or `uniform` of that spread, else the constant `fill`.
-    What is not `trained` gets no gradient. `origin`: "base" weights are what a checkpoint of the model holds,
-    "adapter" parameters are added to it, and a further "head" replaces what scores tokens.
-    """
-
-    shape: tuple[int, ...]
-    axes: tuple[str, ...]
-    std: float = 0.0
-    fill: float = 0.0
-    decay: bool = True
-    trained: bool = True
-    uniform: bool = False
-    origin: Origin = "base"
-
-    def __post_init__(self) -> None:
-        assert len(self.shape) == len(self.axes), f"{self.axes} does not name the dims of {self.shape}"
 
 
 class SpecifiedModule(nn.Module, Generic[P]):
     """A module whose own parameters are declared with a `ParameterSpec`, and its seams with a `Placement`."""
 
-    specs: dict[str, ParameterSpec]
+    specs: Specs
     placement: P
     device_kwargs: ClassVar[frozenset[str]] = frozenset({"device", "dtype"})
 
@@ -64,19 +38,21 @@ class SpecifiedModule(nn.Module, Generic[P]):
         value = getattr(self, name)
         return None if value is None else self.placement.views[name](value)
 
-    def declare(self, name: str, spec: ParameterSpec | None, **factory: torch.device | torch.dtype | None) -> None:
-        """Register parameter `name`, its values left unset; `spec` None registers an absent parameter."""
+    def declare(self, specs: Specs, *names: str, **factory: torch.device | torch.dtype | None) -> None:
+        """Register the parameters `names`, their values left unset; one without a spec is registered as absent."""
         assert factory.keys() <= self.device_kwargs
-        if spec is None:
-            self.register_parameter(name, None)
-            return
-        self.specs[name] = spec
-        self.placement.declare(name)
-        values = torch.empty(spec.shape, **factory)  # type: ignore[arg-type]
-        self.register_parameter(name, nn.Parameter(values, requires_grad=spec.trained))
+        for name in names:
+            spec = specs.get(name)
+            if spec is None:
+                self.register_parameter(name, None)
+                continue
+            self.specs[name] = spec
+            self.placement.declare(name)
+            values = torch.empty(spec.shape, **factory)  # type: ignore[arg-type]
+            self.register_parameter(name, nn.Parameter(values, requires_grad=spec.trained))
 
 
-def parameter_specs(module: nn.Module) -> dict[str, ParameterSpec]:
+def parameter_specs(module: nn.Module) -> Specs:
     """Spec of every parameter by its canonical name; a shared parameter is listed once, under its first name."""
     names = {name for name, _ in module.named_parameters()}
     found = {}

@@ -127,7 +127,7 @@ class Placement:
         self._change(hook, function, Change(hook, by, compiles, final))
 
     def set(self, by: str, **facts: Any) -> None:
-        """Say what is so in a layout. ConflictError where another technique has said otherwise."""
+        """Set facts of a layout. ConflictError where another technique has set another value."""
         for fact, value in facts.items():
             for change in self._changes(fact):
                 if vars(self)[fact] != value:

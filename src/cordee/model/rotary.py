@@ -1,6 +1,6 @@
 """Frequencies and angles of rotary positions, and what else depends on positions alone.
 
-Owns every way to stretch them. Knows nothing of heads; what a position is, its caller says.
+Owns every way to stretch them. Knows nothing of heads; its caller gives the positions.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from cordee.model.placement import unchanged
 
 
 def depends_on_length(rope: RopeConfig) -> bool:
-    """Whether frequencies change as a sequence grows, which makes keys that were turned before worthless."""
+    """Whether frequencies change as a sequence grows, after which keys in a cache are no longer valid."""
     return isinstance(rope.scaling, DynamicNTKScaling | QwenNTKScaling | LongRopeScaling)
 
 
 def inverse_frequencies(
     rope: RopeConfig, head_dim: int, device: torch.device | None = None, lengths: Tensor | None = None
 ) -> Tensor:
-    """Radians a place for each pair of dims, float32 `[rotary_dim / 2]`.
+    """Radians a position for each pair of dims, float32 `[rotary_dim / 2]`.
 
     Where they depend on the `lengths` of the sequences, int64 `[..., 1]`: `[..., rotary_dim / 2]`, one set for each
     sequence, so that none depends on its neighbours in the batch.
@@ -77,9 +77,9 @@ def _llama3(frequency: Tensor, scaling: Llama3Scaling) -> Tensor:
 def _yarn(frequency: Tensor, theta: float, scaling: YarnScaling) -> Tensor:
     pairs = frequency.shape[0]
 
-    def pair_of(turns: float) -> float:
-        """The pair of dims that makes so many turns within the original length."""
-        return pairs * math.log(scaling.original_max_position_embeddings / (turns * 2 * math.pi)) / math.log(theta)
+    def pair_of(rotations: float) -> float:
+        """The pair of dims that makes so many rotations within the original length."""
+        return pairs * math.log(scaling.original_max_position_embeddings / (rotations * 2 * math.pi)) / math.log(theta)
 
     low, high = pair_of(scaling.beta_fast), pair_of(scaling.beta_slow)
     if scaling.truncate:
@@ -101,9 +101,9 @@ Longest = Callable[[Tensor], Tensor]
 class Positions:
     """The position of every token of one forward, `[1 or batch, seq]` int64, and what follows from it.
 
-    Layers with the same rope share one table, made at its first use. Some scalings hold in evaluation only, which
-    `training` tells. `longest` is given what a sequence's last position here is, `[1 or batch, 1]`, and says what it is
-    where other processes hold other tokens of it.
+    Layers with the same rope share one table, made at its first use. Some scalings hold in evaluation only, not
+    in `training`. `longest` maps the last position of a sequence that is here, `[1 or batch, 1]`, to the last of all
+    processes that hold its tokens.
     """
 
     def __init__(self, ids: Tensor, training: bool = False, longest: Longest = unchanged):

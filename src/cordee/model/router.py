@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cordee.model import specs
 from cordee.model.config import CapacityConfig, ModelConfig, RouterConfig
-from cordee.model.parameter import ParameterSpec, SpecifiedModule
+from cordee.model.parameter import SpecifiedModule
 from cordee.model.placement import Placement
 
 TINY = 1e-20  # keeps a sum of sigmoids from being zero; lost in rounding beside a sum of softmax values
@@ -49,13 +50,7 @@ class Router(SpecifiedModule[Placement]):
     def __init__(self, config: RouterConfig, model: ModelConfig, **factory):
         super().__init__(Placement())
         self.config = config
-        size = (config.num_experts,)
-        axis = ("choice",)
-        weight = ParameterSpec((*size, model.hidden_size), (*axis, "embed"), std=model.init_std)
-        self.declare("weight", weight, **factory)
-        self.declare("bias", ParameterSpec(size, axis, decay=False) if config.bias else None, **factory)
-        correction = ParameterSpec(size, axis, decay=False, trained=False) if config.correction_bias else None
-        self.declare("correction_bias", correction, **factory)
+        self.declare(specs.router(config, model), "weight", "bias", "correction_bias", **factory)
 
     def forward(self, tokens: Tensor) -> Routing:
         """Routing of `[tokens, embed]`."""

@@ -103,7 +103,7 @@ def _dropped(
     """What drops the weights of some queries and keys; None: nothing."""
     if scores.dropout is None:
         return None
-    queries, keys = mask.places(device)
+    queries, keys = mask.indices(device)
     return partial(scores.dropout.of_weights, queries=queries[rows], keys=keys[columns])
 
 
@@ -125,9 +125,9 @@ def behind_prefix(core: AttentionCore, prefix: Tensor | None) -> AttentionCore:
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scores: Scores) -> Tensor:
-    """torch's fused attention; a dense mask is made only where order and causality do not say it all.
+    """torch's fused attention; a dense mask is made only where order and causality do not decide.
 
-    A softcap is not among the things it can do, nor dropout by place: those go to `blockwise_attention`.
+    It has neither a softcap nor our dropout: those go to `blockwise_attention`.
     """
     if scores.softcap is not None or scores.dropout is not None:
         return blockwise_attention(q, k, v, mask, scores)
@@ -156,7 +156,7 @@ def of_one_dim(*tensors: Tensor) -> list[Tensor]:
 
 
 def _rendered_mask(q: Tensor, mask: AttentionMask, scores: Scores, window: int | None) -> tuple[Tensor | None, bool]:
-    """What SDPA is told: a dense mask or bias, and whether it is to be causal."""
+    """Arguments of SDPA: a dense mask or bias, and `is_causal`."""
     if scores.slopes is not None:
         return mask.bias(scores.slopes, q.dtype, q.device, *scores.reach), False
     if mask.is_plain(window, scores.chunk):
@@ -174,7 +174,7 @@ def _with_sink(
     """A first key whose score is the sink and whose value is zero.
 
     It lives in a dim of its own, where queries hold the sink and other keys zero, so that a fused kernel does the
-    rest: scores given as a mask would need memory for every pair of places, and their gradient too. A causal kernel
+    rest: scores given as a mask would need memory for every pair of positions, and their gradient too. A causal kernel
     gets a first query as well, which keeps the two in step.
     """
     sink = (sinks / scale).to(q.dtype)[None, :, None, None].expand(*q.shape[:3], 1)
@@ -227,7 +227,7 @@ def blockwise_attention(
 
 
 def _visible_keys(mask: AttentionMask, window: int | None, start: int, stop: int) -> slice:
-    """The keys that any of the queries [start, stop) may see, as far as order and window tell."""
+    """The keys that any of the queries [start, stop) may see, as far as order and window decide."""
     if not (mask.in_order and mask.causal):
         return _ALL
     before = mask.num_keys - mask.num_queries

@@ -2,9 +2,9 @@
 
 `reference_cross_entropy` is the definition. `chunked_cross_entropy` walks over the tokens in chunks and forms the
 gradients of hidden states and head weight while a chunk's logits are at hand, so that at most one chunk's logits
-exist and nothing is computed twice (the idea of Hsu et al. 2024, Liger Kernel). `chunked_token_losses` gives one number
-per token instead of their sum: what the gradient of each is multiplied with is known only in the backward, which
-therefore walks over the chunks again.
+exist and nothing is computed twice (the idea of Hsu et al. 2024, Liger Kernel). Where it gives the loss of every token
+instead of their sum, the factors of their gradients are known only in the backward, which therefore computes the logits
+of every chunk again.
 
 Logits are products times `scale`, and within +-`softcap` where that is given: c * tanh(logit / c) (Gemma 2).
 """
@@ -12,7 +12,7 @@ Logits are products times `scale`, and within +-`softcap` where that is given: c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ IGNORED = -100
 
 
 class VocabularyPart(Protocol):
-    """The tokens from `start` on that this process has the head's rows of, where several share the vocabulary out."""
+    """The tokens from `start` on whose rows of the head this process holds: its shard of the vocabulary."""
 
     @property
     def start(self) -> int: ...
@@ -74,46 +74,34 @@ def chunked_cross_entropy(
     labels: Tensor,
     chunk_size: int | None = None,
     *,
+    reduction: Literal["sum", "none"] = "sum",
     scale: float = 1.0,
     softcap: float | None = None,
     part: VocabularyPart | None = None,
 ) -> Tensor:
     """As `reference_cross_entropy`: hidden `[tokens, embed]`, weight `[vocab, embed]`, labels int64 `[tokens]`.
 
-    `chunk_size` is in tokens. The result can be differentiated once. With a `part`, `weight` are its rows only, and the
-    gradient of `hidden` is what comes through them: it has to be added up over all parts.
+    With `reduction` "none" the loss of every token, float32 `[tokens]`, 0 where the label is -100. `chunk_size` is in
+    tokens. The result can be differentiated once. With a `part`, `weight` are its rows only, and the gradient of
+    `hidden` is what comes through them: it has to be summed over all parts.
     """
-    chunk_size = chunk_size or _chunk_size(weight, part)
+    how = chunk_size or _chunk_size(weight, part), scale, softcap, part
+    if reduction == "none":
+        return _ChunkedTokenLosses.apply(hidden, weight, labels, *how)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk_size, scale, softcap, part)
-    total = hidden.new_zeros((), dtype=torch.float32)
-    for rows, target in zip(hidden.split(chunk_size), labels.split(chunk_size), strict=True):
-        if part is None:
-            total += reference_cross_entropy(rows, weight, target, scale, softcap)
-        else:
-            counted = (target != IGNORED)[:, None]
-            products = matmul(rows, weight.t())
-            losses, _ = _losses_and_products_grad(products, target[:, None].clamp(min=0), scale, softcap, part)
-            total += losses.where(counted, 0.0).sum()
+        return _ChunkedCrossEntropy.apply(hidden, weight, labels, *how)
+    if part is not None:
+        return _total(_walk(hidden, weight, labels, *how)[0], hidden)
+    chunks = zip(hidden.split(how[0]), labels.split(how[0]), strict=True)
+    return _total([reference_cross_entropy(rows, weight, target, scale, softcap) for rows, target in chunks], hidden)
+
+
+def _total(losses: Sequence[Tensor], like: Tensor) -> Tensor:
+    """The sum of all losses of all chunks, a float32 scalar."""
+    total = like.new_zeros((), dtype=torch.float32)
+    for chunk in losses:
+        total += chunk.sum()
     return total
-
-
-def chunked_token_losses(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    chunk_size: int | None = None,
-    *,
-    scale: float = 1.0,
-    softcap: float | None = None,
-    part: VocabularyPart | None = None,
-) -> Tensor:
-    """-log softmax(logits)[label] of every token, float32 `[tokens]`, 0 where the label is -100; arguments as of
-    `chunked_cross_entropy`. The logits of one chunk exist at a time, in the forward and again in the backward.
-    """
-    return _ChunkedTokenLosses.apply(
-        hidden, weight, labels, chunk_size or _chunk_size(weight, part), scale, softcap, part
-    )
 
 
 def _chunk_size(weight: Tensor, part: VocabularyPart | None) -> int:
@@ -123,14 +111,11 @@ def _chunk_size(weight: Tensor, part: VocabularyPart | None) -> int:
 
 class _ChunkedCrossEntropy(Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int, *how) -> Tensor:
-        losses, hidden_grad, weight_grad = _walk(hidden, weight, labels, chunk_size, *how, needed=ctx.needs_input_grad)
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, *how) -> Tensor:
+        losses, hidden_grad, weight_grad = _walk(hidden, weight, labels, *how, needed=ctx.needs_input_grad)
         ctx.grads = (hidden_grad, weight_grad)
         ctx.weight_dtype = weight.dtype
-        total = hidden.new_zeros((), dtype=torch.float32)
-        for chunk in losses:
-            total += chunk.sum()
-        return total
+        return _total(losses, hidden)
 
     @staticmethod
     @once_differentiable
@@ -193,7 +178,7 @@ def _walk(
         rows = hidden[chunk]
 
         def weighted(x: Tensor, chunk: slice = chunk) -> Tensor:
-            # What does not count is left out of small tensors and spared the large one. It is selected rather than
+            # Ignored labels are masked in the small tensors, not in the large one. They are selected rather than
             # indexed, which would make the host wait for an accelerator.
             return (x if factors is None else (x * factors[chunk]).to(x.dtype)).where(counted[chunk], 0.0)
 
@@ -234,7 +219,7 @@ def _losses_and_logits_grad(logits: Tensor, target: Tensor, part: VocabularyPart
     largest = logits.amax(-1, keepdim=True)
     at_target = logits.gather(1, target)
     probability = torch.softmax(logits, -1, out=logits)
-    # The largest logit gives away what softmax divided by, and its probability cannot underflow.
+    # The largest logit yields the denominator of the softmax, and its probability cannot underflow.
     losses = largest - probability.amax(-1, keepdim=True).log_() - at_target
     probability.scatter_add_(1, target, torch.full_like(losses, -1.0))
     return losses, probability.to(dtype)

@@ -1,12 +1,14 @@
 """Dropout that no layout can change.
 
-Whether an element is dropped is a function of (key of the sample, place in the sample, channel), so ranks that hold
+Whether an element is dropped is a function of (seed, sample, site, position in the sample, channel), so ranks that hold
 parts of a sample, in whatever order, drop what one process would drop, and a layer computed again drops the same.
 Counters are hashed by the finaliser of MurmurHash3 (Appleby 2011), twice with the key between.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +19,7 @@ _GOLDEN = -1640531527  # 2^32 / golden ratio, as int32: neighbours in a row get 
 
 @dataclass(frozen=True, eq=False)
 class Dropout:
-    """Dropout of `rate` in one place of a model; `keys` int32 `[batch]`: one for each sample.
+    """Dropout of `rate` at one site of a model; `keys` int32 `[batch]`: one for each sample.
 
     `first_head`: which of the model's heads is the first one here.
     """
@@ -26,14 +28,14 @@ class Dropout:
     keys: Tensor
     first_head: int = 0
 
-    def of_tokens(self, x: Tensor, places: Tensor, first: int = 0) -> Tensor:
-        """x `[batch, seq, channels]`, from channel `first` on, of the tokens at `places`, int64 `[1 or batch, seq]`."""
+    def of_tokens(self, x: Tensor, positions: Tensor, first: int = 0) -> Tensor:
+        """x `[batch, seq, channels]`, from channel `first` on; `positions` int64 `[1 or batch, seq]`."""
         channels = torch.arange(first, first + x.shape[-1], dtype=torch.int32, device=x.device)
-        counter = (_mixed(places.to(torch.int32))[..., None] + channels).expand(x.shape)
+        counter = (_mixed(positions.to(torch.int32))[..., None] + channels).expand(x.shape)
         return self._dropped(x, counter, self.keys[:, None, None])
 
     def of_weights(self, weights: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
-        """weights `[batch, heads, queries, keys]`, of queries and keys at these places, int64 `[queries]`, `[keys]`."""
+        """weights `[batch, heads, queries, keys]`, positions of `queries` and `keys` int64 `[queries]`, `[keys]`."""
         heads = torch.arange(weights.shape[1], dtype=torch.int32, device=weights.device) + self.first_head
         rows = _mixed(_mixed(heads)[:, None] + queries.to(torch.int32))  # [heads, queries]
         counter = (rows[..., None] + keys.to(torch.int32) * _GOLDEN).expand(weights.shape)
@@ -43,6 +45,35 @@ class Dropout:
         number = _mixed(_mixed(counter).bitwise_xor_(keys)) & 0x7FFFFFFF  # 31 bits
         kept = number >= int(self.rate * 2.0**31)
         return x * (kept / (1.0 - self.rate)).to(x.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class DropoutRNG:
+    """The random numbers of one forward: a function of `seed` and of `samples`, int64 `[batch]`, the numbers of the
+    samples in the run.
+    """
+
+    seed: int
+    samples: Tensor
+
+    @staticmethod
+    def drawn(batch_size: int, device: torch.device) -> DropoutRNG:
+        """For callers who keep no count of samples: from torch's own random numbers."""
+        seed, *samples = torch.randint(1 << 62, (1 + batch_size,)).tolist()
+        return DropoutRNG(seed, torch.tensor(samples, dtype=torch.int64, device=device))
+
+    def dropout(self, rate: float, *site: str | int, first_head: int = 0) -> Dropout:
+        """Dropout of `rate` at a site of the model, which no other site shares the name of."""
+        mixed = self.samples * 0x5851F42D4C957F2D + _stream(self.seed, *site)  # wraps; an odd factor keeps them apart
+        return Dropout(rate, ((mixed >> 31) ^ mixed).to(torch.int32), first_head)
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _stream(*names: str | int) -> int:
+    """A 63-bit number that only the same names have."""
+    text = "/".join(map(str, names))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
 def _mixed(x: Tensor) -> Tensor:

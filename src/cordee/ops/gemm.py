@@ -63,7 +63,7 @@ def transposed_matmul(a: Tensor, b: Tensor) -> Tensor:
     """a^T b for matrices `[k, m]` and `[k, n]`, as `matmul`."""
     if not in_onednn(a, b, a.numel() * b.shape[1]):
         return a.t() @ b
-    # oneDNN copies a first operand that is transposed, in one thread: the narrower of the two takes that place.
+    # oneDNN copies a first operand that is transposed, in one thread: so that is the narrower of the two.
     if a.shape[1] <= b.shape[1]:
         return _onednn(a.t(), b.t())
     return _onednn(b.t(), a.t()).t().contiguous()
@@ -74,7 +74,7 @@ class TransposedSum:
 
     def __init__(self, like: Tensor):
         self._in_onednn = has_onednn(like)
-        # oneDNN wants the narrower operand first (see `transposed_matmul`); the sum is turned once, at the end.
+        # oneDNN wants the narrower operand first (see `transposed_matmul`); the sum is transposed once, at the end.
         self._flipped = self._in_onednn and like.shape[0] > like.shape[1]
         rows, columns = like.shape[::-1] if self._flipped else like.shape
         # oneDNN cannot add to what is there: a product needs memory of its own, which is bounded by making it in parts.
@@ -98,9 +98,9 @@ class TransposedSum:
             return parts[0].mul_(factor)
         dim = 1 if self._flipped else 0
         total = torch.empty(self._shape(parts), dtype=torch.float32, device=parts[0].device)
-        for place in total.split([len(part) for part in parts], dim):
+        for slot in total.split([len(part) for part in parts], dim):
             part = parts.pop(0)
-            torch.mul(part.t() if self._flipped else part, factor, out=place)
+            torch.mul(part.t() if self._flipped else part, factor, out=slot)
         return total
 
     def _shape(self, parts: list[Tensor]) -> tuple[int, int]:
@@ -122,7 +122,7 @@ def has_onednn(x: Tensor) -> bool:
 def _device_takes_onednn(device: torch.device) -> bool:
     if not (prefers_onednn(device) and torch.backends.mkldnn.enabled):
         return False
-    _say_onednn()
+    _log_onednn()
     return True
 
 
@@ -183,5 +183,5 @@ class _Linear(Function):
 
 
 @functools.cache
-def _say_onednn() -> None:
+def _log_onednn() -> None:
     logger.info("Float32 products run in oneDNN, which is faster than MKL on this processor")

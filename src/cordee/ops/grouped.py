@@ -1,4 +1,4 @@
-"""Products of groups of rows with a matrix for each group, as the experts of a mixture need them.
+"""Products of groups of rows with a matrix for each group, as MoE experts need them.
 
 Owns the grouped product and the loop that defines it. Knows nothing of routing: rows come sorted by group.
 """
@@ -34,7 +34,7 @@ def grouped_matmul(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return _uncompiled(rows, weight, counts)
     if not has_kernel(rows, weight):
-        _say_loop(_name(rows.dtype), tuple(weight.shape[1:]))
+        _log_loop(_name(rows.dtype), tuple(weight.shape[1:]))
         return reference_grouped_matmul(rows, weight, counts)
     return _GroupedMatmul.apply(rows, weight, counts.cumsum(0).to(torch.int32))
 
@@ -73,5 +73,5 @@ class _GroupedMatmul(Function):
 
 
 @functools.cache
-def _say_loop(dtype: str, shape: tuple[int, ...]) -> None:
+def _log_loop(dtype: str, shape: tuple[int, ...]) -> None:
     logger.info("No grouped kernel takes experts of %s in %s: they run one after the other", shape, dtype)

@@ -17,11 +17,11 @@ from torch import Tensor
 class AttentionMask:
     """Query i sees key j iff both lie in one segment, j is not later (`causal`), within the window and the chunk.
 
-    Queries are the last `num_queries` of `num_keys` places unless `query_index` and `key_index` say otherwise: int64
-    `[places]`, or `[batch, places]` where rows differ, in one order of places over both. Segments are int64 `[batch,
-    places]`; None is one segment. Positions are int64 `[1 or batch, places]`; None: the positions are the places.
+    Queries are the last `num_queries` of `num_keys` tokens unless `query_index` and `key_index` give the indices of
+    both in their sequence: int64 `[tokens]`, or `[batch, tokens]` where rows differ. Segments are int64 `[batch,
+    tokens]`; None is one segment. Positions are int64 `[1 or batch, tokens]`; None: the indices.
 
-    `window` w hides keys w or more places back; `chunk` c hides keys whose position lies in other c positions.
+    `window` w hides keys w or more indices back; `chunk` c hides keys whose position lies in other c positions.
 
     `num_prefix` virtual keys come before the `num_keys`; every query sees them, at no distance.
     """
@@ -41,7 +41,7 @@ class AttentionMask:
 
     @property
     def in_order(self) -> bool:
-        """Whether places follow one another."""
+        """Whether indices follow one another."""
         return self.query_index is None and not self.num_prefix
 
     def behind(self, num_prefix: int) -> AttentionMask:
@@ -51,7 +51,7 @@ class AttentionMask:
         return self._behind[num_prefix]
 
     def is_plain(self, window: int | None = None, chunk: int | None = None) -> bool:
-        """Whether order alone decides: places in sequence, no segments, window and chunk reach every key."""
+        """Whether order alone decides: tokens in sequence, no segments, window and chunk reach every key."""
         return self.in_order and self.query_segments is None and self._reach(window, chunk) == (None, None)
 
     def dense(self, device: torch.device, window: int | None = None, chunk: int | None = None) -> Tensor:
@@ -64,22 +64,24 @@ class AttentionMask:
 
     def bias(
         self,
-        slopes: tuple[float, ...],
+        slopes: tuple[float, ...] | None,
         dtype: torch.dtype,
         device: torch.device,
         window: int | None = None,
         chunk: int | None = None,
     ) -> Tensor:
-        """What is added to scores, of the shape of `dense` for every head: -slope * distance, or -inf if hidden.
+        """A term of the scores, of the shape of `dense` for every head: -slope * distance, or -inf if hidden.
 
-        One slope a head. Made once for each reach.
+        One slope a head; None: 0 for all heads. Made once for each reach.
         """
         key = (slopes, dtype, *self._reach(window, chunk))
         if key not in self._rendered:
-            distance = F.pad(self._distance(device).float(), (self.num_prefix, 0))[:, None]
-            falling = distance * -torch.tensor(slopes, device=device)[:, None, None]
             hidden = ~self.dense(device, window, chunk)
-            self._rendered[key] = falling.to(dtype).masked_fill(hidden, float("-inf"))
+            term = torch.zeros_like(hidden, dtype=dtype)
+            if slopes is not None:
+                distance = F.pad(self._distance(device).float(), (self.num_prefix, 0))[:, None]
+                term = (distance * -torch.tensor(slopes, device=device)[:, None, None]).to(dtype)
+            self._rendered[key] = term.masked_fill(hidden, float("-inf"))
         return self._rendered[key]
 
     def _reach(self, window: int | None, chunk: int | None) -> tuple[int | None, int | None]:
@@ -90,25 +92,25 @@ class AttentionMask:
             chunk = None
         return window, chunk
 
-    def places(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Places of queries `[num_queries]` and of keys `[num_prefix + num_keys]`, or those of every row.
+    def indices(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Indices of queries `[num_queries]` and of keys `[num_prefix + num_keys]`, or those of every row.
 
         Those of the prefix are negative.
         """
-        query, key = self._places(device)
+        query, key = self._indices(device)
         if self.num_prefix:
             prefix = torch.arange(-self.num_prefix, 0, device=device)
             key = torch.cat((prefix.expand(*key.shape[:-1], -1), key), -1)
         return query, key
 
-    def _places(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _indices(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Without the prefix."""
         key = torch.arange(self.num_keys, device=device) if self.key_index is None else self.key_index
         query = key[self.num_keys - self.num_queries :] if self.query_index is None else self.query_index
         return query, key
 
     def block(self, queries: range, keys: range, device: torch.device) -> AttentionMask:
-        """Of a mask of places in order: the part for some of the queries and some of the keys."""
+        """Of a mask of tokens in order: the part for some of the queries and some of the keys."""
         of_queries, of_keys = slice(queries.start, queries.stop), slice(keys.start, keys.stop)
         segments, positions = self.key_segments, self.key_positions
         return AttentionMask(
@@ -125,7 +127,7 @@ class AttentionMask:
 
     def _distance(self, device: torch.device) -> Tensor:
         """How far back from each query each key is, `[1 or batch, num_queries, num_keys]`."""
-        query, key = self._places(device)
+        query, key = self._indices(device)
         return (query[..., :, None] - key[..., None, :]).view(-1, self.num_queries, self.num_keys)
 
     def _visible(self, device: torch.device, window: int | None, chunk: int | None) -> Tensor:
@@ -134,7 +136,7 @@ class AttentionMask:
         if window is not None:
             visible = visible & (distance < window)
         if chunk is not None:
-            query, key = self._places(device)
+            query, key = self._indices(device)
             if self.key_positions is not None:
                 assert self.query_positions is not None
                 query, key = self.query_positions, self.key_positions

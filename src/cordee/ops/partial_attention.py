@@ -142,7 +142,7 @@ def _weights(score: Tensor, lse: Tensor) -> Tensor:
 
 def _dropped(share: Tensor, mask: AttentionMask, scores: Scores) -> Tensor:
     """With dropout, softmax is over all keys, and what is dropped of it is missing in the sum of values only."""
-    return share if scores.dropout is None else scores.dropout.of_weights(share, *mask.places(share.device))
+    return share if scores.dropout is None else scores.dropout.of_weights(share, *mask.indices(share.device))
 
 
 def _of_groups(x: Tensor, k: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from cordee.optim.algorithms import Groups, registry
 
 
 class Described(Protocol):
-    """What the description of a parameter says here."""
+    """The part of a `ParameterSpec` that is used here."""
 
     @property
     def decay(self) -> bool: ...

@@ -1,7 +1,7 @@
 """The loss scale that keeps small fp16 gradients from vanishing.
 
-Owns the scale and the rule that moves it (Micikevicius et al. 2018, with Megatron's hysteresis). It is told after each
-step whether a gradient overflowed; it knows neither gradients nor devices.
+Owns the scale and the rule that moves it (Micikevicius et al. 2018, with Megatron's hysteresis). After each step it is
+given whether a gradient overflowed; it knows neither gradients nor devices.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class LossScaler:
             self.scale *= 2
 
     def state_dict(self) -> dict[str, float]:
-        """What a checkpoint keeps; the rule itself comes from the options of the run that goes on."""
+        """What a checkpoint keeps; the rule itself comes from the options of the run that resumes."""
         return {"scale": self.scale, "good_steps": self.good_steps, "overflows": self.overflows}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Go on from `state`; a static scale keeps its own value."""
+        """Resume from `state`; a static scale keeps its own value."""
         if self.dynamic:
             self.scale = float(state["scale"])
             self.good_steps = int(state["good_steps"])

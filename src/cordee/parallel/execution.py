@@ -19,7 +19,7 @@ from cordee.data.batch import Batch
 from cordee.model.balance import Balance
 from cordee.model.gpt import GPTModel
 from cordee.model.head import Head
-from cordee.model.noise import Noise
+from cordee.ops.dropout import DropoutRNG
 from cordee.parallel import compile, data, differentiable
 from cordee.parallel.layout import Layout
 
@@ -137,7 +137,7 @@ class LocalExecutor:
             position_ids=batch.position_ids,
             segments=batch.segments,
             balance=balance,
-            noise=noise_of(batch, self._seed),
+            dropout_rng=dropout_rng_of(batch, self._seed),
             output=lambda head, hidden: output(head, hidden, batch),
         )
 
@@ -157,10 +157,10 @@ class Frozen:
             data.release(self._model)
 
 
-def noise_of(batch: Batch, seed: int) -> Noise | None:
+def dropout_rng_of(batch: Batch, seed: int) -> DropoutRNG | None:
     """What dropout draws for `batch`: the same wherever its samples and tokens are."""
     sequences = batch.sequences
-    return None if sequences is None else Noise(seed, sequences)
+    return None if sequences is None else DropoutRNG(seed, sequences)
 
 
 def add(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:

@@ -60,7 +60,7 @@ class AllToAll(_Dispatcher):
         counts, wait = differentiable.begin_all_to_all(rows.counts, self.group)
         if not self.overlap:
             wait()
-        inputs = rows.inputs(x)
+        inputs = rows.permute(x)
         if self.overlap:
             wait()
         counts = counts.view(self.size, -1)  # [ranks, own experts]: rows that come for each
@@ -74,7 +74,7 @@ class AllToAll(_Dispatcher):
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         y = y.index_select(0, back)
         (y,) = differentiable.all_to_all_rows_fwd_bwd((y,), self.group, received, sent, at_once=self.overlap)
-        return rows.add_up(y, len(x))
+        return rows.unpermute(y, len(x))
 
 
 def _by_expert(counts: Tensor, rows: int) -> Tensor:
@@ -101,7 +101,7 @@ class AllGather(_Dispatcher):
         chosen = chosen - self.rank * own
         chosen = chosen.masked_fill((chosen < 0) | (chosen >= own), own)
         rows = Rows.sorted(chosen, weights, own, complete=False, rows_per_expert=capacity)
-        y = rows.add_up(experts(rows.inputs(tokens), rows.weights, rows.counts), len(tokens))
+        y = rows.unpermute(experts(rows.permute(tokens), rows.weights, rows.counts), len(tokens))
         return differentiable.reduce_scatter_fwd_all_gather_bwd(y, self.group, 0)[: len(x)]
 
     def _agree(self, routing: Routing) -> tuple[int, int | None]:

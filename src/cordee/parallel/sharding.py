@@ -17,9 +17,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from cordee.config.schema import ParallelOptions
-from cordee.model.parameter import ParameterSpec, SpecifiedModule
+from cordee.model.parameter import SpecifiedModule
 from cordee.model.placement import View, after
 from cordee.model.shards import ALONG, part_of
+from cordee.model.specs import ParameterSpec
 from cordee.parallel.cost import Share
 from cordee.parallel.layout import Layout
 

@@ -26,9 +26,10 @@ from cordee.model.attention import Attention
 from cordee.model.gpt import GPTModel
 from cordee.model.linear import Linear
 from cordee.model.moe import MoE, StackedLinear
-from cordee.model.parameter import ParameterSpec, SpecifiedModule
+from cordee.model.parameter import SpecifiedModule
 from cordee.model.placement import Placement, View, after, before
 from cordee.model.shards import ALONG, part_of
+from cordee.model.specs import ParameterSpec
 from cordee.parallel import differentiable, sharding
 from cordee.parallel.layout import Layout
 

@@ -48,7 +48,7 @@ def test_no_division_is_better():
 
     wide = tiny.layer(mlp=tiny.MLPConfig(ffn_hidden_size=200, activation="silu", gated=True))
     config = tiny.config(tiny.layer(), wide, tiny.layer(), wide, tiny.layer(), tiny.layer(), vocab_size=200)
-    costs = [layer_flops(layer, config.hidden_size, 16) for layer in config.layers]
+    costs = [layer_flops(layer, config, 16) for layer in config.layers]
 
     def slowest(cuts: list[int]) -> int:
         parts = [sum(costs[a:b]) for a, b in zip([0, *cuts[:-1]], cuts, strict=True)]

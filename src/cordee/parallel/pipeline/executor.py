@@ -23,7 +23,7 @@ from cordee.model.balance import Balance
 from cordee.model.gpt import GPTModel
 from cordee.model.span import Span
 from cordee.parallel import collectives, compile, data
-from cordee.parallel.execution import Criterion, LossParts, Output, Work, add, noise_of
+from cordee.parallel.execution import Criterion, LossParts, Output, Work, add, dropout_rng_of
 from cordee.parallel.layout import Layout
 from cordee.parallel.pipeline import engine
 from cordee.parallel.pipeline.orders import REDUCING, Action, orders, with_reduction
@@ -183,7 +183,7 @@ class PipelineExecutor:
             position_ids=positions,
             segments=batch.segments,
             balance=balance,
-            noise=noise_of(batch, self._seed),
+            dropout_rng=dropout_rng_of(batch, self._seed),
             output=lambda head, hidden: hidden,
             span=span,
         )

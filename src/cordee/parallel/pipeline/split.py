@@ -123,7 +123,7 @@ def _ends_by_cost(model: ModelConfig, seq_length: int, num_stages: int) -> list[
     Costs are operations of the forward; the head is one more unit of the last stage, the embedding costs nothing. All
     stages but the first and the last have a layer.
     """
-    costs = [layer_flops(layer, model.hidden_size, seq_length) for layer in model.layers]
+    costs = [layer_flops(layer, model, seq_length) for layer in model.layers]
     scale = max(costs)  # small numbers, whose squares are exact enough
     sums = [0.0, *accumulate(cost / scale for cost in costs)]
     head = head_flops(model) / scale
