@@ -142,10 +142,5 @@ def _heads(model: ModelConfig | None, options: TrainConfig, ulysses: int) -> Pro
 
 def expert(run: Run) -> Problems:
     """Expert-parallel ranks shard the experts."""
-    if run.model is None:
-        return
-    size, experts = run.degrees.ep, shards.num_experts(run.model)
-    if size > 1 and not experts:
-        yield Problem(EXPERT, size, "the model has no experts", "leave it out", "requires", (*MODEL, "num_experts"))
-    for number in experts:
-        yield from divides(EXPERT, size, number, "experts", *MODEL, "num_experts")
+    if run.model is not None:
+        yield from shards.expert_problems(EXPERT, run.degrees.ep, run.model, *MODEL, "num_experts")

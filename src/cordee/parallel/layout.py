@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from cordee.launch import RankInfo
 from cordee.parallel.degrees import AXES, DATA_AXES, Degrees
-from cordee.parallel.meeting import meet
+from cordee.parallel.rendezvous import rendezvous
 
 STORAGE_AXES = ("pp", "replicate", "shard", "tp")
 CONTEXT_AXES = ("pp", "replicate", "shard", "ring", "ulysses", "tp")
@@ -134,7 +134,7 @@ JOINING = timedelta(minutes=10)
 def process_group(ranks: RankInfo, backend: str, timeout: timedelta) -> Iterator[None]:
     """The default process group of a run, destroyed at the end.
 
-    Its store is that of this run alone, as `meeting.py` tells.
+    Its store is that of this run alone, as `rendezvous.py` says.
     """
     dist.init_process_group(
         backend, store=_store(ranks, timeout), rank=ranks.rank, world_size=ranks.world_size, timeout=timeout
@@ -159,6 +159,6 @@ def _store(ranks: RankInfo, timeout: timedelta) -> dist.Store:
         # A store closes what it is given, and the next run of these processes meets at the same socket.
         master_listen_fd=os.dup(ranks.listen_fd) if listens and ranks.listen_fd is not None else None,
     )
-    name = meet(store, ranks.rank, ranks.world_size, joining)
+    name = rendezvous(store, ranks.rank, ranks.world_size, joining)
     store.set_timeout(timeout)
     return dist.PrefixStore(name, store)
