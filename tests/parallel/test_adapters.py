@@ -18,9 +18,9 @@ from cordee.model.gpt import GPTModel
 from cordee.model.init import fill, initialise, stream_key
 from cordee.model.parameter import local_shard, of_origins, train_only
 from cordee.optim.build import build_optimizer, set_rates
-from cordee.parallel import apply, collectives, context, laws, norms
+from cordee.parallel import apply, collectives, context, laws
 from cordee.parallel.degrees import degrees
-from cordee.parallel.execution import Criterion, LocalExecutor, Work
+from cordee.parallel.execution import Criterion, LocalExecutor, Work, own_parameters
 from cordee.parallel.layout import Layout
 from cordee.parallel.pipeline.executor import PipelineExecutor
 from cordee.parallel.pipeline.split import divide
@@ -95,12 +95,12 @@ def train(world_size: int, config: ModelConfig, given: dict[str, Any], root: Pat
     for step in range(STEPS):
         whole = micro_batches(step, layout, chosen, LENGTH)
         weight = weight_of(whole, layout)
-        batches = [context.share(batch, layout, chosen) for batch in whole]
+        batches = [context.shard(batch, layout, chosen) for batch in whole]
         sums = executor.train(
             Work(batches=batches, weights=[batch.num_trained for batch in whole], weight=weight, scale=1.0)
         )
         found["losses"].append((collectives.sum_over(sums[""], layout) / weight).item())
-        found["norms"].append(norms.global_norm([p.grad for p in norms.own(model)], layout, CPU))
+        found["norms"].append(collectives.global_norm([p.grad for p in own_parameters(model)], layout, CPU))
         if step == 0:
             found["grads"] = {name: full(p.grad) for name, p in model.named_parameters() if p.grad is not None}
         set_rates(optimizer, chosen.lr, 0.1)

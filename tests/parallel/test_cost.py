@@ -53,7 +53,7 @@ def measured(rank: int, world_size: int, given: dict) -> tuple[Bytes, Bytes]:
     return said, Bytes(weights=weights / size, gradients=gradients / size, optimizer=state / size)
 
 
-BF16 = {"bf16": True, "accumulate_allreduce_grads_in_fp32": False}  # a sum in another type is out of sight
+BF16 = {"bf16": True, "accumulate_allreduce_grads_in_fp32": False}  # a sum in another type is out of tiled
 
 
 @pytest.mark.slow

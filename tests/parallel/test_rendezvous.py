@@ -7,6 +7,7 @@ from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
+
 from cordee.parallel.rendezvous import rendezvous
 
 LONG = timedelta(seconds=30)

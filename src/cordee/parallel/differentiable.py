@@ -247,7 +247,7 @@ class Transfer:
         return self._received
 
 
-def hand_on(x: Tensor, group: ProcessGroup, to: int, source: int, tag: int = 0) -> Transfer:
+def send_receive(x: Tensor, group: ProcessGroup, to: int, source: int, tag: int = 0) -> Transfer:
     """Send x to rank `to` of `group`, and receive its like from rank `source`; all ranks do so at once."""
     x = x.contiguous()
     received = torch.empty_like(x)

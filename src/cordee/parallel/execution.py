@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cordee.config.schema import TrainConfig
 from cordee.data.batch import Batch
@@ -155,6 +155,12 @@ class Frozen:
             return self._executor.forward(batches, output)
         finally:
             data.release(self._model)
+
+
+def own_parameters(model: GPTModel) -> list[nn.Parameter]:
+    """The trained parameters that count on this rank: a copy of another rank's embedding does not."""
+    copy = model.embedding.weight if model.copies_embedding else None
+    return [parameter for parameter in model.parameters() if parameter.requires_grad and parameter is not copy]
 
 
 def noise_of(batch: Batch, seed: int) -> Noise | None:

@@ -61,10 +61,9 @@ def topological_order(schedules: Sequence[Sequence[Action]]) -> Iterator[tuple[i
 
 def deadlocked(schedules: Sequence[Sequence[Action]]) -> list[tuple[int, Action]]:
     """The actions that are never reached, with their ranks."""
-    done = set(topological_order(schedules))
-    return [
-        (rank, action) for rank, actions in enumerate(schedules) for action in actions if (rank, action) not in done
-    ]
+    everything = ((rank, action) for rank, actions in enumerate(schedules) for action in actions)
+    reached = set(topological_order(schedules))
+    return [each for each in everything if each not in reached]
 
 
 # ---- messages --------------------------------------------------------------------------------------------------------
