@@ -9,7 +9,7 @@ from cordee.config.schema import TrainConfig
 from cordee.model.gpt import GPTModel
 from cordee.optim.build import build_optimizer
 from cordee.parallel import data, sharding
-from cordee.parallel.cost import Bytes, Share, cost
+from cordee.parallel.cost import Bytes, ParameterCount, cost
 from cordee.parallel.degrees import Degrees
 from tests.parallel.test_data import LENGTH, build, samples
 
@@ -90,12 +90,16 @@ def test_alone(optimizer: str):
 def test_by_hand(given: dict, shards: int, total: float):
     config = TrainConfig(seq_length=8, lr=1.0, **given)
     shape = Degrees(shard=shards, whole=config.zero_stage == 0)
-    assert cost(config, shape, Share(parameters=100), wrapped=True, accumulates=True).total == pytest.approx(total)
+    assert cost(config, shape, ParameterCount(parameters=100), wrapped=True, accumulates=True).total == pytest.approx(
+        total
+    )
 
 
 def test_experts_have_fewer_shards():
     config = TrainConfig(seq_length=8, lr=1.0, zero_stage=3)
-    found = cost(config, Degrees(shard=8, ep=4), Share(parameters=100, experts=60), wrapped=True, accumulates=True)
+    found = cost(
+        config, Degrees(shard=8, ep=4), ParameterCount(parameters=100, experts=60), wrapped=True, accumulates=True
+    )
     assert found.optimizer == pytest.approx(8 * (0.4 / 8 + 0.6 / 2))
 
 

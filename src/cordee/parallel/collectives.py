@@ -126,9 +126,7 @@ def contact(phase: str) -> Iterator[None]:
             raise
         rank = dist.get_rank() if dist.is_initialized() else launch.rank_info().rank
         why = f"it lost the other ranks {phase}: {_first_sentence(str(error))}"
-        fix = (
-            "look for the rank that failed first, the launcher names it; then resume from the last checkpoint by --load"
-        )
+        fix = "find the rank that failed first, which the launcher names; then resume from the last checkpoint: --load"
         raise RankLostError([Problem(f"rank {rank}", None, why, fix, "lost", limit=phase)]) from error
 
 

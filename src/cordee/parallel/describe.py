@@ -1,4 +1,4 @@
-"""A layout in words: which ranks share what.
+"""A layout as text: which ranks shard what.
 
 Owns the text that a run and `cordee check` show. Works from `Degrees` alone, without torch.
 """
@@ -22,11 +22,8 @@ _SHARED = {
 _SHOWN = 4  # groups of an axis, and ranks of a group
 
 
-def describe(degrees: Degrees, held: Sequence[int] = ()) -> str:
-    """Size and groups of every axis along which anything is shared out, and the numbers that ranks keep.
-
-    held: parameters that each rank keeps between steps, if they are known.
-    """
+def describe_layout(degrees: Degrees, held: Sequence[int] = ()) -> str:
+    """Size and groups of every axis with several ranks; `held`: parameters that each rank keeps between steps."""
     d = degrees
     if d.world_size == 1:
         return "\n".join(["1 process", *_kept(held)])

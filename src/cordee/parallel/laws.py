@@ -1,7 +1,7 @@
-"""What keeps a layout from fitting a run: one law for each technique, all of one signature, without torch.
+"""The laws of layouts: one for each technique, all of one signature, without torch.
 
-Owns these laws, as far as model, degrees and options tell. How degrees fit each other is `degrees.py`'s, pipelines are
-`pipeline/check.py`'s; what the options of a technique mean for each other is declared with them.
+Owns the laws between model, degrees and options. Those between degrees are `degrees.py`'s, those of pipelines
+`pipeline/check.py`'s; laws between the options of a technique are declared with these (config/schema.py).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ALGORITHM = ("context_parallel_size", "context_parallel_algo")
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What laws are about. `model` is None where it is not known, `micro_batches` are the numbers of them of steps."""
+    """The subject of laws. `model` is None where it is not known; `micro_batches`: how many each kind of step has."""
 
     model: ModelConfig | None
     degrees: Degrees
@@ -89,7 +89,7 @@ def overlap(run: Run) -> Problems:
 
 
 def context(run: Run) -> Problems:
-    """Context-parallel ranks shard the tokens of each sequence; Ulysses shards heads, a ring is of equal parts."""
+    """Context-parallel ranks shard the tokens of each sequence: Ulysses by heads, a ring into equal parts."""
     size, options = run.options.context_parallel_size, run.options
     if size == 1:
         return

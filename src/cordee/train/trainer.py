@@ -217,11 +217,8 @@ class Trainer:
         if overflow:
             self._require_curable(losses, norm)
         told = (state.iteration + 1) % self.config.log_interval == 0
-        zeros = (
-            collectives.count_zeros(own, parts.layout, parts.device)
-            if told and self.config.log_num_zeros_in_grad
-            else None
-        )
+        counted = told and self.config.log_num_zeros_in_grad
+        zeros = collectives.count_zeros(own, parts.layout, parts.device) if counted else None
         learning_rate = self.plan.schedule.learning_rate(state.schedule_position)
         if not overflow:
             scale_(gradients(parts.model.parameters()), clip_factor(norm, self.config.clip_grad) / scale)
