@@ -1,4 +1,4 @@
-"""Attention over shared-out tokens, by every algorithm, and its parts: who holds what, what is computed, and how."""
+"""Attention over sharded tokens, by every algorithm, and its parts: which rank holds what, and what is computed."""
 
 from __future__ import annotations
 

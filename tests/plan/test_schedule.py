@@ -11,7 +11,7 @@ from cordee.plan.timeline import Timeline
 
 
 def equal(schedule: str, ranks: int, stages: int, micro_batches: int, costs: Costs | None = None, **how) -> Timeline:
-    """One layer a rank, shared out over its stages; micro-batches of one sample."""
+    """One layer a rank, sharded over its stages; micro-batches of one sample."""
     made = rank_actions(schedule, ranks, stages, micro_batches)
     if how:
         made = with_reduction(made, **how)

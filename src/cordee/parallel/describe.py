@@ -36,9 +36,8 @@ def describe_layout(degrees: Degrees, held: Sequence[int] = ()) -> str:
     for axis in axes:
         found = _shortened([_ranks(group) for group in groups(d, axis)], " | ")
         lines.append(f"  {axis:<{names}} {getattr(d, axis):>4}  {_SHARED[axis]:<{shared}}  ranks {found}")
-    lines.append(f"  a parameter is kept in {_parts(*d.storage)}")
-    if d.ep > 1:
-        lines[-1] += f", one of experts in {_parts(*d.expert_storage)}"
+    of_experts = f", one of experts in {_storage(*d.expert_storage)}" if d.ep > 1 else ""
+    lines.append(f"  a parameter is kept in {_storage(*d.storage)}{of_experts}")
     return "\n".join([*lines, *_kept(held)])
 
 
@@ -51,17 +50,12 @@ def groups(degrees: Degrees, axis: str) -> list[list[int]]:
     return [list(range(first, first + size * stride, stride)) for first in firsts]
 
 
-def _parts(copies: int, shards: int) -> str:
-    """Of what a rank computes with."""
-    return f"{_number(shards, 'shard')} x {_number(copies, 'copy', 'copies')}"
-
-
-def _number(count: int, one: str, many: str = "") -> str:
-    return f"{count} {one if count == 1 else many or one + 's'}"
+def _storage(copies: int, shards: int) -> str:
+    return f"{shards} {'shard' if shards == 1 else 'shards'} x {copies} {'copy' if copies == 1 else 'copies'}"
 
 
 def _kept(held: Sequence[int]) -> list[str]:
-    """Neighbours that keep the same number of parameters in one line."""
+    """One line for consecutive ranks that keep the same number of parameters."""
     lines, first = [], 0
     for number, run in groupby(held):
         ranks = list(range(first, first + len(list(run))))

@@ -131,18 +131,16 @@ class _Pairs(Function):
 # ---- the collectives, without gradients ------------------------------------------------------------------------------
 
 
-def all_reduce(x: Tensor, group: ProcessGroup) -> Tensor:
+def all_reduce(x: Tensor, group: ProcessGroup, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     """A new tensor."""
     x = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(x, group=group)
+    dist.all_reduce(x, op, group=group)
     return x
 
 
 def all_reduce_max(x: Tensor, group: ProcessGroup) -> Tensor:
     """The largest of all ranks' x, element by element; a new tensor."""
-    x = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(x, dist.ReduceOp.MAX, group=group)
-    return x
+    return all_reduce(x, group, dist.ReduceOp.MAX)
 
 
 def all_gather(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
