@@ -146,7 +146,7 @@ def build(
     settings = options(**given)
     layout = Layout(degrees(settings, world_size))
     found = [
-        *laws.check(laws.Run(model=config, degrees=layout.degrees, options=settings)),
+        *laws.check(laws.PlacedRun(model=config, degrees=layout.degrees, options=settings)),
         *wrapper.check(wrappers, settings),
     ]
     assert not found, found

@@ -77,7 +77,7 @@ def train(world_size: int, config: ModelConfig, given: dict[str, Any], root: Pat
     """
     chosen = options(**given)
     layout = Layout(degrees(chosen, world_size))
-    assert not list(laws.check(laws.Run(model=config, degrees=layout.degrees, options=chosen)))
+    assert not list(laws.check(laws.PlacedRun(model=config, degrees=layout.degrees, options=chosen)))
     division = divide(chosen, config, LENGTH) if layout.degrees.pp > 1 else None
     spans = () if division is None else division.owned(layout.axis_rank("pp"))
     model = GPTModel(config, spans=spans, device="meta")
@@ -232,7 +232,7 @@ def test_what_does_not_fit():
         world_size = chosen.tensor_model_parallel_size * chosen.context_parallel_size
         return [
             (each.option, each.value)
-            for each in laws.check(laws.Run(model=config, degrees=degrees(chosen, world_size), options=chosen))
+            for each in laws.check(laws.PlacedRun(model=config, degrees=degrees(chosen, world_size), options=chosen))
         ]
 
     overlap = {"tensor_model_parallel_size": 2, "tp_comm_overlap": True}

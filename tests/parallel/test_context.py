@@ -167,7 +167,7 @@ def test_what_does_not_fit_is_told(given: dict, option: str):
 
 
 def broken(config: TrainConfig) -> list[Problem]:
-    return list(laws.context(laws.Run(model=shape(), degrees=Degrees(), options=config)))
+    return list(laws.context(laws.PlacedRun(model=shape(), degrees=Degrees(), options=config)))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -26,7 +26,7 @@ class ParameterCount:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bytes:
+class MemoryCost:
     """Bytes per parameter that a rank computes with, at the height of a step."""
 
     weights: float
@@ -42,7 +42,9 @@ class Bytes:
         return f"parameters and optimizer take {self.total:.4g} bytes per parameter on this rank ({parts})"
 
 
-def cost(config: TrainConfig, degrees: Degrees, count: ParameterCount, *, wrapped: bool, accumulates: bool) -> Bytes:
+def cost(
+    config: TrainConfig, degrees: Degrees, count: ParameterCount, *, wrapped: bool, accumulates: bool
+) -> MemoryCost:
     """What a rank needs for its `count` of a model's parameters.
 
     wrapped: whether FSDP2 keeps the model, as `data.needs_sharding` says. accumulates: a step has several
@@ -53,13 +55,13 @@ def cost(config: TrainConfig, degrees: Degrees, count: ParameterCount, *, wrappe
     kept, trained = _MASTER * _shard(degrees, count), 1 - count.frozen / count.parameters
     state = kept * _slots(config) * trained
     if not wrapped:
-        return Bytes(weights=_MASTER, gradients=_MASTER * trained, optimizer=_MASTER * _slots(config) * trained)
+        return MemoryCost(weights=_MASTER, gradients=_MASTER * trained, optimizer=_MASTER * _slots(config) * trained)
     compute = 2 if config.bf16 or config.fp16 else 4
     gathered = compute * (count.outside / count.parameters if config.zero_stage == 3 else 1.0)
     whole = 0
     if accumulates and config.zero_stage < 2:
         whole = _MASTER if config.accumulate_allreduce_grads_in_fp32 else compute
-    return Bytes(weights=kept + gathered, gradients=max(kept, whole) * trained, optimizer=state)
+    return MemoryCost(weights=kept + gathered, gradients=max(kept, whole) * trained, optimizer=state)
 
 
 def _shard(degrees: Degrees, count: ParameterCount) -> float:

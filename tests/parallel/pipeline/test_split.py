@@ -11,7 +11,7 @@ from cordee.config.schema import TrainConfig
 from cordee.errors import Problem, ProblemError
 from cordee.model.config import ModelConfig
 from cordee.parallel.degrees import degrees
-from cordee.parallel.laws import Run
+from cordee.parallel.laws import PlacedRun
 from cordee.parallel.pipeline import check
 from cordee.parallel.pipeline.split import divide
 from tests.model import tiny
@@ -111,7 +111,7 @@ def test_a_rank_with_nothing_is_refused():
 
 
 def broken(chosen: TrainConfig, ranks: int) -> list[Problem]:
-    run = Run(model=model(8), degrees=degrees(chosen, ranks), options=chosen, micro_batches=[2])
+    run = PlacedRun(model=model(8), degrees=degrees(chosen, ranks), options=chosen, micro_batches=[2])
     return [*laws.problems(chosen), *check.check(run)]
 
 

@@ -14,7 +14,7 @@ from cordee.config.check import RANKS
 from cordee.config.schema import TrainConfig
 from cordee.errors import Findings, Problem, Problems, excludes, raise_all
 from cordee.parallel.degrees import Degrees
-from cordee.parallel.laws import Run
+from cordee.parallel.laws import PlacedRun
 from cordee.parallel.pipeline import micro_batches, schedules
 from cordee.parallel.pipeline.split import Division, divide, schedule_of
 
@@ -30,7 +30,7 @@ def sizes(options: TrainConfig) -> tuple[int, ...] | None:
     return micro_batches.sizes(options.manual_mbs)
 
 
-def division(run: Run) -> Division | None:
+def division(run: PlacedRun) -> Division | None:
     """How a pipeline shards the layers of a run's model, None without one. ProblemError with all broken laws."""
     model, found = run.model, Findings([*check(run)])
     divided = None
@@ -40,7 +40,7 @@ def division(run: Run) -> Division | None:
     return divided
 
 
-def check(run: Run) -> Problems:
+def check(run: PlacedRun) -> Problems:
     """What keeps a schedule, ZeRO, compilation and micro-batches from each other."""
     options, schedule = run.options, schedule_of(run.options)
     yield from _dynamic(options, run.degrees)

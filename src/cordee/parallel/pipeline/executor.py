@@ -26,7 +26,7 @@ from cordee.parallel import collectives, compile, data
 from cordee.parallel.execution import Criterion, LossParts, Output, Work, add, noise_of
 from cordee.parallel.layout import Layout
 from cordee.parallel.pipeline import engine
-from cordee.parallel.pipeline.program import Message, Step, programs
+from cordee.parallel.pipeline.program import Instruction, Message, programs
 from cordee.parallel.pipeline.recorder import Recorder
 from cordee.parallel.pipeline.schedules import REDUCING, Action, rank_actions, with_reduction
 from cordee.parallel.pipeline.split import Division
@@ -117,7 +117,7 @@ class PipelineExecutor:
 
     # ---- running a program -------------------------------------------------------------------------------------------
 
-    def _make_program(self, num_micro_batches: int, training: bool) -> list[Step]:
+    def _make_program(self, num_micro_batches: int, training: bool) -> list[Instruction]:
         division = self._division
         found = rank_actions(division.schedule, division.num_ranks, division.stages_per_rank, num_micro_batches)
         if training:
@@ -127,7 +127,7 @@ class PipelineExecutor:
         return programs(found, division.rank, len(division.spans))[self._rank]
 
     def _perform(
-        self, program: Sequence[Step], batches: Sequence[Batch], forward: Callable[[Stage, int, Tensor], Tensor]
+        self, program: Sequence[Instruction], batches: Sequence[Batch], forward: Callable[[Stage, int, Tensor], Tensor]
     ) -> None:
         mail = _Mail(self._layout, self._division, self._device, [self._empty(batch) for batch in batches])
         for step in program:

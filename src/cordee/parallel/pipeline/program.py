@@ -82,12 +82,14 @@ class Message:
     micro_batch: int
 
 
-Step = Action | Message
+Instruction = Action | Message
 
 
-def programs(schedules: Sequence[Sequence[Action]], rank_of: Callable[[int], int], num_stages: int) -> list[list[Step]]:
+def programs(
+    schedules: Sequence[Sequence[Action]], rank_of: Callable[[int], int], num_stages: int
+) -> list[list[Instruction]]:
     """The actions of all ranks with the messages between them; stages of one rank need none."""
-    found: list[list[Step]] = [[] for _ in schedules]
+    found: list[list[Instruction]] = [[] for _ in schedules]
     for rank, action in topological_order(schedules):
         found[rank].append(action)
         if (message := _message(action, num_stages)) is not None:
