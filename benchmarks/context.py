@@ -140,7 +140,7 @@ def _batch(layout, config) -> tuple:
     random = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, VOCAB_SIZE, (1, config.seq_length + 1), generator=random)
     whole = Batch(tokens[:, :-1], tokens[:, 1:])
-    return context.share(whole, layout, config), whole.num_trained
+    return context.shard(whole, layout, config), whole.num_trained
 
 
 def _error(core, layout, length: int) -> float:
@@ -167,7 +167,7 @@ def _error(core, layout, length: int) -> float:
 
     rows = AttentionMask(CHECKED, length, query_index=checked, key_index=keys)
     y, grad_q, grad_k, grad_v = attend(reference_attention, checked, rows, upstream[:, :, checked])
-    own = context.places(length, layout.degrees, layout.axis_rank("cp"), causal=True)
+    own = context.positions(length, layout.degrees, layout.axis_rank("cp"), causal=True)
     q, k, v, sparse = (x[:, :, own] for x in (q, k, v, sparse))
     found = attend(core, slice(None), AttentionMask(len(own), len(own)), sparse)
     here = torch.isin(checked, own)

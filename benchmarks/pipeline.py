@@ -19,7 +19,7 @@ from cordee.bench.pool import Pool
 from cordee.bench.report import Report
 from cordee.config.schema import BenchOptions, PipelineSchedule, PlanConfig
 from cordee.parallel.pipeline import micro_batches
-from cordee.parallel.pipeline.orders import STAGES_PER_RANK
+from cordee.parallel.pipeline.schedules import STAGES_PER_RANK
 from cordee.plan.job import plan
 from cordee.plan.timeline import Timeline
 

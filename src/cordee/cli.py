@@ -166,7 +166,7 @@ def _summary(config: schema.TrainConfig) -> str:
             f"           {batch * config.seq_length:,} tokens = {batch} samples x {config.seq_length} tokens",
             f"the run    {steps:,} steps, {steps * batch * config.seq_length:,} tokens",
             "",
-            _load("cordee.parallel.describe:describe")(shape),
+            _load("cordee.parallel.describe:describe_layout")(shape),
         ]
     )
 

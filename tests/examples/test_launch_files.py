@@ -44,7 +44,7 @@ def require_sound(command: list[str], monkeypatch) -> None:
     shape = degrees(config, NODES * PER_NODE)
     assert (shape.tp, shape.data) == (8, 2)
     assert config.model is not None and config.save == config.load
-    run = laws.Run(model=spec_from_preset(config.model).config, degrees=shape, options=config)
+    run = laws.PlacedRun(model=spec_from_preset(config.model).config, degrees=shape, options=config)
     assert list(laws.check(run)) == []
 
 

@@ -146,7 +146,7 @@ def build(
     settings = options(**given)
     layout = Layout(degrees(settings, world_size))
     found = [
-        *laws.check(laws.Run(model=config, degrees=layout.degrees, options=settings)),
+        *laws.check(laws.PlacedRun(model=config, degrees=layout.degrees, options=settings)),
         *wrapper.check(wrappers, settings),
     ]
     assert not found, found
@@ -173,7 +173,7 @@ def train(built: GPTModel, layout: Layout, config: TrainConfig, steps: int = 3) 
         for index, (sample, part) in enumerate(parts):
             data.begin_micro_batch(built, config.zero_stage, last=index == len(parts) - 1)
             whole = Batch(part[:, :-1].contiguous(), part[:, 1:].contiguous(), samples=torch.tensor([sample]))
-            batch = context.share(whole, layout, config)
+            batch = context.shard(whole, layout, config)
             loss, _ = built(
                 batch.input_ids,
                 position_ids=batch.position_ids,

@@ -18,9 +18,9 @@ from cordee.model.gpt import GPTModel
 from cordee.model.init import fill, initialise, stream_key
 from cordee.model.parameter import local_shard, of_origins, train_only
 from cordee.optim.build import build_optimizer, set_rates
-from cordee.parallel import apply, collectives, context, laws, norms
+from cordee.parallel import apply, collectives, context, laws
 from cordee.parallel.degrees import degrees
-from cordee.parallel.execution import Criterion, LocalExecutor, Work
+from cordee.parallel.execution import Criterion, LocalExecutor, Work, own_parameters
 from cordee.parallel.layout import Layout
 from cordee.parallel.pipeline.executor import PipelineExecutor
 from cordee.parallel.pipeline.split import divide
@@ -77,7 +77,7 @@ def train(world_size: int, config: ModelConfig, given: dict[str, Any], root: Pat
     """
     chosen = options(**given)
     layout = Layout(degrees(chosen, world_size))
-    assert not list(laws.check(laws.Run(model=config, degrees=layout.degrees, options=chosen)))
+    assert not list(laws.check(laws.PlacedRun(model=config, degrees=layout.degrees, options=chosen)))
     division = divide(chosen, config, LENGTH) if layout.degrees.pp > 1 else None
     spans = () if division is None else division.owned(layout.axis_rank("pp"))
     model = GPTModel(config, spans=spans, device="meta")
@@ -95,12 +95,12 @@ def train(world_size: int, config: ModelConfig, given: dict[str, Any], root: Pat
     for step in range(STEPS):
         whole = micro_batches(step, layout, chosen, LENGTH)
         weight = weight_of(whole, layout)
-        batches = [context.share(batch, layout, chosen) for batch in whole]
+        batches = [context.shard(batch, layout, chosen) for batch in whole]
         sums = executor.train(
             Work(batches=batches, weights=[batch.num_trained for batch in whole], weight=weight, scale=1.0)
         )
         found["losses"].append((collectives.sum_over(sums[""], layout) / weight).item())
-        found["norms"].append(norms.global_norm([p.grad for p in norms.own(model)], layout, CPU))
+        found["norms"].append(collectives.global_norm([p.grad for p in own_parameters(model)], layout, CPU))
         if step == 0:
             found["grads"] = {name: full(p.grad) for name, p in model.named_parameters() if p.grad is not None}
         set_rates(optimizer, chosen.lr, 0.1)
@@ -232,7 +232,7 @@ def test_what_does_not_fit():
         world_size = chosen.tensor_model_parallel_size * chosen.context_parallel_size
         return [
             (each.option, each.value)
-            for each in laws.check(laws.Run(model=config, degrees=degrees(chosen, world_size), options=chosen))
+            for each in laws.check(laws.PlacedRun(model=config, degrees=degrees(chosen, world_size), options=chosen))
         ]
 
     overlap = {"tensor_model_parallel_size": 2, "tp_comm_overlap": True}

@@ -78,7 +78,7 @@ def train(name: str, ranks: int, packed: bool, given: dict) -> tuple[list[list[f
             start = BATCH * (index * layout.data_size + layout.data_rank)
             batch = rows(whole, slice(start, start + BATCH))
             balance = Balance(batch.num_trained / whole.num_trained)
-            batch = context.share(batch, layout, config)
+            batch = context.shard(batch, layout, config)
             loss, weight = model(
                 batch.input_ids,
                 position_ids=batch.position_ids,
@@ -167,7 +167,7 @@ def test_what_does_not_fit_is_told(given: dict, option: str):
 
 
 def broken(config: TrainConfig) -> list[Problem]:
-    return list(laws.context(laws.Run(model=shape(), degrees=Degrees(), options=config)))
+    return list(laws.context(laws.PlacedRun(model=shape(), degrees=Degrees(), options=config)))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

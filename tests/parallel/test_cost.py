@@ -9,7 +9,7 @@ from cordee.config.schema import TrainConfig
 from cordee.model.gpt import GPTModel
 from cordee.optim.build import build_optimizer
 from cordee.parallel import data, sharding
-from cordee.parallel.cost import Bytes, Share, cost
+from cordee.parallel.cost import MemoryCost, ParameterCount, cost
 from cordee.parallel.degrees import Degrees
 from tests.parallel.test_data import LENGTH, build, samples
 
@@ -31,7 +31,7 @@ def backward(model: GPTModel, config: TrainConfig, *, last: bool) -> int:
     return gathered
 
 
-def measured(rank: int, world_size: int, given: dict) -> tuple[Bytes, Bytes]:
+def measured(rank: int, world_size: int, given: dict) -> tuple[MemoryCost, MemoryCost]:
     """What the arithmetic says, and what the tensors take."""
     model, layout, config = build(world_size, **given)
     wrapped = data.needs_sharding(config, world_size)
@@ -50,10 +50,10 @@ def measured(rank: int, world_size: int, given: dict) -> tuple[Bytes, Bytes]:
     optimizer.step()
     state = bytes_of(value for slots in optimizer.state.values() for value in slots.values() if value.ndim)
     size = share.parameters
-    return said, Bytes(weights=weights / size, gradients=gradients / size, optimizer=state / size)
+    return said, MemoryCost(weights=weights / size, gradients=gradients / size, optimizer=state / size)
 
 
-BF16 = {"bf16": True, "accumulate_allreduce_grads_in_fp32": False}  # a sum in another type is out of sight
+BF16 = {"bf16": True, "accumulate_allreduce_grads_in_fp32": False}  # a sum in another type is out of tiled
 
 
 @pytest.mark.slow
@@ -90,16 +90,20 @@ def test_alone(optimizer: str):
 def test_by_hand(given: dict, shards: int, total: float):
     config = TrainConfig(seq_length=8, lr=1.0, **given)
     shape = Degrees(shard=shards, whole=config.zero_stage == 0)
-    assert cost(config, shape, Share(parameters=100), wrapped=True, accumulates=True).total == pytest.approx(total)
+    assert cost(config, shape, ParameterCount(parameters=100), wrapped=True, accumulates=True).total == pytest.approx(
+        total
+    )
 
 
 def test_experts_have_fewer_shards():
     config = TrainConfig(seq_length=8, lr=1.0, zero_stage=3)
-    found = cost(config, Degrees(shard=8, ep=4), Share(parameters=100, experts=60), wrapped=True, accumulates=True)
+    found = cost(
+        config, Degrees(shard=8, ep=4), ParameterCount(parameters=100, experts=60), wrapped=True, accumulates=True
+    )
     assert found.optimizer == pytest.approx(8 * (0.4 / 8 + 0.6 / 2))
 
 
 def test_in_words():
-    assert str(Bytes(weights=3, gradients=4, optimizer=8 / 3)) == (
+    assert str(MemoryCost(weights=3, gradients=4, optimizer=8 / 3)) == (
         "parameters and optimizer take 9.667 bytes per parameter on this rank (weights 3, gradients 4, optimizer 2.667)"
     )

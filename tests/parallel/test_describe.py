@@ -10,17 +10,17 @@ import torch.distributed as dist
 
 from cordee.config.schema import TrainConfig
 from cordee.parallel.degrees import Degrees, degrees
-from cordee.parallel.describe import describe, groups
+from cordee.parallel.describe import describe_layout, groups
 from cordee.parallel.layout import Layout
 
 
 def test_alone():
-    assert describe(Degrees()) == "1 process"
-    assert describe(Degrees(), [1234]) == "1 process\n  rank 0: 1,234 parameters between steps"
+    assert describe_layout(Degrees()) == "1 process"
+    assert describe_layout(Degrees(), [1234]) == "1 process\n  rank 0: 1,234 parameters between steps"
 
 
 def test_every_axis():
-    assert describe(Degrees(pp=2, shard=2, tp=4, ep=2), [1_000_000] * 8 + [900_000] * 7 + [800_000]) == (
+    assert describe_layout(Degrees(pp=2, shard=2, tp=4, ep=2), [1_000_000] * 8 + [900_000] * 7 + [800_000]) == (
         "16 processes = pp 2 x dp 2 x cp 1 x tp 4, ep 2\n"
         "  pp       2  layers                               ranks 0 8 | 1 9 | 2 10 | ... | 7 15\n"
         "  shard    2  samples                              ranks 0 4 | 1 5 | 2 6 | ... | 11 15\n"
@@ -34,7 +34,7 @@ def test_every_axis():
 
 
 def test_hybrid_and_context():
-    assert describe(Degrees(replicate=2, shard=2, cp=2)) == (
+    assert describe_layout(Degrees(replicate=2, shard=2, cp=2)) == (
         "8 processes = pp 1 x dp 4 (replicate 2 x shard 2) x cp 2 x tp 1\n"
         "  replicate    2  samples               ranks 0 4 | 1 5 | 2 6 | 3 7\n"
         "  shard        2  samples               ranks 0 2 | 1 3 | 4 6 | 5 7\n"
@@ -44,7 +44,7 @@ def test_hybrid_and_context():
 
 
 def test_replicated():
-    assert describe(Degrees(replicate=6, whole=True)) == (
+    assert describe_layout(Degrees(replicate=6, whole=True)) == (
         "6 processes = pp 1 x dp 6 x cp 1 x tp 1\n"
         "  replicate    6  samples  ranks 0-5\n"
         "  a parameter is kept in 1 shard x 6 copies"

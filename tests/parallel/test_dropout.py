@@ -15,11 +15,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "ring": (2, {"context_parallel_size": 2, **RING}),
     "ulysses": (2, {"context_parallel_size": 2, **ULYSSES}),
     "hybrid": (4, {"context_parallel_size": 4, **HYBRID}),
-    "ring, heads and tokens shared out": (
+    "ring, heads and tokens sharded": (
         4,
         {"context_parallel_size": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True, **RING},
     ),
-    "ulysses, heads and tokens shared out": (
+    "ulysses, heads and tokens sharded": (
         4,
         {"context_parallel_size": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True, **ULYSSES},
     ),

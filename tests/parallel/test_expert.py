@@ -193,7 +193,7 @@ def test_experts_under_tensor_parallelism(pool, dispatcher: str, sequence: bool,
 
 def broken(config: ModelConfig, ranks: int) -> list[tuple[str, object]]:
     chosen = TrainConfig(seq_length=8, lr=1e-3, expert_model_parallel_size=ranks)
-    run = laws.Run(model=config, degrees=Degrees(shard=ranks, ep=ranks), options=chosen)
+    run = laws.PlacedRun(model=config, degrees=Degrees(shard=ranks, ep=ranks), options=chosen)
     return [(problem.kind, problem.limit) for problem in laws.expert(run)]
 
 

@@ -1,4 +1,4 @@
-"""Whole models with shared-out experts: losses, gradients and norms of one process, and checkpoints across layouts."""
+"""Whole models with sharded experts: losses, gradients and norms of one process, and checkpoints across layouts."""
 
 from __future__ import annotations
 

@@ -18,9 +18,9 @@ from cordee.families.registry import spec_from_hf
 from cordee.model.config import BalanceConfig, ModelConfig, MoEConfig, RouterConfig
 from cordee.model.gpt import GPTModel
 from cordee.model.init import initialise
-from cordee.parallel import apply, collectives, norms
+from cordee.parallel import apply, collectives
 from cordee.parallel.degrees import degrees
-from cordee.parallel.execution import Criterion, Executor, LocalExecutor, Work
+from cordee.parallel.execution import Criterion, Executor, LocalExecutor, Work, own_parameters
 from cordee.parallel.layout import Layout
 from cordee.parallel.pipeline.executor import PipelineExecutor
 from cordee.parallel.pipeline.split import divide
@@ -119,9 +119,9 @@ def train(
         )
         values = collectives.sum_over(torch.stack(list(sums.values())), layout) / weight
         found["losses"].append(dict(zip(sums, values.tolist(), strict=True)))
-        grads = [p.grad for p in norms.own(model)]
-        found["norms"].append(norms.global_norm(grads, layout, CPU))
-        found["zeros"].append(norms.count_zeros(grads, layout, CPU))
+        grads = [p.grad for p in own_parameters(model)]
+        found["norms"].append(collectives.global_norm(grads, layout, CPU))
+        found["zeros"].append(collectives.count_zeros(grads, layout, CPU))
         if step == 0:
             found["grads"] = {name: full(p.grad) for name, p in model.named_parameters()}
         optimizer.step()

@@ -1,4 +1,4 @@
-"""Attention over shared-out tokens, by every algorithm, and its parts: who holds what, what is computed, and how."""
+"""Attention over sharded tokens, by every algorithm, and its parts: which rank holds what, and what is computed."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def attention_on_ranks(rank: int, ranks: int, given: dict, names: list[str]) -> 
         model = GPTModel(shape(), device="meta")
         context.apply(model, layout, config)
         core = model.layers["0"].attention.placement.core
-        found[name] = attend(core, case, context.places(LENGTH, layout.degrees, rank, causal))
+        found[name] = attend(core, case, context.positions(LENGTH, layout.degrees, rank, causal))
     return found
 
 
@@ -109,7 +109,7 @@ def test_attention_equals_the_dense_reference(pool, layout: str):
     for name, case in CASES.items():
         expected = attend(reference_attention, case, torch.arange(LENGTH))
         sizes = degrees(options(ranks, **given), ranks)
-        order = torch.cat([context.places(LENGTH, sizes, r, case.get("causal", True)) for r in range(ranks)])
+        order = torch.cat([context.positions(LENGTH, sizes, r, case.get("causal", True)) for r in range(ranks)])
         assert order.sort().values.equal(torch.arange(LENGTH))
         for number, whole in enumerate(expected):
             parts = [found[name][number] for found in results]
@@ -120,20 +120,20 @@ def test_attention_equals_the_dense_reference(pool, layout: str):
 
 def test_places_of_a_balanced_ring():
     sizes = degrees(options(4, **RING), 4)
-    held = [context.places(16, sizes, rank, causal=True).tolist() for rank in range(4)]
+    held = [context.positions(16, sizes, rank, causal=True).tolist() for rank in range(4)]
     assert held == [[0, 1, 14, 15], [2, 3, 12, 13], [4, 5, 10, 11], [6, 7, 8, 9]]
 
 
 def test_places_of_a_hybrid():
     sizes = degrees(options(4, **HYBRID), 4)
-    held = [context.places(16, sizes, rank, causal=True).tolist() for rank in range(4)]
+    held = [context.positions(16, sizes, rank, causal=True).tolist() for rank in range(4)]
     assert held == [[0, 1, 2, 3], [12, 13, 14, 15], [4, 5, 6, 7], [8, 9, 10, 11]]
 
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_one_stretch_each_without_a_ring_or_without_order(causal: bool):
     sizes = degrees(options(2, **(ULYSSES if causal else RING)), 2)
-    assert [context.places(8, sizes, rank, causal).tolist() for rank in (0, 1)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert [context.positions(8, sizes, rank, causal).tolist() for rank in (0, 1)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
 def sources(ranks: int, window: int) -> list[list[int]]:
@@ -152,7 +152,7 @@ def covered(case: dict, score_bytes: int) -> tuple[torch.Tensor, int]:
     """What the tiles of a ring of two show, put together, and how many there are."""
     scores = case.get("scores", PLAIN)
     whole = mask_of(case, torch.arange(LENGTH))
-    sight = ring.Sight(whole, CPU)
+    tiled = ring.TiledMask(whole, CPU)
     shown = torch.zeros(BATCH, LENGTH, LENGTH, dtype=torch.bool)
     count = 0
     held = [context.pieces(LENGTH, 2, r, True) for r in (0, 1)]
@@ -160,7 +160,7 @@ def covered(case: dict, score_bytes: int) -> tuple[torch.Tensor, int]:
         rows = torch.cat([torch.arange(p.start, p.stop) for p in queries])
         for keys in held:
             columns = torch.cat([torch.arange(p.start, p.stop) for p in keys])
-            for tile in sight.tiles(queries, keys, scores, score_bytes, fused=True):
+            for tile in tiled.tiles(queries, keys, scores, score_bytes, fused=True):
                 plain = tile.mask.is_plain()
                 visible = tile.mask.dense(CPU, *(() if plain else scores.reach))[:, 0].expand(BATCH, -1, -1)
                 at = rows[tile.queries][:, None], columns[tile.keys][None]

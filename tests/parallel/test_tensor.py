@@ -117,7 +117,7 @@ def test_cross_entropy_over_parts_of_unequal_size(pool, ranks: int, softcap: flo
 
 def broken(model: ModelConfig, size: int, tokens: int = 16, **options: Any) -> list[tuple[str, str, object]]:
     chosen = TrainConfig(seq_length=tokens, lr=1e-3, tensor_model_parallel_size=size, **options)
-    run = laws.Run(model=model, degrees=Degrees(tp=size), options=chosen)
+    run = laws.PlacedRun(model=model, degrees=Degrees(tp=size), options=chosen)
     return [(problem.option, problem.kind, problem.limit) for problem in laws.tensor(run)]
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 from cordee.parallel.pipeline.micro_batches import EXAMPLES
-from cordee.parallel.pipeline.orders import orders, with_reduction
+from cordee.parallel.pipeline.schedules import rank_actions, with_reduction
 from cordee.plan.schedule import Costs, simulate
 from cordee.plan.timeline import Timeline
 
 
 def equal(schedule: str, ranks: int, stages: int, micro_batches: int, costs: Costs | None = None, **how) -> Timeline:
-    """One layer a rank, shared out over its stages; micro-batches of one sample."""
-    made = orders(schedule, ranks, stages, micro_batches)
+    """One layer a rank, sharded over its stages; micro-batches of one sample."""
+    made = rank_actions(schedule, ranks, stages, micro_batches)
     if how:
         made = with_reduction(made, **how)
     layers = [1 / stages] * (ranks * stages)
@@ -65,7 +65,7 @@ def test_peak_activations_of_the_closed_form():
 
 def test_different_sizes_by_hand():
     """Two ranks, 1F1B, sizes 1, 2, 1; rank 0 waits for the long backward of rank 1."""
-    timeline = simulate(orders("1f1b", 2, 1, 3), Costs(), layers=[1, 1], sizes=[1, 2, 1])
+    timeline = simulate(rank_actions("1f1b", 2, 1, 3), Costs(), layers=[1, 1], sizes=[1, 2, 1])
     found = {f"{span.action}": (span.start, span.end) for span in timeline.spans}
     assert found == {
         **{"0F0": (0, 1), "0F1": (1, 3), "0B0": (4, 6), "0F2": (6, 7), "0B1": (10, 14), "0B2": (14, 16)},
@@ -76,7 +76,7 @@ def test_different_sizes_by_hand():
 
 
 def test_communication_fixed_time_and_uneven_layers_by_hand():
-    timeline = simulate(orders("1f1b", 2, 1, 1), Costs(communication=0.5, fixed=0.25), layers=[1, 2], sizes=[2])
+    timeline = simulate(rank_actions("1f1b", 2, 1, 1), Costs(communication=0.5, fixed=0.25), layers=[1, 2], sizes=[2])
     #  F 2.25, message 1, F 4.25, B 8.25, message 1, B 4.25
     assert timeline.makespan == 2.25 + 1 + 4.25 + 8.25 + 1 + 4.25
     assert timeline.bubbles() == pytest.approx([1 - 6.5 / 21, 1 - 12.5 / 21])
@@ -93,7 +93,7 @@ def test_stages_of_one_rank_send_no_message():
 def test_dynamic_pipeline_beats_equal_micro_batches(name, step, bubble):
     """A backward is two forwards, time is proportional to samples, nothing is lost in between."""
     example = EXAMPLES[name]
-    made = orders("1f1b", example.num_ranks, 1, len(example.sizes))
+    made = rank_actions("1f1b", example.num_ranks, 1, len(example.sizes))
     layers, plain_sizes = [1] * example.num_ranks, [example.micro_batch_size] * len(example.sizes)
     plain = simulate(made, Costs(), layers=layers, sizes=plain_sizes)
     dynamic = simulate(made, Costs(), layers=layers, sizes=example.sizes)

@@ -1,8 +1,9 @@
 """The order in which techniques are put on a model.
 
-Owns that order, which is meaning: parameters are sharded before blocks learn what to do with their shard, attention is
-wrapped with the heads that tensor parallelism leaves it, wrappers (recompute, swap) go around all of that, compilation
-sees layers with their collectives and wrappers, and FSDP2 wraps what is left. Each technique is a file of its own.
+Owns that order, which is meaning: parameters are sharded before blocks compute with their shards, attention is wrapped
+with the heads that tensor parallelism leaves it, wrappers (recompute, swap) go around all of that, compilation sees
+layers with their collectives and wrappers, and FSDP2 wraps the result. Each technique is a file of its own, which names
+its options, law and cost; its `apply(model, layout, options)` is called here.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from cordee.weights.load import materialise
 def apply(
     model: GPTModel, layout: Layout, options: TrainConfig, device: torch.device, wrappers: Sequence[Wrapper] = ()
 ) -> GPTModel:
-    """Put `model`, built on the meta device, on `device` as `options` say; its values are still to be filled.
+    """Put `model`, built on the meta device, on `device` as `options` ask; its values are still to be filled.
 
     `wrappers` run around each other in their order, the first inside. ProblemError if one does not fit the run.
     """

@@ -1,8 +1,8 @@
-"""Everything ranks tell each other outside the model.
+"""Collectives outside the model.
 
-Owns the few collectives of the training loop and the messages of pipelines. Those within a forward and backward are
-`differentiable.py`'s, and `overlap.py`'s where they run under products: no other file communicates through
-torch.distributed. Alone in one process every function returns its own value.
+Owns the few collectives of the training loop, gradient norms over a pipeline, and the messages of pipelines. Those
+within a forward and backward are `differentiable.py`'s, and `overlap.py`'s where they run under GEMMs: no other file
+communicates through torch.distributed. Alone in one process every function returns its own value.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 
 from cordee import launch
 from cordee.errors import Findings, Problem, ProblemError, RankLostError
+from cordee.optim import clip
 from cordee.parallel.degrees import SUM_AXES
 from cordee.parallel.layout import Layout
 
@@ -31,29 +32,43 @@ def sum_over(values: Tensor, layout: Layout, axes: tuple[str, ...] = SUM_AXES) -
     return values
 
 
+def global_norm(tensors: Sequence[Tensor], layout: Layout, device: torch.device) -> float:
+    """L2 norm over all elements of the `tensors` of all pipeline ranks; NaN or inf where one of them is not finite."""
+    norm = clip.global_norm(tensors) if tensors else torch.zeros((), device=device)
+    if layout.degrees.pp == 1:
+        return norm.item()
+    return sum_over(norm.square(), layout, ("pp",)).sqrt().item()
+
+
+def count_zeros(tensors: Sequence[Tensor], layout: Layout, device: torch.device) -> int:
+    """How many elements of the `tensors` of all pipeline ranks are exactly 0."""
+    count = clip.count_zeros(tensors) if tensors else torch.zeros((), dtype=torch.int64, device=device)
+    return int(sum_over(count, layout, ("pp",)))
+
+
 def send(tensor: Tensor, to: int, group: ProcessGroup) -> dist.Work:
-    """Start to send `tensor` to the rank of `group` with that number. It stays as it is until that is done."""
+    """Start to send `tensor` to that rank of `group`; the tensor must not change until then."""
     work = dist.isend(tensor, group=group, group_dst=to)
     assert work is not None, "this rank is in the group"
     return work
 
 
 def receive(into: Tensor, source: int, group: ProcessGroup) -> dist.Work:
-    """Start to fill `into` from the rank of `group` with that number. Messages arrive in the order they were sent."""
+    """Start to fill `into` from that rank of `group`. Messages arrive in the order they were sent."""
     work = dist.irecv(into, group=group, group_src=source)
     assert work is not None, "this rank is in the group"
     return work
 
 
 def broadcast(tensor: Tensor, source: int, group: ProcessGroup | None = None) -> Tensor:
-    """`tensor` of the rank with that number in `group` (None: all), on every rank; others' are overwritten."""
+    """`tensor` of rank `source` of `group` (None: all) on every rank; others' are overwritten."""
     tensor = tensor.contiguous()
     dist.broadcast(tensor, group=group, group_src=source)
     return tensor
 
 
 def sum_numbers(numbers: Sequence[float], layout: Layout) -> list[float]:
-    """Sums of numbers on the host over all ranks, of whole ones exact up to 2^53; the device is not waited for."""
+    """Sums over all ranks of numbers on the host, of integers exact up to 2^53; no wait for the device."""
     if layout.control is None:
         return list(numbers)
     values = torch.tensor(numbers, dtype=torch.float64)
@@ -62,12 +77,12 @@ def sum_numbers(numbers: Sequence[float], layout: Layout) -> list[float]:
 
 
 def gather(value: Any, layout: Layout) -> list[Any]:
-    """The `value` of every rank, in order, on every rank; anything that can be pickled."""
+    """The picklable `value` of every rank, in order, on every rank."""
     return gather_in(layout.control, value)
 
 
 def gather_in(group: ProcessGroup | None, value: Any) -> list[Any]:
-    """The `value` of every rank of `group`, in order, on each of them; anything that can be pickled."""
+    """The picklable `value` of every rank of `group`, in order, on each of them."""
     if group is None:
         return [value]
     values: list[Any] = [None] * dist.get_world_size(group)
@@ -76,7 +91,7 @@ def gather_in(group: ProcessGroup | None, value: Any) -> list[Any]:
 
 
 def from_first(value: Any, layout: Layout) -> Any:
-    """The `value` of rank 0 on every rank; anything that can be pickled."""
+    """The picklable `value` of rank 0 on every rank."""
     if layout.control is None:
         return value
     values = [value]
@@ -91,7 +106,7 @@ def raise_together(problems: Iterable[Problem], group: ProcessGroup | None) -> N
 
 
 def together(function: Callable[[], T], group: ProcessGroup | None) -> T:
-    """What `function` returns on this rank; ProblemError on all ranks of `group` with what it finds on any."""
+    """What `function` returns on this rank; ProblemError on all ranks of `group` with the problems of any."""
     found = Findings()
     result = found.attempt(function)
     raise_together(found.problems, group)
@@ -102,7 +117,7 @@ def together(function: Callable[[], T], group: ProcessGroup | None) -> T:
 def contact(phase: str) -> Iterator[None]:
     """Raise `RankLostError`, naming this rank and `phase` ("in step 7"), where torch cannot reach other ranks.
 
-    Phases may lie within each other: the innermost is named.
+    Phases may be nested: the innermost is named.
     """
     try:
         yield
@@ -111,19 +126,17 @@ def contact(phase: str) -> Iterator[None]:
             raise
         rank = dist.get_rank() if dist.is_initialized() else launch.rank_info().rank
         why = f"it lost the other ranks {phase}: {_first_sentence(str(error))}"
-        fix = (
-            "look for the rank that failed first, the launcher names it; then go on from the last checkpoint by --load"
-        )
-        raise RankLostError([Problem(f"rank {rank}", None, why, fix)]) from error
+        fix = "find the rank that failed first, which the launcher names; then resume from the last checkpoint: --load"
+        raise RankLostError([Problem(f"rank {rank}", None, why, fix, "lost", limit=phase)]) from error
 
 
 def _is_lost_contact(error: RuntimeError) -> bool:
-    """gloo has no error type of its own, but says in which of its files it failed."""
+    """gloo has no error type of its own, but names the file of its own in which it failed."""
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 def _first_sentence(text: str) -> str:
-    """Without the file that gloo puts before it and the advice after it."""
+    """Without the file that gloo puts before the text and the advice after it."""
     line = text.strip().partition("\n")[0]
     if line.startswith("["):
         line = line.partition("] ")[2]

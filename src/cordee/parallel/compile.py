@@ -1,7 +1,7 @@
 """torch.compile over the layers of a model or over a whole forward.
 
-Owns what is compiled. Names of parameters stay as they are: modules are compiled in place. Shapes are static, since
-every micro-batch of a run has the same.
+Option: `--compile` (config/schema.py). Law: `pipeline/check.py`. No cost in memory. Owns what is compiled. Names of
+parameters stay: modules are compiled in place. Shapes are static, since every micro-batch of a run has the same.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cordee.parallel.layout import Layout
 
 
 def apply(model: GPTModel, layout: Layout, options: PerformanceOptions) -> None:
-    """Compile each layer by itself; those that differ in parameters only share one compilation."""
+    """Compile each layer by itself; layers that differ in parameters only share one compilation."""
     if options.compile == "blocks":
         unknown = {layer: _unknown(layer) for layer in model.own_layers()}
         _report(change for found in unknown.values() for change in found)
@@ -29,7 +29,7 @@ def apply(model: GPTModel, layout: Layout, options: PerformanceOptions) -> None:
 
 
 def whole(model: GPTModel, options: PerformanceOptions, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward`, which runs `model` from the inputs to the loss, compiled."""
+    """`forward`, which runs `model` from inputs to loss, compiled if the options ask for it."""
     if options.compile != "model":
         return forward
     _report(unknown := _unknown(model))
@@ -37,7 +37,7 @@ def whole(model: GPTModel, options: PerformanceOptions, forward: Callable[..., A
 
 
 def _unknown(module: nn.Module) -> list[Change]:
-    """What was done to `module` of which it is not known that it can be traced: then nothing is compiled."""
+    """What was done to `module` that may not be traceable: then nothing is compiled."""
     return [change for change in changes(module) if not change.compiles]
 
 

@@ -1,6 +1,6 @@
-"""Memory of parameters and of what the optimizer keeps beside them, worked out without torch.
+"""Memory of parameters, gradients and optimizer state, worked out without torch.
 
-Owns the arithmetic of the ZeRO stages, as `data.py` has them. Activations are not its affair.
+Owns the arithmetic of the ZeRO stages, as `data.py` has them. Knows no activations.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ _MASTER = 4  # bytes of a float32, in which parameters, their gradients and opti
 
 
 @dataclass(frozen=True, kw_only=True)
-class Share:
-    """Parameters that one rank computes with, its part of tensor- and expert-parallel ones: in all, those of `experts`
-    that expert-parallel ranks share out, those `outside` of layers (embeddings, head, last norm), and those `frozen`.
+class ParameterCount:
+    """Parameters that one rank computes with, its shards of tensor- and expert-parallel ones: in all, those of sharded
+    `experts`, those `outside` of layers (embeddings, head, last norm), and those `frozen`.
     """
 
     parameters: int
@@ -26,7 +26,7 @@ class Share:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bytes:
+class MemoryCost:
     """Bytes per parameter that a rank computes with, at the height of a step."""
 
     weights: float
@@ -42,29 +42,31 @@ class Bytes:
         return f"parameters and optimizer take {self.total:.4g} bytes per parameter on this rank ({parts})"
 
 
-def cost(config: TrainConfig, degrees: Degrees, share: Share, *, wrapped: bool, accumulates: bool) -> Bytes:
-    """What a rank needs for `share` of a model.
+def cost(
+    config: TrainConfig, degrees: Degrees, count: ParameterCount, *, wrapped: bool, accumulates: bool
+) -> MemoryCost:
+    """What a rank needs for its `count` of a model's parameters.
 
     wrapped: whether FSDP2 keeps the model, as `data.needs_sharding` says. accumulates: a step has several
     micro-batches. Weights are those at rest and the copy that is computed with; of stage 3, which gathers layers one
     by one, only the copy of what is outside of layers is counted. Gradients are whole while they are summed over
     micro-batches at stages below 2, else at most one layer's are whole at a time, which is not counted.
     """
-    kept, trained = _MASTER * _shard(degrees, share), 1 - share.frozen / share.parameters
+    kept, trained = _MASTER * _shard(degrees, count), 1 - count.frozen / count.parameters
     state = kept * _slots(config) * trained
     if not wrapped:
-        return Bytes(weights=_MASTER, gradients=_MASTER * trained, optimizer=_MASTER * _slots(config) * trained)
+        return MemoryCost(weights=_MASTER, gradients=_MASTER * trained, optimizer=_MASTER * _slots(config) * trained)
     compute = 2 if config.bf16 or config.fp16 else 4
-    gathered = compute * (share.outside / share.parameters if config.zero_stage == 3 else 1.0)
+    gathered = compute * (count.outside / count.parameters if config.zero_stage == 3 else 1.0)
     whole = 0
     if accumulates and config.zero_stage < 2:
         whole = _MASTER if config.accumulate_allreduce_grads_in_fp32 else compute
-    return Bytes(weights=kept + gathered, gradients=max(kept, whole) * trained, optimizer=state)
+    return MemoryCost(weights=kept + gathered, gradients=max(kept, whole) * trained, optimizer=state)
 
 
-def _shard(degrees: Degrees, share: Share) -> float:
-    """The fraction of its part of the model that a rank keeps between steps."""
-    experts = share.experts / share.parameters
+def _shard(degrees: Degrees, count: ParameterCount) -> float:
+    """The fraction of its parameters that a rank keeps between steps."""
+    experts = count.experts / count.parameters
     return (1 - experts) / degrees.storage[1] + experts / degrees.expert_storage[1]
 
 

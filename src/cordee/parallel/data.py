@@ -2,9 +2,10 @@
 
 Owns how much of a model each data-parallel rank keeps (the ZeRO stages of Rajbhandari et al. 2020) and in which type
 it computes. Gradients are sums over ranks, never means: the trainer divides the loss by the global number of trained
-tokens. Knows no loss and no optimizer.
+tokens. Knows no loss and no optimizer. Options: `--zero-stage`, `--num-distributed-optimizer-instances`, `--bf16`,
+`--fp16`, `--overlap-*` (config/schema.py). Law: `degrees.problems`. Cost: `cost.py`.
 
-| stage | what ranks share out     | parameters between forward and backward | gradients travel            |
+| stage | sharded over ranks       | parameters between forward and backward | gradients are reduced       |
 |-------|--------------------------|-----------------------------------------|-----------------------------|
 | 0     | nothing                  | kept                                    | after the last micro-batch  |
 | 1     | optimizer state          | kept, also between micro-batches        | after the last micro-batch  |
@@ -14,8 +15,8 @@ tokens. Knows no loss and no optimizer.
 At rest every stage but 0 keeps float32 shards. Stage 0 is FSDP2 over shards of one rank, the one public form of pure
 replication; during a step it holds the parameters twice, at rest and as computed with.
 
-On devices with streams FSDP2 lets one layer's gradients travel, and gathers the next layer's parameters, while the
-device computes; `schedule` makes that two, or none. On CPU a layer's collectives are waited for where they are called.
+On devices with streams FSDP2 has one bucket (a layer) of gradients in flight, and prefetches the next layer's
+parameters, under computation; `_overlap` makes that two, or none. On CPU collectives block where they are called.
 """
 
 from __future__ import annotations
@@ -38,14 +39,14 @@ from cordee.parallel.layout import Layout
 
 
 def compute_dtype(options: PrecisionOptions) -> torch.dtype:
-    """Type of activations and of the parameters that meet them."""
+    """Type of activations and of the parameters in the forward."""
     if options.bf16:
         return torch.bfloat16
     return torch.float16 if options.fp16 else torch.float32
 
 
 def needs_sharding(options: PrecisionOptions, world_size: int) -> bool:
-    """Whether a model is wrapped at all: alone and in float32 it runs as it is."""
+    """Whether FSDP2 wraps a model: in float32 on one rank it runs as it is."""
     return world_size > 1 or compute_dtype(options) != torch.float32
 
 
@@ -76,19 +77,15 @@ def apply(model: GPTModel, layout: Layout, options: TrainConfig) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo cannot multiply while it sums
-    _schedule(model, layers, options, mesh.device_type)
+    _overlap(model, layers, options, mesh.device_type)
 
 
-def _schedule(model: nn.Module, layers: Sequence[nn.Module], options: ParallelOptions, device_type: str) -> None:
-    """When the gradients and parameters of `layers`, in the order of the forward, travel. Results do not depend on it.
-
-    `model` and `layers` are wrapped already.
-    """
+def _overlap(model: nn.Module, layers: Sequence[nn.Module], options: ParallelOptions, device_type: str) -> None:
+    """When gradients are reduced and parameters prefetched, of wrapped `layers` in the order of the forward."""
     switches = ("overlap_grad_reduce", "overlap_param_gather", "delay_param_gather")
     given = [to_flag(name) for name in switches if getattr(options, name)]
     if given and not KINDS[device_type].overlaps:
-        why = f"collectives do not run beside the computation of a {device_type}"
-        logger.info("without effect on speed: %s, for %s", ", ".join(given), why)
+        logger.info("ignored: %s (collectives do not overlap computation on a %s)", ", ".join(given), device_type)
     groups: list[FSDPModule] = [module for module in (model, *layers) if isinstance(module, FSDPModule)]
     if options.overlap_grad_reduce:
         for group in groups:
@@ -98,7 +95,7 @@ def _schedule(model: nn.Module, layers: Sequence[nn.Module], options: ParallelOp
             group.set_modules_to_forward_prefetch(groups[place + 1 : place + 3])
             group.set_modules_to_backward_prefetch(groups[max(place - 2, 0) : place][::-1])
         elif options.delay_param_gather:
-            group.set_modules_to_backward_prefetch([group])  # itself, which is there: so none is gathered ahead
+            group.set_modules_to_backward_prefetch([group])  # itself, which is gathered already: no prefetch
 
 
 def _wrap(module: nn.Module, mesh: DeviceMesh, size: int, policy: MixedPrecisionPolicy, *, reshard: bool) -> None:
@@ -109,10 +106,9 @@ def _wrap(module: nn.Module, mesh: DeviceMesh, size: int, policy: MixedPrecision
 
 
 def shard_dim(parameter: Tensor, size: int) -> int:
-    """The last dim that `size` ranks can share evenly, else the first, which FSDP2 pads.
+    """The last dim that `size` ranks can shard evenly, else the first, which FSDP2 pads.
 
-    The last, because the first ones may be as short as two. A dim that other axes share out is taken only if there is
-    no other.
+    The last, because the first ones may be as short as two. A dim that other axes shard is the last resort.
     """
     shape, taken = tuple(parameter.shape), set()
     if isinstance(parameter, DTensor):
@@ -123,14 +119,14 @@ def shard_dim(parameter: Tensor, size: int) -> int:
 
 
 def begin_micro_batch(model: nn.Module, stage: int, *, last: bool) -> None:
-    """Say what the coming backward does with gradients and parameters; `last`: it ends the step."""
+    """Set what the coming backward does with gradients and parameters; `last`: it ends the step."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last or stage >= 2)
         model.set_reshard_after_backward(last or stage == 3)
 
 
 def release(model: nn.Module) -> None:
-    """Free parameters that a forward without a backward has gathered, and show their shards again."""
+    """Free parameters that a forward without a backward has gathered, and keep their shards."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -22,14 +22,14 @@ SUM_AXES = ("pp", *TOKEN_AXES)  # along which each rank has a part of the loss, 
 class Degrees:
     """Sizes of the mesh axes in the order of ranks, the slowest first: rank = tp + tp_size * (cp + cp_size * (...)).
 
-    pp: pipeline stages. replicate x shard: data parallel, whose ranks see different samples; optimizer state and
-    parameters are shared out over shard and repeated over replicate. cp: parts of a sequence. tp: parts of a matrix.
+    pp: pipeline ranks. replicate x shard: data parallel, whose ranks see different samples; optimizer state and
+    parameters are sharded over shard and replicated over replicate. cp: shards of a sequence. tp: shards of a matrix.
 
-    Of the cp ranks, `ulysses` neighbours exchange heads for tokens, and each of them is in a ring with its like.
+    Of the cp ranks, `ulysses` neighbours run all-to-all over heads and sequence, and each is in a ring with its like.
 
-    ep: parts of the experts. It is no axis of its own, but folds over the ranks that hold different tokens
+    ep: shards of the experts. It is no axis of its own, but folds over the ranks that hold different tokens
     (replicate, shard and cp together), neighbours first, so that ep divides their number. `whole`: parameters are
-    repeated on all of those (ZeRO stage 0).
+    replicated on all of those (ZeRO stage 0).
     """
 
     pp: int = 1
@@ -51,7 +51,7 @@ class Degrees:
 
     @property
     def ring(self) -> int:
-        """Context-parallel ranks that hand keys and values on to each other."""
+        """Context-parallel ranks that rotate keys and values."""
         return self.cp // self.ulysses
 
     @property
@@ -61,12 +61,12 @@ class Degrees:
 
     @property
     def token_ranks(self) -> int:
-        """Ranks that hold different tokens: what parameters may be shared out over."""
+        """Ranks that hold different tokens: parameters are sharded over them."""
         return self.data * self.cp
 
     @property
     def storage(self) -> tuple[int, int]:
-        """How often a parameter is repeated over the token ranks, and into how many shards each copy is divided."""
+        """How many replicas of a parameter the token ranks hold, and into how many shards each is cut."""
         if self.whole:
             return self.token_ranks, 1
         return self.replicate, self.shard * self.cp
@@ -82,16 +82,13 @@ class Degrees:
 
 
 def degrees(options: ParallelOptions, world_size: int) -> Degrees:
-    """Degrees of a run over `world_size` processes: whatever no other axis takes is data parallel.
-
-    ProblemError if they do not fit each other.
-    """
+    """Degrees of a run over `world_size` processes, the rest of which are data parallel. ProblemError if unfit."""
     raise_all(problems(options, world_size))
     return fitting(options, world_size)
 
 
 def fitting(options: ParallelOptions, world_size: int) -> Degrees:
-    """As `degrees`; of those that do not fit `world_size`, what they are over the fewest processes that they fit."""
+    """As `degrees`; where these do not fit `world_size`, those over the fewest processes that they fit."""
     data, left = divmod(world_size, model_ranks(options))
     if left or not data:
         data = fewest_processes(options) // model_ranks(options)
@@ -116,7 +113,7 @@ def _ulysses(options: ParallelOptions) -> int:
 
 
 def problems(options: ParallelOptions, world_size: int) -> Problems:
-    """Why degrees do not fit each other and so many processes."""
+    """Why degrees do not fit each other or `world_size`."""
     tp, cp, pp = options.tensor_model_parallel_size, options.context_parallel_size, options.pipeline_model_parallel_size
     model, instances, ep = (
         model_ranks(options),

@@ -1,4 +1,4 @@
-"""A layout in words: which ranks share what.
+"""A layout as text: which ranks shard what.
 
 Owns the text that a run and `cordee check` show. Works from `Degrees` alone, without torch.
 """
@@ -22,11 +22,8 @@ _SHARED = {
 _SHOWN = 4  # groups of an axis, and ranks of a group
 
 
-def describe(degrees: Degrees, held: Sequence[int] = ()) -> str:
-    """Size and groups of every axis along which anything is shared out, and the numbers that ranks keep.
-
-    held: parameters that each rank keeps between steps, if they are known.
-    """
+def describe_layout(degrees: Degrees, held: Sequence[int] = ()) -> str:
+    """Size and groups of every axis with several ranks; `held`: parameters that each rank keeps between steps."""
     d = degrees
     if d.world_size == 1:
         return "\n".join(["1 process", *_kept(held)])
@@ -39,9 +36,8 @@ def describe(degrees: Degrees, held: Sequence[int] = ()) -> str:
     for axis in axes:
         found = _shortened([_ranks(group) for group in groups(d, axis)], " | ")
         lines.append(f"  {axis:<{names}} {getattr(d, axis):>4}  {_SHARED[axis]:<{shared}}  ranks {found}")
-    lines.append(f"  a parameter is kept in {_parts(*d.storage)}")
-    if d.ep > 1:
-        lines[-1] += f", one of experts in {_parts(*d.expert_storage)}"
+    of_experts = f", one of experts in {_storage(*d.expert_storage)}" if d.ep > 1 else ""
+    lines.append(f"  a parameter is kept in {_storage(*d.storage)}{of_experts}")
     return "\n".join([*lines, *_kept(held)])
 
 
@@ -54,17 +50,12 @@ def groups(degrees: Degrees, axis: str) -> list[list[int]]:
     return [list(range(first, first + size * stride, stride)) for first in firsts]
 
 
-def _parts(copies: int, shards: int) -> str:
-    """Of what a rank computes with."""
-    return f"{_number(shards, 'shard')} x {_number(copies, 'copy', 'copies')}"
-
-
-def _number(count: int, one: str, many: str = "") -> str:
-    return f"{count} {one if count == 1 else many or one + 's'}"
+def _storage(copies: int, shards: int) -> str:
+    return f"{shards} {'shard' if shards == 1 else 'shards'} x {copies} {'copy' if copies == 1 else 'copies'}"
 
 
 def _kept(held: Sequence[int]) -> list[str]:
-    """Neighbours that keep the same number of parameters in one line."""
+    """One line for consecutive ranks that keep the same number of parameters."""
     lines, first = [], 0
     for number, run in groupby(held):
         ranks = list(range(first, first + len(list(run))))

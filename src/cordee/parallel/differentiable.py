@@ -1,8 +1,8 @@
-"""Collectives within the model: what goes forward, and what its gradient does on the way back.
+"""Collectives within the model, each named by its forward and its backward.
 
-Owns the pairs. `x` is local to this rank; `group` is the group of an axis. For a sum over ranks F of functions of
-parts, the backward of "every rank gets the same" is "the gradients of all ranks are added up", and the other way
-round; whether an operand's gradient is whole or a part on each rank is said with each function.
+Owns the pairs. `x` is local to this rank; `group` is the group of an axis. Where ranks compute parts of a sum, the
+backward of "every rank gets the same" is "the gradients of all ranks are summed", and the reverse; each function says
+whether an operand's gradient is whole or a part on each rank.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ def all_reduce_fwd_all_reduce_bwd(x: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def all_gather_fwd_reduce_scatter_bwd(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
-    """The shards of all ranks joined along `dim`, for work that differs between them: a shard gets the sum of its
-    gradients. All shards have one shape.
+    """The shards of all ranks, of one shape, joined along `dim`, for work that differs between them: the gradient of a
+    shard is the sum over ranks.
     """
     return _Pair.apply(x, partial(all_gather, group=group, dim=dim), partial(reduce_scatter, group=group, dim=dim))
 
 
 def reduce_scatter_fwd_all_gather_bwd(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
-    """This rank's shard along `dim` of the sum of all ranks' x: the gradient is joined again."""
+    """This rank's shard along `dim` of the sum of all ranks' x: the gradient is gathered."""
     return _Pair.apply(x, partial(reduce_scatter, group=group, dim=dim), partial(all_gather, group=group, dim=dim))
 
 
 def all_gather_fwd_split_bwd(x: Tensor, group: ProcessGroup, dim: int, sizes: Sequence[int]) -> Tensor:
-    """The shards of all ranks joined along `dim`, for work that is the same on all of them: a shard gets its own shard
-    of the gradient. `sizes` are those of the shards along `dim`.
+    """The shards of all ranks joined along `dim`, for work that is the same on all of them: the gradient of a shard is
+    its own shard of the gradient. `sizes` are those of the shards along `dim`.
     """
 
     def own(grad: Tensor) -> Tensor:
@@ -59,16 +59,14 @@ def all_gather_fwd_split_bwd(x: Tensor, group: ProcessGroup, dim: int, sizes: Se
 
 
 def all_to_all_fwd_bwd(x: Tensor, group: ProcessGroup, split: int, joined: int) -> Tensor:
-    """Of x, split along the dim `split`, every rank gets its shard from all ranks, joined along `joined`: what was
-    whole along one dim and a shard along the other becomes the reverse. The gradient takes the way back.
-    """
+    """All-to-all: x, whole along `split` and a shard along `joined`, becomes the reverse; so does its gradient."""
     there, back = (partial(all_to_all, group=group, split=a, joined=b) for a, b in ((split, joined), (joined, split)))
     return _Pair.apply(x, there, back)
 
 
 def split_fwd_pad_bwd(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
-    """This rank's shard along `dim` of x, the same on all ranks. x gets the gradient of that shard only, zeros
-    elsewhere: its gradient is a part of the whole on each rank.
+    """This rank's shard along `dim` of x, the same on all ranks. The gradient of x is zero outside of the shard: a part
+    of the whole on each rank.
     """
     size = x.shape[dim] // dist.get_world_size(group)
     return x.narrow(dim, dist.get_rank(group) * size, size)
@@ -77,9 +75,9 @@ def split_fwd_pad_bwd(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
 def all_gather_together_fwd_reduce_scatter_bwd(
     xs: Sequence[Tensor], group: ProcessGroup, *, at_once: bool
 ) -> tuple[Tensor, ...]:
-    """As `all_gather_fwd_reduce_scatter_bwd` along the first dim, of each x. Those of whole numbers have no gradient.
+    """As `all_gather_fwd_reduce_scatter_bwd` along the first dim, of each x. Integers have no gradient.
 
-    `at_once`: all of them are under way together.
+    `at_once`: all of them are in flight together.
     """
     options = {"group": group, "at_once": at_once}
     return _Pairs.apply(partial(all_gather_together, **options), partial(reduce_scatter_together, **options), *xs)
@@ -88,13 +86,12 @@ def all_gather_together_fwd_reduce_scatter_bwd(
 def all_to_all_rows_fwd_bwd(
     xs: Sequence[Tensor], group: ProcessGroup, sent: list[int], received: list[int], *, at_once: bool
 ) -> tuple[Tensor, ...]:
-    """Rows of each x to the rank they are for: the first `sent[0]` to rank 0 and so on; back come `received[0]` from
-    rank 0 and so on. Gradients go the way back. `at_once`: all of them are under way together.
+    """Of each x the first `sent[0]` rows to rank 0 and so on; the result has `received[0]` rows from rank 0 and so on.
+    Gradients go back likewise. `at_once`: all of them are in flight together.
     """
-    there = partial(all_to_all_rows, group=group, sent=sent, received=received, at_once=at_once)
-    return _Pairs.apply(
-        there, partial(all_to_all_rows, group=group, sent=received, received=sent, at_once=at_once), *xs
-    )
+    rows = partial(all_to_all_rows, group=group, at_once=at_once)
+    there, back = partial(rows, sent=sent, received=received), partial(rows, sent=received, received=sent)
+    return _Pairs.apply(there, back, *xs)
 
 
 def _view(x: Tensor) -> Tensor:
@@ -134,18 +131,16 @@ class _Pairs(Function):
 # ---- the collectives, without gradients ------------------------------------------------------------------------------
 
 
-def all_reduce(x: Tensor, group: ProcessGroup) -> Tensor:
+def all_reduce(x: Tensor, group: ProcessGroup, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     """A new tensor."""
     x = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(x, group=group)
+    dist.all_reduce(x, op, group=group)
     return x
 
 
 def all_reduce_max(x: Tensor, group: ProcessGroup) -> Tensor:
     """The largest of all ranks' x, element by element; a new tensor."""
-    x = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(x, dist.ReduceOp.MAX, group=group)
-    return x
+    return all_reduce(x, group, dist.ReduceOp.MAX)
 
 
 def all_gather(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
@@ -206,9 +201,7 @@ def all_to_all_rows(
 
 
 def begin_all_to_all(x: Tensor, group: ProcessGroup) -> tuple[Tensor, Callable[[], object]]:
-    """Equal parts of x along the first dim, one for each rank: those for this rank, once what is returned beside them
-    has been called.
-    """
+    """Start an all-to-all of equal parts of x along the first dim; the result is valid after a call of the second."""
     x = x.contiguous()
     y = torch.empty_like(x)
     work = dist.all_to_all_single(y, x, group=group, async_op=True)
@@ -217,7 +210,7 @@ def begin_all_to_all(x: Tensor, group: ProcessGroup) -> tuple[Tensor, Callable[[
 
 
 def _run(collectives: Sequence[Callable[..., dist.Work | None]], at_once: bool) -> None:
-    """One after the other, or all started before the first is waited for."""
+    """One after the other, or all started before the first wait."""
     for work in [collective(async_op=at_once) for collective in collectives]:
         if work is not None:
             work.wait()
@@ -233,7 +226,7 @@ def all_to_all(x: Tensor, group: ProcessGroup, split: int, joined: int) -> Tenso
 
 
 class Transfer:
-    """A tensor on its way, which may be waited for later."""
+    """A tensor in flight."""
 
     def __init__(self, works: list[dist.Work], sent: Tensor, received: Tensor):
         self._works = works
@@ -241,13 +234,13 @@ class Transfer:
         self._received = received
 
     def wait(self) -> Tensor:
-        """What has come in."""
+        """The received tensor, once it is complete."""
         while self._works:
             self._works.pop().wait()
         return self._received
 
 
-def hand_on(x: Tensor, group: ProcessGroup, to: int, source: int, tag: int = 0) -> Transfer:
+def send_receive(x: Tensor, group: ProcessGroup, to: int, source: int, tag: int = 0) -> Transfer:
     """Send x to rank `to` of `group`, and receive its like from rank `source`; all ranks do so at once."""
     x = x.contiguous()
     received = torch.empty_like(x)

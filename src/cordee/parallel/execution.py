@@ -1,8 +1,7 @@
 """Forward and backward of the micro-batches of a step, wherever the layers are.
 
-Owns what the trainer asks for and gets, and the plain way to do it: one micro-batch after another, forward and
-backward, on a rank that has the whole model. `pipeline/executor.py` is the other way. Knows no optimizer and no
-objective by name.
+Owns the protocol of executors, and the plain one: one micro-batch after another, forward and backward, on a rank that
+has the whole model. `pipeline/executor.py` is the other. Knows no optimizer and no objective by name.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cordee.config.schema import TrainConfig
 from cordee.data.batch import Batch
@@ -29,7 +28,7 @@ Reduce = Callable[[Tensor], Tensor]
 
 
 class Loss(Protocol):
-    """What an executor has to know of an objective; `cordee.train.objectives.Objective` says what each is."""
+    """What an executor knows of an objective, documented in `cordee.train.objectives.Objective`."""
 
     @property
     def reduces(self) -> bool: ...
@@ -40,15 +39,15 @@ class Loss(Protocol):
 
 
 class Criterion:
-    """An objective on one rank, which may have a part of the tokens of each sequence.
+    """An objective on one rank, which may have a shard of the tokens of each sequence.
 
-    What ranks return is a part of the whole, to be added up over the axes along which ranks hold different tokens.
+    Ranks return parts of a sum over the axes along which they hold different tokens.
     """
 
     def __init__(self, objective: Loss, layout: Layout):
         self._objective = objective
         self._group = layout.group("cp")
-        self._repeats = layout.degrees.cp if objective.reduces else 1  # ranks that work out the same of their sums
+        self._repeats = layout.degrees.cp if objective.reduces else 1  # ranks that compute the same
 
     def weight(self, part: Batch) -> float:
         """This rank's part of the weight of a micro-batch of which it holds `part`."""
@@ -69,7 +68,7 @@ class Criterion:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """The micro-batches of this rank in one step: its part of the tokens of each, and the `weights` of the whole ones.
+    """The micro-batches of this rank in one step: its shard of the tokens of each, and the `weights` of whole ones.
 
     The gradient is that of the sum of losses times `scale / weight`, where `weight` is that of all ranks' micro-batches
     together.
@@ -97,7 +96,7 @@ class Executor(Protocol):
         ...
 
     def forward(self, batches: Sequence[Batch], output: Output) -> list[Any]:
-        """What `output` makes of each of `batches`, without gradients; None on ranks without the head."""
+        """`output` of each of `batches`, without gradients; None on ranks without the head."""
         ...
 
 
@@ -150,20 +149,26 @@ class Frozen:
         self._executor = executor
 
     def forward(self, batches: Sequence[Batch], output: Output) -> list[Any]:
-        """As `Executor.forward`; what was gathered for it is freed."""
+        """As `Executor.forward`; gathered parameters are freed."""
         try:
             return self._executor.forward(batches, output)
         finally:
             data.release(self._model)
 
 
+def own_parameters(model: GPTModel) -> list[nn.Parameter]:
+    """The trained parameters that count on this rank: a copy of another rank's embedding does not."""
+    copy = model.embedding.weight if model.copies_embedding else None
+    return [parameter for parameter in model.parameters() if parameter.requires_grad and parameter is not copy]
+
+
 def dropout_rng_of(batch: Batch, seed: int) -> DropoutRNG | None:
-    """What dropout draws for `batch`: the same wherever its samples and tokens are."""
+    """Dropout randomness for `batch`: the same wherever its samples and tokens are."""
     sequences = batch.sequences
     return None if sequences is None else DropoutRNG(seed, sequences)
 
 
 def add(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-    """Add `values` up under their names, in float32."""
+    """Add `values` to `sums` by name, in float32."""
     for name, value in values.items():
         sums[name] = sums.get(name, 0.0) + value.detach().float()

@@ -1,10 +1,12 @@
-"""Expert parallelism: the experts of a mixture shared out over ranks that hold different tokens (Lepikhin et al. 2020).
+"""Expert parallelism: the experts of MoE layers sharded over ranks that hold different tokens (Lepikhin et al. 2020).
 
-Owns how tokens reach experts of other ranks and what these make of them comes back, as two dispatchers that replace the
-local one and equal it. Which rank has which experts is `sharding.py`'s affair: blocks of equal size, in order.
+Options: `--expert-model-parallel-size`, `--moe-token-dispatcher-type`, `--moe-permutation-async-comm`
+(config/schema.py). Law: `laws.expert`. Cost: `cost.py`, by the experts of a `ParameterCount`. Owns the dispatch of
+tokens to experts of other ranks and back, as two dispatchers that replace the local one and equal it. `sharding.py`
+shards the experts: blocks of equal size, in order.
 
-Every rank of the axis takes part in every dispatch, whatever it has to give or to compute: with no rows at all it still
-sends, receives and multiplies, forward and backward, empty tensors.
+Every rank of the axis takes part in every dispatch: with no tokens at all it still sends, receives and multiplies,
+forward and backward, empty tensors.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ NAME = "expert parallelism"
 
 
 def apply(model: nn.Module, layout: Layout, options: ParallelOptions) -> None:
-    """Let the experts of `model`, whose parameters are shared out already, be reached from all ranks of the axis.
+    """Dispatch tokens of all ranks of the axis to the experts of `model`, whose parameters are sharded already.
 
     Nothing happens where there is one.
     """
@@ -42,7 +44,7 @@ def apply(model: nn.Module, layout: Layout, options: ParallelOptions) -> None:
 
 @dataclass(frozen=True)
 class _Dispatcher:
-    """`overlap`: what can be under way at the same time is."""
+    """`overlap`: independent messages are in flight together."""
 
     group: ProcessGroup
     rank: int
@@ -51,7 +53,7 @@ class _Dispatcher:
 
 
 class AllToAll(_Dispatcher):
-    """Every row goes to the rank that has its expert, and the result back: as many rows travel as there are routes."""
+    """Every (token, expert) row goes to the rank that has the expert, and the result back."""
 
     @torch._disable_dynamo  # sizes are known to the host only while it runs
     def __call__(self, x: Tensor, routing: Routing, experts: Experts) -> Tensor:
@@ -78,13 +80,13 @@ class AllToAll(_Dispatcher):
 
 
 def _by_expert(counts: Tensor, rows: int) -> Tensor:
-    """The order that sorts `rows` rows by expert; they come by rank and for each by expert: `[ranks, experts]`."""
+    """The permutation that sorts `rows` rows by expert; they arrive by rank, then by expert: `[ranks, experts]`."""
     experts = torch.arange(counts.shape[1], device=counts.device).repeat(counts.shape[0])
     return experts.repeat_interleave(counts.flatten(), output_size=rows).argsort(stable=True)
 
 
 class AllGather(_Dispatcher):
-    """Every rank gets all tokens and what was chosen for them, and computes for its own experts: few, even messages."""
+    """Every rank gathers all tokens and their routing, and computes its own experts: few, even messages."""
 
     @torch._disable_dynamo
     def __call__(self, x: Tensor, routing: Routing, experts: Experts) -> Tensor:

@@ -1,8 +1,8 @@
-"""A model for inference over several processes: tensor-parallel ranks, stages of a pipeline, and copies of the whole.
+"""A model for inference over several processes: tensor-parallel ranks, stages of a pipeline, and replicas.
 
-Owns building this process's part, and one forward through all that share a copy. Each of them gets the logits, so that
-all choose the same tokens, or what else is made of the last hidden states. Knows nothing of how tokens are chosen, and
-of what each copy is given.
+Owns building this process's shard, and one forward through all processes of a replica. Each gets the logits, so that
+all choose the same tokens, or another output of the last hidden states. Knows nothing of sampling, nor of what each
+replica is given.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from cordee.weights.load import materialise
 
 
 def degrees(options: InferenceLayoutOptions, copies: int = 1) -> Degrees:
-    """What `options` ask for, so many times; the processes of a copy are tensor-parallel ranks and stages."""
+    """What `options` ask for, in so many `copies`; the processes of one are tensor-parallel ranks and stages."""
     return Degrees(pp=options.pipeline_model_parallel_size, replicate=copies, tp=options.tensor_model_parallel_size)
 
 
 def check(model: ModelConfig, degrees: Degrees) -> Problems:
-    """What keeps the processes from sharing `model` out."""
+    """What keeps the processes from sharding `model`."""
     yield from laws.sharded(model, degrees.tp)
     layers = model.num_layers
     yield from at_most("--pipeline-model-parallel-size", degrees.pp, layers, f"the model's {layers} layers", "load")
 
 
 def build(model: ModelConfig, layout: Layout, dtype: torch.dtype, device: torch.device) -> tuple[GPTModel, Place]:
-    """This process's part of `model`, its values still to be filled, and its place among the others.
+    """This process's shard of `model`, its values still to be filled, and its place among the others.
 
     ProblemError if the processes do not fit the model.
     """
@@ -56,7 +56,7 @@ def build(model: ModelConfig, layout: Layout, dtype: torch.dtype, device: torch.
 
 
 def last_logits(head: Head, hidden: Tensor) -> Tensor:
-    """Logits `[batch, vocab]` of the last place of `hidden` `[batch, seq, embed]`; no others are computed."""
+    """Logits `[batch, vocab]` of the last token of `hidden` `[batch, seq, embed]`; no others are computed."""
     return head.logits(hidden[:, -1:])[:, 0]
 
 
@@ -90,11 +90,11 @@ class Place:
         return self._from_last(model(self._inputs(model, ids), output=output), like)
 
     def _inputs(self, model: GPTModel, ids: Tensor) -> Tensor:
-        """What this stage works on: token ids, or the hidden states of the stage before."""
+        """The input of this stage: token ids, or the hidden states of the stage before."""
         return ids if self.span.embedding else self._receive(model, ids)
 
     def _from_last(self, y: Tensor, like: Tensor) -> Tensor:
-        """Hand the hidden states `y` of this stage on; what the last stage makes, which is `like` this, is returned."""
+        """Send the hidden states `y` of this stage on, and return the last stage's output, which is `like` this."""
         group = self.layout.group("pp")
         if group is None:
             return y

@@ -1,7 +1,7 @@
-"""What keeps a layout from fitting a run: one law for each technique, all of one signature, without torch.
+"""The laws of layouts: one for each technique, all of one signature, without torch.
 
-Owns these laws, as far as model, degrees and options tell. How degrees fit each other is `degrees.py`'s, pipelines are
-`pipeline/check.py`'s; what the options of a technique mean for each other is declared with them.
+Owns the laws between model, degrees and options. Those between degrees are `degrees.py`'s, those of pipelines
+`pipeline/check.py`'s; laws between the options of a technique are declared with these (config/schema.py).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _ALGORITHM = ("context_parallel_size", "context_parallel_algo")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """What laws are about. `model` is None where it is not known, `micro_batches` are the numbers of them of steps."""
+class PlacedRun:
+    """The subject of laws. `model` is None where it is not known; `micro_batches`: how many each kind of step has."""
 
     model: ModelConfig | None
     degrees: Degrees
@@ -34,13 +34,13 @@ class Run:
     micro_batches: Sequence[int] = (1,)
 
 
-def check(run: Run) -> Problems:
+def check(run: PlacedRun) -> Problems:
     """What keeps the degrees of a run from fitting its model."""
     for law in (tensor, overlap, context, expert):
         yield from law(run)
 
 
-def tensor(run: Run) -> Problems:
+def tensor(run: PlacedRun) -> Problems:
     """Tensor-parallel ranks shard heads, widths and the vocabulary; with sequence parallelism the tokens too."""
     size, tokens = run.degrees.tp, run.options.seq_length // run.degrees.cp
     if size == 1:
@@ -79,7 +79,7 @@ def sharded(model: ModelConfig, size: int) -> Problems:
             yield from divides(TENSOR, size, groups, "key heads, which the norm over all keys needs sharded,", *HEADS)
 
 
-def overlap(run: Run) -> Problems:
+def overlap(run: PlacedRun) -> Problems:
     """GEMMs that are cut into parts, overlapped with their collectives, have no low-rank adapters beside them."""
     adapted = run.model.adapted() if run.model is not None and run.options.tp_comm_overlap else ()
     if names := dict.fromkeys(name for path, name, _ in adapted if path.startswith("layers.")):
@@ -88,8 +88,8 @@ def overlap(run: Run) -> Problems:
         yield Problem("--tp-comm-overlap", True, why, fix, "excludes", ("low_rank",))
 
 
-def context(run: Run) -> Problems:
-    """Context-parallel ranks shard the tokens of each sequence; Ulysses shards heads, a ring is of equal parts."""
+def context(run: PlacedRun) -> Problems:
+    """Context-parallel ranks shard the tokens of each sequence: Ulysses by heads, a ring into equal parts."""
     size, options = run.options.context_parallel_size, run.options
     if size == 1:
         return
@@ -140,12 +140,7 @@ def _heads(model: ModelConfig | None, options: TrainConfig, ulysses: int) -> Pro
             yield Problem(option, ulysses, why, fix, "divides", involved, heads)
 
 
-def expert(run: Run) -> Problems:
+def expert(run: PlacedRun) -> Problems:
     """Expert-parallel ranks shard the experts."""
-    if run.model is None:
-        return
-    size, experts = run.degrees.ep, shards.num_experts(run.model)
-    if size > 1 and not experts:
-        yield Problem(EXPERT, size, "the model has no experts", "leave it out", "requires", (*MODEL, "num_experts"))
-    for number in experts:
-        yield from divides(EXPERT, size, number, "experts", *MODEL, "num_experts")
+    if run.model is not None:
+        yield from shards.expert_problems(EXPERT, run.degrees.ep, run.model, *MODEL, "num_experts")

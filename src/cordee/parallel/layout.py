@@ -1,6 +1,6 @@
-"""Which part of the run this process is.
+"""The meshes and process groups of a run, seen from this rank.
 
-Owns every mesh and process group: they are made here, once, and handed on by name. Knows neither models nor data.
+Owns all of them: they are made here, once, and looked up by name. Knows neither models nor data.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from cordee.launch import RankInfo
 from cordee.parallel.degrees import AXES, DATA_AXES, Degrees
-from cordee.parallel.meeting import meet
+from cordee.parallel.rendezvous import rendezvous
 
 STORAGE_AXES = ("pp", "replicate", "shard", "tp")
 CONTEXT_AXES = ("pp", "replicate", "shard", "ring", "ulysses", "tp")
@@ -26,15 +26,13 @@ EXPERT_AXES = ("pp", "replicate", "shard", "ep", "tp")
 class Layout:
     """The meshes of a run, seen from this rank.
 
-    `mesh` has all axes of `Degrees`, those of size 1 too, so that a placement never depends on which techniques are
-    on: it says who computes what. `storage` and `experts` say who keeps what, parameters and their gradients: over
-    [pp, replicate, shard, tp], where shard covers context-parallel ranks too, and for experts over
-    [pp, replicate, shard, ep, tp]. `context` divides the axis cp into ring and ulysses. All are None where there is no
-    process group, that is, alone in one process.
+    `mesh` has all axes of `Degrees`, those of size 1 too, and says which rank computes what. `storage` and `experts`
+    say which rank keeps which parameters and gradients: over [pp, replicate, shard, tp], where shard covers
+    context-parallel ranks too, and for experts over [pp, replicate, shard, ep, tp]. `context` splits the axis cp into
+    ring and ulysses. All are None without a process group, that is, alone in one process.
     `control` and `background` are gloo groups of all ranks, for values on the host: one for the training thread, one
     for a thread beside it, since collectives of two threads must never share a group. `timeout` is that of their
-    collectives, torch's own if None. `waits`: a collective holds up the thread that calls it until it is done, as no
-    accelerator's does.
+    collectives, torch's own if None. `waits`: a collective blocks the thread that calls it, as no accelerator's does.
     """
 
     def __init__(self, degrees: Degrees, device_type: str = "cpu", timeout: timedelta | None = None):
@@ -70,13 +68,13 @@ class Layout:
         return self.degrees.world_size
 
     def axis_rank(self, axis: str) -> int:
-        """Place of this rank along `axis`; "ep", "ring" and "ulysses" are some too."""
+        """Index of this rank along `axis`, also "ep", "ring" and "ulysses"."""
         mesh = self._mesh_of(axis)
         return 0 if mesh is None else mesh.get_local_rank(axis)
 
     @property
     def data_rank(self) -> int:
-        """Place of this rank among the ranks that see different samples."""
+        """Index of this rank among the ranks that see different samples."""
         return self.axis_rank("replicate") * self.degrees.shard + self.axis_rank("shard")
 
     @property
@@ -90,12 +88,12 @@ class Layout:
 
     @property
     def data_mesh(self) -> DeviceMesh | None:
-        """What parameters are spread over: `[shard]`, or `[replicate, shard]` where anything is repeated."""
+        """The mesh of FSDP2: `[shard]`, or `[replicate, shard]` where parameters are replicated."""
         return None if self.storage is None else _spread(self.storage, self.degrees.storage)
 
     @property
     def expert_data_mesh(self) -> DeviceMesh | None:
-        """As `data_mesh`, of the experts that this rank shares with others; None without expert parallelism."""
+        """As `data_mesh`, of this rank's experts; None without expert parallelism."""
         return None if self.experts is None else _spread(self.experts, self.degrees.expert_storage)
 
     def group(self, axis: str) -> ProcessGroup | None:
@@ -125,17 +123,14 @@ def _gloo_group(purpose: str, timeout: timedelta | None) -> ProcessGroup:
     return group
 
 
-# How long ranks wait for each other to begin, at least: they start one after the other, and slower the more there are,
-# while a collective in the middle of a run may be given seconds.
+# Timeout of the rendezvous, at least: ranks start one after the other, and slower the more there are, while the
+# timeout of a collective may be seconds.
 JOINING = timedelta(minutes=10)
 
 
 @contextmanager
 def process_group(ranks: RankInfo, backend: str, timeout: timedelta) -> Iterator[None]:
-    """The default process group of a run, destroyed at the end.
-
-    Its store is that of this run alone, as `meeting.py` tells.
-    """
+    """The default process group of a run, destroyed at the end; its store is this run's alone (`rendezvous.py`)."""
     dist.init_process_group(
         backend, store=_store(ranks, timeout), rank=ranks.rank, world_size=ranks.world_size, timeout=timeout
     )
@@ -159,6 +154,6 @@ def _store(ranks: RankInfo, timeout: timedelta) -> dist.Store:
         # A store closes what it is given, and the next run of these processes meets at the same socket.
         master_listen_fd=os.dup(ranks.listen_fd) if listens and ranks.listen_fd is not None else None,
     )
-    name = meet(store, ranks.rank, ranks.world_size, joining)
+    name = rendezvous(store, ranks.rank, ranks.world_size, joining)
     store.set_timeout(timeout)
     return dist.PrefixStore(name, store)

@@ -1,7 +1,7 @@
 """A model that is being trained as a source of weights: for a model of another layout, or for a sink.
 
-Owns which rank sends which shard of a parameter. It sees shards as boxes, an offset and a shape, so that no technique
-that cuts or repeats parameters is known by name. Must not know what the weights are read for.
+Owns which rank sends which shard of a parameter. A shard is a box, an offset and a shape, so that no technique that
+shards or replicates parameters is known by name. Must not know what the weights are read for.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ Box = tuple[Shape, Shape]  # of a shard: the global position of its first elemen
 
 
 def refill(model: GPTModel, source: LiveSource) -> None:
-    """Fill `model`, of any layout over the ranks of `source`, with the weights as they are now; all ranks call it.
+    """Fill `model`, of any layout over the ranks of `source`, with the current weights; all ranks call it.
 
-    Makes no parameters: those of `model` keep their memory, type and device. ProblemError, on all ranks, if the two
-    are not of one shape.
+    Parameters of `model` keep their memory, type and device. ProblemError, on all ranks, if shapes differ.
     """
     collectives.raise_together(mismatches(dict(model.named_parameters()), source), source.layout.control)
     load_into(model, source)
@@ -84,7 +83,7 @@ class LiveSource(Source):
 
     @torch.no_grad()
     def _exchange(self, name: str, wanted: Index | None, out: Tensor | None) -> None:
-        """Let every rank see all of a parameter, slice by slice, and copy what is `wanted` of it into `out`."""
+        """Broadcast all of a parameter, slice by slice, and copy what is `wanted` of it into `out`."""
         dtype = self.dtype(name)
         for (offset, shape), holder in self._holders[name].items():
             shard = self._shard(name, (offset, shape)) if holder == self.layout.rank else None
@@ -111,7 +110,7 @@ def _box(parameter: Tensor) -> Box:
 
 
 def _copy_common(out: Tensor, wanted: Index, given: Tensor, start: Shape) -> None:
-    """Copy what two parts of one tensor have in common: `out` is that at `wanted`, `given` the one from `start` on."""
+    """Copy the overlap of two parts of one tensor: `out` is at `wanted`, `given` begins at `start`."""
     to, taken = [], []
     for want, first, size in zip(wanted, start, given.shape, strict=True):
         low, high = max(want.start, first), min(want.stop, first + size)

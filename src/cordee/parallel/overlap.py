@@ -1,8 +1,9 @@
-"""Tensor parallelism whose communication runs under its products.
+"""Tensor parallelism whose collectives overlap its GEMMs (what Ascend calls MC2 and CoC).
 
-Owns products in parts: while the collective of one part is under way, the next part is computed (what Ascend calls
-MC2 and CoC). The results are those of `tensor.py`'s borders and plain products, in another order of work. It takes the
-place of both where one product enters a block or leaves it.
+Options: `--tp-comm-overlap`, `--tp-comm-overlap-parts` (config/schema.py). Law: `laws.overlap`. Cost: one more part of
+the activations in flight. Owns GEMMs in parts: while the collective of one part is in flight, the next part is
+computed. They replace `tensor.py`'s borders and the plain GEMM where one GEMM enters a block or leaves it, and equal
+both.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ Before = Callable[[Tensor], Tensor]
 
 
 def apply(model: GPTModel, layout: Layout, options: ParallelOptions) -> None:
-    """Move the collectives of attention and MLPs of a `model` that `tensor.apply` has prepared into their products.
+    """Move the collectives of attention and MLPs of a `model` that `tensor.apply` has prepared into their GEMMs.
 
-    A product in parts is cut along the tokens; into fewer, where these are too few. Mixtures of experts and compressed
-    queries and keys take what enters a block more than once: there only what leaves it is overlapped.
+    A GEMM is cut along the tokens, into fewer parts where these are too few. MoE and latent attention use what enters a
+    block more than once: there only what leaves it is overlapped.
     """
     group, num_parts = layout.group("tp"), options.tp_comm_overlap_parts
     if group is None or not options.tp_comm_overlap or num_parts == 1:
@@ -51,7 +52,7 @@ def apply(model: GPTModel, layout: Layout, options: ParallelOptions) -> None:
 
 
 def _products(block: object) -> tuple[Linear | None, Linear | None]:
-    """The one product with what enters a block, and the one whose result leaves it."""
+    """The one GEMM of what enters a block, and the one whose result leaves it."""
     if isinstance(block, Attention):
         return block.qkv, block.out
     if isinstance(block, MLP):
@@ -61,9 +62,9 @@ def _products(block: object) -> tuple[Linear | None, Linear | None]:
 
 @dataclass(frozen=True)
 class _Exchange:
-    """How tokens are cut into parts and exchanged. `sequence`: outside of blocks ranks have different tokens.
+    """How tokens are cut into parts and communicated. `sequence`: outside of blocks ranks have different tokens.
 
-    Then part i of a sequence `[batch, seq, ...]` is the i-th part of what each rank has of it outside.
+    Then part i of a sequence `[batch, seq, ...]` is the i-th part of each rank's shard outside.
     """
 
     group: ProcessGroup
@@ -71,12 +72,12 @@ class _Exchange:
     sequence: bool
 
     def enter(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, before: Before | None = None) -> Tensor:
-        """The product with what enters a block."""
-        assert before is None, "nothing stands between a border and the product behind it"
+        """The GEMM of what enters a block."""
+        assert before is None, "no function is between a border and the GEMM behind it"
         return _Entering.apply(x, weight, bias, self)
 
     def leave(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, before: Before | None = None) -> Tensor:
-        """The product whose sum over ranks leaves a block."""
+        """The GEMM whose sum over ranks leaves a block."""
         return _Leaving.apply(x if before is None else before(x), weight, bias, self)
 
     @property
@@ -91,7 +92,7 @@ class _Exchange:
         return [part.flatten(1, 2) for part in by_rank.tensor_split(min(self.num_parts, by_rank.shape[2]), 2)]
 
     def cut_own(self, own: Tensor) -> list[Tensor]:
-        """The parts of what this rank has outside, `[batch, seq / ranks, ...]`."""
+        """The parts of this rank's shard outside, `[batch, seq / ranks, ...]`."""
         return list(own.tensor_split(min(self.num_parts, own.shape[1]), 1))
 
     def joined(self, parts: list[Tensor]) -> Tensor:
@@ -101,7 +102,7 @@ class _Exchange:
         return torch.cat(parts, 1)
 
     def gathered(self, own: Tensor) -> Iterator[Tensor]:
-        """The parts of the whole, of each rank's `own`; the next is on its way while one is used."""
+        """The parts of the whole, of each rank's `own`; the next is in flight while one is used."""
         pending = None
         for part in [*self.cut_own(own), None]:
             coming = None if part is None else _start_gather(part, self.group)
@@ -112,7 +113,7 @@ class _Exchange:
             pending = coming
 
     def summed(self, parts: Iterator[Tensor]) -> Tensor:
-        """The sum over ranks of the whole of `parts`, as it is outside; one travels while the next is made."""
+        """The sum over ranks of `parts`, as outside of blocks; one is in flight while the next is computed."""
         started = [_start_sum(part, self) for part in parts]
         for _, work in started:
             work.wait()
@@ -127,7 +128,7 @@ def _start_gather(part: Tensor, group: ProcessGroup) -> tuple[Tensor, dist.Work]
 
 
 def _start_sum(part: Tensor, exchange: _Exchange) -> tuple[Tensor, dist.Work]:
-    """`part` is used up, unless ranks have different tokens outside."""
+    """The all-reduce, in place, or with sequence parallelism the reduce-scatter of `part`."""
     if not exchange.sequence:
         part = part.contiguous()
         work = dist.all_reduce(part, group=exchange.group, async_op=True)
@@ -144,7 +145,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _through(grad: Tensor, weight: Tensor) -> Tensor:
-    """The gradient of what was multiplied by `weight`."""
+    """The gradient of the input of a GEMM with `weight`."""
     return matmul(_rows(grad), weight).view(*grad.shape[:-1], weight.shape[1])
 
 
@@ -170,7 +171,7 @@ class _Entering(Function):
         exchange: _Exchange = ctx.exchange
         need_x, need_weight, need_bias, _ = ctx.needs_input_grad
         started = [_start_sum(_through(part, weight), exchange) for part in exchange.cut(grad)] if need_x else []
-        weight_grad = transposed_matmul(_rows(grad), _rows(x)) if need_weight else None  # while the sums travel
+        weight_grad = transposed_matmul(_rows(grad), _rows(x)) if need_weight else None  # while the sums are in flight
         bias_grad = _rows(grad).sum(0) if need_bias else None
         for _, work in started:
             work.wait()

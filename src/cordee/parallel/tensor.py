@@ -1,11 +1,12 @@
-"""Tensor and sequence parallelism: matrices shared out over the ranks of an axis (Shoeybi et al. 2019; Korthikanti et
-al. 2022).
+"""Tensor and sequence parallelism: matrices sharded over the ranks of an axis (Shoeybi et al. 2019; Korthikanti et al.
+2022).
 
-Owns what happens at the borders of blocks, and what a rank computes with of parameters that `sharding.py` has shared
-out or repeated: the mathematics runs on local parts, through the views of `SpecifiedModule`.
+Options: `--tensor-model-parallel-size`, `--sequence-parallel` (config/schema.py). Law: `laws.tensor`. Cost: `cost.py`,
+by the shards that `sharding.count` finds. Owns the collectives at the borders of blocks, and the views through which
+the mathematics runs on local shards of parameters that `sharding.py` has made.
 
 Between its borders a block computes another part of the work on every rank, from the same tokens: gradients of what
-is repeated there (a norm of queries, a router) are parts of a sum. Outside of blocks all ranks do the same, unless
+is replicated there (a norm of queries, a router) are parts of a sum. Outside of blocks all ranks do the same, unless
 sequence parallelism gives each of them other tokens.
 """
 
@@ -35,7 +36,7 @@ from cordee.parallel.layout import Layout
 
 NAME = "tensor parallelism"
 
-# ---- putting it on ---------------------------------------------------------------------------------------------------
+# ---- apply -----------------------------------------------------------------------------------------------------------
 
 
 def apply(model: GPTModel, layout: Layout, options: ParallelOptions) -> None:
@@ -72,13 +73,13 @@ def _blocks(model: GPTModel) -> Iterator[nn.Module]:
     if model.has_head:
         yield model.head
     if model.has_embedding:
-        yield model.embedding  # which every rank looks up its own rows for
+        yield model.embedding  # every rank looks up its own rows
 
 
 def _set_borders(model: GPTModel, axis: _Axis, sequence: bool) -> None:
     border = partial(_set_border, group=axis.group, sequence=sequence)
     if sequence:
-        own = partial(_own_places, rank=axis.rank, size=axis.size)
+        own = partial(_own_tokens, rank=axis.rank, size=axis.size)
         model.placement.wrap("outside_blocks", NAME, after(own), compiles=True)
     for layer in model.own_layers():
         border(layer.attention.placement)
@@ -100,8 +101,8 @@ def _set_borders(model: GPTModel, axis: _Axis, sequence: bool) -> None:
         model.head.placement.set(NAME, vocabulary=vocabulary)
 
 
-def _own_places(places: Tensor, rank: int, size: int) -> Tensor:
-    return places.chunk(size, -1)[rank]
+def _own_tokens(positions: Tensor, rank: int, size: int) -> Tensor:
+    return positions.chunk(size, -1)[rank]
 
 
 def _prepare_attention(module: Attention, axis: _Axis) -> None:
@@ -113,13 +114,12 @@ def _prepare_attention(module: Attention, axis: _Axis) -> None:
         module.placement.set(NAME, scores=replace(scores, slopes=slopes[axis.rank * own :][:own]))
     if module.config.qk_norm is not None and module.config.qk_norm.over == "all":
         for norm in (module.q_norm, module.k_norm):
-            norm.placement.set(
-                NAME, sum_over_parts=partial(differentiable.all_reduce_fwd_all_reduce_bwd, group=axis.group)
-            )
+            total = partial(differentiable.all_reduce_fwd_all_reduce_bwd, group=axis.group)
+            norm.placement.set(NAME, sum_over_parts=total)
 
 
 def _set_views(module: SpecifiedModule, axis: _Axis, summed: bool) -> None:
-    """`summed`: gradients of what is repeated are parts of a sum over ranks."""
+    """`summed`: gradients of replicated parameters are parts of a sum over ranks."""
     for name, spec in module.specs.items():
         parameter = getattr(module, name)
         assert isinstance(parameter, DTensor)
@@ -134,7 +134,7 @@ def _set_views(module: SpecifiedModule, axis: _Axis, summed: bool) -> None:
 
 
 def _adds_parts(module: SpecifiedModule) -> bool:
-    """Whether the results of a projection are parts of a sum over ranks: what it contracts is shared out."""
+    """Whether the results of a projection are parts of a sum over ranks: its input is sharded (row-parallel)."""
     return isinstance(module, Linear | StackedLinear) and ALONG.get(module.specs["weight"].axes[-1]) == "tp"
 
 
@@ -174,12 +174,12 @@ def _set_border(placement: Placement, group: ProcessGroup, sequence: bool) -> No
 
 @dataclass(frozen=True)
 class _Vocabulary:
-    """This rank's part of the vocabulary, for embedding and head; parts need not be equal."""
+    """This rank's shard of the vocabulary, for embedding and head; shards may differ in size."""
 
     group: ProcessGroup
     start: int
     stop: int
-    sizes: tuple[int, ...]  # of all parts
+    sizes: tuple[int, ...]  # of all shards
 
     @staticmethod
     def of(vocab_size: int, axis: _Axis) -> _Vocabulary:
@@ -189,11 +189,11 @@ class _Vocabulary:
 
     @property
     def rows(self) -> int:
-        """Tokens of the largest part."""
+        """Tokens of the largest shard."""
         return max(self.sizes)
 
     def lookup(self, index: Tensor, rows: Tensor) -> Tensor:
-        """Zeros for tokens of other parts, so that the sum over ranks is the embedding."""
+        """Zeros for tokens of other shards, so that the sum over ranks is the embedding."""
         here = (index >= self.start) & (index < self.stop)
         own = (index - self.start).clamp(0, len(rows) - 1)
         return F.embedding(own, rows).masked_fill(~here[..., None], 0.0)

@@ -1,6 +1,6 @@
-"""Running layers, blocks and attention cores in another way: what recompute and swap have in common.
+"""Wrappers of layers, blocks and attention cores: what recompute and swap have in common.
 
-Owns where such a wrapper goes and which runs it fits. Knows none of them, and not what they do.
+Owns where a wrapper goes (`apply`) and its law (`check`). Knows none of them: options and cost are theirs.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from cordee.config.schema import PlanConfig
 from cordee.config.values import whole_numbers
 from cordee.errors import Problem, ProblemError, Problems, at_most, divisible, raise_all
 from cordee.parallel.pipeline import micro_batches
-from cordee.parallel.pipeline.orders import REDUCING, STAGES_PER_RANK, orders, problems, with_reduction
+from cordee.parallel.pipeline.schedules import REDUCING, STAGES_PER_RANK, problems, rank_actions, with_reduction
 from cordee.plan.schedule import Costs, simulate
 from cordee.plan.timeline import Timeline, read_timeline
 
@@ -72,7 +72,7 @@ def plan(config: PlanConfig) -> list[Timeline]:
 
 
 def _simulated(case: Case, costs: Costs, layers: Sequence[float]) -> Timeline:
-    made = orders(case.schedule, case.num_ranks, case.stages_per_rank, len(case.sizes))
+    made = rank_actions(case.schedule, case.num_ranks, case.stages_per_rank, len(case.sizes))
     if costs.reduction:
         made = with_reduction(made, at_once=case.schedule in REDUCING)
     return simulate(made, costs, layers=layers, sizes=case.sizes, name=case.name)

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cordee.parallel.pipeline.dependencies import Event, gives, in_time, needs, stuck
-from cordee.parallel.pipeline.orders import Action
+from cordee.parallel.pipeline.program import Event, deadlocked, gives, needs, topological_order
+from cordee.parallel.pipeline.schedules import Action
 from cordee.plan.timeline import Span, Timeline
 
 
@@ -54,12 +54,12 @@ def simulate(
 
     `layers` of each stage and `sizes` (samples) of each micro-batch give the durations.
     """
-    assert not stuck(orders), f"the orders wait for ever: {stuck(orders)[:3]}"
+    assert not deadlocked(orders), f"the orders wait for ever: {deadlocked(orders)[:3]}"
     computing = [0.0] * len(orders)  # until when each rank computes, and reduces
     reducing = [0.0] * len(orders)
     happened: dict[Event, tuple[float, int]] = {}  # when, and on which rank
     spans = []
-    for rank, action in in_time(orders):
+    for rank, action in topological_order(orders):
         size = sizes[action.micro_batch]
         lane = reducing if action.kind == "R" else computing
         start = max(lane[rank], computing[rank])  # a rank starts a reduction when it comes to it

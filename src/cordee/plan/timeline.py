@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from cordee.errors import Problem, ProblemError
-from cordee.parallel.pipeline.orders import Action, Kind
+from cordee.parallel.pipeline.schedules import Action, Kind
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from cordee.optim.precision import build_scaler
 from cordee.parallel import apply, collectives, cost, data, sharding
 from cordee.parallel.collectives import together
 from cordee.parallel.degrees import degrees
-from cordee.parallel.describe import describe
+from cordee.parallel.describe import describe_layout
 from cordee.parallel.execution import Criterion, Executor, Frozen, LocalExecutor
 from cordee.parallel.layout import Layout, process_group
 from cordee.parallel.pipeline.executor import PipelineExecutor
@@ -336,7 +336,7 @@ def _reports(plan: RunPlan, layout: Layout, on: torch.device, loss_name: str) ->
 def _tell_layout(plan: RunPlan, layout: Layout, model: GPTModel) -> None:
     """Who owns what, and what it takes."""
     config, batches = plan.config, plan.batches
-    logger.info("%s", describe(layout.degrees, collectives.gather(sharding.kept(model), layout)))
+    logger.info("%s", describe_layout(layout.degrees, collectives.gather(sharding.kept(model), layout)))
     takes = cost.cost(
         config,
         layout.degrees,

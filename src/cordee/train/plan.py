@@ -29,7 +29,7 @@ from cordee.optim import algorithms
 from cordee.optim.schedule import build_schedule
 from cordee.parallel.degrees import fitting
 from cordee.parallel.degrees import problems as degree_problems
-from cordee.parallel.laws import Run
+from cordee.parallel.laws import PlacedRun
 from cordee.parallel.laws import check as layout_problems
 from cordee.parallel.pipeline import check as pipeline_check
 from cordee.parallel.pipeline.split import noop_layers
@@ -87,7 +87,7 @@ def plan_run(
         spec = trained or spec
         found.problems += _fit_problems(config, spec, tokenizer)
     counts = sorted({size // batches.slice_size for size in batches.batch_sizes()})
-    placed = Run(model=spec.config if spec else None, degrees=shape, options=config, micro_batches=counts)
+    placed = PlacedRun(model=spec.config if spec else None, degrees=shape, options=config, micro_batches=counts)
     for each in (placed, *(replace(placed, model=further.spec.config) for further in (models or {}).values())):
         found.problems += layout_problems(each) if shape.world_size > 1 else ()
     division = found.attempt(lambda: pipeline_check.division(placed))

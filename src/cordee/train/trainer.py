@@ -27,8 +27,8 @@ from cordee.model.gpt import GPTModel
 from cordee.optim.build import set_rates
 from cordee.optim.clip import clip_factor, gradients, scale_
 from cordee.optim.precision import LossScaler
-from cordee.parallel import collectives, context, data, norms
-from cordee.parallel.execution import Executor, Frozen, Work
+from cordee.parallel import collectives, context, data
+from cordee.parallel.execution import Executor, Frozen, Work, own_parameters
 from cordee.parallel.layout import Layout
 from cordee.train import not_finite
 from cordee.train.exits import COMPLETE, Exit, ExitRule
@@ -94,7 +94,7 @@ class Trainer:
         self._saved_at = state.iteration  # nothing is new until the first step
         self._validated_at: dict[str, int] = {}
         self.told_to_stop: Exit | None = None
-        self._own = norms.own(parts.model)
+        self._own = own_parameters(parts.model)
 
     # ---- a run -------------------------------------------------------------------------------------------------------
 
@@ -212,14 +212,13 @@ class Trainer:
         scale = parts.scaler.scale
         losses = self._backward(step, scale)
         own = gradients(self._own)
-        norm = norms.global_norm(own, parts.layout, parts.device) / scale
+        norm = collectives.global_norm(own, parts.layout, parts.device) / scale
         overflow = not (math.isfinite(norm) and math.isfinite(losses.mean))
         if overflow:
             self._require_curable(losses, norm)
         told = (state.iteration + 1) % self.config.log_interval == 0
-        zeros = (
-            norms.count_zeros(own, parts.layout, parts.device) if told and self.config.log_num_zeros_in_grad else None
-        )
+        counted = told and self.config.log_num_zeros_in_grad
+        zeros = collectives.count_zeros(own, parts.layout, parts.device) if counted else None
         learning_rate = self.plan.schedule.learning_rate(state.schedule_position)
         if not overflow:
             scale_(gradients(parts.model.parameters()), clip_factor(norm, self.config.clip_grad) / scale)
@@ -243,7 +242,7 @@ class Trainer:
         )
 
     def _params_norm(self) -> float:
-        return norms.global_norm(self._own, self.parts.layout, self.parts.device)
+        return collectives.global_norm(self._own, self.parts.layout, self.parts.device)
 
     def _backward(self, step: Step, scale: float) -> Losses:
         """Gradients of the mean loss over all ranks, times `scale`, summed over all micro-batches."""
@@ -263,7 +262,7 @@ class Trainer:
 
     def _own_parts(self, batches: Sequence[Batch]) -> list[Batch]:
         """What this rank has of the tokens of each micro-batch, with what further models say of them."""
-        parts = [context.share(batch, self.parts.layout, self.config) for batch in batches]
+        parts = [context.shard(batch, self.parts.layout, self.config) for batch in batches]
         return self.parts.objective.prepare(parts, self.parts.models)
 
     def _mean_loss(self, split: str) -> float | None:

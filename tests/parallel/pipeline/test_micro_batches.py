@@ -22,7 +22,7 @@ def test_the_examples_suit_what_they_are_made_for(name, num_ranks, num_samples):
     assert not list(problems(as_list, num_ranks=num_ranks, micro_batch_size=4, num_samples=num_samples))
 
 
-def test_all_that_an_example_is_not_made_for_is_said_at_once():
+def test_all_that_an_example_is_not_made_for_is_reported_at_once():
     found = list(problems("example-config-1", num_ranks=2, micro_batch_size=1, num_samples=32))
     assert {problem.kind for problem in found} == {"example"}
     assert [problem.limit for problem in found] == [
@@ -44,7 +44,8 @@ def test_a_list_with_the_wrong_length_and_sum():
 
 @pytest.mark.parametrize("text", ["", "1,,2", "1,0", "1,-2", "example-config-3", "1;2", "1.5,2"])
 def test_what_is_no_list(text):
-    with pytest.raises(ProblemError, match="neither an example nor a list"):
+    with pytest.raises(ProblemError) as caught:
         sizes(text)
-    (problem,) = problems(text, num_ranks=2, micro_batch_size=2, num_samples=6)
-    assert (problem.option, problem.value) == ("--manual-mbs", text)
+    found = list(problems(text, num_ranks=2, micro_batch_size=2, num_samples=6))
+    assert caught.value.problems == found
+    assert [(problem.option, problem.value, problem.kind) for problem in found] == [("--manual-mbs", text, "list")]

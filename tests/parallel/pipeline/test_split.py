@@ -1,4 +1,4 @@
-"""How layers are divided over stages, and what cannot be."""
+"""The partition of layers over stages, and its laws."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cordee.config.schema import TrainConfig
 from cordee.errors import Problem, ProblemError
 from cordee.model.config import ModelConfig
 from cordee.parallel.degrees import degrees
-from cordee.parallel.laws import Run
+from cordee.parallel.laws import PlacedRun
 from cordee.parallel.pipeline import check
 from cordee.parallel.pipeline.split import divide
 from tests.model import tiny
@@ -29,7 +29,7 @@ def ends(ranks: int, config: ModelConfig, **given: Any) -> list[int]:
     return [span.stop for span in divide(options(ranks, **given), config, 16).spans]
 
 
-def test_equal_layers_are_shared_out_evenly():
+def test_equal_layers_are_sharded_evenly():
     assert ends(4, model(8)) == [2, 4, 6, 8]
     assert sorted(b - a for a, b in zip([0, 3, 5], [3, 5, 8], strict=True)) == [2, 3, 3]
     assert ends(2, model(8), pipeline_schedule="zbv") == [2, 4, 6, 8]
@@ -40,7 +40,7 @@ def test_a_large_head_counts_as_layers():
     assert heavy[0] > 4 and heavy[1] == 8
 
 
-def test_no_division_is_better():
+def test_no_partition_is_better():
     """Against trying all of them: the slowest stage, the head included, costs the least."""
     from itertools import combinations
 
@@ -86,7 +86,8 @@ def test_ranks_and_ends_of_the_model():
     [
         ({"num_layer_list": "3,4"}, "--num-layer-list", "sum"),
         ({"num_layer_list": "3,4,1"}, "--num-layer-list", "length"),
-        ({"num_layer_list": "a,4"}, "--num-layer-list", "invalid"),
+        ({"num_layer_list": "a,4"}, "--num-layer-list", "list"),
+        ({"noop_layers": "a"}, "--noop-layers", "list"),
         ({"num_layer_list": "4,4", "pipeline_schedule": "zbv"}, "--num-layer-list", "excludes"),
         ({"noop_layers": "0,10"}, "--noop-layers", "at most"),
         ({"noop_layers": "1,1"}, "--noop-layers", "unique"),
@@ -102,13 +103,15 @@ def test_what_cannot_be_divided(given: dict, option: str, kind: str):
 
 
 def test_a_rank_with_nothing_is_refused():
-    with pytest.raises(ProblemError, match="rank 1 of the pipeline would have nothing"):
+    with pytest.raises(ProblemError) as caught:
         divide(options(3, num_layer_list="4,0,4"), model(8), 16)
+    (problem,) = caught.value.problems
+    assert (problem.option, problem.kind, problem.limit) == ("--num-layer-list", "idle", 1)
     assert ends(3, model(8), num_layer_list="0,8,0") == [0, 8, 8]
 
 
 def broken(chosen: TrainConfig, ranks: int) -> list[Problem]:
-    run = Run(model=model(8), degrees=degrees(chosen, ranks), options=chosen, micro_batches=[2])
+    run = PlacedRun(model=model(8), degrees=degrees(chosen, ranks), options=chosen, micro_batches=[2])
     return [*laws.problems(chosen), *check.check(run)]
 
 
@@ -156,8 +159,8 @@ def test_options_of_a_pipeline_need_one():
     }
 
 
-def test_a_large_bubble_is_worth_a_word():
+def test_a_large_bubble_is_reported():
     division = divide(options(4), model(8), 16)
-    assert "waits for 43% of a step of 4 micro-batches" in next(check.notes(division, [16, 4]))
+    assert "43%" in next(check.notes(division, [16, 4]))
     assert not list(check.notes(division, [16]))
     assert not list(check.notes(divide(options(4, pipeline_schedule="zbv"), model(8), 16), [4]))

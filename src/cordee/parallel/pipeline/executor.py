@@ -1,7 +1,7 @@
 """Forward and backward of a step through a pipeline.
 
-Owns running a program of actions and messages on this rank, and what ranks of a pipeline agree on: names of metrics and
-the gradient of an embedding that two of them have. Knows no schedule by name.
+Owns running a program of actions and messages on this rank, and what ranks of a pipeline agree on: the names of
+metrics, and the gradient of a tied embedding that two of them have. Knows no schedule by name.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from cordee.parallel import collectives, compile, data
 from cordee.parallel.execution import Criterion, LossParts, Output, Work, add, dropout_rng_of
 from cordee.parallel.layout import Layout
 from cordee.parallel.pipeline import engine
-from cordee.parallel.pipeline.orders import REDUCING, Action, orders, with_reduction
-from cordee.parallel.pipeline.program import Message, Step, programs
+from cordee.parallel.pipeline.program import Instruction, Message, programs
 from cordee.parallel.pipeline.recorder import Recorder
+from cordee.parallel.pipeline.schedules import REDUCING, Action, rank_actions, with_reduction
 from cordee.parallel.pipeline.split import Division
 from cordee.parallel.pipeline.stage import Stage
 
-UNFINISHED = 8  # messages on their way at most: each keeps a tensor alive
+MAX_IN_FLIGHT = 8  # sent messages: each keeps a tensor alive
 
 
 class PipelineExecutor:
@@ -65,7 +65,7 @@ class PipelineExecutor:
         self._num_reports: dict[str, int] | None = None
         self._recorder = Recorder(options.pipeline_timeline, layout)
         self._seed = options.seed
-        # Reductions that would hold this thread up run beside it where the schedule has them early.
+        # Reductions that would block this thread run beside it where the schedule has them early.
         beside = layout.waits and division.schedule in REDUCING and self._zero_stage < 2
         self._beside = ThreadPoolExecutor(1, "reduction") if beside else None
         self._reductions: list[Future[None]] = []
@@ -117,17 +117,17 @@ class PipelineExecutor:
 
     # ---- running a program -------------------------------------------------------------------------------------------
 
-    def _make_program(self, num_micro_batches: int, training: bool) -> list[Step]:
+    def _make_program(self, num_micro_batches: int, training: bool) -> list[Instruction]:
         division = self._division
-        found = orders(division.schedule, division.num_ranks, division.stages_per_rank, num_micro_batches)
+        found = rank_actions(division.schedule, division.num_ranks, division.stages_per_rank, num_micro_batches)
         if training:
             found = with_reduction(found, at_once=division.schedule in REDUCING)
         else:
-            found = [[action for action in order if action.kind == "F"] for order in found]
+            found = [[action for action in actions if action.kind == "F"] for actions in found]
         return programs(found, division.rank, len(division.spans))[self._rank]
 
     def _perform(
-        self, program: Sequence[Step], batches: Sequence[Batch], forward: Callable[[Stage, int, Tensor], Tensor]
+        self, program: Sequence[Instruction], batches: Sequence[Batch], forward: Callable[[Stage, int, Tensor], Tensor]
     ) -> None:
         mail = _Mail(self._layout, self._division, self._device, [self._empty(batch) for batch in batches])
         for step in program:
@@ -154,9 +154,9 @@ class PipelineExecutor:
             grad = mail.take("B", stage.index, micro_batch)
         with self._recorder.action(action):
             if action.kind == "W":
-                found = stage.backward_by_weights(micro_batch)
+                found = stage.backward_weight(micro_batch)
             elif action.kind == "I":
-                found = stage.backward_by_inputs(micro_batch, grad)
+                found = stage.backward_input(micro_batch, grad)
             else:
                 found = stage.backward(micro_batch, grad)
             engine.settle(stage.sharded, reduce=self._zero_stage >= 2 and action.kind != "I")
@@ -174,7 +174,7 @@ class PipelineExecutor:
             self._reductions.append(self._beside.submit(reduce))
 
     def _run(self, x: Tensor, batch: Batch, balance: Balance | None, span: Span) -> Tensor:
-        """The hidden states that `span` makes; of the last one after the final norm."""
+        """The hidden states after `span`, of the last one after the final norm."""
         positions = batch.position_ids
         if positions is None and not span.embedding:
             positions = torch.arange(batch.input_ids.shape[1], device=self._device)[None]
@@ -189,7 +189,7 @@ class PipelineExecutor:
         )
 
     def _empty(self, batch: Batch) -> Tensor:
-        """What hidden states of a micro-batch are like between two stages `[batch, seq / parts, embed]`: no memory."""
+        """Hidden states of a micro-batch between two stages `[batch, seq / parts, embed]`, on the meta device."""
         size, length = batch.input_ids.shape
         shape = (size, length // self._parts, self._model.config.hidden_size)
         return torch.empty(shape, dtype=self._dtype, device="meta")
@@ -197,7 +197,7 @@ class PipelineExecutor:
     # ---- what ranks agree on -----------------------------------------------------------------------------------------
 
     def _agreed(self, figures: _Figures) -> dict[str, Tensor]:
-        """The same names on all ranks, values divided by the number of layers, over all ranks, that report them."""
+        """The same names on all ranks, each value divided by how many layers, of all ranks, report it."""
         if self._num_reports is None:
             of_rank = dict(collectives.gather((self._rank, figures.num_reports), self._layout))
             names = sorted({name for found in of_rank.values() for name in found})
@@ -208,7 +208,7 @@ class PipelineExecutor:
         return {name: sums.get(name, nothing) / number for name, number in self._num_reports.items()}
 
     def _join_copies(self) -> None:
-        """Add up the gradients of an embedding that the first and the last rank have, as on one rank they would be."""
+        """Sum the gradients of a tied embedding, of which the first and the last rank each have a copy."""
         first, last = self._division.rank(0), self._division.rank(len(self._division.spans) - 1)
         if not self._model.config.tie_word_embeddings or first == last or self._rank not in (first, last):
             return
@@ -240,7 +240,7 @@ class _Figures:
         self.num_reports |= dict.fromkeys(values, 1)
 
     def of_layers(self, balance: Balance, weight: float, first: bool) -> None:
-        """What the layers of one stage report of a micro-batch of this weight; they are counted in the `first`."""
+        """What the layers of one stage report of a micro-batch of this weight; counted in the `first` only."""
         for values in balance.layers.values():
             add(self.sums, {name: value * weight for name, value in values.items()})
             for name in values if first else ():
@@ -248,7 +248,7 @@ class _Figures:
 
 
 class _Mail:
-    """Hidden states and their gradients on the way between stages, over ranks or within this one.
+    """Hidden states and their gradients in flight between stages, over ranks or within this one.
 
     `like` has their shape and type for each micro-batch.
     """
@@ -266,7 +266,7 @@ class _Mail:
         self._sent: deque[tuple[dist.Work, Tensor]] = deque()
 
     def put(self, kind: str, stage: int, micro_batch: int, tensor: Tensor) -> None:
-        """What `stage` has made for the next one (F) or the one before (B)."""
+        """The output of `stage` for the next one (F) or the one before (B)."""
         like = self._like[micro_batch]
         assert (tensor.shape, tensor.dtype) == (like.shape, like.dtype), f"{tensor.shape} {tensor.dtype}, not {like}"
         to = stage + 1 if kind == "F" else stage - 1
@@ -278,7 +278,7 @@ class _Mail:
             self._out[kind, stage, micro_batch] = tensor
 
     def take(self, kind: str, stage: int, micro_batch: int) -> Tensor:
-        """What `stage` is to work on, once it is there."""
+        """The input of `stage`, once it has arrived."""
         tensor, work = self._due.pop((kind, stage, micro_batch))
         if work is not None:
             work.wait()
@@ -291,7 +291,7 @@ class _Mail:
             peer = self._division.rank(stage + 1 if kind == "F" else stage - 1)
             tensor = self._out.pop((kind, stage, micro_batch)).contiguous()
             self._sent.append((collectives.send(tensor, peer, self._group), tensor))
-            self._wait(UNFINISHED)
+            self._wait(MAX_IN_FLIGHT)
             return
         peer = self._division.rank(stage - 1 if kind == "F" else stage + 1)
         into = torch.empty_like(self._like[micro_batch], device=self._device)
@@ -302,8 +302,7 @@ class _Mail:
         self._wait(0)
         assert not self._due and not self._out, "every message is taken"
 
-    def _wait(self, unfinished: int) -> None:
-        # What is waited for is expected in a program whose every message up to here comes before it: nobody waits for
-        # this rank in turn.
-        while len(self._sent) > unfinished:
+    def _wait(self, max_in_flight: int) -> None:
+        # A receiver expects its messages in the order of the programs, so that no rank waits for this one in turn.
+        while len(self._sent) > max_in_flight:
             self._sent.popleft()[0].wait()

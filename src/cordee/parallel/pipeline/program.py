@@ -1,25 +1,79 @@
-"""What a rank of a pipeline does, message by message.
+"""What each rank of a pipeline does, message by message.
 
-Owns where sends and receives lie between the actions of an order. All ranks' messages follow from one course of events,
-in which a message is expected as it is sent: so two ranks name the messages between them in the same order, and nobody
-waits for a message whose sender waits for him. Knows neither torch nor schedules.
+Owns what an action depends on, the order in which the actions of all ranks can happen (the simulation of `cordee plan`
+keeps time by it), and where sends and receives lie between them. All messages follow from that one order, in which a
+message is expected as it is sent: two ranks name the messages between them in the same order, and no rank waits for a
+message whose sender waits for it. Knows neither torch nor schedules.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from cordee.parallel.pipeline.dependencies import Event, gives, needs
-from cordee.parallel.pipeline.orders import Action
+from cordee.parallel.pipeline.schedules import Action
+
+Event = tuple[str, int, int]  # ("activation" | "input gradient" | "gradient", stage, micro-batch)
+
+
+def needs(action: Action, num_stages: int) -> Iterator[Event]:
+    """What must have happened before an action, here or on another rank."""
+    stage, micro_batch = action.stage, action.micro_batch
+    if action.kind == "F":
+        if stage > 0:
+            yield "activation", stage - 1, micro_batch
+    elif action.kind in ("B", "I"):
+        yield "activation", stage, micro_batch
+        if stage < num_stages - 1:
+            yield "input gradient", stage + 1, micro_batch
+    elif action.kind == "W":
+        yield "input gradient", stage, micro_batch
+    else:
+        yield "gradient", stage, micro_batch
+
+
+def gives(action: Action) -> Iterator[Event]:
+    """What has happened once an action is done."""
+    names = {"F": ("activation",), "B": ("input gradient", "gradient"), "I": ("input gradient",), "W": ("gradient",)}
+    for name in names.get(action.kind, ()):
+        yield name, action.stage, action.micro_batch
+
+
+def topological_order(schedules: Sequence[Sequence[Action]]) -> Iterator[tuple[int, Action]]:
+    """The actions of all ranks with their ranks, each after all it needs; stops early at a deadlock.
+
+    Ranks advance about as fast as each other, so that no message is expected long before it is sent.
+    """
+    num_stages = 1 + max(action.stage for actions in schedules for action in actions)
+    done = [0] * len(schedules)
+    happened: set[Event] = set()
+    moved = True
+    while moved:
+        moved = False
+        for rank, actions in enumerate(schedules):
+            if done[rank] < len(actions) and happened.issuperset(needs(action := actions[done[rank]], num_stages)):
+                done[rank] += 1
+                happened.update(gives(action))
+                moved = True
+                yield rank, action
+
+
+def deadlocked(schedules: Sequence[Sequence[Action]]) -> list[tuple[int, Action]]:
+    """The actions that are never reached, with their ranks."""
+    everything = ((rank, action) for rank, actions in enumerate(schedules) for action in actions)
+    reached = set(topological_order(schedules))
+    return [each for each in everything if each not in reached]
+
+
+# ---- messages --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Message:
-    """An activation (F) on its way to the next stage or a gradient (B) to the one before.
+    """An activation (F) in flight to the next stage or a gradient (B) to the one before.
 
-    `stage` is the one that sends, or the one that is to receive.
+    `stage` is the one that sends, or the one that receives.
     """
 
     what: Literal["send", "receive"]
@@ -28,28 +82,22 @@ class Message:
     micro_batch: int
 
 
-Step = Action | Message
+Instruction = Action | Message
 
 
-def programs(orders: Sequence[Sequence[Action]], rank_of: Callable[[int], int], num_stages: int) -> list[list[Step]]:
-    """The orders of all ranks with the messages between them; stages of one rank need none."""
-    found: list[list[Step]] = [[] for _ in orders]
-    places = [0] * len(orders)
-    happened: set[Event] = set()
-    while any(place < len(order) for place, order in zip(places, orders, strict=True)):
-        before = sum(places)
-        for rank, order in enumerate(orders):  # about as fast as each other, so that nothing is expected long before
-            if places[rank] == len(order) or not happened.issuperset(needs(action := order[places[rank]], num_stages)):
-                continue
-            places[rank] += 1
-            happened.update(gives(action))
-            found[rank].append(action)
-            if (message := _message(action, num_stages)) is not None:
-                kind, to = message
-                if (peer := rank_of(to)) != rank:
-                    found[rank].append(Message("send", kind, action.stage, action.micro_batch))
-                    found[peer].append(Message("receive", kind, to, action.micro_batch))
-        assert sum(places) > before, "the orders wait for each other"
+def programs(
+    schedules: Sequence[Sequence[Action]], rank_of: Callable[[int], int], num_stages: int
+) -> list[list[Instruction]]:
+    """The actions of all ranks with the messages between them; stages of one rank need none."""
+    found: list[list[Instruction]] = [[] for _ in schedules]
+    for rank, action in topological_order(schedules):
+        found[rank].append(action)
+        if (message := _message(action, num_stages)) is not None:
+            kind, to = message
+            if (peer := rank_of(to)) != rank:
+                found[rank].append(Message("send", kind, action.stage, action.micro_batch))
+                found[peer].append(Message("receive", kind, to, action.micro_batch))
+    assert not (stuck := deadlocked(schedules)), f"the schedules deadlock at {stuck[:3]}"
     return found
 
 

@@ -1,4 +1,4 @@
-"""When this pipeline did what, measured.
+"""The timeline of a pipeline, measured.
 
 Owns the clock of a recorded step and the file that `cordee plan --timeline` draws. Knows no schedule.
 """
@@ -16,16 +16,15 @@ from cordee.log import logger
 from cordee.parallel import collectives
 from cordee.parallel.degrees import AXES
 from cordee.parallel.layout import Layout
-from cordee.parallel.pipeline.orders import Action
+from cordee.parallel.pipeline.schedules import Action
 
-RECORDED = 2  # steps: the first makes connections and buffers, so the second is the one that stays in the file
+RECORDED = 2  # steps: the first makes connections and buffers, the second stays in the file
 
 
 class Recorder:
     """Records the first steps of a run into `path`, each in place of the one before; without a path, none.
 
-    Ranks count from a common moment, at which all of them begin the step. Of all pipelines that work side by side the
-    first is recorded.
+    All ranks begin a step together, and count time from there. Of several pipelines the first is recorded.
     """
 
     def __init__(self, path: str | None, layout: Layout):

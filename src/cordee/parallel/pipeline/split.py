@@ -1,7 +1,7 @@
 """Which layers each stage of a pipeline has, and which rank has the stage.
 
-Owns the division of a model: even by what layers cost, or as `--num-layer-list`, `--noop-layers` and virtual stages
-say. Knows neither torch nor time.
+Owns the partition of a model's layers: balanced by what layers cost, or set by `--num-layer-list`, `--noop-layers` and
+virtual stages; and the laws of these options. Knows neither torch nor time.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from cordee.config.schema import ParallelOptions
 from cordee.config.values import whole_numbers
 from cordee.errors import Problem, Problems, raise_all
 from cordee.families.count import head_flops, layer_flops
+from cordee.model import shards
 from cordee.model.config import ModelConfig
 from cordee.model.span import Span
-from cordee.parallel.pipeline.orders import V_SHAPED, rank_of
+from cordee.parallel.pipeline.schedules import V_SHAPED, rank_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +69,7 @@ def schedule_of(options: ParallelOptions) -> str:
 
 
 def divide(options: ParallelOptions, model: ModelConfig, seq_length: int) -> Division:
-    """`model` over the stages that `options` ask for. ProblemError with all that keeps it from being divided."""
+    """`model` over the stages that `options` ask for. ProblemError with all laws that are broken."""
     raise_all([*_list_problems(options, model), *_noop_problems(options, model), *_virtual_problems(options, model)])
     schedule, num_ranks = schedule_of(options), options.pipeline_model_parallel_size
     num_stages = num_ranks * _stages_per_rank(options, schedule, model)
@@ -86,7 +87,7 @@ def divide(options: ParallelOptions, model: ModelConfig, seq_length: int) -> Div
 
 
 def by_cost(model: ModelConfig, num_stages: int) -> tuple[Span, ...]:
-    """Spans of stages that generate text, a token at a time: as equal in cost as can be."""
+    """Spans of stages that generate text, a token at a time: balanced by cost."""
     return _spans(_ends_by_cost(model, 1, num_stages))
 
 
@@ -101,27 +102,27 @@ def _spans(ends: Sequence[int]) -> tuple[Span, ...]:
 
 def _stages_per_rank(options: ParallelOptions, schedule: str, model: ModelConfig) -> int:
     if options.num_layers_per_virtual_pipeline_stage is not None:
-        stages = _num_places(options, model) // options.num_layers_per_virtual_pipeline_stage
+        stages = _num_layers(options, model) // options.num_layers_per_virtual_pipeline_stage
         return stages // options.pipeline_model_parallel_size
     return 2 if schedule in V_SHAPED else 1
 
 
-# ---- dividing --------------------------------------------------------------------------------------------------------
+# ---- where stages end ------------------------------------------------------------------------------------------------
 
 
 def _even_ends(num_layers: int, noop: Sequence[int], num_stages: int) -> list[int]:
-    """Where stages end that have as many layers each, if placeholders count as layers."""
-    num_places = num_layers + len(noop)
-    size = num_places // num_stages
-    real = [0, *accumulate(int(place not in noop) for place in range(num_places))]
+    """Where stages of equal size end, if placeholders count as layers."""
+    total = num_layers + len(noop)
+    real = [0, *accumulate(int(index not in noop) for index in range(total))]
+    size = total // num_stages
     return real[size::size]
 
 
 def _ends_by_cost(model: ModelConfig, seq_length: int, num_stages: int) -> list[int]:
     """Where stages end so that the slowest costs least, and all others are as equal as that allows.
 
-    Costs are operations of the forward; the head is one more unit of the last stage, the embedding costs nothing. All
-    stages but the first and the last have a layer.
+    Costs are FLOPs of the forward; the last stage has those of the head too, the embedding costs nothing. All stages
+    but the first and the last have a layer.
     """
     costs = [layer_flops(layer, model, seq_length) for layer in model.layers]
     scale = max(costs)  # small numbers, whose squares are exact enough
@@ -137,7 +138,7 @@ def _ends_by_cost(model: ModelConfig, seq_length: int, num_stages: int) -> list[
     return found[2]
 
 
-# For every number of layers the best way to divide them: the largest cost, the sum of squares, the ends of stages.
+# For every number of layers their best partition: the largest cost, the sum of squares, the ends of stages.
 _Best = list[tuple[float, float, list[int]] | None]
 
 
@@ -151,7 +152,7 @@ def _best_end(before: _Best, stop: int, sums: Sequence[float], extra: float, lea
     return min(found, default=None)
 
 
-# ---- what does not fit -----------------------------------------------------------------------------------------------
+# ---- laws ------------------------------------------------------------------------------------------------------------
 
 RANKS, LIST, NOOP = "--pipeline-model-parallel-size", "--num-layer-list", "--noop-layers"
 VIRTUAL = "--num-layers-per-virtual-pipeline-stage"
@@ -160,11 +161,12 @@ _STAGES = (*_LAYERS, "pipeline_schedule", "fold_mode")
 
 
 def noop_layers(options: ParallelOptions) -> tuple[int, ...] | None:
-    """The places of layers that are only counted; None if the option cannot be read."""
+    """The indices of placeholder layers; None if the option cannot be read."""
     return whole_numbers(options.noop_layers) if options.noop_layers is not None else ()
 
 
-def _num_places(options: ParallelOptions, model: ModelConfig) -> int:
+def _num_layers(options: ParallelOptions, model: ModelConfig) -> int:
+    """With placeholders."""
     return model.num_layers + len(noop_layers(options) or ())
 
 
@@ -177,47 +179,41 @@ def _list_problems(options: ParallelOptions, model: ModelConfig) -> Problems:
         yield Problem(LIST, text, why, fix, "excludes", ("pipeline_schedule",), schedule)
     counts = whole_numbers(text)
     if counts is None:
-        yield Problem(LIST, text, "it is not a list of numbers", "give the layers of each stage, such as 7,8,8,9")
+        fix = "give the layers of each stage, such as 7,8,8,9"
+        yield Problem(LIST, text, "the text is not a list of numbers", fix, "list")
         return
-    if len(counts) != num_ranks:
-        why, fix = f"it has {len(counts)} numbers for {num_ranks} stages", f"give {num_ranks}, the layers of each stage"
-        yield Problem(LIST, text, why, fix, "length", ("pipeline_model_parallel_size",), num_ranks)
-    if sum(counts) != model.num_layers:
-        why = f"it sums up to {sum(counts)}, and the model has {model.num_layers} layers"
-        fix = f"let the numbers sum up to {model.num_layers}"
-        yield Problem(LIST, text, why, fix, "sum", _LAYERS, model.num_layers)
+    yield from shards.layer_list_problems(LIST, counts, num_ranks, model.num_layers, *_LAYERS)
 
 
 def _noop_problems(options: ParallelOptions, model: ModelConfig) -> Problems:
-    text, places = options.noop_layers, noop_layers(options)
-    if places is None:
-        yield Problem(NOOP, text, "it is not a list of numbers", "give places of layers, counted from 0: 0,127")
+    text, noop = options.noop_layers, noop_layers(options)
+    if noop is None:
+        fix = "give indices of layers, counted from 0: 0,127"
+        yield Problem(NOOP, text, "the text is not a list of numbers", fix, "list")
         return
-    total = model.num_layers + len(places)
-    if outside := [place for place in places if place >= total]:
-        why = f"{outside[0]} is not among the {total} places, with those of {len(places)} placeholders"
+    total = _num_layers(options, model)
+    if outside := [index for index in noop if index >= total]:
+        why = f"{outside[0]} is no index of {total} layers, with the {len(noop)} placeholders"
         yield Problem(NOOP, text, why, f"give numbers from 0 to {total - 1}", "at most", _LAYERS, total - 1)
-    if len(set(places)) < len(places):
-        yield Problem(NOOP, text, "it names a place twice", "name each place once", "unique")
+    if len(set(noop)) < len(noop):
+        yield Problem(NOOP, text, "an index is given twice", "give each index once", "unique")
 
 
 def _virtual_problems(options: ParallelOptions, model: ModelConfig) -> Problems:
     size, num_ranks = options.num_layers_per_virtual_pipeline_stage, options.pipeline_model_parallel_size
     if size is None:
         return
-    places, involved = _num_places(options, model), (*_LAYERS, "noop_layers")
-    if places % (size * num_ranks):
-        why = f"{places} layers are not divisible by {num_ranks} ranks x {size}"
-        yield Problem(VIRTUAL, size, why, f"let {num_ranks} x it divide {places}", "divides", involved, places)
-    elif places == size * num_ranks:
-        why = f"each of {num_ranks} ranks would have one stage of {size} layers, which is none to take turns with"
-        yield Problem(VIRTUAL, size, why, "give fewer layers, or leave it out", "at most", involved, places)
+    layers, involved = _num_layers(options, model), (*_LAYERS, "noop_layers")
+    yield from shards.virtual_stage_problems(VIRTUAL, size, num_ranks, layers, *involved)
+    if layers == size * num_ranks:
+        why = f"each of {num_ranks} ranks would have one stage of {size} layers, and nothing to interleave"
+        yield Problem(VIRTUAL, size, why, "give fewer layers, or leave it out", "at most", involved, layers)
 
 
 def _even_problems(options: ParallelOptions, model: ModelConfig, num_stages: int) -> Problems:
-    places = _num_places(options, model)
-    if places % num_stages:
-        why = f"with them {places} layers are not divisible by {num_stages} stages"
+    layers = _num_layers(options, model)
+    if layers % num_stages:
+        why = f"with placeholders {layers} layers are not divisible by {num_stages} stages"
         fix, involved = f"let there be a multiple of {num_stages}", (*_STAGES, "num_layers_per_virtual_pipeline_stage")
         yield Problem(NOOP, options.noop_layers, why, fix, "divisible", involved, num_stages)
 
@@ -229,13 +225,8 @@ def _few_problems(model: ModelConfig, num_stages: int, schedule: str, num_ranks:
 
 
 def _idle_problems(options: ParallelOptions, division: Division) -> Problems:
-    idle = [
-        str(rank)
-        for rank in range(division.num_ranks)
-        if not any(span.layers or span.embedding or span.head for span in division.owned(rank))
-    ]
-    if idle:
-        listed = options.num_layer_list
-        option, value = (NOOP, options.noop_layers) if listed is None else (LIST, listed)
-        why = f"rank {', '.join(idle)} of the pipeline would have nothing"
-        yield Problem(option, value, why, "give it a layer", "idle", _STAGES, ", ".join(idle))
+    option, value = (LIST, options.num_layer_list) if options.num_layer_list else (NOOP, options.noop_layers)
+    for rank in range(division.num_ranks):
+        if not any(span.layers or span.embedding or span.head for span in division.owned(rank)):
+            why = f"rank {rank} of the pipeline would have nothing to compute"
+            yield Problem(option, value, why, "give it a layer", "idle", _STAGES, rank)

@@ -1,9 +1,9 @@
-"""One stage of a pipeline at work.
+"""One stage of a pipeline.
 
-Owns its forward and its backwards, and what it keeps of a micro-batch between them. Knows neither schedule nor ranks.
+Owns its forward and backward, and what it keeps of a micro-batch between them. Knows neither schedule nor ranks.
 
 The loss is taken of a copy of the last hidden states, so that every stage ends in hidden states: the backward of the
-head, whose gradients come out whole, runs before that of the layers, which may be in two parts.
+head, always a whole one, runs before that of the layers, whose dgrad and wgrad may run apart.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _Open:
     leaf: Tensor | None = None
     loss: Tensor | None = None
     owed: engine.Owed | None = None
-    grad: Tensor | None = None  # of `output`, where all of the backward is still owed
+    grad: Tensor | None = None  # of `output`, where the whole backward is left to `backward_weight`
 
 
 class Stage:
@@ -79,24 +79,24 @@ class Stage:
         return self._run(x, batch, None, self.span)
 
     def backward(self, micro_batch: int, grad: Tensor | None) -> Tensor | None:
-        """The gradient of what the stage was given, from that of what it made, None in the last stage."""
+        """The gradient of the stage's input, from that of its output; None in the first and the last stage."""
         kept = self._open.pop(micro_batch)
         return self._whole(kept, self._grad(kept, grad))
 
-    def backward_by_inputs(self, micro_batch: int, grad: Tensor | None) -> Tensor | None:
-        """As `backward`; gradients of parameters are left to `backward_by_weights`."""
+    def backward_input(self, micro_batch: int, grad: Tensor | None) -> Tensor | None:
+        """As `backward`; gradients of parameters are left to `backward_weight`."""
         kept = self._open[micro_batch]
         grad = self._grad(kept, grad)
-        if kept.x is None:  # there is nothing to be sent on, so nothing is urgent
+        if kept.x is None:  # no other stage waits for a gradient
             kept.grad = grad
             return None
-        found, kept.owed = engine.backward_by_inputs(kept.output, grad, kept.x, self._parameters())
+        found, kept.owed = engine.backward_input(kept.output, grad, kept.x, self._parameters())
         return found
 
-    def backward_by_weights(self, micro_batch: int) -> None:
+    def backward_weight(self, micro_batch: int) -> None:
         kept = self._open.pop(micro_batch)
         if kept.owed is not None:
-            engine.backward_by_weights(self._parameters(), kept.owed)
+            engine.backward_weight(self._parameters(), kept.owed)
         else:
             assert kept.grad is not None
             self._whole(kept, kept.grad)
@@ -107,7 +107,7 @@ class Stage:
         return None if kept.x is None else kept.x.grad
 
     def _grad(self, kept: _Open, received: Tensor | None) -> Tensor:
-        """The gradient of what the stage has made."""
+        """The gradient of the stage's output."""
         if kept.loss is None:
             assert received is not None
             return received
@@ -117,7 +117,7 @@ class Stage:
         return kept.leaf.grad
 
     def _parameters(self) -> list[nn.Parameter]:
-        """As the forward has used them, those of the head left out."""
+        """The trained ones of layers and final norm, in the order of the forward."""
         own = [*self._model.final_norm.parameters()] if self.span.head else []
         own += [p for index in self.span.layers for p in self._model.layers[str(index)].parameters()]
         return [parameter for parameter in own if parameter.requires_grad]

@@ -188,24 +188,18 @@ class Wanted:
             yield from self._listed(self.layer_list, layers)
         elif size is not None and self.pipeline < 2:
             yield from requires(virtual, size, f"{PIPELINE} 2 or more", "there is only one pipeline stage")
-        elif size is not None and layers % (self.pipeline * size):
-            why = f"{layers} layers are not divisible by {self.pipeline} stages x {size}"
-            yield Problem(virtual, size, why, f"take a divisor of {layers / self.pipeline:g}", "divides", limit=layers)
-        elif size is None:
-            uneven = "set the number of layers of each stage with --num-layer-list"
-            yield from divides(PIPELINE, self.pipeline, layers, "layers", instead=uneven)
+        elif size is not None:
+            yield from shards.virtual_stage_problems(virtual, size, self.pipeline, layers)
+        else:
+            instead = "set the layers of each stage with --num-layer-list"
+            yield from divides(PIPELINE, self.pipeline, layers, "layers", instead=instead)
 
     def _listed(self, given: tuple[int, ...], layers: int) -> Problems:
         option, text = "--num-layer-list", ",".join(map(str, given))
         yield from excludes(option, text, "--num-layers-per-virtual-pipeline-stage", self.layers_per_chunk)
-        if len(given) != self.pipeline:
-            why, fix = f"there are {self.pipeline} pipeline stages", "give one number for each stage"
-            yield Problem(option, text, why, fix, "length", limit=self.pipeline)
-        if sum(given) != layers or min(given) < 1:
-            why = f"the numbers add up to {sum(given)}, but the model has {layers} layers"
-            if sum(given) == layers:
-                why = "a stage would have no layers"
-            yield Problem(option, text, why, f"give positive numbers whose sum is {layers}", "sum", limit=layers)
+        yield from shards.layer_list_problems(option, given, self.pipeline, layers)
+        if min(given) < 1:
+            yield Problem(option, text, "a stage would have no layers", "give positive numbers", "idle")
 
 
 # ---- what can be split -----------------------------------------------------------------------------------------------
@@ -218,8 +212,4 @@ def indivisible(model: ModelConfig, tensor: int, expert: int) -> Problems:
         yield from divides(option, tensor, groups, "heads with keys and values of their own")
     for width in shards.mlp_widths(model):
         yield from divides(option, tensor, width, "channels of the MLP")
-    experts, option = shards.num_experts(model), "--target-expert-parallel-size"
-    if expert > 1 and not experts:
-        yield Problem(option, expert, "the model has no experts", "leave it out", "requires")
-    for number in experts:
-        yield from divides(option, expert, number, "experts")
+    yield from shards.expert_problems("--target-expert-parallel-size", expert, model)

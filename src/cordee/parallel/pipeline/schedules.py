@@ -1,8 +1,8 @@
-"""In which order each rank of a pipeline computes.
+"""Pipeline schedules: in which order each rank computes.
 
-Owns the schedules by name, where each places its stages, and what a schedule asks of ranks, stages and micro-batches.
-Stages are numbered along the model, micro-batches in the order of their samples. Knows neither torch nor time: the
-executor runs these orders, `cordee.plan` simulates them.
+Owns the schedules by name, which rank each gives a stage, and its laws of ranks, stages and micro-batches. Stages are
+numbered along the model, micro-batches in the order of their samples. Knows neither torch nor time: the executor runs
+these schedules, `cordee.plan` simulates them.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ STAGES_PER_RANK: dict[str, tuple[int, int | None]] = {  # at least, and at most 
 class Action:
     """One thing a rank does for one stage and one micro-batch.
 
-    kind: F forward, B whole backward, I backward by inputs only, W backward by weights only (after I), R start the
-    reduction of the stage's gradients over the data-parallel ranks; `micro_batch` of R is that of the last backward.
+    kind: F forward, B whole backward, I input-gradient backward (dgrad), W weight-gradient backward (wgrad, after I),
+    R start the reduction of the stage's gradients over the data-parallel ranks; `micro_batch` of R is that of the last
+    backward.
     """
 
     kind: Kind
@@ -49,8 +50,8 @@ class Action:
         return f"{self.stage}{self.kind}{self.micro_batch}"
 
 
-def orders(schedule: str, num_ranks: int, stages_per_rank: int, num_micro_batches: int) -> list[list[Action]]:
-    """What each rank computes, in order. ProblemError if the schedule does not fit these numbers.
+def rank_actions(schedule: str, num_ranks: int, stages_per_rank: int, num_micro_batches: int) -> list[list[Action]]:
+    """The actions of each rank, in order. ProblemError if the schedule does not fit these numbers.
 
     A backward in two parts is I directly followed by W where nothing is to be done between them. Sources: GPipe (Huang
     et al. 2019), 1f1b and interleaved (Narayanan et al. 2021), interleaved_zero_bubble (ZB-H1 over several stages) and
@@ -68,56 +69,43 @@ def rank_of(schedule: str, stage: int, num_ranks: int) -> int:
     return stage % num_ranks
 
 
-def with_reduction(orders: Iterable[Sequence[Action]], *, at_once: bool = True) -> list[list[Action]]:
-    """The orders with an R for every stage: behind its last backward `at_once`, or else when all stages are done."""
-    return [_reduced(order, at_once) for order in orders]
+def with_reduction(schedules: Iterable[Sequence[Action]], *, at_once: bool = True) -> list[list[Action]]:
+    """The actions with an R for every stage: behind its last backward `at_once`, or else when all stages are done."""
+    return [_reduced(actions, at_once) for actions in schedules]
 
 
 def problems(schedule: str, num_ranks: int, stages_per_rank: int, num_micro_batches: int) -> Problems:
-    """Why these numbers do not suit the schedule."""
+    """Why these numbers do not fit the schedule."""
     if schedule not in SCHEDULES:
         near = nearest(schedule, SCHEDULES)
         fix = f"did you mean {' or '.join(near)}?" if near else f"one of {', '.join(SCHEDULES)}"
         yield Problem("schedule", schedule, "there is no such pipeline schedule", fix, "unknown")
         return
-    yield from _stages(schedule, stages_per_rank)
-    if schedule in ("interleaved", "interleaved_zero_bubble", "fold_fifo"):
-        yield from _rounds(schedule, num_ranks, num_micro_batches)
+    least, most = STAGES_PER_RANK[schedule]
+    if not least <= stages_per_rank <= (most or stages_per_rank):
+        wanted = f"{least}" if most else f"at least {least}"
+        why = f"it needs {wanted} stage{'s' if wanted != '1' else ''} a rank; there {_are(stages_per_rank)}"
+        others = [name for name, (low, high) in STAGES_PER_RANK.items() if low <= stages_per_rank <= (high or 10**9)]
+        fix = f"give {wanted}, or choose {' or '.join(others)}"
+        yield Problem("schedule", schedule, why, fix, "stages", limit=wanted)
+    # Stages take turns after about as many micro-batches as there are ranks; all turns are equally long.
+    rounds = max(1, num_micro_batches // num_ranks)
+    if schedule in ("interleaved", "interleaved_zero_bubble", "fold_fifo") and num_micro_batches % rounds:
+        why = f"{num_micro_batches} micro-batches are not divisible by {rounds} rounds over {num_ranks} ranks"
+        multiple = num_micro_batches // num_ranks * num_ranks
+        fix = f"give {multiple} or {multiple + num_ranks} micro-batches"
+        yield Problem("schedule", schedule, why, fix, "rounds", limit=(multiple, multiple + num_ranks))
     if schedule == "dualpipev" and num_micro_batches < 2 * num_ranks:
         why = f"the 2 x {num_ranks} stages need as many micro-batches; there are {num_micro_batches}"
         fix = f"give at least {2 * num_ranks} micro-batches, or choose zbv"
         yield Problem("schedule", schedule, why, fix, "micro-batches", limit=2 * num_ranks)
 
 
-# -------------------------------------------------------------------------------------------- what does not fit
-
-
-def _stages(schedule: str, stages_per_rank: int) -> Problems:
-    least, most = STAGES_PER_RANK[schedule]
-    if not least <= stages_per_rank <= (most or stages_per_rank):
-        wanted = f"{least}" if most else f"at least {least}"
-        why = f"it needs {wanted} stage{'s' if wanted != '1' else ''} a rank; there {_are(stages_per_rank)}"
-        others = [name for name, (low, high) in STAGES_PER_RANK.items() if low <= stages_per_rank <= (high or 10**9)]
-        yield Problem(
-            "schedule", schedule, why, f"give {wanted}, or choose {' or '.join(others)}", "stages", limit=wanted
-        )
-
-
-def _rounds(schedule: str, num_ranks: int, num_micro_batches: int) -> Problems:
-    """Stages take turns after about as many micro-batches as there are ranks; all turns must be equally long."""
-    rounds = max(1, num_micro_batches // num_ranks)
-    if num_micro_batches % rounds:
-        why = f"{num_micro_batches} micro-batches cannot be dealt out in {rounds} equal rounds over {num_ranks} ranks"
-        multiple = num_micro_batches // num_ranks * num_ranks
-        fix = f"give {multiple} or {multiple + num_ranks} micro-batches"
-        yield Problem("schedule", schedule, why, fix, "rounds", limit=(multiple, multiple + num_ranks))
-
-
 def _are(number: int) -> str:
     return f"is {number}" if number == 1 else f"are {number}"
 
 
-# ------------------------------------------------------------------------------------------ one rank's actions
+# ---- the actions of one rank -----------------------------------------------------------------------------------------
 
 
 def _gpipe(rank: int, num_ranks: int, stages_per_rank: int, num_micro_batches: int) -> Iterator[Action]:
@@ -147,16 +135,14 @@ def _interleaved(rank: int, num_ranks: int, stages_per_rank: int, num_micro_batc
 def _interleaved_zero_bubble(
     rank: int, num_ranks: int, stages_per_rank: int, num_micro_batches: int
 ) -> Iterator[Action]:
-    """Interleaved, with a shorter warm-up; the backward by weights lags `rank` micro-batches behind that by inputs."""
+    """Interleaved, with a shorter warm-up; wgrad lags `rank` micro-batches behind dgrad."""
     turn = num_micro_batches // max(1, num_micro_batches // num_ranks)
     stages = range(rank, num_ranks * stages_per_rank, num_ranks)
     forwards = list(_in_turns("F", stages, turn, num_micro_batches))
-    by_inputs = list(_in_turns("I", stages[::-1], turn, num_micro_batches))
-    by_weights = [Action("W", action.stage, action.micro_batch) for action in by_inputs]
-    backwards = [
-        [action] if number < rank else [action, by_weights[number - rank]] for number, action in enumerate(by_inputs)
-    ]
-    backwards.append(by_weights[max(0, len(by_weights) - rank) :])
+    dgrads = list(_in_turns("I", stages[::-1], turn, num_micro_batches))
+    wgrads = [Action("W", action.stage, action.micro_batch) for action in dgrads]
+    backwards = [[action] if number < rank else [action, wgrads[number - rank]] for number, action in enumerate(dgrads)]
+    backwards.append(wgrads[max(0, len(wgrads) - rank) :])
     return _alternate(forwards, backwards, warmup=(stages_per_rank - 1) * turn + num_ranks - 1 - rank)
 
 
@@ -177,7 +163,7 @@ def _alternate(forwards: Sequence[Action], backwards: Sequence[Sequence[Action]]
 
 
 def _zbv(rank: int, num_ranks: int, stages_per_rank: int, num_micro_batches: int) -> Iterator[Action]:
-    """Both arms of the V: 0 goes down the ranks, 1 comes back up. Backwards by weights at the end fill the bubble.
+    """Both arms of the V: 0 goes down the ranks, 1 comes back up. Weight gradients at the end fill the bubble.
 
     The pattern is that of a pipeline which is full at least once; micro-batches that do not exist are left out.
     """
@@ -206,7 +192,7 @@ def _dualpipev(rank: int, num_ranks: int, stages_per_rank: int, num_micro_batche
 def _numbered(pattern: Iterable[str], rank: int, num_ranks: int) -> Iterator[Action]:
     """Steps such as "F0", "I1" (kind, arm of the V) to actions: the first F0 is micro-batch 0, the second 1, ...
 
-    "W1" is the oldest backward by weights that arm 1 still owes, "W" that of either arm.
+    "W1" is the oldest weight-gradient backward that arm 1 still owes, "W" that of either arm.
     """
     stages = (rank, 2 * num_ranks - 1 - rank)
     forward, backward = [0, 0], [0, 0]
@@ -225,12 +211,12 @@ def _numbered(pattern: Iterable[str], rank: int, num_ranks: int) -> Iterator[Act
         yield Action(kind, stages[arm], micro_batch)  # type: ignore[arg-type]
 
 
-def _reduced(order: Sequence[Action], at_once: bool) -> list[Action]:
-    last = {action.stage: action for action in order if action.kind in ("B", "W")}
+def _reduced(actions: Sequence[Action], at_once: bool) -> list[Action]:
+    last = {action.stage: action for action in actions if action.kind in ("B", "W")}
     reductions = {action: Action("R", action.stage, action.micro_batch) for action in last.values()}
     if not at_once:
-        return [*order, *(reductions[action] for action in order if action in reductions)]
-    return [each for action in order for each in (action, reductions.get(action)) if each]
+        return [*actions, *(reductions[action] for action in actions if action in reductions)]
+    return [each for action in actions for each in (action, reductions.get(action)) if each]
 
 
 _BUILDERS: dict[str, Callable[[int, int, int, int], Iterator[Action]]] = {

@@ -1,8 +1,8 @@
-"""How the processes of one attempt find each other in a store that outlives attempts.
+"""Rendezvous: how the processes of one attempt find each other in a store that outlives attempts.
 
-Owns the name under which they meet. A launcher's agent keeps its store when it starts its workers anew, and when these
-train once more: what is in it may be from processes that are gone. The launcher's own number of the attempt is no help,
-for on several nodes each agent has its own: it counts the ends of its workers, not those of others.
+Owns the name of the attempt. A launcher's agent keeps its store when it restarts its workers, and when these train once
+more: its keys may be from processes that are gone. The launcher's own number of the attempt is no help, for on several
+nodes each agent has its own: it counts the ends of its workers, not those of others.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch.distributed import Store
 _POLL_SECONDS = 0.01
 
 
-def meet(store: Store, rank: int, world_size: int, timeout: timedelta) -> str:
+def rendezvous(store: Store, rank: int, world_size: int, timeout: timedelta) -> str:
     """A name that all ranks of this attempt get, and those of no other.
 
-    Every process draws a ticket. Rank 0 answers the newest ticket of each rank with a name, until all have said that
-    they heard it; one that is gone never does, and the ticket of its successor takes the place of its own.
-    DistStoreError if ranks are missing after `timeout`.
+    Every process draws a ticket. Rank 0 answers the newest ticket of each rank with a name, until all have acknowledged
+    it; a process that is gone never does, and its successor has a newer ticket. DistStoreError if ranks are missing
+    after `timeout`.
     """
     ticket = str(store.add("tickets", 1))
     store.set(f"ticket_of_{rank}", ticket)

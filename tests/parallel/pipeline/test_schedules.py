@@ -1,4 +1,4 @@
-"""Orders: torch's own where it has the schedule, complete and free of deadlock everywhere."""
+"""Schedules: torch's own where it has them, complete and free of deadlock everywhere."""
 
 from __future__ import annotations
 
@@ -9,8 +9,16 @@ import pytest
 import torch.distributed.pipelining.schedules as peer
 
 from cordee.errors import ProblemError
-from cordee.parallel.pipeline.dependencies import stuck
-from cordee.parallel.pipeline.orders import REDUCING, SCHEDULES, Action, orders, problems, rank_of, with_reduction
+from cordee.parallel.pipeline.program import deadlocked
+from cordee.parallel.pipeline.schedules import (
+    REDUCING,
+    SCHEDULES,
+    Action,
+    problems,
+    rank_actions,
+    rank_of,
+    with_reduction,
+)
 
 PEERS = {
     "gpipe": peer.ScheduleGPipe,
@@ -55,17 +63,17 @@ def torch_takes(schedule: str, ranks: int, stages: int, micro_batches: int) -> b
 
 
 @pytest.mark.parametrize("schedule", PEERS)
-def test_orders_are_those_of_torch(schedule):
+def test_schedules_are_those_of_torch(schedule):
     cases = [case for case in GRID if case[0] == schedule and torch_takes(*case)]
     assert len(cases) > 20
     for case in cases:
-        assert [[str(action) for action in order] for order in orders(*case)] == of_torch(*case), case
+        assert [[str(action) for action in order] for order in rank_actions(*case)] == of_torch(*case), case
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_action_once_on_its_rank_and_none_waits_for_ever(schedule):
     for _, ranks, stages_per_rank, micro_batches in (case for case in GRID if case[0] == schedule):
-        made = orders(schedule, ranks, stages_per_rank, micro_batches)
+        made = rank_actions(schedule, ranks, stages_per_rank, micro_batches)
         counts = Counter(action for order in made for action in order)
         assert max(counts.values()) == 1
         for stage in range(ranks * stages_per_rank):
@@ -73,39 +81,39 @@ def test_every_action_once_on_its_rank_and_none_waits_for_ever(schedule):
                 kinds = "".join(kind for kind in "FBIW" if Action(kind, stage, micro_batch) in counts)
                 assert kinds in ("FB", "FIW"), (schedule, ranks, stages_per_rank, micro_batches, stage, micro_batch)
         assert all(rank_of(schedule, a.stage, ranks) == rank for rank, order in enumerate(made) for a in order)
-        assert not stuck(made)
-        assert not stuck(with_reduction(made))
+        assert not deadlocked(made)
+        assert not deadlocked(with_reduction(made))
 
 
-def test_orders_by_hand():
-    assert [" ".join(map(str, order)) for order in orders("1f1b", 2, 1, 3)] == [
+def test_schedules_by_hand():
+    assert [" ".join(map(str, order)) for order in rank_actions("1f1b", 2, 1, 3)] == [
         "0F0 0F1 0B0 0F2 0B1 0B2",
         "1F0 1B0 1F1 1B1 1F2 1B2",
     ]
-    assert [" ".join(map(str, order)) for order in orders("fold_aiao", 2, 2, 2)] == [
+    assert [" ".join(map(str, order)) for order in rank_actions("fold_aiao", 2, 2, 2)] == [
         "0F0 0F1 2F0 2F1 2B0 2B1 0B0 0B1",
         "1F0 1F1 3F0 3F1 3B0 3B1 1B0 1B1",
     ]
 
 
 def test_a_deadlock_is_found():
-    made = orders("1f1b", 2, 1, 2)
+    made = rank_actions("1f1b", 2, 1, 2)
     made[0][1], made[0][2] = made[0][2], made[0][1]  # now rank 0 waits for a gradient ...
     made[1] = [made[1][0], made[1][2], made[1][1], made[1][3]]  # ... of what rank 1 needs more input for
-    assert (0, Action("B", 0, 0)) in stuck(made)
-    assert (1, Action("F", 1, 1)) in stuck(made)
+    assert (0, Action("B", 0, 0)) in deadlocked(made)
+    assert (1, Action("F", 1, 1)) in deadlocked(made)
 
 
 @pytest.mark.parametrize("schedule", REDUCING)
 def test_reduction_starts_with_the_last_backward_of_a_stage(schedule):
-    order = [str(action) for action in with_reduction(orders(schedule, 2, 2, 4))[0]]
+    order = [str(action) for action in with_reduction(rank_actions(schedule, 2, 2, 4))[0]]
     assert [action for action in order if "R" in action] == ["2R3", "0R3"]
     assert order[order.index("2B3") + 1] == "2R3"
     assert order.index("2R3") < order.index("0B3")
 
 
-def test_reduction_waits_for_the_backward_by_weights():
-    for order in with_reduction(orders("zbv", 4, 2, 8)):
+def test_reduction_waits_for_the_weight_gradients():
+    for order in with_reduction(rank_actions("zbv", 4, 2, 8)):
         for number, action in enumerate(order):
             if action.kind == "R":
                 later = {other.kind for other in order[number + 1 :] if other.stage == action.stage}
@@ -125,8 +133,8 @@ def test_reduction_waits_for_the_backward_by_weights():
         (("1fb1", 4, 1, 8), "unknown", None),
     ],
 )
-def test_what_does_not_fit_is_said(case, kind, limit):
+def test_what_does_not_fit_is_reported(case, kind, limit):
     with pytest.raises(ProblemError) as caught:
-        orders(*case)
+        rank_actions(*case)
     (problem,) = caught.value.problems
     assert (problem.option, problem.value, problem.kind, problem.limit) == ("schedule", case[0], kind, limit)

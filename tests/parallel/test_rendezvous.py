@@ -1,4 +1,4 @@
-"""Processes of one attempt meet, whatever earlier ones have left in the store."""
+"""Rendezvous of the processes of one attempt, whatever earlier ones have left in the store."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from cordee.parallel.meeting import meet
+from cordee.parallel.rendezvous import rendezvous
 
 LONG = timedelta(seconds=30)
 
@@ -16,7 +16,7 @@ LONG = timedelta(seconds=30)
 def names(store: dist.Store, size: int) -> set[str]:
     """What ranks hear that come in an awkward order: the one that invites is the last."""
     with ThreadPoolExecutor(size) as threads:
-        return set(threads.map(lambda rank: meet(store, rank, size, LONG), reversed(range(size))))
+        return set(threads.map(lambda rank: rendezvous(store, rank, size, LONG), reversed(range(size))))
 
 
 def test_every_attempt_has_a_name_of_its_own():
@@ -31,8 +31,8 @@ def test_who_is_gone_is_not_waited_for():
     store.set_timeout(timedelta(seconds=0.1))
     for rank in (1, 2):  # they came, heard nothing and died
         with pytest.raises(dist.DistStoreError):
-            meet(store, rank, 3, LONG)
+            rendezvous(store, rank, 3, LONG)
     with pytest.raises(dist.DistStoreError, match="no word from ranks 1, 2"):  # so did rank 0, which had invited them
-        meet(store, 0, 3, timedelta(seconds=0.1))
+        rendezvous(store, 0, 3, timedelta(seconds=0.1))
     store.set_timeout(LONG)
     assert len(names(store, 3)) == 1
