@@ -6,7 +6,7 @@ Owns how both become token ids with the bytes of text behind them, and what is r
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -142,10 +142,9 @@ def _whole_text(file: Path) -> str:
 
 
 def _broken_record(record: Invalid) -> Problem:
-    return Problem("--task-data-path", record.place, record.why, "mend it, or leave such records out: --skip-invalid")
+    return Problem("--task-data-path", record.place, record.why, "fix it, or leave such records out: --skip-invalid")
 
 
 def _renamed(problem: Problem) -> Problem:
-    """Readers speak of --input, the option of preprocessing."""
-    option = "--task-data-path" if problem.option == "--input" else problem.option
-    return Problem(option, problem.value, problem.why, problem.fix)
+    """A reader's problem is about --input, the option of preprocessing."""
+    return replace(problem, option="--task-data-path") if problem.option == "--input" else problem

@@ -42,13 +42,11 @@ from cordee.parallel.layout import Layout, process_group
 from cordee.parallel.pipeline.executor import PipelineExecutor
 from cordee.parallel.pipeline.split import Division, divide
 from cordee.train import agreement, objectives, outputs
-from cordee.train.exits import COMPLETE, Exit, ExitRule
+from cordee.train.exits import COMPLETE, Exit, ExitRule, watch
 from cordee.train.metrics import Meter, measure_peak_flops
 from cordee.train.plan import plan_run
 from cordee.train.reports import Reports, build_reports
-from cordee.train.run_plan import RunPlan
-from cordee.train.signals import watch
-from cordee.train.state import TrainState
+from cordee.train.run_plan import RunPlan, TrainState
 from cordee.train.trainer import Parts, Trainer
 from cordee.weights.load import load_into
 
@@ -93,7 +91,7 @@ def train(config: TrainConfig, layout: Layout, on: torch.device, exits: ExitRule
         if ending is COMPLETE:
             trainer.validate("validation")
             trainer.validate("test")
-            ending = trainer.told_to_stop or ending
+            ending = trainer.stop_requested or ending
     logger.info("stopped after iteration %d: %s", state.iteration, ending.reason)
     return ending
 
@@ -120,9 +118,8 @@ def _interpreter(options: PerformanceOptions) -> Iterator[None]:
 
 def _plan(config: TrainConfig, layout: Layout) -> RunPlan:
     """The plan, the same on all ranks, with a checkpoint whose every byte is as it was saved."""
-    together(
-        lambda: _tidy(config) if layout.rank == 0 else None, layout.control
-    )  # before anybody looks for checkpoints
+    # Before any rank looks for checkpoints.
+    together(lambda: _tidy(config) if layout.rank == 0 else None, layout.control)
     unread = Findings()
     fingerprint = _fingerprint(config, layout, unread)
     avoid: dict[int, str] = {}
@@ -189,7 +186,7 @@ def _build(
     scaler, state = build_scaler(config), TrainState()
     _fill(plan, model, optimizer, layout)
     if (resumed := plan.resumed) is not None:
-        state = TrainState.from_dict(resumed.manifest["trainer"])
+        state = TrainState(**resumed.manifest["trainer"])
         scaler.load_state_dict(resumed.manifest["loss_scaler"])
         logger.info("resuming from %s", resumed.path)
     loaders = _loaders(plan, layout, stack)
@@ -198,13 +195,13 @@ def _build(
         root = place_of(config.save, "--save")
         store = CheckpointStore(root, group=layout.background, keep_last=config.keep_last, on_lost=exits.rank_lost)
         stack.enter_context(store)
-        together(lambda: _save_companions(plan, root) if layout.rank == 0 else None, layout.control)
+        together(lambda: _save_assets(plan, root) if layout.rank == 0 else None, layout.control)
     reports = _reports(plan, layout, on, objective.loss_name)
     stack.callback(reports.close)
     logger.info("%s", _summary(plan))
     if plan.division is not None:
         logger.info("pipeline: %s", plan.division)
-    _tell_layout(plan, layout, model)
+    _log_layout(plan, layout, model)
     parts = Parts(
         model=model,
         executor=executor,
@@ -266,7 +263,7 @@ def _fill(plan: RunPlan, model: GPTModel, optimizer: torch.optim.Optimizer, layo
         initialise(model, plan.config.seed)
 
 
-def _save_companions(plan: RunPlan, root: Place) -> None:
+def _save_assets(plan: RunPlan, root: Place) -> None:
     """Put the tokenizer beside the checkpoints, so that they can be talked to and exported without the options."""
     if plan.tokenizer is None:
         return
@@ -276,9 +273,8 @@ def _save_companions(plan: RunPlan, root: Place) -> None:
         try:
             with assets.put_into(root) as scratch:
                 plan.tokenizer.save(scratch)
-                companions = plan.origin.companions if plan.origin.weights else None
-                if companions is not None:
-                    copy_files(companions.glob("generation_config.json"), scratch)
+                if plan.origin.weights and plan.origin.assets is not None:
+                    copy_files(plan.origin.assets.glob("generation_config.json"), scratch)
         except ProblemError as error:
             logger.warning("the tokenizer is not put beside the checkpoints: %s", error)
 
@@ -301,8 +297,8 @@ def _loaders(plan: RunPlan, layout: Layout, stack: ExitStack) -> dict[str, Loade
 
 
 def _datasets(plan: RunPlan, layout: Layout) -> Mapping[str, Dataset]:
-    """Datasets of all parts. What is kept on disk of them rank 0 builds where it is missing, the first rank of every
-    machine verifies it, and the others open it; what is not kept each rank builds itself, when it comes to it."""
+    """Datasets of all splits. Rank 0 builds what is cached on disk where it is missing, the first rank of every machine
+    verifies it, the others open it; each rank builds the rest itself, when it needs it."""
     first = _first_of_machine(layout)
     turn = 0 if layout.rank == 0 else 1 if layout.rank == first else 2
 
@@ -314,7 +310,7 @@ def _datasets(plan: RunPlan, layout: Layout) -> Mapping[str, Dataset]:
 
 
 def _reports(plan: RunPlan, layout: Layout, on: torch.device, loss_name: str) -> Reports:
-    """What this rank tells, and the rate that is 100 % of its device."""
+    """The reports of this rank; ranks other than 0 have none, but measure the peak with it."""
     config = plan.config
     peak = config.peak_tflops * 1e12 if config.peak_tflops else device.peak_flops()
     if peak is None:  # on all ranks at once, for they share the machine while they train too
@@ -333,18 +329,18 @@ def _reports(plan: RunPlan, layout: Layout, on: torch.device, loss_name: str) ->
     return build_reports(config, meter, loss_name)
 
 
-def _tell_layout(plan: RunPlan, layout: Layout, model: GPTModel) -> None:
-    """Who owns what, and what it takes."""
+def _log_layout(plan: RunPlan, layout: Layout, model: GPTModel) -> None:
+    """Log which rank holds which shard, and its memory and communication."""
     config, batches = plan.config, plan.batches
     logger.info("%s", describe(layout.degrees, collectives.gather(sharding.kept(model), layout)))
-    takes = cost.cost(
+    costs = cost.cost(
         config,
         layout.degrees,
         sharding.count(model, model.layers.values()),
         wrapped=data.needs_sharding(config, layout.world_size),
         accumulates=batches.global_batch_size > config.micro_batch_size * layout.data_size,
     )
-    logger.info("%s", takes)
+    logger.info("%s", costs)
 
 
 def _summary(plan: RunPlan) -> str:

@@ -87,7 +87,7 @@ class Meter:
 
     @property
     def pending(self) -> bool:
-        """Whether there are steps that no record tells of."""
+        """Whether there are steps that no record covers."""
         return bool(self._steps)
 
     def read(self, *, iteration: int, consumed_samples: int, consumed_tokens: int) -> Record:
