@@ -24,11 +24,6 @@ from cordee.weights.codec import Source
 _FORM = sealed.record({"model": STORED_SPEC})
 
 
-def is_checkpoint(path: Place) -> bool:
-    """Whether `path` is a checkpoint, or a directory of them."""
-    return (path / directory.MANIFEST).is_file() or directory.is_root(path)
-
-
 def read(path: str | Place, iteration: int | None = None) -> CheckpointSource:
     """The weights of the checkpoint in `path`, or, of a directory of checkpoints, that of `iteration`, else the newest
     whole one. ProblemError if there is none or it is damaged.

@@ -120,7 +120,8 @@ def _texts(file: Path, options: EvaluateOptions) -> Iterator[tuple[list[str], fl
             broken += invalid[: SHOWN - len(broken)]
             count += len(invalid)
             if broken and not options.skip_invalid:
-                raise ProblemError([_broken_record(record) for record in broken])
+                fix = "fix it, or leave such records out: --skip-invalid"
+                raise_all(Problem("--task-data-path", record.place, record.why, fix) for record in broken)
             yield [text for row in rows for text in row], chunk.done
     except ProblemError as error:
         raise ProblemError([_renamed(problem) for problem in error.problems]) from error
@@ -139,10 +140,6 @@ def _whole_text(file: Path) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ProblemError([Problem("--task-data-path", file, f"it is not UTF-8: {error}", "convert it")]) from error
-
-
-def _broken_record(record: Invalid) -> Problem:
-    return Problem("--task-data-path", record.place, record.why, "fix it, or leave such records out: --skip-invalid")
 
 
 def _renamed(problem: Problem) -> Problem:

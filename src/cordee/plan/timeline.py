@@ -97,9 +97,10 @@ def read_timeline(path: Path, *, layers: Sequence[float], sizes: Sequence[float]
     except (OSError, ValueError, KeyError, TypeError) as error:
         fix = "give the file that a run wrote: a list of {rank, kind, stage, micro_batch, start, end}"
         raise ProblemError([Problem("--timeline", path, f"it is no timeline: {error!r}", fix, "format")]) from error
-    found = (1 + max((span.action.stage for span in spans), default=-1), _micro_batches(spans))
-    if found != (len(layers), len(sizes)):
-        why = f"it has {found[0]} stages and {found[1]} micro-batches, the schedule {len(layers)} and {len(sizes)}"
+    stages = 1 + max((span.action.stage for span in spans), default=-1)
+    micro_batches = 1 + max((span.action.micro_batch for span in spans), default=-1)
+    if (stages, micro_batches) != (len(layers), len(sizes)):
+        why = f"it has {stages} stages and {micro_batches} micro-batches, the schedule {len(layers)} and {len(sizes)}"
         raise ProblemError([Problem("--timeline", path, why, "give the schedule and numbers of the run", "shape")])
     if not any(span.action.kind != "R" and span.end > span.start for span in spans):
         fix = "give the file that a run wrote"
@@ -107,10 +108,6 @@ def read_timeline(path: Path, *, layers: Sequence[float], sizes: Sequence[float]
     first = min(span.start for span in spans)
     shifted = [Span(span.rank, span.action, span.start - first, span.end - first) for span in spans]
     return Timeline(name="measured", spans=shifted, layers=layers, sizes=sizes, measured=True)
-
-
-def _micro_batches(spans: Sequence[Span]) -> int:
-    return 1 + max((span.action.micro_batch for span in spans), default=-1)
 
 
 def _span(record: Mapping[str, Any]) -> Span:
