@@ -21,6 +21,7 @@ from cordee import device, launch, lock, log
 from cordee.checkpoint import assets, directory
 from cordee.checkpoint.storage import Place, place_of, reached, same
 from cordee.checkpoint.store import CheckpointStore, restore
+from cordee.config.option import options_of, to_flag
 from cordee.config.schema import PerformanceOptions, TrainConfig
 from cordee.data.gpt_dataset import Dataset
 from cordee.data.loader import Loader
@@ -41,7 +42,7 @@ from cordee.parallel.execution import Criterion, Executor, Frozen, LocalExecutor
 from cordee.parallel.layout import Layout, process_group
 from cordee.parallel.pipeline.executor import PipelineExecutor
 from cordee.parallel.pipeline.split import Division, divide
-from cordee.train import agreement, objectives, outputs
+from cordee.train import objectives, outputs
 from cordee.train.exits import COMPLETE, Exit, ExitRule, watch
 from cordee.train.metrics import Meter, measure_peak_flops
 from cordee.train.plan import plan_run
@@ -49,6 +50,9 @@ from cordee.train.reports import Reports, build_reports
 from cordee.train.run_plan import RunPlan, TrainState
 from cordee.train.trainer import Parts, Trainer
 from cordee.weights.load import load_into
+
+# Options that may differ between nodes.
+_OF_A_NODE = ("nproc_per_node", "num_workers", "peak_tflops", "exit_grace_seconds", "distributed_timeout_minutes")
 
 
 def run(config: TrainConfig) -> int:
@@ -126,7 +130,7 @@ def _plan(config: TrainConfig, layout: Layout) -> RunPlan:
     while True:
         plan = together(lambda: plan_run(config, layout.world_size, avoid, fingerprint), layout.control)
         collectives.raise_together(unread.problems, layout.control)  # after what planning finds of the same files
-        agreement.require(plan, layout)  # so all ranks have the same checkpoint, or none
+        _require_equal(plan, layout)  # so all ranks have the same checkpoint, or none
         if (why := _damage(plan, layout)) is None:
             break
         assert plan.origin.checkpoint is not None
@@ -137,6 +141,40 @@ def _plan(config: TrainConfig, layout: Layout) -> RunPlan:
     for note in plan.notes:
         logger.info("%s", note)
     return plan
+
+
+def _require_equal(plan: RunPlan, layout: Layout) -> None:
+    """ProblemError on all ranks if the `plan` of one is not that of rank 0: nodes may have their own copies of the
+    configuration, the data and the checkpoints, which would be mixed silently."""
+    mine = _identity(plan)
+    first = collectives.from_first(mine, layout)
+    fix = "give all nodes the same options, data and checkpoints"
+    problems = [
+        Problem(name, value, f"rank {layout.rank} has this, rank 0 has {first.get(name)}", fix, "differs")
+        for name, value in mine.items()
+        if first.get(name) != value
+    ]
+    collectives.raise_together(problems, layout.control)
+
+
+def _identity(plan: RunPlan) -> dict[str, Any]:
+    """What the result of a run depends on, by option. Paths are left out: they may differ between nodes."""
+    config, checkpoint = plan.config, plan.origin.checkpoint
+    options = [option for option in options_of(type(config)) if option.kind is not str or option.choices]
+    found: dict[str, Any] = {
+        to_flag(option.name): getattr(config, option.name) for option in options if option.name not in _OF_A_NODE
+    }
+    return {
+        "--stage": config.stage,
+        **found,
+        "model": str(plan.spec.to_dict()),
+        "pipeline": str(plan.division),
+        "micro-batches": plan.batches.sizes,
+        "data": str(plan.data.identity),
+        "length of the run": plan.iterations,
+        "checkpoint": None if checkpoint is None else (checkpoint.manifest["iteration"], checkpoint.resume),
+        "weights of a model": plan.origin.weights is not None,
+    }
 
 
 def _tidy(config: TrainConfig) -> None:
@@ -154,8 +192,8 @@ def _first_of_machine(layout: Layout) -> int:
 
 
 def _fingerprint(config: TrainConfig, layout: Layout, unread: Findings) -> Any:
-    """That of the data on this machine, read by its first rank alone; machines may have copies, which `agreement`
-    compares. None, and the problems of the reader in `unread`, if it cannot be read."""
+    """That of the data on this machine, read by its first rank alone; machines may have copies, which
+    `_require_equal` compares. None, and the problems of the reader in `unread`, if it cannot be read."""
     first = _first_of_machine(layout)
     objective = objectives.named(config.stage)
     mine = unread.attempt(lambda: objective.fingerprint(config)) if first == layout.rank else None
