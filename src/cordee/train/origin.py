@@ -82,10 +82,11 @@ def _of_checkpoint(config: TrainConfig, path: Place) -> Origin:
             raise ValueError(why)
         manifest = directory.read_manifest(path, resume.form(config))
     except ValueError as error:
-        have = ", ".join(map(str, directory.iterations(path.parent))) or "none"
-        raise _unfit(path, str(error), f"choose another by --ckpt-step; there are: {have}", "corrupt") from error
+        present = directory.iterations(path.parent)
+        fix = f"choose another by --ckpt-step; there are: {', '.join(map(str, present)) or 'none'}"
+        raise _unfit(path, str(error), fix, "corrupt", present) from error
     return Origin(Checkpoint(path, manifest, resume=not config.finetune), assets=assets.beside(path))
 
 
-def _unfit(path: Place, why: str, fix: str, kind: str) -> ProblemError:
-    return ProblemError([Problem("--load", path, why, fix, kind)])
+def _unfit(path: Place, why: str, fix: str, kind: str, limit: object = None) -> ProblemError:
+    return ProblemError([Problem("--load", path, why, fix, kind, limit=limit)])

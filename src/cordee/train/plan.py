@@ -213,11 +213,13 @@ def _spec(
     listed = ", ".join(f"{flag} {before} -> {after}" for flag, (before, after) in changed.items())
     resumes = origin.checkpoint is not None and origin.checkpoint.resume
     if wanted.shapes() != loaded.shapes():
-        fix = "leave the model options out: what is loaded says its shape"
-        problems.append(Problem("--load", config.load, f"the options ask for another model: {listed}", fix, "model"))
+        why = f"the options ask for another model: {listed}"
+        fix = "leave the model options out: the shape comes from what is loaded"
+        problems.append(Problem("--load", config.load, why, fix, "model", limit=changed))
     elif resumes and _lasting(loaded.config) != _lasting(wanted.config):
+        why = f"the run was of another model: {listed}"
         fix = "leave these options out, or start anew from the weights: --finetune"
-        problems.append(Problem("--load", config.load, f"the run was of another model: {listed}", fix, "model"))
+        problems.append(Problem("--load", config.load, why, fix, "model", limit=changed))
     elif canonical(loaded.config) != canonical(wanted.config):
         notes.append(f"the options change the model that is loaded: {listed}")
     raise_all(problems)
