@@ -21,7 +21,7 @@ from cordee.data.indexed import IndexedDataset, IndexedDatasetBuilder
 from cordee.data.manifest import Manifest
 from cordee.errors import ProblemError
 from cordee.tokenizer import load_tokenizer
-from cordee.train.job import _save_companions
+from cordee.train.job import _save_assets
 from cordee.train.plan import RunPlan
 from cordee.weights.gguf.vocabulary import CUTS
 from cordee.weights.staging import Staging
@@ -85,15 +85,15 @@ def test_neither_does_a_tokenizer_nor_a_run(model, tmp_path, caplog):
     with pytest.raises(ProblemError) as caught:
         tokenizer.save(tmp_path / "saved")
     assert {problem.value for problem in caught.value.problems} == {model / "chat_template.jinja", model / "vocab.txt"}
-    origin = SimpleNamespace(companions=model, weights=model)
+    origin = SimpleNamespace(assets=model, weights=model)
     plan = cast(RunPlan, SimpleNamespace(tokenizer=tokenizer, origin=origin))
     (tmp_path / "run").mkdir()
-    _save_companions(plan, tmp_path / "run")
+    _save_assets(plan, tmp_path / "run")
     assert str(model / "vocab.txt") in caplog.text and not list((tmp_path / "run").iterdir())
     assert not leaks(tmp_path / "saved")
     for name in ("chat_template.jinja", "vocab.txt"):
         (model / name).unlink()
-    _save_companions(plan, tmp_path / "run")
+    _save_assets(plan, tmp_path / "run")
     assert str(model / "generation_config.json") in caplog.text and not leaks(tmp_path / "run")
     text = "some text, 123"
     assert load_tokenizer(TokenizerOptions(), str(tmp_path / "run")).encode(text) == tokenizer.encode(text)
@@ -212,7 +212,7 @@ def test_checkpoints_are_not_written_through_links(tmp_path, victim):
     (new / "data").write_text("x")
     (new / f".{checkpoint.MANIFEST}.new").symlink_to(victim)
     manifest = {"format": checkpoint.FORMAT, "iteration": 10, "files": {"data": checkpoint.file_entry(new / "data")}}
-    checkpoint.publish(tmp_path, 10, manifest)
+    checkpoint.publish(new, manifest)
     assert checkpoint.latest(tmp_path) == (10, [])
     assert not (tmp_path / checkpoint.TRACKER).is_symlink()
 

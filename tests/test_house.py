@@ -22,8 +22,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cordee.checkpoint import directory
-from cordee.convert import formats
+from cordee.checkpoint import directory, formats
 from cordee.data.indexed import IndexedDataset
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -217,7 +217,7 @@ COMMANDS = {
         about="Find all problems of `cordee train` with the same options; starts nothing.",
         example="cordee check --config run.yaml --nproc-per-node 8",
         schema=schema.TrainConfig,
-        check="cordee.train.check:check_with_contents",
+        check="cordee.train.plan:check_with_contents",
         start=_check,
     ),
     "plan": Command(
@@ -246,7 +246,7 @@ COMMANDS = {
         example="cordee train --config run.yaml --nproc-per-node 2 --lr 3e-4",
         schema=schema.TrainConfig,
         job="cordee.train.job:run",
-        check="cordee.train.check:check_run",
+        check="cordee.train.plan:check_run",
         start=_train,
     ),
     "generate": Command(

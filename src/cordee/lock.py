@@ -21,6 +21,7 @@ import socket
 import stat
 import threading
 import time
+from abc import ABC, abstractmethod
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -53,6 +54,11 @@ class Holder:
     started: str
     token: str
 
+    @classmethod
+    def new(cls) -> Holder:
+        """This process, as the holder of a lock that it takes now."""
+        return cls(machine(), socket.gethostname(), os.getpid(), time.strftime(_TIME), secrets.token_hex(8))
+
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}, since {self.started}"
 
@@ -69,45 +75,46 @@ class HeldError(Exception):
         return f"{self.holder or 'a process that has just begun'} (lock file {self.path})"
 
 
-class Lock:
-    """A lock that this process has until `release`; a context manager. `acquire` makes it.
+class Lock(ABC):
+    """A lock of this process, renewed every `heartbeat` seconds by a thread until `release`; a context manager."""
 
-    `path`: where the lock file is; who renames the directory it is in sets it anew.
-    """
-
-    def __init__(self, path: Path, descriptor: int, made: list[Path]):
+    def __init__(self, path: object, heartbeat: float):
         self.path = path
-        self._descriptor = descriptor
-        self._made = made
-        self._record = _read(descriptor)
+        self._heartbeat = heartbeat
         self._released = threading.Event()
         self._beating = threading.Thread(target=self._beat, name="lock", daemon=True)
         self._beating.start()
 
+    @abstractmethod
+    def _renew(self) -> None:
+        """Let others see that the holder lives. HeldError if another process has the lock now."""
+
+    @abstractmethod
+    def _remove(self) -> None:
+        """Remove what others see of the lock."""
+
     def release(self) -> None:
-        """Let others have it; twice is once. Removes the lock file and the directories that were made for it alone."""
-        if self._released.is_set():
-            return
-        self._released.set()
-        self._beating.join()
-        with suppress(OSError):  # a place that vanished or became read-only keeps nobody from releasing it
-            if _is_at(self._descriptor, self.path) and _read(self._descriptor) == self._record:
-                self.path.unlink()
-        _unmake(self._made)
-        os.close(self._descriptor)
+        """Let others have it; twice is once."""
+        if not self._released.is_set():
+            self._released.set()
+            self._beating.join()
+            self._remove()
 
     def _beat(self) -> None:
         failed = False
-        while not self._released.wait(HEARTBEAT_SECONDS):
+        while not self._released.wait(self._heartbeat):
             try:
-                os.utime(self._descriptor)  # whose answer also tells an NFS client that the record has changed
-                if not os.fstat(self._descriptor).st_nlink or _read(self._descriptor) != self._record:
-                    logger.error("%s: another process took this lock and may write to the same place", self.path)
-                    return
+                self._renew()
+                failed = False
+            except HeldError:
+                return self._report_loss()
             except OSError as error:
                 if not failed:
                     logger.warning("%s: a heartbeat failed, other machines may take the lock: %s", self.path, error)
                 failed = True
+
+    def _report_loss(self) -> None:
+        logger.error("%s: another process took this lock and may write to the same place", self.path)
 
     def __enter__(self) -> Self:
         return self
@@ -116,7 +123,35 @@ class Lock:
         self.release()
 
 
-def acquire(path: Path, patience: float = PATIENCE) -> Lock:
+class FileLock(Lock):
+    """The lock of a file. `acquire` makes it.
+
+    `path`: where the lock file is; who renames the directory it is in sets it anew.
+    """
+
+    path: Path
+
+    def __init__(self, path: Path, descriptor: int, made: list[Path]):
+        self._descriptor = descriptor
+        self._made = made
+        self._record = _read(descriptor)
+        super().__init__(path, HEARTBEAT_SECONDS)
+
+    def _renew(self) -> None:
+        os.utime(self._descriptor)  # whose answer also tells an NFS client that the record has changed
+        if not os.fstat(self._descriptor).st_nlink or _read(self._descriptor) != self._record:
+            raise HeldError(self.path, None)
+
+    def _remove(self) -> None:
+        """Also the directories that were made for the file alone."""
+        with suppress(OSError):  # a place that vanished or became read-only keeps nobody from releasing it
+            if _is_at(self._descriptor, self.path) and _read(self._descriptor) == self._record:
+                self.path.unlink()
+        _unmake(self._made)
+        os.close(self._descriptor)
+
+
+def acquire(path: Path, patience: float = PATIENCE) -> FileLock:
     """The lock of the file `path`, made with its directories if it is not there.
 
     HeldError if another process has it and still does after `patience` seconds; OSError if it cannot be made, or
@@ -128,7 +163,7 @@ def acquire(path: Path, patience: float = PATIENCE) -> Lock:
         while True:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                return Lock(path, _take(path), made)
+                return FileLock(path, _take(path), made)
             except (HeldError, FileNotFoundError):  # the latter: who released it has removed its directory
                 if time.monotonic() > end:
                     raise
@@ -166,7 +201,7 @@ def _take(path: Path) -> int:
         _require_expired(descriptor, path, exclusive)
         if not _is_at(descriptor, path):  # its holder has released it meanwhile, and so removed it
             raise HeldError(path, _read(descriptor))
-        mine = Holder(machine(), socket.gethostname(), os.getpid(), time.strftime(_TIME), secrets.token_hex(8))
+        mine = Holder.new()
         try:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps(asdict(mine)).encode(), 0)

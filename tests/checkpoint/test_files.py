@@ -138,10 +138,10 @@ def test_damaged_source(saved):
     weights = source.read(root)
     assert weights.path.name == "iter_0000001"
     assert "iter_0000002" in weights.notes[0]
-    with pytest.raises(ProblemError, match="is missing"):
-        source.read(root / "iter_0000002")
-    with pytest.raises(ProblemError, match="no whole checkpoint"):
-        source.read(root.parent)
+    for place, kind in ((root / "iter_0000002", "corrupt"), (root.parent, "missing")):
+        with pytest.raises(ProblemError) as caught:
+            source.read(place)
+        assert [(each.option, each.value, each.kind) for each in caught.value.problems] == [("checkpoint", place, kind)]
 
 
 def test_checkpoint_of_another_model_than_it_says(saved):
@@ -149,6 +149,7 @@ def test_checkpoint_of_another_model_than_it_says(saved):
     manifest = root / "iter_0000002" / "cordee.json"
     changed = json.loads(manifest.read_text().replace('"intermediate_size": 48', '"intermediate_size": 64'))
     manifest.write_text(sealed.seal({key: value for key, value in changed.items() if key != sealed.CHECKSUM}))
-    with pytest.raises(ProblemError, match=r"mlp\.gate_up\.weight is") as caught:
+    with pytest.raises(ProblemError) as caught:
         source.read(root)
-    assert len(caught.value.problems) == 4
+    assert [problem.kind for problem in caught.value.problems] == ["shape"] * 4
+    assert all("mlp" in str(problem.limit) for problem in caught.value.problems)

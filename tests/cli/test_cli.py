@@ -39,9 +39,9 @@ def jobs(monkeypatch):
             setattr(module, function, lambda config, command=command: ran.append((command, config)) or 0)
             module.check_run = checks.get(command)
             monkeypatch.setitem(sys.modules, name, module)
-    module = types.ModuleType("cordee.train.check")
+    module = types.ModuleType("cordee.train.plan")
     module.check_run = module.check_with_contents = check_train
-    monkeypatch.setitem(sys.modules, "cordee.train.check", module)
+    monkeypatch.setitem(sys.modules, "cordee.train.plan", module)
     return ran
 
 

@@ -140,8 +140,9 @@ def test_processes_that_are_no_whole_copies(llama, text):
 def test_results_are_never_replaced(llama, text, tmp_path):
     output = tmp_path / "out"
     output.write_text("precious")
-    with pytest.raises(ProblemError, match="such a file already"):
+    with pytest.raises(ProblemError) as caught:
         run(llama, text, output=output)
+    assert [(problem.option, problem.kind) for problem in caught.value.problems] == [("--output", "taken")]
     assert output.read_text() == "precious"
 
 

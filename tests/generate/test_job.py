@@ -14,7 +14,7 @@ from cordee.api import GPTModel
 from cordee.config.load import config_from_dict
 from cordee.config.schema import ConvertConfig, DecodingOptions, GenerateConfig, TokenizerOptions
 from cordee.convert import job as convert
-from cordee.errors import ProblemError
+from cordee.errors import Problem, ProblemError
 from cordee.families.registry import spec_from_hf
 from cordee.generate import job
 from cordee.generate.engine import generate
@@ -97,44 +97,49 @@ def test_a_single_prompt_has_no_heading(llama, capsys):
     assert capsys.readouterr().out.startswith("Once")
 
 
-@pytest.mark.parametrize("content, message", [(b"\n  \n", "holds no prompt"), (b"\xff\xfe\x00", "UTF-8")])
-def test_a_file_without_prompts_is_a_problem(llama, tmp_path, content, message):
+def problems_of(llama, **options) -> list[Problem]:
+    with pytest.raises(ProblemError) as caught:
+        run(llama, **options)
+    return caught.value.problems
+
+
+@pytest.mark.parametrize("content", [b"\n  \n", b"\xff\xfe\x00"])
+def test_a_file_without_prompts_is_a_problem(llama, tmp_path, content):
     file = tmp_path / "prompts.txt"
     file.write_bytes(content)
-    with pytest.raises(ProblemError, match=message):
-        run(llama, prompts_file=file)
+    assert [problem.option for problem in problems_of(llama, prompts_file=file)] == ["--prompts-file"]
 
 
 def test_results_are_never_replaced(llama, tmp_path):
     output = tmp_path / "out"
     output.write_text("precious")
-    with pytest.raises(ProblemError, match="such a file already"):
-        run(llama, prompt=["Once"], output=output)
+    (problem,) = problems_of(llama, prompt=["Once"], output=output)
+    assert (problem.option, problem.kind) == ("--output", "taken")
     assert output.read_text() == "precious"
-    with pytest.raises(ProblemError, match="No such file"):
-        run(llama, prompt=["Once"], output=tmp_path / "nowhere" / "out")
+    (problem,) = problems_of(llama, prompt=["Once"], output=tmp_path / "nowhere" / "out")
+    assert (problem.option, problem.kind) == ("--output", "unwritable")
 
 
 def test_a_disk_that_is_full_is_a_problem(llama, tmp_path, capsys):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
     try:
-        with pytest.raises(ProblemError, match="it cannot be written"):
-            run(llama, prompt=["Once"], output=tmp_path / "out")
+        (problem,) = problems_of(llama, prompt=["Once"], output=tmp_path / "out")
+        assert (problem.option, problem.kind) == ("--output", "unwritable")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert capsys.readouterr().out.startswith("Once")
 
 
 def test_a_prompt_that_is_too_long_is_a_problem(llama):
-    with pytest.raises(ProblemError, match="the model holds 64"):
-        run(llama, prompt=["Once"], max_new_tokens=64)
+    (problem,) = problems_of(llama, prompt=["Once"], max_new_tokens=64)
+    assert (problem.option, problem.kind, problem.limit) == ("prompt 0", "at most", 64)
 
 
 def test_a_tokenizer_of_another_model_is_a_problem(tmp_path):
     folder = model_directory("Llama", tmp_path / "small", vocab_size=290)
-    with pytest.raises(ProblemError, match="300 tokens, but the model's embedding only 290 rows"):
-        run(folder, prompt=["Once"])
+    (problem,) = problems_of(folder, prompt=["Once"])
+    assert (problem.option, problem.value, problem.limit) == ("tokenizer", 300, 290)
 
 
 def test_the_tokenizer_can_be_elsewhere(llama, tmp_path, capsys):
@@ -237,8 +242,9 @@ def test_the_type_can_be_chosen(llama, dtype):
 
 
 def test_a_type_that_is_none_is_a_problem(llama):
-    with pytest.raises(ProblemError, match="give one of float32"):
+    with pytest.raises(ProblemError) as caught:
         load_model(hf.read(llama.directory), "float3")
+    assert [(problem.option, problem.value) for problem in caught.value.problems] == [("--dtype", "float3")]
 
 
 def test_a_device_that_is_not_there_is_a_problem(llama):

@@ -24,9 +24,8 @@ from cordee.parallel.execution import Criterion, Executor, LocalExecutor, Work, 
 from cordee.parallel.layout import Layout
 from cordee.parallel.pipeline.executor import PipelineExecutor
 from cordee.parallel.pipeline.split import divide
-from cordee.train.check import check_run
 from cordee.train.objectives.next_token import NextToken
-from cordee.train.plan import plan_run
+from cordee.train.plan import check_run, plan_run
 from cordee.weights import hf
 from cordee.weights.load import load_into
 from tests.matrix import sampled

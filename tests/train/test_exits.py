@@ -11,8 +11,7 @@ import time
 import pytest
 
 from cordee.config.schema import TrainConfig
-from cordee.train.exits import Exit, ExitRule
-from cordee.train.signals import Signals, watch
+from cordee.train.exits import Exit, ExitRule, Signals, watch
 
 
 def rule(signals: Signals | None = None, started: float | None = None, **options) -> ExitRule:
@@ -35,7 +34,7 @@ def test_signal_is_noted_and_agreed_on(number: int, code: int):
 
 def test_second_signal_ends_at_once():
     script = (
-        "import os, signal, sys\nfrom cordee.train.signals import watch\n"
+        "import os, signal, sys\nfrom cordee.train.exits import watch\n"
         "with watch() as signals:\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n    print('noted', signals.received, flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n    print('still here')\n"
@@ -69,7 +68,7 @@ import sys, time
 from cordee.config.schema import ExitOptions
 from cordee.errors import Problem, RankLostError
 from cordee.train import exits
-from cordee.train.signals import Signals
+from cordee.train.exits import Signals
 exits.LOST_SECONDS = 0.5
 rule = exits.ExitRule(ExitOptions(), Signals(), 0.0)
 try:

@@ -18,7 +18,7 @@ from cordee.model.gpt import GPTModel
 from cordee.model.init import initialise
 from cordee.tokenizer import load_tokenizer
 from cordee.train import job
-from cordee.train.check import check_run
+from cordee.train.plan import check_run
 from cordee.weights import hf
 from cordee.weights.load import save_from
 from tests.generate.folders import write_tokenizer
@@ -159,12 +159,15 @@ def test_what_only_conversion_can_read_is_to_be_converted(given, tmp_path):
 
 def test_other_problems_are_found_beside_broken_weights(given, tmp_path):
     (tmp_path / "hf" / "model.safetensors").write_bytes(b"not a header")
-    text = problem_of(replace(given, seq_length=128), tmp_path / "hf")
-    assert "model.safetensors" in text and "at most 64 positions" in text
+    found = check_run(replace(given, seq_length=128, load=str(tmp_path / "hf")))
+    assert [(problem.subject, problem.limit) for problem in found if problem.subject == "seq_length"] == [
+        ("seq_length", 64)
+    ]
+    assert any("model.safetensors" in f"{problem.value} {problem.why}" for problem in found)
 
 
 def test_another_shape_is_refused(given, tmp_path):
     options = ConvertConfig(load_dir=given.load, save_dir=str(tmp_path / "out"), save_model_type="gguf")
     assert convert_job.run(options) == 0
     (problem,) = check_run(replace(given, load=str(tmp_path / "out"), num_layers=3))
-    assert problem.option == "--load" and "another model" in problem.why
+    assert (problem.option, problem.kind) == ("--load", "model")

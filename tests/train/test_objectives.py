@@ -22,8 +22,7 @@ from cordee.parallel.degrees import Degrees
 from cordee.parallel.execution import Criterion, Frozen, LocalExecutor, Work
 from cordee.parallel.layout import Layout
 from cordee.train import objectives
-from cordee.train.check import check_run
-from cordee.train.plan import plan_run
+from cordee.train.plan import check_run, plan_run
 from tests.train import tiny
 from tests.train.pairs import PairBatch, PairConfig, Pairs, Preference, plain_loss
 

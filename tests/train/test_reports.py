@@ -19,6 +19,7 @@ from cordee.families.registry import spec_from_options
 from cordee.train import job
 from cordee.train.metrics import Meter, StepResult, measure_peak_flops
 from cordee.train.reports import build_reports
+from cordee.train.run_plan import TrainState
 from cordee.train.sinks import (
     JsonSink,
     Live,
@@ -29,7 +30,6 @@ from cordee.train.sinks import (
     rate,
     validation_lines,
 )
-from cordee.train.state import TrainState
 from tests.train import tiny
 
 LINE = re.compile(

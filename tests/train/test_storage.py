@@ -15,8 +15,8 @@ from cordee.checkpoint.storage import place_of
 from cordee.config.schema import ConvertConfig, TrainConfig
 from cordee.convert import job as convert
 from cordee.errors import ProblemError
-from cordee.train import check, job, outputs
-from cordee.train.plan import plan_run
+from cordee.train import job, outputs
+from cordee.train.plan import check_run, plan_run
 from tests.train import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -108,9 +108,9 @@ def test_what_cannot_be_reached_is_found_before_a_start(tmp_path: Path, url: str
         pytest.skip("the package is installed")
     fsspec.register_implementation("refusing", Refusing, clobber=True)
     given = stored(tmp_path)
-    found = check.check_run(replace(given, save=url))
+    found = check_run(replace(given, save=url))
     assert [(problem.option, problem.value) for problem in found] == [("--save", url)]
-    found = check.check_run(replace(given, load=url))
+    found = check_run(replace(given, load=url))
     assert [(problem.option, problem.value) for problem in found] == [("--load", url)]
     found = convert.check_run(ConvertConfig(load_dir=url, save_dir=str(tmp_path / "out")))
     assert [problem.value for problem in found] == [url]

@@ -35,9 +35,9 @@ from cordee.errors import Findings, Problem, ProblemError
 from cordee.evaluate import job as evaluate
 from cordee.generate import job as generate
 from cordee.train import job, outputs
-from cordee.train.check import check_run, check_with_contents
 from cordee.train.objectives import next_token
-from cordee.train.state import TrainState
+from cordee.train.plan import check_run, check_with_contents
+from cordee.train.run_plan import TrainState
 from tests.train import tiny
 from tests.train.test_kill import start, wait_until
 

@@ -16,8 +16,7 @@ from cordee.data.indexed import IndexedDatasetBuilder
 from cordee.parallel.degrees import degrees
 from cordee.parallel.layout import Layout
 from cordee.train import job
-from cordee.train.exits import Exit, ExitRule
-from cordee.train.signals import Signals
+from cordee.train.exits import Exit, ExitRule, Signals
 
 VOCAB, LENGTH, BATCH = 61, 16, 8
 MODEL: dict[str, Any] = {

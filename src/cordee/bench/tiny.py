@@ -161,8 +161,7 @@ def train_rank(rank: int, world_size: int, options: dict[str, Any]) -> ProblemEr
     from cordee.parallel.degrees import degrees
     from cordee.parallel.layout import Layout
     from cordee.train import job
-    from cordee.train.exits import ExitRule
-    from cordee.train.signals import Signals
+    from cordee.train.exits import ExitRule, Signals
 
     config = TrainConfig(
         **{

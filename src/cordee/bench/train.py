@@ -111,8 +111,7 @@ def play_cordee(baton: Baton, config: TrainConfig, steps: int) -> None:
     from cordee.parallel.degrees import degrees
     from cordee.parallel.layout import Layout
     from cordee.train import job
-    from cordee.train.exits import Exit, ExitRule
-    from cordee.train.signals import Signals
+    from cordee.train.exits import Exit, ExitRule, Signals
 
     class UntilOver(ExitRule):
         def after(self, iteration: int) -> Exit | None:

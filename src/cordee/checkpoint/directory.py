@@ -1,4 +1,4 @@
-"""What a directory of checkpoints looks like, and which of its checkpoints are whole.
+"""What a directory of checkpoints looks like, and which of its checkpoints are good: complete and not corrupt.
 
 Owns names, the manifest and the order in which files appear and vanish, so that a process may be killed between any
 two of them. Knows neither torch nor what a checkpoint holds.
@@ -39,7 +39,7 @@ from cordee.log import logger
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "cordee.json"
-FORMAT = 2  # 1 had no checksum: what was changed in it, and what its data were, nobody can tell any more
+FORMAT = 2  # 1 had no checksum, so that changes in it, and its data, cannot be verified
 _FILE = sealed.record({"bytes": sealed.count(), "crc32": sealed.count()}, exact=True)
 _MANIFEST = sealed.record(
     {
@@ -91,7 +91,7 @@ def _generations(root: Place) -> dict[int, dict[int, Place]]:
 
 
 def _named(name: str) -> tuple[int, int] | None:
-    """Iteration and generation (0 if it says none) in the name of a folder; None if it is no name of a checkpoint."""
+    """Iteration and generation (0 without one) in the name of a folder; None if it is no name of a checkpoint."""
     match = _NAME.fullmatch(name)
     if match is None or name.partition(".")[0] != name_of(int(match[1])):
         return None
@@ -185,13 +185,13 @@ def tracked(root: Place) -> int | None:
         if not (root / TRACKER).is_file():
             raise OSError("it is no file")  # opening a named pipe would wait for its writer
         with (root / TRACKER).open("rb") as file:
-            told = file.read(64)
+            text = file.read(64)
     except OSError as error:
         raise ValueError(f"{root / TRACKER} cannot be read: {error}") from error
-    whole = told if isinstance(root, Path) or told.endswith(b"\n") else b""  # in a store its end may be missing
+    whole = text if isinstance(root, Path) or text.endswith(b"\n") else b""  # in a store its end may be missing
     if not re.fullmatch(rb"[0-9]{1,18}", whole.strip()):
         raise ValueError(f"{root / TRACKER} names no iteration")
-    return int(told)
+    return int(text)
 
 
 def latest(root: Place, avoid: Mapping[int, str] | None = None) -> tuple[int | None, list[str]]:

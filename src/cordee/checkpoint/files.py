@@ -229,7 +229,7 @@ def _read_chunk(
         return region.read(path, index) if isinstance(path, Path) else _read_ranges(path, region, index)
     except UNREADABLE as error:
         why = f"{list(chunk.sizes)} of {name} cannot be read at byte {place.offset}: {error}"
-        raise ProblemError([Problem("checkpoint", path, why, "take another checkpoint")]) from error
+        raise ProblemError([Problem("checkpoint", path, why, "take another checkpoint", "corrupt")]) from error
 
 
 def _read_ranges(path: StoragePath, region: Region, index: tuple[slice, ...]) -> Tensor:

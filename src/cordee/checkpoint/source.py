@@ -1,7 +1,7 @@
 """A checkpoint as a source of weights.
 
-Owns nothing but the meeting of the checkpoint's files with `weights.codec.Source`: so `cordee convert`, `generate`
-and `evaluate` read it like any other format, in one process, a tensor or a part of one at a time.
+Owns the `weights.codec.Source` of a checkpoint, by which `cordee convert`, `generate` and `evaluate` read it like any
+other format, in one process, a tensor or a part of one at a time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from cordee import sealed
 from cordee.checkpoint import assets, directory
 from cordee.checkpoint.files import METADATA, read_metadata, read_tensor, tensors
 from cordee.checkpoint.storage import Place, place_of
-from cordee.errors import Problem, ProblemError, raise_all
+from cordee.errors import Problem, ProblemError, Problems, raise_all
 from cordee.families.registry import STORED_SPEC, ModelSpec
 from cordee.tensors.views import Index, Leaf, View
 from cordee.weights.codec import Source
@@ -34,11 +34,12 @@ def read(path: str | Place, iteration: int | None = None) -> CheckpointSource:
         if iteration is None:
             iteration, notes = directory.latest(path)
         if iteration is None:
-            why = "; ".join(["it holds no whole checkpoint", *notes])
-            raise ProblemError([Problem("checkpoint", path, why, "give a directory that --save has written")])
+            why = "; ".join(["there is no good checkpoint", *notes])
+            fix = "give a directory that --save has written"
+            raise ProblemError([Problem("checkpoint", path, why, fix, "missing")])
         path = directory.folder_of(path, iteration)
     if (why := directory.damage(path)) is not None:
-        raise _unusable(path, why)
+        raise _corrupt(path, why)
     return CheckpointSource(path, tuple(notes))
 
 
@@ -48,17 +49,15 @@ class CheckpointSource(Source):
     def __init__(self, path: Place, notes: tuple[str, ...] = ()):
         self.path = path
         self.notes = notes
-        self._checked: set[str] = set()
+        self._checked = {METADATA}
         self._checking = threading.Lock()
         try:
             self.manifest = directory.read_manifest(path, _FORM)
-        except ValueError as error:
-            raise _unusable(path, str(error)) from error
-        self._require_unchanged({METADATA})
-        try:
+            if (why := directory.changed(path, self.manifest, {METADATA})) is not None:
+                raise ValueError(why)
             self._metadata = read_metadata(path)
         except ValueError as error:
-            raise _unusable(path, str(error)) from error
+            raise _corrupt(path, str(error)) from error
         self.spec = ModelSpec.from_dict(self.manifest["model"])
         self.companions = assets.beside(path)
         self._kept = tensors(self._metadata)
@@ -84,19 +83,18 @@ class CheckpointSource(Source):
         with self._checking:  # other threads wait for the file that they need
             new = names - self._checked
             if new and (why := directory.changed(self.path, self.manifest, new)) is not None:
-                raise _unusable(self.path, why)
+                raise _corrupt(self.path, why)
             self._checked |= new
 
-    def _misfits(self) -> list[Problem]:
-        problems = []
+    def _misfits(self) -> Problems:
         for name, shape in self._shapes.items():
             kept = self._kept.get(f"model.{name}")
-            found = "absent" if kept is None else str(list(kept.size))
-            if found != str(list(shape)):
-                why = f"{name} is {found}, and the model it says it holds has {list(shape)}"
-                problems.append(Problem("checkpoint", self.path, why, "take another checkpoint"))
-        return problems
+            if kept is None or list(kept.size) != list(shape):
+                found = "missing" if kept is None else f"of shape {list(kept.size)}"
+                why = f"{name} is {found}, the model of the checkpoint has {list(shape)}"
+                yield Problem("checkpoint", self.path, why, "take another checkpoint", "shape", limit=name)
 
 
-def _unusable(path: Place, why: str) -> ProblemError:
-    return ProblemError([Problem("checkpoint", path, why, "take another checkpoint, or copy this one again")])
+def _corrupt(path: Place, why: str) -> ProblemError:
+    fix = "take another checkpoint, or copy this one again"
+    return ProblemError([Problem("checkpoint", path, why, fix, "corrupt")])

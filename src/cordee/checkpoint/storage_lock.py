@@ -9,67 +9,46 @@ back, at the latest at its next heartbeat, and says so. What both have saved sta
 from __future__ import annotations
 
 import json
-import os
-import secrets
-import socket
-import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict
-from typing import Self
 
 from cordee.checkpoint.storage import StoragePath
-from cordee.lock import HEARTBEAT_SECONDS, HeldError, Holder, machine
+from cordee.lock import HEARTBEAT_SECONDS, HeldError, Holder, Lock
 from cordee.log import logger
 
 
-class StorageLock:
-    """The lock at `place`, which this process has from the beginning until `release`; a context manager.
+class StorageLock(Lock):
+    """The lock at `path`, which this process has from the beginning until `release`.
 
     HeldError if another process has it; OSError if the store cannot be read or written.
     """
 
-    def __init__(self, place: StoragePath, heartbeat: float = HEARTBEAT_SECONDS):
-        self._place, self._heartbeat = place, heartbeat
-        host, started = socket.gethostname(), time.strftime("%Y-%m-%d %H:%M:%S")
-        self._mine = Holder(machine(), host, os.getpid(), started, secrets.token_hex(8))
+    path: StoragePath
+
+    def __init__(self, path: StoragePath, heartbeat: float = HEARTBEAT_SECONDS):
+        self.path, self._heartbeat = path, heartbeat
+        self._mine = Holder.new()
         self._beats = 0
-        self._released = threading.Event()
         if (before := self._read()) is not None:
             self._require_expired(before)
         self._write()
         time.sleep(heartbeat / 5)  # another that found nobody there has written by now
         self._require_mine()
-        self._beating = threading.Thread(target=self._beat, name="lock", daemon=True)
-        self._beating.start()
+        super().__init__(path, heartbeat)
 
-    def release(self) -> None:
-        """Let others have it; twice is once."""
-        if self._released.is_set():
-            return
-        self._released.set()
-        self._beating.join()
+    def _renew(self) -> None:
+        self._require_mine()
+        self._write()
+
+    def _remove(self) -> None:
         try:
             self._require_mine()
-            self._place.delete()
+            self.path.delete()
         except HeldError:
-            logger.error("%s: another process took this lock and may write to the same place", self._place)
+            self._report_loss()
         except OSError as error:
-            logger.warning("%s could not be removed, the next run waits until it is stale: %s", self._place, error)
-
-    def _beat(self) -> None:
-        failed = False
-        while not self._released.wait(self._heartbeat):
-            try:
-                self._require_mine()
-                self._write()
-                failed = False
-            except HeldError:
-                logger.error("%s: another process took this lock and may write to the same place", self._place)
-                return
-            except OSError as error:
-                if not failed:
-                    logger.warning("%s: a heartbeat failed, other runs may take the lock: %s", self._place, error)
-                failed = True
+            logger.warning("%s could not be removed, the next run waits until it is stale: %s", self.path, error)
 
     def _require_expired(self, before: bytes) -> None:
         end = time.monotonic() + 3 * self._heartbeat
@@ -79,36 +58,26 @@ class StorageLock:
             if now is None:
                 return
             if now != before:
-                raise self._held(now)
+                raise HeldError(self.path, _holder(now))
 
     def _require_mine(self) -> None:
-        now = self._read()
-        if now is None or self._holder(now) != self._mine:
-            raise self._held(now)
-
-    def _held(self, record: bytes | None) -> HeldError:
-        return HeldError(self._place, self._holder(record) if record else None)
-
-    def _holder(self, record: bytes) -> Holder | None:
-        """Who wrote a record; None if it is torn."""
-        try:
-            return Holder(**json.loads(record)["holder"])
-        except (ValueError, TypeError, KeyError, RecursionError):
-            return None
+        if (now := _holder(self._read() or b"")) != self._mine:
+            raise HeldError(self.path, now)
 
     def _read(self) -> bytes | None:
         try:
-            return self._place.read_bytes()
+            return self.path.read_bytes()
         except FileNotFoundError:
             return None
 
     def _write(self) -> None:
         self._beats += 1
-        with self._place.write() as file:
+        with self.path.write() as file:
             file.write(json.dumps({"holder": asdict(self._mine), "beats": self._beats}).encode())
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(self, *error: object) -> None:
-        self.release()
+def _holder(record: bytes) -> Holder | None:
+    """Who wrote a record; None if it is torn."""
+    with suppress(ValueError, TypeError, KeyError, RecursionError):
+        return Holder(**json.loads(record)["holder"])
+    return None

@@ -11,9 +11,10 @@ of a run means is the trainer's.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from traceback import StackSummary
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -30,12 +31,12 @@ from cordee.checkpoint import directory
 from cordee.checkpoint.files import METADATA, SafeReader, missing_bytes, read_metadata, tensors
 from cordee.checkpoint.object_writer import ObjectWriter
 from cordee.checkpoint.storage import Place
-from cordee.errors import Problem, ProblemError, RankLostError
+from cordee.errors import Problem, ProblemError, Problems, RankLostError, raise_all
 from cordee.log import logger
 from cordee.model.parameter import ORIGINS, Origin, of_origins
 from cordee.parallel import collectives
 
-# It is said on every save and load of a run in one process, where it is what is meant.
+# torch warns on every save and load in one process, which is meant here.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 T = TypeVar("T")
@@ -48,8 +49,8 @@ class CheckpointStore:
 
     `group` is a gloo group that nothing else uses, or None alone in one process: checkpoints are written by a thread
     of their own, whose collectives must not mix with those of training. `keep_last` bounds how many checkpoints are
-    kept; None keeps all. Parameters of `origins` are saved, with their state. `on_lost` is told, in that thread, that a
-    checkpoint in the background has lost other ranks: training may hang then, and would never see it.
+    kept; None keeps all. Parameters of `origins` are saved, with their state. `on_lost` is called in that thread when
+    a checkpoint in the background has lost other ranks: training may hang then, and would never see it.
     """
 
     def __init__(
@@ -114,7 +115,7 @@ class CheckpointStore:
             self._thread.shutdown()
 
     def last_good(self) -> str:
-        """What can be gone back to, in words, once nothing is being written any more."""
+        """Which checkpoint to resume from, in words, once nothing is being written any more."""
         if self._pending is not None:
             wait([self._pending])
         return self._last_good()
@@ -125,7 +126,7 @@ class CheckpointStore:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close. What stopped the run and what kept the last checkpoint from being written are both told."""
+        """Close. What stopped the run and what kept the last checkpoint from being written are both reported."""
         try:
             self.close()
         except ProblemError as unsaved:
@@ -135,14 +136,14 @@ class CheckpointStore:
                 return
             if isinstance(error, ProblemError):
                 raise ProblemError([*error.problems, *unsaved.problems], error.everywhere) from error
-            logger.error("%s", unsaved)  # and the error goes on as it is
+            logger.error("%s", unsaved)  # and the error propagates as it is
 
     def _last_good(self) -> str:
         try:
             last, _ = directory.latest(self.root)
         except OSError as error:
             return f"which checkpoints there are cannot be read ({error})"
-        return "there is no checkpoint yet" if last is None else f"the checkpoint of iteration {last} is whole"
+        return "there is no checkpoint yet" if last is None else f"last good checkpoint: iteration {last}"
 
     def _write_beside(self, iteration: int, staged: Tensors, state: State) -> None:
         try:
@@ -154,25 +155,20 @@ class CheckpointStore:
 
     def _write(self, iteration: int, staged: Tensors, state: State) -> None:
         """Runs on every rank; all ranks end alike."""
-        new = None
+        new, group = None, self._group
         try:
             with collectives.contact(f"while writing the checkpoint of iteration {iteration}"):
-                name = _on_all(lambda: self._prepare(iteration), self._group)
-                new = self.root / self._gathered(name)[0]
-                writer, alone = self._writer(new), self._group is None
-                written = dcp.save(staged, storage_writer=writer, process_group=self._group, no_dist=alone)
-                own = _on_all(lambda: self._own_files(new, writer), self._group)
-                files = {name: entry for part in self._gathered(own) for name, entry in part.items()}
-                _on_all(lambda: self._publish(new, iteration, written, files, state), self._group)
-        except (dcp.CheckpointException, _RanksFailed) as error:
-            if (
-                self._first and new is not None and directory.damage(new) is not None
-            ):  # else it was retention that failed
+                new = self.root / _from_all(lambda: self._prepare(iteration), group)[0]
+                writer = self._writer(new)
+                written = dcp.save(staged, storage_writer=writer, process_group=group, no_dist=group is None)
+                entries = _from_all(lambda: self._own_files(new, writer), group)
+                files = {name: entry for part in entries for name, entry in part.items()}
+                _from_all(lambda: self._publish(new, iteration, written, files, state), group)
+        except dcp.CheckpointException as error:
+            # A whole one stays: then it was retention that failed.
+            if self._first and new is not None and directory.damage(new) is not None:
                 directory.discard(new)
             raise ProblemError([self._problem(iteration, error)], everywhere=True) from error
-
-    def _gathered(self, value: T) -> list[T]:
-        return [value] if self._group is None else collectives.gather_in(self._group, value)
 
     def _prepare(self, iteration: int) -> str:
         """The name of the folder to write to, empty as it is; of the first rank that counts."""
@@ -205,40 +201,30 @@ class CheckpointStore:
         if self._keep_last is not None and (removed := directory.retain(self.root, iteration, self._keep_last)):
             logger.info("removed checkpoints of iterations %s", ", ".join(map(str, sorted(removed))))
 
-    def _problem(self, iteration: int, error: dcp.CheckpointException | _RanksFailed) -> Problem:
+    def _problem(self, iteration: int, error: dcp.CheckpointException) -> Problem:
         why = "; ".join(f"rank {rank}: {_short(cause)}" for rank, cause in _causes(error))
-        return Problem(
-            "--save",
-            self.root / directory.name_of(iteration),
-            f"the checkpoint could not be written ({why}); {self._last_good()}",
-            "make room or mend the disk, then start the same command with --load pointing at --save",
-        )
+        place = self.root / directory.name_of(iteration)
+        fix = "free space or fix the disk, then start the same command with --load pointing at --save"
+        why = f"the checkpoint could not be written ({why}); {self._last_good()}"
+        return Problem("--save", place, why, fix, "unwritable")
 
 
-class _RanksFailed(Exception):
-    """Some ranks could not do their part; what each of them raised."""
-
-    def __init__(self, failures: Mapping[int, BaseException]):
-        super().__init__(failures)
-        self.failures = failures
-
-
-def _on_all(part: Callable[[], T], group: ProcessGroup | None) -> T:
-    """What `part` returns on this rank, once all of `group` have done theirs; `_RanksFailed` on all if one failed."""
-    error = result = None
+def _from_all(part: Callable[[], T], group: ProcessGroup | None) -> list[T]:
+    """What `part` returns on every rank of `group`; CheckpointException on all of them, as torch's, if one failed."""
+    result, failure = None, None
     try:
         result = part()
-    except (OSError, ValueError) as caught:
-        error = caught
-    errors = [error] if group is None else collectives.gather_in(group, error)
-    if failures := {rank: error for rank, error in enumerate(errors) if error is not None}:
-        raise _RanksFailed(failures)
-    return result  # type: ignore[return-value]
+    except (OSError, ValueError) as error:
+        failure = error, StackSummary()
+    results, failures = zip(*collectives.gather_in(group, (result, failure)), strict=True)
+    if failed := {rank: failure for rank, failure in enumerate(failures) if failure is not None}:
+        raise dcp.CheckpointException("checkpoint", failed)
+    return list(results)
 
 
-def _causes(error: dcp.CheckpointException | _RanksFailed) -> list[tuple[int, BaseException]]:
-    """What failed on which rank; torch puts a trace beside it."""
-    return [(rank, each[0] if isinstance(each, tuple) else each) for rank, each in sorted(error.failures.items())]
+def _causes(error: dcp.CheckpointException) -> list[tuple[int, BaseException]]:
+    """What failed on which rank."""
+    return [(rank, cause) for rank, (cause, _) in sorted(error.failures.items())]
 
 
 def _short(error: BaseException) -> str:
@@ -283,17 +269,17 @@ def restore(
     An optimizer that had no state when it was saved (every step was skipped) has none afterwards. All ranks of
     `group` call it together. ProblemError names every parameter that does not fit.
     """
+    metadata = collectives.together(lambda: _metadata(directory_), group)
+    kept = tensors(metadata)
+    parameters = of_origins(model, origins)
+    wanted = {f"model.{name}": parameter.detach() for name, parameter in parameters.items()}
+    raise_all(_misfits(directory_, kept, wanted))
+    if optimizer is not None:
+        wanted |= _optimizer_slots(kept, parameters, optimizer)
     try:
-        metadata = _on_all(lambda: _metadata(directory_), group)
-        kept = tensors(metadata)
-        parameters = of_origins(model, origins)
-        wanted = {f"model.{name}": parameter.detach() for name, parameter in parameters.items()}
-        _raise_misfits(directory_, kept, wanted)
-        if optimizer is not None:
-            wanted |= _optimizer_slots(kept, parameters, optimizer)
         reader = SafeReader(directory_, metadata)
         dcp.load(wanted, storage_reader=reader, process_group=group, no_dist=group is None)
-    except (dcp.CheckpointException, _RanksFailed) as error:  # of all ranks, to all of them
+    except dcp.CheckpointException as error:  # of all ranks, to all of them
         raise ProblemError(dict.fromkeys(_unread(directory_, error)), everywhere=True) from error
 
 
@@ -306,30 +292,26 @@ def _metadata(path: Place) -> dcp.Metadata:
         if unknown:
             raise ValueError(f"its tensors are in {', '.join(sorted(unknown))}, which is none of its files")
     except ValueError as error:
-        raise ProblemError([Problem("--load", path, str(error), "take another checkpoint")]) from error
+        raise ProblemError([Problem("--load", path, str(error), "take another checkpoint", "corrupt")]) from error
     return metadata
 
 
-def _unread(path: Place, error: dcp.CheckpointException | _RanksFailed) -> Iterator[Problem]:
+def _unread(path: Place, error: dcp.CheckpointException) -> Problems:
     """What kept ranks from reading their parts."""
     for rank, cause in _causes(error):
         if isinstance(cause, ProblemError):
             yield from cause.problems
         else:
             why = f"rank {rank} cannot read it: {_short(cause)}"
-            yield Problem("--load", path, why, "take another checkpoint")
+            yield Problem("--load", path, why, "take another checkpoint", "corrupt")
 
 
-def _raise_misfits(path: Place, kept: dict[str, Any], wanted: Tensors) -> None:
-    problems = []
+def _misfits(path: Place, kept: dict[str, Any], wanted: Tensors) -> Problems:
     for name, tensor in wanted.items():
-        found = tuple(kept[name].size) if name in kept else None
-        if found != tuple(tensor.shape):
-            why = f"the model's parameter {name} has shape {list(tensor.shape)}, the checkpoint's "
-            why += "is missing" if found is None else str(list(found))
-            problems.append(Problem("--load", path, why, "load it into the model that it was saved from"))
-    if problems:
-        raise ProblemError(problems)
+        found = list(kept[name].size) if name in kept else None
+        if found != list(tensor.shape):
+            why = f"parameter {name} has shape {list(tensor.shape)} in the model, {found or 'none'} in the checkpoint"
+            yield Problem("--load", path, why, "load it into the model that it was saved from", "shape", limit=name)
 
 
 def _optimizer_slots(kept: dict[str, Any], parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> Tensors:

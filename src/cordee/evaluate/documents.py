@@ -6,7 +6,7 @@ Owns how both become token ids with the bytes of text behind them, and what is r
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -120,7 +120,8 @@ def _texts(file: Path, options: EvaluateOptions) -> Iterator[tuple[list[str], fl
             broken += invalid[: SHOWN - len(broken)]
             count += len(invalid)
             if broken and not options.skip_invalid:
-                raise ProblemError([_broken_record(record) for record in broken])
+                fix = "fix it, or leave such records out: --skip-invalid"
+                raise_all(Problem("--task-data-path", record.place, record.why, fix) for record in broken)
             yield [text for row in rows for text in row], chunk.done
     except ProblemError as error:
         raise ProblemError([_renamed(problem) for problem in error.problems]) from error
@@ -141,11 +142,6 @@ def _whole_text(file: Path) -> str:
         raise ProblemError([Problem("--task-data-path", file, f"it is not UTF-8: {error}", "convert it")]) from error
 
 
-def _broken_record(record: Invalid) -> Problem:
-    return Problem("--task-data-path", record.place, record.why, "mend it, or leave such records out: --skip-invalid")
-
-
 def _renamed(problem: Problem) -> Problem:
-    """Readers speak of --input, the option of preprocessing."""
-    option = "--task-data-path" if problem.option == "--input" else problem.option
-    return Problem(option, problem.value, problem.why, problem.fix)
+    """A reader's problem is about --input, the option of preprocessing."""
+    return replace(problem, option="--task-data-path") if problem.option == "--input" else problem

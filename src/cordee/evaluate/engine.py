@@ -54,7 +54,7 @@ class Engine:
     def answers(
         self, asked: Iterable[tuple[D, Sequence[Request]]], progress: Callable[[float], None] = lambda share: None
     ) -> Iterator[tuple[D, list[Any]]]:
-        """Each document with the answers to its requests, in order; `progress` is told the share of all that is done.
+        """Each document with the answers to its requests, in order; `progress` gets the share of all that is done.
 
         Documents are taken in portions. ProblemError if the model's outputs are not finite.
         """

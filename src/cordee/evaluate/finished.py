@@ -16,7 +16,7 @@ from cordee.files import append_durably, end_last_line
 
 
 class Finished:
-    """Results by the key of what was computed, in a file that an evaluation of the same `model` goes on with.
+    """Results by the key of what was computed, in a file from which an evaluation of the same `model` resumes.
 
     path: None keeps nothing. model: identifies the weights; results of other models are left alone.
     ProblemError if the file cannot be read or written.
@@ -40,7 +40,7 @@ class Finished:
             raise self._problem(f"it cannot be written: {error}") from error
 
     def remove(self) -> None:
-        """Nothing is to be resumed any more."""
+        """Remove the file: there is nothing left to resume."""
         if self._path is not None:
             self._path.unlink(missing_ok=True)
 

@@ -103,7 +103,7 @@ class RollingLoglikelihood:
 class GenerateUntil:
     """What the model writes after `prompt`, up to the first of the texts `until`, a stop token or a length.
 
-    options: length and sampling; the batch size is not looked at. number: tells samples of one prompt apart.
+    options: length and sampling; the batch size is ignored. number: distinguishes samples of one prompt.
     """
 
     prompt: tuple[int, ...]

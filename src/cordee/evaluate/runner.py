@@ -15,7 +15,7 @@ from rich.table import Table
 
 from cordee.config.schema import EvaluateOptions
 from cordee.config.spelling import nearest
-from cordee.errors import Problem, ProblemError
+from cordee.errors import Problem, raise_all
 from cordee.evaluate.engine import Engine
 from cordee.evaluate.finished import Finished
 from cordee.evaluate.requests import Encoder
@@ -26,20 +26,18 @@ from cordee.model.config import ModelConfig
 
 
 def tasks_of(options: EvaluateOptions, model: ModelConfig) -> list[Task]:
-    """The tasks that are asked for. ProblemError for names that are none's, and for all that they find wrong."""
+    """The tasks of --task. ProblemError for unknown names, and for all that the tasks find wrong."""
     known = all_tasks()
-    problems = [_unknown(name, known) for name in options.task if name not in known]
+    unknown = [_unknown(name, known) for name in options.task if name not in known]
     chosen = [known[name] for name in dict.fromkeys(options.task) if name in known]
-    problems += [problem for task in chosen for problem in task.check(options, model)]
-    if problems:
-        raise ProblemError(problems)
+    raise_all([*unknown, *(problem for task in chosen for problem in task.check(options, model))])
     return chosen
 
 
 def run_tasks(
     tasks: Sequence[Task], subject: Subject, options: EvaluateOptions, finished: Finished | None = None
 ) -> list[Result]:
-    """What each task finds. A bar on the terminal shows how far it is.
+    """The result of each task. A bar on the terminal shows the progress.
 
     finished: results of requests that were answered before, to which those of this run are added.
     """

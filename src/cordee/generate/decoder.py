@@ -7,7 +7,7 @@ sequence ends, or text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -32,7 +32,7 @@ class Decoder(Protocol):
         ...
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these sequences only, int64 `[any]` in the order given; one may be taken several times."""
+        """Continue these sequences only, int64 `[any]` in the order given; one may be taken several times."""
         ...
 
 
@@ -42,14 +42,22 @@ class CachedDecoder:
     def __init__(self, model: GPTModel, max_length: int, place: Place | None = None):
         self._model = model
         self._place = place
-        self._run = partial(model, output=last_logits) if place is None else partial(place.run, model)
+        self._run = _run_of(model, place)
         self._max_length = max_length
         self._cache: KVCache | None = None
 
     def begin(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        ids, mask = padded(prompts, _device(self._model))
-        self._cache = _cache(self._model, len(prompts), self._max_length, self._place)
-        return self._run(ids, mask, cache=self._cache)
+        parameter = next(self._model.parameters())
+        self._cache = KVCache(
+            self._model.config,
+            len(prompts),
+            self._max_length,
+            parameter.dtype,
+            parameter.device,
+            spans=self._model.spans,
+            tensor_ranks=1 if self._place is None else self._place.tensor_ranks,
+        )
+        return self._run(*padded(prompts, parameter.device), cache=self._cache)
 
     def extend(self, tokens: Tensor) -> Tensor:
         return self._run(tokens[:, None], cache=self._cache)
@@ -85,27 +93,28 @@ class PlainDecoder:
     """Runs over the whole sequences in every step: the reference of `CachedDecoder`."""
 
     def __init__(self, model: GPTModel, place: Place | None = None):
-        self._model = model
-        self._run = partial(model, output=last_logits) if place is None else partial(place.run, model)
-        self._ids: Tensor | None = None
-        self._mask: Tensor | None = None
+        self._device = next(model.parameters()).device
+        self._run = _run_of(model, place)
 
     def begin(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        self._ids, self._mask = padded(prompts, _device(self._model))
+        self._ids, self._mask = padded(prompts, self._device)
         return self._run(self._ids, self._mask)
 
     def extend(self, tokens: Tensor) -> Tensor:
-        assert self._ids is not None, "extend before begin"
         self._ids = torch.cat((self._ids, tokens[:, None]), 1)
         if self._mask is not None:
             self._mask = torch.cat((self._mask, torch.ones_like(tokens[:, None])), 1)
         return self._run(self._ids, self._mask)
 
     def keep(self, rows: Tensor) -> None:
-        assert self._ids is not None, "keep before begin"
         self._ids = self._ids[rows]
         if self._mask is not None:
             self._mask = self._mask[rows]
+
+
+def _run_of(model: GPTModel, place: Place | None) -> Callable[..., Tensor]:
+    """The model from ids to the logits of the last position, alone or over the ranks of `place`."""
+    return partial(model, output=last_logits) if place is None else partial(place.run, model)
 
 
 def padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -119,21 +128,3 @@ def padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tens
         return ids, None
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
     return ids, mask
-
-
-def _cache(model: GPTModel, batch_size: int, max_length: int, place: Place | None) -> KVCache:
-    parameter = next(model.parameters())
-    ranks = 1 if place is None else place.tensor_ranks
-    return KVCache(
-        model.config,
-        batch_size,
-        max_length,
-        parameter.dtype,
-        parameter.device,
-        spans=model.spans,
-        tensor_ranks=ranks,
-    )
-
-
-def _device(model: GPTModel) -> torch.device:
-    return next(model.parameters()).device

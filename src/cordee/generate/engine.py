@@ -1,4 +1,4 @@
-"""Writing: prompts in, new tokens out.
+"""Generation: prompts in, new tokens out.
 
 Owns the loop over steps, batches, when a sample ends, and the checks of a request. What a step computes is
 `decoder.py`'s, which token it picks `sampling.py`'s. Knows nothing of text and files.
@@ -135,16 +135,13 @@ def check(model: ModelConfig, prompts: Prompts, options: DecodingOptions) -> lis
             wrong = next(token for token in prompt if not 0 <= token < vocab_size)
             why = f"token id {wrong} is none of the model's {vocab_size}"
             problems.append(Problem(option, None, why, "use the tokenizer that the model was trained with"))
-        elif (places := len(prompt) + options.max_new_tokens) > room:
-            why = f"{len(prompt)} tokens and {options.max_new_tokens} new ones are {places}; the model holds {room}"
-            problems.append(Problem(option, None, why, _shorter(len(prompt), room)))
+        elif (length := len(prompt) + options.max_new_tokens) > room:
+            why = f"{len(prompt)} tokens and {options.max_new_tokens} new ones are {length}; the model holds {room}"
+            fix = f"shorten the prompt by {len(prompt) - room + 1} tokens or more"
+            if len(prompt) < room:
+                fix = f"set --max-new-tokens to at most {room - len(prompt)}, or shorten the prompt"
+            problems.append(Problem(option, length, why, fix, "at most", ("max_new_tokens",), room))
     return problems
-
-
-def _shorter(prompt_length: int, room: int) -> str:
-    if prompt_length < room:
-        return f"set --max-new-tokens to at most {room - prompt_length}, or shorten the prompt"
-    return f"shorten the prompt by {prompt_length - room + 1} tokens or more"
 
 
 def _decoder_of(model: GPTModel, options: DecodingOptions, place: Place | None) -> Callable[[int], Decoder]:
@@ -156,13 +153,13 @@ def _decoder_of(model: GPTModel, options: DecodingOptions, place: Place | None) 
     if options.straight_decoding:
         if (why := unsupported_reason(model)) is None:
             return lambda length: FusedDecoder(model, length)
-        _say_through_modules(why)
+        _log_unsupported(why)
     return lambda length: CachedDecoder(model, length)
 
 
 @functools.cache
-def _say_through_modules(why: str) -> None:
-    logger.info("every step of generation goes through the model's modules: %s", why)
+def _log_unsupported(why: str) -> None:
+    logger.info("the fused decode path is not used: %s", why)
 
 
 def _write(
@@ -178,19 +175,19 @@ def _write(
         logits = logits[:, :vocab_size]
         _require_numbers(logits)
         tokens = choose(logits, options, [(s.name, len(s.tokens)) for s in samples])
-        going_on = []
+        unfinished = []
         for row, (sample, token) in enumerate(zip(samples, tokens.tolist(), strict=True)):
             sample.tokens.append(token)
             complete = last(sample)
             if not complete:
-                going_on.append(row)
+                unfinished.append(row)
             yield Token(sample.number, token, complete)
-        if not going_on:
+        if not unfinished:
             return
-        if len(going_on) < len(samples):
-            rows = torch.tensor(going_on, device=tokens.device)
+        if len(unfinished) < len(samples):
+            rows = torch.tensor(unfinished, device=tokens.device)
             decoder.keep(rows)
-            tokens, samples = tokens[rows], [samples[row] for row in going_on]
+            tokens, samples = tokens[rows], [samples[row] for row in unfinished]
         logits = decoder.extend(tokens)
 
 

@@ -14,7 +14,7 @@ import torch
 from cordee import device as devices
 from cordee import launch
 from cordee.config.schema import EvaluateConfig, GenerateConfig
-from cordee.errors import Findings, Problem, ProblemError
+from cordee.errors import Findings, Problem, ProblemError, Problems, at_most
 from cordee.families.reader import read_object
 from cordee.families.registry import ModelSpec
 from cordee.log import logger
@@ -78,7 +78,9 @@ def dtype_of(name: str | None, source: Source) -> torch.dtype:
     if name is None:
         return source.dtype(source.names()[0])
     if name not in DTYPES:
-        raise ProblemError([Problem("--dtype", name, "there is no such type", f"give one of {', '.join(DTYPES)}")])
+        raise ProblemError(
+            [Problem("--dtype", name, "there is no such type", f"give one of {', '.join(DTYPES)}", "missing")]
+        )
     return getattr(torch, name)
 
 
@@ -100,12 +102,11 @@ def fill(model: GPTModel, source: Source) -> None:
     model.eval()
 
 
-def check_vocabulary(tokenizer: Tokenizer, model: ModelConfig) -> list[Problem]:
+def check_vocabulary(tokenizer: Tokenizer, model: ModelConfig) -> Problems:
     """A tokenizer may have fewer tokens than the model has rows, which are often padded, but not more."""
-    if tokenizer.vocab_size <= model.vocab_size:
-        return []
-    why = f"it has {tokenizer.vocab_size} tokens, but the model's embedding only {model.vocab_size} rows"
-    return [Problem("tokenizer", tokenizer.type, why, "give the tokenizer that the model was trained with")]
+    rows = f"the {model.vocab_size} rows of the model's embedding"
+    instead = "the tokenizer that the model was trained with"
+    return at_most("tokenizer", tokenizer.vocab_size, model.vocab_size, rows, instead=instead)
 
 
 def stop_ids(spec: ModelSpec, companions: Path | None, tokenizer: Tokenizer | None) -> frozenset[int]:

@@ -1,4 +1,4 @@
-"""Files of results: what an earlier run has written is never replaced, and a full disk is told as such."""
+"""Files of results: one of an earlier run is never replaced, and a full disk is a problem like any other."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from cordee.errors import Problem, ProblemError
 def check_new(path: str | None) -> None:
     """ProblemError if `--output` names a file that exists; None is no file."""
     if path is not None and Path(path).exists():
-        raise ProblemError([Problem("--output", path, "there is such a file already", "give the name of a new one")])
+        raise ProblemError(
+            [Problem("--output", path, "there is such a file already", "give the name of a new one", "taken")]
+        )
 
 
 class NewFile:
@@ -20,24 +22,26 @@ class NewFile:
 
     def __init__(self, path: str):
         self._path = path
-        with self._told():
+        with self._as_problems():
             self._file = open(path, "x", encoding="utf-8")  # noqa: SIM115 - closed by `close`
 
     def write(self, line: str) -> None:
         """Add a line, which is in the file when this returns."""
-        with self._told():
+        with self._as_problems():
             self._file.write(line + "\n")
             self._file.flush()
 
     def close(self) -> None:
-        """What could not be written has been told by `write`: closing would only say so again."""
+        """Close; a failure has been raised by `write` already."""
         with suppress(OSError):
             self._file.close()
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _as_problems(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             fix = "give the name of a new file in a place that can be written to and has room"
-            raise ProblemError([Problem("--output", self._path, f"it cannot be written: {error}", fix)]) from error
+            raise ProblemError(
+                [Problem("--output", self._path, f"it cannot be written: {error}", fix, "unwritable")]
+            ) from error

@@ -1,4 +1,4 @@
-"""`cordee plan --schedule ...`: simulate, tell and draw pipeline schedules.
+"""`cordee plan --schedule ...`: simulate, compare and draw pipeline schedules.
 
 Owns what the options mean for a simulation, their problems, and the table. How the picture looks is `picture`'s.
 """
@@ -45,7 +45,7 @@ class Case:
 def run(config: PlanConfig) -> int:
     """Print the figures of every schedule, draw them if there is an output, and return 0. ProblemError if unfit."""
     timelines = plan(config)
-    _tell(timelines)
+    _show(timelines)
     if config.output:
         from cordee.plan.picture import draw
 
@@ -61,6 +61,7 @@ def run(config: PlanConfig) -> int:
 def plan(config: PlanConfig) -> list[Timeline]:
     """The step of every schedule, and last the measured one if there is one."""
     raise_all(_options(config))
+    config = _with_defaults(config)
     cases = _cases(config)
     raise_all(_fit(config, cases))
     costs = _costs(config)
@@ -78,35 +79,32 @@ def _simulated(case: Case, costs: Costs, layers: Sequence[float]) -> Timeline:
     return simulate(made, costs, layers=layers, sizes=case.sizes, name=case.name)
 
 
-# ------------------------------------------------------------------------------------------- what the options mean
+# ---- what the options mean -------------------------------------------------------------------------------------------
+
+
+def _with_defaults(config: PlanConfig) -> PlanConfig:
+    """`config` with number and size of its micro-batches, by default those of --manual-mbs: as many, of their mean."""
+    listed = micro_batches.sizes(config.manual_mbs) if config.manual_mbs else ()
+    return replace(
+        config,
+        micro_batch_size=config.micro_batch_size or max(1, round(sum(listed) / max(1, len(listed)))),
+        num_micro_batches=config.num_micro_batches or len(listed) or 8,
+    )
 
 
 def _cases(config: PlanConfig) -> list[Case]:
-    listed = micro_batches.sizes(config.manual_mbs) if config.manual_mbs else ()
+    assert config.micro_batch_size and config.num_micro_batches, "they have defaults"
     example = micro_batches.EXAMPLES.get(config.manual_mbs or "")
     num_ranks = config.pipeline_model_parallel_size or (example.num_ranks if example else 4)
-    equal = (_micro_batch_size(config),) * _num_micro_batches(config)
+    equal = (config.micro_batch_size,) * config.num_micro_batches
     cases = []
     for schedule in config.schedule:
         stages = STAGES_PER_RANK[schedule][1] or config.stages_per_rank or 2
         cases.append(Case(schedule=schedule, num_ranks=num_ranks, stages_per_rank=stages, sizes=equal))
-        if schedule == "1f1b" and listed:
-            cases.append(replace(cases[-1], sizes=listed, manual=config.manual_mbs))
+        if schedule == "1f1b" and config.manual_mbs:
+            sizes = micro_batches.sizes(config.manual_mbs)
+            cases.append(replace(cases[-1], sizes=sizes, manual=config.manual_mbs))
     return cases
-
-
-def _micro_batch_size(config: PlanConfig) -> int:
-    """Given, or else the mean of the sizes listed."""
-    if config.micro_batch_size or not config.manual_mbs:
-        return config.micro_batch_size or 1
-    listed = micro_batches.sizes(config.manual_mbs)
-    return max(1, round(sum(listed) / len(listed)))
-
-
-def _num_micro_batches(config: PlanConfig) -> int:
-    """Given, or else as many as are listed."""
-    listed = micro_batches.sizes(config.manual_mbs) if config.manual_mbs else ()
-    return config.num_micro_batches or len(listed) or 8
 
 
 def _costs(config: PlanConfig) -> Costs:
@@ -129,7 +127,7 @@ def _layers(config: PlanConfig, case: Case, cases: Sequence[Case]) -> list[float
     return [total / case.num_stages] * case.num_stages
 
 
-# ---------------------------------------------------------------------------------------------------- what is wrong
+# ---- problems --------------------------------------------------------------------------------------------------------
 
 
 def _options(config: PlanConfig) -> Problems:
@@ -138,7 +136,7 @@ def _options(config: PlanConfig) -> Problems:
     if config.manual_mbs:
         yield from micro_batches.unreadable(config.manual_mbs)
         if "1f1b" not in config.schedule:
-            why = "micro-batches of different sizes are run in the order of 1f1b"
+            why = "micro-batches of different sizes run under the 1f1b schedule"
             yield Problem("--manual-mbs", config.manual_mbs, why, "add 1f1b to --schedule", "requires", ("schedule",))
     if (text := config.num_layer_list) and not any(whole_numbers(text) or ()):
         why = "it is no list of numbers" if whole_numbers(text) is None else "no stage has a layer"
@@ -155,9 +153,11 @@ def _options(config: PlanConfig) -> Problems:
 
 def _output(path: Path) -> Problems:
     if path.suffix.lower() not in FORMATS:
-        yield Problem("--output", path, "a picture is drawn as SVG or PNG", "let the name end in .svg or .png")
+        yield Problem(
+            "--output", path, "a picture is drawn as SVG or PNG", "let the name end in .svg or .png", "format"
+        )
     if not path.absolute().parent.is_dir():
-        yield Problem("--output", path, "there is no such directory", "make it first")
+        yield Problem("--output", path, "there is no such directory", "make it first", "missing")
 
 
 def _fit(config: PlanConfig, cases: Sequence[Case]) -> Problems:
@@ -165,7 +165,7 @@ def _fit(config: PlanConfig, cases: Sequence[Case]) -> Problems:
     for case in cases:
         yield from problems(case.schedule, case.num_ranks, case.stages_per_rank, len(case.sizes))
         if case.manual:
-            size, count = _micro_batch_size(config), _num_micro_batches(config)
+            size, count = config.micro_batch_size or 1, config.num_micro_batches or 1
             yield from micro_batches.problems(
                 case.manual, num_ranks=case.num_ranks, micro_batch_size=size, num_samples=size * count
             )
@@ -191,10 +191,10 @@ def _uneven(config: PlanConfig, case: Case) -> Problems:
         yield from divisible("--num-layers", config.num_layers, case.num_stages, stages, instead=instead)
 
 
-# -------------------------------------------------------------------------------------------------------- the table
+# ---- the table -------------------------------------------------------------------------------------------------------
 
 
-def _tell(timelines: Sequence[Timeline]) -> None:
+def _show(timelines: Sequence[Timeline]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table

@@ -20,9 +20,9 @@ COLOURS = {"F": "#2f6fae", "B": "#d9772b", "I": "#c2475f", "W": "#6f9440", "R": 
 MEANINGS = {
     "F": "forward",
     "B": "backward",
-    "I": "backward by inputs",
-    "W": "backward by weights",
-    "R": "reduction of gradients",
+    "I": "input-gradient (dgrad) backward",
+    "W": "weight-gradient (wgrad) backward",
+    "R": "gradient reduction",
 }
 IDLE = "#ececec"
 WIDTH, ROW, MARGIN_LEFT, MARGIN_RIGHT = 14.0, 0.34, 0.75, 1.55  # inches

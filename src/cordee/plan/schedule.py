@@ -1,6 +1,6 @@
 """A pipeline's step, simulated.
 
-Owns the model of time: how long an action takes and when it can start. Orders come from `parallel.pipeline`.
+Owns the model of time: how long an action takes and when it can start. Schedules come from `parallel.pipeline`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cordee.plan.timeline import Span, Timeline
 class Costs:
     """Times in one unit, any.
 
-    forward, backward, backward_input: of one sample through one layer; the rest of a backward is that by weights.
+    forward, backward, backward_input: of one sample through one layer; the rest of a backward is wgrad.
     fixed: what every forward and every backward (also one in two parts, half of it each) takes besides, whatever its
     size. communication: of one sample's activations, or their gradients, between two ranks; it runs beside the work of
     both. reduction: of one layer's gradients over the data-parallel ranks, beside the work, one stage after another.
@@ -32,12 +32,12 @@ class Costs:
 
     def duration(self, action: Action, layers: float, size: float) -> float:
         """Of an action on a stage of `layers` layers and a micro-batch of `size` samples."""
-        by_weights = self.backward - self.backward_input
+        wgrad = self.backward - self.backward_input
         return {
             "F": self.forward * layers * size + self.fixed,
             "B": self.backward * layers * size + self.fixed,
             "I": self.backward_input * layers * size + self.fixed / 2,
-            "W": by_weights * layers * size + self.fixed / 2,
+            "W": wgrad * layers * size + self.fixed / 2,
             "R": self.reduction * layers,
         }[action.kind]
 
@@ -50,11 +50,11 @@ def simulate(
     sizes: Sequence[float],
     name: str = "",
 ) -> Timeline:
-    """When each action starts and ends, if every rank works through its order and waits for what an action needs.
+    """When each action starts and ends, if every rank works through its actions and waits for what an action needs.
 
     `layers` of each stage and `sizes` (samples) of each micro-batch give the durations.
     """
-    assert not deadlocked(orders), f"the orders wait for ever: {deadlocked(orders)[:3]}"
+    assert not deadlocked(orders), f"the schedule deadlocks: {deadlocked(orders)[:3]}"
     computing = [0.0] * len(orders)  # until when each rank computes, and reduces
     reducing = [0.0] * len(orders)
     happened: dict[Event, tuple[float, int]] = {}  # when, and on which rank

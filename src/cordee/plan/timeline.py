@@ -66,7 +66,7 @@ class Timeline:
     def peak_activations(self) -> list[float]:
         """For each rank, the most samples x layers whose activations it holds at one time.
 
-        They are held from the start of the forward to the end of the whole backward, or of the backward by weights:
+        They are held from the start of the forward to the end of the whole backward, or of wgrad:
         an upper bound for a backward in two parts, which frees some after the first.
         """
         return [max(self._held(rank), default=0.0) for rank in range(self.num_ranks)]
@@ -90,26 +90,24 @@ class Timeline:
 def read_timeline(path: Path, *, layers: Sequence[float], sizes: Sequence[float]) -> Timeline:
     """A measured step: a JSON list of {rank, kind, stage, micro_batch, start, end}, times in seconds of one clock.
 
-    ProblemError if it is none, or tells of stages and micro-batches that `layers` and `sizes` do not.
+    ProblemError if it is none, or has other stages and micro-batches than `layers` and `sizes`.
     """
     try:
         spans = [_span(record) for record in json.loads(path.read_text(encoding="utf-8"))]
     except (OSError, ValueError, KeyError, TypeError) as error:
         fix = "give the file that a run wrote: a list of {rank, kind, stage, micro_batch, start, end}"
-        raise ProblemError([Problem("--timeline", path, f"it is no timeline: {error!r}", fix)]) from error
-    found = (1 + max((span.action.stage for span in spans), default=-1), _micro_batches(spans))
-    if found != (len(layers), len(sizes)):
-        why = f"it has {found[0]} stages and {found[1]} micro-batches, the schedule {len(layers)} and {len(sizes)}"
-        raise ProblemError([Problem("--timeline", path, why, "give the schedule and numbers of the run")])
+        raise ProblemError([Problem("--timeline", path, f"it is no timeline: {error!r}", fix, "format")]) from error
+    stages = 1 + max((span.action.stage for span in spans), default=-1)
+    micro_batches = 1 + max((span.action.micro_batch for span in spans), default=-1)
+    if (stages, micro_batches) != (len(layers), len(sizes)):
+        why = f"it has {stages} stages and {micro_batches} micro-batches, the schedule {len(layers)} and {len(sizes)}"
+        raise ProblemError([Problem("--timeline", path, why, "give the schedule and numbers of the run", "shape")])
     if not any(span.action.kind != "R" and span.end > span.start for span in spans):
-        raise ProblemError([Problem("--timeline", path, "nothing in it takes time", "give the file that a run wrote")])
+        fix = "give the file that a run wrote"
+        raise ProblemError([Problem("--timeline", path, "nothing in it takes time", fix, "empty")])
     first = min(span.start for span in spans)
     shifted = [Span(span.rank, span.action, span.start - first, span.end - first) for span in spans]
     return Timeline(name="measured", spans=shifted, layers=layers, sizes=sizes, measured=True)
-
-
-def _micro_batches(spans: Sequence[Span]) -> int:
-    return 1 + max((span.action.micro_batch for span in spans), default=-1)
 
 
 def _span(record: Mapping[str, Any]) -> Span:

@@ -1,7 +1,8 @@
 """When a run ends, and with which exit code.
 
-Owns the reasons. Some are seen by single ranks only (a signal, a clock): those are counted over all ranks, so that
-all stop at the same step. Knows no collective: the trainer adds up.
+Owns the reasons, and the handlers of SIGTERM and SIGINT, which only record a signal. Some reasons are seen by single
+ranks only (a signal, a clock): those are counted over all ranks between two steps, so that all stop at the same one.
+Knows no collective: the trainer adds up.
 """
 
 from __future__ import annotations
@@ -14,10 +15,47 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 
 from cordee.config.schema import ExitOptions
 from cordee.errors import RankLostError
-from cordee.train.signals import WATCHED, Signals, exit_code
+
+WATCHED = (signal.SIGTERM, signal.SIGINT)
+
+
+class Signals:
+    """The first signal that came, as its number; 0 before one does. A second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.received = 0
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received:
+            os._exit(exit_code(number))
+        self.received = number
+
+
+def exit_code(number: int) -> int:
+    """What a shell reports for a process that signal `number` ended."""
+    return 128 + number
+
+
+@contextmanager
+def watch(enabled: bool = True) -> Iterator[Signals]:
+    """Record signals instead of dying from them; the former handlers are restored at the end.
+
+    Python gives signals to the main thread: in any other none is recorded.
+    """
+    signals = Signals()
+    if not enabled or threading.current_thread() is not threading.main_thread():
+        yield signals
+        return
+    former = {number: signal.signal(number, signals._note) for number in WATCHED}
+    try:
+        yield signals
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 @dataclass(frozen=True)
@@ -73,7 +111,7 @@ class ExitRule:
         """End the process after `LOST_SECONDS`, unless `settle` is called before. For any thread.
 
         Training and checkpoints have collectives of their own. Where one has failed, the other may wait for a rank
-        that waits for this one in turn, and torch has no way to break off a wait of gloo's but the end of a process.
+        that waits for this one in turn, and torch aborts a wait of gloo's only with the process.
         """
         if self._timer is None:
             self._timer = threading.Timer(LOST_SECONDS, _end, [error])

@@ -6,13 +6,13 @@ file of weights, so that a checkpoint does not hold them: like a learning rate t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
 from cordee.config.option import to_flag
 from cordee.config.schema import ExpertTrainingOptions, TrainConfig
-from cordee.errors import Problem, raise_all
+from cordee.errors import Problem, Problems, raise_all
 from cordee.families.registry import ModelSpec
 from cordee.model.config import BalanceConfig, CapacityConfig, ModelConfig, MoEConfig
 
@@ -26,21 +26,25 @@ _IGNORED_BY = {  # what MindSpeed-LLM's routers of these types do not look at; t
 
 
 def with_training(spec: ModelSpec, options: TrainConfig) -> ModelSpec:
-    """The model with its experts trained as `options` say, without those that `ignored` tells of.
+    """The model with its experts trained as `options` say, but for those that `ignored` reports.
 
-    ProblemError for others that could have no effect.
+    ProblemError for others that would have no effect.
     """
     options = replace(options, **dict.fromkeys(_ignored(options)))
     raise_all(_problems(spec.config, options))
+
+    def trained(moe: MoEConfig) -> MoEConfig:
+        return replace(moe, balance=_balance(moe, options), capacity=_capacity(moe.capacity, options))
+
     layers = (
-        replace(layer, mlp=_trained(layer.mlp, options)) if isinstance(layer.mlp, MoEConfig) else layer
+        replace(layer, mlp=trained(layer.mlp)) if isinstance(layer.mlp, MoEConfig) else layer
         for layer in spec.config.layers
     )
     return replace(spec, config=replace(spec.config, layers=tuple(layers)))
 
 
 def ignored(spec: ModelSpec, options: TrainConfig) -> Iterator[str]:
-    """What is said of experts in vain, in words: softmax_topk has no auxiliary loss, whoever asks for one."""
+    """Notes on options of experts that are ignored: softmax_topk has no auxiliary loss."""
     kind = _kind(options)
     if names := [to_flag(name) for name in _ignored(options) if getattr(options, name)]:
         yield f"ignored: {', '.join(names)} ({to_flag(_KIND)} is {kind})"
@@ -63,25 +67,20 @@ def _has_loss(balance: BalanceConfig) -> bool:
 
 
 def given_options(options: ExpertTrainingOptions) -> dict[str, Any]:
-    """What is said of how experts are trained, by the name of the option."""
+    """The options of how experts are trained that are given, by name."""
     values = {field.name: getattr(options, field.name) for field in fields(ExpertTrainingOptions)}
     return {name: value for name, value in values.items() if value is not None}
 
 
-def check_resumed(options: TrainConfig, before: Mapping[str, Any]) -> Iterator[Problem]:
-    """What a run was told `before`, and is not told now that it goes on: it would train by another loss, unseen."""
+def check_resumed(options: TrainConfig, before: Mapping[str, Any]) -> Problems:
+    """Options that a run had `before` and that are missing now that it resumes: it would train by another loss."""
     names = [field.name for field in fields(ExpertTrainingOptions)]
     if before.get(_KIND) == "softmax_topk" or before.get("seq_aux") is not None:  # it decided which loss there is
         names.append(_KIND)
     for name in names:
-        said = before.get(name)
-        if said is not None and getattr(options, name) is None:
-            why = f"the run was begun with {to_flag(name)} {said}"
-            yield Problem(to_flag(name), None, why, "give it again, or another value")
-
-
-def _trained(moe: MoEConfig, options: TrainConfig) -> MoEConfig:
-    return replace(moe, balance=_balance(moe, options), capacity=_capacity(moe.capacity, options))
+        if (value := before.get(name)) is not None and getattr(options, name) is None:
+            why = f"the run was started with {to_flag(name)} {value}"
+            yield Problem(to_flag(name), None, why, "give it again, or another value", "resume", limit=value)
 
 
 def _balance(moe: MoEConfig, options: TrainConfig) -> BalanceConfig:
@@ -113,30 +112,26 @@ def _capacity(capacity: CapacityConfig | None, options: TrainConfig) -> Capacity
     return replace(before, **{name: value for name, value in given.items() if value is not None})
 
 
-def _problems(config: ModelConfig, options: TrainConfig) -> Iterator[Problem]:
+def _problems(config: ModelConfig, options: TrainConfig) -> Problems:
     given = given_options(options)
-    mixtures = [layer.mlp for layer in config.layers if isinstance(layer.mlp, MoEConfig)]
-    if not mixtures:
-        for name in given:
-            yield _problem(options, name, "the model has no experts", "leave it out, or take a model with experts")
+
+    def without_effect(names: Iterable[str], why: str, fix: str) -> Problems:
+        return (Problem(to_flag(name), given[name], why, fix, "requires") for name in names if name in given)
+
+    moe = next((layer.mlp for layer in config.layers if isinstance(layer.mlp, MoEConfig)), None)
+    if moe is None:
+        yield from without_effect(given, "the model has no experts", "leave it out, or take a model with experts")
         return
-    balance = _balance(mixtures[0], options)
-    if options.seq_aux is not None and not _has_loss(balance):
-        yield _problem(options, "seq_aux", "there is no such loss", "add --moe-aux-loss-coeff, or leave it out")
+    balance = _balance(moe, options)
+    if not _has_loss(balance):
+        fix = "add --moe-aux-loss-coeff, or leave it out"
+        yield from without_effect(("seq_aux",), "the model has no auxiliary loss", fix)
     if options.moe_expert_capacity_factor == 0:
-        why = "experts without capacity compute nothing"
-        yield _problem(options, "moe_expert_capacity_factor", why, "give 1 or more; below 0 drops nothing")
-    if _capacity(mixtures[0].capacity, options) is None:
-        for name in given:
-            if name in _OF_CAPACITY:
-                fix = "add --moe-expert-capacity-factor, or leave it out"
-                yield _problem(options, name, "nothing limits what an expert gets", fix)
+        why, fix = "experts with capacity 0 drop every token", "give 1 or more; below 0 drops none"
+        yield Problem("--moe-expert-capacity-factor", 0.0, why, fix)
+    if _capacity(moe.capacity, options) is None:
+        fix = "add --moe-expert-capacity-factor, or leave it out"
+        yield from without_effect(_OF_CAPACITY, "experts have no capacity limit", fix)
     if balance.num_devices == 1:
-        for name in given:
-            if name in _OF_GROUPS:
-                fix = "leave it out, or take a model that chooses experts by groups"
-                yield _problem(options, name, "the model has no groups of experts", fix)
-
-
-def _problem(options: TrainConfig, name: str, why: str, fix: str) -> Problem:
-    return Problem(to_flag(name), getattr(options, name), why, fix)
+        fix = "leave it out, or take a model that chooses experts by groups"
+        yield from without_effect(_OF_GROUPS, "the model has no groups of experts", fix)

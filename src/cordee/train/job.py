@@ -21,6 +21,7 @@ from cordee import device, launch, lock, log
 from cordee.checkpoint import assets, directory
 from cordee.checkpoint.storage import Place, place_of, reached, same
 from cordee.checkpoint.store import CheckpointStore, restore
+from cordee.config.option import options_of, to_flag
 from cordee.config.schema import PerformanceOptions, TrainConfig
 from cordee.data.gpt_dataset import Dataset
 from cordee.data.loader import Loader
@@ -41,16 +42,17 @@ from cordee.parallel.execution import Criterion, Executor, Frozen, LocalExecutor
 from cordee.parallel.layout import Layout, process_group
 from cordee.parallel.pipeline.executor import PipelineExecutor
 from cordee.parallel.pipeline.split import Division, divide
-from cordee.train import agreement, objectives, outputs
-from cordee.train.exits import COMPLETE, Exit, ExitRule
+from cordee.train import objectives, outputs
+from cordee.train.exits import COMPLETE, Exit, ExitRule, watch
 from cordee.train.metrics import Meter, measure_peak_flops
 from cordee.train.plan import plan_run
 from cordee.train.reports import Reports, build_reports
-from cordee.train.run_plan import RunPlan
-from cordee.train.signals import watch
-from cordee.train.state import TrainState
+from cordee.train.run_plan import RunPlan, TrainState
 from cordee.train.trainer import Parts, Trainer
 from cordee.weights.load import load_into
+
+# Options that may differ between nodes.
+_OF_A_NODE = ("nproc_per_node", "num_workers", "peak_tflops", "exit_grace_seconds", "distributed_timeout_minutes")
 
 
 def run(config: TrainConfig) -> int:
@@ -93,7 +95,7 @@ def train(config: TrainConfig, layout: Layout, on: torch.device, exits: ExitRule
         if ending is COMPLETE:
             trainer.validate("validation")
             trainer.validate("test")
-            ending = trainer.told_to_stop or ending
+            ending = trainer.stop_requested or ending
     logger.info("stopped after iteration %d: %s", state.iteration, ending.reason)
     return ending
 
@@ -120,16 +122,15 @@ def _interpreter(options: PerformanceOptions) -> Iterator[None]:
 
 def _plan(config: TrainConfig, layout: Layout) -> RunPlan:
     """The plan, the same on all ranks, with a checkpoint whose every byte is as it was saved."""
-    together(
-        lambda: _tidy(config) if layout.rank == 0 else None, layout.control
-    )  # before anybody looks for checkpoints
+    # Before any rank looks for checkpoints.
+    together(lambda: _tidy(config) if layout.rank == 0 else None, layout.control)
     unread = Findings()
     fingerprint = _fingerprint(config, layout, unread)
     avoid: dict[int, str] = {}
     while True:
         plan = together(lambda: plan_run(config, layout.world_size, avoid, fingerprint), layout.control)
         collectives.raise_together(unread.problems, layout.control)  # after what planning finds of the same files
-        agreement.require(plan, layout)  # so all ranks have the same checkpoint, or none
+        _require_equal(plan, layout)  # so all ranks have the same checkpoint, or none
         if (why := _damage(plan, layout)) is None:
             break
         assert plan.origin.checkpoint is not None
@@ -140,6 +141,40 @@ def _plan(config: TrainConfig, layout: Layout) -> RunPlan:
     for note in plan.notes:
         logger.info("%s", note)
     return plan
+
+
+def _require_equal(plan: RunPlan, layout: Layout) -> None:
+    """ProblemError on all ranks if the `plan` of one is not that of rank 0: nodes may have their own copies of the
+    configuration, the data and the checkpoints, which would be mixed silently."""
+    mine = _identity(plan)
+    first = collectives.from_first(mine, layout)
+    fix = "give all nodes the same options, data and checkpoints"
+    problems = [
+        Problem(name, value, f"rank {layout.rank} has this, rank 0 has {first.get(name)}", fix, "differs")
+        for name, value in mine.items()
+        if first.get(name) != value
+    ]
+    collectives.raise_together(problems, layout.control)
+
+
+def _identity(plan: RunPlan) -> dict[str, Any]:
+    """What the result of a run depends on, by option. Paths are left out: they may differ between nodes."""
+    config, checkpoint = plan.config, plan.origin.checkpoint
+    options = [option for option in options_of(type(config)) if option.kind is not str or option.choices]
+    found: dict[str, Any] = {
+        to_flag(option.name): getattr(config, option.name) for option in options if option.name not in _OF_A_NODE
+    }
+    return {
+        "--stage": config.stage,
+        **found,
+        "model": str(plan.spec.to_dict()),
+        "pipeline": str(plan.division),
+        "micro-batches": plan.batches.sizes,
+        "data": str(plan.data.identity),
+        "length of the run": plan.iterations,
+        "checkpoint": None if checkpoint is None else (checkpoint.manifest["iteration"], checkpoint.resume),
+        "weights of a model": plan.origin.weights is not None,
+    }
 
 
 def _tidy(config: TrainConfig) -> None:
@@ -157,8 +192,8 @@ def _first_of_machine(layout: Layout) -> int:
 
 
 def _fingerprint(config: TrainConfig, layout: Layout, unread: Findings) -> Any:
-    """That of the data on this machine, read by its first rank alone; machines may have copies, which `agreement`
-    compares. None, and the problems of the reader in `unread`, if it cannot be read."""
+    """That of the data on this machine, read by its first rank alone; machines may have copies, which
+    `_require_equal` compares. None, and the problems of the reader in `unread`, if it cannot be read."""
     first = _first_of_machine(layout)
     objective = objectives.named(config.stage)
     mine = unread.attempt(lambda: objective.fingerprint(config)) if first == layout.rank else None
@@ -189,7 +224,7 @@ def _build(
     scaler, state = build_scaler(config), TrainState()
     _fill(plan, model, optimizer, layout)
     if (resumed := plan.resumed) is not None:
-        state = TrainState.from_dict(resumed.manifest["trainer"])
+        state = TrainState(**resumed.manifest["trainer"])
         scaler.load_state_dict(resumed.manifest["loss_scaler"])
         logger.info("resuming from %s", resumed.path)
     loaders = _loaders(plan, layout, stack)
@@ -198,13 +233,13 @@ def _build(
         root = place_of(config.save, "--save")
         store = CheckpointStore(root, group=layout.background, keep_last=config.keep_last, on_lost=exits.rank_lost)
         stack.enter_context(store)
-        together(lambda: _save_companions(plan, root) if layout.rank == 0 else None, layout.control)
+        together(lambda: _save_assets(plan, root) if layout.rank == 0 else None, layout.control)
     reports = _reports(plan, layout, on, objective.loss_name)
     stack.callback(reports.close)
     logger.info("%s", _summary(plan))
     if plan.division is not None:
         logger.info("pipeline: %s", plan.division)
-    _tell_layout(plan, layout, model)
+    _log_layout(plan, layout, model)
     parts = Parts(
         model=model,
         executor=executor,
@@ -266,7 +301,7 @@ def _fill(plan: RunPlan, model: GPTModel, optimizer: torch.optim.Optimizer, layo
         initialise(model, plan.config.seed)
 
 
-def _save_companions(plan: RunPlan, root: Place) -> None:
+def _save_assets(plan: RunPlan, root: Place) -> None:
     """Put the tokenizer beside the checkpoints, so that they can be talked to and exported without the options."""
     if plan.tokenizer is None:
         return
@@ -276,9 +311,8 @@ def _save_companions(plan: RunPlan, root: Place) -> None:
         try:
             with assets.put_into(root) as scratch:
                 plan.tokenizer.save(scratch)
-                companions = plan.origin.companions if plan.origin.weights else None
-                if companions is not None:
-                    copy_files(companions.glob("generation_config.json"), scratch)
+                if plan.origin.weights and plan.origin.assets is not None:
+                    copy_files(plan.origin.assets.glob("generation_config.json"), scratch)
         except ProblemError as error:
             logger.warning("the tokenizer is not put beside the checkpoints: %s", error)
 
@@ -301,8 +335,8 @@ def _loaders(plan: RunPlan, layout: Layout, stack: ExitStack) -> dict[str, Loade
 
 
 def _datasets(plan: RunPlan, layout: Layout) -> Mapping[str, Dataset]:
-    """Datasets of all parts. What is kept on disk of them rank 0 builds where it is missing, the first rank of every
-    machine verifies it, and the others open it; what is not kept each rank builds itself, when it comes to it."""
+    """Datasets of all splits. Rank 0 builds what is cached on disk where it is missing, the first rank of every machine
+    verifies it, the others open it; each rank builds the rest itself, when it needs it."""
     first = _first_of_machine(layout)
     turn = 0 if layout.rank == 0 else 1 if layout.rank == first else 2
 
@@ -314,7 +348,7 @@ def _datasets(plan: RunPlan, layout: Layout) -> Mapping[str, Dataset]:
 
 
 def _reports(plan: RunPlan, layout: Layout, on: torch.device, loss_name: str) -> Reports:
-    """What this rank tells, and the rate that is 100 % of its device."""
+    """The reports of this rank; ranks other than 0 have none, but measure the peak with it."""
     config = plan.config
     peak = config.peak_tflops * 1e12 if config.peak_tflops else device.peak_flops()
     if peak is None:  # on all ranks at once, for they share the machine while they train too
@@ -333,18 +367,18 @@ def _reports(plan: RunPlan, layout: Layout, on: torch.device, loss_name: str) ->
     return build_reports(config, meter, loss_name)
 
 
-def _tell_layout(plan: RunPlan, layout: Layout, model: GPTModel) -> None:
-    """Who owns what, and what it takes."""
+def _log_layout(plan: RunPlan, layout: Layout, model: GPTModel) -> None:
+    """Log which rank holds which shard, and its memory and communication."""
     config, batches = plan.config, plan.batches
     logger.info("%s", describe_layout(layout.degrees, collectives.gather(sharding.kept(model), layout)))
-    takes = cost.cost(
+    costs = cost.cost(
         config,
         layout.degrees,
         sharding.count(model, model.layers.values()),
         wrapped=data.needs_sharding(config, layout.world_size),
         accumulates=batches.global_batch_size > config.micro_batch_size * layout.data_size,
     )
-    logger.info("%s", takes)
+    logger.info("%s", costs)
 
 
 def _summary(plan: RunPlan) -> str:

@@ -62,6 +62,7 @@ class Record:
     time: float
 
 
+@dataclass(kw_only=True)
 class Meter:
     """Collects steps and sums them up.
 
@@ -69,14 +70,13 @@ class Meter:
     work; `peak_flops` is that of one device, in the type the run computes in.
     """
 
-    def __init__(self, *, train_iterations: int, flops_per_token: float, num_devices: int, peak_flops: float | None):
-        self._train_iterations = train_iterations
-        self._flops_per_token = flops_per_token
-        self._num_devices = num_devices
-        self._peak_flops = peak_flops
-        self._steps: list[StepResult] = []
-        self._paused = 0.0
-        self._since = time.perf_counter()
+    train_iterations: int
+    flops_per_token: float
+    num_devices: int
+    peak_flops: float | None
+    _steps: list[StepResult] = field(default_factory=list, init=False)
+    _paused: float = field(default=0.0, init=False)
+    _since: float = field(default_factory=time.perf_counter, init=False)
 
     def add(self, step: StepResult) -> None:
         self._steps.append(step)
@@ -87,7 +87,7 @@ class Meter:
 
     @property
     def pending(self) -> bool:
-        """Whether there are steps that no record tells of."""
+        """Whether there are steps that no record covers."""
         return bool(self._steps)
 
     def read(self, *, iteration: int, consumed_samples: int, consumed_tokens: int) -> Record:
@@ -98,13 +98,13 @@ class Meter:
         seconds = max(now - self._since - self._paused, 1e-9)
         self._steps, self._paused, self._since = [], 0.0, now
         good = [step for step in steps if not step.skipped]
-        tokens_per_second = sum(step.tokens for step in steps) / seconds / self._num_devices
-        flops = tokens_per_second * self._flops_per_token
+        tokens_per_second = sum(step.tokens for step in steps) / seconds / self.num_devices
+        flops = tokens_per_second * self.flops_per_token
         memory = device.memory()
         last = steps[-1]
         return Record(
             iteration=iteration,
-            train_iterations=self._train_iterations,
+            train_iterations=self.train_iterations,
             consumed_samples=consumed_samples,
             consumed_tokens=consumed_tokens,
             loss=_mean([step.loss for step in good]),
@@ -120,10 +120,10 @@ class Meter:
             step_seconds=seconds / len(steps),
             tokens_per_second=tokens_per_second,
             tflops=flops / 1e12,
-            mfu=flops / self._peak_flops if self._peak_flops else None,
+            mfu=flops / self.peak_flops if self.peak_flops else None,
             memory=memory.allocated,
             peak_memory=max(memory.peak, memory.allocated),
-            seconds_left=max(self._train_iterations - iteration, 0) * seconds / len(steps),
+            seconds_left=max(self.train_iterations - iteration, 0) * seconds / len(steps),
             time=time.time(),
         )
 

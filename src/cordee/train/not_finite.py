@@ -14,7 +14,7 @@ from cordee.parallel.layout import Layout
 
 
 def find(model: nn.Module, local_loss: Tensor, layout: Layout, *, step: int, values: str, samples: range) -> Problem:
-    """What is wrong with `step`, the same on all ranks; all of them call it.
+    """The problem of `step`, the same on all ranks; all of them call it.
 
     `local_loss` is the sum of this rank's losses, `values` what was found not to be finite, `samples` what the step was
     taken on.
@@ -28,7 +28,7 @@ def find(model: nn.Module, local_loss: Tensor, layout: Layout, *, step: int, val
     else:
         why = "the gradient is finite, but too large for its norm to be"
     fix = (
-        "go on from the last checkpoint with a smaller --lr or --clip-grad or a longer warm-up, or look at the data: "
+        "resume from the last checkpoint with a smaller --lr or --clip-grad or a longer warm-up, or look at the data: "
         f"samples {samples.start} to {samples.stop - 1}"
     )
     return Problem(f"step {step}", values, why, fix)

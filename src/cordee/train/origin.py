@@ -13,35 +13,31 @@ from pathlib import Path
 from cordee.checkpoint import assets, directory, formats
 from cordee.checkpoint.storage import Place, place_of, reached, same
 from cordee.config.schema import TrainConfig
-from cordee.errors import Problem, ProblemError
+from cordee.errors import Findings, Problem, ProblemError
 from cordee.families.registry import spec_from_directory, spec_named
 from cordee.train import resume
 from cordee.train.run_plan import Checkpoint, Origin
 
 
-def opened(config: TrainConfig, origin: Origin) -> Origin:
+def opened(config: TrainConfig, origin: Origin, found: Findings) -> Origin | None:
     """`origin` with its weights ready to be read, after names, shapes and sizes of their files are checked.
 
-    ProblemError with all that is wrong with them.
+    Where weights cannot be read, `origin` has what their config.json says, so that other problems are found too; None
+    without one.
     """
-    if origin.weights is None:
+    if (path := origin.weights) is None:
         return origin
     from cordee.weights.megatron.source import Reading
 
-    reading = Reading(spec=spec_named(config.model) if config.model else None)
-    source = formats.read(origin.weights, reading)
-    return replace(origin, source=source, spec=source.spec, companions=source.companions)
-
-
-def described(origin: Origin) -> Origin | None:
-    """`origin` with what a config.json says of weights that cannot be read, so that other problems are found too."""
-    if origin.weights is None or not (origin.weights / "config.json").is_file():
-        return None
-    return replace(origin, spec=spec_from_directory(origin.weights), companions=origin.weights)
+    source = found.attempt(lambda: formats.read(path, Reading(spec=spec_named(config.model) if config.model else None)))
+    if source is not None:
+        return replace(origin, source=source, spec=source.spec, assets=source.companions)
+    spec = found.attempt(lambda: spec_from_directory(path)) if (path / "config.json").is_file() else None
+    return spec and replace(origin, spec=spec, assets=path)
 
 
 def choose(config: TrainConfig, avoid: Mapping[int, str] | None, notes: list[str]) -> Origin:
-    """What --load names, but for checkpoints known to be damaged (`avoid`). ProblemError if that is nothing."""
+    """The origin that --load names, but for corrupt checkpoints (`avoid`). ProblemError if there is none."""
     if config.load is None:
         return Origin()
     with reached("--load", config.load):
@@ -53,42 +49,43 @@ def _choose(config: TrainConfig, path: Place, avoid: Mapping[int, str] | None, n
     if form is not None and form.name != "cordee" and isinstance(path, Path):
         return Origin(weights=path)
     if (path / directory.MANIFEST).is_file():
-        return _of_checkpoint(_checkpoint(config, path))
+        return _of_checkpoint(config, path)
     if directory.is_root(path):
-        return _of_checkpoint(_checkpoint(config, directory.folder_of(path, _iteration(config, path, avoid, notes))))
+        return _of_checkpoint(config, directory.folder_of(path, _iteration(config, path, avoid, notes)))
     is_own = config.save is not None and same(place_of(config.save, "--save"), path)
     if path.is_file() or (path.is_dir() and any(path.iterdir()) and not is_own):
-        fix = "give a directory that --save has written, one with config.json and weights, or a file of GGUF"
-        raise ProblemError([Problem("--load", path, "it holds neither a checkpoint nor a model", fix)])
+        fix = "give a directory that --save has written, one with config.json and weights, or a GGUF file"
+        raise _unfit(path, "it holds neither a checkpoint nor a model", fix, "format")
     if config.exit_on_missing_checkpoint or not is_own:
         fix = "check the path; only the directory of --save may be empty, for a command that starts and resumes a run"
-        raise ProblemError([Problem("--load", path, "there is no checkpoint", fix)])
+        raise _unfit(path, "there is no checkpoint", fix, "missing")
     notes.append(f"--load {path}: nothing is there yet; the run starts from initial weights")
     return Origin()
 
 
-def _of_checkpoint(checkpoint: Checkpoint) -> Origin:
-    return Origin(checkpoint, companions=assets.beside(checkpoint.path))
-
-
 def _iteration(config: TrainConfig, root: Place, avoid: Mapping[int, str] | None, notes: list[str]) -> int:
-    """The checkpoint to load: that of --ckpt-step, else the newest whole one."""
+    """The checkpoint to load: that of --ckpt-step, else the last good one."""
     if config.ckpt_step is not None:
         return config.ckpt_step
     iteration, skipped = directory.latest(root, avoid)
     notes += skipped
     if iteration is None:
-        why = f"none of its checkpoints is whole: {'; '.join(skipped)}"
-        raise ProblemError([Problem("--load", root, why, "restore one, or start anew with another --save")])
+        why = f"all its checkpoints are corrupt: {'; '.join(skipped)}"
+        raise _unfit(root, why, "restore one, or start anew with another --save", "corrupt")
     return iteration
 
 
-def _checkpoint(config: TrainConfig, path: Place) -> Checkpoint:
+def _of_checkpoint(config: TrainConfig, path: Place) -> Origin:
     try:
         if (why := directory.damage(path)) is not None:
             raise ValueError(why)
-        return Checkpoint(path, directory.read_manifest(path, resume.form(config)), resume=not config.finetune)
+        manifest = directory.read_manifest(path, resume.form(config))
     except ValueError as error:
-        have = ", ".join(str(iteration) for iteration in directory.iterations(path.parent)) or "none"
-        fix = f"choose another by --ckpt-step; there are: {have}"
-        raise ProblemError([Problem("--load", path, str(error), fix)]) from error
+        present = directory.iterations(path.parent)
+        fix = f"choose another by --ckpt-step; there are: {', '.join(map(str, present)) or 'none'}"
+        raise _unfit(path, str(error), fix, "corrupt", present) from error
+    return Origin(Checkpoint(path, manifest, resume=not config.finetune), assets=assets.beside(path))
+
+
+def _unfit(path: Place, why: str, fix: str, kind: str, limit: object = None) -> ProblemError:
+    return ProblemError([Problem("--load", path, why, fix, kind, limit=limit)])

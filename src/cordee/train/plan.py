@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cordee import launch
 from cordee.checkpoint import directory
 from cordee.checkpoint.storage import place_of, reached, same
 from cordee.config import deepspeed, laws
@@ -36,13 +37,32 @@ from cordee.parallel.pipeline.split import noop_layers
 from cordee.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
 from cordee.train import experts, objectives, outputs, resume
 from cordee.train.batch_schedule import BatchSchedule, build_batch_schedule
-from cordee.train.origin import choose, described, opened
+from cordee.train.origin import choose, opened
 from cordee.train.run_plan import Origin, RunPlan
 
 # What the model and the tokenizer of a run follow from, by names that problems have.
 _MODEL = (*(option.name for option in options_of(ModelOptions)), "load", "model_options")
 _TOKENIZER = (*(option.name for option in options_of(TokenizerOptions)), "load", "tokenizer")
 _MANY_TOKENS = 1 << 20  # of a tokenizer that cannot be read, so that the model it is for is checked all the same
+
+
+def check_run(config: TrainConfig, fingerprint: Any = None) -> list[Problem]:
+    """Everything that is wrong with a run, as far as it can be known without starting it.
+
+    The number of processes is the launcher's, or --nproc-per-node. Without `fingerprint` of the data, its contents are
+    not compared with those of a run to resume: the run itself does that when it starts.
+    """
+    found = Findings()
+    found.problems += found.attempt(lambda: outputs.check_free(config)) or []
+    found.attempt(lambda: plan_run(config, launch.world_size(config.nproc_per_node), fingerprint=fingerprint))
+    return list(dict.fromkeys(found.problems))
+
+
+def check_with_contents(config: TrainConfig) -> list[Problem]:
+    """As `check_run`, with the contents of the data, of which up to some GiB are read."""
+    unread = Findings()
+    fingerprint = unread.attempt(lambda: objectives.named(config.stage).fingerprint(config))
+    return unique([*check_run(config, fingerprint), *unread.problems])
 
 
 def plan_run(
@@ -53,9 +73,9 @@ def plan_run(
 ) -> RunPlan:
     """The plan of a run over `world_size` processes; ProblemError with everything that is wrong with it.
 
-    A run does not resume from checkpoints of the iterations in `avoid`: they have turned out to be damaged, as the
-    text says. `fingerprint` is what `Objective.fingerprint` returned on this machine. With None, which is for plans
-    that are not trained, the contents of the data are neither in the plan nor compared with those of a run to resume.
+    A run does not resume from checkpoints of the iterations in `avoid`: they are corrupt, and how. `fingerprint`
+    is what `Objective.fingerprint` returned on this machine. With None, which is for plans that are not trained, the
+    contents of the data are neither in the plan nor compared with those of a run to resume.
     """
     shape = fitting(config, world_size)
     notes = [str(each) for each in laws.ignored_options(replace(config, nproc_per_node=world_size))]
@@ -94,12 +114,12 @@ def plan_run(
     found.notes += pipeline_check.notes(division, counts)
     checkpoint = origin.checkpoint if origin is not None else None
     if checkpoint is not None and checkpoint.resume:
-        # Of options that contradict each other it says nothing that a run had others before.
+        # That the run had other options before matters only for options that agree with each other.
         resumed = resume.problems(config, schedule, data, checkpoint.manifest)
         found.problems += (problem for problem in resumed if not problem.names & contradictory)
     raise_all(unique(found.problems))
     assert origin is not None and spec is not None and data is not None and models is not None
-    return _joined(
+    return resume.join(
         RunPlan(
             config=config,
             origin=origin,
@@ -116,17 +136,6 @@ def plan_run(
             notes=tuple(found.notes),
         )
     )
-
-
-def _joined(plan: RunPlan) -> RunPlan:
-    """`plan` as it resumes from its checkpoint, if it does."""
-    if (resumed := plan.resumed) is None:
-        return plan
-    done = resumed.manifest["trainer"]["iteration"]
-    if done >= plan.iterations and not plan.config.skip_train:
-        note = f"{resumed.path} is of step {done} of {plan.iterations}: nothing is left to train"
-        plan = replace(plan, notes=(*plan.notes, note))
-    return resume.join(plan, resumed.manifest)
 
 
 def _name_problems(config: TrainConfig) -> Problems:
@@ -146,7 +155,9 @@ def _iterations(config: TrainConfig, batches: BatchSchedule, notes: list[str]) -
     steps, used = batches.whole_steps(config.train_samples)
     if not steps:
         why = f"it is less than the first step of {batches.batch_size(0)} samples"
-        raise ProblemError([Problem("--train-samples", config.train_samples, why, "give more")])
+        raise ProblemError(
+            [Problem("--train-samples", config.train_samples, why, "give more", limit=batches.batch_size(0))]
+        )
     if left := config.train_samples - used:
         notes.append(f"the last {left} of --train-samples {config.train_samples} make no whole step and are left out")
     return steps
@@ -163,13 +174,15 @@ def _start(
     found.problems += found.attempt(lambda: list(_save_problems(config, chosen))) or []
     origin = None
     if chosen is not None:
-        origin = found.attempt(lambda: opened(config, chosen)) or found.attempt(lambda: described(chosen))
+        origin = opened(config, chosen, found)
     before = len(found.problems)
     tokenizer = found.attempt(lambda: _tokenizer(config, origin or Origin()), involves=_TOKENIZER)
     if origin is None:
         return None, tokenizer, None
     tokens = _MANY_TOKENS if len(found.problems) > before else tokenizer and tokenizer.vocab_size
     spec = found.attempt(lambda: _spec(config, origin, tokenizer, tokens, found.notes), involves=(*_MODEL, *_TOKENIZER))
+    if spec is not None:
+        found.notes += ignored(config, words_of(spec.config))
     return origin, tokenizer, spec
 
 
@@ -180,7 +193,7 @@ def _tokenizer(config: TrainConfig, origin: Origin) -> Tokenizer | None:
         for name in TokenizerOptions.__dataclass_fields__
         if name not in ("vocab_size", "tokenizer_use_fast")
     )
-    beside = str(origin.companions) if origin.companions and holds_tokenizer(origin.companions) else None
+    beside = str(origin.assets) if origin.assets and holds_tokenizer(origin.assets) else None
     return load_tokenizer(config, beside) if given or beside else None
 
 
@@ -188,14 +201,6 @@ def _spec(
     config: TrainConfig, origin: Origin, tokenizer: Tokenizer | None, tokens: int | None, notes: list[str]
 ) -> ModelSpec:
     """The model of the run; `tokens` is how many the tokenizer has, for a model that is given by options."""
-    spec = _asked(config, origin, tokenizer, tokens, notes)
-    notes += ignored(config, words_of(spec.config))
-    return spec
-
-
-def _asked(
-    config: TrainConfig, origin: Origin, tokenizer: Tokenizer | None, tokens: int | None, notes: list[str]
-) -> ModelSpec:
     if config.num_layers is not None and (placeholders := noop_layers(config)):  # which --num-layers counts
         config = replace(config, num_layers=config.num_layers - len(placeholders))
     if origin.checkpoint is not None:
@@ -213,13 +218,15 @@ def _asked(
     listed = ", ".join(f"{flag} {before} -> {after}" for flag, (before, after) in changed.items())
     resumes = origin.checkpoint is not None and origin.checkpoint.resume
     if wanted.shapes() != loaded.shapes():
-        fix = "leave the model options out: what is loaded says its shape"
-        problems.append(Problem("--load", config.load, f"the options ask for another model: {listed}", fix))
+        why = f"the options ask for another model: {listed}"
+        fix = "leave the model options out: the shape comes from what is loaded"
+        problems.append(Problem("--load", config.load, why, fix, "model", limit=changed))
     elif resumes and _lasting(loaded.config) != _lasting(wanted.config):
+        why = f"the run was of another model: {listed}"
         fix = "leave these options out, or start anew from the weights: --finetune"
-        problems.append(Problem("--load", config.load, f"the run was of another model: {listed}", fix))
+        problems.append(Problem("--load", config.load, why, fix, "model", limit=changed))
     elif canonical(loaded.config) != canonical(wanted.config):
-        notes.append(f"the options change what the model that is loaded computes: {listed}")
+        notes.append(f"the options change the model that is loaded: {listed}")
     raise_all(problems)
     return wanted
 
@@ -250,7 +257,7 @@ def _fit_problems(config: TrainConfig, spec: ModelSpec, tokenizer: Tokenizer | N
         yield from at_most("tokenizer", tokenizer.vocab_size, vocab_size, why, *involved)
 
 
-# ---- places --------------------------------------------------------------------------------------------------------
+# ---- output --------------------------------------------------------------------------------------------------------
 
 
 def _save_problems(config: TrainConfig, origin: Origin | None) -> Problems:
@@ -271,7 +278,7 @@ def _save_problems(config: TrainConfig, origin: Origin | None) -> Problems:
 
 
 def _report_problems(config: TrainConfig) -> Problems:
-    """Places of what the run tells, beside its checkpoints."""
+    """Where the run reports to, beside its checkpoints."""
     if config.tensorboard_dir is not None:
         yield from _unwritable("--tensorboard-dir", Path(config.tensorboard_dir))
     if config.metrics_file is not None:

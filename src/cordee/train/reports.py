@@ -1,6 +1,6 @@
 """Reports at their intervals.
 
-Owns which sinks a run has and how often each is told. What is told is `metrics.py`'s, its form `sinks.py`'s.
+Owns which sinks a run has and how often each gets a record. Records are `metrics.py`'s, their form `sinks.py`'s.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from cordee.config.schema import TrainConfig
 from cordee.log import logger
 from cordee.train import outputs
 from cordee.train.metrics import Meter, StepResult
+from cordee.train.run_plan import TrainState
 from cordee.train.sinks import ConsoleSink, JsonSink, Live, Sink, TensorBoardSink
-from cordee.train.state import TrainState
 
 
 class Report:
-    """Sinks that are told every `interval` steps, with the figures of those steps."""
+    """Sinks that get a record every `interval` steps, of those steps."""
 
     def __init__(self, interval: int, meter: Meter, sinks: Sequence[Sink]):
         self.interval = interval
         self.meter = meter
         self.sinks = list(sinks)
 
-    def tell(self, state: TrainState) -> None:
+    def write(self, state: TrainState) -> None:
         record = self.meter.read(
             iteration=state.iteration,
             consumed_samples=state.consumed_samples,
@@ -32,31 +32,31 @@ class Report:
         )
         self.each(lambda sink: sink.step(record))
 
-    def each(self, tell: Callable[[Sink], None]) -> None:
-        """Tell every sink. One that can take no more, such as a file on a full disk, is left out: the run goes on."""
+    def each(self, call: Callable[[Sink], None]) -> None:
+        """Call every sink. One that fails, such as a file on a full disk, is left out: the run continues."""
         for sink in list(self.sinks):
             try:
-                tell(sink)
+                call(sink)
             except OSError as error:
                 self.sinks.remove(sink)
                 _left_out(str(sink), error)
 
 
 class Reports:
-    """All reports of a run; none on ranks that say nothing."""
+    """All reports of a run; none on ranks other than 0."""
 
     def __init__(self, reports: Sequence[Report]):
         self._reports = reports
 
     def step(self, result: StepResult, state: TrainState) -> None:
-        """Take note of a step, and tell those whose turn it is."""
+        """Count a step, and write the reports that are due."""
         for report in self._reports:
             report.meter.add(result)
             if state.iteration % report.interval == 0:
-                report.tell(state)
+                report.write(state)
 
     def validation(self, state: TrainState, split: str, loss: float, seconds: float) -> None:
-        """Tell a mean loss over `split`; the time it took is no training time."""
+        """Report a mean loss over `split`; its time is no training time."""
         self.pause(seconds)
         for report in self._reports:
             report.each(lambda sink: sink.validation(state.iteration, split, loss))
@@ -67,10 +67,10 @@ class Reports:
             report.meter.pause(seconds)
 
     def finish(self, state: TrainState) -> None:
-        """Tell what is left untold at the end of a run."""
+        """Write the steps that no report has covered, at the end of a run."""
         for report in self._reports:
             if report.meter.pending:
-                report.tell(state)
+                report.write(state)
 
     def close(self) -> None:
         for report in self._reports:

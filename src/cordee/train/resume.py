@@ -1,12 +1,10 @@
-"""What the manifest of a checkpoint says about a run, and resuming from it.
+"""The run's part of a checkpoint's manifest, and resuming from it.
 
-Owns the run's part of the manifest and what has to be the same for the samples, the schedule and the optimizer to
-continue as if nothing had been.
+Owns what has to be the same for the samples, the schedule and the optimizer to continue as if never interrupted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -14,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 from cordee import sealed
 from cordee.config.check import RANKS
 from cordee.config.schema import BatchOptions, OptimizerOptions, TrainConfig
-from cordee.errors import Findings, Problem
+from cordee.errors import Findings, Problem, Problems
 from cordee.families.registry import STORED_SPEC
 from cordee.optim.algorithms import state_of
 from cordee.optim.schedule import Schedule
 from cordee.train import experts, objectives
 from cordee.train.objectives import DataPlan
-from cordee.train.run_plan import RunPlan
-from cordee.train.state import TrainState
+from cordee.train.run_plan import RunPlan, TrainState
 
 if TYPE_CHECKING:
     from cordee.optim.precision import LossScaler
@@ -66,7 +63,7 @@ def describe(plan: RunPlan, state: TrainState, scaler: LossScaler) -> dict[str, 
     return {
         "written_by": f"cordee {version('cordee')}",
         "model": plan.spec.to_dict(),
-        "trainer": state.state_dict(),
+        "trainer": asdict(state),
         "loss_scaler": scaler.state_dict(),
         "schedule": asdict(plan.schedule),
         "optimizer": plan.config.optimizer if plan.config.save_optim else None,
@@ -75,13 +72,11 @@ def describe(plan: RunPlan, state: TrainState, scaler: LossScaler) -> dict[str, 
     }
 
 
-def problems(
-    config: TrainConfig, schedule: Schedule, data: DataPlan | None, manifest: dict[str, Any]
-) -> Iterator[Problem]:
+def problems(config: TrainConfig, schedule: Schedule, data: DataPlan | None, manifest: dict[str, Any]) -> Problems:
     """All that keeps a run from resuming from a checkpoint with `manifest`; `data` is None if it cannot be read."""
     if (stage := _stage(config, manifest)) != config.stage:
         why, fix = f"the run was of stage {stage}", "give that, or start anew from the weights: --finetune"
-        yield Problem("--stage", config.stage, why, fix)
+        yield Problem("--stage", config.stage, why, fix, "resume", limit=stage)
     elif data is not None:
         found = Findings()
         data.resumed(manifest["data"], found)
@@ -93,44 +88,46 @@ def problems(
     yield from experts.check_resumed(config, manifest["config"])
 
 
-def join(plan: RunPlan, manifest: dict[str, Any]) -> RunPlan:
-    """`plan` as it resumes from a checkpoint with `manifest`, which has no problems."""
+def join(plan: RunPlan) -> RunPlan:
+    """`plan` as it resumes from its checkpoint, if it does; that has no problems."""
+    if (resumed := plan.resumed) is None:
+        return plan
+    manifest, found = resumed.manifest, Findings(notes=list(plan.notes))
+    done = manifest["trainer"]["iteration"]
+    if done >= plan.iterations and not plan.config.skip_train:
+        found.notes.append(f"{resumed.path} is of step {done} of {plan.iterations}: nothing is left to train")
     if plan.config.use_checkpoint_opt_param_scheduler:
         plan = replace(plan, schedule=Schedule(**manifest["schedule"]))
-    found = Findings()
     data = plan.data.resumed(manifest["data"], found)
-    return replace(plan, data=data, notes=(*plan.notes, *found.notes))
+    return replace(plan, data=data, notes=tuple(found.notes))
 
 
-def _schedule_problems(config: TrainConfig, schedule: Schedule, then: Schedule) -> Iterator[Problem]:
+def _schedule_problems(config: TrainConfig, schedule: Schedule, then: Schedule) -> Problems:
     before, now = then.effective(), schedule.effective()
-    changed = [
-        f"{name} {before.get(name)} -> {now.get(name)}" for name in before | now if before.get(name) != now.get(name)
-    ]
-    if not changed:
-        return
-    why = f"it was saved with another schedule: {', '.join(changed)}"
-    if {name for name in before | now if before.get(name) != now.get(name)} <= _LENGTHS:
-        option = "--train-samples" if config.train_samples else "--train-iters"
-        value = config.train_samples or config.train_iters
-        why = f"the learning rate of --load {config.load} was to follow another length: {', '.join(changed)} samples"
-        fix = (
-            "to let it follow the new length, which may raise it again: --override-opt-param-scheduler; to keep its "
-            "course, and so its last value for what is added: --use-checkpoint-opt-param-scheduler"
-        )
-        yield Problem(option, value, why, fix)
-        return
+    names = [name for name in before | now if before.get(name) != now.get(name)]
+    changed = ", ".join(f"{name} {before.get(name)} -> {now.get(name)}" for name in names)
+    option, value, kind = "--load", config.load, "schedule"
+    why = f"it was saved with another schedule: {changed}"
     fix = "--override-opt-param-scheduler takes the new one, --use-checkpoint-opt-param-scheduler the old one"
-    yield Problem("--load", config.load, why, fix)
+    if set(names) <= _LENGTHS:
+        option, kind = "--train-samples" if config.train_samples else "--train-iters", "length"
+        value = config.train_samples or config.train_iters
+        why = f"the learning rate of --load {config.load} decays over another length: {changed} samples"
+        fix = (
+            "to decay over the new length, which may raise the learning rate again: --override-opt-param-scheduler; to "
+            "keep the schedule, and its last value beyond it: --use-checkpoint-opt-param-scheduler"
+        )
+    if names:
+        yield Problem(option, value, why, fix, kind)
 
 
-def _optimizer_problems(config: TrainConfig, manifest: dict[str, Any]) -> Iterator[Problem]:
+def _optimizer_problems(config: TrainConfig, manifest: dict[str, Any]) -> Problems:
     then, now = manifest["optimizer"], config.optimizer
     if not config.load_optim:
         return
     if then is None:
         fix = "resume without it: --no-load-optim"
-        yield Problem("--load", config.load, "the checkpoint was saved without the state of the optimizer", fix)
+        yield Problem("--load", config.load, "the checkpoint was saved without optimizer state", fix, "resume")
     elif state_of(then) != state_of(now):
-        why = f"the checkpoint has the state of {then}"
-        yield Problem("--optimizer", now, why, f"give {then}, or resume without that state: --no-load-optim")
+        why, fix = f"the checkpoint has the state of {then}", f"give {then}, or resume without it: --no-load-optim"
+        yield Problem("--optimizer", now, why, fix, "resume", limit=then)

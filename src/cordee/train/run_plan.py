@@ -1,4 +1,4 @@
-"""What a run is, once it is planned: where it begins, what is trained, on what, over which ranks.
+"""What a run is, once it is planned: where it begins, what is trained, on what, over which ranks; and where it is.
 
 Owns these records. How they are worked out is `plan.py`'s, `origin.py`'s and the objective's.
 """
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint to load and its manifest. `resume`: the run goes on from it, instead of taking the weights only."""
+    """A checkpoint to load and its manifest. `resume`: the run resumes from it, instead of taking the weights only."""
 
     path: Place
     manifest: dict[str, Any]
@@ -39,14 +39,14 @@ class Origin:
 
     source: those of `weights`, when they are opened; None if they cannot be read.
     spec: the model in `weights`, as far as it is known.
-    companions: directory where the tokenizer may be that belongs to them.
+    assets: directory where the tokenizer may be that belongs to them.
     """
 
     checkpoint: Checkpoint | None = None
     weights: Path | None = None
     source: Source | None = None
     spec: ModelSpec | None = None
-    companions: Path | None = None
+    assets: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class RunPlan:
     """A run that nothing is known to be wrong with.
 
     `iterations` is the length of the whole run in steps, `data` its objective's, `models` are the objective's further
-    ones, `division` says how a pipeline shares the layers out, `notes` what a person should know before it starts.
+    ones, `division` says which layers each pipeline stage holds, `notes` what a person should know before it starts.
     """
 
     config: TrainConfig
@@ -76,3 +76,33 @@ class RunPlan:
         """The checkpoint that the run resumes from."""
         checkpoint = self.origin.checkpoint
         return checkpoint if checkpoint is not None and checkpoint.resume else None
+
+
+@dataclass(kw_only=True)
+class TrainState:
+    """Where a run is: totals since it began, of which all else that changes (rates, batch sizes, random numbers, the
+    position in the data) is a function.
+
+    `consumed_samples` is the position in the data. Steps skipped for an overflow consume samples as well, but do not
+    move the schedule.
+    """
+
+    iteration: int = 0
+    consumed_samples: int = 0
+    consumed_tokens: int = 0
+    skipped_iterations: int = 0
+    skipped_samples: int = 0
+
+    @property
+    def schedule_position(self) -> int:
+        """Samples of the steps that changed the parameters."""
+        return self.consumed_samples - self.skipped_samples
+
+    def advance(self, samples: int, tokens: int, *, skipped: bool) -> None:
+        """Count a step."""
+        self.iteration += 1
+        self.consumed_samples += samples
+        self.consumed_tokens += tokens
+        if skipped:
+            self.skipped_iterations += 1
+            self.skipped_samples += samples

@@ -10,11 +10,12 @@ import functools
 import json
 import math
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import TextIO
 
 from cordee.files import end_last_line
 from cordee.train.metrics import Record
@@ -23,19 +24,21 @@ MB = 1 << 20
 WIDE = 130  # columns of a terminal that has room for a bar beside the figures
 
 
-class Sink(Protocol):
-    """Takes what happens in a run; `close` is called once, at its end."""
+class Sink(ABC):
+    """Takes the records of a run; `close` is called once, at its end."""
 
+    @abstractmethod
     def step(self, record: Record) -> None:
         """A record of the steps since the last one."""
 
-    def validation(self, iteration: int, split: str, loss: float) -> None:
+    def validation(self, iteration: int, split: str, loss: float) -> None:  # noqa: B027 - not all sinks show it
         """The mean loss over `split`, which is "validation" or "test"."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:  # noqa: B027 - not all sinks have something to close
+        """Release what the sink writes to."""
 
 
-# ------------------------------------------------------------------------------------------------- for people
+# ---- for people ------------------------------------------------------------------------------------------------------
 
 
 def log_line(record: Record, loss_name: str, throughput: bool = True) -> str:
@@ -105,29 +108,26 @@ def rate(tflops: float) -> str:
     return f"{tflops:.{digits}f}"
 
 
-class ConsoleSink:
+class ConsoleSink(Sink):
     """Log lines, by `write`: standard output unless something else keeps a line there."""
 
     def __init__(self, loss_name: str, write: Callable[[str], None] | None = None, *, throughput: bool = True):
         self._loss_name = loss_name
         self._write = write or functools.partial(print, flush=True)
         self._throughput = throughput
-        self._memory_told = False
+        self._memory_shown = False
 
     def step(self, record: Record) -> None:
         self._write(log_line(record, self._loss_name, self._throughput))
-        if not self._memory_told:
+        if not self._memory_shown:
             self._write(memory_line(record))
-            self._memory_told = True
+            self._memory_shown = True
 
     def validation(self, iteration: int, split: str, loss: float) -> None:
         self._write(validation_lines(iteration, split, self._loss_name, loss))
 
-    def close(self) -> None:
-        pass
 
-
-class Live:
+class Live(Sink):
     """A progress bar at the bottom of a terminal, above which other lines scroll."""
 
     def __init__(self, out: TextIO | None = None):
@@ -153,17 +153,14 @@ class Live:
             self._task, total=record.train_iterations, completed=record.iteration, text=progress_text(record)
         )
 
-    def validation(self, iteration: int, split: str, loss: float) -> None:
-        pass
-
     def close(self) -> None:
         self._progress.stop()
 
 
-# ----------------------------------------------------------------------------------------------- for programs
+# ---- for programs ----------------------------------------------------------------------------------------------------
 
 
-class JsonSink:
+class JsonSink(Sink):
     """One JSON object a line. A resumed run appends: of lines with the same iteration the last one counts. What a
     killed run has left of a line is cut off first."""
 
@@ -193,7 +190,7 @@ class JsonSink:
         self._file.flush()
 
 
-class TensorBoardSink:
+class TensorBoardSink(Sink):
     """Scalars by iteration, named as Megatron names them."""
 
     def __init__(self, path: Path, loss_name: str):

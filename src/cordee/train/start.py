@@ -18,7 +18,7 @@ from cordee.config.load import config_from_dict
 from cordee.config.schema import TrainConfig
 from cordee.errors import raise_all
 from cordee.train import job
-from cordee.train.check import check_run
+from cordee.train.plan import check_run
 
 
 def train(config: TrainConfig | Mapping[str, object]) -> int:

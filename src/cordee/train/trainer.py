@@ -36,8 +36,7 @@ from cordee.train.metrics import StepResult
 from cordee.train.objectives import Objective
 from cordee.train.reports import Reports
 from cordee.train.resume import describe
-from cordee.train.run_plan import RunPlan
-from cordee.train.state import TrainState
+from cordee.train.run_plan import RunPlan, TrainState
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ class Trainer:
         self.state = state
         self._saved_at = state.iteration  # nothing is new until the first step
         self._validated_at: dict[str, int] = {}
-        self.told_to_stop: Exit | None = None
+        self.stop_requested: Exit | None = None
         self._own = own_parameters(parts.model)
 
     # ---- a run -------------------------------------------------------------------------------------------------------
@@ -116,10 +115,11 @@ class Trainer:
                 step = self._fetch("train", consumed, self._batch_size, sizes)
                 result = None if step is None else self._step(step)
             if result is None:
-                ending = self.told_to_stop
+                ending = self.stop_requested
                 break
             self.parts.reports.step(result, self.state)
-            self._collect_garbage()
+            if self.config.manual_gc and self._is_time(self.config.manual_gc_interval):
+                gc.collect()
             if self._is_time(self.config.save_interval):
                 self.save()
             if self._is_time(self.config.eval_interval):
@@ -130,7 +130,7 @@ class Trainer:
 
     def validate(self, split: str) -> float | None:
         """Mean loss over the first --eval-iters global batches of `split`, the same ones every time; None if it has no
-        data, was done after this very step, or the run was told to stop meanwhile.
+        data, was done after this very step, or a stop was requested meanwhile.
         """
         iteration = self.state.iteration
         if split not in self.parts.loaders or self._validated_at.get(split) == iteration:
@@ -145,7 +145,7 @@ class Trainer:
             data.release(self.parts.model)
             self.parts.model.train()
         if loss is None:
-            logger.info("the %s after iteration %d was broken off: the run is to stop", split, iteration)
+            logger.info("the %s after iteration %d was aborted: stop requested", split, iteration)
             return None
         self.parts.reports.validation(self.state, split, loss, time.perf_counter() - start)
         if self.config.manual_gc:
@@ -176,16 +176,12 @@ class Trainer:
     def _is_time(self, interval: int | None) -> bool:
         return bool(interval) and self.state.iteration % interval == 0
 
-    def _collect_garbage(self) -> None:
-        if self.config.manual_gc and self._is_time(self.config.manual_gc_interval):
-            gc.collect()
-
     # ---- a step ------------------------------------------------------------------------------------------------------
 
     def _fetch(
         self, split: str, consumed: int, global_batch_size: int, micro_batch_size: int | Sequence[int]
     ) -> Step | None:
-        """Read micro-batches, and agree with all ranks on how to go on; None if the run is to stop instead.
+        """Read micro-batches, and agree with all ranks on how to continue; None if a stop is requested.
 
         ProblemError on all ranks if one of them cannot read its samples or write its part of a checkpoint.
         """
@@ -203,8 +199,8 @@ class Trainer:
             collectives.raise_together(found.problems, layout.control)
         if unsaved and store is not None:
             store.wait()  # the save has failed on all ranks alike, and says so here
-        self.told_to_stop = self.parts.exits.decide([int(vote) for vote in votes])
-        return Step(batches, weight, int(tokens)) if self.told_to_stop is None else None
+        self.stop_requested = self.parts.exits.decide([int(vote) for vote in votes])
+        return Step(batches, weight, int(tokens)) if self.stop_requested is None else None
 
     def _step(self, step: Step) -> StepResult:
         """Forward, backward and optimizer; `state` moves on."""
@@ -216,9 +212,10 @@ class Trainer:
         overflow = not (math.isfinite(norm) and math.isfinite(losses.mean))
         if overflow:
             self._require_curable(losses, norm)
-        told = (state.iteration + 1) % self.config.log_interval == 0
-        counted = told and self.config.log_num_zeros_in_grad
-        zeros = collectives.count_zeros(own, parts.layout, parts.device) if counted else None
+        logged = (state.iteration + 1) % self.config.log_interval == 0
+        zeros = None
+        if logged and self.config.log_num_zeros_in_grad:
+            zeros = collectives.count_zeros(own, parts.layout, parts.device)
         learning_rate = self.plan.schedule.learning_rate(state.schedule_position)
         if not overflow:
             scale_(gradients(parts.model.parameters()), clip_factor(norm, self.config.clip_grad) / scale)
@@ -238,11 +235,12 @@ class Trainer:
             tokens=step.tokens,
             skipped=overflow,
             zeros_in_grad=zeros,
-            params_norm=self._params_norm() if told and self.config.log_params_norm else None,
+            params_norm=(
+                collectives.global_norm(self._own, parts.layout, parts.device)
+                if logged and self.config.log_params_norm
+                else None
+            ),
         )
-
-    def _params_norm(self) -> float:
-        return collectives.global_norm(self._own, self.parts.layout, self.parts.device)
 
     def _backward(self, step: Step, scale: float) -> Losses:
         """Gradients of the mean loss over all ranks, times `scale`, summed over all micro-batches."""

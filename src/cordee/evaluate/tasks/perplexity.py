@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from cordee.config.schema import EvaluateOptions
-from cordee.errors import Problem, ProblemError
+from cordee.errors import Problem, ProblemError, Problems, at_most
 from cordee.evaluate.documents import Document, check_path, is_indexed, read_documents
 from cordee.evaluate.requests import Encoder, RollingLoglikelihood
 from cordee.evaluate.task import Metrics, Result, Subject
@@ -101,14 +101,10 @@ def _check_score(score: Score, path: str) -> None:
         raise ProblemError([Problem("--task-data-path", path, why, fix)])
 
 
-def _window_problems(options: EvaluateOptions, longest: int) -> Iterator[Problem]:
-    window = options.seq_length or longest
-    if window > longest:
-        why = f"the model holds at most {longest} tokens"
-        yield Problem("--seq-length", window, why, f"give at most {longest}")
-    elif options.stride is not None and options.stride > window:
-        why = f"tokens between windows of {window} would not be scored"
-        yield Problem("--stride", options.stride, why, f"give at most {window}")
+def _window_problems(options: EvaluateOptions, longest: int) -> Problems:
+    window = min(options.seq_length or longest, longest)
+    yield from at_most("--seq-length", options.seq_length, longest, f"the {longest} positions that the model holds")
+    yield from at_most("--stride", options.stride, window, f"the {window} tokens of a window: some are not scored")
 
 
 TASK = Perplexity()
