@@ -138,7 +138,7 @@ def test_small_products_are_left_to_torch():
 
 def test_the_library_is_said_once(library, caplog, monkeypatch):
     monkeypatch.setattr(gemm.logger, "propagate", True)
-    gemm._say_onednn.cache_clear()
+    gemm._log_onednn.cache_clear()
     with caplog.at_level(logging.INFO, logger="cordee"):
         for _ in range(2):
             gemm.linear(randn(64, 128), randn(256, 128))
