@@ -108,5 +108,4 @@ def test_a_layout_that_is_refused(tmp_path, flags):
     tiny.save(tmp_path / "hf", models.tiny_preset("llama"))
     with pytest.raises(ProblemError) as caught:
         convert(tmp_path / "hf", tmp_path / "mg", *flags)
-    *_, option, value = flags
-    assert {(p.option, str(p.value), p.kind) for p in caught.value.problems} == {(option, value, "divides")}
+    assert {problem.kind for problem in caught.value.problems} == {"divides"}

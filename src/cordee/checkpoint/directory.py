@@ -234,18 +234,27 @@ def temporary(root: Place, iteration: int) -> Place:
 def publish(new: Place, manifest: dict[str, Any]) -> None:
     """Make the folder `new`, which has all data, the only checkpoint of its iteration; then the tracker names it."""
     iteration, text, root = manifest["iteration"], sealed.seal(manifest), new.parent
-    replaced = [place for place in _generations(root).get(iteration, {}).values() if place != new]
+    others = _generations(root).get(iteration, {})
     if isinstance(new, Path) and isinstance(root, Path):
         final = root / name_of(iteration)
         write_durably(new / MANIFEST, text)
         sync_directory(new)
-        replaced = [place for place in replaced if place != final] + ([_set_aside(final)] if final.exists() else [])
+        replaced = [place for number, place in others.items() if number] + (
+            [_set_aside(final)] if final.exists() else []
+        )
         new.rename(final)
         sync_directory(root)
         write_durably(root / TRACKER, str(iteration))
     elif isinstance(new, StoragePath) and isinstance(root, StoragePath):
         _write(new / MANIFEST, text)
+        if (why := damage(new)) is not None:  # another process may have removed what it took for left over
+            raise OSError(f"{new} is not complete: {why}")
         _write(root / TRACKER, f"{iteration}\n")
+        # What is not committed another process may be writing; `tidy` removes it, once no run holds the folder.
+        own = (_named(new.name) or (0, 0))[1]
+        replaced = [place for number, place in others.items() if number < own and _is_committed(place)]
+    else:
+        raise AssertionError(f"{new} is in no place that checkpoints are kept in")
     for place in replaced:
         discard(place)
 

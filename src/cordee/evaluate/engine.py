@@ -79,9 +79,16 @@ class Engine:
             own = batches[self._copy] if self._copy < len(batches) else []
             found = self._from_all(dict(zip([piece.key for piece in own], self._compute(own), strict=True)))
             _require_numbers(found.values(), self._subject)
-            if self._subject.speaks:
-                self._finished.add(found)
+            self._keep(found)
             yield found, number / len(rounds)
+
+    def _keep(self, found: dict[str, Any]) -> None:
+        """Keep results in the file of one rank; ProblemError on all ranks if it cannot be written."""
+        if (place := self._subject.place) is None:
+            self._finished.add(found)
+        else:
+            keep = self._finished.add if self._subject.speaks else lambda found: None
+            collectives.together(lambda: keep(found), place.layout.control)
 
     def _from_all(self, own: dict[str, Any]) -> dict[str, Any]:
         if self._subject.place is None:

@@ -6,10 +6,12 @@ Owns the file in which they are kept, a line of JSON each. Knows neither what wa
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from cordee.checkpoint.directory import MANIFEST
+from cordee.checkpoint.storage import Place, StoragePath, size_of
 from cordee.errors import Problem, ProblemError
 from cordee.evaluate.requests import digest
 from cordee.files import append_durably, end_last_line
@@ -58,8 +60,22 @@ class Finished:
         return ProblemError([Problem("--output", self._path, why, "remove that file, or give --output another name")])
 
 
-def fingerprint_files(path: Path) -> str:
-    """Identifies what is in a file, or in all files of a directory: names, sizes and times of the last change."""
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    states = [(str(file), file.stat()) for file in files if file.is_file()]
-    return digest(json.dumps([(name, state.st_size, state.st_mtime_ns) for name, state in states]).encode())
+def fingerprint_files(place: Place) -> str:
+    """Identifies what is in a file, or in all files of a directory: names, sizes and times of the last change; in a
+    store, names, sizes and the manifests of checkpoints, which have checksums."""
+    if isinstance(place, StoragePath):
+        states: list[tuple[object, ...]] = list(_objects(place))
+    else:
+        files = sorted(place.rglob("*")) if place.is_dir() else [place]
+        stats = [(str(file), file.stat()) for file in files if file.is_file()]
+        states = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    assert states, f"nothing is in {place}, of which a model was read"
+    return digest(json.dumps(states).encode())
+
+
+def _objects(place: StoragePath) -> Iterator[tuple[object, ...]]:
+    if (size := size_of(place)) is not None:
+        yield place.url, size, place.read_bytes().hex() if place.name == MANIFEST else ""
+    else:
+        for child in place.iterdir():
+            yield from _objects(child)

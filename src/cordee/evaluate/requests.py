@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -122,7 +122,8 @@ class GenerateUntil:
 
     @cached_property
     def key(self) -> str:
-        return digest(json.dumps(asdict(self)).encode())
+        alone = replace(self, options=replace(self.options, batch_size=1))
+        return digest(json.dumps(asdict(alone)).encode())
 
     @property
     def row(self) -> str:

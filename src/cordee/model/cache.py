@@ -47,7 +47,8 @@ class CacheStep:
         lengths = torch.tensor(self.lengths, device=self.device)[:, None]
         if self.real is None:
             return lengths + torch.arange(self.num_tokens, device=self.device)
-        return lengths + (self.real.cumsum(1) - 1).clamp(min=0)
+        indices = lengths + (self.real.cumsum(1) - 1).clamp(min=0)
+        return indices.clamp(max=self.cache.max_length - 1)  # padding behind a full row
 
     @cached_property
     def kept(self) -> tuple[Tensor, Tensor, Tensor]:

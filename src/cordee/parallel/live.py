@@ -6,11 +6,13 @@ shards or replicates parameters is known by name. Must not know what the weights
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from cordee.errors import Findings, Problem, ProblemError
 from cordee.families.registry import ModelSpec
 from cordee.model.gpt import GPTModel
 from cordee.model.parameter import local_shard
@@ -33,12 +35,27 @@ def refill(model: GPTModel, source: LiveSource) -> None:
 
 
 def save(source: LiveSource, sink: Sink | None) -> None:
-    """Put all weights into `sink`; all ranks call it, one with a sink, which holds one whole parameter at a time."""
+    """Put all weights into `sink`; all ranks call it, one with a sink, which holds one whole parameter at a time.
+
+    ProblemError, on all ranks, if they cannot be written; reading goes on to its end, for the other ranks take part.
+    """
+    found = Findings()
     for name in source.names():
-        if sink is None:
+        if sink is None or found.problems:
             source.skip(name)
         else:
-            sink.put(name, source.tensor(name))
+            put = partial(sink.put, name, source.tensor(name))
+            found.attempt(lambda put=put: _written(put))
+    collectives.raise_together(found.problems, source.layout.control)
+
+
+def _written(put: Callable[[], None]) -> None:
+    try:
+        put()
+    except OSError as error:
+        raise ProblemError(
+            [Problem("output", None, f"it cannot be written: {error}", "make room or allow it")]
+        ) from error
 
 
 class LiveSource(Source):
