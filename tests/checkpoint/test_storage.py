@@ -172,6 +172,21 @@ def test_a_save_in_progress_is_no_checkpoint():
     assert directory.latest(store.root) == (30, [])
 
 
+def test_two_writers_of_one_iteration_lose_neither():
+    """Should both have taken the lock: what the other is writing is left alone, and the later generation is found."""
+    root = StoragePath(FaultyStorage(), ROOT)
+    folders = [directory.temporary(root, 20) for _ in range(2)]
+    entries = {}
+    for folder in folders:
+        with (folder / "data").write() as file:
+            file.write(folder.name.encode())
+        entries[folder] = {"bytes": len(folder.name), "crc32": directory.checksum(folder / "data")}
+    for folder in folders:
+        directory.publish(folder, {"format": directory.FORMAT, "iteration": 20, "files": {"data": entries[folder]}})
+        assert directory.damage(folder, contents=["data"]) is None
+    assert directory.latest(root) == (20, []) and directory.folder_of(root, 20) == folders[-1]
+
+
 def test_a_torn_manifest_is_passed_over_and_a_copied_folder_is_read():
     store = FaultyStorage()
     begin(store.root)

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 
+from cordee.checkpoint.storage import StoragePath
 from cordee.config.check import check_evaluate
 from cordee.config.load import config_from_dict
 from cordee.config.schema import ConvertConfig, EvaluateConfig, TokenizerOptions
@@ -19,6 +20,7 @@ from cordee.evaluate.finished import fingerprint_files
 from cordee.evaluate.requests import windows
 from cordee.evaluate.task import all_tasks
 from cordee.tokenizer import load_tokenizer
+from tests.checkpoint.stores import ROOT, FaultyStorage
 from tests.generate.folders import TEXT, write_tokenizer
 
 
@@ -59,6 +61,19 @@ def test_an_interrupted_evaluation_resumes(llama, tmp_path):
     assert not partial.exists()
 
 
+def test_checkpoints_in_a_store_are_told_apart():
+    storage = FaultyStorage()
+    found = []
+    for name in ("a", "b", "a"):
+        folder = StoragePath(storage, ROOT) / name
+        with (folder / "iter_0000001" / "cordee.json").write() as file:
+            file.write(name.encode())
+        found.append(fingerprint_files(folder))
+    assert found[0] == found[2] != found[1]
+    with pytest.raises(AssertionError):
+        fingerprint_files(StoragePath(storage, ROOT) / "nothing")
+
+
 @pytest.mark.parametrize("content", ['[{"text": "a b"}, {"text": "c"}', '[{"text": "a b"} {"text": "c"}]'])
 def test_an_array_that_is_no_json_is_a_problem(llama, tmp_path, content):
     file = tmp_path / "x.json"
@@ -66,7 +81,7 @@ def test_an_array_that_is_no_json_is_a_problem(llama, tmp_path, content):
     with pytest.raises(ProblemError) as caught:
         run(llama, file, skip_invalid=True)
     (problem,) = caught.value.problems
-    assert (problem.option, problem.value) == ("--task-data-path", file) and "line 1, after record" in problem.why
+    assert (problem.option, problem.value) == ("--task-data-path", f"{file}:1")
 
 
 def test_a_file_that_is_one_document_has_a_largest_size(llama, tmp_path, monkeypatch):

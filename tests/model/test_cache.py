@@ -65,6 +65,18 @@ def test_rows_of_different_lengths_decode_as_each_alone(block, left, kind, num_p
             torch.testing.assert_close(found, alone(model, row[:length]), **CLOSE)
 
 
+@torch.inference_mode()
+def test_a_full_row_waits_while_others_go_on():
+    model = tiny.model(tiny.config(tiny.layer(), learned_positions=True, max_position_embeddings=8))
+    rows = texts(8, 5)
+    cache = KVCache(model.config, 2, 8)
+    model(*padded([rows[0], rows[1][:4]], left=True), cache=cache)
+    mask = torch.tensor([[0], [1]])
+    logits = model(rows[1][None, 4:].expand(2, 1), mask, cache=cache)
+    assert cache.lengths == [8, 5]
+    torch.testing.assert_close(logits[1, -1], alone(model, rows[1]), **CLOSE)
+
+
 @every_cache
 @every_block
 @torch.inference_mode()

@@ -17,7 +17,9 @@ from cordee.parallel.degrees import Degrees
 from cordee.parallel.execution import Executor, Work
 from cordee.parallel.layout import Layout
 from cordee.parallel.live import LiveSource, refill
+from cordee.tensors.views import View
 from cordee.weights import hf
+from cordee.weights.codec import Sink
 from cordee.weights.load import load_into
 from tests.matrix import sampled
 from tests.parallel import models
@@ -186,3 +188,31 @@ def test_a_model_of_another_shape_is_refused_on_all_ranks(pool):
     first, second = pool.run(other_shape, 2)
     assert first == second
     assert {"position_embedding.weight", "final_norm.bias"} <= set(first)  # of the first stage and of the last
+
+
+class Full(Sink):
+    """Of a disk that has no room for the second parameter."""
+
+    def __init__(self) -> None:
+        self.written: list[str] = []
+
+    def take(self, name: str, view: View) -> None:
+        if self.written:
+            raise OSError("No space left on device")
+        self.written.append(name)
+
+    def close(self) -> None: ...
+
+    def abort(self) -> None: ...
+
+
+def not_saved(rank: int, world_size: int) -> list[str]:
+    config = models.MODELS["llama"]
+    model, layout, *_ = build(world_size, config, TRAINED["dp2 zero3"])
+    with pytest.raises(ProblemError) as caught:
+        live.save(LiveSource(model, spec_of(config), layout), Full() if rank == 0 else None)
+    return [problem.option for problem in caught.value.problems]
+
+
+def test_what_one_rank_cannot_write_is_reported_on_all(pool):
+    assert pool.run(not_saved, 2) == [["output"], ["output"]]

@@ -239,9 +239,8 @@ def publish(new: Place, manifest: dict[str, Any]) -> None:
         final = root / name_of(iteration)
         write_durably(new / MANIFEST, text)
         sync_directory(new)
-        replaced = [place for number, place in others.items() if number] + (
-            [_set_aside(final)] if final.exists() else []
-        )
+        replaced = [place for number, place in others.items() if number]
+        replaced += [_set_aside(final)] if final.exists() else []
         new.rename(final)
         sync_directory(root)
         write_durably(root / TRACKER, str(iteration))

@@ -1,6 +1,7 @@
-"""Checks of the options of `cordee convert`: against each other, against the files to read, and against their model.
+"""Checks of the options of `cordee convert`.
 
-Options of older converters that only restate the files or the model are compared with them here.
+Owns what options mean for each other, for the files to read and for their model; options of older converters that only
+restate files or model are compared with them here.
 """
 
 from __future__ import annotations

@@ -187,11 +187,11 @@ def _missing(prefix: str) -> Iterator[Problem]:
         is_file = prefix.endswith((".bin", ".idx")) and Path(prefix).is_file()
         fix = f"give the prefix: {prefix[:-4]}" if is_file else "check the path; `cordee preprocess` writes such pairs"
         why = f"there is neither {pair[0].name} nor {pair[1].name}"
-        yield Problem("dataset", prefix, why, fix, limit=tuple(path.name for path in absent))
+        yield Problem("dataset", prefix, why, fix, "unreadable", limit=tuple(path.name for path in absent))
     elif absent:
         why = f"{absent[0].name} of the pair is missing"
         fix = "copy the missing file beside the other, or preprocess again"
-        yield Problem("dataset", prefix, why, fix, limit=(absent[0].name,))
+        yield Problem("dataset", prefix, why, fix, "unreadable", limit=(absent[0].name,))
 
 
 def _corrupt(path: Path, why: str, limit: object) -> Problem:

@@ -1,8 +1,8 @@
 """Initial values that no layout can change.
 
-Each value is a function of (seed, canonical parameter name, global position), so a shard fills itself without its
-neighbours and every layout starts from the same model. The source of randomness is a counter hashed by the
-finaliser of SplitMix64 (Steele, Lea & Flood 2014), turned normal by the Box-Muller transform.
+Owns the function: each value follows from (seed, canonical parameter name, global position), so a shard fills itself
+without its neighbours and every layout starts from the same model. The source of randomness is a counter hashed by
+the finaliser of SplitMix64 (Steele, Lea & Flood 2014), turned normal by the Box-Muller transform.
 """
 
 from __future__ import annotations

@@ -53,9 +53,8 @@ def _written(put: Callable[[], None]) -> None:
     try:
         put()
     except OSError as error:
-        raise ProblemError(
-            [Problem("output", None, f"it cannot be written: {error}", "make room or allow it")]
-        ) from error
+        problem = Problem("output", None, f"it cannot be written: {error}", "make room or allow it")
+        raise ProblemError([problem]) from error
 
 
 class LiveSource(Source):

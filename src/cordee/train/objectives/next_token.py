@@ -183,13 +183,13 @@ def fingerprint_data(config: TrainConfig) -> Fingerprints:
     bound = READ_OF_DATA // len(set(prefixes))
 
     def read(prefix: str) -> dict[str, int]:
+        files = {"bin": bin_path(prefix), "idx": idx_path(prefix)}
         try:
-            return {"bin": fingerprint(bin_path(prefix), bound), "idx": fingerprint(idx_path(prefix), bound)}
+            return {kind: fingerprint(file, bound) for kind, file in files.items()}
         except OSError as error:
-            fix = "give a prefix whose files can be read"
-            raise ProblemError(
-                [Problem("dataset", prefix, f"it cannot be read: {error}", fix, "unreadable", limit=prefix)]
-            ) from error
+            why, fix = f"it cannot be read: {error}", "give a prefix whose files can be read"
+            missing = tuple(file.name for file in files.values() if not file.exists())
+            raise ProblemError([Problem("dataset", prefix, why, fix, "unreadable", limit=missing or prefix)]) from error
 
     found = {prefix: read(prefix) for prefix in dict.fromkeys(prefixes)}
     return tuple(found[prefix] for prefix in prefixes)
