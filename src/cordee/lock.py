@@ -105,7 +105,6 @@ class Lock(ABC):
         while not self._released.wait(self._heartbeat):
             try:
                 self._renew()
-                failed = False
             except HeldError:
                 return self._report_loss()
             except OSError as error:

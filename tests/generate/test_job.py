@@ -138,8 +138,8 @@ def test_a_prompt_that_is_too_long_is_a_problem(llama):
 
 def test_a_tokenizer_of_another_model_is_a_problem(tmp_path):
     folder = model_directory("Llama", tmp_path / "small", vocab_size=290)
-    (problem,) = problems_of(folder, prompt=["Once"])
-    assert (problem.option, problem.value, problem.limit) == ("tokenizer", 300, 290)
+    problems = problems_of(folder, prompt=["Once"])
+    assert ("tokenizer", 300, 290) in [(problem.option, problem.value, problem.limit) for problem in problems]
 
 
 def test_the_tokenizer_can_be_elsewhere(llama, tmp_path, capsys):
