@@ -40,13 +40,13 @@ class GPTModel(gpt.GPTModel):
         self,
         spec: ModelSpec,
         *,
-        companions: Path | None = None,
+        assets: Path | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ):
         super().__init__(spec.config, device=device, dtype=dtype)
         self.spec = spec
-        self.companions = companions
+        self.assets = assets
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype: str | None = "float32", device: str | None = None) -> GPTModel:
@@ -57,7 +57,7 @@ class GPTModel(gpt.GPTModel):
         Peak memory: the model and its largest tensor. Raises ProblemError with what is wrong with the files.
         """
         source = formats.read(path)
-        model = cls(source.spec, companions=source.companions, device=device_of(device), dtype=dtype_of(dtype, source))
+        model = cls(source.spec, assets=source.assets, device=device_of(device), dtype=dtype_of(dtype, source))
         fill(model, source)
         return model
 
@@ -66,13 +66,13 @@ class GPTModel(gpt.GPTModel):
 
         `overwrite` replaces an existing model, which else raises ProblemError.
         """
-        with hf.write(path, self.spec, companions=self.companions, overwrite=overwrite) as sink:
+        with hf.write(path, self.spec, assets=self.assets, overwrite=overwrite) as sink:
             save_from(self, sink, {"base"})
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer; another can be assigned. ProblemError if there is none."""
-        tokenizer = load_tokenizer(TokenizerOptions(), self.companions and str(self.companions))
+        tokenizer = load_tokenizer(TokenizerOptions(), self.assets and str(self.assets))
         raise_all(check_vocabulary(tokenizer, self.config))
         return tokenizer
 
@@ -108,16 +108,16 @@ class GPTModel(gpt.GPTModel):
 
     def _texts(self, texts: Sequence[str], options: DecodingOptions) -> list[str]:
         prompts = encode_prompts(self.tokenizer, texts)
-        stop = stop_ids(self.spec, self.companions, self.tokenizer)
+        stop = stop_ids(self.spec, self.assets, self.tokenizer)
         written = engine.generate(self, prompts, options, stop_ids=stop, vocab_size=self.tokenizer.vocab_size)
         pairs = zip(prompts, written, strict=True)
         return [continuation(self.tokenizer, prompt, tokens, stop) for prompt, tokens in pairs]
 
     def _ids(self, prompts: Sequence[Ids], options: DecodingOptions) -> list[list[int]]:
         tokenizer = self.tokenizer if self._has_tokenizer() else None
-        stop = stop_ids(self.spec, self.companions, tokenizer)
+        stop = stop_ids(self.spec, self.assets, tokenizer)
         vocab_size = None if tokenizer is None else tokenizer.vocab_size
         return engine.generate(self, prompts, options, stop_ids=stop, vocab_size=vocab_size)
 
     def _has_tokenizer(self) -> bool:
-        return "tokenizer" in vars(self) or (self.companions is not None and holds_tokenizer(self.companions))
+        return "tokenizer" in vars(self) or (self.assets is not None and holds_tokenizer(self.assets))

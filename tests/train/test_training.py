@@ -348,7 +348,7 @@ def test_tokenizer_lies_beside_the_checkpoints(tmp_path: Path):
     given = tiny.config(tmp_path, tokenizer_name_or_path=str(tmp_path / "tokenizer"), exit_interval=2)
     job.run(given)
     assert holds_tokenizer(given.save)
-    assert source.read(given.save).companions == Path(given.save)
+    assert source.read(given.save).assets == Path(given.save)
     going_on = tiny.resumed(given, tokenizer_name_or_path=None, eod_mask_loss=True)
     assert plan_run(going_on, 1).tokenizer.eod == tiny.VOCAB - 1
     assert job.run(going_on) == 0

@@ -422,13 +422,13 @@ def test_the_type_written_is_said_in_the_spelling_found(key, llama, tmp_path):
     assert all(torch.equal(tensor, tensors[name].bfloat16()) for name, tensor in written.items())
 
 
-def test_companions_travel_along(llama, tmp_path):
+def test_assets_are_copied(llama, tmp_path):
     directory, _ = llama
     files = ["generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "merges.txt"]
     files += ["special_tokens_map.json", "chat_template.jinja", "tokenization_x.py", "LICENSE"]
     for name in [*files, "optimizer.pt", "README.md"]:
         (directory / name).write_text(name)
-    write_all(tmp_path / "out", hf.read(directory), companions=directory)
+    write_all(tmp_path / "out", hf.read(directory), assets=directory)
     found = {path.name for path in (tmp_path / "out").iterdir()}
     assert found == {*files, "config.json", "model.safetensors"}
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "tokenizer.json"

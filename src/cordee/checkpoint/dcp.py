@@ -88,7 +88,7 @@ class CanonicalSource(Source):
 
     def __init__(self, path: Path, spec: ModelSpec, file: DistributedFile):
         self.spec = spec
-        self.companions = path
+        self.assets = path
         self._file = file
         for name, shape in self._shapes.items():
             if (found := file.tensors[name].shape) != shape:

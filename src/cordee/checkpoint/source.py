@@ -59,7 +59,7 @@ class CheckpointSource(Source):
         except ValueError as error:
             raise _corrupt(path, str(error)) from error
         self.spec = ModelSpec.from_dict(self.manifest["model"])
-        self.companions = assets.beside(path)
+        self.assets = assets.beside(path)
         self._kept = tensors(self._metadata)
         self._files: dict[str, set[str]] = {}
         for index, place in self._metadata.storage_data.items():

@@ -53,7 +53,7 @@ def run(options: ConvertConfig) -> int:
         for note in verify(prepared.expected or source, written, prepared.dtypes):
             logger.info(note)
         if (compare := prepared.compare_tokenizers) is not None:
-            for note in verify_tokenizer(source.companions, written.companions, compare):
+            for note in verify_tokenizer(source.assets, written.assets, compare):
                 logger.info(note)
     return 0
 
@@ -135,7 +135,7 @@ def _read(form: Format, model: ModelSpec | None, options: ConvertConfig) -> Sour
     assert isinstance(source, MegatronSource)
     raise_all(check_dialect(source, options))
     if model is not None and (original := Path(options.model or options.save_dir)).is_dir():
-        source.companions = original
+        source.assets = original
     return source
 
 

@@ -58,7 +58,7 @@ def prepare(source: Source, path: Path, options: ConvertConfig) -> Prepared:
     check_output(path.absolute(), overwrite=options.overwrite)
     wanted = getattr(torch, options.params_dtype) if options.params_dtype else None
     dtypes = {name: wanted or source.dtype(name) for name in source.names()}
-    output = Output(path, source.companions, options.workers, options.overwrite)
+    output = Output(path, source.assets, options.workers, options.overwrite)
     target = TARGETS[target_type(options)]
     if target is not _prepare_megatron:
         raise_all(_misplaced(options))
@@ -112,7 +112,7 @@ def _misplaced(options: ConvertConfig) -> Problems:
 
 
 def _prepare_gguf(source: Source, output: Output, dtypes: Dtypes, options: ConvertConfig) -> Prepared:
-    laid_out = gguf.plan(source.spec, dtypes, source.companions)
+    laid_out = gguf.plan(source.spec, dtypes, source.assets)
     sink, expected = partial(gguf.GGUFSink, output, laid_out), gguf.Held(laid_out, source)
     return Prepared(laid_out.files(), max(laid_out.sizes), laid_out.dtypes, sink, expected, compare_tokenizers)
 

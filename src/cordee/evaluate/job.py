@@ -85,19 +85,19 @@ def _prepare(config: EvaluateConfig) -> _Prepared:
     if source is not None:
         found.problems += check_part(source, config, _degrees(config))
         tasks = found.attempt(lambda: tasks_of(config, source.spec.config))
-        tokenizer = found.attempt(lambda: _tokenizer(config, tasks or [], source.companions))
+        tokenizer = found.attempt(lambda: _tokenizer(config, tasks or [], source.assets))
     if source is not None and tokenizer is not None:
         found.problems += check_vocabulary(tokenizer, source.spec.config)
-        stop = found.attempt(lambda: stop_ids(source.spec, source.companions, tokenizer))
+        stop = found.attempt(lambda: stop_ids(source.spec, source.assets, tokenizer))
     raise_all(found.problems)
     assert source is not None and tasks is not None
     return _Prepared(source, tokenizer, tasks, stop or frozenset())
 
 
-def _tokenizer(config: EvaluateConfig, tasks: Sequence[Task], companions: Path | None) -> Tokenizer | None:
+def _tokenizer(config: EvaluateConfig, tasks: Sequence[Task], assets: Path | None) -> Tokenizer | None:
     """The tokenizer that the options name, else that beside the model, else None if no task needs one."""
     named = any(getattr(config, name) != getattr(TokenizerOptions(), name) for name in vars(TokenizerOptions()))
     needed = any(task.needs_tokenizer(config) for task in tasks)
-    if named or needed or (companions is not None and holds_tokenizer(companions)):
-        return load_tokenizer(config, companions and str(companions))
+    if named or needed or (assets is not None and holds_tokenizer(assets)):
+        return load_tokenizer(config, assets and str(assets))
     return None

@@ -104,13 +104,13 @@ def _prepare(config: GenerateConfig) -> _Prepared:
     tokenizer, prompts, stop = None, [], None
     if source is not None:
         found.problems += check_part(source, config, inference.degrees(config))
-        tokenizer = found.attempt(lambda: load_tokenizer(config, source.companions and str(source.companions)))
+        tokenizer = found.attempt(lambda: load_tokenizer(config, source.assets and str(source.assets)))
     if source is not None and tokenizer is not None:
         found.problems += check_vocabulary(tokenizer, source.spec.config)
         ids = encode_prompts(tokenizer, texts)
         found.problems += check(source.spec.config, ids, config)
         prompts = list(zip(texts, ids, strict=True))
-        stop = found.attempt(lambda: stop_ids(source.spec, source.companions, tokenizer))
+        stop = found.attempt(lambda: stop_ids(source.spec, source.assets, tokenizer))
     raise_all(found.problems)
     assert source is not None and tokenizer is not None and stop is not None
     return _Prepared(source, tokenizer, prompts, stop)

@@ -109,14 +109,14 @@ def check_vocabulary(tokenizer: Tokenizer, model: ModelConfig) -> Problems:
     return at_most("tokenizer", tokenizer.vocab_size, model.vocab_size, rows, instead=instead)
 
 
-def stop_ids(spec: ModelSpec, companions: Path | None, tokenizer: Tokenizer | None) -> frozenset[int]:
+def stop_ids(spec: ModelSpec, assets: Path | None, tokenizer: Tokenizer | None) -> frozenset[int]:
     """The tokens that end a text: those at which transformers' `generate` stops, and the tokenizer's eos.
 
     transformers takes `eos_token_id`, a token or a list of them, from the `generation_config.json` beside the model,
     and from `config.json` only where there is no such file. Ids that the model lacks are reported and ignored: it never
     writes them. ProblemError for what is not an id.
     """
-    file = None if companions is None else companions / "generation_config.json"
+    file = None if assets is None else assets / "generation_config.json"
     if file is not None and file.is_file():
         where, given = str(file), read_object(file).get("eos_token_id")
     else:

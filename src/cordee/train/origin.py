@@ -31,7 +31,7 @@ def opened(config: TrainConfig, origin: Origin, found: Findings) -> Origin | Non
 
     source = found.attempt(lambda: formats.read(path, Reading(spec=spec_named(config.model) if config.model else None)))
     if source is not None:
-        return replace(origin, source=source, spec=source.spec, assets=source.companions)
+        return replace(origin, source=source, spec=source.spec, assets=source.assets)
     spec = found.attempt(lambda: spec_from_directory(path)) if (path / "config.json").is_file() else None
     return spec and replace(origin, spec=spec, assets=path)
 

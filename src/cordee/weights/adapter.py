@@ -87,7 +87,7 @@ class Merged(Source):
 
     def __init__(self, base: Source, adapter: Adapter):
         self.spec = base.spec
-        self.companions = base.companions
+        self.assets = base.assets
         self._base = base
         self._adapter = adapter
         self.changed = [name for name in base.names() if adapter.changes(name) is not None]

@@ -57,13 +57,13 @@ class Source(ABC):
     """Weights that can be read, whole or in part, one tensor at a time.
 
     notes: what reading left out or corrected, in words; the caller reports it once.
-    companions: directory with the tokenizer and other files that go with the weights, None if none is known.
+    assets: directory with the tokenizer and other files that go with the weights, None if none is known.
     exact: whether a value has the same bits in whichever slice it is read; sums and products differ by a rounding.
     """
 
     spec: ModelSpec
     notes: tuple[str, ...] = ()
-    companions: Path | None = None
+    assets: Path | None = None
     exact: bool = True
 
     @cached_property

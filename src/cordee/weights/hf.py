@@ -51,7 +51,7 @@ class HFSource(RuledSource):
 
     def __init__(self, path: Path, spec: ModelSpec, files: dict[str, TensorFile], rename: Rename = str):
         self.path = path
-        self.companions = path
+        self.assets = path
         self.files = files
         self.spec = _with_prefix_of(spec, files)
         self._leave_out()
@@ -164,7 +164,7 @@ def write(
     *,
     dtype: torch.dtype | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
-    companions: str | Path | None = None,
+    assets: str | Path | None = None,
     overwrite: bool = False,
     workers: int = 1,
 ) -> HFSink:
@@ -172,12 +172,12 @@ def write(
 
     dtype: type of all weights; None keeps each as it is put.
     max_shard_size: bytes of the largest file, unless one tensor is larger.
-    companions: directory from which tokenizer and generation files are copied.
+    assets: directory from which tokenizer and generation files are copied.
     overwrite: replace a model directory at `path`.
     workers: threads that write.
     ProblemError if something is at `path` that must not be replaced.
     """
-    output = Output(Path(path), Path(companions) if companions else None, workers, overwrite)
+    output = Output(Path(path), Path(assets) if assets else None, workers, overwrite)
     return HFSink(output, spec, dict.fromkeys(spec.shapes(), dtype) if dtype else {}, max_shard_size)
 
 

@@ -23,7 +23,7 @@ from cordee.families.registry import ModelSpec
 from cordee.tensors.views import Index, View
 from cordee.weights.codec import Sink, slices, type_of
 from cordee.weights.regions import Destination
-from cordee.weights.staging import COMPANIONS, Staging
+from cordee.weights.staging import ASSETS, Staging
 
 SLICES_HELD = 7  # that a thread takes at most, measured: read, of another type, in order, and kept by the allocator
 
@@ -41,13 +41,13 @@ class Move:
 class Output:
     """Where a model is written, and how.
 
-    companions: directory from which files that go with the weights are copied.
+    assets: directory from which files that go with the weights are copied.
     workers: threads that write, while one more reads.
     overwrite: replace a model directory at `path`.
     """
 
     path: Path
-    companions: Path | None = None
+    assets: Path | None = None
     workers: int = 1
     overwrite: bool = False
 
@@ -59,7 +59,7 @@ class StagedSink(Sink):
     ProblemError if something is at the path that must not be replaced.
     """
 
-    patterns: ClassVar[Iterable[str]] = COMPANIONS  # of the companions' names
+    patterns: ClassVar[Iterable[str]] = ASSETS  # of the assets' names
 
     def __init__(self, output: Output, spec: ModelSpec, dtypes: Mapping[str, torch.dtype]):
         self.spec = spec
@@ -113,7 +113,7 @@ class StagedSink(Sink):
         with self._staging.writing():
             self._files.close()
             self.finish()
-            self._staging.copy_companions(self._output.companions, self.patterns)
+            self._staging.copy_assets(self._output.assets, self.patterns)
         self._staging.publish()
 
     def abort(self) -> None:

@@ -27,7 +27,7 @@ UNFINISHED = ".unfinished"  # a file in what is being made, the lock of the proc
 TERMS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 TOKENIZER = ("tokenizer*", "spiece.model", "chat_template*", *TOKENIZER_FILES)
 # Files beside the weights that belong to the model: tokenizer, generation settings, code, terms of use.
-COMPANIONS = ("generation_config.json", "*.py", *TOKENIZER, *TERMS)
+ASSETS = ("generation_config.json", "*.py", *TOKENIZER, *TERMS)
 
 
 class Staging:
@@ -82,7 +82,7 @@ class Staging:
             config["dtype" if "dtype" in config else "torch_dtype"] = str(*kinds).removeprefix("torch.")
         self.write_json(CONFIG, config)
 
-    def copy_companions(self, source: Path | None, patterns: Iterable[str] = COMPANIONS) -> None:
+    def copy_assets(self, source: Path | None, patterns: Iterable[str] = ASSETS) -> None:
         """Copy the files that belong to a model, or those of `patterns`, from a directory of it."""
         if source is None:
             return

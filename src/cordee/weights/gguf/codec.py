@@ -71,7 +71,7 @@ def _file_of(path: Path) -> Path:
 class GGUFSource(RuledSource):
     """Weights in a file of GGUF; packed ones are unpacked as they are read.
 
-    `companions` is a directory with the tokenizer that the file describes; it is there until the process ends.
+    `assets` is a directory with the tokenizer that the file describes; it is there until the process ends.
     """
 
     def __init__(self, file: GGUFFile):
@@ -121,7 +121,7 @@ class GGUFSource(RuledSource):
         atexit.register(shutil.rmtree, directory, ignore_errors=True)
         why = vocabulary.restore(values, directory)
         if why is None:
-            self.companions = directory
+            self.assets = directory
         else:
             self.notes = (*self.notes, why)
 
@@ -195,11 +195,11 @@ class Held(Source):
         return rule.view(lambda foreign, index: parts[foreign].read(index).to(dtype), self.shape(name))
 
 
-def plan(spec: ModelSpec, dtypes: Mapping[str, torch.dtype], companions: Path | None) -> GGUFPlan:
+def plan(spec: ModelSpec, dtypes: Mapping[str, torch.dtype], assets: Path | None) -> GGUFPlan:
     """Lay a file out; warnings are logged.
 
     dtypes: by canonical name; what llama.cpp wants in float32 is written so all the same.
-    companions: directory with the tokenizer that goes into the file.
+    assets: directory with the tokenizer that goes into the file.
     ProblemError if llama.cpp has no such model or no such tokenizer, or tensors are of another type.
     """
     factors = rope_factors(spec.config)
@@ -224,28 +224,28 @@ def plan(spec: ModelSpec, dtypes: Mapping[str, torch.dtype], companions: Path | 
         "general.name": spec.family.name,
         "general.file_type": _FILE_TYPES[dtypes["embedding.weight"]],
         "general.quantization_version": 2,
-        **vocabulary.describe(companions, spec.config.vocab_size),
+        **vocabulary.describe(assets, spec.config.vocab_size),
     }
     ends, left = further_ends(spec.hf_config, values.get("tokenizer.ggml.eos_token_id"))
     values |= ends
     if left:
         notes.append(f"a file of GGUF has no place for more tokens that end a text; left out: {left}")
-    notes += _notes_on_tokenizer(values, companions)
+    notes += _notes_on_tokenizer(values, assets)
     for note in notes:
         logger.warning(note)
     return GGUFPlan(spec, row, values, tensors, found, dtypes, factors)
 
 
-def _notes_on_tokenizer(values: Mapping[str, Any], companions: Path | None) -> Iterator[str]:
-    """What is lost of the tokenizer in `companions`."""
-    if companions is None or values["tokenizer.ggml.model"] in vocabulary.NONE:
+def _notes_on_tokenizer(values: Mapping[str, Any], assets: Path | None) -> Iterator[str]:
+    """What is lost of the tokenizer in `assets`."""
+    if assets is None or values["tokenizer.ggml.model"] in vocabulary.NONE:
         yield "no tokenizer is known for this model: the file has none, and llama.cpp will take only token ids"
         return
     with tempfile.TemporaryDirectory(prefix="cordee-gguf-") as directory:
         if (why := vocabulary.restore(values, Path(directory))) is not None:
             yield f"the tokenizer cannot be read back from the file: {why}"
-        elif lost := vocabulary.compare_tokenizers(companions, Path(directory)):
-            yield f"llama.cpp does not match tokens as {companions} does: {lost}"
+        elif lost := vocabulary.compare_tokenizers(assets, Path(directory)):
+            yield f"llama.cpp does not match tokens as {assets} does: {lost}"
 
 
 def _keeps_type(name: str, rule: Rule, shape: Shape) -> bool:
@@ -254,7 +254,7 @@ def _keeps_type(name: str, rule: Rule, shape: Shape) -> bool:
 
 
 class GGUFSink(RuledSink):
-    """A directory with a file of GGUF in the making. Of the companions only terms of use are copied."""
+    """A directory with a file of GGUF in the making. Of the assets only terms of use are copied."""
 
     patterns = TERMS
 

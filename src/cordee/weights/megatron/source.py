@@ -78,7 +78,7 @@ class MegatronSource(Source):
         self._strict = reading.strict
         padded = self._padded_vocab()
         config_at = next((place for place in (root, folder.parent) if (place / "config.json").is_file()), None)
-        self.companions = config_at
+        self.assets = config_at
         self.spec = self._spec(reading, config_at, padded)
         raise_all(self._check_model(padded))
         self.dialect = self._as_split(dialect)
