@@ -144,7 +144,7 @@ def test_other_models_go_through_their_modules(name, caplog):
     model = model_of(UNCOMMON[name])
     why = unsupported_reason(model)
     assert why is not None and name in why
-    engine._say_through_modules.cache_clear()
+    engine._log_unsupported.cache_clear()
     with caplog.at_level(logging.INFO, "cordee"):
         for _ in range(2):
             generate(model, [[1, 2]], DecodingOptions(max_new_tokens=2))

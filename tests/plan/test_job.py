@@ -69,7 +69,13 @@ def test_svg_tells_all(tmp_path):
         "".join(element.itertext()).strip() for element in xml.parse(path).iter("{http://www.w3.org/2000/svg}text")
     ]
     assert {"fold_aiao, 2 stages", "zbv, 2 stages", "rank 0", "rank 3"} <= set(texts)
-    assert {"forward", "backward", "backward by inputs", "backward by weights", "reduction of gradients"} <= set(texts)
+    assert {
+        "forward",
+        "backward",
+        "input-gradient (dgrad) backward",
+        "weight-gradient (wgrad) backward",
+        "gradient reduction",
+    } <= set(texts)
     assert texts.count("7") >= 4 * 4 + 4 * 6, "a number in every box: fold_aiao has 4 a rank, zbv 6"
     assert any("bubble" in text and "peak activations" in text for text in texts)
 
@@ -158,7 +164,7 @@ def test_all_problems_at_once():
 @pytest.mark.parametrize(
     ("given", "option", "kind"),
     [
-        ({"manual_mbs": "a,b"}, "--manual-mbs", "invalid"),
+        ({"manual_mbs": "a,b"}, "--manual-mbs", "list"),
         ({"manual_mbs": "1,2", "schedule": ("gpipe",)}, "--manual-mbs", "requires"),
         ({"num_layer_list": "1,x"}, "--num-layer-list", "invalid"),
         ({"num_layer_list": "0,0,0,0"}, "--num-layer-list", "invalid"),

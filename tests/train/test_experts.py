@@ -121,7 +121,7 @@ def test_softmax_topk_trains_no_auxiliary_loss(tmp_path):
     assert not any("ignored" in note for note in plan_run(tiny.resumed(plain), 1).notes)
     (note,) = (note for note in plan_run(tiny.resumed(asked), 1).notes if "ignored" in note)
     assert all(to_flag(name) in note for name in NO_LOSS)
-    assert any("norms of its compressed vectors" in note for note in plan_run(tiny.resumed(plain), 1).notes)
+    assert any("normalises its latents" in note for note in plan_run(tiny.resumed(plain), 1).notes)
     untold = check_run(tiny.resumed(asked, moe_router_load_balancing_type=None))
     assert "--moe-router-load-balancing-type" in {problem.option for problem in untold}
 

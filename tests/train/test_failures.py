@@ -354,5 +354,5 @@ def test_one_rank_of_each_machine_verifies_the_orders_and_only_who_builds_needs_
         return pool.run(sums_at_the_start, 4, given, machines, full)
 
     assert start("abab", "a") == [["dataset"]] * 4  # rank 0 would have to build it
-    assert start("abab", "b") == [6, 3, 0, 0]  # it writes three arrays and reads them; rank 1 reads them
+    assert start("abab", "b") == [3, 3, 0, 0]  # rank 0 writes three arrays, rank 1 reads them
     assert start("aaaa", "a") == [3, 0, 0, 0]
