@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -125,6 +125,30 @@ def _copy(given: BinaryIO, target: Path) -> None:
     with the file that is given."""
     with create_new(target, os.fstat(given.fileno()).st_mode & 0o666 | 0o600) as copy:
         shutil.copyfileobj(given, copy, 1 << 20)
+
+
+class RangeFile(io.RawIOBase):
+    """`size` bytes as a file to read: `read(start, length)` gets those that are asked for, never beyond the end."""
+
+    def __init__(self, size: int, read: Callable[[int, int], bytes]):
+        self._size, self._read, self._at = size, read, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence])
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        length = max(0, min(len(buffer), self._size - self._at))
+        data = self._read(self._at, length) if length else b""
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
 
 
 # ---- own files -------------------------------------------------------------------------------------------------------

@@ -17,11 +17,12 @@ import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol, cast
 
 from cordee.errors import Problem, ProblemError
+from cordee.files import RangeFile
 
 _URL = re.compile(r"([a-z][a-z0-9+.-]+)://.*", re.DOTALL)
 BUFFER = 1 << 16  # bytes that are read at least, from where one is looking for something
@@ -90,40 +91,16 @@ class StoragePath:
 
     def open(self, mode: Literal["rb"] = "rb") -> BinaryIO:
         """The object as a file to read; only what is asked for is transferred, `BUFFER` bytes at least."""
-        return cast(BinaryIO, io.BufferedReader(_Object(self), BUFFER))
+        if (size := self.storage.size(self.url)) is None:
+            raise FileNotFoundError(f"{self} is missing")
+        read = partial(self.storage.read, self.url)
+        return cast(BinaryIO, io.BufferedReader(RangeFile(size, read), BUFFER))
 
     def write(self) -> AbstractContextManager[BinaryIO]:
         return self.storage.write(self.url)
 
     def delete(self) -> None:
         self.storage.delete(self.url)
-
-
-class _Object(io.RawIOBase):
-    """An object as a file that is read by ranges."""
-
-    def __init__(self, path: StoragePath):
-        size = path.storage.size(path.url)
-        if size is None:
-            raise FileNotFoundError(f"{path} is missing")
-        self._path, self._size, self._at = path, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence])
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        length = max(0, min(len(buffer), self._size - self._at))
-        data = self._path.storage.read(self._path.url, self._at, length) if length else b""
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
 
 
 Place = Path | StoragePath

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.serialization import MAGIC_NUMBER, skip_data
 
+from cordee.files import RangeFile
 from cordee.tensors.views import Index
 from cordee.weights.pickled import Builder, Bytes, Call, Name, load
 from cordee.weights.regions import Region
@@ -72,7 +73,7 @@ def tensor_in(path: Opens, start: int, size: int) -> Region:
 
 
 def _tensor_in(file: BinaryIO, start: int, size: int) -> Region:
-    view, _ = _read_archive(io.BufferedReader(_Window(file, start, size)))
+    view, _ = _read_archive(io.BufferedReader(_window(file, start, size)))
     if not isinstance(view, _View):
         raise ValueError("it holds something else than a tensor")
     region = view.region()
@@ -308,28 +309,14 @@ def _described(persistent_id: Any) -> tuple[torch.dtype, str, int]:
     return dtype, key, max(count, 0) * dtype.itemsize
 
 
-class _Window(io.RawIOBase):
+def _window(file: BinaryIO, start: int, size: int) -> RangeFile:
     """`size` bytes of `file` from `start` on, as a file of its own."""
 
-    def __init__(self, file: BinaryIO, start: int, size: int):
-        self._file, self._start, self._size, self._at = file, start, size, 0
+    def read(at: int, length: int) -> bytes:
+        file.seek(start + at)
+        return file.read(length)
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence])
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        self._file.seek(self._start + self._at)
-        data = self._file.read(max(0, min(len(buffer), self._size - self._at)))
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
+    return RangeFile(size, read)
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
