@@ -13,6 +13,11 @@ from typing import ClassVar, Self, TypeAlias, TypeVar
 T = TypeVar("T")
 
 
+def name_of(flag: str) -> str:
+    """`seq_length` of `--seq-length`."""
+    return flag.removeprefix("--").replace("-", "_")
+
+
 @dataclass(frozen=True)
 class Problem:
     """One thing a user has to fix.
@@ -38,7 +43,7 @@ class Problem:
     @property
     def subject(self) -> str:
         """Name of the option: `seq_length` of `--seq-length`."""
-        return self.option.removeprefix("--").replace("-", "_")
+        return name_of(self.option)
 
     @property
     def names(self) -> frozenset[str]:
@@ -159,8 +164,7 @@ def excludes(option: str, value: object, other: str, other_value: object, why: s
     """Not both options may be given."""
     if given(value) and given(other_value):
         why = why or f"{other} is given too"
-        name = other.removeprefix("--").replace("-", "_")
-        yield Problem(option, value, why, "give one of the two", "excludes", (name,), other)
+        yield Problem(option, value, why, "give one of the two", "excludes", (name_of(other),), other)
 
 
 def given(value: object) -> bool:

@@ -8,8 +8,9 @@ import pytest
 
 from cordee.config import schema
 from cordee.config.argv import parse
-from cordee.config.option import options_of, to_key
+from cordee.config.option import options_of
 from cordee.config.spelling import spellings
+from cordee.errors import name_of
 
 CONFIGS = [getattr(schema, name) for name in dir(schema) if name.endswith("Config")]
 
@@ -67,7 +68,7 @@ def test_every_spelling_names_one_option(config):
     for option in options_of(config):
         assert table[option.name].option is option
         for flag in (*option.value_flags, *option.negations, *option.declared.shorthands):
-            assert table[to_key(flag)].option is option
+            assert table[name_of(flag)].option is option
 
 
 @pytest.mark.parametrize(
@@ -91,7 +92,7 @@ def test_every_spelling_names_one_option(config):
 )
 def test_documented_spellings(flag, name, kind):
     tables = [spellings(config) for config in CONFIGS]
-    found = [table[to_key(flag)] for table in tables if to_key(flag) in table]
+    found = [table[name_of(flag)] for table in tables if name_of(flag) in table]
     assert found
     assert (name, kind) in {(spelling.option.name, spelling.kind) for spelling in found}
 

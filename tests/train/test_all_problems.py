@@ -18,9 +18,9 @@ import pytest
 from cordee import cli
 from cordee.config import schema
 from cordee.config.load import load_as_far_as_possible
-from cordee.config.option import options_of, to_key
+from cordee.config.option import options_of
 from cordee.config.spelling import spellings
-from cordee.errors import Problem
+from cordee.errors import Problem, name_of
 from tests.train import tiny
 
 MODEL = {option.name for option in options_of(schema.ModelOptions)}
@@ -182,7 +182,7 @@ class Check:
         flags = " ".join(faults).format(**self.places).split()
         problems = list(self._problems(flags))
         table = spellings(schema.TrainConfig)
-        given = {table[to_key(flag)].option.name for flag in flags if to_key(flag) in table and flag.startswith("--")}
+        given = {table[name_of(flag)].option.name for flag in flags if name_of(flag) in table and flag.startswith("--")}
         names = given.union(*(problem.names for problem in problems))
         if names & MODEL:
             names |= {"model"}  # a model that its options do not make is unknown, and with it all that fits it

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from cordee.config.argv import CommandLine, Teaching, parse
-from cordee.config.option import options_of, to_flag, to_key
+from cordee.config.option import options_of, to_flag
 from cordee.config.spelling import Spelling, nearest, spellings
 from cordee.config.values import Raw, Unfit, convert, describe, to_boolean, to_raw
-from cordee.errors import Problem, raise_all
+from cordee.errors import Problem, name_of, raise_all
 
 T = TypeVar("T")
 
@@ -126,7 +126,7 @@ class _Collected:
         self._incomplete |= bool(line.problems)
         for flag, raw in line.options:
             name = flag if flag.startswith("--") else to_flag(flag)  # a positional is named by its field
-            spelling = self.table[to_key(flag)]
+            spelling = self.table[name_of(flag)]
             missing = raw == () and spelling.kind == "value" and not spelling.option.is_switch
             value = (
                 Unfit("no value follows the flag", f"give {describe(spelling.option)}", "missing") if missing else raw
@@ -174,7 +174,7 @@ class _Collected:
         return not self._incomplete
 
     def _add(self, key: str, raw: Raw | Unfit, source: _Source) -> None:
-        spelling = self.table.get(to_key(key))
+        spelling = self.table.get(name_of(key))
         if spelling is None:
             self.problems.append(self._unknown_key(key, raw, source))
             return
@@ -202,7 +202,7 @@ class _Collected:
             raise Unfit("the flag is given twice", "give all its values after one flag", "repeated")
         switched = option.kind is bool and source.layer == "the command line"
         if earlier.flag != spelling.flag and not switched and self.values[option.name] != value:
-            why = f"{to_key(earlier.flag)} in {layer} sets the same option to {self.values[option.name]}"
+            why = f"{name_of(earlier.flag)} in {layer} sets the same option to {self.values[option.name]}"
             raise Unfit(why, "keep one of the two", "excludes")
 
     def _unknown_key(self, key: str, raw: Raw | Unfit, source: _Source) -> Problem:
@@ -222,7 +222,7 @@ class _Collected:
 
     def _unknown(self, label: str, shown: str | None, key: str, write: Callable[[str], str] = str) -> Problem:
         """A problem that names the options that `key` may mean."""
-        meant = nearest(to_key(key), self.table)
+        meant = nearest(name_of(key), self.table)
         fix = (
             f"did you mean {' or '.join(map(write, meant))}?" if meant else "--help lists all options; remove this one"
         )

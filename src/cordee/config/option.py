@@ -101,10 +101,6 @@ def to_flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def to_key(flag: str) -> str:
-    return flag.removeprefix("--").replace("-", "_")
-
-
 @functools.cache
 def options_of(schema: type) -> tuple[Option, ...]:
     """All options of a schema class, in the order of its bases."""

@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from cordee.config.option import Option, options_of, to_key
+from cordee.config.option import Option, options_of
+from cordee.errors import name_of
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ def spellings(schema: type) -> dict[str, Spelling]:
     table: dict[str, Spelling] = {}
     for option in options_of(schema):
         for spelling in _spellings_of(option):
-            known = table.setdefault(to_key(spelling.flag), spelling)
+            known = table.setdefault(name_of(spelling.flag), spelling)
             assert known.option is option, f"{spelling.flag} means {option.name} and {known.option.name}"
     return table
 

@@ -11,7 +11,8 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
-from cordee.config.option import Option, to_key
+from cordee.config.option import Option
+from cordee.errors import name_of
 
 Raw = None | str | tuple[str, ...] | Mapping[str, str]
 
@@ -171,6 +172,6 @@ def _in_range(option: Option, value: float) -> None:
 def _nearest_choice(option: Option, text: str) -> str:
     import difflib
 
-    near = difflib.get_close_matches(to_key(text), [to_key(str(choice)) for choice in option.choices], n=1)
-    choices = {to_key(str(choice)): choice for choice in option.choices}
+    near = difflib.get_close_matches(name_of(text), [name_of(str(choice)) for choice in option.choices], n=1)
+    choices = {name_of(str(choice)): choice for choice in option.choices}
     return f"did you mean {choices[near[0]]}?" if near else f"give {describe(option)}"
