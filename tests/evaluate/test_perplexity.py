@@ -28,6 +28,7 @@ from cordee.parallel import inference
 from cordee.parallel.degrees import Degrees
 from cordee.parallel.layout import Layout
 from cordee.tokenizer import load_tokenizer
+from tests.evaluate.test_engine import LAYOUTS
 from tests.generate.folders import TEXT, Folder
 from tests.matrix import sampled
 from tests.parallel import models
@@ -159,13 +160,6 @@ def test_metrics_by_hand():
 # ---- several processes -----------------------------------------------------------------------------------------------
 
 WHOLE = Degrees()
-LAYOUTS = {
-    "dp2": Degrees(replicate=2),
-    "tp2": Degrees(tp=2),
-    "pp2": Degrees(pp=2),
-    "dp2 tp2": Degrees(replicate=2, tp=2),
-    "dp2 pp2": Degrees(pp=2, replicate=2),
-}
 
 
 def score_part(rank: int, world_size: int, name: str, degrees: Degrees) -> Score:
