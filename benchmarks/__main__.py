@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cordee.bench import job
+from cordee.bench.options import BenchOptions
 from cordee.config.argv import Teaching
 from cordee.config.load import load_config
 from cordee.config.option import required
-from cordee.config.schema import BenchOptions
 from cordee.errors import ProblemError
 
 TEACHING = Teaching(

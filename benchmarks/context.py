@@ -14,8 +14,8 @@ from typing import Any
 
 from cordee.bench import llama
 from cordee.bench.contest import Baton, Contender, Turn, together
+from cordee.bench.options import BenchOptions
 from cordee.bench.report import Report
-from cordee.config.schema import BenchOptions
 
 PEERS = ()
 LENGTH, RANKS = 32768, 4
@@ -113,12 +113,12 @@ def _build(ranks: int, options: dict[str, Any], length: int) -> tuple:
     """Model, layout and options of a rank."""
     import torch
 
-    from cordee.config.schema import TrainConfig
     from cordee.model.gpt import GPTModel
     from cordee.model.init import initialise
     from cordee.parallel import apply
     from cordee.parallel.degrees import degrees
     from cordee.parallel.layout import Layout
+    from cordee.train.options import TrainConfig
 
     shape = llama.shape(
         length, layers=LAYERS, hidden=HIDDEN, heads=HEADS, head_dim=HEAD_DIM, ffn=FFN, vocab_size=VOCAB_SIZE, eps=1e-6

@@ -17,8 +17,8 @@ from typing import Any
 from cordee.bench.contest import Baton, Contender, Results, Shift, Turn, apart, hold, once
 from cordee.bench.generate import CORDEE, NEW_TOKENS, PROMPT_TOKENS, STEPS
 from cordee.bench.llama import save
+from cordee.bench.options import BenchOptions
 from cordee.bench.report import Report
-from cordee.config.schema import BenchOptions
 from cordee.weights.gguf.codec import FILE
 
 PEERS = ("gguf", "llama_cpp")
@@ -44,8 +44,8 @@ def run(config: BenchOptions, on_turn: Callable[[int, str, Turn], None]) -> Repo
 
 
 def export(model: str, to: str) -> None:
-    from cordee.config.schema import ConvertConfig
     from cordee.convert import job
+    from cordee.convert.options import ConvertConfig
 
     job.run(ConvertConfig(load_dir=model, save_dir=to, save_model_type="gguf", params_dtype="float32"))
 
@@ -93,8 +93,8 @@ def _load(model: str) -> Any:
 
 
 def _ours(model: Any, prompt: list[int]) -> list[int]:
-    from cordee.config.schema import DecodingOptions
     from cordee.generate import engine
+    from cordee.generate.options import DecodingOptions
 
     return engine.generate(model, [prompt], DecodingOptions(max_new_tokens=NEW_TOKENS))[0]
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from cordee import device
 from cordee.bench.contest import Baton, Contender, Results, Turn, apart, hold
+from cordee.bench.options import BenchOptions
 from cordee.bench.report import Report
-from cordee.config.schema import BenchOptions
 
 PEERS = ()
 SHAPE = {"layers": 8, "hidden": 1024, "ffn": 2816, "heads": 16, "vocab": 32000}

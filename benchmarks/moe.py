@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from cordee.bench.contest import Turn
+from cordee.bench.options import BenchOptions
 from cordee.bench.report import Report
-from cordee.config.schema import BenchOptions
 from cordee.model.config import (
     AttentionConfig,
     LayerConfig,

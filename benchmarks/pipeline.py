@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from cordee.bench import llama
 from cordee.bench.contest import Turn
+from cordee.bench.options import BenchOptions
 from cordee.bench.pool import Pool
 from cordee.bench.report import Report
-from cordee.config.schema import BenchOptions, PipelineSchedule, PlanConfig
+from cordee.parallel.options import PipelineSchedule
 from cordee.parallel.pipeline import micro_batches
 from cordee.parallel.pipeline.schedules import STAGES_PER_RANK
 from cordee.plan.job import plan
+from cordee.plan.options import PlanConfig
 from cordee.plan.timeline import Timeline
 
 if TYPE_CHECKING:
@@ -153,7 +155,6 @@ def play(rank: int, world_size: int, step: Step, unit: float, path: str) -> None
     """Two steps on this rank, of which the second stays in the file at `path`."""
     import torch
 
-    from cordee.config.schema import TrainConfig
     from cordee.data.batch import Batch
     from cordee.model.gpt import GPTModel
     from cordee.model.init import initialise
@@ -164,6 +165,7 @@ def play(rank: int, world_size: int, step: Step, unit: float, path: str) -> None
     from cordee.parallel.pipeline.executor import PipelineExecutor
     from cordee.parallel.pipeline.split import divide
     from cordee.train import objectives
+    from cordee.train.options import TrainConfig
 
     options = TrainConfig(seq_length=LENGTH, lr=1e-3, zero_stage=1, pipeline_timeline=path, **_options(step))
     layout = Layout(degrees(options, world_size))

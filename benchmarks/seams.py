@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from cordee.bench import llama
 from cordee.bench.contest import Turn
+from cordee.bench.options import BenchOptions
 from cordee.bench.pool import Pool
 from cordee.bench.report import Report
-from cordee.config.schema import BenchOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,12 +85,12 @@ def _config() -> ModelConfig:
 def _whole_model(world_size: int) -> tuple[Callable[[], float], Callable[[], float]]:
     import torch
 
-    from cordee.config.schema import TrainConfig
     from cordee.model.gpt import GPTModel
     from cordee.model.init import initialise
     from cordee.parallel import apply
     from cordee.parallel.degrees import Degrees
     from cordee.parallel.layout import Layout
+    from cordee.train.options import TrainConfig
 
     config = _config()
     layout = Layout(Degrees())
@@ -174,13 +174,13 @@ def _layers(world_size: int) -> tuple[Callable[[], float], Callable[[], float]]:
     import torch.nn.functional as F
     from torch.autograd import Function
 
-    from cordee.config.schema import TrainConfig
     from cordee.model.gpt import GPTModel
     from cordee.model.init import initialise
     from cordee.model.parameter import local_shard
     from cordee.parallel import sharding, tensor
     from cordee.parallel.degrees import degrees
     from cordee.parallel.layout import Layout
+    from cordee.train.options import TrainConfig
     from cordee.weights.load import materialise
 
     class Copy(Function):

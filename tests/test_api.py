@@ -10,9 +10,9 @@ import torch
 
 import cordee
 from cordee.config.load import config_from_dict
-from cordee.config.schema import TrainConfig
 from cordee.data.indexed import IndexedDatasetBuilder
 from cordee.errors import ProblemError
+from cordee.train.options import TrainConfig
 from tests.generate.conftest import gpt2, llama  # noqa: F401 (fixtures)
 from tests.generate.folders import model_directory
 

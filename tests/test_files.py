@@ -14,13 +14,14 @@ import pytest
 
 from cordee import files, lock
 from cordee.checkpoint import directory as checkpoint
-from cordee.config.schema import ConvertConfig, TokenizerOptions
 from cordee.convert import job
+from cordee.convert.options import ConvertConfig
 from cordee.data import order_cache
 from cordee.data.indexed import IndexedDataset, IndexedDatasetBuilder
 from cordee.data.manifest import Manifest
 from cordee.errors import ProblemError
 from cordee.tokenizer import load_tokenizer
+from cordee.tokenizer.options import TokenizerOptions
 from cordee.train.job import _save_assets
 from cordee.train.plan import RunPlan
 from cordee.weights.gguf.vocabulary import CUTS

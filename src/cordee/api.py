@@ -16,14 +16,15 @@ from torch import Tensor
 from cordee.checkpoint import formats
 from cordee.config import laws
 from cordee.config.load import config_from_dict
-from cordee.config.schema import DecodingOptions, TokenizerOptions
 from cordee.errors import raise_all
 from cordee.families.registry import ModelSpec
 from cordee.generate import engine
 from cordee.generate.loading import check_vocabulary, device_of, dtype_of, fill, stop_ids
+from cordee.generate.options import DecodingOptions
 from cordee.generate.text import continuation, encode_prompts
 from cordee.model import gpt
 from cordee.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
+from cordee.tokenizer.options import TokenizerOptions
 from cordee.train.start import train
 from cordee.weights import hf
 from cordee.weights.load import save_from

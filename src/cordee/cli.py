@@ -16,7 +16,7 @@ from typing import Any
 
 import cordee
 from cordee import launch, log, supervisor
-from cordee.config import check, render, schema
+from cordee.config import render
 from cordee.config.argv import Teaching
 from cordee.config.load import Loaded, load_as_far_as_possible
 from cordee.config.spelling import nearest
@@ -27,17 +27,22 @@ INFERENCE_GRACE = 10.0  # seconds: processes that write or score have nothing to
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """One command: `job` names `run(config) -> exit code`, which checks first, `check` the check alone.
+    """One command: `options` names its schema, `job` `run(config) -> exit code`, which checks first, `check` the check
+    alone.
 
     `start` replaces running the job where there is more to do.
     """
 
     about: str
     example: str
-    schema: type
+    options: str
     job: str = ""
     check: str = ""
     start: Callable[[Command, Loaded[Any], Sequence[str]], int] | None = None
+
+    @property
+    def schema(self) -> type:
+        return _load(self.options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -96,8 +101,9 @@ def problems(command: Command, loaded: Loaded[Any]) -> list[Problem]:
 def further(command: Command, loaded: Loaded[Any]) -> list[Problem]:
     """Problems besides those of single options, without those that may follow from them."""
     config = loaded.config
-    if isinstance(config, schema.TrainConfig) and not config.nproc_per_node and not launch.rank_info().launcher:
-        loaded = loaded.derive(nproc_per_node=check.fewest_processes(config))  # without torch, which counts devices
+    if command.start in (_train, _check) and not config.nproc_per_node and not launch.rank_info().launcher:
+        fewest = _load("cordee.parallel.degrees:fewest_processes")(config)  # without torch, which counts devices
+        loaded = loaded.derive(nproc_per_node=fewest)
     doubtful = frozenset[str]().union(*(problem.names for problem in loaded.problems))
     found = [problem for problem in problems(command, loaded) if not problem.names & doubtful]
     return render.with_origins(found, loaded)
@@ -131,7 +137,7 @@ def _train(command: Command, loaded: Loaded[Any], argv: Sequence[str]) -> int:
 def _infer(command: Command, loaded: Loaded[Any], argv: Sequence[str]) -> int:
     """Check and start a process for every shard of the model, or run as one of a launcher's, each of which checks."""
     config = loaded.config
-    processes = check.inference_processes(config)
+    processes = getattr(config, "nproc_per_node", None) or _load("cordee.parallel.degrees:model_processes")(config)
     if processes == 1 or launch.rank_info().launcher:
         return _do(command, loaded)
     _raise_all(problems(command, loaded), loaded)
@@ -153,7 +159,7 @@ def _with_processes(loaded: Loaded[Any]) -> Loaded[Any]:
     return loaded.derive(nproc_per_node=_load("cordee.device:count")())
 
 
-def _summary(config: schema.TrainConfig) -> str:
+def _summary(config: Any) -> str:
     shape = _load("cordee.parallel.degrees:degrees")(config, launch.world_size(config.nproc_per_node))
     at_once = config.micro_batch_size * shape.data
     batch = config.global_batch_size or at_once
@@ -200,51 +206,51 @@ def _raise_all(problems: Sequence[Problem], loaded: Loaded[Any]) -> None:
     raise_all(render.with_origins(problems, loaded))
 
 
-def _load(name: str) -> Callable[..., Any]:
-    """The function that `module:function` names."""
-    module, _, function = name.partition(":")
-    return getattr(import_module(module), function)
+def _load(name: str) -> Any:
+    """The function or class that `module:name` names."""
+    module, _, member = name.partition(":")
+    return getattr(import_module(module), member)
 
 
 COMMANDS = {
     "quickstart": Command(
         about="Every step on this machine: tokenizer, preprocess, pretrain, export, generate, evaluate, report.",
         example="cordee quickstart --input my-texts/",
-        schema=schema.QuickstartConfig,
+        options="cordee.quickstart.options:QuickstartConfig",
         job="cordee.quickstart.job:run",
     ),
     "check": Command(
         about="Find all problems of `cordee train` with the same options; starts nothing.",
         example="cordee check --config run.yaml --nproc-per-node 8",
-        schema=schema.TrainConfig,
+        options="cordee.train.options:TrainConfig",
         check="cordee.train.plan:check_with_contents",
         start=_check,
     ),
     "plan": Command(
         about="Simulate pipeline schedules: bubble, peak activation memory, timeline; needs no devices.",
         example="cordee plan --schedule 1f1b interleaved zbv --num-micro-batches 16 --output schedules.svg",
-        schema=schema.PlanConfig,
+        options="cordee.plan.options:PlanConfig",
         job="cordee.plan.job:run",
     ),
     "preprocess": Command(
         about="Tokenize text into the .bin/.idx files that training reads.",
         example="cordee preprocess --input texts.jsonl --output-prefix data/texts --append-eod \\\n"
         "    --tokenizer-type PretrainedFromHF --tokenizer-name-or-path models/llama2",
-        schema=schema.PreprocessConfig,
+        options="cordee.data.options:PreprocessConfig",
         job="cordee.data.preprocess:run",
         check="cordee.data.preprocess:check_run",
     ),
     "convert": Command(
         about="Convert weights from any format and layout to another, merge LoRA adapters.",
         example="cordee convert --load-dir checkpoints --save-dir models/mine --save-model-type hf",
-        schema=schema.ConvertConfig,
+        options="cordee.convert.options:ConvertConfig",
         job="cordee.convert.job:run",
         check="cordee.convert.job:check_run",
     ),
     "train": Command(
         about="Train a model on all local devices, or as a rank of torchrun, Slurm or MPI.",
         example="cordee train --config run.yaml --nproc-per-node 2 --lr 3e-4",
-        schema=schema.TrainConfig,
+        options="cordee.train.options:TrainConfig",
         job="cordee.train.job:run",
         check="cordee.train.plan:check_run",
         start=_train,
@@ -252,7 +258,7 @@ COMMANDS = {
     "generate": Command(
         about="Generate text from prompts.",
         example='cordee generate --load models/mine --prompt "Once upon a time" --max-new-tokens 64',
-        schema=schema.GenerateConfig,
+        options="cordee.generate.options:GenerateConfig",
         job="cordee.generate.job:run",
         check="cordee.generate.job:check_run",
         start=_infer,
@@ -260,7 +266,7 @@ COMMANDS = {
     "evaluate": Command(
         about="Evaluate a model on benchmark tasks.",
         example="cordee evaluate --load models/mine --task perplexity --task-data-path held-out.txt",
-        schema=schema.EvaluateConfig,
+        options="cordee.evaluate.options:EvaluateConfig",
         job="cordee.evaluate.job:run",
         check="cordee.evaluate.job:check_run",
         start=_infer,
@@ -268,7 +274,7 @@ COMMANDS = {
     "bench": Command(
         about="Measure speed and memory against peers, interleaved in one run.",
         example="cordee bench train --threads 2",
-        schema=schema.BenchConfig,
+        options="cordee.bench.options:BenchConfig",
         job="cordee.bench.job:run",
     ),
 }

@@ -129,14 +129,14 @@ def unique(problems: Iterable[Problem]) -> list[Problem]:
 def divides(option: str, value: int, number: int, what: str, *involves: str, instead: str = "") -> Problems:
     """`value` must divide `number`."""
     if number % value:
-        why, fix = f"{number} {what} are not divisible by {value}", _or(f"give a divisor of {number}", instead)
+        why, fix = f"{number} {what} are not divisible by {value}", either(f"give a divisor of {number}", instead)
         yield Problem(option, value, why, fix, "divides", involves, number)
 
 
 def divisible(option: str, value: int, by: int, what: str, *involves: str, instead: str = "") -> Problems:
     """`value` must be a multiple of `by`."""
     if value % by:
-        fix = _or(f"give a multiple of {by}, such as {-(-value // by) * by}", instead)
+        fix = either(f"give a multiple of {by}, such as {-(-value // by) * by}", instead)
         yield Problem(option, value, f"{value} is not divisible by {by} = {what}", fix, "divisible", involves, by)
 
 
@@ -145,11 +145,11 @@ def at_most(
 ) -> Problems:
     """`value`, where it is given, must not be above `limit`, where there is one."""
     if value is not None and limit is not None and value > limit:
-        fix = _or(f"give at most {limit}", instead)
+        fix = either(f"give at most {limit}", instead)
         yield Problem(option, value, f"it is above {what}", fix, "at most", involves, limit)
 
 
-def _or(fix: str, instead: str) -> str:
+def either(fix: str, instead: str) -> str:
     return f"{fix}, or {instead}" if instead else fix
 
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cordee.errors import Problem, ProblemError
+from cordee.errors import Problem, ProblemError, Problems
 
 CORDEE = "cordee"  # the launcher of `supervisor.spawn_local`
 _LAUNCHER = "CORDEE_LAUNCHER"  # variable with its name
@@ -66,6 +66,15 @@ def world_size(nproc_per_node: int | None) -> int:
     """Processes of the run: those the launcher started, else those that are asked for."""
     here = rank_info()
     return here.world_size if here.launcher else nproc_per_node or 1
+
+
+def problems(nproc_per_node: int | None) -> Problems:
+    """Why a launcher's processes are not those that are asked for."""
+    here = rank_info()
+    if here.launcher and nproc_per_node and nproc_per_node != here.local_world_size:
+        why = f"{here.launcher} has started {here.local_world_size} processes on this node"
+        fix = "leave the option out, or launch that many"
+        yield Problem("--nproc-per-node", nproc_per_node, why, fix, "launched", limit=here.local_world_size)
 
 
 def rank_0_speaks() -> bool:

@@ -8,8 +8,8 @@ import pytest
 
 from cordee.bench import convert
 from cordee.bench.contest import Results, Turn
+from cordee.bench.options import BenchConfig
 from cordee.checkpoint import formats
-from cordee.config.schema import BenchConfig
 from cordee.errors import ProblemError
 from cordee.families.registry import spec_from_hf
 from tests.weights import models

@@ -12,12 +12,13 @@ import torch
 from cordee import sealed
 from cordee.checkpoint import files, source
 from cordee.checkpoint.store import CheckpointStore
-from cordee.config.schema import ConvertConfig, ModelOptions
 from cordee.convert import job as convert
+from cordee.convert.options import ConvertConfig
 from cordee.errors import ProblemError
 from cordee.families.registry import spec_from_preset
 from cordee.model.gpt import GPTModel
 from cordee.model.init import initialise
+from cordee.model.options import ModelOptions
 from cordee.weights import hf
 from tests.checkpoint import toy
 

@@ -13,9 +13,10 @@ import pytest
 import cordee
 from cordee import cli, supervisor
 from cordee.cli import COMMANDS, main
-from cordee.config.check import check_evaluate, check_generate, check_train
-from cordee.config.schema import TrainConfig
+from cordee.config import laws
 from cordee.errors import Problem, ProblemError
+from cordee.train import plan
+from cordee.train.options import TrainConfig
 
 TRAIN = ["--seq-length", "8", "--lr", "1e-3", "--train-iters", "5", "--data-path", "corpus", "--nproc-per-node", "1"]
 
@@ -31,16 +32,15 @@ def alone(monkeypatch):
 def jobs(monkeypatch):
     """Stand-ins for all jobs, which check only what options are together; the list holds what was run with which."""
     ran: list[tuple[str, object]] = []
-    checks = {"generate": check_generate, "evaluate": check_evaluate}
     for command, entry in COMMANDS.items():
         if entry.job:
             name, _, function = entry.job.partition(":")
             module = types.ModuleType(name)
             setattr(module, function, lambda config, command=command: ran.append((command, config)) or 0)
-            module.check_run = checks.get(command)
+            module.check_run = lambda config: list(laws.problems(config))
             monkeypatch.setitem(sys.modules, name, module)
     module = types.ModuleType("cordee.train.plan")
-    module.check_run = module.check_with_contents = check_train
+    module.check_run = module.check_with_contents = lambda config: list(plan.option_problems(config))
     monkeypatch.setitem(sys.modules, "cordee.train.plan", module)
     return ran
 

@@ -6,8 +6,15 @@ from dataclasses import replace
 
 import pytest
 
-from cordee.config.check import check_evaluate, check_generate, check_preprocess, check_train
-from cordee.config.schema import EvaluateConfig, GenerateConfig, PreprocessConfig, TrainConfig
+from cordee.config import laws
+from cordee.data.options import PreprocessConfig
+from cordee.errors import Problem
+from cordee.evaluate import job as evaluate
+from cordee.evaluate.options import EvaluateConfig
+from cordee.generate import job as generate
+from cordee.generate.options import GenerateConfig
+from cordee.train import plan
+from cordee.train.options import TrainConfig
 
 SOUND = TrainConfig(
     seq_length=8,
@@ -23,6 +30,17 @@ SOUND = TrainConfig(
     save_interval=10,
 )
 IN_SAMPLES = replace(SOUND, train_iters=None, train_samples=1000, lr_warmup_iters=0)
+
+CHECKS = {
+    TrainConfig: plan.option_problems,
+    GenerateConfig: generate.option_problems,
+    EvaluateConfig: evaluate.option_problems,
+    PreprocessConfig: laws.problems,
+}
+
+
+def check(config) -> list[Problem]:
+    return list(CHECKS[type(config)](config))
 
 
 @pytest.fixture(autouse=True)
@@ -45,12 +63,12 @@ def alone(monkeypatch):
     ],
 )
 def test_sound_runs(change):
-    assert check_train(replace(SOUND, **change)) == []
+    assert check(replace(SOUND, **change)) == []
 
 
 def test_sound_run_in_samples():
-    assert check_train(IN_SAMPLES) == []
-    assert check_train(replace(IN_SAMPLES, rampup_batch_size=(4, 4, 100), lr_warmup_samples=10)) == []
+    assert check(IN_SAMPLES) == []
+    assert check(replace(IN_SAMPLES, rampup_batch_size=(4, 4, 100), lr_warmup_samples=10)) == []
 
 
 @pytest.mark.parametrize(
@@ -92,7 +110,7 @@ def test_sound_run_in_samples():
     ],
 )
 def test_each_rule(change, options):
-    found = check_train(replace(SOUND, **change))
+    found = check(replace(SOUND, **change))
     assert [problem.option for problem in found] == options
     assert all(problem.why and problem.fix for problem in found)
 
@@ -108,14 +126,14 @@ def test_each_rule(change, options):
     ],
 )
 def test_rampup(ramp, end, kind, limit):
-    found = check_train(replace(IN_SAMPLES, rampup_batch_size=ramp, global_batch_size=end))
+    found = check(replace(IN_SAMPLES, rampup_batch_size=ramp, global_batch_size=end))
     assert {problem.option for problem in found} == {"--rampup-batch-size"}
     assert (kind, limit) in [(problem.kind, problem.limit) for problem in found]
 
 
 def test_all_at_once():
     bad = replace(SOUND, global_batch_size=7, min_lr=1.0, fp16=True, bf16=True, finetune=True)
-    assert {problem.option for problem in check_train(bad)} == {
+    assert {problem.option for problem in check(bad)} == {
         "--global-batch-size",
         "--min-lr",
         "--fp16",
@@ -126,10 +144,10 @@ def test_all_at_once():
 def test_the_launcher_counts_the_processes(monkeypatch):
     for name, value in {"RANK": "0", "WORLD_SIZE": "8", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4"}.items():
         monkeypatch.setenv(name, value)
-    found = {problem.option: problem for problem in check_train(SOUND)}
+    found = {problem.option: problem for problem in check(SOUND)}
     assert (found["--global-batch-size"].kind, found["--global-batch-size"].limit) == ("divisible", 16)
     assert (found["--nproc-per-node"].kind, found["--nproc-per-node"].limit) == ("launched", 4)
-    assert check_train(replace(SOUND, nproc_per_node=None, global_batch_size=32)) == []
+    assert check(replace(SOUND, nproc_per_node=None, global_batch_size=32)) == []
 
 
 def options(found):
@@ -138,11 +156,11 @@ def options(found):
 
 def test_generate():
     sound = GenerateConfig(load="x", prompt=("hi",))
-    assert check_generate(sound) == []
-    assert check_generate(replace(sound, do_sample=True, top_k=3, temperature=0.5, num_return_sequences=2)) == []
-    assert options(check_generate(replace(sound, prompt=()))) == ["--prompt"]
-    assert options(check_generate(replace(sound, prompts_file="f"))) == ["--prompts-file"]
-    assert options(check_generate(replace(sound, top_p=0.9, num_return_sequences=2))) == [
+    assert check(sound) == []
+    assert check(replace(sound, do_sample=True, top_k=3, temperature=0.5, num_return_sequences=2)) == []
+    assert options(check(replace(sound, prompt=()))) == ["--prompt"]
+    assert options(check(replace(sound, prompts_file="f"))) == ["--prompts-file"]
+    assert options(check(replace(sound, top_p=0.9, num_return_sequences=2))) == [
         "--num-return-sequences",
         "--top-p",
     ]
@@ -150,14 +168,15 @@ def test_generate():
 
 def test_evaluate():
     sound = EvaluateConfig(load="x", task_data_path=("t",), seq_length=64, stride=32)
-    assert check_evaluate(sound) == []
-    assert options(check_evaluate(replace(sound, stride=65, task_data_path=()))) == ["--task-data-path", "--stride"]
+    assert check(sound) == []
+    assert options(check(replace(sound, stride=65, task_data_path=()))) == [
+        "--task-data-path",
+        "--stride",
+    ]
 
 
 def test_preprocess():
-    assert check_preprocess(PreprocessConfig(output_prefix="o", input="i")) == []
-    assert check_preprocess(PreprocessConfig(output_prefix="o", hf_datasets_params="p")) == []
-    assert options(check_preprocess(PreprocessConfig(output_prefix="o"))) == ["--input"]
-    assert options(check_preprocess(PreprocessConfig(output_prefix="o", merge_group_keys=("a",)))) == [
-        "--merge-group-keys"
-    ]
+    assert check(PreprocessConfig(output_prefix="o", input="i")) == []
+    assert check(PreprocessConfig(output_prefix="o", hf_datasets_params="p")) == []
+    assert options(check(PreprocessConfig(output_prefix="o"))) == ["--input"]
+    assert options(check(PreprocessConfig(output_prefix="o", merge_group_keys=("a",)))) == ["--merge-group-keys"]

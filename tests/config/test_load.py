@@ -9,9 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cordee.bench.options import BenchConfig
 from cordee.config.load import config_from_dict, load_config
-from cordee.config.schema import BenchConfig, GenerateConfig, PreprocessConfig, TrainConfig
+from cordee.data.options import PreprocessConfig
 from cordee.errors import ProblemError
+from cordee.generate.options import GenerateConfig
+from cordee.train.options import TrainConfig
 
 NEEDED = ["--seq-length", "8", "--lr", "1e-3"]
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from cordee.config.load import load_config
 from cordee.config.render import changes, to_yaml, with_origins
-from cordee.config.schema import TrainConfig
 from cordee.errors import Problem
+from cordee.train.options import TrainConfig
 
 ARGV = ["--seq-length", "8", "--lr", "1e-5", "--data-path", "0.3", "a b", "--tokenizer-kwargs", "eos", "no: #"]
 

@@ -6,40 +6,41 @@ import re
 
 import pytest
 
-from cordee.config import schema
+from cordee.bench.options import BenchConfig
+from cordee.cli import COMMANDS
 from cordee.config.argv import parse
 from cordee.config.option import options_of
 from cordee.config.spelling import spellings
+from cordee.convert.options import ConvertConfig
+from cordee.data.options import PreprocessConfig
 from cordee.errors import name_of
+from cordee.evaluate.options import EvaluateConfig
+from cordee.generate.options import GenerateConfig
+from cordee.plan.options import PlanConfig
+from cordee.train.options import TrainConfig
 
-CONFIGS = [getattr(schema, name) for name in dir(schema) if name.endswith("Config")]
-
-
-def test_every_command_has_a_schema():
-    names = {config.__name__ for config in CONFIGS}
-    jobs = {"Train", "Preprocess", "Generate", "Evaluate", "Convert", "Bench", "Quickstart", "Plan"}
-    assert names == {f"{job}Config" for job in jobs}
+CONFIGS = list(dict.fromkeys(command.schema for command in COMMANDS.values()))
 
 
 WORDS = {
-    schema.TrainConfig: "shard all-gather reduce-scatter all-reduce all-to-all overlap recompute resume rendezvous "
+    TrainConfig: "shard all-gather reduce-scatter all-reduce all-to-all overlap recompute resume rendezvous "
     "bucket prefetch dgrad wgrad ZeRO FSDP DDP HSDP zero-bubble interleaved dropout GQA MLA RoPE SwiGLU MoE router "
     "top-k epsilon warm-up AdamW MFU TensorBoard",
-    schema.GenerateConfig: "tensor parallelism pipeline parallelism shard greedy nucleus KV cache dtype batch",
-    schema.EvaluateConfig: "perplexity data-parallel shard context window stride BOS resumes batch",
-    schema.ConvertConfig: "Megatron Hugging Face GGUF DCP layout pipeline-parallel tensor-parallel LoRA merge dtype",
-    schema.PreprocessConfig: "tokenizer .bin/.idx EOD end-of-document jsonl parquet merge stream",
-    schema.PlanConfig: "schedule forward backward dgrad wgrad reduce-scatter send/recv micro-batches timeline",
-    schema.BenchConfig: "torch.compile rounds threads preset Markdown",
+    GenerateConfig: "tensor parallelism pipeline parallelism shard greedy nucleus KV cache dtype batch",
+    EvaluateConfig: "perplexity data-parallel shard context window stride BOS resumes batch",
+    ConvertConfig: "Megatron Hugging Face GGUF DCP layout pipeline-parallel tensor-parallel LoRA merge dtype",
+    PreprocessConfig: "tokenizer .bin/.idx EOD end-of-document jsonl parquet merge stream",
+    PlanConfig: "schedule forward backward dgrad wgrad reduce-scatter send/recv micro-batches timeline",
+    BenchConfig: "torch.compile rounds threads preset Markdown",
 }
 TERMS = {
-    schema.TrainConfig: (
+    TrainConfig: (
         *("gradient accumulation", "first-moment decay (Adam beta1)", "second-moment decay", "gradient clipping"),
         *("load-balancing auxiliary loss", "capacity factor", "ring attention", "virtual pipeline stage", "loss scale"),
         *("sliding window attention", "position embedding", "mixture of experts", "tensor parallelism"),
         *("context parallelism", "expert parallelism", "pipeline parallelism", "learning rate schedule"),
     ),
-    schema.GenerateConfig: ("softmax temperature", "fused decode path", "KV cache"),
+    GenerateConfig: ("softmax temperature", "fused decode path", "KV cache"),
 }
 
 
@@ -98,7 +99,7 @@ def test_documented_spellings(flag, name, kind):
 
 
 def test_training_defaults_of_the_reference():
-    config = schema.TrainConfig(seq_length=8, lr=1e-3)
+    config = TrainConfig(seq_length=8, lr=1e-3)
     assert (config.clip_grad, config.weight_decay, config.adam_beta1, config.adam_beta2) == (1.0, 0.01, 0.9, 0.999)
     assert (config.adam_eps, config.min_lr, config.lr_decay_style, config.split) == (1e-8, 0.0, "linear", "969, 30, 1")
     assert (config.initial_loss_scale, config.loss_scale_window, config.hysteresis) == (2**32, 1000, 2)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from cordee.cli import main
-from cordee.config.schema import ConvertConfig, PreprocessConfig
 from cordee.convert import job
+from cordee.convert.options import ConvertConfig
 from cordee.data import preprocess
+from cordee.data.options import PreprocessConfig
 from cordee.families.registry import spec_from_hf
 from cordee.model.gpt import GPTModel
 from cordee.weights import hf

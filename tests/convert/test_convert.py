@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from cordee.checkpoint import formats
 from cordee.checkpoint.store import CheckpointStore
-from cordee.config.schema import ConvertConfig
 from cordee.convert import job
+from cordee.convert.options import ConvertConfig
 from cordee.errors import ProblemError
 from cordee.model.gpt import GPTModel
 from cordee.weights.load import load_into

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from cordee.checkpoint import formats
-from cordee.config.schema import ConvertConfig
 from cordee.convert import job
+from cordee.convert.options import ConvertConfig
 from cordee.errors import ProblemError
 from cordee.families.registry import spec_from_hf
 from tests.weights import tiny

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from cordee.checkpoint import formats
 from cordee.config.load import load_config
-from cordee.config.schema import ConvertConfig
 from cordee.convert import job
+from cordee.convert.options import ConvertConfig
 from cordee.errors import Problem, ProblemError
 from cordee.families.registry import families, spec_from_hf, spec_from_preset
 from cordee.model.compare import canonical

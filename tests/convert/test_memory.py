@@ -26,7 +26,7 @@ SHAPE = {
 MEASURE = """
 import re, sys, threading
 from cordee.config.load import load_config
-from cordee.config.schema import ConvertConfig
+from cordee.convert.options import ConvertConfig
 from cordee.convert import job, targets
 from cordee.device import peak_resident_bytes
 

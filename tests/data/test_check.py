@@ -6,13 +6,13 @@ import sys
 import pytest
 
 from cordee.config.option import to_flag
-from cordee.config.schema import TrainConfig
 from cordee.data import gpt_check as data_check
 from cordee.data.build import build_datasets, plan_parts
 from cordee.data.indexed import IndexedDataset
 from cordee.data.manifest import Manifest, TokenizerNote, manifest_path, merged, read_manifest
 from cordee.errors import ProblemError
 from cordee.tokenizer.null import NullTokenizer
+from cordee.train.options import TrainConfig
 from tests.data import peer
 from tests.problems import limits
 
@@ -172,7 +172,8 @@ def test_checking_does_not_load_torch(tmp_path):
     prefix = str(peer.write_pair(tmp_path / "x", [20] * 40))
     program = f"""
 import sys
-from cordee.config.schema import TrainConfig, TokenizerOptions
+from cordee.tokenizer.options import TokenizerOptions
+from cordee.train.options import TrainConfig
 from cordee import tokenizer
 from cordee.data import gpt_check, preprocess
 assert gpt_check.check(TrainConfig(seq_length=8, lr=1.0, data_path=({prefix!r},)), train_samples=3) == []

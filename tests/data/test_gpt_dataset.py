@@ -21,7 +21,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cordee import device, lock
-from cordee.config.schema import TrainConfig
 from cordee.data import gpt_check as data_check
 from cordee.data import gpt_dataset as gpt
 from cordee.data import order_cache
@@ -32,6 +31,7 @@ from cordee.data.order import Epochs, Order, blend_period, blend_sizes, normalis
 from cordee.data.order_cache import cached_arrays
 from cordee.errors import ProblemError
 from cordee.log import logger
+from cordee.train.options import TrainConfig
 from tests.data import peer
 
 
@@ -245,7 +245,7 @@ def test_a_run_of_a_billion_steps_is_opened_in_little_memory(tmp_path):
     script = f"""
 import resource
 resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
-from cordee.config.schema import TrainConfig
+from cordee.train.options import TrainConfig
 from cordee.data.build import build_datasets
 a, b = {names!r}
 blend = ("0.3", a, "0.7", b)

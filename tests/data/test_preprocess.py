@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from cordee import lock
-from cordee.config.schema import PreprocessConfig
 from cordee.data import preprocess, process_map
 from cordee.data.indexed import IndexedDataset, IndexedDatasetBuilder
 from cordee.data.manifest import manifest_path, read_manifest
+from cordee.data.options import PreprocessConfig
 from cordee.data.readers import chunk, json_files, stream
 from cordee.errors import ProblemError
 from cordee.log import logger
@@ -458,7 +458,7 @@ def test_memory_does_not_grow_with_the_input(tmp_path):
         folder.mkdir()
         write_jsonl(folder / "x.jsonl", numbers(20) * (texts // 20))
         program = f"""
-from cordee.config.schema import PreprocessConfig
+from cordee.data.options import PreprocessConfig
 from cordee.device import peak_resident_bytes
 from cordee.data.preprocess import run
 run(PreprocessConfig(input={str(folder / "x.jsonl")!r}, output_prefix={str(folder / "out")!r},

@@ -530,7 +530,7 @@ def test_memory_does_not_hang_on_the_length_of_a_line(tmp_path):
         (tmp_path / f"{name}.gz").write_bytes(gzip.compress((tmp_path / name).read_bytes(), 1))
     program = f"""
 from pathlib import Path
-from cordee.config.schema import PreprocessConfig
+from cordee.data.options import PreprocessConfig
 from cordee.data.preprocess import run
 from cordee.device import peak_resident_bytes
 from cordee.errors import ProblemError

@@ -17,20 +17,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cordee.config.load import config_from_dict
-from cordee.config.schema import DecodingOptions, EvaluateConfig, TokenizerOptions
 from cordee.errors import ProblemError
 from cordee.evaluate.engine import Engine
 from cordee.evaluate.finished import Finished
+from cordee.evaluate.options import EvaluateConfig
 from cordee.evaluate.requests import Encoder, GenerateUntil, Likelihood, Loglikelihood, RollingLoglikelihood
 from cordee.evaluate.runner import run_tasks
 from cordee.evaluate.task import Result, Subject
 from cordee.generate.engine import stream
+from cordee.generate.options import DecodingOptions
 from cordee.model.gpt import GPTModel
 from cordee.model.init import initialise
 from cordee.parallel import inference
 from cordee.parallel.degrees import Degrees
 from cordee.parallel.layout import Layout
 from cordee.tokenizer import load_tokenizer
+from cordee.tokenizer.options import TokenizerOptions
 from tests.generate.folders import ROWS, TEXT, VOCAB_SIZE, Folder
 from tests.matrix import sampled
 from tests.parallel import models

@@ -10,16 +10,17 @@ import numpy as np
 import pytest
 
 from cordee.checkpoint.storage import StoragePath
-from cordee.config.check import check_evaluate
 from cordee.config.load import config_from_dict
-from cordee.config.schema import ConvertConfig, EvaluateConfig, TokenizerOptions
 from cordee.convert import job as convert
+from cordee.convert.options import ConvertConfig
 from cordee.errors import ProblemError
 from cordee.evaluate import documents, job
 from cordee.evaluate.finished import fingerprint_files
+from cordee.evaluate.options import EvaluateConfig
 from cordee.evaluate.requests import windows
 from cordee.evaluate.task import all_tasks
 from cordee.tokenizer import load_tokenizer
+from cordee.tokenizer.options import TokenizerOptions
 from tests.checkpoint.stores import ROOT, FaultyStorage
 from tests.generate.folders import TEXT, write_tokenizer
 
@@ -148,7 +149,7 @@ def test_processes_that_are_no_whole_copies(llama, text):
             "tensor_model_parallel_size": 2,
         },
     )
-    (problem,) = check_evaluate(config)
+    (problem,) = job.option_problems(config)
     assert problem.option == "processes" and "multiple of 2" in problem.fix
 
 

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cordee.config.load import config_from_dict
-from cordee.config.schema import EvaluateConfig, TokenizerOptions
 from cordee.data.indexed import IndexedDatasetBuilder
 from cordee.errors import ProblemError
 from cordee.evaluate.documents import Document
 from cordee.evaluate.engine import Engine
+from cordee.evaluate.options import EvaluateConfig
 from cordee.evaluate.requests import RollingLoglikelihood, windows
 from cordee.evaluate.runner import run_tasks
 from cordee.evaluate.task import Subject
@@ -28,6 +28,7 @@ from cordee.parallel import inference
 from cordee.parallel.degrees import Degrees
 from cordee.parallel.layout import Layout
 from cordee.tokenizer import load_tokenizer
+from cordee.tokenizer.options import TokenizerOptions
 from tests.evaluate.test_engine import LAYOUTS
 from tests.generate.folders import TEXT, Folder
 from tests.matrix import sampled

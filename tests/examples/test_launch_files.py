@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cordee.config.check import check_train
 from cordee.config.laws import ignored_options
 from cordee.config.load import load_config
-from cordee.config.schema import TrainConfig
 from cordee.families.registry import spec_from_preset
 from cordee.launch import rank_info
 from cordee.parallel import laws
 from cordee.parallel.degrees import degrees
+from cordee.train import plan
+from cordee.train.options import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
@@ -39,7 +39,7 @@ def require_sound(command: list[str], monkeypatch) -> None:
     for name, value in {"RANK": 0, "WORLD_SIZE": NODES * PER_NODE, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 8}.items():
         monkeypatch.setenv(name, str(value))
     config = load_config(TrainConfig, arguments).config
-    assert check_train(config) == []
+    assert list(plan.option_problems(config)) == []
     assert ignored_options(replace(config, nproc_per_node=NODES * PER_NODE)) == []
     shape = degrees(config, NODES * PER_NODE)
     assert (shape.tp, shape.data) == (8, 2)

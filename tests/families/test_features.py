@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 
 from cordee.config.load import load_config
-from cordee.config.model_options import FeatureOptions
-from cordee.config.schema import ModelOptions, TrainConfig
 from cordee.errors import Problem, ProblemError
 from cordee.families.lenses import FORM, features_of, model_of
 from cordee.families.options import with_defaults
@@ -26,6 +24,8 @@ from cordee.model.config import (
     NormConfig,
     YarnScaling,
 )
+from cordee.model.options import FeatureOptions, ModelOptions
+from cordee.train.options import TrainConfig
 
 RUN = "--seq-length 32 --lr 1 --train-iters 1 --data-path x"
 

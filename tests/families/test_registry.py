@@ -10,7 +10,6 @@ import sys
 import pytest
 
 from cordee.config.option import options_of
-from cordee.config.schema import ModelOptions
 from cordee.errors import ProblemError
 from cordee.families.lenses import words_of
 from cordee.families.registry import (
@@ -23,6 +22,7 @@ from cordee.families.registry import (
     spec_from_preset,
 )
 from cordee.model.config import MAX_LAYERS, MAX_TOKENS, MAX_WIDTH, Llama3Scaling, RopeConfig
+from cordee.model.options import ModelOptions
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],

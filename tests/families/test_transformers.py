@@ -93,7 +93,7 @@ def test_transformers_reads_what_we_write(preset, groups, tmp_path):
     """A model of our own, never seen by transformers before, computes the same there."""
     import transformers
 
-    from cordee.config.schema import ModelOptions
+    from cordee.model.options import ModelOptions
 
     small = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 128, "num_attention_heads": 4}
     small |= {"vocab_size": 50, "padded_vocab_size": 50}

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cordee.config.schema import DecodingOptions
 from cordee.errors import ProblemError
 from cordee.generate.decoder import CachedDecoder, PlainDecoder, padded
 from cordee.generate.engine import generate, stream
+from cordee.generate.options import DecodingOptions
 from cordee.model.config import (
     BalanceConfig,
     LogNScaling,
@@ -261,9 +261,9 @@ def test_the_model_is_left_as_it_was():
     ],
 )
 def test_a_real_model_tells_its_story(name, story, shared):
-    from cordee.config.schema import TokenizerOptions
     from cordee.generate.text import continuation, encode_prompts
     from cordee.tokenizer import load_tokenizer
+    from cordee.tokenizer.options import TokenizerOptions
 
     directory = shared / "data" / "models" / name
     model = Folder(directory).model()

@@ -7,10 +7,10 @@ import logging
 import pytest
 import torch
 
-from cordee.config.schema import DecodingOptions
 from cordee.generate import engine
 from cordee.generate.decoder import CachedDecoder, FusedDecoder, padded, unsupported_reason
 from cordee.generate.engine import generate
+from cordee.generate.options import DecodingOptions
 from cordee.model.cache import KVCache
 from cordee.model.config import (
     DynamicNTKScaling,

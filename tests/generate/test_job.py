@@ -12,14 +12,16 @@ import torch
 
 from cordee.api import GPTModel
 from cordee.config.load import config_from_dict
-from cordee.config.schema import ConvertConfig, DecodingOptions, GenerateConfig, TokenizerOptions
 from cordee.convert import job as convert
+from cordee.convert.options import ConvertConfig
 from cordee.errors import Problem, ProblemError
 from cordee.families.registry import spec_from_hf
 from cordee.generate import job
 from cordee.generate.engine import generate
 from cordee.generate.loading import load_model, stop_ids
+from cordee.generate.options import DecodingOptions, GenerateConfig
 from cordee.tokenizer import load_tokenizer
+from cordee.tokenizer.options import TokenizerOptions
 from cordee.weights import hf
 from tests.generate.folders import Folder, model_directory, write_tokenizer
 

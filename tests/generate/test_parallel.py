@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from cordee.config.schema import DecodingOptions
 from cordee.errors import ProblemError
 from cordee.generate.engine import generate, stream
+from cordee.generate.options import DecodingOptions
 from cordee.model.gpt import GPTModel
 from cordee.model.init import initialise
 from cordee.parallel import inference

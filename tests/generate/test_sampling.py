@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from cordee.config.schema import DecodingOptions
+from cordee.generate.options import DecodingOptions
 from cordee.generate.sampling import choose, filtered, uniform
 
 INF = float("inf")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from cordee.config.schema import TokenizerOptions
 from cordee.generate.text import continuation, encode_prompts
 from cordee.tokenizer import load_tokenizer
+from cordee.tokenizer.options import TokenizerOptions
 from tests.generate.folders import TEXT, write_tokenizer
 
 

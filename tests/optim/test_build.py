@@ -12,10 +12,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from cordee.config.option import options_of
-from cordee.config.schema import TrainConfig
 from cordee.model.parameter import local_shard
 from cordee.optim.algorithms import registry, state_of
 from cordee.optim.build import build_optimizer, parameter_groups, set_rates
+from cordee.train.options import TrainConfig
 
 
 @dataclass

@@ -7,8 +7,8 @@ import random
 import pytest
 import torch
 
-from cordee.config.schema import TrainConfig
 from cordee.optim.precision import LossScaler, build_scaler
+from cordee.train.options import TrainConfig
 
 
 def megatron(monkeypatch, **arguments):

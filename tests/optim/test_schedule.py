@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from cordee.config.schema import TrainConfig
-from cordee.optim.schedule import build_schedule
+from cordee.optim.schedule import Schedule, build_schedule
+from cordee.train.options import TrainConfig
 
 GBS = 4
 
@@ -70,11 +70,14 @@ CASES = {
 }
 
 
+def scheduled(options: TrainConfig) -> Schedule:
+    return build_schedule(options, options.train_iters, options.train_samples, GBS)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_equals_megatron(case: str):
     ours, theirs = CASES[case]
-    options = config(**ours)
-    schedule = build_schedule(options, options, GBS)
+    schedule = scheduled(config(**ours))
     peer, group = megatron(**theirs)
     for step in range(25):
         assert schedule.learning_rate(step * GBS) == pytest.approx(group["lr"], rel=1e-12, abs=0)
@@ -83,6 +86,6 @@ def test_equals_megatron(case: str):
 
 
 def test_own_limits_of_a_group():
-    schedule = build_schedule(config(), config(), GBS)
+    schedule = scheduled(config())
     assert schedule.learning_rate(0, max_lr=1.0, min_lr=0.5) == 1.0
     assert schedule.learning_rate(10**6, max_lr=1.0, min_lr=0.5) == 0.5

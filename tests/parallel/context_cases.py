@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import torch
 
-from cordee.config.schema import TrainConfig
 from cordee.model.config import (
     AttentionConfig,
     BalanceConfig,
@@ -21,6 +20,7 @@ from cordee.model.config import (
     RopeConfig,
     RouterConfig,
 )
+from cordee.train.options import TrainConfig
 
 CPU = torch.device("cpu")
 BATCH, LENGTH, VOCAB = 2, 32, 53

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from cordee.config.schema import TrainConfig
 from cordee.data.batch import Batch
 from cordee.model.balance import Balance
 from cordee.model.config import (
@@ -34,6 +33,7 @@ from cordee.parallel import apply, collectives, context, data, laws, wrapper
 from cordee.parallel.degrees import degrees
 from cordee.parallel.layout import Layout
 from cordee.parallel.wrapper import Wrapper
+from cordee.train.options import TrainConfig
 
 SAMPLES, LENGTH, MICRO_BATCHES, VOCAB = 8, 16, 2, 53
 RMS, LAYER = NormConfig(kind="rms", eps=1e-5), NormConfig(kind="layer", eps=1e-5)

@@ -9,7 +9,6 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from cordee.config.laws import ignored_options
-from cordee.config.schema import TrainConfig
 from cordee.data.batch import IGNORED, Batch
 from cordee.errors import Problem, ProblemError
 from cordee.model.balance import Balance
@@ -20,6 +19,7 @@ from cordee.parallel import apply, collectives, context, data, laws
 from cordee.parallel.degrees import Degrees, degrees
 from cordee.parallel.layout import Layout
 from cordee.train import job
+from cordee.train.options import TrainConfig
 from cordee.train.plan import plan_run
 from tests.matrix import sampled
 from tests.parallel.context_cases import (

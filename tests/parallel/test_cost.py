@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 from torch.distributed.tensor import DTensor
 
-from cordee.config.schema import TrainConfig
 from cordee.model.gpt import GPTModel
 from cordee.optim.build import build_optimizer
 from cordee.parallel import data, sharding
 from cordee.parallel.cost import MemoryCost, ParameterCount, cost
 from cordee.parallel.degrees import Degrees
+from cordee.train.options import TrainConfig
 from tests.parallel.test_data import LENGTH, build, samples
 
 

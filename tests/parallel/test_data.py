@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from cordee.config.schema import TrainConfig
 from cordee.errors import ProblemError, RankLostError
 from cordee.launch import RankInfo
 from cordee.model.config import AttentionConfig, LayerConfig, MLPConfig, ModelConfig, NormConfig, RopeConfig
@@ -20,6 +19,7 @@ from cordee.model.init import initialise
 from cordee.parallel import apply, collectives, data
 from cordee.parallel.degrees import degrees
 from cordee.parallel.layout import Layout, process_group
+from cordee.train.options import TrainConfig
 
 CPU = torch.device("cpu")
 SAMPLES, LENGTH, MICRO_BATCHES, VOCAB = 8, 12, 2, 53

@@ -8,10 +8,10 @@ import sys
 import pytest
 import torch.distributed as dist
 
-from cordee.config.schema import TrainConfig
 from cordee.parallel.degrees import Degrees, degrees
 from cordee.parallel.describe import describe_layout, groups
 from cordee.parallel.layout import Layout
+from cordee.train.options import TrainConfig
 
 
 def test_alone():

@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from cordee.config.schema import TrainConfig
 from cordee.model.config import (
     AttentionConfig,
     CapacityConfig,
@@ -27,6 +26,7 @@ from cordee.model.parameter import local_shard
 from cordee.parallel import expert, laws, sharding, tensor
 from cordee.parallel.degrees import Degrees, degrees
 from cordee.parallel.layout import Layout
+from cordee.train.options import TrainConfig
 from cordee.weights.load import materialise
 
 HIDDEN, FFN, EXPERTS = 16, 12, 8

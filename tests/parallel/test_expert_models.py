@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from cordee.checkpoint.store import CheckpointStore, restore
-from cordee.config.schema import TrainConfig
 from cordee.model.balance import Balance
 from cordee.model.config import (
     AttentionConfig,
@@ -32,6 +31,7 @@ from cordee.parallel import apply, collectives, data
 from cordee.parallel.degrees import degrees
 from cordee.parallel.layout import Layout
 from cordee.tensors.views import Leaf, View
+from cordee.train.options import TrainConfig
 from cordee.weights.codec import Source
 from cordee.weights.load import load_into
 from tests.matrix import sampled

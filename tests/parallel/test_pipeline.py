@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from cordee.config.schema import TrainConfig
 from cordee.data.batch import Batch
 from cordee.families.registry import spec_from_hf
 from cordee.model.config import BalanceConfig, ModelConfig, MoEConfig, RouterConfig
@@ -25,6 +24,7 @@ from cordee.parallel.layout import Layout
 from cordee.parallel.pipeline.executor import PipelineExecutor
 from cordee.parallel.pipeline.split import divide
 from cordee.train.objectives.next_token import NextToken
+from cordee.train.options import TrainConfig
 from cordee.train.plan import check_run, plan_run
 from cordee.weights import hf
 from cordee.weights.load import load_into

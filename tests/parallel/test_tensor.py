@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from cordee.config.schema import TrainConfig
 from cordee.model.config import ModelConfig, QKNormConfig
 from cordee.model.shards import part_of
 from cordee.ops.cross_entropy import IGNORED, chunked_cross_entropy, reference_cross_entropy
 from cordee.parallel import laws, tensor
 from cordee.parallel.degrees import Degrees, degrees
 from cordee.parallel.layout import Layout
+from cordee.train.options import TrainConfig
 from tests.matrix import sampled
 from tests.parallel import models
 

@@ -9,9 +9,9 @@ import pytest
 from matplotlib.image import imread
 
 from cordee.cli import main
-from cordee.config.schema import PlanConfig
 from cordee.errors import ProblemError
 from cordee.plan.job import plan
+from cordee.plan.options import PlanConfig
 
 
 def rows(printed: str) -> dict[str, list[str]]:

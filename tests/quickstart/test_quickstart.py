@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from cordee import lock
-from cordee.config.schema import QuickstartConfig
 from cordee.errors import ProblemError
 from cordee.quickstart import corpus, job, report, tokenizer
+from cordee.quickstart.options import QuickstartConfig
 
 WORDS = "the quick brown fox jumps over the lazy dog and runs far away from the old stone bridge".split()
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from cordee.config.schema import TokenizerOptions
 from cordee.errors import ProblemError
 from cordee.tokenizer import Tokenizer, check_tokenizer, holds_tokenizer, load_tokenizer, tik
 from cordee.tokenizer.matching import Matcher
+from cordee.tokenizer.options import TokenizerOptions
 from cordee.tokenizer.special import AddedToken
 
 CORPUS = [

@@ -20,9 +20,9 @@ from typing import Any
 
 import pytest
 
-from cordee.config.schema import TokenizerOptions
 from cordee.errors import ProblemError
 from cordee.tokenizer import Tokenizer, load_tokenizer, tik
+from cordee.tokenizer.options import TokenizerOptions
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. The dog doesn't mind at all, and sleeps on.",

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from cordee import sealed
 from cordee.config.option import option
-from cordee.config.schema import TrainConfig
 from cordee.data.batch import IGNORED, Batch, axes
 from cordee.errors import Findings
 from cordee.train.objectives import FurtherModel, Objective, Run
+from cordee.train.options import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)

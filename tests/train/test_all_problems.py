@@ -16,14 +16,15 @@ from pathlib import Path
 import pytest
 
 from cordee import cli
-from cordee.config import schema
 from cordee.config.load import load_as_far_as_possible
 from cordee.config.option import options_of
 from cordee.config.spelling import spellings
 from cordee.errors import Problem, name_of
+from cordee.model.options import ModelOptions
+from cordee.train.options import TrainConfig
 from tests.train import tiny
 
-MODEL = {option.name for option in options_of(schema.ModelOptions)}
+MODEL = {option.name for option in options_of(ModelOptions)}
 DRAWN = 120
 
 # Each is sound with what `BASE` gives, but for the one fault.
@@ -181,7 +182,7 @@ class Check:
     def __call__(self, *faults: str) -> Found:
         flags = " ".join(faults).format(**self.places).split()
         problems = list(self._problems(flags))
-        table = spellings(schema.TrainConfig)
+        table = spellings(TrainConfig)
         given = {table[name_of(flag)].option.name for flag in flags if name_of(flag) in table and flag.startswith("--")}
         names = given.union(*(problem.names for problem in problems))
         if names & MODEL:
@@ -190,7 +191,7 @@ class Check:
         return Found(laws, frozenset(names))
 
     def _problems(self, flags: list[str]) -> Iterator[Problem]:
-        loaded = load_as_far_as_possible(schema.TrainConfig, [*self.base, *flags])
+        loaded = load_as_far_as_possible(TrainConfig, [*self.base, *flags])
         command = cli.COMMANDS["check"]
         yield from loaded.problems
         yield from cli.further(command, loaded) if loaded.problems else cli.problems(command, loaded)

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cordee.config.schema import TrainConfig
 from cordee.train.batch_schedule import build_batch_schedule
+from cordee.train.options import TrainConfig
 
 
 def schedule(data_size: int = 2, **options):

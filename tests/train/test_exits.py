@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from cordee.config.schema import TrainConfig
 from cordee.train.exits import Exit, ExitRule, Signals, watch
+from cordee.train.options import TrainConfig
 
 
 def rule(signals: Signals | None = None, started: float | None = None, **options) -> ExitRule:
@@ -65,7 +65,7 @@ def test_interval():
 
 HANGS = """
 import sys, time
-from cordee.config.schema import ExitOptions
+from cordee.train.options import ExitOptions
 from cordee.errors import Problem, RankLostError
 from cordee.train import exits
 from cordee.train.exits import Signals

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from cordee.config.option import to_flag
-from cordee.config.schema import TrainConfig
 from cordee.errors import ProblemError
 from cordee.families.registry import spec_from_options, spec_from_preset
 from cordee.model.config import BalanceConfig, CapacityConfig
 from cordee.train import job
 from cordee.train.experts import ignored, with_training
+from cordee.train.options import TrainConfig
 from cordee.train.plan import check_run, plan_run
 from tests.train import tiny
 

@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from cordee.config.schema import ConvertConfig, TokenizerOptions
 from cordee.convert import job as convert_job
+from cordee.convert.options import ConvertConfig
 from cordee.families.registry import spec_from_options
 from cordee.model.gpt import GPTModel
 from cordee.model.init import initialise
 from cordee.tokenizer import load_tokenizer
+from cordee.tokenizer.options import TokenizerOptions
 from cordee.train import job
 from cordee.train.plan import check_run
 from cordee.weights import hf

@@ -16,8 +16,8 @@ import yaml
 
 from cordee.checkpoint import directory
 from cordee.config.option import options_of
-from cordee.config.schema import TrainConfig
 from cordee.train import job
+from cordee.train.options import TrainConfig
 from tests.train import tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cordee.config.schema import TrainConfig
 from cordee.train import job
+from cordee.train.options import TrainConfig
 from tests.train import tiny
 from tests.train.test_kill import children, wait_until
 

@@ -15,13 +15,13 @@ import torch
 
 from cordee import GPTModel
 from cordee.checkpoint import directory
-from cordee.config.schema import TrainConfig
 from cordee.model import gpt
 from cordee.model.init import initialise
 from cordee.parallel.degrees import Degrees
 from cordee.parallel.execution import Criterion, Frozen, LocalExecutor, Work
 from cordee.parallel.layout import Layout
 from cordee.train import objectives
+from cordee.train.options import TrainConfig
 from cordee.train.plan import check_run, plan_run
 from tests.train import tiny
 from tests.train.pairs import PairBatch, PairConfig, Pairs, Preference, plain_loss

@@ -13,12 +13,13 @@ import pytest
 
 from cordee.checkpoint import directory
 from cordee.config.load import load_as_far_as_possible
-from cordee.config.schema import ModelOptions, TrainConfig
 from cordee.data.build import build_datasets
 from cordee.errors import ProblemError
 from cordee.families.registry import ModelSpec, spec_from_options, spec_from_preset
 from cordee.model.config import LayerConfig
+from cordee.model.options import ModelOptions
 from cordee.train import job
+from cordee.train.options import TrainConfig
 from cordee.train.plan import check_run, check_with_contents, plan_run
 from tests.train import tiny
 
@@ -44,7 +45,7 @@ def test_check_needs_no_torch(tmp_path: Path):
     script = f"""
 import sys
 from pathlib import Path
-from cordee.config.schema import TrainConfig
+from cordee.train.options import TrainConfig
 from cordee.train.plan import check_run
 assert check_run(TrainConfig(**{vars(given)!r})) == []
 assert "torch" not in sys.modules, "torch was imported"

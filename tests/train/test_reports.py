@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from cordee.checkpoint.store import CheckpointStore
-from cordee.config.schema import TrainConfig
 from cordee.families.count import training_flops_per_token
 from cordee.families.registry import spec_from_options
 from cordee.train import job
 from cordee.train.metrics import Meter, StepResult, measure_peak_flops
+from cordee.train.options import TrainConfig
 from cordee.train.reports import build_reports
 from cordee.train.run_plan import TrainState
 from cordee.train.sinks import (

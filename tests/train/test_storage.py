@@ -12,10 +12,11 @@ from fsspec import AbstractFileSystem
 
 from cordee.checkpoint import directory
 from cordee.checkpoint.storage import place_of
-from cordee.config.schema import ConvertConfig, TrainConfig
 from cordee.convert import job as convert
+from cordee.convert.options import ConvertConfig
 from cordee.errors import ProblemError
 from cordee.train import job, outputs
+from cordee.train.options import TrainConfig
 from cordee.train.plan import check_run, plan_run
 from tests.train import tiny
 

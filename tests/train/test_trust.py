@@ -26,16 +26,19 @@ import cordee
 from cordee import lock, sealed
 from cordee.checkpoint import directory, source
 from cordee.config.option import to_flag
-from cordee.config.schema import ConvertConfig, EvaluateConfig, GenerateConfig, TrainConfig
 from cordee.convert import job as convert
+from cordee.convert.options import ConvertConfig
 from cordee.data.gpt_check import check
 from cordee.data.indexed import IndexedDataset, fingerprint
 from cordee.data.manifest import Manifest, TokenizerNote, manifest_path, read_manifest
 from cordee.errors import Findings, Problem, ProblemError
 from cordee.evaluate import job as evaluate
+from cordee.evaluate.options import EvaluateConfig
 from cordee.generate import job as generate
+from cordee.generate.options import GenerateConfig
 from cordee.train import job, outputs
 from cordee.train.objectives import next_token
+from cordee.train.options import TrainConfig
 from cordee.train.plan import check_run, check_with_contents
 from cordee.train.run_plan import TrainState
 from tests.train import tiny

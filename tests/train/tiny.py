@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from cordee.config.schema import TrainConfig
 from cordee.data.indexed import IndexedDatasetBuilder
 from cordee.parallel.degrees import degrees
 from cordee.parallel.layout import Layout
 from cordee.train import job
 from cordee.train.exits import Exit, ExitRule, Signals
+from cordee.train.options import TrainConfig
 
 VOCAB, LENGTH, BATCH = 61, 16, 8
 MODEL: dict[str, Any] = {

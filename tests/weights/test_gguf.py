@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from cordee.api import GPTModel
 from cordee.checkpoint import formats
-from cordee.config.schema import ConvertConfig
 from cordee.convert import job
+from cordee.convert.options import ConvertConfig
 from cordee.errors import ProblemError
 from cordee.families.registry import spec_from_hf
 from cordee.weights.gguf.file import GGUFFile

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import torch
 
-from cordee.config.schema import ConvertConfig
 from cordee.convert import job
+from cordee.convert.options import ConvertConfig
 from cordee.errors import ProblemError
 from cordee.weights.gguf import codec
 from cordee.weights.gguf.file import GGUFFile

@@ -12,10 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cordee.api import GPTModel
-from cordee.config.schema import ConvertConfig, TokenizerOptions
 from cordee.convert import job
+from cordee.convert.options import ConvertConfig
 from cordee.errors import ProblemError
 from cordee.tokenizer import Tokenizer, load_tokenizer
+from cordee.tokenizer.options import TokenizerOptions
 from cordee.weights.gguf.vocabulary import CUTS, Kind, describe, restore, strange_ids
 from tests.weights import tiny
 

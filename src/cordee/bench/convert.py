@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING
 
 from cordee import device
 from cordee.bench.contest import Baton, Contender, Results, Turn, apart, once
+from cordee.bench.options import BenchConfig
 from cordee.bench.report import Report
-from cordee.config.schema import BenchConfig
 from cordee.errors import Problem, ProblemError
 
 if TYPE_CHECKING:
@@ -205,8 +205,8 @@ def _sweep(folder: Path, over: threading.Event) -> None:
 def play_convert(baton: Baton, source: Path, target: Path, flags: tuple[str, ...]) -> None:
     """Run the command as a user would, up to files that are on disk."""
     from cordee.config.load import load_config
-    from cordee.config.schema import ConvertConfig
     from cordee.convert import job
+    from cordee.convert.options import ConvertConfig
 
     baton.take()
     options = load_config(ConvertConfig, ["--load-dir", str(source), "--save-dir", str(target), *flags]).config

@@ -15,8 +15,8 @@ from typing import Any
 
 from cordee.bench.contest import Baton, Contender, Results, Shift, Turn, apart, hold
 from cordee.bench.llama import save
+from cordee.bench.options import BenchConfig
 from cordee.bench.report import Report
-from cordee.config.schema import BenchConfig
 from cordee.errors import Problem, ProblemError
 
 PEERS = ()

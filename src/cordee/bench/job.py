@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from cordee.bench.contest import Turn
-from cordee.config.schema import BenchConfig, BenchOptions
+from cordee.bench.options import BenchConfig, BenchOptions
 from cordee.errors import Problem, raise_all
 
 EXTRA = "bench"  # what brings the peers

@@ -16,6 +16,7 @@ from pathlib import Path
 from cordee.bench import resume
 from cordee.bench.contest import Turn
 from cordee.bench.layouts import ALONE, cases
+from cordee.bench.options import BenchConfig
 from cordee.bench.pool import Pool
 from cordee.bench.report import Report
 from cordee.bench.tiny import (
@@ -30,7 +31,6 @@ from cordee.bench.tiny import (
     prepare,
     trained,
 )
-from cordee.config.schema import BenchConfig
 
 PEERS = ()
 

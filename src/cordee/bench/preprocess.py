@@ -14,8 +14,9 @@ from pathlib import Path
 
 from cordee.bench import corpus
 from cordee.bench.contest import Baton, Contender, Results, Turn, hold
+from cordee.bench.options import BenchConfig
 from cordee.bench.report import Report
-from cordee.config.schema import BenchConfig, PreprocessConfig
+from cordee.data.options import PreprocessConfig
 
 PEERS = ()
 CHARACTERS = 24_000_000

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from cordee.bench.contest import Turn
 from cordee.bench.layouts import ALONE, Case, cases
+from cordee.bench.options import BenchConfig
 from cordee.bench.pool import Pool
 from cordee.bench.report import Report
 from cordee.bench.tiny import BATCH, STEPS, TOLERANCE, Comparisons, prepare, trained
-from cordee.config.schema import BenchConfig
 
 PEERS = ()
 SAVED = 2  # the step after which a run is saved and stopped

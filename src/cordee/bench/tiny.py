@@ -15,8 +15,8 @@ from typing import Any
 from cordee.bench.contest import Turn
 from cordee.bench.layouts import Case
 from cordee.bench.pool import Pool
-from cordee.config.schema import TrainConfig
 from cordee.errors import ProblemError
+from cordee.train.options import TrainConfig
 
 STEPS, TOLERANCE = 5, 1e-5
 LENGTH, VOCAB, BATCH = 32, 96, 8

@@ -14,12 +14,14 @@ from typing import Any
 from cordee.bench import corpus, gemm
 from cordee.bench.contest import Baton, Contender, Results, Shift, Turn, hold
 from cordee.bench.llama import FFN, HEADS, HIDDEN, LAYERS, VOCAB_SIZE, llama
+from cordee.bench.options import BenchConfig
 from cordee.bench.report import Report
 from cordee.config.load import config_from_dict
-from cordee.config.schema import BenchConfig, PreprocessConfig, TrainConfig
 from cordee.data import preprocess
+from cordee.data.options import PreprocessConfig
 from cordee.families.count import FLOPS_FORMULA, training_flops_per_token
 from cordee.families.registry import spec_from_options
+from cordee.train.options import TrainConfig
 
 PEERS = ("accelerate",)
 STEPS = 4

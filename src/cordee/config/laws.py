@@ -1,7 +1,7 @@
 """Laws between options, declared in the attribute `laws` of a schema class.
 
 Owns the forms of such laws, and the problems of a configuration that breaks them. Knows no option by name: a new
-technique declares its options and their laws in one class. Laws of more than two options are `check.py`'s.
+technique declares its options and their laws in one class. Laws with arithmetic stand beside what computes with it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from cordee import errors
 from cordee.config.option import options_of, to_flag
-from cordee.errors import Problems, given
+from cordee.errors import Problem, Problems, given
 
 
 class Wanted(NamedTuple):
@@ -35,13 +35,13 @@ def but(value: object) -> Wanted:
 
 @dataclass(frozen=True)
 class Law:
-    """A law about each of the options `names`, where that is not at its default.
+    """A law about each of the options `names`, where that is not at its default, or is "missing".
 
     `others`: conditions on other options, one of which is enough. `why`: the reason, where `others` is empty and the
     law never holds.
     """
 
-    kind: Literal["requires", "excludes", "at most", "ignored"]
+    kind: Literal["missing", "requires", "excludes", "at most", "ignored"]
     names: tuple[str, ...]
     others: Mapping[str, Wanted]
     why: str = ""
@@ -57,6 +57,11 @@ class Law:
     def remedy(self) -> str:
         """What lets the law hold: "--zero-stage 3"."""
         return " or ".join(f"{to_flag(name)} {wanted.words}".rstrip() for name, wanted in self.others.items())
+
+
+def required_unless(*names: str, **others: object) -> Law:
+    """These options must be given, unless another is so: `required_unless("prompt", prompts_file=GIVEN)`."""
+    return Law("missing", names, _wanted(others))
 
 
 def needs(*names: str, **others: object) -> Law:
@@ -113,6 +118,9 @@ def problems(config: Any) -> Problems:
                 (other,) = law.others
                 limit = getattr(config, other)
                 yield from errors.at_most(flag, value, limit, f"{to_flag(other)} {limit}", other)
+            elif law.kind == "missing" and not given(value) and not law.holds(config):
+                fix = errors.either("give it", law.remedy)
+                yield Problem(flag, None, law.reason(config) or "there is no default", fix, law.kind, tuple(law.others))
             elif law.kind == "requires" and name in given_ones and not law.holds(config):
                 yield from errors.requires(flag, value, law.remedy, law.reason(config), *law.others)
             elif law.kind == "excludes" and name in given_ones:

@@ -1,14 +1,15 @@
 """Flags, YAML files and Python values to one checked configuration, with where each value came from.
 
-Owns the order of precedence (defaults, a DeepSpeed file, files in order, flags, overrides) and finds every unknown
-name, bad value and missing option before it raises. Judges each option alone; how options fit together is `check`'s
-matter.
+Owns the order of precedence (defaults, files that options name, files in order, flags, overrides) and finds every
+unknown name, bad value and missing option before it raises. Judges each option alone; how options fit together is said
+by their laws.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Any, Generic, TypeVar
 
 from cordee.config.argv import CommandLine, Teaching, parse
@@ -76,7 +77,7 @@ def load_as_far_as_possible(
     collected.add_command_line(line)
     for key, value in (overrides or {}).items():
         collected.add_python(key, value)
-    collected.add_deepspeed()
+    collected.add_referenced()
     collected.require_all()
     if collected.problems and not collected.stand_in():
         raise_all(collected.problems)
@@ -142,18 +143,18 @@ class _Collected:
             raw = unfit
         self._add(key, raw, _Source(key, "python", "python"))
 
-    def add_deepspeed(self) -> None:
-        """Options that the file of --deepspeed-config sets and nothing else does; `check` compares the others."""
-        path = self.values.get("deepspeed_config")
-        if not isinstance(path, str):
-            return
-        from cordee.config import deepspeed
-
-        settings = deepspeed.read(path)
-        self.problems += settings.problems
-        for field, option, value in settings.entries():
-            if self.origins[option] == "default" and option not in self._failed:
-                self._add(option, value, _Source(field, f"{path}: {field}", f"{path} {field}", path))
+    def add_referenced(self) -> None:
+        """Options that files set which other options name; whatever else sets them wins."""
+        for option in self.options:
+            path = self.values.get(option.name)
+            if option.declared.reads is None or not isinstance(path, str):
+                continue
+            module, _, function = option.declared.reads.partition(":")
+            entries, problems = getattr(import_module(module), function)(path)
+            self.problems += problems
+            for field, name, value in entries:
+                if self.origins[name] == "default" and name not in self._failed:
+                    self._add(name, value, _Source(field, f"{path}: {field}", f"{path} {field}", path))
 
     def require_all(self) -> None:
         """Report required options that are not given, once each and only if they cannot have been given badly."""

@@ -31,6 +31,7 @@ class _Declaration:
     at_most: float | None = None
     below: float | None = None
     positional: bool = False
+    reads: str | None = None
 
 
 def option(default: Any, help: str, **details: Any) -> Any:
@@ -47,6 +48,7 @@ def option(default: Any, help: str, **details: Any) -> Any:
         metavar: how the help names the value.
         at_least, above, at_most, below: the range of a number, or of each number of a list.
         positional: the value also stands without its flag: `cordee bench train`.
+        reads: the value is a file that sets further options, by what this function, `module:function`, reads of it.
     """
     declaration = _Declaration(help=help, **details)
     if isinstance(default, dict):
@@ -70,7 +72,7 @@ class Option:
     optional: bool  # None is allowed and means "not given"
     default: object  # MISSING when required
     choices: tuple[object, ...]
-    group: str  # title: first line of the docstring of the class that declares the field
+    group: str  # title of the topic
     declared: _Declaration
 
     @property
@@ -104,20 +106,16 @@ def to_flag(name: str) -> str:
 @functools.cache
 def options_of(schema: type) -> tuple[Option, ...]:
     """All options of a schema class, in the order of its bases."""
-    hints = get_type_hints(schema)
-    groups = _groups(schema)
-    found = [_read(f, hints[f.name], groups[f.name]) for f in dataclasses.fields(schema)]
-    order = list(dict.fromkeys(groups.values()))
-    return tuple(sorted(found, key=lambda o: order.index(o.group)))
+    hints, declared = get_type_hints(schema), {f.name: f for f in dataclasses.fields(schema)}
+    return tuple(_read(declared[name], hints[name], group) for name, group in _groups(schema).items())
 
 
 def _groups(schema: type) -> dict[str, str]:
-    """Title of the class that declares each field; bases in the order in which the schema lists them."""
-    bases = [base for base in schema.__mro__ if base is not schema and base is not object]
-    listed = [schema, *bases]
+    """Title of the class that declares each field, in the order of the schema's bases: its `group`, or the first line
+    of its docstring."""
     return {
-        name: (base.__doc__ or base.__name__).splitlines()[0].rstrip(".")
-        for base in listed
+        name: (vars(base).get("group") or base.__doc__ or "").splitlines()[0].rstrip(".")
+        for base in schema.__mro__
         for name in inspect.get_annotations(base)
     }
 

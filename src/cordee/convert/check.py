@@ -14,7 +14,7 @@ from cordee.checkpoint.formats import Format
 from cordee.checkpoint.storage import is_url
 from cordee.config import laws
 from cordee.config.option import to_flag
-from cordee.config.schema import ConvertConfig
+from cordee.convert.options import ConvertConfig
 from cordee.errors import Problem, Problems, requires
 from cordee.families.reader import nearest
 from cordee.model.config import AttentionConfig

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from cordee.checkpoint.formats import Format, format_of
 from cordee.checkpoint.storage import place_of
 from cordee.config import laws
-from cordee.config.schema import ConvertConfig
 from cordee.convert.check import check_dialect, check_format, check_model, check_options, target_type
+from cordee.convert.options import ConvertConfig
 from cordee.errors import Findings, Problem, ProblemError, raise_all
 from cordee.files import read_json
 from cordee.log import logger, progress_bar

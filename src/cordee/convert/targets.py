@@ -16,9 +16,9 @@ import torch
 
 from cordee.checkpoint import dcp
 from cordee.config.option import to_flag
-from cordee.config.schema import ConvertConfig
 from cordee.config.values import whole_numbers
 from cordee.convert.check import target_type
+from cordee.convert.options import ConvertConfig
 from cordee.errors import Problem, Problems, raise_all, requires
 from cordee.weights import hf, mindformers
 from cordee.weights.codec import PlannedFile, Sink, Source

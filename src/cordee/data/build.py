@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cordee.config.schema import DataOptions, TrainConfig
 from cordee.data.gpt_dataset import BlendedDataset, Dataset, GPTDataset
 from cordee.data.indexed import IndexedDataset
+from cordee.data.options import DataOptions, SampleOptions
 from cordee.data.order import Order, blend_period, blend_sizes, normalise, periodic_sizes
 from cordee.errors import Problem, raise_all
 from cordee.log import logger
@@ -71,7 +71,7 @@ class PartOrder:
 
 
 def build_datasets(
-    config: TrainConfig,
+    config: SampleOptions,
     train_samples: int,
     valid_samples: int,
     test_samples: int,
@@ -208,7 +208,7 @@ def _parse_split(split: str, problems: list[Problem]) -> tuple[float, ...]:
 
 
 def _build_part(
-    part: Part, indexed: Sequence[IndexedDataset], config: TrainConfig, order: PartOrder, verified: bool
+    part: Part, indexed: Sequence[IndexedDataset], config: SampleOptions, order: PartOrder, verified: bool
 ) -> Dataset:
     datasets = [_build_one(part, one, config, own, verified) for one, own in zip(indexed, order.datasets, strict=True)]
     if part.blend.weights is None:
@@ -224,7 +224,7 @@ def _build_part(
     return blend
 
 
-def _build_one(part: Part, indexed: IndexedDataset, config: TrainConfig, order: Order, verified: bool) -> GPTDataset:
+def _build_one(part: Part, indexed: IndexedDataset, config: SampleOptions, order: Order, verified: bool) -> GPTDataset:
     first, last = part.sequences(indexed)
     cache_dir = _cache_dir(config, indexed.prefix)
     dataset = GPTDataset(indexed, first, last, order, config.seq_length, config.seed, cache_dir, verified)

@@ -11,10 +11,10 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from cordee.config.option import to_flag
-from cordee.config.schema import DataOptions, TrainConfig
 from cordee.data.build import SPLITS, Part, part_problems, plan_order, plan_parts
 from cordee.data.indexed import IndexedDataset
 from cordee.data.manifest import Manifest, read_manifest
+from cordee.data.options import DataOptions, SampleOptions
 from cordee.errors import Problem, ProblemError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ _NEED_EOD = ("eod_mask_loss", "reset_position_ids", "reset_attention_mask")
 
 
 def check(
-    options: TrainConfig,
+    options: SampleOptions,
     *,
     train_samples: int = 0,
     valid_samples: int = 0,
@@ -55,7 +55,7 @@ def check(
     return problems
 
 
-def _permutation_problems(options: TrainConfig, part: Part, samples: int) -> Iterator[Problem]:
+def _permutation_problems(options: SampleOptions, part: Part, samples: int) -> Iterator[Problem]:
     """Why the samples of a part cannot be permuted: their order is in blocks, since all at once they are too many."""
     indexed = [IndexedDataset(prefix) for prefix in part.blend.prefixes]
     order = plan_order(part, indexed, options.seq_length, samples)

@@ -20,11 +20,11 @@ from functools import partial
 from pathlib import Path
 
 from cordee import lock
-from cordee.config.check import check_preprocess
-from cordee.config.schema import PreprocessConfig
+from cordee.config import laws
 from cordee.data.encode import Encode, Encoded
 from cordee.data.indexed import IndexedDataset, IndexedDatasetBuilder, bin_path, idx_path
 from cordee.data.manifest import Manifest, TokenizerNote, manifest_path, merged, read_manifest
+from cordee.data.options import PreprocessConfig
 from cordee.data.process_map import process_map
 from cordee.data.readers import hub, input_files, read_file
 from cordee.data.readers.chunk import Chunk, Invalid
@@ -47,7 +47,7 @@ class Source:
 
 def run(config: PreprocessConfig) -> int:
     """Do the job of `config` and return 0. Raises `ProblemError` for what the user can fix."""
-    raise_all(check_preprocess(config))
+    raise_all(laws.problems(config))
     with _terminable():
         try:
             return _merge(config) if config.merge_group_keys else _tokenize(config)
@@ -59,7 +59,7 @@ def run(config: PreprocessConfig) -> int:
 
 def check_run(config: PreprocessConfig) -> list[Problem]:
     """Everything that would stop the job, as far as it can be known before a text is read."""
-    found = Findings(check_preprocess(config))
+    found = Findings([*laws.problems(config)])
     if not found.problems and not config.merge_group_keys:
         found.attempt(lambda: _prepare(config))
     return found.problems

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from cordee.config.schema import EvaluateOptions
 from cordee.data.gpt_check import token_problems
 from cordee.data.indexed import IndexedDataset, idx_path
 from cordee.data.manifest import read_manifest
@@ -20,6 +19,7 @@ from cordee.data.readers import input_files, read_file
 from cordee.data.readers.chunk import MAX_RECORD_BYTES, Invalid, too_large
 from cordee.data.readers.stream import open_stream
 from cordee.errors import Problem, ProblemError, raise_all
+from cordee.evaluate.options import EvaluateOptions
 from cordee.log import logger
 from cordee.tokenizer import Tokenizer
 

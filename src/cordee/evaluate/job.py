@@ -13,17 +13,18 @@ from pathlib import Path
 from cordee import launch, log
 from cordee.checkpoint import formats
 from cordee.checkpoint.storage import place_of
-from cordee.config.check import check_evaluate, inference_processes, model_processes
-from cordee.config.schema import EvaluateConfig, TokenizerOptions
-from cordee.errors import Findings, Problem, raise_all
+from cordee.config import laws
+from cordee.errors import Findings, Problem, Problems, divisible, raise_all
 from cordee.evaluate.finished import Finished, fingerprint_files
+from cordee.evaluate.options import EvaluateConfig
 from cordee.evaluate.runner import run_tasks, show, tasks_of, write
 from cordee.evaluate.task import Subject, Task
 from cordee.generate.loading import check_part, check_vocabulary, load_part, stop_ids
 from cordee.generate.results import check_new
 from cordee.parallel import inference
-from cordee.parallel.degrees import Degrees
+from cordee.parallel.degrees import RANKS, Degrees, model_processes
 from cordee.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
+from cordee.tokenizer.options import TokenizerOptions
 from cordee.weights.codec import Source
 
 
@@ -35,6 +36,15 @@ class _Prepared:
     tokenizer: Tokenizer | None
     tasks: list[Task]
     stop: frozenset[int]
+
+
+def option_problems(config: EvaluateConfig) -> Problems:
+    """All problems between the options of an evaluation."""
+    yield from laws.problems(config)
+    yield from launch.problems(config.nproc_per_node)
+    degrees = f"tensor {config.tensor_model_parallel_size} x pipeline {config.pipeline_model_parallel_size}"
+    model = model_processes(config)
+    yield from divisible("processes", _processes(config), model, degrees, *RANKS, instead="lower a degree")
 
 
 def check_run(config: EvaluateConfig) -> list[Problem]:
@@ -73,12 +83,18 @@ def _finished(config: EvaluateConfig, subject: Subject) -> Finished:
     return Finished(path.with_name(f"{path.name}.partial"), f"{fingerprint_files(place_of(config.load))} {dtype}")
 
 
+def _processes(config: EvaluateConfig) -> int:
+    """Those of a launcher, or those that are asked for; else those of one copy of the model."""
+    here = launch.rank_info()
+    return here.world_size if here.launcher else config.nproc_per_node or model_processes(config)
+
+
 def _degrees(config: EvaluateConfig) -> Degrees:
-    return inference.degrees(config, max(1, inference_processes(config) // model_processes(config)))
+    return inference.degrees(config, max(1, _processes(config) // model_processes(config)))
 
 
 def _prepare(config: EvaluateConfig) -> _Prepared:
-    found = Findings(check_evaluate(config))
+    found = Findings([*option_problems(config)])
     found.attempt(lambda: check_new(config.output))
     source = found.attempt(lambda: formats.read(config.load))
     tasks, tokenizer, stop = None, None, None

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from cordee.config.schema import DecodingOptions
 from cordee.errors import Problem, ProblemError
+from cordee.generate.options import DecodingOptions
 
 if TYPE_CHECKING:
     from cordee.tokenizer import Tokenizer

@@ -13,11 +13,11 @@ from dataclasses import replace
 from rich.console import Console
 from rich.table import Table
 
-from cordee.config.schema import EvaluateOptions
 from cordee.config.spelling import nearest
 from cordee.errors import Problem, raise_all
 from cordee.evaluate.engine import Engine
 from cordee.evaluate.finished import Finished
+from cordee.evaluate.options import EvaluateOptions
 from cordee.evaluate.requests import Encoder
 from cordee.evaluate.task import Result, Subject, Task, all_tasks
 from cordee.generate.results import NewFile

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from cordee.config.schema import EvaluateOptions
 from cordee.errors import Problem
 from cordee.evaluate import tasks
+from cordee.evaluate.options import EvaluateOptions
 from cordee.evaluate.requests import Encoder, Request
 
 if TYPE_CHECKING:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
-from cordee.config.model_options import FeatureOptions
 from cordee.config.option import to_flag
 from cordee.families.rope import mscale
 from cordee.model.compare import differences as differing_places
@@ -33,6 +32,7 @@ from cordee.model.config import (
     RouterConfig,
     YarnScaling,
 )
+from cordee.model.options import FeatureOptions
 
 Words = Mapping[str, Any]  # values by the name of a lens
 Scaling = LinearScaling | Llama3Scaling | YarnScaling  # RoPE scalings that options can set

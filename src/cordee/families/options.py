@@ -10,9 +10,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any, TypeVar
 
-from cordee.config.model_options import FeatureOptions
 from cordee.config.option import to_flag
-from cordee.config.schema import ModelOptions
 from cordee.errors import Problem, at_most, raise_all, requires
 from cordee.families.lenses import Scaling, Words, sparse_layers
 from cordee.families.rope import SCALINGS, mscale
@@ -24,6 +22,7 @@ from cordee.model.config import (
     YarnScaling,
     too_large,
 )
+from cordee.model.options import FeatureOptions, ModelOptions
 
 T = TypeVar("T")
 

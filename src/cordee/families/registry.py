@@ -18,7 +18,6 @@ from typing import Any
 
 import cordee.families
 from cordee import sealed
-from cordee.config.schema import ModelOptions
 from cordee.errors import Problem, ProblemError, raise_all
 from cordee.families.count import canonical_shapes
 from cordee.families.family import Family, HFConfig, changed
@@ -39,6 +38,7 @@ from cordee.families.presets import published
 from cordee.families.reader import ConfigReader, nearest, read_object
 from cordee.model.compare import canonical
 from cordee.model.config import ModelConfig
+from cordee.model.options import ModelOptions
 from cordee.tensors.rules import Rule
 
 logger = logging.getLogger("cordee")

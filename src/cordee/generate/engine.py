@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from cordee.config.schema import DecodingOptions
 from cordee.errors import Problem, ProblemError, raise_all
 from cordee.generate.decoder import CachedDecoder, Decoder, FusedDecoder, PlainDecoder, unsupported_reason
+from cordee.generate.options import DecodingOptions
 from cordee.generate.sampling import choose
 from cordee.log import logger
 from cordee.model.config import ModelConfig

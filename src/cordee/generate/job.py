@@ -16,18 +16,19 @@ from pathlib import Path
 
 from cordee import launch, log
 from cordee.checkpoint import formats
-from cordee.config.check import check_generate
-from cordee.config.schema import GenerateConfig, GenerateOptions
+from cordee.config import laws
 from cordee.data.readers import text_files
 from cordee.data.readers.chunk import Invalid
-from cordee.errors import Findings, Problem, ProblemError, raise_all
+from cordee.errors import Findings, Problem, ProblemError, Problems, raise_all
 from cordee.generate.engine import check, stream
 from cordee.generate.loading import check_part, check_vocabulary, load_part, stop_ids
+from cordee.generate.options import GenerateConfig, GenerateOptions
 from cordee.generate.results import NewFile, check_new
 from cordee.generate.text import continuation, encode_prompts
 from cordee.log import logger
 from cordee.model.gpt import GPTModel
 from cordee.parallel import inference
+from cordee.parallel.degrees import DEGREES, model_processes
 from cordee.parallel.inference import Place
 from cordee.tokenizer import Tokenizer, load_tokenizer
 from cordee.weights.codec import Source
@@ -65,6 +66,16 @@ class _Prepared:
     stop: frozenset[int]
 
 
+def option_problems(config: GenerateConfig) -> Problems:
+    """All problems between the options of a generation."""
+    yield from laws.problems(config)
+    here, processes = launch.rank_info(), model_processes(config)
+    if here.launcher and here.world_size != processes:
+        why = f"{here.launcher} has started {here.world_size} processes, tensor x pipeline degrees are {processes}"
+        fix = f"start {processes}, or change the degrees"
+        yield Problem("processes", here.world_size, why, fix, "launched", DEGREES, processes)
+
+
 def check_run(config: GenerateConfig) -> list[Problem]:
     """Everything that would stop the job, as far as it can be known without loading the weights."""
     found = Findings()
@@ -97,7 +108,7 @@ def run(config: GenerateConfig) -> int:
 
 
 def _prepare(config: GenerateConfig) -> _Prepared:
-    found = Findings(check_generate(config))
+    found = Findings([*option_problems(config)])
     texts = found.attempt(lambda: _prompts(config)) or []
     found.attempt(lambda: check_new(config.output))
     source = found.attempt(lambda: formats.read(config.load))

@@ -13,10 +13,10 @@ import torch
 
 from cordee import device as devices
 from cordee import launch
-from cordee.config.schema import EvaluateConfig, GenerateConfig
 from cordee.errors import Findings, Problem, ProblemError, Problems, at_most
 from cordee.families.reader import read_object
 from cordee.families.registry import ModelSpec
+from cordee.generate.options import InferenceConfig
 from cordee.log import logger
 from cordee.model.config import ModelConfig
 from cordee.model.gpt import GPTModel
@@ -43,7 +43,7 @@ def load_model(source: Source, dtype: str | None = None, device: str | None = No
 
 
 def load_part(
-    source: Source, config: GenerateConfig | EvaluateConfig, shape: Degrees, stack: ExitStack, phase: str
+    source: Source, config: InferenceConfig, shape: Degrees, stack: ExitStack, phase: str
 ) -> tuple[GPTModel, Place | None]:
     """The model in `source`, or this process's part of it and where that is, in a group that lasts as long as `stack`.
 
@@ -62,7 +62,7 @@ def load_part(
     return model, place
 
 
-def check_part(source: Source, config: GenerateConfig | EvaluateConfig, shape: Degrees) -> list[Problem]:
+def check_part(source: Source, config: InferenceConfig, shape: Degrees) -> list[Problem]:
     """What keeps `load_part` from loading, as far as it can be known before."""
     found = Findings()
     found.attempt(lambda: dtype_of(config.dtype, source))

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cordee.config.schema import DecodingOptions
+from cordee.generate.options import DecodingOptions
 
 TIE = 1e-6  # float32 logits hold a probability no more exactly, so a sum this little below top_p has reached it
 

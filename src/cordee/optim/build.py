@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from cordee.config.schema import OptimizerOptions
 from cordee.optim.algorithms import Groups, registry
+from cordee.optim.options import OptimizerOptions
 
 
 class Described(Protocol):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cordee.config.schema import PrecisionOptions
+from cordee.optim.options import PrecisionOptions
 
 
 @dataclass(kw_only=True)

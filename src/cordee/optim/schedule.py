@@ -11,7 +11,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from cordee.config.schema import BatchOptions, OptimizerOptions
+from cordee.errors import Problem, Problems
+from cordee.optim.options import OptimizerOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,15 +71,17 @@ class Schedule:
         return self.start_weight_decay + part * (self.end_weight_decay - self.start_weight_decay)
 
 
-def build_schedule(options: OptimizerOptions, batch: BatchOptions, global_batch_size: int) -> Schedule:
-    """The schedule of a run; lengths in steps become samples by `global_batch_size`."""
-    if batch.train_samples is not None:
-        length = batch.train_samples
+def build_schedule(
+    options: OptimizerOptions, train_iters: int | None, train_samples: int | None, global_batch_size: int
+) -> Schedule:
+    """The schedule of a run of this length; lengths in steps become samples by `global_batch_size`."""
+    if train_samples is not None:
+        length = train_samples
         decay = options.lr_decay_samples or length
         warmup = options.lr_warmup_samples
     else:
-        length = (batch.train_iters or 1) * global_batch_size
-        decay = (options.lr_decay_iters or batch.train_iters or 1) * global_batch_size
+        length = (train_iters or 1) * global_batch_size
+        decay = (options.lr_decay_iters or train_iters or 1) * global_batch_size
         warmup = options.lr_warmup_iters * global_batch_size
     if options.lr_warmup_fraction is not None:
         warmup = options.lr_warmup_fraction * decay
@@ -96,3 +99,12 @@ def build_schedule(options: OptimizerOptions, batch: BatchOptions, global_batch_
         growth=length,
         growth_style=options.weight_decay_incr_style,
     )
+
+
+def problems(options: OptimizerOptions, train_iters: int | None, train_samples: int | None) -> Problems:
+    """A warm-up must end before the schedule does."""
+    unit, whole = ("iters", train_iters) if train_samples is None else ("samples", train_samples)
+    warmup, length = getattr(options, f"lr_warmup_{unit}"), getattr(options, f"lr_decay_{unit}") or whole
+    if warmup and length and warmup >= length and options.lr_warmup_fraction is None:
+        why, involved = f"the learning rate schedule ends after {length} {unit}", (f"lr_decay_{unit}", f"train_{unit}")
+        yield Problem(f"--lr-warmup-{unit}", warmup, why, f"give less than {length}", "at most", involved)

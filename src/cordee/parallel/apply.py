@@ -12,17 +12,17 @@ from collections.abc import Sequence
 
 import torch
 
-from cordee.config.schema import TrainConfig
 from cordee.errors import raise_all
 from cordee.model.gpt import GPTModel
 from cordee.parallel import compile, context, data, expert, overlap, sharding, tensor, wrapper
 from cordee.parallel.layout import Layout
+from cordee.parallel.options import LayoutOptions
 from cordee.parallel.wrapper import Wrapper
 from cordee.weights.load import materialise
 
 
 def apply(
-    model: GPTModel, layout: Layout, options: TrainConfig, device: torch.device, wrappers: Sequence[Wrapper] = ()
+    model: GPTModel, layout: Layout, options: LayoutOptions, device: torch.device, wrappers: Sequence[Wrapper] = ()
 ) -> GPTModel:
     """Put `model`, built on the meta device, on `device` as `options` ask; its values are still to be filled.
 

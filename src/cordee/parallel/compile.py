@@ -1,6 +1,6 @@
 """torch.compile over the layers of a model or over a whole forward.
 
-Option: `--compile` (config/schema.py). Law: `pipeline/check.py`. No cost in memory. Owns what is compiled. Names of
+Option: `--compile` (options.py). Law: `pipeline/check.py`. No cost in memory. Owns what is compiled. Names of
 parameters stay: modules are compiled in place. Shapes are static, since every micro-batch of a run has the same.
 """
 
@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from cordee.config.schema import PerformanceOptions
 from cordee.log import logger
 from cordee.model.gpt import GPTModel
 from cordee.model.placement import Change, changes
 from cordee.parallel.layout import Layout
+from cordee.parallel.options import CompileOptions
 
 
-def apply(model: GPTModel, layout: Layout, options: PerformanceOptions) -> None:
+def apply(model: GPTModel, layout: Layout, options: CompileOptions) -> None:
     """Compile each layer by itself; layers that differ in parameters only share one compilation."""
     if options.compile == "blocks":
         unknown = {layer: _unknown(layer) for layer in model.own_layers()}
@@ -28,7 +28,7 @@ def apply(model: GPTModel, layout: Layout, options: PerformanceOptions) -> None:
             layer.compile(dynamic=False)
 
 
-def whole(model: GPTModel, options: PerformanceOptions, forward: Callable[..., Any]) -> Callable[..., Any]:
+def whole(model: GPTModel, options: CompileOptions, forward: Callable[..., Any]) -> Callable[..., Any]:
     """`forward`, which runs `model` from inputs to loss, compiled if the options ask for it."""
     if options.compile != "model":
         return forward

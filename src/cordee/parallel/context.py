@@ -5,7 +5,7 @@ al. 2023), and ring attention (`ring.py`). With `ulysses` neighbours and `ring` 
 into 2 * ring chunks, of which group r holds r and, for balance, 2 * ring - 1 - r; its ranks hold equal parts of that
 pair, in order. With one group, or if every token sees all others, each group holds one stretch.
 
-Options: `--context-parallel-*`, `--cp-*`, `--ulysses-degree-in-cp` (config/schema.py). Law: `laws.context`. Cost: none
+Options: `--context-parallel-*`, `--cp-*`, `--ulysses-degree-in-cp` (options.py). Law: `laws.context`. Cost: none
 of its own; context-parallel ranks shard parameters as data-parallel ranks do (`cost.py`). Owns which rank holds which
 token positions, the shard of a micro-batch, and `apply`, by which attention and MoE layers see all tokens.
 """
@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from cordee import device
-from cordee.config.schema import ParallelOptions
 from cordee.data.batch import Batch
 from cordee.log import logger
 from cordee.model.config import CapacityConfig
@@ -36,6 +35,7 @@ from cordee.ops.mask import AttentionMask
 from cordee.parallel import differentiable
 from cordee.parallel.degrees import Degrees
 from cordee.parallel.layout import Layout
+from cordee.parallel.options import ParallelOptions
 from cordee.parallel.ring import Pieces, Ring, TiledMask, ring_attention
 
 NAME = "context parallelism"

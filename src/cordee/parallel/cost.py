@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cordee.config.schema import TrainConfig
 from cordee.parallel.degrees import Degrees
+from cordee.parallel.options import LayoutOptions
 
 _MASTER = 4  # bytes of a float32, in which parameters, their gradients and optimizer state are kept
 
@@ -43,7 +43,7 @@ class MemoryCost:
 
 
 def cost(
-    config: TrainConfig, degrees: Degrees, count: ParameterCount, *, wrapped: bool, accumulates: bool
+    config: LayoutOptions, degrees: Degrees, count: ParameterCount, *, wrapped: bool, accumulates: bool
 ) -> MemoryCost:
     """What a rank needs for its `count` of a model's parameters.
 
@@ -70,7 +70,7 @@ def _shard(degrees: Degrees, count: ParameterCount) -> float:
     return (1 - experts) / degrees.storage[1] + experts / degrees.expert_storage[1]
 
 
-def _slots(config: TrainConfig) -> int:
+def _slots(config: LayoutOptions) -> int:
     """Numbers that the optimizer keeps for a parameter."""
     if config.optimizer == "sgd":
         return 1 if config.sgd_momentum else 0

@@ -3,7 +3,7 @@
 Owns how much of a model each data-parallel rank keeps (the ZeRO stages of Rajbhandari et al. 2020) and in which type
 it computes. Gradients are sums over ranks, never means: the trainer divides the loss by the global number of trained
 tokens. Knows no loss and no optimizer. Options: `--zero-stage`, `--num-distributed-optimizer-instances`, `--bf16`,
-`--fp16`, `--overlap-*` (config/schema.py). Law: `degrees.problems`. Cost: `cost.py`.
+`--fp16`, `--overlap-*` (options.py). Law: `degrees.problems`. Cost: `cost.py`.
 
 | stage | sharded over ranks       | parameters between forward and backward | gradients are reduced       |
 |-------|--------------------------|-----------------------------------------|-----------------------------|
@@ -30,12 +30,13 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from cordee.config.option import to_flag
-from cordee.config.schema import ParallelOptions, PrecisionOptions, TrainConfig
 from cordee.device import KINDS
 from cordee.log import logger
 from cordee.model.gpt import GPTModel
 from cordee.model.moe import Experts
+from cordee.optim.options import PrecisionOptions
 from cordee.parallel.layout import Layout
+from cordee.parallel.options import LayoutOptions, ParallelOptions
 
 
 def compute_dtype(options: PrecisionOptions) -> torch.dtype:
@@ -50,7 +51,7 @@ def needs_sharding(options: PrecisionOptions, world_size: int) -> bool:
     return world_size > 1 or compute_dtype(options) != torch.float32
 
 
-def apply(model: GPTModel, layout: Layout, options: TrainConfig) -> None:
+def apply(model: GPTModel, layout: Layout, options: LayoutOptions) -> None:
     """Make every parameter of `model` a float32 DTensor over the data ranks, unless it runs as it is.
 
     Each layer is gathered and reduced on its own; the rest of the model, with a tied embedding and head, is one more

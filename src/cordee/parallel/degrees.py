@@ -6,16 +6,18 @@ device or a process.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from cordee.config.check import RANKS, fewest_processes, model_ranks
-from cordee.config.schema import ParallelOptions
 from cordee.errors import Problem, Problems, divides, divisible, raise_all
+from cordee.parallel.options import InferenceLayoutOptions, ParallelOptions
 
 AXES = ("pp", "replicate", "shard", "cp", "tp")
 DATA_AXES = ("replicate", "shard")
 TOKEN_AXES = (*DATA_AXES, "cp")  # along which ranks hold different tokens
 SUM_AXES = ("pp", *TOKEN_AXES)  # along which each rank has a part of the loss, or none
+DEGREES = ("tensor_model_parallel_size", "context_parallel_size", "pipeline_model_parallel_size")
+RANKS = ("nproc_per_node", *DEGREES)  # the number of data-parallel ranks follows from these
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +81,21 @@ class Degrees:
             return copies, 1
         shards = max(1, self.storage[1] // self.ep)
         return copies // shards, shards
+
+
+def model_ranks(options: ParallelOptions) -> int:
+    """The number of ranks of one model replica: they process the same samples."""
+    return math.prod(getattr(options, name) for name in DEGREES)
+
+
+def fewest_processes(options: ParallelOptions) -> int:
+    """The smallest number of processes that the degrees divide."""
+    return model_ranks(options) * options.expert_model_parallel_size * options.num_distributed_optimizer_instances
+
+
+def model_processes(options: InferenceLayoutOptions) -> int:
+    """The number of processes that shard one copy of a model which only runs."""
+    return options.tensor_model_parallel_size * options.pipeline_model_parallel_size
 
 
 def degrees(options: ParallelOptions, world_size: int) -> Degrees:

@@ -13,7 +13,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from cordee.config.schema import TrainConfig
 from cordee.data.batch import Batch
 from cordee.model.balance import Balance
 from cordee.model.gpt import GPTModel
@@ -21,6 +20,7 @@ from cordee.model.head import Head
 from cordee.ops.dropout import DropoutRNG
 from cordee.parallel import compile, data, differentiable
 from cordee.parallel.layout import Layout
+from cordee.parallel.options import LayoutOptions
 
 LossParts = tuple[Tensor, dict[str, Tensor]]  # the sum of losses, and further sums by name
 Output = Callable[[Head, Tensor, Batch], Any]  # what is made of the last hidden states of a micro-batch
@@ -103,7 +103,7 @@ class Executor(Protocol):
 class LocalExecutor:
     """Micro-batches one after another on a rank that has the whole model."""
 
-    def __init__(self, model: GPTModel, options: TrainConfig, device: torch.device, criterion: Criterion):
+    def __init__(self, model: GPTModel, options: LayoutOptions, device: torch.device, criterion: Criterion):
         self._model = model
         self._seed = options.seed
         self._stage = options.zero_stage

@@ -1,7 +1,7 @@
 """Expert parallelism: the experts of MoE layers sharded over ranks that hold different tokens (Lepikhin et al. 2020).
 
 Options: `--expert-model-parallel-size`, `--moe-token-dispatcher-type`, `--moe-permutation-async-comm`
-(config/schema.py). Law: `laws.expert`. Cost: `cost.py`, by the experts of a `ParameterCount`. Owns the dispatch of
+(options.py). Law: `laws.expert`. Cost: `cost.py`, by the experts of a `ParameterCount`. Owns the dispatch of
 tokens to experts of other ranks and back, as two dispatchers that replace the local one and equal it. `sharding.py`
 shards the experts: blocks of equal size, in order.
 
@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from cordee.config.schema import ParallelOptions
 from cordee.model.moe import Experts, MoE, Rows, kept_experts
 from cordee.model.router import Routing
 from cordee.parallel import differentiable
 from cordee.parallel.layout import Layout
+from cordee.parallel.options import ParallelOptions
 
 NAME = "expert parallelism"
 

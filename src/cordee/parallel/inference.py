@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cordee.config.schema import InferenceLayoutOptions, ParallelOptions
 from cordee.errors import ProblemError, Problems, at_most
 from cordee.model.cache import Cache
 from cordee.model.config import ModelConfig
@@ -22,6 +21,7 @@ from cordee.model.span import Span
 from cordee.parallel import collectives, laws, sharding, tensor
 from cordee.parallel.degrees import Degrees
 from cordee.parallel.layout import Layout
+from cordee.parallel.options import InferenceLayoutOptions, ParallelOptions
 from cordee.parallel.pipeline.split import by_cost
 from cordee.weights.load import materialise
 

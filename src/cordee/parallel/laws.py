@@ -1,7 +1,7 @@
 """The laws of layouts: one for each technique, all of one signature, without torch.
 
 Owns the laws between model, degrees and options. Those between degrees are `degrees.py`'s, those of pipelines
-`pipeline/check.py`'s; laws between the options of a technique are declared with these (config/schema.py).
+`pipeline/check.py`'s; laws between the options of a technique are declared with these (options.py).
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cordee.config.schema import TrainConfig
 from cordee.errors import Problem, Problems, at_most, divides, divisible, requires
 from cordee.model import shards
 from cordee.model.config import ModelConfig
 from cordee.parallel.degrees import Degrees
+from cordee.parallel.options import LayoutOptions
 
 TENSOR, CONTEXT, EXPERT = "--tensor-model-parallel-size", "--context-parallel-size", "--expert-model-parallel-size"
 ULYSSES = "--ulysses-degree-in-cp"
@@ -30,7 +30,7 @@ class PlacedRun:
 
     model: ModelConfig | None
     degrees: Degrees
-    options: TrainConfig
+    options: LayoutOptions
     micro_batches: Sequence[int] = (1,)
 
 
@@ -113,7 +113,7 @@ def context(run: PlacedRun) -> Problems:
         yield from _heads(run.model, options, ulysses)
 
 
-def _ring(options: TrainConfig, ring: int) -> Problems:
+def _ring(options: LayoutOptions, ring: int) -> Problems:
     size, window, option = options.context_parallel_size, options.cp_window_size, "--cp-window-size"
     involved = (*_ALGORITHM, "ulysses_degree_in_cp")
     if ring == 1 and window > 1:
@@ -129,7 +129,7 @@ def _ring(options: TrainConfig, ring: int) -> Problems:
     yield from divisible("--seq-length", options.seq_length, parts, what, *involved, "cp_attention_mask_type")
 
 
-def _heads(model: ModelConfig | None, options: TrainConfig, ulysses: int) -> Problems:
+def _heads(model: ModelConfig | None, options: LayoutOptions, ulysses: int) -> Problems:
     tensor, given = options.tensor_model_parallel_size, options.ulysses_degree_in_cp
     option = ULYSSES if given else CONTEXT
     for heads in shards.num_heads(model) if model is not None and ulysses > 1 else ():

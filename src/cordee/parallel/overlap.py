@@ -1,6 +1,6 @@
 """Tensor parallelism whose collectives overlap its GEMMs (what Ascend calls MC2 and CoC).
 
-Options: `--tp-comm-overlap`, `--tp-comm-overlap-parts` (config/schema.py). Law: `laws.overlap`. Cost: one more part of
+Options: `--tp-comm-overlap`, `--tp-comm-overlap-parts` (options.py). Law: `laws.overlap`. Cost: one more part of
 the activations in flight. Owns GEMMs in parts: while the collective of one part is in flight, the next part is
 computed. They replace `tensor.py`'s borders and the plain GEMM where one GEMM enters a block or leaves it, and equal
 both.
@@ -18,7 +18,6 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from cordee.config.schema import ParallelOptions
 from cordee.model.attention import Attention
 from cordee.model.gpt import GPTModel
 from cordee.model.linear import Linear
@@ -27,6 +26,7 @@ from cordee.model.placement import unchanged
 from cordee.ops.gemm import linear, matmul, transposed_matmul
 from cordee.parallel import tensor
 from cordee.parallel.layout import Layout
+from cordee.parallel.options import ParallelOptions
 
 NAME = "communication overlap"
 Before = Callable[[Tensor], Tensor]

@@ -16,13 +16,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor import Placement as DTensorPlacement  # ours is `model.placement.Placement`
 
-from cordee.config.schema import ParallelOptions
 from cordee.model.parameter import SpecifiedModule
 from cordee.model.placement import View, after
 from cordee.model.shards import ALONG, part_of
 from cordee.model.specs import ParameterSpec
 from cordee.parallel.cost import ParameterCount
 from cordee.parallel.layout import Layout
+from cordee.parallel.options import ParallelOptions
 
 NAME = "sharding"
 

@@ -1,7 +1,7 @@
 """Tensor and sequence parallelism: matrices sharded over the ranks of an axis (Shoeybi et al. 2019; Korthikanti et al.
 2022).
 
-Options: `--tensor-model-parallel-size`, `--sequence-parallel` (config/schema.py). Law: `laws.tensor`. Cost: `cost.py`,
+Options: `--tensor-model-parallel-size`, `--sequence-parallel` (options.py). Law: `laws.tensor`. Cost: `cost.py`,
 by the shards that `sharding.count` finds. Owns the collectives at the borders of blocks, and the views through which
 the mathematics runs on local shards of parameters that `sharding.py` has made.
 
@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate
 
-from cordee.config.schema import ParallelOptions
 from cordee.model.attention import Attention
 from cordee.model.gpt import GPTModel
 from cordee.model.linear import Linear
@@ -33,6 +32,7 @@ from cordee.model.shards import ALONG, part_of
 from cordee.model.specs import ParameterSpec
 from cordee.parallel import differentiable, sharding
 from cordee.parallel.layout import Layout
+from cordee.parallel.options import ParallelOptions
 
 NAME = "tensor parallelism"
 

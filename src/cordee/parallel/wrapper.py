@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from cordee.config.schema import TrainConfig
 from cordee.errors import Problem
 from cordee.model.gpt import GPTModel
 from cordee.parallel.layout import Layout
+from cordee.parallel.options import LayoutOptions
 from cordee.parallel.pipeline.check import SPLIT_BACKWARD
 from cordee.parallel.pipeline.split import schedule_of
 
@@ -32,7 +32,7 @@ class Wrapper:
     compiles: bool = False
     splits_backward: bool = False
 
-    def apply(self, model: GPTModel, layout: Layout, options: TrainConfig) -> None:
+    def apply(self, model: GPTModel, layout: Layout, options: LayoutOptions) -> None:
         hook = "core" if self.inside == "core" else "call"
         for layer in model.own_layers():
             if self.layers(layer.index):
@@ -40,7 +40,7 @@ class Wrapper:
                 module.placement.wrap(hook, self.name, self.around, compiles=self.compiles)
 
 
-def check(wrappers: Sequence[Wrapper], options: TrainConfig) -> Iterator[Problem]:
+def check(wrappers: Sequence[Wrapper], options: LayoutOptions) -> Iterator[Problem]:
     """What keeps `wrappers` from running under `options`."""
     schedule = schedule_of(options)
     if options.pipeline_model_parallel_size == 1 or schedule not in SPLIT_BACKWARD:

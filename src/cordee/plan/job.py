@@ -11,11 +11,11 @@ from math import lcm
 from pathlib import Path
 
 from cordee.config import laws
-from cordee.config.schema import PlanConfig
 from cordee.config.values import whole_numbers
 from cordee.errors import Problem, ProblemError, Problems, at_most, divisible, raise_all
 from cordee.parallel.pipeline import micro_batches
 from cordee.parallel.pipeline.schedules import REDUCING, STAGES_PER_RANK, problems, rank_actions, with_reduction
+from cordee.plan.options import PlanConfig
 from cordee.plan.schedule import Costs, simulate
 from cordee.plan.timeline import Timeline, read_timeline
 

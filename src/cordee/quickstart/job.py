@@ -21,22 +21,20 @@ from rich.console import Console
 from cordee import lock, supervisor
 from cordee.checkpoint import formats
 from cordee.config.load import config_from_dict
-from cordee.config.schema import (
-    ConvertConfig,
-    EvaluateConfig,
-    GenerateConfig,
-    PreprocessConfig,
-    QuickstartConfig,
-    TrainConfig,
-)
 from cordee.convert import job as convert
+from cordee.convert.options import ConvertConfig
 from cordee.data import preprocess
+from cordee.data.options import PreprocessConfig
 from cordee.errors import Problem, ProblemError
+from cordee.evaluate.options import EvaluateConfig
 from cordee.evaluate.task import Subject
 from cordee.families.count import count_parameters, training_flops_per_token
 from cordee.families.registry import spec_from_options
 from cordee.generate import job as generate
+from cordee.generate.options import GenerateConfig
 from cordee.quickstart import corpus, report, tokenizer
+from cordee.quickstart.options import QuickstartConfig
+from cordee.train.options import TrainConfig
 
 VOCAB_SIZE = 4096
 TOKENIZER_CHARACTERS = 8_000_000  # enough text for this many tokens; more only takes time

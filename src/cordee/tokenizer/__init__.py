@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from cordee.config.option import to_flag
-from cordee.config.schema import TokenizerOptions
 from cordee.errors import Problem, raise_all
 from cordee.tokenizer import hf, special, spm, tik
 from cordee.tokenizer.base import Tokenizer
 from cordee.tokenizer.null import NullTokenizer
+from cordee.tokenizer.options import TokenizerOptions
 
 __all__ = ["VOCABULARIES", "Tokenizer", "check_tokenizer", "holds_tokenizer", "is_vocabulary", "load_tokenizer"]
 

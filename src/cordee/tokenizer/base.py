@@ -8,11 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-
-import numpy as np
 
 # Text that tokenizers with the same vocabulary may cut differently: runs of spaces, digits, line ends, scripts, emoji.
 _PROBES = (
@@ -77,6 +76,6 @@ class Tokenizer(ABC):
         vocabulary = self.vocabulary()
         ids = sorted(vocabulary)
         digest.update("\0".join([vocabulary[i] for i in ids]).encode())
-        digest.update(np.asarray(ids, np.int64).tobytes())
+        digest.update(array("q", ids).tobytes())
         digest.update(json.dumps(self.encode_batch(self.probes, add_special_tokens=False)).encode())
         return digest.hexdigest()

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cordee.config.schema import TrainConfig
+    from cordee.train.options import TrainConfig
 
 
 class _Callable(ModuleType):

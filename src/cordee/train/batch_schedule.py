@@ -6,10 +6,12 @@ Owns the global batch, its ramp-up and its division into micro-batches. Knows ne
 from __future__ import annotations
 
 import bisect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
-from cordee.config.schema import BatchOptions
+from cordee.data.options import BatchOptions
+from cordee.errors import Problem, Problems, divisible
+from cordee.parallel.degrees import RANKS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,3 +85,22 @@ def build_batch_schedule(options: BatchOptions, data_size: int, sizes: tuple[int
         rampup=options.rampup_batch_size,
         sizes=sizes,
     )
+
+
+def problems(options: BatchOptions, data_ranks: int) -> Problems:
+    """What keeps batches from being whole micro-batches of all data-parallel ranks."""
+    size = options.micro_batch_size * data_ranks
+    made_of = f"{options.micro_batch_size} per micro-batch x {data_ranks} data-parallel ranks"
+    end, option, involved = options.global_batch_size, "--rampup-batch-size", ("micro_batch_size", *RANKS)
+    if end is not None:
+        yield from divisible("--global-batch-size", end, size, made_of, *involved)
+    if (ramp := options.rampup_batch_size) is None:
+        return
+    start, increment, _ = ramp
+    for meaning, number in (("start", start), ("increment", increment)):
+        for problem in divisible(option, number, size, made_of, *involved):
+            yield replace(problem, value=ramp, why=f"{meaning} {problem.why}", limit=(meaning, size))
+    if end is not None and (start > end or (end - start) % increment):
+        why = f"{start} does not reach {end} in steps of {increment}"
+        fix = f"let {end} - START be a multiple of INCREMENT"
+        yield Problem(option, ramp, why, fix, "reaches", ("global_batch_size",), end)

@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-from cordee.config.schema import ExitOptions
 from cordee.errors import RankLostError
+from cordee.train.options import ExitOptions
 
 WATCHED = (signal.SIGTERM, signal.SIGINT)
 

@@ -11,10 +11,11 @@ from dataclasses import fields, replace
 from typing import Any
 
 from cordee.config.option import to_flag
-from cordee.config.schema import ExpertTrainingOptions, TrainConfig
 from cordee.errors import Problem, Problems, raise_all
 from cordee.families.registry import ModelSpec
 from cordee.model.config import BalanceConfig, CapacityConfig, ModelConfig, MoEConfig
+from cordee.model.options import ExpertTrainingOptions
+from cordee.train.options import TrainConfig
 
 _OF_CAPACITY = ("moe_token_drop_policy", "moe_pad_expert_input_to_capacity")
 _OF_GROUPS = ("moe_device_level_aux_loss_coeff", "moe_comm_aux_loss_coeff")

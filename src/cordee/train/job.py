@@ -22,7 +22,6 @@ from cordee.checkpoint import assets, directory
 from cordee.checkpoint.storage import Place, place_of, reached, same
 from cordee.checkpoint.store import CheckpointStore, restore
 from cordee.config.option import options_of, to_flag
-from cordee.config.schema import PerformanceOptions, TrainConfig
 from cordee.data.gpt_dataset import Dataset
 from cordee.data.loader import Loader
 from cordee.errors import Findings, Problem, ProblemError
@@ -45,6 +44,7 @@ from cordee.parallel.pipeline.split import Division, divide
 from cordee.train import objectives, outputs
 from cordee.train.exits import COMPLETE, Exit, ExitRule, watch
 from cordee.train.metrics import Meter, measure_peak_flops
+from cordee.train.options import PerformanceOptions, TrainConfig
 from cordee.train.plan import plan_run
 from cordee.train.reports import Reports, build_reports
 from cordee.train.run_plan import RunPlan, TrainState

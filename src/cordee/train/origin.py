@@ -12,10 +12,10 @@ from pathlib import Path
 
 from cordee.checkpoint import assets, directory, formats
 from cordee.checkpoint.storage import Place, place_of, reached, same
-from cordee.config.schema import TrainConfig
 from cordee.errors import Findings, Problem, ProblemError
 from cordee.families.registry import spec_from_directory, spec_named
 from cordee.train import resume
+from cordee.train.options import TrainConfig
 from cordee.train.run_plan import Checkpoint, Origin
 
 

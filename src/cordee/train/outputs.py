@@ -14,8 +14,8 @@ from pathlib import Path
 from cordee import lock
 from cordee.checkpoint.storage import Place, is_url, place_of
 from cordee.checkpoint.storage_lock import StorageLock
-from cordee.config.schema import TrainConfig
 from cordee.errors import Problem, raise_all
+from cordee.train.options import TrainConfig
 
 LOCK, METRICS = ".lock", "metrics.jsonl"
 

@@ -16,18 +16,19 @@ from typing import Any
 from cordee import launch
 from cordee.checkpoint import directory
 from cordee.checkpoint.storage import place_of, reached, same
-from cordee.config import deepspeed, laws
-from cordee.config.check import check_train
+from cordee.config import laws
 from cordee.config.option import options_of
-from cordee.config.schema import ModelOptions, TokenizerOptions, TrainConfig
 from cordee.errors import Findings, Problem, ProblemError, Problems, at_most, divides, raise_all, unique
 from cordee.families.lenses import differences, words_of
 from cordee.families.options import ignored
 from cordee.families.registry import ModelSpec, spec_from_options, spec_named
 from cordee.model.compare import canonical
 from cordee.model.config import ModelConfig
+from cordee.model.options import ModelOptions
 from cordee.optim import algorithms
+from cordee.optim import schedule as optim_schedule
 from cordee.optim.schedule import build_schedule
+from cordee.parallel import deepspeed
 from cordee.parallel.degrees import fitting
 from cordee.parallel.degrees import problems as degree_problems
 from cordee.parallel.laws import PlacedRun
@@ -35,8 +36,10 @@ from cordee.parallel.laws import check as layout_problems
 from cordee.parallel.pipeline import check as pipeline_check
 from cordee.parallel.pipeline.split import noop_layers
 from cordee.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
-from cordee.train import experts, objectives, outputs, resume
+from cordee.tokenizer.options import TokenizerOptions
+from cordee.train import batch_schedule, experts, objectives, outputs, resume
 from cordee.train.batch_schedule import BatchSchedule, build_batch_schedule
+from cordee.train.options import TrainConfig
 from cordee.train.origin import choose, opened
 from cordee.train.run_plan import Origin, RunPlan
 
@@ -80,7 +83,7 @@ def plan_run(
     shape = fitting(config, world_size)
     notes = [str(each) for each in laws.ignored_options(replace(config, nproc_per_node=world_size))]
     found = Findings(
-        [*check_train(config), *_name_problems(config), *_report_problems(config)],
+        [*option_problems(config), *_name_problems(config), *_report_problems(config)],
         [*notes, *outputs.left_out(config)],
     )
     if config.deepspeed_config is not None:
@@ -93,7 +96,7 @@ def plan_run(
     batches = build_batch_schedule(config, shape.data, sizes)
     length = found.attempt(lambda: _iterations(config, batches, found.notes))
     iterations = length or (0 if config.skip_train else 1)  # one step stands in for a length that is not known
-    schedule = build_schedule(config, config, batches.global_batch_size)
+    schedule = build_schedule(config, config.train_iters, config.train_samples, batches.global_batch_size)
     contradictory = frozenset[str]().union(*(problem.names for problem in found.problems))
     origin, tokenizer, spec = _start(config, avoid, found)
     run = objectives.Run(
@@ -136,6 +139,14 @@ def plan_run(
             notes=tuple(found.notes),
         )
     )
+
+
+def option_problems(config: TrainConfig) -> Problems:
+    """All problems between the options of a run; a launcher, if there is one, sets the number of processes."""
+    yield from laws.problems(config)
+    yield from batch_schedule.problems(config, fitting(config, launch.world_size(config.nproc_per_node)).data)
+    yield from optim_schedule.problems(config, config.train_iters, config.train_samples)
+    yield from launch.problems(config.nproc_per_node)
 
 
 def _name_problems(config: TrainConfig) -> Problems:

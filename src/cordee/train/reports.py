@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cordee.config.schema import TrainConfig
 from cordee.log import logger
 from cordee.train import outputs
 from cordee.train.metrics import Meter, StepResult
+from cordee.train.options import TrainConfig
 from cordee.train.run_plan import TrainState
 from cordee.train.sinks import ConsoleSink, JsonSink, Live, Sink, TensorBoardSink
 

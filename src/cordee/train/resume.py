@@ -10,14 +10,16 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from cordee import sealed
-from cordee.config.check import RANKS
-from cordee.config.schema import BatchOptions, OptimizerOptions, TrainConfig
+from cordee.data.options import BatchOptions
 from cordee.errors import Findings, Problem, Problems
 from cordee.families.registry import STORED_SPEC
 from cordee.optim.algorithms import state_of
+from cordee.optim.options import OptimizerOptions
 from cordee.optim.schedule import Schedule
+from cordee.parallel.degrees import RANKS
 from cordee.train import experts, objectives
 from cordee.train.objectives import DataPlan
+from cordee.train.options import TrainConfig
 from cordee.train.run_plan import RunPlan, TrainState
 
 if TYPE_CHECKING:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cordee.checkpoint.storage import Place
-from cordee.config.schema import TrainConfig
 from cordee.families.registry import ModelSpec
 from cordee.optim.schedule import Schedule
 from cordee.parallel.degrees import Degrees
@@ -19,6 +18,7 @@ from cordee.parallel.pipeline.split import Division
 from cordee.tokenizer import Tokenizer
 from cordee.train.batch_schedule import BatchSchedule
 from cordee.train.objectives import DataPlan, FurtherModel, Objective
+from cordee.train.options import TrainConfig
 
 if TYPE_CHECKING:
     from cordee.weights.codec import Source

@@ -15,9 +15,9 @@ import yaml
 
 from cordee import device, launch, supervisor
 from cordee.config.load import config_from_dict
-from cordee.config.schema import TrainConfig
 from cordee.errors import raise_all
 from cordee.train import job
+from cordee.train.options import TrainConfig
 from cordee.train.plan import check_run
 
 

@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from cordee.checkpoint.store import CheckpointStore
-from cordee.config.schema import TrainConfig
 from cordee.data.batch import Batch
 from cordee.data.loader import Loader
 from cordee.errors import Findings, ProblemError
@@ -34,6 +33,7 @@ from cordee.train import not_finite
 from cordee.train.exits import COMPLETE, Exit, ExitRule
 from cordee.train.metrics import StepResult
 from cordee.train.objectives import Objective
+from cordee.train.options import TrainConfig
 from cordee.train.reports import Reports
 from cordee.train.resume import describe
 from cordee.train.run_plan import RunPlan, TrainState

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 
 from cordee.config import laws
-from cordee.config.schema import TrainConfig
 from cordee.errors import Problem, ProblemError
 from cordee.model.config import ModelConfig
 from cordee.parallel.degrees import degrees
 from cordee.parallel.laws import PlacedRun
 from cordee.parallel.pipeline import check
 from cordee.parallel.pipeline.split import divide
+from cordee.train.options import TrainConfig
 from tests.model import tiny
 
 

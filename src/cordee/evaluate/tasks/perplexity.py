@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from cordee.config.schema import EvaluateOptions
 from cordee.errors import Problem, ProblemError, Problems, at_most
 from cordee.evaluate.documents import Document, check_path, is_indexed, read_documents
+from cordee.evaluate.options import EvaluateOptions
 from cordee.evaluate.requests import Encoder, RollingLoglikelihood
 from cordee.evaluate.task import Metrics, Result, Subject
 from cordee.log import logger

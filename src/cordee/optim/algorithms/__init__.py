@@ -14,7 +14,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from cordee.config.schema import OptimizerOptions
+from cordee.optim.options import OptimizerOptions
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer

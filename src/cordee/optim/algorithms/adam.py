@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cordee.config.schema import OptimizerOptions
 from cordee.optim.algorithms import Groups
+from cordee.optim.options import OptimizerOptions
 
 if TYPE_CHECKING:
     from torch.optim import AdamW

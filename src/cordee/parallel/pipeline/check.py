@@ -10,11 +10,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from cordee.config.check import RANKS
-from cordee.config.schema import TrainConfig
 from cordee.errors import Findings, Problem, Problems, excludes, raise_all
-from cordee.parallel.degrees import Degrees
+from cordee.parallel.degrees import RANKS, Degrees
 from cordee.parallel.laws import PlacedRun
+from cordee.parallel.options import LayoutOptions
 from cordee.parallel.pipeline import micro_batches, schedules
 from cordee.parallel.pipeline.split import Division, divide, schedule_of
 
@@ -23,7 +22,7 @@ LARGE_BUBBLE = 0.2  # fraction of a step that is worth a note
 _SCHEDULE = ("pipeline_schedule", "fold_mode", "num_layers_per_virtual_pipeline_stage")
 
 
-def sizes(options: TrainConfig) -> tuple[int, ...] | None:
+def sizes(options: LayoutOptions) -> tuple[int, ...] | None:
     """Samples of each micro-batch of a step, if they are given. ProblemError if they cannot be read."""
     if options.manual_mbs is None or not options.optimized_pipeline:
         return None
@@ -69,7 +68,7 @@ def notes(division: Division | None, counts: Sequence[int]) -> Iterator[str]:
         )
 
 
-def _dynamic(options: TrainConfig, degrees: Degrees) -> Problems:
+def _dynamic(options: LayoutOptions, degrees: Degrees) -> Problems:
     if options.manual_mbs is None or not options.optimized_pipeline:
         return
     if schedule_of(options) != "1f1b" or degrees.pp == 1:
@@ -84,7 +83,7 @@ def _dynamic(options: TrainConfig, degrees: Degrees) -> Problems:
     )
 
 
-def _split_backward(options: TrainConfig, schedule: str) -> Problems:
+def _split_backward(options: LayoutOptions, schedule: str) -> Problems:
     option, virtual = "--pipeline-schedule", options.num_layers_per_virtual_pipeline_stage
     if options.zero_stage == 3:
         why = "ZeRO stage 3 would free the parameters between dgrad and wgrad"
@@ -99,7 +98,7 @@ def _split_backward(options: TrainConfig, schedule: str) -> Problems:
         yield from excludes(option, schedule, "--num-layers-per-virtual-pipeline-stage", virtual, why)
 
 
-def _schedule(options: TrainConfig, schedule: str, num_ranks: int, counts: Sequence[int]) -> Problems:
+def _schedule(options: LayoutOptions, schedule: str, num_ranks: int, counts: Sequence[int]) -> Problems:
     """The laws of the schedule's numbers; each once, though steps may have several sizes."""
     virtual = options.num_layers_per_virtual_pipeline_stage is not None
     stages = 2 if virtual or schedule in schedules.V_SHAPED else 1  # virtual stages are at least two a rank

@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from cordee.config.schema import TrainConfig
 from cordee.data.batch import Batch
 from cordee.model.balance import Balance
 from cordee.model.gpt import GPTModel
@@ -25,6 +24,7 @@ from cordee.model.span import Span
 from cordee.parallel import collectives, compile, data
 from cordee.parallel.execution import Criterion, LossParts, Output, Work, add, dropout_rng_of
 from cordee.parallel.layout import Layout
+from cordee.parallel.options import LayoutOptions
 from cordee.parallel.pipeline import engine
 from cordee.parallel.pipeline.program import Instruction, Message, programs
 from cordee.parallel.pipeline.recorder import Recorder
@@ -43,7 +43,7 @@ class PipelineExecutor:
         model: GPTModel,
         division: Division,
         layout: Layout,
-        options: TrainConfig,
+        options: LayoutOptions,
         device: torch.device,
         criterion: Criterion,
     ):

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cordee.config.check import RANKS
 from cordee.config.values import whole_numbers
 from cordee.errors import Problem, Problems, raise_all
+from cordee.parallel.degrees import RANKS
 
 _OPTION = "--manual-mbs"
 _SAMPLES = ("global_batch_size", "micro_batch_size", *RANKS)

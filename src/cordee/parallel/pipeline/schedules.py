@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from cordee.config.schema import PipelineSchedule
 from cordee.config.spelling import nearest
 from cordee.errors import Problem, Problems, raise_all
+from cordee.parallel.options import PipelineSchedule
 
 Kind = Literal["F", "B", "I", "W", "R"]
 SCHEDULES: tuple[str, ...] = get_args(PipelineSchedule)

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
-from cordee.config.schema import ParallelOptions
 from cordee.config.values import whole_numbers
 from cordee.errors import Problem, Problems, raise_all
 from cordee.families.count import head_flops, layer_flops
 from cordee.model import shards
 from cordee.model.config import ModelConfig
 from cordee.model.span import Span
+from cordee.parallel.options import ParallelOptions
 from cordee.parallel.pipeline.schedules import V_SHAPED, rank_of
 
 

@@ -15,24 +15,32 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
-from cordee.config.schema import ObjectiveOptions, TrainConfig
-from cordee.errors import Findings
-from cordee.families.registry import ModelSpec
-from cordee.sealed import Form
-from cordee.train.batch_schedule import BatchSchedule
+from cordee.config.option import option
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # nothing else: the options of a run, which its help reads, have those of objectives among them
     from torch import Tensor
 
     from cordee.data.batch import Batch
     from cordee.data.gpt_dataset import Dataset
     from cordee.data.loader import Collate
+    from cordee.errors import Findings
+    from cordee.families.registry import ModelSpec
     from cordee.model.head import Head
     from cordee.parallel.execution import Frozen, LossParts, Reduce
+    from cordee.sealed import Form
     from cordee.tokenizer import Tokenizer
+    from cordee.train.batch_schedule import BatchSchedule
+    from cordee.train.options import TrainConfig
     from cordee.weights.codec import Source
 
 B = TypeVar("B", bound="Batch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveOptions:
+    """Objective."""
+
+    stage: str = option("pretrain", "training objective: pretrain (next-token prediction)")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from cordee import sealed
 from cordee.config.option import to_flag
-from cordee.config.schema import TrainConfig
 from cordee.data import gpt_check
 from cordee.data.build import SPLITS, Part, build_datasets, plan_order, plan_parts
 from cordee.data.indexed import IndexedDataset, bin_path, fingerprint, idx_path
 from cordee.errors import Findings, Problem, ProblemError, Problems
 from cordee.train.batch_schedule import BatchSchedule
 from cordee.train.objectives import Objective, Run
+from cordee.train.options import TrainConfig
 
 if TYPE_CHECKING:
     from torch import Tensor

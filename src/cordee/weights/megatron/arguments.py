@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from cordee.config.load import config_from_dict
-from cordee.config.model_options import ModelOptions
 from cordee.errors import Problem, ProblemError
 from cordee.families.lenses import FEATURES, Words, differences, features_of, words_of
 from cordee.families.options import ACTIVATIONS, SCALED_BY
@@ -29,6 +28,7 @@ from cordee.model.config import (
     RopeConfig,
     YarnScaling,
 )
+from cordee.model.options import ModelOptions
 from cordee.weights.megatron.layout import MegatronLayout
 
 GIVE_MODEL = "give --model with a preset or a directory with the config.json that belongs to the weights"

@@ -1,4 +1,4 @@
-"""The options that set the architecture of a model, and how its experts are trained: part of the schema.
+"""The options that set the architecture of a model, and how its experts are trained.
 
 Owns their names, types, defaults and help texts; what they mean together is `families/options.py`'s matter.
 """
@@ -10,15 +10,9 @@ from typing import Literal
 
 from cordee.config.laws import ignored
 from cordee.config.option import option
+from cordee.tokenizer.options import VocabularyOptions
 
-
-@dataclass(frozen=True, kw_only=True)
-class VocabularyOptions:
-    """Vocabulary."""
-
-    vocab_size: int | None = option(
-        None, "vocabulary size in tokens, before padding [that of the checkpoint, the preset or the tokenizer]", above=0
-    )
+DTYPE_SYNONYMS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from cordee.config.check import check_train
-from cordee.config.deepspeed import check, read
 from cordee.config.load import config_from_dict, load_config
 from cordee.config.render import to_yaml
-from cordee.config.schema import TrainConfig
 from cordee.errors import ProblemError
+from cordee.parallel.deepspeed import check, read
+from cordee.train import plan
+from cordee.train.options import TrainConfig
 
 NEEDED = ["--seq-length", "8", "--lr", "1e-3", "--train-iters", "1", "--nproc-per-node", "2"]
 
@@ -45,7 +45,7 @@ SCRIPT: dict[str, Any] = {
 def told(config: TrainConfig):
     """What is wrong with a run of two processes, and with the file against it."""
     assert config.deepspeed_config is not None
-    return [*check_train(config), *check(config, read(config.deepspeed_config), 2)]
+    return [*plan.option_problems(config), *check(config, read(config.deepspeed_config), 2)]
 
 
 @pytest.fixture
@@ -139,7 +139,7 @@ def test_a_file_that_is_missing(tmp_path: Path):
 
 
 def test_the_switch_alone_means_nothing():
-    (problem,) = check_train(load_config(TrainConfig, [*NEEDED, "--deepspeed"]).config)
+    (problem,) = plan.option_problems(load_config(TrainConfig, [*NEEDED, "--deepspeed"]).config)
     assert problem.option == "--deepspeed"
 
 

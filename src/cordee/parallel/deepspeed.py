@@ -7,17 +7,17 @@ DeepSpeed's own engine and are reported as ignored.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cordee.config.check import RANKS
 from cordee.config.option import options_of, to_flag
-from cordee.config.schema import TrainConfig
 from cordee.config.values import Raw, Unfit, convert, to_raw
 from cordee.errors import Problem, Problems
 from cordee.files import read_json
+from cordee.parallel.degrees import RANKS
+from cordee.parallel.options import LayoutOptions
 
 FLAG = "--deepspeed-config"
 ACCUMULATION = "gradient_accumulation_steps"
@@ -102,15 +102,21 @@ def read(path: str) -> Settings:
     return Settings(path, dict(_flat(root)))
 
 
+def entries(path: str) -> tuple[list[Entry], Sequence[Problem]]:
+    """The options that a file sets, and the problems of reading it."""
+    settings = read(path)
+    return settings.entries(), settings.problems
+
+
 def _unread(path: str, why: str, fix: str = "give DeepSpeed's configuration file") -> Settings:
     unknown = {option for option, _ in _OPTIONS.values()}
     return Settings(path, {}, (Problem(FLAG, path, why, fix, "unreadable", sorted(unknown)),))
 
 
-def check(config: TrainConfig, file: Settings, data_ranks: int) -> Problems:
+def check(config: LayoutOptions, file: Settings, data_ranks: int) -> Problems:
     """The contradictions between the file of --deepspeed-config and the options of a run over `data_ranks`."""
     yield from file.problems
-    options = {option.name: option for option in options_of(TrainConfig)}
+    options = {option.name: option for option in options_of(type(config))}
     for entry in file.entries():
         where, given = f"{entry.field} in {file.path}", getattr(config, entry.option)
         try:
@@ -126,7 +132,7 @@ def check(config: TrainConfig, file: Settings, data_ranks: int) -> Problems:
     yield from _accumulation(config, file, data_ranks)
 
 
-def _accumulation(config: TrainConfig, file: Settings, data_ranks: int) -> Problems:
+def _accumulation(config: LayoutOptions, file: Settings, data_ranks: int) -> Problems:
     """Gradient accumulation steps follow from batch sizes and ranks; the file must agree."""
     passes = file.fields.get(ACCUMULATION, AUTO)
     if passes == AUTO:

@@ -1,0 +1,42 @@
+"""The options of checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cordee.config.laws import GIVEN, NOT_GIVEN, needs, required_unless
+from cordee.config.option import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointOptions:
+    """Checkpoints."""
+
+    save: str | None = option(
+        None, "checkpoint directory to write, or a URL that fsspec knows (s3://bucket/run)", metavar="DIR|URL"
+    )
+    save_interval: int | None = option(
+        None, "iterations between checkpoints, required with --save; the last iteration is always saved", above=0
+    )
+    keep_last: int | None = option(None, "keep only this many newest checkpoints [all]", above=0)
+    async_save: bool = option(True, "asynchronous checkpoints: write in the background while training continues")
+    save_optim: bool = option(True, "save optimizer state; a run cannot resume exactly without it")
+    load: str | None = option(
+        None,
+        "checkpoint directory or URL to resume from, or weights to start from, of any format that cordee convert "
+        "reads (Hugging Face, Megatron, GGUF, ...)",
+        metavar="DIR|URL|FILE",
+    )
+    ckpt_step: int | None = option(None, "iteration to load [the last good checkpoint]", at_least=0)
+    finetune: bool = option(False, "load only the weights of --load, start at iteration 0")
+    load_optim: bool = option(True, "resume the optimizer state of --load")
+    load_rng: bool = option(True, "resume the random number generator (RNG) state of --load")
+    exit_on_missing_checkpoint: bool = option(
+        False, "exit if --load is --save and holds no checkpoint, instead of starting anew"
+    )
+
+    laws = (
+        required_unless("save_interval", save=NOT_GIVEN),
+        needs("save_interval", "keep_last", save=GIVEN),
+        needs("ckpt_step", "finetune", "exit_on_missing_checkpoint", load=GIVEN),
+    )

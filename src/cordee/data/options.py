@@ -1,0 +1,108 @@
+"""The options of samples and batches, of the data that they come from, and of preprocessing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from cordee.config.laws import GIVEN, excludes, ignored, needs, required_unless
+from cordee.config.option import option, required
+from cordee.tokenizer.options import TokenizerOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchOptions:
+    """Batch, gradient accumulation and length of the run."""
+
+    seq_length: int = required("sequence length: tokens per sample", above=0)
+    micro_batch_size: int = option(1, "samples of one forward and backward on a data-parallel rank", above=0)
+    global_batch_size: int | None = option(
+        None, "samples per step: micro-batch x data-parallel ranks x gradient accumulation steps [x 1]", above=0
+    )
+    rampup_batch_size: tuple[int, int, int] | None = option(
+        None, "batch size ramp-up, START INCREMENT SAMPLES: over so many samples up to --global-batch-size", above=0
+    )
+    train_iters: int | None = option(None, "length of the run in iterations (optimizer steps)", above=0)
+    train_samples: int | None = option(None, "length of the run in samples", above=0)
+    seed: int = option(1234, "random seed of initial weights, shuffling and dropout", at_least=0, below=2**32)
+
+    laws = (
+        excludes("train_samples", "train_iters"),
+        required_unless("train_iters", train_samples=GIVEN, skip_train=True),
+        needs("rampup_batch_size", train_samples=GIVEN),
+        needs("rampup_batch_size", global_batch_size=GIVEN),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Data."""
+
+    data_path: tuple[str, ...] = option(
+        (), ".bin/.idx prefix, or a blend: WEIGHT PREFIX WEIGHT PREFIX ...; --split divides it in three"
+    )
+    train_data_path: tuple[str, ...] = option((), "as --data-path, for training only; --split is then ignored")
+    valid_data_path: tuple[str, ...] = option((), "as --data-path, for validation only")
+    test_data_path: tuple[str, ...] = option((), "as --data-path, for the final test only")
+    split: str = option("969, 30, 1", "proportions of --data-path for training, validation and test", metavar="A,B,C")
+    data_cache_path: str | None = option(
+        None, "cache directory of sample indices (shuffled orders) [beside the data]", metavar="DIR"
+    )
+    dataloader_type: Literal["single", "cyclic"] = option(
+        "single", "sampler: single: sequential over the dataset's own shuffled index; cyclic: reshuffled every epoch"
+    )
+    num_workers: int = option(
+        0, "dataloader threads that prefetch batches per training process; 0 loads in the main thread", at_least=0
+    )
+    eod_mask_loss: bool = option(False, "loss mask: no loss on the token after an end-of-document (EOD) token")
+    reset_position_ids: bool = option(False, "restart position ids at every document of a sample")
+    reset_attention_mask: bool = option(
+        False, "block-diagonal attention mask: documents packed into one sample do not attend to each other"
+    )
+
+    laws = (ignored("split", data_path=GIVEN),)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions(BatchOptions, DataOptions):
+    """What decides which samples a run sees, and when."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessOptions:
+    """Input and output."""
+
+    input: str | None = option(
+        None,
+        "file or directory: json, jsonl, csv, txt, parquet, arrow, documents of at most 16 MiB; to merge: "
+        "directory of .bin/.idx",
+        metavar="PATH",
+    )
+    output_prefix: str = required("writes PREFIX_KEY_document.bin and .idx", metavar="PREFIX")
+    hf_datasets_params: str | None = option(
+        None, "JSON file with the arguments of datasets.load_dataset, instead of --input", metavar="FILE"
+    )
+    streaming: bool = option(False, "with --hf-datasets-params: stream, do not download; local files always stream")
+    json_keys: tuple[str, ...] = option(
+        ("text",), "fields of a record to tokenize, each into its own .bin/.idx pair", aliases=("--json-key",)
+    )
+    append_eod: bool = option(False, "append the tokenizer's end-of-document (EOD) token to every document")
+    seq_length: int | None = option(None, "skip documents of this many tokens or more", above=0)
+    workers: int = option(1, "tokenizer processes; the output does not depend on their number", above=0)
+    n_subs: int = option(1, "multiplies --workers: number of parts that are tokenized in parallel", above=0)
+    merge_group_keys: tuple[str, ...] = option(
+        (), "merge .bin/.idx pairs of --input with the key in their name into PREFIX_KEY; no tokenizing"
+    )
+    skip_invalid: bool = option(False, "count and skip records that cannot be read, instead of aborting")
+    overwrite: bool = option(False, "overwrite existing output")
+    log_interval: int = option(100, "documents between progress lines", above=0)
+
+    laws = (
+        required_unless("input", hf_datasets_params=GIVEN, merge_group_keys=GIVEN),
+        needs("merge_group_keys", input=GIVEN),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessConfig(PreprocessOptions, TokenizerOptions):
+    """Text to .bin/.idx."""

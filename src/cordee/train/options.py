@@ -1,0 +1,96 @@
+"""The options of a training run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cordee.checkpoint.options import CheckpointOptions
+from cordee.config.laws import GIVEN, POSITIVE, at_most, ignored, needs
+from cordee.config.option import option
+from cordee.data.options import BatchOptions, DataOptions, SampleOptions
+from cordee.model.options import ExpertTrainingOptions, ModelOptions, PortedOptions
+from cordee.optim.options import OptimizerOptions, PrecisionOptions
+from cordee.parallel.options import CompileOptions, LayoutOptions, ParallelOptions
+from cordee.tokenizer.options import TokenizerOptions
+from cordee.train.objectives import ObjectiveOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationOptions:
+    """Validation."""
+
+    eval_interval: int = option(1000, "iterations between validations", above=0)
+    eval_iters: int = option(100, "global batches per validation; 0: no validation", at_least=0)
+    skip_train: bool = option(False, "skip training, only validate and test")
+
+    laws = (
+        ignored("eval_interval", eval_iters=POSITIVE),
+        needs("skip_train", eval_iters=POSITIVE),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitOptions:
+    """Exit: each way saves a checkpoint first."""
+
+    exit_interval: int | None = option(None, "save and exit at an iteration that is divisible by this", above=0)
+    exit_duration_in_mins: float | None = option(None, "save and exit after this many minutes", above=0)
+    exit_signal_handler: bool = option(True, "on SIGTERM or Ctrl-C, finish the iteration, save a checkpoint and exit")
+    exit_grace_seconds: float = option(120.0, "seconds from SIGTERM to SIGKILL of a rank's process", at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingOptions:
+    """Logging."""
+
+    log_interval: int = option(10, "iterations between log lines", above=0)
+    log_throughput: bool = option(True, "log TFLOP/s per device (model FLOPs: recompute does not count)")
+    log_params_norm: bool = option(False, "log the L2 norm of all parameters")
+    log_num_zeros_in_grad: bool = option(False, "log the number of zeros in the gradients")
+    tensorboard_dir: str | None = option(None, "write TensorBoard events to this directory", metavar="DIR")
+    tensorboard_log_interval: int = option(1, "iterations between TensorBoard values", above=0)
+    metrics_file: str | None = option(None, "one JSON line per log line [metrics.jsonl in --save]", metavar="FILE")
+    peak_tflops: float | None = option(
+        None, "peak TFLOP/s of a device, for MFU [known for the device, or measured]", above=0
+    )
+
+    laws = (ignored("tensorboard_log_interval", tensorboard_dir=GIVEN),)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerformanceOptions:
+    """Performance."""
+
+    manual_gc: bool = option(False, "run Python's garbage collector on all ranks at the same iterations only")
+    manual_gc_interval: int = option(0, "--manual-gc: iterations between collections; 0: at validations", at_least=0)
+    use_deter_comp: bool = option(
+        False, "deterministic kernels only: two runs are bit-identical", aliases=("--deterministic-mode",)
+    )
+
+    laws = (needs("manual_gc_interval", manual_gc=True),)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(
+    ModelOptions,
+    ExpertTrainingOptions,
+    TokenizerOptions,
+    SampleOptions,
+    LayoutOptions,
+    BatchOptions,
+    ObjectiveOptions,
+    DataOptions,
+    OptimizerOptions,
+    PrecisionOptions,
+    ParallelOptions,
+    CheckpointOptions,
+    ValidationOptions,
+    ExitOptions,
+    LoggingOptions,
+    CompileOptions,
+    PerformanceOptions,
+    PortedOptions,
+):
+    """A training run."""
+
+    laws = (at_most("seq_length", other="max_position_embeddings"),)
