@@ -1,4 +1,7 @@
-"""The options of `cordee convert`."""
+"""The options of `cordee convert`.
+
+Owns their names, types, defaults and help texts, and what each needs of others.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The options of samples and batches, of the data that they come from, and of preprocessing."""
+"""The options of samples and batches, of the data that they come from, and of preprocessing.
+
+Owns their names, types, defaults and help texts, and what each needs of others.
+"""
 
 from __future__ import annotations
 
