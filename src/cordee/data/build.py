@@ -17,7 +17,7 @@ from cordee.data.gpt_dataset import BlendedDataset, Dataset, GPTDataset
 from cordee.data.indexed import IndexedDataset
 from cordee.data.options import DataOptions, SampleOptions
 from cordee.data.order import Order, blend_period, blend_sizes, normalise, periodic_sizes
-from cordee.errors import Problem, raise_all
+from cordee.errors import Problem, Problems, raise_all
 from cordee.log import logger
 
 SPLITS = ("train", "valid", "test")
@@ -139,6 +139,14 @@ def plan_order(
 
 def plan_parts(options: DataOptions) -> dict[str, Part]:
     """Where train, valid and test come from; a part without data is left out. Raises `ProblemError`."""
+    parts, problems = read_parts(options)
+    raise_all(problems)
+    return parts
+
+
+def read_parts(options: DataOptions) -> tuple[dict[str, Part], list[Problem]]:
+    """As `plan_parts`, as far as the options can be read, and why they cannot: of data whose --split is none, all of it
+    is to train on."""
     problems: list[Problem] = []
     own = {
         "train": ("--train-data-path", options.train_data_path),
@@ -153,19 +161,31 @@ def plan_parts(options: DataOptions) -> dict[str, Part]:
     if not options.data_path and "train" not in given:
         why = "there is nothing to train on"
         problems.append(Problem("--data-path", None, why, "give the prefix of a .bin/.idx pair, or --train-data-path"))
-    raise_all(problems)
-    if given:
-        blends = {name: _parse_blend(option, value, problems) for name, (option, value) in given.items()}
-        raise_all(problems)
-        return {name: Part(name, blend, 0.0, 1.0) for name, blend in blends.items()}
-    blend = _parse_blend("--data-path", options.data_path, problems)
-    ends = _parse_split(options.split, problems)
-    raise_all(problems)
-    bounds = zip(SPLITS, (0.0, *ends), ends, strict=False)
-    return {name: Part(name, blend, begin, end) for name, begin, end in bounds if end > begin}
+    parts = {}
+    if options.data_path and (blend := _parse_blend("--data-path", options.data_path, problems)):
+        ends = _parse_split(options.split, problems) or (1.0,)
+        bounds = zip(SPLITS, (0.0, *ends), ends, strict=False)
+        parts = {name: Part(name, blend, begin, end) for name, begin, end in bounds if end > begin}
+    blends = {name: _parse_blend(option, value, problems) for name, (option, value) in given.items()}
+    return parts | {name: Part(name, blend, 0.0, 1.0) for name, blend in blends.items() if blend}, problems
 
 
-def _parse_blend(option: str, values: Sequence[str], problems: list[Problem]) -> Blend:
+def training_part(options: DataOptions) -> Part:
+    """What is trained on. Raises `ProblemError`."""
+    parts = plan_parts(options)
+    raise_all(share_problems(options))
+    return parts["train"]
+
+
+def share_problems(options: DataOptions) -> Problems:
+    """--split must leave training something of --data-path."""
+    ends = _parse_split(options.split, []) if options.data_path else ()
+    if ends and not ends[0]:
+        fix = "give training a share, for example 969,30,1"
+        yield Problem("--split", options.split, "its first share, that of training, is zero", fix)
+
+
+def _parse_blend(option: str, values: Sequence[str], problems: list[Problem]) -> Blend | None:
     if len(values) == 1:
         return Blend(option, (values[0].strip(),), None)
     weights, prefixes = [_number(text) for text in values[::2]], values[1::2]
@@ -180,6 +200,7 @@ def _parse_blend(option: str, values: Sequence[str], problems: list[Problem]) ->
     if why:
         fix = "write WEIGHT PREFIX WEIGHT PREFIX ..., for example 0.3 first 0.7 second"
         problems.append(Problem(option, " ".join(values), why, fix, limit=limit))
+        return None
     known = tuple(weight for weight in weights if weight is not None)
     return Blend(option, tuple(prefix.strip() for prefix in prefixes), known)
 

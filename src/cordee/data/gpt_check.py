@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from cordee.config.option import to_flag
-from cordee.data.build import SPLITS, Part, part_problems, plan_order, plan_parts
+from cordee.data.build import SPLITS, Part, part_problems, plan_order, read_parts, share_problems
 from cordee.data.indexed import IndexedDataset
 from cordee.data.manifest import Manifest, read_manifest
 from cordee.data.options import DataOptions, SampleOptions
@@ -39,16 +39,15 @@ def check(
     with what is known of each dataset. Reads every index once, and no tokens. The memory that building an order takes
     is not checked: this machine may be another than the one that builds it, if it has to be built at all.
     """
-    problems = list(_eod_problems(options, tokenizer))
-    try:
-        parts = plan_parts(options)
-    except ProblemError as error:
-        return problems + error.problems
+    parts, problems = read_parts(options)
+    problems += (*share_problems(options), *_eod_problems(options, tokenizer))
     asked: dict[str, int] = dict(zip(SPLITS, (train_samples, valid_samples, test_samples), strict=True))
     needed = {name: part for name, part in parts.items() if asked[name]}
     for prefix in dict.fromkeys(prefix for part in needed.values() for prefix in part.blend.prefixes):
         using = [part for part in needed.values() if prefix in part.blend.prefixes]
-        problems += _dataset_problems(prefix, using, vocab_size, tokenizer)
+        asked_by = {"skip_train" if part.name == "train" else "eval_iters" for part in using}
+        found = _dataset_problems(prefix, using, vocab_size, tokenizer)
+        problems += [problem.involving(*asked_by) if len(asked_by) == 1 else problem for problem in found]
     if "train" in needed and options.dataloader_type == "cyclic":
         with suppress(ProblemError):  # of a dataset, found above
             problems += _permutation_problems(options, needed["train"], train_samples)

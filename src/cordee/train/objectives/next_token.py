@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from cordee import sealed
 from cordee.config.option import to_flag
 from cordee.data import gpt_check
-from cordee.data.build import SPLITS, Part, build_datasets, plan_order, plan_parts
+from cordee.data.build import SPLITS, Part, build_datasets, plan_order, plan_parts, read_parts, training_part
 from cordee.data.indexed import IndexedDataset, bin_path, fingerprint, idx_path
 from cordee.errors import Findings, Problem, ProblemError, Problems
 from cordee.train.batch_schedule import BatchSchedule
@@ -67,7 +67,7 @@ class NextToken(Objective["Batch"]):
     def data(self, run: Run, found: Findings) -> GPTData | None:
         config, tokenizer = run.config, run.tokenizer
         found.problems += _too_many(config, run.batches, run.iterations)
-        samples = found.attempt(lambda: _samples(config, run.batches, run.iterations, found.notes)) or {}
+        samples = _samples(config, run.batches, run.iterations, found.notes)
         asked = {f"{name}_samples": count for name, count in samples.items()}
         found.problems += gpt_check.check(config, **asked, vocab_size=run.vocab_size, tokenizer=tokenizer)
         identity = found.attempt(lambda: _identity(config, samples, run.fingerprint))
@@ -147,19 +147,18 @@ def _samples(config: TrainConfig, batches: BatchSchedule, iterations: int, notes
     held_out = config.eval_iters * batches.global_batch_size
     train = config.train_samples or iterations * batches.global_batch_size
     samples = {"train": 0 if config.skip_train else train, "valid": held_out, "test": held_out}
-    parts = plan_parts(config)
+    parts, _ = read_parts(config)  # what keeps them from being read is found by the check of the data
     for name in ("valid", "test"):
         if name not in parts:
             samples[name] = 0
-    if samples["test"] and not config.test_data_path and not _has_sequences(config):
+    if samples["test"] and not config.test_data_path and not _has_sequences(parts["test"]):
         notes.append(f"no test at the end: --split {config.split} leaves it no sequence")
         samples["test"] = 0
     return samples
 
 
-def _has_sequences(config: TrainConfig) -> bool:
-    """Whether --split leaves the test any sequence; files that cannot be read are found by the check of the data."""
-    part = plan_parts(config)["test"]
+def _has_sequences(part: Part) -> bool:
+    """Whether --split leaves a part any sequence; files that cannot be read are found by the check of the data."""
     try:
         ranges = [part.sequences(IndexedDataset(prefix)) for prefix in part.blend.prefixes]
     except ProblemError:
@@ -167,19 +166,12 @@ def _has_sequences(config: TrainConfig) -> bool:
     return all(first < last for first, last in ranges)
 
 
-def _training_part(config: TrainConfig) -> Part:
-    if (part := plan_parts(config).get("train")) is None:
-        fix = "give training a share, for example 969,30,1"
-        raise ProblemError([Problem("--split", config.split, "its first share, that of training, is zero", fix)])
-    return part
-
-
 def fingerprint_data(config: TrainConfig) -> Fingerprints:
     """What tells changed bytes of the data to train on; ProblemError if it cannot be read.
 
     The more datasets, the less is read of each, so that no blend takes longer to start than another.
     """
-    prefixes = _training_part(config).blend.prefixes
+    prefixes = training_part(config).blend.prefixes
     bound = READ_OF_DATA // len(set(prefixes))
 
     def read(prefix: str) -> dict[str, int]:
@@ -197,7 +189,7 @@ def fingerprint_data(config: TrainConfig) -> Fingerprints:
 
 def _identity(config: TrainConfig, samples: dict[str, int], fingerprints: Fingerprints | None) -> dict[str, Any]:
     """Nothing about the order for a run that trains on no samples."""
-    part, count = _training_part(config), samples.get("train")
+    part, count = training_part(config), samples.get("train")
     weights = part.blend.weights or (1.0,)
     opened = [IndexedDataset(prefix) for prefix in part.blend.prefixes]
     sets = []
