@@ -150,7 +150,7 @@ def test_processes_that_are_no_whole_copies(llama, text):
         },
     )
     (problem,) = job.option_problems(config)
-    assert problem.option == "processes" and "multiple of 2" in problem.fix
+    assert (problem.option, problem.value, problem.kind, problem.limit) == ("processes", 3, "divisible", 2)
 
 
 def test_results_are_never_replaced(llama, text, tmp_path):
