@@ -23,6 +23,7 @@ from cordee.errors import ProblemError
 from cordee.weights.gguf import codec
 from cordee.weights.gguf.file import GGUFFile
 from cordee.weights.gguf.header import read_header
+from tests.problems import facts
 from tests.weights.test_gguf import MODELS, save
 from tests.weights.test_gguf_vocabulary import CUTS, byte_level
 
@@ -173,14 +174,24 @@ def test_tensors_that_change_places(exported, tmp_path):
         codec.read(tmp_path / "x.gguf")
 
 
-def test_bytes_behind_the_last_tensor(exported, tmp_path):
-    """Few are those by which a smaller alignment would move all tensors; more are not of the file, as for llama.cpp."""
-    (tmp_path / "x.gguf").write_bytes(exported.read_bytes() + bytes(31))
-    with pytest.raises(ProblemError, match="alignment"):
+@pytest.mark.parametrize("count", [1, 31, 32, 4096])
+def test_bytes_behind_the_last_tensor(count, exported, tmp_path):
+    """By the type that its header gives, a tensor is shorter than it is: a damaged file must not be read as another."""
+    (tmp_path / "x.gguf").write_bytes(exported.read_bytes() + bytes(count))
+    with pytest.raises(ProblemError) as caught:
         codec.read(tmp_path / "x.gguf")
-    (tmp_path / "x.gguf").write_bytes(exported.read_bytes() + bytes(32))
-    expected, found = codec.read(exported), codec.read(tmp_path / "x.gguf")
-    assert all(torch.equal(found.tensor(name), expected.tensor(name)) for name in expected.names())
+    assert facts(caught) == [(str(tmp_path / "x.gguf"), None, "unreadable")]
+
+
+def test_a_last_tensor_of_a_smaller_type(exported, tmp_path):
+    tensor = gguf.GGUFReader(exported).tensors[-1]
+    assert tensor.tensor_type == gguf.GGMLQuantizationType.F32
+    content = bytearray(exported.read_bytes())
+    struct.pack_into("<I", content, place(gguf.GGUFReader(exported), tensor.field.parts[4]), 1)  # F16
+    (tmp_path / "x.gguf").write_bytes(content)
+    with pytest.raises(ProblemError) as caught:
+        codec.read(tmp_path / "x.gguf")
+    assert facts(caught) == [(str(tmp_path / "x.gguf"), None, "unreadable")]
 
 
 # ---- headers made by hand --------------------------------------------------------------------------------------------
