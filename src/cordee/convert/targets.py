@@ -34,7 +34,7 @@ from cordee.weights.staging import check_output
 
 @dataclass(frozen=True)
 class Prepared:
-    """Output that is laid out and not begun: its files, the bytes of its largest tensor, and the sink to be opened.
+    """Output that is laid out and not begun: its files, and the sink to be opened.
 
     dtypes: by canonical name, what is written.
     expected: what has to be read back, where that is not to the bit what there was; None: the source itself.
@@ -43,7 +43,6 @@ class Prepared:
     """
 
     files: list[PlannedFile]
-    largest: int
     dtypes: Mapping[str, torch.dtype]
     open: Callable[[], Sink]
     expected: Source | None = None
@@ -70,20 +69,14 @@ def prepare(source: Source, path: Path, options: ConvertConfig) -> Prepared:
 
 def _prepare_unsplit(source: Source, output: Output, dtypes: Dtypes, options: ConvertConfig) -> Prepared:
     kind = target_type(options)
-    rules = source.spec.rules()
-    largest = max(
-        torch.Size(shape).numel() * dtypes[name].itemsize
-        for name, rule in rules.items()
-        for shape in rule.foreign_shapes(source.shape(name))
-    )
     if kind == "dcp":
         sink = partial(dcp.DistributedSink, output, source.spec, dtypes)
-        return Prepared(dcp.planned_files(source.spec, dtypes), largest, dtypes, sink)
+        return Prepared(dcp.planned_files(source.spec, dtypes), dtypes, sink)
     if kind == "mindformers":
         mindformers.check(source.spec)
     rename = mindformers.renamed if kind == "mindformers" else str
     sink = partial(hf.HFSink, output, source.spec, dtypes, rename=rename)
-    return Prepared(hf.planned_files(source.spec, dtypes), largest, dtypes, sink)
+    return Prepared(hf.planned_files(source.spec, dtypes), dtypes, sink)
 
 
 _SPLITTING = (
@@ -114,7 +107,7 @@ def _misplaced(options: ConvertConfig) -> Problems:
 def _prepare_gguf(source: Source, output: Output, dtypes: Dtypes, options: ConvertConfig) -> Prepared:
     laid_out = gguf.plan(source.spec, dtypes, source.assets)
     sink, expected = partial(gguf.GGUFSink, output, laid_out), gguf.Held(laid_out, source)
-    return Prepared(laid_out.files(), max(laid_out.sizes), laid_out.dtypes, sink, expected, compare_tokenizers)
+    return Prepared(laid_out.files(), laid_out.dtypes, sink, expected, compare_tokenizers)
 
 
 # ---- Megatron and AscendSpeed ----------------------------------------------------------------------------------------
@@ -122,12 +115,7 @@ def _prepare_gguf(source: Source, output: Output, dtypes: Dtypes, options: Conve
 
 def _prepare_megatron(source: Source, output: Output, dtypes: Dtypes, options: ConvertConfig) -> Prepared:
     laid_out = plan(source.spec, dtypes, megatron_target(options))
-    largest = max(
-        torch.Size(shape).numel() * dtypes[name].itemsize
-        for name, placement in laid_out.placements.items()
-        for shape in placement.part_shapes
-    )
-    return Prepared(laid_out.files(), largest, dtypes, partial(MegatronSink, output, laid_out))
+    return Prepared(laid_out.files(), dtypes, partial(MegatronSink, output, laid_out))
 
 
 def megatron_target(options: ConvertConfig) -> Target:

@@ -17,12 +17,13 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
-from cordee.errors import Problem, ProblemError, raise_all
+from cordee.errors import Findings, Problem, ProblemError, raise_all
 from cordee.tensors.views import Index
+from cordee.weights.files import opened
 from cordee.weights.megatron.dialect import Dialect
 from cordee.weights.megatron.layout import MegatronLayout, Rank, chunks_of, current, layer_files, rank_files
 from cordee.weights.regions import Region
-from cordee.weights.torch_file import UNREADABLE, Keys, TorchFile
+from cordee.weights.torch_file import Keys, TorchFile
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -112,17 +113,10 @@ def open_ranks(folder: Path) -> dict[tuple[int, ...], RankFile]:
 
 def open_all(paths: Mapping[K, Path], opener: Callable[[Path], T]) -> dict[K, T]:
     """ProblemError with all files that cannot be read."""
-    opened, problems = {}, []
-    for key, path in paths.items():
-        try:
-            opened[key] = opener(path)
-        except FileNotFoundError:
-            problems.append(Problem(str(path), None, "the file of this rank is missing", COPY_AGAIN, "missing"))
-        except UNREADABLE as error:
-            why = str(error).splitlines()[0] if str(error) else type(error).__name__
-            problems.append(Problem(str(path), None, f"the file cannot be read: {why}", COPY_AGAIN, "unreadable"))
-    raise_all(problems)
-    return opened
+    found = Findings()
+    files = {key: found.attempt(lambda path=path: opened(path, opener, COPY_AGAIN)) for key, path in paths.items()}
+    raise_all(found.problems)
+    return {key: file for key, file in files.items() if file is not None}
 
 
 # ---- the layout of what is there -------------------------------------------------------------------------------------
