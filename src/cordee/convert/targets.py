@@ -15,11 +15,10 @@ from typing import Any
 import torch
 
 from cordee.checkpoint import dcp
-from cordee.config.option import to_flag
 from cordee.config.schema import ConvertConfig
 from cordee.config.values import whole_numbers
-from cordee.convert.check import target_type
-from cordee.errors import Problem, Problems, raise_all, requires
+from cordee.convert.check import not_default, target_type
+from cordee.errors import Problem, Problems, excludes, raise_all, requires
 from cordee.weights import hf, mindformers
 from cordee.weights.codec import PlannedFile, Sink, Source
 from cordee.weights.gguf import codec as gguf
@@ -95,10 +94,10 @@ _SPLITTING = (
 
 def _misplaced(options: ConvertConfig) -> Problems:
     """Options that mean nothing for files that are not split."""
-    for name in _SPLITTING:
-        if (value := getattr(options, name)) not in (None, False, 1, "local"):
-            why = f"{target_type(options)} is not split"
-            yield from requires(to_flag(name), value, "--save-model-type mg", why, "save_model_type")
+    for flag, value in not_default(options, *_SPLITTING).items():
+        yield from requires(
+            flag, value, "--save-model-type mg", f"{target_type(options)} is not split", "save_model_type"
+        )
 
 
 # ---- GGUF ------------------------------------------------------------------------------------------------------------
@@ -146,20 +145,15 @@ def megatron_target(options: ConvertConfig) -> Target:
 def _contradictions(options: ConvertConfig) -> Problems:
     if (layers := options.num_layer_list) is not None and whole_numbers(layers) is None:
         yield Problem("--num-layer-list", layers, "it is no list of numbers", "give it as 7,8,8,9", "form")
-    ascend = target_type(options) == "ascendspeed"
-    if ascend and options.tokenizer_model is not None:
-        why = "AscendSpeed's format has no settings to note it in"
-        yield Problem("--tokenizer-model", options.tokenizer_model, why, "leave it out")
-    if ascend and (options.use_mcore_models or options.transformer_impl != "local"):
-        flag = "--use-mcore-models" if options.use_mcore_models else "--transformer-impl"
-        yield Problem(flag, None, "AscendSpeed's format is not Megatron-Core's", "leave it out")
+    if target_type(options) == "ascendspeed":
+        names = ("tokenizer_model", "use_mcore_models", "transformer_impl", "moe_grouped_gemm")
+        for flag, value in not_default(options, *names).items():
+            why = "AscendSpeed's format has no such thing"
+            yield from excludes(flag, value, "--save-model-type", "ascendspeed", why)
     elif not _to_core(options):
-        for name in ("moe_grouped_gemm", "transformer_impl"):
-            if (value := getattr(options, name)) not in (False, "local"):
-                why = "the legacy format has no such thing"
-                yield from requires(
-                    to_flag(name), value, "--use-mcore-models", why, "use_mcore_models", "save_to_legacy"
-                )
+        for flag, value in not_default(options, "transformer_impl", "moe_grouped_gemm").items():
+            why = "the legacy format has no such thing"
+            yield from requires(flag, value, "--use-mcore-models", why, "use_mcore_models", "save_to_legacy")
 
 
 def _to_core(options: ConvertConfig) -> bool:

@@ -153,7 +153,8 @@ def architecture_of(values: Values, where: str) -> Architecture:
             return row
     known = ", ".join(dict.fromkeys(row.name for row in ARCHITECTURES))
     why = f"no family reads this architecture{' with experts' * experts}; known are {known}"
-    raise ProblemError([Problem(f"{where}: general.architecture", name, why, "take the Hugging Face model")])
+    fix = "take the Hugging Face model"
+    raise ProblemError([Problem(f"{where}: general.architecture", name, why, fix, "unknown")])
 
 
 def hf_config(row: Architecture, values: Values, names: Collection[str], factors: Sequence[float] | None) -> HFConfig:
@@ -293,7 +294,7 @@ def choose(spec: ModelSpec, factors: Sequence[float] | None) -> tuple[Architectu
     config, notes = _in_context(spec.config)
     experts, words = isinstance(config.layers[0].mlp, MoEConfig), words_of(config)
     described = {key: words[word] if isinstance(word, str) else word(words) for key, word in _WRITTEN.items()}
-    tried: list[tuple[bool, int, str, list[str]]] = []
+    tried: list[tuple[bool, int, str, dict[str, str]]] = []
     for row in (row for row in ARCHITECTURES if row.experts == experts):
         values: dict[str, Any] = {"general.architecture": row.name}
         values |= {f"{row.name}.{key}": value for key, value in described.items() if value is not None}
@@ -304,8 +305,9 @@ def choose(spec: ModelSpec, factors: Sequence[float] | None) -> tuple[Architectu
     *_, name, differing = min(tried)
     more = f"; and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
     why = f"family {spec.family.name}: none of the models of llama.cpp that are known here is such a one; the nearest, "
-    why += f"{name}, differs: {'; '.join(differing[:_SHOWN])}{more}"
-    raise ProblemError([Problem("--save-model-type", "gguf", why, "choose another format")])
+    why += f"{name}, differs: {'; '.join([*differing.values()][:_SHOWN])}{more}"
+    fix = "choose another format"
+    raise ProblemError([Problem("--save-model-type", "gguf", why, fix, "inexpressible", limit=list(differing))])
 
 
 _SHOWN = 6  # differences that are listed
@@ -340,19 +342,15 @@ def _in_context(config: ModelConfig) -> tuple[ModelConfig, list[str]]:
 
 def _differences(
     config: ModelConfig, row: Architecture, values: Values, factors: Sequence[float] | None
-) -> tuple[bool, list[str]]:
-    """Whether `values` can be read as a model at all, and in what it would be another than `config`."""
+) -> tuple[bool, dict[str, str]]:
+    """Whether `values` can be read as a model, and where it would be another than `config`: in words, by place."""
     found = rules(config, row.paired)
-    missing = [f"it has no tensor for {_starred(name)}" for name in canonical_shapes(config) if name not in found]
+    without = (re.sub(r"\.\d+\.", ".*.", name) for name in canonical_shapes(config) if name not in found)
+    differing = {name: f"it has no tensor for {name}" for name in without}
     names = {name for rule in found.values() for name in rule.foreign}
     try:
         read = spec_from_hf(hf_config(row, values, names, factors), row.name).config
     except ProblemError as error:
-        return False, [*dict.fromkeys(missing), *(f"{problem.option}: {problem.why}" for problem in error.problems)]
-    found = differences(config, read, without=OF_TRAINING, stored=shortest)
-    missing += [f"{place} is {ours}, there {theirs}" for place, (ours, theirs) in found.items()]
-    return True, list(dict.fromkeys(missing))
-
-
-def _starred(name: str) -> str:
-    return re.sub(r"\.\d+\.", ".*.", name)
+        return False, differing | {p.option: f"{p.option}: {p.why}" for p in error.problems}
+    pairs = differences(config, read, without=OF_TRAINING, stored=shortest)
+    return True, differing | {place: f"{place} is {ours}, there {theirs}" for place, (ours, theirs) in pairs.items()}

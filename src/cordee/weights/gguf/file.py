@@ -34,7 +34,7 @@ def library() -> ModuleType:
         import gguf
     except ImportError as error:
         why, fix = f"files of GGUF need this package: {error}", "pip install 'cordee[gguf]'"
-        raise ProblemError([Problem("gguf", None, why, fix)]) from error
+        raise ProblemError([Problem("gguf", None, why, fix, "requires")]) from error
     return gguf
 
 
@@ -50,8 +50,8 @@ class GGUFFile:
         header = opened(path, lambda path: read_header(path, sizes))
         self.values = header.values
         if (parts := self.values.get("split.count", 1)) not in (0, 1):
-            why = f"it is one of {parts} parts"
-            raise ProblemError([Problem(str(path), None, why, "join them with llama.cpp's llama-gguf-split --merge")])
+            why, fix = f"it is one of {parts} parts", "join them with llama.cpp's llama-gguf-split --merge"
+            raise ProblemError([Problem(str(path), None, why, fix, "part", limit=parts)])
         self._entries = header.entries
         self._kinds = {name: library().GGMLQuantizationType(entry.kind) for name, entry in header.entries.items()}
         self.tensors = {
@@ -73,7 +73,8 @@ class GGUFFile:
                 gguf.dequantize(np.zeros(gguf.GGML_QUANT_SIZES[kind][1], np.uint8), kind)
             except NotImplementedError:
                 why = f"its type {kind.name} cannot be unpacked; {len(names)} tensors have it"
-                problems.append(Problem(f"{self.path}: {names[0]}", None, why, "take a file of another type"))
+                fix = "take a file of another type"
+                problems.append(Problem(f"{self.path}: {names[0]}", None, why, fix, "dtype", limit=kind.name))
         return problems
 
     def read(self, name: str, index: Index) -> Tensor:

@@ -111,8 +111,8 @@ def describe(directory: Path | None, rows: int) -> dict[str, Any]:
         return {"tokenizer.ggml.model": NONE[0]}
     tokenizer, special = load_tokenizer(TokenizerOptions(), str(directory)), read_special_tokens(directory, {})
     if tokenizer.vocab_size > rows:
-        why = f"it has {tokenizer.vocab_size} tokens, the model only {rows} rows"
-        raise ProblemError([Problem("tokenizer", directory, why, "give the model's own tokenizer")])
+        why, fix = f"it has {tokenizer.vocab_size} tokens, the model only {rows} rows", "give the model's own tokenizer"
+        raise ProblemError([Problem("tokenizer", directory, why, fix, "at most", limit=rows)])
     words, raw = tokenizer.vocabulary(), read_json(directory / "tokenizer.json")
     if raw:
         values = _of_json(raw, words, directory)
@@ -162,7 +162,8 @@ def _of_json(raw: Mapping[str, Any], words: Mapping[int, str], directory: Path) 
         "choose another format; this one knows byte-level BPE, cut as GPT-2, Llama 3, Qwen2, ... cut, and SentencePiece"
     )
     if model.get("type", "BPE") != "BPE" or "merges" not in model:
-        raise ProblemError([Problem("tokenizer", directory, f"it is {model.get('type')}, not BPE", fix)])
+        why = f"it is {model.get('type')}, not BPE"
+        raise ProblemError([Problem("tokenizer", directory, why, fix, "unsupported", limit=model.get("type"))])
     merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
     if '"ByteLevel"' not in json.dumps(pre_tokenizer):
         ranks: dict[str, int] = {}
@@ -175,7 +176,7 @@ def _of_json(raw: Mapping[str, Any], words: Mapping[int, str], directory: Path) 
     cut = next((cut for cut in CUTS if cut.patterns == patterns), None)
     if cut is None:
         why = f"llama.cpp has no name for how it cuts text: {json.dumps(pre_tokenizer, ensure_ascii=False)}"
-        raise ProblemError([Problem("tokenizer", directory, why, fix)])
+        raise ProblemError([Problem("tokenizer", directory, why, fix, "unsupported", limit=patterns)])
     joined = [" ".join(merge) for merge in merges]
     return {"tokenizer.ggml.model": _BYTE_LEVEL, "tokenizer.ggml.pre": cut.names[0], "tokenizer.ggml.merges": joined}
 
