@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import shutil
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from cordee.families.registry import families, spec_from_hf, spec_from_preset
 from cordee.model.compare import canonical
 from cordee.weights.megatron.arguments import arguments, spec_of_arguments
 from cordee.weights.megatron.layout import Rank, Wanted
+from tests.matrix import sampled
 from tests.weights import models, tiny
 
 CORE = ("--save-model-type", "mg", "--use-mcore-models")
@@ -75,28 +77,28 @@ def check_round_trip(made, kind: str, scratch: Path, *flags: str, form: str = "m
     assert {**config, "torch_dtype": "", "dtype": ""} == {**published, "torch_dtype": "", "dtype": ""}
 
 
-@pytest.mark.parametrize("tensor", ["1", "2", "4"])
-@pytest.mark.parametrize(
-    "stages",
-    [
-        (PP, "1"),
-        (PP, "2"),
-        (PP, "3"),
-        (PP, "3", "--num-layer-list", "1,3,2"),
-        (PP, "2", VPP, "1"),
-        (PP, "3", VPP, "1"),
-        (PP, "3", VPP, "2"),  # virtual stages in name only
-    ],
-    ids=" ".join,
-)
-@pytest.mark.parametrize("form", [CORE, LEGACY], ids=["core", "legacy"])
-def test_every_layout_comes_back(made, tmp_path, form, stages, tensor):
-    check_round_trip(made, "llama", tmp_path, *form, TP, tensor, *stages)
-
-
 TE = (*CORE, "--transformer-impl", "transformer_engine")
 MINDFORMERS = ("--save-model-type", "mindformers")
 FORMS = {"core": CORE, "te": TE, "legacy": LEGACY, "ascendspeed": ASCEND, "mindformers": MINDFORMERS}
+STAGES = (  # of 6 layers
+    f"{PP} 1",
+    f"{PP} 2",
+    f"{PP} 3",
+    f"{PP} 3 --num-layer-list 1,3,2",
+    f"{PP} 2 {VPP} 1",
+    f"{PP} 3 {VPP} 1",
+    f"{PP} 3 {VPP} 2",  # virtual stages in name only
+)
+
+
+@pytest.mark.parametrize(
+    ("form_and_stages", "tensor"), sampled(map(" ".join, product(("core", "legacy"), STAGES)), ("1", "2", "4"))
+)
+def test_every_layout_comes_back(made, tmp_path, form_and_stages, tensor):
+    form, *stages = form_and_stages.split()
+    check_round_trip(made, "llama", tmp_path, *FORMS[form], TP, tensor, *stages)
+
+
 MIXTURES = {"deepseek_v2", "deepseek_v3", "gpt_moe", "gpt_oss", "grok", "llama4", "mixtral", "qwen2_moe", "qwen3_moe"}
 NEITHER = MIXTURES | {"gemma2", "gemma3", "glm4", "olmo2", "qwen3"}  # experts, more norms, or norms elsewhere
 INEXPRESSIBLE = {
@@ -122,15 +124,19 @@ def test_every_family_comes_back(made, tmp_path, kind, form):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", models.SPARSE)
 @pytest.mark.parametrize(
-    ("experts", "expert"), [((), "2"), ((), "4"), (("--moe-grouped-gemm",), "1"), (("--moe-grouped-gemm",), "2")]
+    ("kind_and_impl", "experts"),
+    sampled(
+        map(" ".join, product(models.SPARSE, ("local", "transformer_engine", "mindspeed"))),
+        ("2", "4", "1 --moe-grouped-gemm", "2 --moe-grouped-gemm"),
+        per_row=2,
+    ),
 )
-@pytest.mark.parametrize("impl", ["local", "transformer_engine", "mindspeed"])
-def test_every_mixture_comes_back(made, tmp_path, kind, experts, expert, impl):
+def test_every_mixture_comes_back(made, tmp_path, kind_and_impl, experts):
+    (kind, impl), (expert, *grouped) = kind_and_impl.split(), experts.split()
     tensor = "1" if impl == "mindspeed" and kind.startswith("deepseek") else "2"
     stages = (PP, "2") if expert == "2" else (PP, "1")  # so that folders have two and three numbers
-    flags = ("--transformer-impl", impl, TP, tensor, EP, expert, *stages, *experts)
+    flags = ("--transformer-impl", impl, TP, tensor, EP, expert, *stages, *grouped)
     check_round_trip(made, kind, tmp_path, *CORE, *flags)
 
 

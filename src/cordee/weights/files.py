@@ -86,7 +86,7 @@ UNREADABLE = (SafetensorError, *torch_file.UNREADABLE)
 
 
 def opened(path: Path, opener: Callable[[Path], T], fix: str = COPY_AGAIN) -> T:
-    """What `opener`, which raises one of `UNREADABLE`, makes of a file. ProblemError if it is missing or damaged."""
+    """What `opener`, which raises one of `UNREADABLE`, makes of a file. ProblemError if it is missing or corrupt."""
     if path.exists() and not path.is_file():  # a pipe would be waited for
         raise ProblemError([Problem(str(path), None, "it is no regular file", fix, "unreadable")])
     try:

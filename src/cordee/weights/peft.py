@@ -233,7 +233,7 @@ class PeftAdapter:
         for foreign, name in self._whole.items():
             yield from unfit(self._file, name, self._shapes[foreign], fix)
         for foreign, factors in self._factors.items():
-            shape, r = self._shapes[foreign], self._said(factors, self._ranks, "r")
+            shape, r = self._shapes[foreign], self._configured(factors, self._ranks, "r")
             outer, *inner = reversed(shape) if self._transposed(factors) else shape
             yield from unfit(self._file, factors.names["A"], (r, *inner), f"{fix}, of rank {r} as by its {CONFIG}")
             yield from unfit(self._file, factors.names["B"], (outer, r), f"{fix}, of rank {r} as by its {CONFIG}")
@@ -255,11 +255,11 @@ class PeftAdapter:
         factors = self._factors[foreign]
         a, b = (partial(self._file.read, factors.names[letter]) for letter in "AB")
         r = self._file.tensors[factors.names["A"]].shape[0]
-        alpha = self._said(factors, self._alphas, "lora_alpha")
+        alpha = self._configured(factors, self._alphas, "lora_alpha")
         scale = alpha / (math.sqrt(r) if self._config.get("use_rslora") else r)
         return LowRank(a, b, r, scale, self._transposed(factors))
 
-    def _said(self, factors: _Factors, patterns: Sequence[tuple[re.Pattern[str], T]], key: str) -> T:
+    def _configured(self, factors: _Factors, patterns: Sequence[tuple[re.Pattern[str], T]], key: str) -> T:
         """What the configuration says of a module, by the first pattern that its name in the file matches, if any."""
         factor = _FACTOR.fullmatch(factors.names["A"].removeprefix(PREFIX))
         module = factor[1] if factor else ""

@@ -1,6 +1,6 @@
 """The files of a checkpoint of Megatron, opened, and the layout that they are in.
 
-Owns finding every rank's file, what may be wrong with them as files (missing, damaged, at odds with each other), and
+Owns finding every rank's file, what may be wrong with them as files (missing, corrupt, at odds with each other), and
 reading the degrees of parallelism from them. Knows no model.
 """
 
@@ -174,9 +174,10 @@ def _comparable(value: object) -> str:
 
 
 def disagreements(folder: Path, files: Mapping[Rank, RankFile]) -> Iterator[Problem]:
-    """What ranks say differently though they must say it alike."""
-    said = {name: [getattr(file.args, name, None) for file in files.values()] for name in _AGREED}
-    for name, values in {**said, "iteration": [file.file.content.get("iteration") for file in files.values()]}.items():
+    """What ranks state differently though it must be the same."""
+    stated = {name: [getattr(file.args, name, None) for file in files.values()] for name in _AGREED}
+    stated["iteration"] = [file.file.content.get("iteration") for file in files.values()]
+    for name, values in stated.items():
         if different := _differing(values):
             why = f"ranks disagree about {name}: {different}"
             yield Problem(str(folder), None, why, ONE_CHECKPOINT, "disagree", limit=name)

@@ -20,16 +20,7 @@ from cordee.tensors.views import Shape, View
 from cordee.weights.codec import PlannedFile
 from cordee.weights.megatron.arguments import arguments, dtype_arguments
 from cordee.weights.megatron.dialect import Dialect
-from cordee.weights.megatron.layout import (
-    DEEPSPEED_TRACKER,
-    FILE,
-    PIPELINE,
-    RELEASE,
-    TRACKER,
-    MegatronLayout,
-    Rank,
-    Wanted,
-)
+from cordee.weights.megatron.layout import DEEPSPEED_TRACKER, FILE, RELEASE, TRACKER, MegatronLayout, Rank, Wanted
 from cordee.weights.megatron.padding import padded_rows
 from cordee.weights.megatron.placement import Key, Placement, Slot, place, tensors_of
 from cordee.weights.regions import Destination, Region
@@ -91,8 +82,8 @@ class MegatronPlan:
 def plan(spec: ModelSpec, dtypes: Mapping[str, torch.dtype], target: Target) -> MegatronPlan:
     """Lay a checkpoint out. ProblemError with everything about `target` that the model does not allow."""
     if target.form == "deepspeed" and target.wanted.pipeline > 1:
-        why = "DeepSpeed's files are of tensor ranks only"
-        raise ProblemError([Problem(PIPELINE, target.wanted.pipeline, why, "take 1", "at most", limit=1)])
+        option, why = "--target-pipeline-parallel-size", "DeepSpeed's files are of tensor ranks only"
+        raise ProblemError([Problem(option, target.wanted.pipeline, why, "take 1", "at most", limit=1)])
     layout = target.wanted.layout(spec.config)
     padded = padded_rows(spec.config.vocab_size, target.vocab_multiple * target.wanted.tensor)
     return MegatronPlan(target, spec, layout, padded, place(spec, layout, target.dialect, padded), dict(dtypes))
