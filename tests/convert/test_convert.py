@@ -12,7 +12,7 @@ from cordee.checkpoint import formats
 from cordee.checkpoint.store import CheckpointStore
 from cordee.convert import job
 from cordee.convert.options import ConvertConfig
-from cordee.errors import ProblemError
+from cordee.errors import Problem, ProblemError
 from cordee.model.gpt import GPTModel
 from cordee.weights.load import load_into
 from tests.weights import tiny
@@ -45,10 +45,11 @@ def test_files_of_torch_become_safetensors(tmp_path, caplog):
     assert "attn.bias" in caplog.text  # what was left out is told
 
 
-def problem_of(**options) -> str:
+def problem_of(**options) -> Problem:
     with pytest.raises(ProblemError) as caught:
         job.run(ConvertConfig(**options))
-    return str(caught.value)
+    (problem,) = caught.value.problems
+    return problem
 
 
 def test_nothing_is_overwritten_unless_asked(tmp_path):
@@ -56,11 +57,12 @@ def test_nothing_is_overwritten_unless_asked(tmp_path):
     tiny.save(tmp_path / "a", tiny.LLAMA)
     job.run(ConvertConfig(load_dir=a, save_dir=b))
     before = (tmp_path / "b" / "model.safetensors").read_bytes()
-    assert "--overwrite" in problem_of(load_dir=a, save_dir=b, params_dtype="float16")
+    assert problem_of(load_dir=a, save_dir=b, params_dtype="float16").kind == "not empty"
     assert (tmp_path / "b" / "model.safetensors").read_bytes() == before
     job.run(ConvertConfig(load_dir=a, save_dir=b, params_dtype="float16", overwrite=True))
     assert (tmp_path / "b" / "model.safetensors").read_bytes() != before
-    assert "directory that is read" in problem_of(load_dir=a, save_dir=str(tmp_path / "x" / ".." / "a"), overwrite=True)
+    problem = problem_of(load_dir=a, save_dir=str(tmp_path / "x" / ".." / "a"), overwrite=True)
+    assert (problem.option, problem.kind, problem.involves) == ("--save-dir", "excludes", ("load_dir",))
 
 
 def test_a_checkpoint_becomes_a_model_with_its_tokenizer(tmp_path, caplog):
@@ -92,5 +94,6 @@ def test_formats_are_told_apart(tmp_path):
     assert formats.format_of(tmp_path / "a").name == "hf"
     assert formats.read(tmp_path / "a").names()[0] == "embedding.weight"
     (tmp_path / "empty").mkdir()
-    assert "Hugging Face directory" in problem_of(load_dir=str(tmp_path / "empty"), save_dir=str(tmp_path / "b"))
-    assert "no such directory" in problem_of(load_dir=str(tmp_path / "none"), save_dir=str(tmp_path / "b"))
+    for name in ("empty", "none"):
+        problem = problem_of(load_dir=str(tmp_path / name), save_dir=str(tmp_path / "b"))
+        assert (problem.option, problem.value) == ("model directory", tmp_path / name)

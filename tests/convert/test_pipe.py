@@ -7,6 +7,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cordee.checkpoint import formats
+from cordee.errors import Problem
 from cordee.families.registry import spec_from_hf
-from tests.convert.test_megatron import ASCEND, CORE, TP, convert, problems_of
+from tests.convert.test_megatron import ASCEND, CORE, TP, convert, found_in
 from tests.weights import models, tiny
 
 BLOOM, LLAMA = models.MODELS["bloom"], {**models.MODELS["llama"], "attention_bias": False}
@@ -188,35 +190,37 @@ def test_into_other_formats(made, tmp_path):
 # ---- what is wrong ---------------------------------------------------------------------------------------------------
 
 
+def problem_of(load: Path, save: Path, hf: Path) -> Problem:
+    (problem,) = found_in(load, save, "--model", str(hf))
+    return problem
+
+
 @pytest.fixture
-def broken(made, tmp_path) -> Callable[[str], str]:
-    """What is said of files of layers in `ds`."""
+def broken(made, tmp_path) -> Callable[[], Problem]:
+    """What is wrong with files of layers in `ds`."""
     hf, tensors = made(BLOOM)
     save_layers(tmp_path / "ds", bloom(tensors), num_layers=LAYERS)
 
-    def problems() -> str:
-        return problems_of(tmp_path / "ds", tmp_path / "out", "--model", str(hf))
-
-    return problems
+    return lambda: problem_of(tmp_path / "ds", tmp_path / "out", hf)
 
 
 @pytest.mark.parametrize(
     ("lost", "expected"),
     [
-        ("layer_05-model_01-*", "missing: layer_05-model_01-model_states.pt"),
-        ("layer_05-*", "missing: those of module 5"),
-        ("layer_03-*", "missing: those of module 3"),
-        ("layer_08-*", "missing: those of module 8"),
-        ("layer_01-*", "no file holds the embedding"),
-        ("layer_10-*", "no file holds the final norm"),
+        ("layer_05-model_01-*", "layer_05-model_01-model_states.pt"),
+        ("layer_05-*", "those of module 5"),
+        ("layer_03-*", "those of module 3"),
+        ("layer_08-*", "those of module 8"),
+        ("layer_01-*", "the embedding"),
+        ("layer_10-*", "the final norm"),
         ("layer_*-model_01-*", "layer_01-model_01-model_states.pt"),
     ],
 )
 def test_files_that_are_missing(broken, tmp_path, lost, expected):
     for file in (tmp_path / "ds").glob(lost):
         file.unlink()
-    text = broken()
-    assert expected in text and "copy the checkpoint again" in text
+    problem = broken()
+    assert problem.kind == "missing" and expected in problem.limit
 
 
 @pytest.mark.parametrize("kept", [0, 100, 0.5, 0.99])
@@ -224,8 +228,8 @@ def test_a_file_that_is_cut_off(broken, tmp_path, kept):
     file = tmp_path / "ds" / "layer_04-model_01-model_states.pt"
     content = file.read_bytes()
     file.write_bytes(content[: kept if isinstance(kept, int) else int(kept * len(content))])
-    text = broken()
-    assert file.name in text and "cannot be read" in text
+    problem = broken()
+    assert (problem.option, problem.kind) == (str(file), "unreadable")
 
 
 def rewrite(file: Path, change: Callable[[dict], object]) -> None:
@@ -234,18 +238,24 @@ def rewrite(file: Path, change: Callable[[dict], object]) -> None:
     torch.save(content, file)
 
 
+def disagreement(problem: Problem) -> Any:
+    assert problem.kind == "disagree"
+    return problem.limit
+
+
 def test_ranks_that_disagree(broken, tmp_path):
     ds = tmp_path / "ds"
     rewrite(ds / "mp_rank_02_model_states.pt", lambda content: content.update(iteration=2000))
-    assert "different iterations" in broken()
+    assert disagreement(broken()) == "iteration"
     rewrite(ds / "mp_rank_02_model_states.pt", lambda content: content.update(iteration=1000))
     rewrite(ds / "mp_rank_03_model_states.pt", lambda content: setattr(content["args"], "num_layers", 7))
-    assert "disagree about num_layers" in broken()
+    assert disagreement(broken()) == "num_layers"
     rewrite(ds / "mp_rank_03_model_states.pt", lambda content: setattr(content["args"], "num_layers", LAYERS))
     rewrite(ds / "layer_04-model_01-model_states.pt", lambda content: content["input_layernorm.weight"].add_(1))
-    assert "differs between" in broken()
+    norm = "language_model.encoder.layers.1.input_layernorm.weight"
+    assert disagreement(broken()) == norm
     rewrite(ds / "layer_04-model_01-model_states.pt", lambda content: content.pop("input_layernorm.weight"))
-    assert "hold different tensors" in broken() and "layers.1.input_layernorm.weight" in broken()
+    assert disagreement(broken()) == (1, 0)  # tensor and pipeline rank
 
 
 def test_stages_that_do_not_fit(made, tmp_path):
@@ -253,16 +263,13 @@ def test_stages_that_do_not_fit(made, tmp_path):
     ds = tmp_path / "ds"
     save_stages(ds, bloom(tensors))
 
-    def problems() -> str:
-        return problems_of(ds, tmp_path / "out", "--model", str(hf))
-
     (ds / "mp_rank_03_model_states.pt").rename(tmp_path / "kept")
-    assert "missing: mp_rank_03_model_states.pt" in problems()
+    assert problem_of(ds, tmp_path / "out", hf).limit == ["mp_rank_03_model_states.pt"]
     (tmp_path / "kept").rename(ds / "mp_rank_03_model_states.pt")
     (ds / "mp_rank_01_model_states.pt").rename(tmp_path / "kept")
-    assert "missing: mp_rank_01_model_states.pt" in problems()
+    assert problem_of(ds, tmp_path / "out", hf).limit == ["mp_rank_01_model_states.pt"]
     (tmp_path / "kept").rename(ds / "mp_rank_01_model_states.pt")
     rewrite(
         ds / "mp_rank_01_model_states.pt", lambda content: content["module"]["module"].pop("4.input_layernorm.weight")
     )
-    assert "tensors that others do not" in problems()
+    assert "module.10.final_layernorm.weight" in disagreement(problem_of(ds, tmp_path / "out", hf))

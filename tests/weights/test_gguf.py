@@ -18,9 +18,10 @@ from cordee.api import GPTModel
 from cordee.checkpoint import formats
 from cordee.convert import job
 from cordee.convert.options import ConvertConfig
-from cordee.errors import ProblemError
+from cordee.errors import Problem, ProblemError
 from cordee.families.registry import spec_from_hf
 from cordee.weights.gguf.file import GGUFFile
+from tests.problems import facts
 from tests.weights import tiny
 
 _COMMON = {
@@ -81,10 +82,11 @@ def save(path, hf: dict) -> dict[str, torch.Tensor]:
     return tiny.save(path, hf, tensors)
 
 
-def problem_of(read, *arguments) -> str:
+def problem_of(read, *arguments) -> Problem:
     with pytest.raises(ProblemError) as caught:
         read(*arguments)
-    return str(caught.value)
+    (problem,) = caught.value.problems
+    return problem
 
 
 # ---- there and back --------------------------------------------------------------------------------------------------
@@ -164,22 +166,22 @@ def test_models_that_cannot_be_expressed(tmp_path):
     save(tmp_path / "gemma2", windows)
     scaling = {**_LLAMA3, "low_freq_factor": 2.0, "original_max_position_embeddings": 64}
     save(tmp_path / "llama", _hf("Llama", "llama", rope_scaling=scaling))
-    for name, words in (
-        ("gpt2", "position_embedding"),
-        ("gemma2", "--query-pre-attn-scalar is 32.0, there 16.0"),
-        ("llama", "low_freq_factor is 2.0, there 1.0"),
+    for name, place in (
+        ("gpt2", "position_embedding.weight"),
+        ("gemma2", "--query-pre-attn-scalar"),
+        ("llama", "layers.attention.rope.scaling.low_freq_factor"),
     ):
         options = ConvertConfig(load_dir=str(tmp_path / name), save_dir=str(tmp_path / "out"), save_model_type="gguf")
-        text = problem_of(job.run, options)
-        assert f"family {name}" in text and words in text
+        problem = problem_of(job.run, options)
+        assert problem.kind == "inexpressible" and place in problem.limit
         assert not (tmp_path / "out").exists()
 
 
 def test_options_for_what_is_split_have_no_meaning(tmp_path):
     save(tmp_path / "a", MODELS["llama"])
     options = {"load_dir": str(tmp_path / "a"), "save_dir": str(tmp_path / "b"), "save_model_type": "gguf"}
-    text = problem_of(job.run, ConvertConfig(**options, target_tensor_parallel_size=2))
-    assert "--target-tensor-parallel-size" in text and "gguf" in text
+    problem = problem_of(job.run, ConvertConfig(**options, target_tensor_parallel_size=2))
+    assert (problem.option, problem.kind) == ("--target-tensor-parallel-size", "requires")
 
 
 def test_nothing_is_left_of_a_file_that_fails(tmp_path, monkeypatch):
@@ -190,7 +192,7 @@ def test_nothing_is_left_of_a_file_that_fails(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "pwrite", broken)
     options = ConvertConfig(load_dir=str(tmp_path / "a"), save_dir=str(tmp_path / "b"), save_model_type="gguf")
-    assert "No space left" in problem_of(job.run, options)
+    assert problem_of(job.run, options).kind == "unwritable"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
@@ -198,7 +200,7 @@ def test_only_another_model_is_overwritten(tmp_path):
     save(tmp_path / "a", MODELS["llama"])
     convert(tmp_path / "a", tmp_path / "b", save_model_type="gguf")
     options = {"load_dir": str(tmp_path / "a"), "save_dir": str(tmp_path / "b"), "save_model_type": "gguf"}
-    assert "--overwrite" in problem_of(job.run, ConvertConfig(**options))
+    assert problem_of(job.run, ConvertConfig(**options)).kind == "not empty"
     convert(tmp_path / "a", tmp_path / "b", save_model_type="gguf", overwrite=True)
 
 
@@ -247,36 +249,39 @@ def exported(tmp_path_factory):
     return (path / "b" / "model.gguf").read_bytes()
 
 
-def _read(tmp_path, content: bytes) -> str:
+def _problems(tmp_path, content: bytes) -> list[tuple[str, object, str]]:
     (tmp_path / "x.gguf").write_bytes(content)
-    options = ConvertConfig(load_dir=str(tmp_path / "x.gguf"), save_dir=str(tmp_path / "out"))
-    text = problem_of(job.run, options)
+    with pytest.raises(ProblemError) as caught:
+        job.run(ConvertConfig(load_dir=str(tmp_path / "x.gguf"), save_dir=str(tmp_path / "out")))
     assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"]  # nothing is written
-    return text
+    return [(option.rpartition("/")[2], value, kind) for option, value, kind in facts(caught)]
 
 
 @pytest.mark.parametrize("length", [0, 3, 20, 300, 2000, -40])
 def test_files_that_are_cut_off(length, exported, tmp_path):
-    text = _read(tmp_path, exported[:length])
-    assert "x.gguf" in text and ("cut off" in text or "empty" in text)
+    assert _problems(tmp_path, exported[:length]) == [("x.gguf", None, "unreadable")]
 
 
 def test_files_that_are_something_else(exported, tmp_path):
-    assert "no file of GGUF" in _read(tmp_path, b"GGML" + exported[4:])
-    assert "version 9" in _read(tmp_path, exported[:4] + b"\x09" + exported[5:])
+    assert _problems(tmp_path, b"GGML" + exported[4:]) == [("x.gguf", None, "unreadable")]
+    assert _problems(tmp_path, exported[:4] + b"\x09" + exported[5:]) == [("x.gguf", None, "unreadable")]
     (tmp_path / "x").write_bytes(b"something else")
-    assert "none of" in problem_of(formats.read, tmp_path / "x")
+    assert problem_of(formats.read, tmp_path / "x").value == tmp_path / "x"
 
 
 def test_files_of_other_models(exported, tmp_path):
-    assert "general.architecture = llamb" in _read(tmp_path, exported.replace(b"llama", b"llamb"))
-    assert "blk.1.ffn_down.weight" in _read(tmp_path, exported.replace(b"blk.1.ffn_down", b"blk.7.ffn_down"))
-    assert "num_hidden_layers" in _read(tmp_path, exported.replace(b"block_count", b"block_counx"))
+    (other,) = _problems(tmp_path, exported.replace(b"llama", b"llamb"))
+    assert other == ("x.gguf: general.architecture", "llamb", "unknown")
+    names = _problems(tmp_path, exported.replace(b"blk.1.ffn_down", b"blk.7.ffn_down"))
+    assert names == [("x.gguf", None, "missing"), ("x.gguf", None, "unknown")]
+    layers, *_ = _problems(tmp_path, exported.replace(b"block_count", b"block_counx"))
+    assert layers[0] == "x.gguf: num_hidden_layers"
     _written(tmp_path / "x.gguf", {"token_embd.weight": (np.zeros((4, 4), np.int32), None)})
-    text = problem_of(formats.read, tmp_path / "x.gguf")
-    assert "token_embd.weight" in text and "I32 cannot be unpacked" in text
+    problem = problem_of(formats.read, tmp_path / "x.gguf")
+    assert problem.option.endswith(": token_embd.weight") and (problem.kind, problem.limit) == ("dtype", "I32")
     _written(tmp_path / "x.gguf", {"a": (np.zeros(4, np.float32), None)}, **{"split.count": 3})
-    assert "one of 3 parts" in problem_of(formats.read, tmp_path / "x.gguf")
+    problem = problem_of(formats.read, tmp_path / "x.gguf")
+    assert (problem.kind, problem.limit) == ("part", 3)
 
 
 def test_factors_that_are_not_llama_3s(tmp_path):
@@ -287,14 +292,15 @@ def test_factors_that_are_not_llama_3s(tmp_path):
     start = int(place.data_offset) + 4
     other = content[:start] + np.float32(1.5).tobytes() + content[start + 4 :]
     (tmp_path / "b" / "model.gguf").write_bytes(other)
-    assert "Llama 3's scaling" in problem_of(formats.read, tmp_path / "b")
+    assert problem_of(formats.read, tmp_path / "b").option.endswith("model.gguf: rope_freqs.weight")
 
 
 def test_which_file_of_a_directory(exported, tmp_path):
     (tmp_path / "q4.gguf").write_bytes(exported)
     assert formats.format_of(tmp_path).name == formats.format_of(tmp_path / "q4.gguf").name == "gguf"
     (tmp_path / "f16.gguf").write_bytes(exported)
-    assert "f16.gguf, q4.gguf" in problem_of(formats.read, tmp_path)
+    problem = problem_of(formats.read, tmp_path)
+    assert (problem.kind, problem.limit) == ("several", [tmp_path / "f16.gguf", tmp_path / "q4.gguf"])
     (tmp_path / "config.json").write_text(json.dumps(MODELS["llama"]))
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert formats.format_of(tmp_path).name == "hf"
@@ -303,7 +309,8 @@ def test_which_file_of_a_directory(exported, tmp_path):
 def test_without_the_library(exported, tmp_path, monkeypatch):
     (tmp_path / "a.gguf").write_bytes(exported)
     monkeypatch.setitem(sys.modules, "gguf", None)
-    assert "cordee[gguf]" in problem_of(formats.read, tmp_path)
+    problem = problem_of(formats.read, tmp_path)
+    assert (problem.option, problem.kind) == ("gguf", "requires")
 
 
 @pytest.mark.parametrize("given", [3, [3], [3, 5], [3, 5, 7]])

@@ -23,6 +23,7 @@ from cordee.errors import ProblemError
 from cordee.weights.gguf import codec
 from cordee.weights.gguf.file import GGUFFile
 from cordee.weights.gguf.header import read_header
+from tests.problems import facts
 from tests.weights.test_gguf import MODELS, save
 from tests.weights.test_gguf_vocabulary import CUTS, byte_level
 
@@ -132,6 +133,12 @@ def differs(path: Path, expected: dict[str, torch.Tensor]) -> bool:
     return any(not torch.equal(source.tensor(name), tensor) for name, tensor in expected.items())
 
 
+def refused(path: Path) -> None:
+    with pytest.raises(ProblemError) as caught:
+        codec.read(path)
+    assert facts(caught) == [(str(path), None, "unreadable")]
+
+
 def _survives(cases: list[tuple[str, int, bytes]], exported, expected, tmp_path) -> None:
     content = exported.read_bytes()
     for label, start, value in cases:
@@ -157,8 +164,7 @@ def test_a_tensor_that_is_moved(which, move, exported, tmp_path):
     content = bytearray(exported.read_bytes())
     struct.pack_into("<Q", content, place(reader, part), (int(part[0]) + move) % 2**64)
     (tmp_path / "x.gguf").write_bytes(content)
-    with pytest.raises(ProblemError, match=tensor.name):
-        codec.read(tmp_path / "x.gguf")
+    refused(tmp_path / "x.gguf")
 
 
 def test_tensors_that_change_places(exported, tmp_path):
@@ -169,18 +175,23 @@ def test_tensors_that_change_places(exported, tmp_path):
     struct.pack_into("<Q", content, place(reader, first), int(second[0]))
     struct.pack_into("<Q", content, place(reader, second), int(first[0]))
     (tmp_path / "x.gguf").write_bytes(content)
-    with pytest.raises(ProblemError, match="ffn_up"):
-        codec.read(tmp_path / "x.gguf")
+    refused(tmp_path / "x.gguf")
 
 
-def test_bytes_behind_the_last_tensor(exported, tmp_path):
-    """Few are those by which a smaller alignment would move all tensors; more are not of the file, as for llama.cpp."""
-    (tmp_path / "x.gguf").write_bytes(exported.read_bytes() + bytes(31))
-    with pytest.raises(ProblemError, match="alignment"):
-        codec.read(tmp_path / "x.gguf")
-    (tmp_path / "x.gguf").write_bytes(exported.read_bytes() + bytes(32))
-    expected, found = codec.read(exported), codec.read(tmp_path / "x.gguf")
-    assert all(torch.equal(found.tensor(name), expected.tensor(name)) for name in expected.names())
+@pytest.mark.parametrize("count", [1, 31, 32, 4096])
+def test_bytes_behind_the_last_tensor(count, exported, tmp_path):
+    """By the type that its header gives, a tensor is shorter than it is: a damaged file must not be read as another."""
+    (tmp_path / "x.gguf").write_bytes(exported.read_bytes() + bytes(count))
+    refused(tmp_path / "x.gguf")
+
+
+def test_a_last_tensor_of_a_smaller_type(exported, tmp_path):
+    reader = gguf.GGUFReader(exported)
+    part, content = reader.tensors[-1].field.parts[4], bytearray(exported.read_bytes())
+    assert int(part[0]) == gguf.GGMLQuantizationType.F32
+    struct.pack_into("<I", content, place(reader, part), gguf.GGMLQuantizationType.F16)
+    (tmp_path / "x.gguf").write_bytes(content)
+    refused(tmp_path / "x.gguf")
 
 
 # ---- headers made by hand --------------------------------------------------------------------------------------------
@@ -239,8 +250,7 @@ ATTACKS = {
 def test_what_cannot_be_is_refused_at_once(name, tmp_path):
     path = tmp_path / "x.gguf"
     path.write_bytes(ATTACKS[name])
-    with pytest.raises(ProblemError, match="damaged"):
-        GGUFFile(path)
+    refused(path)
     tracemalloc.start()
     try:
         with pytest.raises(ValueError):

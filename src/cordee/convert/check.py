@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from cordee.checkpoint.formats import Format
 from cordee.checkpoint.storage import is_url
 from cordee.config import laws
-from cordee.config.option import to_flag
+from cordee.config.option import options_of, to_flag
 from cordee.convert.options import ConvertConfig
 from cordee.errors import Problem, Problems, requires
 from cordee.families.reader import nearest
@@ -45,6 +45,12 @@ FAMILIES = {  # of --model-type-hf
 def target_type(options: ConvertConfig) -> str:
     """The format to write."""
     return options.save_model_type or ("mg" if options.saver else "hf")
+
+
+def not_default(options: ConvertConfig, *names: str) -> dict[str, object]:
+    """The values of the options of these names, by flag, that are not the defaults."""
+    defaults = {option.name: option.default for option in options_of(ConvertConfig)}
+    return {to_flag(name): value for name in names if (value := getattr(options, name)) != defaults[name]}
 
 
 def check_options(options: ConvertConfig) -> Problems:
@@ -87,8 +93,7 @@ def check_format(form: Format, options: ConvertConfig) -> Problems:
     if options.use_mcore_models and target_type(options) not in ("mg", "ascendspeed"):
         why = "neither what is read nor what is written is of Megatron"
         yield from requires("--use-mcore-models", True, "--save-model-type mg", why, "save_model_type", "load_dir")
-    given = {to_flag(name): getattr(options, name) for name in _OF_MEGATRON}
-    for flag, value in (*given.items(), ("--no-checking", not options.checking)):
+    for flag, value in {**not_default(options, *_OF_MEGATRON), "--no-checking": not options.checking}.items():
         yield from requires(flag, value, "a Megatron checkpoint", f"what is read is a {form.title}", "load_dir")
 
 

@@ -183,7 +183,8 @@ def _show(source: Source, prepared: Prepared, output: Path, options: ConvertConf
     for file in prepared.files:
         table.add_row(file.path, f"{file.nbytes:,}")
     table.add_row("sum", f"{sum(file.nbytes for file in prepared.files):,}")
-    memory = (1 + options.workers) * min(prepared.largest, SLICES_HELD * SLICE)
+    largest = max(math.prod(source.shape(name)) * dtype.itemsize for name, dtype in prepared.dtypes.items())
+    memory = (1 + options.workers) * min(largest, SLICES_HELD * SLICE)
     Console().print(table)
     Console().print(f"memory: about {-(-memory // 2**20):,} MiB beside the program; nothing is written (--dry-run)")
 

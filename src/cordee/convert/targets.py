@@ -15,11 +15,10 @@ from typing import Any
 import torch
 
 from cordee.checkpoint import dcp
-from cordee.config.option import to_flag
 from cordee.config.values import whole_numbers
-from cordee.convert.check import target_type
+from cordee.convert.check import not_default, target_type
 from cordee.convert.options import ConvertConfig
-from cordee.errors import Problem, Problems, raise_all, requires
+from cordee.errors import Problem, Problems, excludes, raise_all, requires
 from cordee.weights import hf, mindformers
 from cordee.weights.codec import PlannedFile, Sink, Source
 from cordee.weights.gguf import codec as gguf
@@ -34,7 +33,7 @@ from cordee.weights.staging import check_output
 
 @dataclass(frozen=True)
 class Prepared:
-    """Output that is laid out and not begun: its files, the bytes of its largest tensor, and the sink to be opened.
+    """Output that is laid out and not begun: its files, and the sink to be opened.
 
     dtypes: by canonical name, what is written.
     expected: what has to be read back, where that is not to the bit what there was; None: the source itself.
@@ -43,7 +42,6 @@ class Prepared:
     """
 
     files: list[PlannedFile]
-    largest: int
     dtypes: Mapping[str, torch.dtype]
     open: Callable[[], Sink]
     expected: Source | None = None
@@ -70,20 +68,14 @@ def prepare(source: Source, path: Path, options: ConvertConfig) -> Prepared:
 
 def _prepare_unsplit(source: Source, output: Output, dtypes: Dtypes, options: ConvertConfig) -> Prepared:
     kind = target_type(options)
-    rules = source.spec.rules()
-    largest = max(
-        torch.Size(shape).numel() * dtypes[name].itemsize
-        for name, rule in rules.items()
-        for shape in rule.foreign_shapes(source.shape(name))
-    )
     if kind == "dcp":
         sink = partial(dcp.DistributedSink, output, source.spec, dtypes)
-        return Prepared(dcp.planned_files(source.spec, dtypes), largest, dtypes, sink)
+        return Prepared(dcp.planned_files(source.spec, dtypes), dtypes, sink)
     if kind == "mindformers":
         mindformers.check(source.spec)
     rename = mindformers.renamed if kind == "mindformers" else str
     sink = partial(hf.HFSink, output, source.spec, dtypes, rename=rename)
-    return Prepared(hf.planned_files(source.spec, dtypes), largest, dtypes, sink)
+    return Prepared(hf.planned_files(source.spec, dtypes), dtypes, sink)
 
 
 _SPLITTING = (
@@ -102,10 +94,10 @@ _SPLITTING = (
 
 def _misplaced(options: ConvertConfig) -> Problems:
     """Options that mean nothing for files that are not split."""
-    for name in _SPLITTING:
-        if (value := getattr(options, name)) not in (None, False, 1, "local"):
-            why = f"{target_type(options)} is not split"
-            yield from requires(to_flag(name), value, "--save-model-type mg", why, "save_model_type")
+    for flag, value in not_default(options, *_SPLITTING).items():
+        yield from requires(
+            flag, value, "--save-model-type mg", f"{target_type(options)} is not split", "save_model_type"
+        )
 
 
 # ---- GGUF ------------------------------------------------------------------------------------------------------------
@@ -114,7 +106,7 @@ def _misplaced(options: ConvertConfig) -> Problems:
 def _prepare_gguf(source: Source, output: Output, dtypes: Dtypes, options: ConvertConfig) -> Prepared:
     laid_out = gguf.plan(source.spec, dtypes, source.assets)
     sink, expected = partial(gguf.GGUFSink, output, laid_out), gguf.Held(laid_out, source)
-    return Prepared(laid_out.files(), max(laid_out.sizes), laid_out.dtypes, sink, expected, compare_tokenizers)
+    return Prepared(laid_out.files(), laid_out.dtypes, sink, expected, compare_tokenizers)
 
 
 # ---- Megatron and AscendSpeed ----------------------------------------------------------------------------------------
@@ -122,12 +114,7 @@ def _prepare_gguf(source: Source, output: Output, dtypes: Dtypes, options: Conve
 
 def _prepare_megatron(source: Source, output: Output, dtypes: Dtypes, options: ConvertConfig) -> Prepared:
     laid_out = plan(source.spec, dtypes, megatron_target(options))
-    largest = max(
-        torch.Size(shape).numel() * dtypes[name].itemsize
-        for name, placement in laid_out.placements.items()
-        for shape in placement.part_shapes
-    )
-    return Prepared(laid_out.files(), largest, dtypes, partial(MegatronSink, output, laid_out))
+    return Prepared(laid_out.files(), dtypes, partial(MegatronSink, output, laid_out))
 
 
 def megatron_target(options: ConvertConfig) -> Target:
@@ -158,20 +145,15 @@ def megatron_target(options: ConvertConfig) -> Target:
 def _contradictions(options: ConvertConfig) -> Problems:
     if (layers := options.num_layer_list) is not None and whole_numbers(layers) is None:
         yield Problem("--num-layer-list", layers, "it is no list of numbers", "give it as 7,8,8,9", "form")
-    ascend = target_type(options) == "ascendspeed"
-    if ascend and options.tokenizer_model is not None:
-        why = "AscendSpeed's format has no settings to note it in"
-        yield Problem("--tokenizer-model", options.tokenizer_model, why, "leave it out")
-    if ascend and (options.use_mcore_models or options.transformer_impl != "local"):
-        flag = "--use-mcore-models" if options.use_mcore_models else "--transformer-impl"
-        yield Problem(flag, None, "AscendSpeed's format is not Megatron-Core's", "leave it out")
+    if target_type(options) == "ascendspeed":
+        names = ("tokenizer_model", "use_mcore_models", "transformer_impl", "moe_grouped_gemm")
+        for flag, value in not_default(options, *names).items():
+            why = "AscendSpeed's format has no such thing"
+            yield from excludes(flag, value, "--save-model-type", "ascendspeed", why)
     elif not _to_core(options):
-        for name in ("moe_grouped_gemm", "transformer_impl"):
-            if (value := getattr(options, name)) not in (False, "local"):
-                why = "the legacy format has no such thing"
-                yield from requires(
-                    to_flag(name), value, "--use-mcore-models", why, "use_mcore_models", "save_to_legacy"
-                )
+        for flag, value in not_default(options, "transformer_impl", "moe_grouped_gemm").items():
+            why = "the legacy format has no such thing"
+            yield from requires(flag, value, "--use-mcore-models", why, "use_mcore_models", "save_to_legacy")
 
 
 def _to_core(options: ConvertConfig) -> bool:

@@ -76,12 +76,12 @@ class Rule:
 
     def foreign_shapes(self, shape: Shape) -> list[Shape]:
         """Shapes of the foreign tensors of a canonical tensor of `shape`."""
-        return [view.shape for view in self._inverse.apply([Leaf(shape, _unreadable)])]
+        return shapes_made(self._inverse, [shape])
 
     def canonical_shape(self, shapes: Sequence[Shape]) -> Shape:
         """Shape of the canonical tensor made of foreign tensors of `shapes`."""
-        (view,) = self.op.apply([Leaf(shape, _unreadable) for shape in shapes])
-        return view.shape
+        (shape,) = shapes_made(self.op, shapes)
+        return shape
 
     def view(self, get: Callable[[str, Index], Tensor], shape: Shape) -> View:
         """The canonical tensor of `shape`, read by slices through `get(foreign name, index)`."""
@@ -116,8 +116,13 @@ class Rule:
         return replace(self, canonical=canonical(self.canonical), foreign=tuple(map(foreign, self.foreign)))
 
 
-def _unreadable(index: Index) -> Tensor:
-    raise AssertionError("only the shape of this tensor is known")
+def shapes_made(op: Op, shapes: Sequence[Shape]) -> list[Shape]:
+    """The shapes of what `op` makes of tensors of `shapes`."""
+
+    def unreadable(index: Index) -> Tensor:
+        raise AssertionError("only the shape of this tensor is known")
+
+    return [view.shape for view in op.apply([Leaf(shape, unreadable) for shape in shapes])]
 
 
 def module(canonical: str, *foreign: str, op: Op = IDENTITY) -> list[Rule]:

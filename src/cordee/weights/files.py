@@ -6,19 +6,20 @@ wrong with them. Knows no family and no canonical name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cordee.errors import Problem, raise_all
+from cordee.errors import Findings, Problem, ProblemError, Problems, raise_all
 from cordee.files import read_json
-from cordee.tensors.views import Index
+from cordee.tensors.views import Index, Shape
 from cordee.weights import torch_file
+from cordee.weights.codec import is_of_weights
 from cordee.weights.regions import contiguous
 from cordee.weights.safetensors_file import NAMES_OF_TYPES, starts
 from cordee.weights.torch_file import TorchFile
@@ -28,13 +29,14 @@ BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 COPY_AGAIN = "download or copy the file again"
 
 DTYPES = {name: dtype for dtype, name in NAMES_OF_TYPES.items()}
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Stored:
     """What a file says of one tensor in it."""
 
-    shape: tuple[int, ...]
+    shape: Shape
     dtype: torch.dtype | None  # None: a type of the format that is none of weights
 
 
@@ -83,12 +85,35 @@ class BinFile:
 UNREADABLE = (SafetensorError, *torch_file.UNREADABLE)
 
 
+def opened(path: Path, opener: Callable[[Path], T], fix: str = COPY_AGAIN) -> T:
+    """What `opener`, which raises one of `UNREADABLE`, makes of a file. ProblemError if it is missing or corrupt."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise ProblemError([Problem(str(path), None, "it is no regular file", fix, "unreadable")])
+    try:
+        return opener(path)
+    except FileNotFoundError as error:
+        raise ProblemError([Problem(str(path), None, "the file is missing", fix, "missing")]) from error
+    except UNREADABLE as error:
+        why = f"the file cannot be read: {str(error).partition(chr(10))[0] or type(error).__name__}"
+        raise ProblemError([Problem(str(path), None, why, fix, "unreadable")]) from error
+
+
+def unfit(file: TensorFile, name: str, shape: Shape, fix: str) -> Problems:
+    """What keeps a tensor of a file from being weights of `shape`; `fix`: what to do if it has another."""
+    stored, option = file.tensors[name], f"{file.path}: {name}"
+    if stored.shape != shape:
+        why = f"its shape is {list(stored.shape)}, in the model it is {list(shape)}"
+        yield Problem(option, None, why, fix, "shape", limit=shape)
+    if not is_of_weights(stored.dtype):
+        why = f"weights of type {stored.dtype or 'unknown'} are quantised, which is not supported"
+        yield Problem(option, None, why, "take weights that are not quantised", "dtype")
+
+
 @dataclass
-class _Directory:
+class _Directory(Findings):
     """Opens the files of a directory and notes what is wrong with them."""
 
-    path: Path
-    problems: list[Problem] = field(default_factory=list)
+    path: Path = field(kw_only=True)
 
     def problem(self, file: str, kind: str, why: str, fix: str, limit: object = None) -> None:
         self.problems.append(Problem(str(self.path / file), None, why, fix, kind, limit=limit))
@@ -100,7 +125,8 @@ class _Directory:
                 yield from self._open_sharded(index, kind)
                 return
             if (self.path / single).is_file():
-                yield from self._open(single, kind)
+                if (file := self._open(single, kind)) is not None:
+                    yield file
                 return
         if loose := sorted(path.name for path in self.path.glob("*-of-*") if path.suffix in (".safetensors", ".bin")):
             why = f"there are shards ({', '.join(loose)}), but no {SAFETENSORS_INDEX} or {BIN_INDEX}"
@@ -109,22 +135,13 @@ class _Directory:
             why = f"there are no weights: neither {SAFETENSORS}, {BIN} nor an index of shards"
             self.problem("", "missing", why, "copy the weights into the directory")
 
-    def _open(self, name: str, kind: type[SafetensorsFile] | type[BinFile]) -> Iterator[TensorFile]:
-        if (self.path / name).exists() and not (self.path / name).is_file():  # a pipe would be waited for
-            self.problem(name, "unreadable", "it is no regular file", COPY_AGAIN)
-            return
-        try:
-            yield kind(self.path / name)
-        except FileNotFoundError:
-            self.problem(name, "missing", "the index names this shard, but it is missing", "copy the shard too")
-        except UNREADABLE as error:
-            why = str(error).splitlines()[0] if str(error) else type(error).__name__
-            self.problem(name, "unreadable", f"the file cannot be read: {why}", COPY_AGAIN)
+    def _open(self, name: str, kind: Callable[[Path], TensorFile]) -> TensorFile | None:
+        return self.attempt(lambda: opened(self.path / name, kind))
 
-    def _open_sharded(self, index: str, kind: type[SafetensorsFile] | type[BinFile]) -> Iterator[TensorFile]:
+    def _open_sharded(self, index: str, kind: Callable[[Path], TensorFile]) -> Iterator[TensorFile]:
         weight_map = self._weight_map(index)
         for shard in sorted(set(weight_map.values())):
-            for file in self._open(shard, kind):
+            if (file := self._open(shard, kind)) is not None:
                 self._compare(index, file, {name for name, where in weight_map.items() if where == shard})
                 yield file
 
@@ -154,7 +171,7 @@ class _Directory:
 
 def open_files(path: Path) -> dict[str, TensorFile]:
     """The file that holds each tensor of a Hugging Face directory. ProblemError with all that is wrong with them."""
-    directory = _Directory(path)
+    directory = _Directory(path=path)
     holders = {name: file for file in directory.open_all() for name in file.tensors}
     raise_all(directory.problems)
     return holders

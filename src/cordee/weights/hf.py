@@ -19,13 +19,14 @@ from cordee.errors import Problem, raise_all
 from cordee.families.registry import ModelSpec, spec_from_directory
 from cordee.tensors.rules import Rule
 from cordee.tensors.views import Shape, whole
-from cordee.weights.codec import PlannedFile, is_of_weights
-from cordee.weights.files import SAFETENSORS, SAFETENSORS_INDEX, TensorFile, open_files
+from cordee.weights.codec import PlannedFile
+from cordee.weights.files import SAFETENSORS, SAFETENSORS_INDEX, TensorFile, open_files, unfit
 from cordee.weights.regions import Destination
-from cordee.weights.ruled import RuledSink, RuledSource
+from cordee.weights.ruled import RuledSink, RuledSource, foreign_tensors
 from cordee.weights.safetensors_file import SafetensorsWriter, room_for
 from cordee.weights.staged_sink import Output
 
+_OTHER_CONFIG = "take the config.json that belongs to these weights"
 MAX_SHARD_SIZE = 5 * 10**9  # bytes; as transformers 4 has it, and small enough for any file system
 
 
@@ -99,8 +100,7 @@ class HFSource(RuledSource):
             )
         if unknown:
             why = f"tensors that family {self.spec.family.name} does not know: {_listed(unknown)}"
-            fix = "take the config.json that belongs to these weights"
-            yield Problem(str(self.path), None, why, fix, "unknown", limit=unknown)
+            yield Problem(str(self.path), None, why, _OTHER_CONFIG, "unknown", limit=unknown)
 
     def _check_tied(self, head: set[str]) -> Iterable[Problem]:
         """A stored copy of a tied head is left out if it is a copy; else the configuration is wrong."""
@@ -115,17 +115,9 @@ class HFSource(RuledSource):
         yield Problem(f"{self.path}: {name}", None, why, fix, "tied")
 
     def _check_tensors(self) -> Iterable[Problem]:
-        for canonical, rule in self._rules.items():
-            for foreign, shape in zip(rule.foreign, rule.foreign_shapes(self._shapes[canonical]), strict=True):
-                if foreign not in self.files:
-                    continue
-                stored, option = self.files[foreign].tensors[foreign], f"{self.files[foreign].path}: {foreign}"
-                if stored.shape != shape:
-                    why = f"its shape is {list(stored.shape)}, but by config.json it is {list(shape)}"
-                    yield Problem(option, None, why, "take the config.json that belongs to these weights", "shape")
-                if not is_of_weights(stored.dtype):
-                    why = f"weights of type {stored.dtype} are quantised, which is not supported"
-                    yield Problem(option, None, why, "take the unquantised checkpoint", "dtype")
+        for _, foreign, shape in foreign_tensors(self._rules, self._shapes):
+            if foreign in self.files:
+                yield from unfit(self.files[foreign], foreign, shape, _OTHER_CONFIG)
 
 
 def _renamed(rules: dict[str, Rule], rename: Rename) -> dict[str, Rule]:
@@ -185,13 +177,13 @@ def planned_files(
     spec: ModelSpec, dtypes: Mapping[str, torch.dtype], max_shard_size: int = MAX_SHARD_SIZE
 ) -> list[PlannedFile]:
     """The files that `write` makes of weights of `dtypes`, by canonical name, put in the order of the forward."""
-    shapes, shards = spec.shapes(), [0]
-    for name, rule in spec.rules().items():
-        for shape in rule.foreign_shapes(shapes[name]):
-            nbytes, itemsize = math.prod(shape) * dtypes[name].itemsize, dtypes[name].itemsize
-            if shards[-1] and (shards[-1] + nbytes > max_shard_size or shards[-1] % itemsize):
-                shards.append(0)
-            shards[-1] += nbytes
+    shards = [0]
+    for name, _, shape in foreign_tensors(spec.rules(), spec.shapes()):
+        itemsize = dtypes[name].itemsize
+        nbytes = math.prod(shape) * itemsize
+        if shards[-1] and (shards[-1] + nbytes > max_shard_size or shards[-1] % itemsize):
+            shards.append(0)
+        shards[-1] += nbytes
     return [PlannedFile(_file_name(number, len(shards)), nbytes) for number, nbytes in enumerate(shards)]
 
 
@@ -213,7 +205,8 @@ class HFSink(RuledSink):
         self._max_shard_size = max_shard_size
         self._shards: list[SafetensorsWriter] = []
         super().__init__(output, spec, _renamed(spec.rules(), rename), dtypes)
-        self._sizes = _foreign_sizes(self._rules, self._shapes)  # of tensors that are still to come
+        tensors = foreign_tensors(self._rules, self._shapes)
+        self._sizes = {foreign: math.prod(shape) for _, foreign, shape in tensors}  # elements of those still to come
 
     def place(self, foreign: str, shape: Shape, dtype: torch.dtype) -> Destination:
         shard = self._shard_for(math.prod(shape) * dtype.itemsize, dtype.itemsize)
@@ -251,15 +244,6 @@ class HFSink(RuledSink):
         total = sum(shard.nbytes for shard in self._shards)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         self._staging.write_json(SAFETENSORS_INDEX, index)
-
-
-def _foreign_sizes(rules: Mapping[str, Rule], shapes: dict[str, Shape]) -> dict[str, int]:
-    """Elements of every foreign tensor."""
-    return {
-        foreign: math.prod(shape)
-        for name, rule in rules.items()
-        for foreign, shape in zip(rule.foreign, rule.foreign_shapes(shapes[name]), strict=True)
-    }
 
 
 def _most_names(sizes: dict[str, int], nbytes: int) -> list[str]:

@@ -52,7 +52,7 @@ def check(spec: ModelSpec) -> None:
     if nameless:
         why = f"it has no names for {', '.join(sorted(nameless))} of family {spec.family.name}"
         fix = "choose another format; this one is for models of LLaMA's form"
-        raise ProblemError([Problem("--save-model-type", "mindformers", why, fix)])
+        raise ProblemError([Problem("--save-model-type", "mindformers", why, fix, "inexpressible", limit=nameless)])
 
 
 _LARGEST = 10**8  # bytes that are read of a header or an index; the library of safetensors takes no larger header

@@ -12,20 +12,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from cordee.errors import Problem, ProblemError, raise_all
 from cordee.families.registry import ModelSpec
 from cordee.files import read_json
-from cordee.tensors.views import Leaf, Op, Shape, View
+from cordee.tensors.views import Leaf, Op, View
 from cordee.weights.adapter import Change, Given, LowRank, is_factor
-from cordee.weights.codec import is_of_weights
-from cordee.weights.files import COPY_AGAIN, UNREADABLE, BinFile, SafetensorsFile, TensorFile
+from cordee.weights.files import COPY_AGAIN, BinFile, SafetensorsFile, TensorFile, opened, unfit
+from cordee.weights.ruled import foreign_tensors
 
 CONFIG = "adapter_config.json"
-FILES: Mapping[str, type[SafetensorsFile] | type[BinFile]] = {
+FILES: Mapping[str, Callable[[Path], TensorFile]] = {
     "adapter_model.safetensors": SafetensorsFile,
     "adapter_model.bin": BinFile,
 }
@@ -47,6 +47,7 @@ UNMERGEABLE = (
 )
 LONGEST = 200  # characters of a pattern
 MOST_PATTERNS, MOST_CHOICES = 10_000, 60  # of them, and of what can match in several ways in all of them
+T = TypeVar("T")
 _FACTOR = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?")
 
 
@@ -71,12 +72,7 @@ def read(given: Given, spec: ModelSpec) -> PeftAdapter:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = read_json(path / CONFIG)
-    except (OSError, ValueError) as error:
-        raise ProblemError(
-            [Problem(str(path / CONFIG), None, f"it cannot be read: {error}", COPY_AGAIN, "unreadable")]
-        ) from error
+    config = opened(path / CONFIG, read_json)
     if not isinstance(config, dict):
         raise ProblemError([Problem(str(path / CONFIG), None, "not a JSON object", COPY_AGAIN)])
     return config
@@ -154,11 +150,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 def _open(path: Path) -> TensorFile:
     for name, kind in FILES.items():
         if (path / name).is_file():
-            try:
-                return kind(path / name)
-            except UNREADABLE as error:
-                why = f"the file cannot be read: {error}"
-                raise ProblemError([Problem(str(path / name), None, why, COPY_AGAIN, "unreadable")]) from error
+            return opened(path / name, kind)
     why = f"there is neither {' nor '.join(FILES)}"
     raise ProblemError([Problem(str(path), None, why, "copy the file of the adapter too", "missing")])
 
@@ -173,12 +165,8 @@ class PeftAdapter:
         self._file = file
         self._spec = replace(spec, base_prefix=True)
         self._rules = self._spec.rules()
-        shapes = self._spec.shapes()
-        self._shapes = {
-            foreign: shape
-            for name, rule in self._rules.items()
-            for foreign, shape in zip(rule.foreign, rule.foreign_shapes(shapes[name]), strict=True)
-        }
+        tensors = foreign_tensors(self._rules, self._spec.shapes())
+        self._shapes = {foreign: shape for _, foreign, shape in tensors}
         self._factors: dict[str, _Factors] = {}
         self._whole: dict[str, str] = {}  # tensors that take the place of the base's, by its names
         self._twice: list[str] = []  # what others in the file stand for already
@@ -189,7 +177,7 @@ class PeftAdapter:
         self._changes: dict[str, Change] = {}
         unknown = self._sort()
         raise_all([*self._check_names(unknown), *given.check_modules(self._factors)])
-        raise_all([*self._check_shapes(), *self._check_types(), *self._check_tied()])
+        raise_all([*self._check_tensors(), *self._check_tied()])
         self._changes = {name: self._low_rank(name) for name in self._factors}
         self._changes |= {name: self._replacement(name) for name in self._whole}
 
@@ -240,28 +228,15 @@ class PeftAdapter:
         if not self._factors and not self._whole and not unknown:
             yield Problem(str(self._file.path), None, "there is nothing in it", COPY_AGAIN, "empty")
 
-    def _check_shapes(self) -> Iterator[Problem]:
+    def _check_tensors(self) -> Iterator[Problem]:
         fix = "take the adapter of this model"
-        for foreign, factors in self._factors.items():
-            a, b = (self._stored(factors.names[letter]) for letter in "AB")
-            made = (*b[:1], *a[1:]) if not self._transposed(factors) else (*a[1:], *b[:1])
-            if (len(a), len(b)) != (2, 2) or a[0] != b[1] or made != self._shapes[foreign]:
-                why = f"A of {list(a)} and B of {list(b)} do not make {list(self._shapes[foreign])}"
-                yield Problem(f"{self._file.path}: {foreign}", None, why, fix, "shape")
-            elif a[0] != (r := self._said(factors, self._ranks, "r")):
-                why = f"A of {list(a)} and B of {list(b)} have rank {a[0]}, but {CONFIG} says {r}"
-                yield Problem(f"{self._file.path}: {foreign}", None, why, COPY_AGAIN, "rank", limit=r)
         for foreign, name in self._whole.items():
-            if (shape := self._stored(name)) != self._shapes[foreign]:
-                why = f"its shape is {list(shape)}, that of the model {list(self._shapes[foreign])}"
-                yield Problem(f"{self._file.path}: {name}", None, why, fix, "shape")
-
-    def _check_types(self) -> Iterator[Problem]:
-        used = {*self._whole.values(), *(name for factors in self._factors.values() for name in factors.names.values())}
-        for name in sorted(used):
-            if not is_of_weights(dtype := self._file.tensors[name].dtype):
-                why = f"weights of type {dtype or 'unknown'} are quantised, which is not supported"
-                yield Problem(f"{self._file.path}: {name}", None, why, "take an adapter that is not quantised", "dtype")
+            yield from unfit(self._file, name, self._shapes[foreign], fix)
+        for foreign, factors in self._factors.items():
+            shape, r = self._shapes[foreign], self._configured(factors, self._ranks, "r")
+            outer, *inner = reversed(shape) if self._transposed(factors) else shape
+            yield from unfit(self._file, factors.names["A"], (r, *inner), f"{fix}, of rank {r} as by its {CONFIG}")
+            yield from unfit(self._file, factors.names["B"], (outer, r), f"{fix}, of rank {r} as by its {CONFIG}")
 
     def _check_tied(self) -> Iterator[Problem]:
         """PEFT trains one end of a tied pair alone, which one tensor for both cannot express."""
@@ -271,9 +246,6 @@ class PeftAdapter:
             fix = 'untie them in the base first: a copy as head, and "tie_word_embeddings": false in config.json'
             yield Problem(f"{self._file.path}: {embedding}", None, why, fix, "tied")
 
-    def _stored(self, name: str) -> Shape:
-        return self._file.tensors[name].shape
-
     def _transposed(self, factors: _Factors) -> bool:
         return factors.embedding or bool(self._config.get("fan_in_fan_out"))
 
@@ -282,12 +254,12 @@ class PeftAdapter:
     def _low_rank(self, foreign: str) -> LowRank:
         factors = self._factors[foreign]
         a, b = (partial(self._file.read, factors.names[letter]) for letter in "AB")
-        r = self._stored(factors.names["A"])[0]
-        alpha = self._said(factors, self._alphas, "lora_alpha")
+        r = self._file.tensors[factors.names["A"]].shape[0]
+        alpha = self._configured(factors, self._alphas, "lora_alpha")
         scale = alpha / (math.sqrt(r) if self._config.get("use_rslora") else r)
         return LowRank(a, b, r, scale, self._transposed(factors))
 
-    def _said(self, factors: _Factors, patterns: Sequence[tuple[re.Pattern[str], float]], key: str) -> float:
+    def _configured(self, factors: _Factors, patterns: Sequence[tuple[re.Pattern[str], T]], key: str) -> T:
         """What the configuration says of a module, by the first pattern that its name in the file matches, if any."""
         factor = _FACTOR.fullmatch(factors.names["A"].removeprefix(PREFIX))
         module = factor[1] if factor else ""

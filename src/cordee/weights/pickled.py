@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-_DAMAGE = (
+_CORRUPT = (
     IndexError,
     KeyError,
     TypeError,
@@ -88,13 +88,13 @@ def load(
 
     resolve: what stands for (module, name): plain data, a `Builder`, or a `Name`.
     persistent: what stands for the object that the file keeps elsewhere under an id.
-    ValueError if it is damaged, or has opcodes that no file of weights has. Memory: a constant times the pickle.
+    ValueError if it is corrupt, or has opcodes that no file of weights has. Memory: a constant times the pickle.
     """
     machine = _Machine(data, start, resolve, persistent)
     try:
         return machine.run(), machine.at
-    except _DAMAGE as error:
-        raise ValueError(f"its pickle is damaged at byte {machine.at}: {type(error).__name__} {error}") from error
+    except _CORRUPT as error:
+        raise ValueError(f"its pickle is corrupt at byte {machine.at}: {type(error).__name__} {error}") from error
 
 
 class _Machine:

@@ -1,12 +1,12 @@
 """Formats whose tensors are made by rules: weights out of their files, and into them.
 
-Owns reading and writing by rules, whatever the files and the names in them.
+Owns reading and writing by rules, whatever the files and the names in them, and the shapes that rules imply.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import reduce
 
 import torch
@@ -19,6 +19,13 @@ from cordee.weights.codec import Source
 from cordee.weights.files import TensorFile
 from cordee.weights.regions import Destination
 from cordee.weights.staged_sink import Move, Output, StagedSink
+
+
+def foreign_tensors(rules: Mapping[str, Rule], shapes: Mapping[str, Shape]) -> Iterator[tuple[str, str, Shape]]:
+    """Every tensor of a format whose parameters have `shapes`: the parameter in it, its own name, and its shape."""
+    for name, rule in rules.items():
+        for foreign, shape in zip(rule.foreign, rule.foreign_shapes(shapes[name]), strict=True):
+            yield name, foreign, shape
 
 
 class RuledSource(Source):

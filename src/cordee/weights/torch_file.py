@@ -36,7 +36,7 @@ _PICKLE, _BYTE_ORDER, _DATA = "data.pkl", "byteorder", "data/"
 _DEPTH = 32  # of dicts in dicts
 _DIMS = 64  # of a tensor, as many as torch allows
 _ENTRIES = 2**22  # of all those dicts: they may hold one another, so that few bytes become many
-UNREADABLE = (zipfile.BadZipFile, NotImplementedError, struct.error, OSError, ValueError)  # of a damaged file
+UNREADABLE = (zipfile.BadZipFile, NotImplementedError, struct.error, OSError, ValueError)  # of a corrupt file
 
 
 class Opens(Protocol):
@@ -49,7 +49,7 @@ class TorchFile:
     """What `torch.save` wrote: `content` as plain data, and `tensors` by the keys that lead to them in nested dicts.
 
     Objects that are neither tensors nor plain data stand in it as `Call`, never made; `not_read` are the names of what
-    would make them. One of `UNREADABLE` if the file is damaged.
+    would make them. One of `UNREADABLE` if the file is corrupt.
     """
 
     def __init__(self, path: Path):

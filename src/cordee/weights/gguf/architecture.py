@@ -1,15 +1,15 @@
 """The architectures of llama.cpp that files of GGUF may have: their keys, and which models they are.
 
-Owns the table of them. A row says what of a file becomes which key of a `config.json`; the other way there is no table,
-but a proof: what is written is read again, and has to be the same model. So no family needs to be named. Knows no
-files, and never imports torch.
+Owns the table of them. A row says what of a file becomes which key of a `config.json`. The other way all have the same
+keys, and a model is written as the architecture as which it is read again: no family needs to be named. Knows no files,
+and never imports torch.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,21 +17,19 @@ import numpy as np
 
 from cordee.errors import Problem, ProblemError
 from cordee.families.count import canonical_shapes
-from cordee.families.family import HFConfig
-from cordee.families.lenses import differences
+from cordee.families.family import HFConfig, Keys
+from cordee.families.lenses import MODEL, Scaling, Words, at, differences, words_of
 from cordee.families.registry import ModelSpec, spec_from_hf
+from cordee.families.rope import SCALINGS
 from cordee.model.compare import OF_TRAINING
 from cordee.model.config import (
     AttentionConfig,
     DynamicNTKScaling,
-    LinearScaling,
     Llama3Scaling,
     LogNScaling,
     ModelConfig,
     MoEConfig,
     QwenNTKScaling,
-    RopeConfig,
-    YarnScaling,
 )
 from cordee.weights.gguf.tensors import rules
 
@@ -49,15 +47,16 @@ _KEYS = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "vocab_size": "vocab_size",
 }
-_TOKENS = {
-    "tokenizer.ggml.bos_token_id": "bos_token_id",
-    "tokenizer.ggml.eos_token_id": "eos_token_id",
-    "tokenizer.ggml.padding_token_id": "pad_token_id",
-}
+ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # of special tokens, and their names in a file
 # Tokens that end a turn or a message; llama.cpp stops at them as at eos.
 FURTHER_ENDS = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
 _EXPERTS = {"expert_used_count": "num_experts_per_tok", "expert_feed_forward_length": "moe_intermediate_size"}
 Get = Callable[[str], Any]
+
+
+def id_key(role: str) -> str:
+    """The key of a file that holds the id of the special token with this role."""
+    return f"tokenizer.ggml.{ROLES[role]}_token_id"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +153,8 @@ def architecture_of(values: Values, where: str) -> Architecture:
             return row
     known = ", ".join(dict.fromkeys(row.name for row in ARCHITECTURES))
     why = f"no family reads this architecture{' with experts' * experts}; known are {known}"
-    raise ProblemError([Problem(f"{where}: general.architecture", name, why, "take the Hugging Face model")])
+    fix = "take the Hugging Face model"
+    raise ProblemError([Problem(f"{where}: general.architecture", name, why, fix, "unknown")])
 
 
 def hf_config(row: Architecture, values: Values, names: Collection[str], factors: Sequence[float] | None) -> HFConfig:
@@ -171,7 +171,7 @@ def hf_config(row: Architecture, values: Values, names: Collection[str], factors
         return shortest(value) if isinstance(value, float) else value
 
     found = {name: get(key) for key, name in {**_KEYS, **row.keys}.items()}
-    found |= {name: values.get(key) for key, name in _TOKENS.items()}
+    found |= {f"{role}_token_id": values.get(id_key(role)) for role in ("bos", "eos", "pad")}
     further = (values.get(key) for key in FURTHER_ENDS)
     ends = dict.fromkeys(i for i in (found["eos_token_id"], *further) if i is not None)
     if len(ends) > 1:
@@ -181,8 +181,8 @@ def hf_config(row: Architecture, values: Values, names: Collection[str], factors
     sizes = [hf.get(name) for name in ("num_attention_heads", "hidden_size")]
     if all(isinstance(size, int) and size > 0 for size in sizes):  # else reading the config reports them
         hf |= {"head_dim": _head(get), **row.derive(get)}
-    if hf.get("head_dim") and (turning := get("rope.dimension_count")) not in (None, hf["head_dim"]):
-        hf["partial_rotary_factor"] = turning / hf["head_dim"]
+    if hf.get("head_dim") and (rotated := get("rope.dimension_count")) not in (None, hf["head_dim"]):
+        hf["partial_rotary_factor"] = rotated / hf["head_dim"]
     if (layers := hf.get("num_hidden_layers", 0)) > len(names):
         raise ProblemError([_strange(f"{row.name}.block_count", layers, f"the file has only {len(names)} tensors")])
     hf["rope_theta"] = get("rope.freq_base") or 10000.0
@@ -250,6 +250,41 @@ def _llama3(factors: Sequence[float], original: int, hf: HFConfig) -> HFConfig:
 # ---- from a model to a file ------------------------------------------------------------------------------------------
 
 
+def _outside_tensors(words: Words) -> Scaling | None:
+    """The scaling, but not Llama 3's: its factors are a tensor, and as keys they would scale all once more."""
+    scaling = words["rope_scaling"]
+    return None if isinstance(scaling, Llama3Scaling) else scaling
+
+
+# The keys of every file in their order, without the architecture's name before them, and the words of the model there.
+_WRITTEN: Keys = {
+    "context_length": "max_position_embeddings",
+    "block_count": "num_layers",
+    "embedding_length": "hidden_size",
+    "vocab_size": "vocab_size",
+    "attention.layer_norm_rms_epsilon": "norm_epsilon",
+    "final_logit_softcapping": "output_logit_softcapping",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_query_groups",
+    "attention.key_length": "kv_channels",
+    "attention.value_length": "kv_channels",
+    "attention.sliding_window": "interleave_sliding_window",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "rope.freq_base": "rotary_base",
+    "rope.dimension_count": lambda words: round(words["rotary_percent"] * words["kv_channels"]),
+    "rope.scaling.type": lambda words: SCALINGS.get(type(_outside_tensors(words))),
+    "rope.scaling.factor": lambda words: getattr(_outside_tensors(words), "factor", None),
+    "rope.scaling.original_context_length": lambda words: getattr(
+        words["rope_scaling"], "original_max_position_embeddings", None
+    ),
+    "feed_forward_length": "ffn_hidden_size",
+    "expert_count": "num_experts",
+    "expert_used_count": "moe_router_topk",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": lambda words: at("layers.mlp.shared.ffn_hidden_size").get(words[MODEL]),
+}
+
+
 def choose(spec: ModelSpec, factors: Sequence[float] | None) -> tuple[Architecture, dict[str, Any], list[str]]:
     """The architecture that a model is written as, the values that describe it, and warnings.
 
@@ -257,11 +292,12 @@ def choose(spec: ModelSpec, factors: Sequence[float] | None) -> tuple[Architectu
     ProblemError if llama.cpp has no such model, as far as it is known here.
     """
     config, notes = _in_context(spec.config)
-    experts = isinstance(config.layers[0].mlp, MoEConfig)
-    tried: list[tuple[bool, int, str, list[str]]] = []
+    experts, words = isinstance(config.layers[0].mlp, MoEConfig), words_of(config)
+    described = {key: words[word] if isinstance(word, str) else word(words) for key, word in _WRITTEN.items()}
+    tried: list[tuple[bool, int, str, dict[str, str]]] = []
     for row in (row for row in ARCHITECTURES if row.experts == experts):
         values: dict[str, Any] = {"general.architecture": row.name}
-        values |= {f"{row.name}.{key}": value for key, value in _describe(config) if value is not None}
+        values |= {f"{row.name}.{key}": value for key, value in described.items() if value is not None}
         readable, differing = _differences(config, row, values, factors)
         if not differing:
             return row, values, notes
@@ -269,8 +305,9 @@ def choose(spec: ModelSpec, factors: Sequence[float] | None) -> tuple[Architectu
     *_, name, differing = min(tried)
     more = f"; and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
     why = f"family {spec.family.name}: none of the models of llama.cpp that are known here is such a one; the nearest, "
-    why += f"{name}, differs: {'; '.join(differing[:_SHOWN])}{more}"
-    raise ProblemError([Problem("--save-model-type", "gguf", why, "choose another format")])
+    why += f"{name}, differs: {'; '.join([*differing.values()][:_SHOWN])}{more}"
+    fix = "choose another format"
+    raise ProblemError([Problem("--save-model-type", "gguf", why, fix, "inexpressible", limit=list(differing))])
 
 
 _SHOWN = 6  # differences that are listed
@@ -303,66 +340,17 @@ def _in_context(config: ModelConfig) -> tuple[ModelConfig, list[str]]:
     return replace(config, layers=tuple(layers), max_position_embeddings=length), [note]
 
 
-def _describe(config: ModelConfig) -> Iterator[tuple[str, Any]]:
-    """Keys of a file, without the architecture's name, and their values; None where the model has no such thing."""
-    layer = config.layers[0]
-    yield "context_length", config.max_position_embeddings
-    yield "block_count", config.num_layers
-    yield "embedding_length", config.hidden_size
-    yield "vocab_size", config.vocab_size
-    yield "attention.layer_norm_rms_epsilon", layer.norm.eps
-    yield "final_logit_softcapping", config.logit_softcap
-    if isinstance(layer.attention, AttentionConfig):
-        yield from _describe_attention(layer.attention)
-    if not isinstance(layer.mlp, MoEConfig):
-        yield "feed_forward_length", layer.mlp.ffn_hidden_size
-        return
-    yield "feed_forward_length", layer.mlp.expert.ffn_hidden_size
-    yield "expert_count", layer.mlp.router.num_experts
-    yield "expert_used_count", layer.mlp.router.top_k
-    yield "expert_feed_forward_length", layer.mlp.expert.ffn_hidden_size
-    yield "expert_shared_feed_forward_length", layer.mlp.shared and layer.mlp.shared.ffn_hidden_size
-
-
-def _describe_attention(attention: AttentionConfig) -> Iterator[tuple[str, Any]]:
-    yield "attention.head_count", attention.num_heads
-    yield "attention.head_count_kv", attention.num_kv_heads
-    yield "attention.key_length", attention.head_dim
-    yield "attention.value_length", attention.head_dim
-    yield "attention.sliding_window", attention.window
-    yield "attn_logit_softcapping", attention.softcap
-    if attention.rope is not None:
-        yield "rope.freq_base", attention.rope.theta
-        yield "rope.dimension_count", attention.rope.rotary_dim or attention.head_dim
-        yield from _describe_scaling(attention.rope)
-
-
-def _describe_scaling(rope: RopeConfig) -> Iterator[tuple[str, Any]]:
-    """The type and factor of Llama 3's are in its tensor: as keys they would scale all frequencies once more."""
-    match rope.scaling:
-        case LinearScaling(factor=factor):
-            yield from (("rope.scaling.type", "linear"), ("rope.scaling.factor", factor))
-        case YarnScaling(factor=factor):
-            yield from (("rope.scaling.type", "yarn"), ("rope.scaling.factor", factor))
-    if isinstance(rope.scaling, YarnScaling | Llama3Scaling):
-        yield "rope.scaling.original_context_length", rope.scaling.original_max_position_embeddings
-
-
 def _differences(
     config: ModelConfig, row: Architecture, values: Values, factors: Sequence[float] | None
-) -> tuple[bool, list[str]]:
-    """Whether `values` can be read as a model at all, and in what it would be another than `config`."""
+) -> tuple[bool, dict[str, str]]:
+    """Whether `values` can be read as a model, and where it would be another than `config`: in words, by place."""
     found = rules(config, row.paired)
-    missing = [f"it has no tensor for {_starred(name)}" for name in canonical_shapes(config) if name not in found]
+    without = (re.sub(r"\.\d+\.", ".*.", name) for name in canonical_shapes(config) if name not in found)
+    differing = {name: f"it has no tensor for {name}" for name in without}
     names = {name for rule in found.values() for name in rule.foreign}
     try:
         read = spec_from_hf(hf_config(row, values, names, factors), row.name).config
     except ProblemError as error:
-        return False, [*dict.fromkeys(missing), *(f"{problem.option}: {problem.why}" for problem in error.problems)]
-    found = differences(config, read, without=OF_TRAINING, stored=shortest)
-    missing += [f"{place} is {ours}, there {theirs}" for place, (ours, theirs) in found.items()]
-    return True, list(dict.fromkeys(missing))
-
-
-def _starred(name: str) -> str:
-    return re.sub(r"\.\d+\.", ".*.", name)
+        return False, differing | {p.option: f"{p.option}: {p.why}" for p in error.problems}
+    pairs = differences(config, read, without=OF_TRAINING, stored=shortest)
+    return True, differing | {place: f"{place} is {ours}, there {theirs}" for place, (ours, theirs) in pairs.items()}

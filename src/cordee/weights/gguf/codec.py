@@ -26,6 +26,7 @@ from cordee.model.rotary import inverse_frequencies
 from cordee.tensors.rules import Rule
 from cordee.tensors.views import Shape, View, whole
 from cordee.weights.codec import PlannedFile, Source
+from cordee.weights.files import unfit
 from cordee.weights.gguf import vocabulary
 from cordee.weights.gguf.architecture import (
     ROPE_FACTORS,
@@ -39,7 +40,7 @@ from cordee.weights.gguf.file import NAMES_OF_TYPES, GGUFFile, create
 from cordee.weights.gguf.header import SUFFIX
 from cordee.weights.gguf.tensors import rules
 from cordee.weights.regions import Destination, contiguous
-from cordee.weights.ruled import RuledSink, RuledSource
+from cordee.weights.ruled import RuledSink, RuledSource, foreign_tensors
 from cordee.weights.staged_sink import Output
 from cordee.weights.staging import TERMS
 
@@ -64,7 +65,8 @@ def _file_of(path: Path) -> Path:
     found = sorted(path.glob(f"*{SUFFIX}"))
     if len(found) > 1:
         why = f"it holds several files of GGUF: {', '.join(file.name for file in found)}"
-        raise ProblemError([Problem("model directory", path, why, "give the path of one of them")])
+        fix = "give the path of one of them"
+        raise ProblemError([Problem("model directory", path, why, fix, "several", limit=found)])
     return found[0]
 
 
@@ -92,21 +94,17 @@ class GGUFSource(RuledSource):
         self._restore_tokenizer(values)
 
     def _check_tensors(self, file: GGUFFile) -> Iterator[Problem]:
-        shapes, needed = self._shapes, {ROPE_FACTORS: None}
-        assert self._rules.keys() == shapes.keys(), f"no tensors for {shapes.keys() - self._rules.keys()}"
-        for name, rule in self._rules.items():
-            needed |= dict(zip(rule.foreign, rule.foreign_shapes(shapes[name]), strict=True))
-        if missing := needed.keys() - file.tensors.keys() - {ROPE_FACTORS}:
+        rules, shapes = self._rules, self._shapes
+        assert rules.keys() == shapes.keys(), f"no tensors for {shapes.keys() - rules.keys()}"
+        needed = {foreign: shape for _, foreign, shape in foreign_tensors(rules, shapes)}
+        if missing := needed.keys() - file.tensors.keys():
             why = f"tensors are missing: {', '.join(sorted(missing))}"
-            yield Problem(str(self.path), None, why, "take a whole file of the model")
-        if unknown := file.tensors.keys() - needed.keys():
+            yield Problem(str(self.path), None, why, "take a whole file of the model", "missing", limit=missing)
+        if unknown := file.tensors.keys() - needed.keys() - {ROPE_FACTORS}:
             why = f"tensors that its architecture does not have: {', '.join(sorted(unknown))}"
-            yield Problem(str(self.path), None, why, "take the Hugging Face model")
-        for name, shape in needed.items():
-            stored = file.tensors.get(name)
-            if stored is not None and shape is not None and stored.shape != shape:
-                why = f"its shape is {list(stored.shape)}, but by the values of the file it is {list(shape)}"
-                yield Problem(f"{self.path}: {name}", None, why, "take another file of the model")
+            yield Problem(str(self.path), None, why, "take the Hugging Face model", "unknown", limit=unknown)
+        for name in needed.keys() & file.tensors.keys():
+            yield from unfit(file, name, needed[name], "take another file of the model")
 
     def _check_factors(self, factors: Tensor | None) -> Iterator[Problem]:
         """The scaling was guessed from the factors; it has to make them."""
@@ -170,13 +168,8 @@ class GGUFPlan:
     dtypes: dict[str, torch.dtype]
     factors: Tensor | None
 
-    @property
-    def sizes(self) -> list[int]:
-        """Bytes of each tensor."""
-        return [math.prod(shape) * dtype.itemsize for shape, dtype in self.tensors.values()]
-
     def files(self) -> list[PlannedFile]:
-        return [PlannedFile(FILE, sum(self.sizes))]
+        return [PlannedFile(FILE, sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.tensors.values()))]
 
 
 class Held(Source):
@@ -210,15 +203,9 @@ def plan(spec: ModelSpec, dtypes: Mapping[str, torch.dtype], assets: Path | None
     }
     if strange := {str(dtype) for dtype in dtypes.values()} - {str(dtype) for dtype in NAMES_OF_TYPES}:
         why = f"weights are stored as {', '.join(sorted(strange))}, which llama.cpp does not compute with"
-        raise ProblemError([Problem("--params-dtype", None, why, "give float32, float16 or bfloat16")])
-    tensors: dict[str, tuple[Shape, torch.dtype]] = {}
-    if factors is not None:
-        tensors[ROPE_FACTORS] = tuple(factors.shape), torch.float32
-    for name, rule in found.items():
-        tensors |= {
-            foreign: (shape, dtypes[name])
-            for foreign, shape in zip(rule.foreign, rule.foreign_shapes(shapes[name]), strict=True)
-        }
+        raise ProblemError([Problem("--params-dtype", None, why, "give float32, float16 or bfloat16", "dtype")])
+    tensors = {} if factors is None else {ROPE_FACTORS: (tuple(factors.shape), torch.float32)}
+    tensors |= {foreign: (shape, dtypes[name]) for name, foreign, shape in foreign_tensors(found, shapes)}
     values |= {
         "general.type": "model",
         "general.name": spec.family.name,

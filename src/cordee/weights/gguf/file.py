@@ -19,8 +19,8 @@ from torch import Tensor
 
 from cordee.errors import Problem, ProblemError, raise_all
 from cordee.tensors.views import Index, Shape
-from cordee.weights.files import COPY_AGAIN, Stored
-from cordee.weights.gguf.header import ByteOrderError, Header, Sizes, read_header
+from cordee.weights.files import Stored, opened
+from cordee.weights.gguf.header import read_header
 from cordee.weights.regions import contiguous
 
 CHUNK = 2**20  # elements that are unpacked at a time: unpacking takes several times their memory
@@ -34,7 +34,7 @@ def library() -> ModuleType:
         import gguf
     except ImportError as error:
         why, fix = f"files of GGUF need this package: {error}", "pip install 'cordee[gguf]'"
-        raise ProblemError([Problem("gguf", None, why, fix)]) from error
+        raise ProblemError([Problem("gguf", None, why, fix, "requires")]) from error
     return gguf
 
 
@@ -47,11 +47,11 @@ class GGUFFile:
     def __init__(self, path: Path):
         self.path = path
         sizes = library().GGML_QUANT_SIZES
-        header = self._header(sizes)
+        header = opened(path, lambda path: read_header(path, sizes))
         self.values = header.values
         if (parts := self.values.get("split.count", 1)) not in (0, 1):
-            why = f"it is one of {parts} parts"
-            raise ProblemError([Problem(str(path), None, why, "join them with llama.cpp's llama-gguf-split --merge")])
+            why, fix = f"it is one of {parts} parts", "join them with llama.cpp's llama-gguf-split --merge"
+            raise ProblemError([Problem(str(path), None, why, fix, "part", limit=parts)])
         self._entries = header.entries
         self._kinds = {name: library().GGMLQuantizationType(entry.kind) for name, entry in header.entries.items()}
         self.tensors = {
@@ -59,19 +59,6 @@ class GGUFFile:
             for name, entry in header.entries.items()
         }
         raise_all(self._unknown_types())
-
-    def _header(self, sizes: Sizes) -> Header:
-        if self.path.is_file() and self.path.stat().st_size == 0:
-            raise ProblemError([Problem(str(self.path), None, "the file is empty", COPY_AGAIN)])
-        try:
-            return read_header(self.path, sizes)
-        except ByteOrderError as error:
-            why = "its numbers have their bytes in the other order"
-            fix = "take the file for this kind of processor"
-            raise ProblemError([Problem(str(self.path), None, why, fix)]) from error
-        except (ValueError, OSError) as error:
-            why = f"it is no file of GGUF, or is cut off or damaged: {error}"
-            raise ProblemError([Problem(str(self.path), None, why, COPY_AGAIN)]) from error
 
     def _unknown_types(self) -> list[Problem]:
         """Types without a way to unpack them: integers, and what the library does not know."""
@@ -86,7 +73,8 @@ class GGUFFile:
                 gguf.dequantize(np.zeros(gguf.GGML_QUANT_SIZES[kind][1], np.uint8), kind)
             except NotImplementedError:
                 why = f"its type {kind.name} cannot be unpacked; {len(names)} tensors have it"
-                problems.append(Problem(f"{self.path}: {names[0]}", None, why, "take a file of another type"))
+                fix = "take a file of another type"
+                problems.append(Problem(f"{self.path}: {names[0]}", None, why, fix, "dtype", limit=kind.name))
         return problems
 
     def read(self, name: str, index: Index) -> Tensor:

@@ -3,7 +3,8 @@
 Owns the distrust of it: every count, length and offset is held against the size of the file before anything is read or
 made for it, so that time and memory are bounded by that size. The format is that of ggml's `docs/gguf.md`, with what
 llama.cpp's own reader demands beyond it: no arrays of arrays, and tensors that follow one another in the order of
-their entries, each padded to the alignment. Knows no key but the alignment, no model, and of packed types only sizes.
+their entries, each padded to the alignment; and the last has to end the file. Knows no key but the alignment, no model,
+and of packed types only sizes.
 """
 
 from __future__ import annotations
@@ -16,8 +17,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
-
-from cordee.log import logger
 
 MAGIC = b"GGUF"
 SUFFIX = ".gguf"
@@ -67,7 +66,7 @@ def read_header(path: Path, sizes: Sizes) -> Header:
             raise ValueError("it does not begin with the letters GGUF")
         version = reader.number("I")
         if version & 0xFFFF == 0:
-            raise ByteOrderError
+            raise ValueError("its numbers are in the byte order of another machine")
         if version not in VERSIONS:
             raise ValueError(f"it is of version {version}, which is unknown here")
         num_tensors, num_values = reader.count(_LEAST_ENTRY), reader.count(_LEAST_VALUE)
@@ -79,10 +78,6 @@ def read_header(path: Path, sizes: Sizes) -> Header:
         for _ in range(num_tensors):
             _add(entries, reader.text(), reader.entry())
         return Header(values, _placed(entries, size - reader.left, size, _alignment(values), sizes))
-
-
-class ByteOrderError(ValueError):
-    """The numbers of a file have their bytes in the other order."""
 
 
 class _Reader:
@@ -175,10 +170,8 @@ def _placed(entries: Mapping[str, Entry], end: int, size: int, alignment: int, s
             raise ValueError(f"it ends {start + expected + nbytes - size:,} bytes too early for tensor {name!r}")
         placed[name] = Entry(entry.shape, entry.kind, start + expected)
         expected += _padded(nbytes, alignment)
-    if 0 < (left := size - start - expected) < ALIGNMENT:  # the end of the last tensor: all are read from too early on
-        raise ValueError(f"{left} bytes follow its last tensor, so that it was not written with alignment {alignment}")
-    if left > 0:
-        logger.warning("%s bytes behind the last tensor of a file of GGUF are not read", f"{left:,}")
+    if (left := size - start - expected) > 0:  # as where the last tensor is of another type, or all begin elsewhere
+        raise ValueError(f"{left:,} bytes follow its last tensor, to which by its header none belong")
     return placed
 
 

@@ -22,11 +22,11 @@ from cordee.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
 from cordee.tokenizer.compare import added_tokens, differences
 from cordee.tokenizer.options import TokenizerOptions
 from cordee.tokenizer.special import SpecialTokens, read_json, read_special_tokens
+from cordee.weights.gguf.architecture import ROLES, Values, id_key
 
 if TYPE_CHECKING:
     import tokenizers
 
-Values = Mapping[str, Any]
 NONE = ("none", "no_vocab")  # what files without a tokenizer say
 _BYTE_LEVEL, _PIECES = "gpt2", "llama"
 SPACE = "\u2581"  # how SentencePiece writes a space
@@ -111,8 +111,8 @@ def describe(directory: Path | None, rows: int) -> dict[str, Any]:
         return {"tokenizer.ggml.model": NONE[0]}
     tokenizer, special = load_tokenizer(TokenizerOptions(), str(directory)), read_special_tokens(directory, {})
     if tokenizer.vocab_size > rows:
-        why = f"it has {tokenizer.vocab_size} tokens, the model only {rows} rows"
-        raise ProblemError([Problem("tokenizer", directory, why, "give the model's own tokenizer")])
+        why, fix = f"it has {tokenizer.vocab_size} tokens, the model only {rows} rows", "give the model's own tokenizer"
+        raise ProblemError([Problem("tokenizer", directory, why, fix, "at most", limit=rows)])
     words, raw = tokenizer.vocabulary(), read_json(directory / "tokenizer.json")
     if raw:
         values = _of_json(raw, words, directory)
@@ -162,7 +162,8 @@ def _of_json(raw: Mapping[str, Any], words: Mapping[int, str], directory: Path) 
         "choose another format; this one knows byte-level BPE, cut as GPT-2, Llama 3, Qwen2, ... cut, and SentencePiece"
     )
     if model.get("type", "BPE") != "BPE" or "merges" not in model:
-        raise ProblemError([Problem("tokenizer", directory, f"it is {model.get('type')}, not BPE", fix)])
+        why = f"it is {model.get('type')}, not BPE"
+        raise ProblemError([Problem("tokenizer", directory, why, fix, "unsupported", limit=model.get("type"))])
     merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
     if '"ByteLevel"' not in json.dumps(pre_tokenizer):
         ranks: dict[str, int] = {}
@@ -175,7 +176,7 @@ def _of_json(raw: Mapping[str, Any], words: Mapping[int, str], directory: Path) 
     cut = next((cut for cut in CUTS if cut.patterns == patterns), None)
     if cut is None:
         why = f"llama.cpp has no name for how it cuts text: {json.dumps(pre_tokenizer, ensure_ascii=False)}"
-        raise ProblemError([Problem("tokenizer", directory, why, fix)])
+        raise ProblemError([Problem("tokenizer", directory, why, fix, "unsupported", limit=patterns)])
     joined = [" ".join(merge) for merge in merges]
     return {"tokenizer.ggml.model": _BYTE_LEVEL, "tokenizer.ggml.pre": cut.names[0], "tokenizer.ggml.merges": joined}
 
@@ -199,14 +200,9 @@ def _of_pieces(directory: Path, words: Mapping[int, str]) -> dict[str, Any]:
 def _roles(tokenizer: Tokenizer, special: SpecialTokens, words: Mapping[int, str]) -> dict[str, Any]:
     """Which tokens begin and end a text, and whether they are put around it."""
     ids = {word: i for i, word in words.items()}
-    found = {
-        "bos": tokenizer.bos,
-        "eos": tokenizer.eos,
-        "unknown": special.id("unk", ids),
-        "padding": special.id("pad", ids),
-    }
+    found = {"bos": tokenizer.bos, "eos": tokenizer.eos, "unk": special.id("unk", ids), "pad": special.id("pad", ids)}
     around = tokenizer.encode("")
-    return {f"tokenizer.ggml.{role}_token_id": i for role, i in found.items() if i is not None} | {
+    return {id_key(role): i for role, i in found.items() if i is not None} | {
         "tokenizer.ggml.add_bos_token": tokenizer.bos is not None and around[:1] == [tokenizer.bos],
         "tokenizer.ggml.add_eos_token": tokenizer.eos is not None and around[len(around) // 2 :] == [tokenizer.eos],
     }
@@ -262,8 +258,7 @@ def strange_ids(values: Values) -> dict[str, object]:
     """Keys of special tokens whose values are no tokens, which llama.cpp ignores; such values are -1 and the like."""
     tokens = values.get("tokenizer.ggml.tokens")
     limit = len(tokens) if isinstance(tokens, list) else 2**32
-    keys = [f"tokenizer.ggml.{role}_token_id" for role in ("bos", "eos", "unknown", "padding")]
-    given = {key: values[key] for key in keys if key in values}
+    given = {key: values[key] for key in map(id_key, ROLES) if key in values}
     return {key: value for key, value in given.items() if type(value) is not int or not 0 <= value < limit}
 
 
@@ -313,7 +308,7 @@ def _pieces(values: Values, tokens: list[str], kinds: Sequence[int]) -> tokenize
         for cut in range(1, len(token))
         if token[:cut] in ids and token[cut:] in ids
     ]
-    unknown = values.get("tokenizer.ggml.unknown_token_id", _default(kinds, Kind.UNKNOWN))
+    unknown = values.get(id_key("unk"), kinds.index(Kind.UNKNOWN) if Kind.UNKNOWN in kinds else None)
     model = models.BPE(
         vocab={token: i for i, token in enumerate(tokens)},
         merges=[(tokens[left], tokens[right]) for _, left, right in sorted(pairs)],
@@ -327,10 +322,6 @@ def _pieces(values: Values, tokens: list[str], kinds: Sequence[int]) -> tokenize
     backend.normalizer = normalizers.Sequence([*begin, normalizers.Replace(" ", SPACE)])
     backend.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *end])
     return backend
-
-
-def _default(kinds: Sequence[int], kind: Kind) -> int | None:
-    return kinds.index(kind) if kind in kinds else None
 
 
 def _write(
@@ -347,10 +338,7 @@ def _write(
             backend.add_tokens([AddedToken(token, special=False, normalized=False)])
     pieces = values["tokenizer.ggml.model"] == _PIECES
     usual = {"bos": 1, "eos": 2} if pieces else {}  # what llama.cpp takes where a file is silent
-    ids = {
-        short: values.get(f"tokenizer.ggml.{role}_token_id", usual.get(short))
-        for short, role in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
-    }
+    ids = {role: values.get(id_key(role), usual.get(role)) for role in ROLES}
     named = {f"{role}_token": tokens[i] for role, i in ids.items() if i is not None and i < len(tokens)}
     flags = {
         f"add_{role}_token": bool(values.get(f"tokenizer.ggml.add_{role}_token", pieces and role == "bos"))

@@ -87,11 +87,11 @@ def arguments(config: ModelConfig, layout: MegatronLayout, padded_vocab: int, **
     values |= _experts(config, words) if words["num_experts"] else {}
     # Where Megatron has a form of its own for a feature, it stands.
     found = Namespace(**{**_features(config), **values, **more})
-    setattr(found, UNTOLD, not _tells(found, config))
+    setattr(found, INCOMPLETE, not _define(found, config))
     return found
 
 
-def _tells(args: Namespace, config: ModelConfig) -> bool:
+def _define(args: Namespace, config: ModelConfig) -> bool:
     """Whether these settings, read back, give the model."""
     try:
         read = spec_of_arguments(args, config.vocab_size, "settings")
@@ -176,17 +176,23 @@ def _experts(config: ModelConfig, words: Words) -> dict[str, Any]:
 
 # Settings that change the mathematics and that nothing here would understand.
 REFUSED = ("apply_layernorm_1p", "quick_geglu", "rotary_interleaved", "squared_relu", "use_glm_rope", "window_size")
-UNTOLD = "cordee_model_untold"  # a setting of ours: the others do not define the model
-_FLAGS = {  # features that Megatron and MindSpeed-LLM keep in the same form, and that a dense model may have
+INCOMPLETE = "cordee_model_untold"  # a setting of ours: the others do not define the model
+_WHERE_ON = {  # what Megatron and MindSpeed-LLM call as the options do, of which any may be in a dense model, or off
     *("add_rmsnorm_offset", "apply_residual_connection_post_layernorm", "attn_logit_softcapping", "dim_model_base"),
-    *("embed_layernorm", "input_embeds_norm", "interleave_sliding_window", "lm_norm_weight"),
-    *("output_logit_softcapping", "output_multiplier_scale", "post_norm", "qk_layernorm", "query_pre_attn_scalar"),
-    *("rotary_percent", "scale_depth", "scale_emb", "sliding_window"),
+    *("embed_layernorm", "group_query_attention", "input_embeds_norm", "interleave_sliding_window", "lm_norm_weight"),
+    *("openai_gelu", "output_logit_softcapping", "output_multiplier_scale", "post_norm", "qk_layernorm"),
+    *("query_pre_attn_scalar", "rotary_percent", "scale_depth", "scale_emb", "sliding_window"),
 }
-_ELSEWHERE = {"group_query_attention", "make_vocab_size_divisible_by", "model", "num_query_groups", "openai_gelu"}
-_SAME = {field.name for field in fields(ModelOptions)} - FEATURES.keys() - SCALED_BY.keys() - _ELSEWHERE
-_ALSO = {*SCALED_BY, "layernorm_epsilon", "num_query_groups", "rope_scaling_original_max_position_embeddings"}
-_ALSO |= {"rope_scaling_type"}
+_ELSEWHERE = {"make_vocab_size_divisible_by", "model", "num_query_groups"}
+_SAME = {field.name for field in fields(ModelOptions)} - FEATURES.keys() - SCALED_BY.keys() - _ELSEWHERE - _WHERE_ON
+_YARN_LENGTH = "rope_scaling_original_max_position_embeddings"
+_ALSO = {*SCALED_BY, "layernorm_epsilon", "num_query_groups", "rope_scaling_type", _YARN_LENGTH}
+_LLAMA3 = {  # Megatron's defaults
+    "rope_scaling_factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 
 def spec_of_arguments(args: Namespace | None, vocab_size: int, where: str) -> ModelSpec:
@@ -195,31 +201,29 @@ def spec_of_arguments(args: Namespace | None, vocab_size: int, where: str) -> Mo
     ProblemError if they do not, or if arguments alone do not define the family.
     """
     if args is None:
-        raise _untold(where, "it carries no settings that define the model")
-    if getattr(args, UNTOLD, False):
-        raise _untold(where, "its settings do not define the model completely")
+        raise _undefined(where, "it carries no settings that define the model")
+    if getattr(args, INCOMPLETE, False):
+        raise _undefined(where, "its settings do not define the model completely")
     if refused := [name for name in REFUSED if getattr(args, name, None) not in (None, False)]:
-        raise _untold(where, f"cordee train has no flags for these settings: {', '.join(refused)}", refused)
+        raise _undefined(where, f"cordee train has no flags for these settings: {', '.join(refused)}", refused)
     given = _given(args, where)
     if given.get("position_embedding_type") != "rope" and not given.get("use_rotary_position_embeddings"):
         for name in ("rotary_base", "rotary_percent", "rotary_seq_len_interpolation_factor"):
             given.pop(name, None)  # Megatron has defaults for them, whatever the positions are
     if given.get("num_experts") or given.get("multi_latent_attention") or given.get("multi_head_latent_attention"):
-        raise _untold(where, "its settings do not define a mixture of experts or latent attention completely")
+        raise _undefined(where, "its settings do not define a mixture of experts or latent attention completely")
     if given.get("position_embedding_type") == "alibi" and not hasattr(args, "lm_norm_weight"):
-        raise _untold(
+        raise _undefined(
             where, "its settings do not define whether the head is normalised, as it is in some models with alibi"
         )
     values = {name: given[name] for name in _SAME & given.keys()}
-    values |= {name: given[name] for name in _FLAGS & given.keys() if given[name]}
+    values |= {name: given[name] for name in _WHERE_ON & given.keys() if given[name]}
     values |= {"vocab_size": vocab_size, "padded_vocab_size": vocab_size}
-    values["norm_epsilon"] = given.get("norm_epsilon", given.get("layernorm_epsilon", 1e-5))
+    values.setdefault("norm_epsilon", given.get("layernorm_epsilon", 1e-5))
     if given.get("use_rotary_position_embeddings"):
         values["position_embedding_type"] = "rope"
-    if given.get("group_query_attention"):
-        values |= {"group_query_attention": True, "num_query_groups": given.get("num_query_groups", 1)}
-    if given.get("openai_gelu"):
-        values["openai_gelu"] = True
+    if "group_query_attention" in values:
+        values["num_query_groups"] = given.get("num_query_groups", 1)
     biased = given.get("add_bias_linear", True)  # Megatron's other two flags only add biases to it
     values["add_qkv_bias"] = bool(biased or given.get("add_qkv_bias"))
     values["add_dense_bias"] = bool(biased or given.get("add_dense_bias"))
@@ -232,13 +236,13 @@ def spec_of_arguments(args: Namespace | None, vocab_size: int, where: str) -> Mo
 def _given(args: Namespace, where: str) -> dict[str, Any]:
     """The settings that are plain values."""
     given = {name: value for name, value in vars(args).items() if isinstance(value, str | int | float)}
-    used = (_SAME | _FLAGS | _ALSO) & given.keys()
+    used = (_SAME | _WHERE_ON | _ALSO) & given.keys()
     if endless := sorted(name for name in used if not _is_reasonable(given[name])):
-        raise _untold(where, f"by its settings: no model has such values of {', '.join(endless)}")
+        raise _undefined(where, f"by its settings: no model has such values of {', '.join(endless)}")
     return given
 
 
-def _untold(where: str, why: str, limit: object = None) -> ProblemError:
+def _undefined(where: str, why: str, limit: object = None) -> ProblemError:
     return ProblemError([unclear(where, None, why, limit=limit)])
 
 
@@ -248,22 +252,14 @@ def _is_reasonable(value: str | int | float) -> bool:
 
 
 def _scaling(given: dict[str, Any], where: str) -> dict[str, Any]:
-    kind = given.get("rope_scaling_type")
-    if kind == "yarn":
-        names = [name for name, kinds in SCALED_BY.items() if kind in kinds]
-        original = {"original_max_position_embeddings": given.get("rope_scaling_original_max_position_embeddings")}
-        return {"rope_scaling_type": kind, **{name: given.get(name) for name in names}, **original}
-    if kind not in (None, "llama3"):
+    kind = given.get("rope_scaling_type", "llama3" if given.get("use_rope_scaling") else None)
+    if kind not in (None, "llama3", "yarn"):
         raise ProblemError([unclear(where, kind, "its settings do not define the RoPE scaling")])
-    if given.get("rope_scaling_type") != "llama3" and not given.get("use_rope_scaling"):
-        return {}
-    return {
-        "rope_scaling_type": "llama3",
-        "rope_scaling_factor": given.get("rope_scaling_factor", 8.0),
-        "low_freq_factor": given.get("low_freq_factor", 1.0),
-        "high_freq_factor": given.get("high_freq_factor", 4.0),
-        "original_max_position_embeddings": given.get("original_max_position_embeddings", 8192),
-    }
+    usual = _LLAMA3 if kind == "llama3" else {}
+    values = {name: given.get(name, usual.get(name)) for name, kinds in SCALED_BY.items() if kind in kinds}
+    if kind == "yarn":
+        values["original_max_position_embeddings"] = given.get(_YARN_LENGTH)
+    return {"rope_scaling_type": kind, **values} if kind else {}
 
 
 def dtype_arguments(dtype: torch.dtype | None) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The files of a checkpoint of Megatron, opened, and the layout that they are in.
 
-Owns finding every rank's file, what may be wrong with them as files (missing, damaged, at odds with each other), and
+Owns finding every rank's file, what may be wrong with them as files (missing, corrupt, at odds with each other), and
 reading the degrees of parallelism from them. Knows no model.
 """
 
@@ -17,18 +17,20 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
-from cordee.errors import Problem, ProblemError, raise_all
+from cordee.errors import Findings, Problem, ProblemError, raise_all
 from cordee.tensors.views import Index
+from cordee.weights.files import opened
 from cordee.weights.megatron.dialect import Dialect
 from cordee.weights.megatron.layout import MegatronLayout, Rank, chunks_of, current, layer_files, rank_files
 from cordee.weights.regions import Region
-from cordee.weights.torch_file import UNREADABLE, Keys, TorchFile
+from cordee.weights.torch_file import Keys, TorchFile
 
 K = TypeVar("K")
 T = TypeVar("T")
 
 MOST_RANKS = 2**20  # along one axis
 COPY_AGAIN = "copy the checkpoint again, with all its folders"
+ONE_CHECKPOINT = "copy all ranks from one and the same checkpoint"
 _MODEL = re.compile(r"model(\d*)|module")
 _WRAPPED = "base_model.model."  # what PEFT puts before names
 _AGREED = (  # what all ranks must say alike
@@ -112,17 +114,10 @@ def open_ranks(folder: Path) -> dict[tuple[int, ...], RankFile]:
 
 def open_all(paths: Mapping[K, Path], opener: Callable[[Path], T]) -> dict[K, T]:
     """ProblemError with all files that cannot be read."""
-    opened, problems = {}, []
-    for key, path in paths.items():
-        try:
-            opened[key] = opener(path)
-        except FileNotFoundError:
-            problems.append(Problem(str(path), None, "the file of this rank is missing", COPY_AGAIN, "missing"))
-        except UNREADABLE as error:
-            why = str(error).splitlines()[0] if str(error) else type(error).__name__
-            problems.append(Problem(str(path), None, f"the file cannot be read: {why}", COPY_AGAIN, "unreadable"))
-    raise_all(problems)
-    return opened
+    found = Findings()
+    files = {key: found.attempt(lambda path=path: opened(path, opener, COPY_AGAIN)) for key, path in paths.items()}
+    raise_all(found.problems)
+    return {key: file for key, file in files.items() if file is not None}
 
 
 # ---- the layout of what is there -------------------------------------------------------------------------------------
@@ -136,7 +131,7 @@ def by_rank(folder: Path, files: dict[tuple[int, ...], RankFile]) -> dict[Rank, 
     for ranks, file in files.items():
         rank = Rank(ranks[0], 0, ranks[1]) if len(ranks) == 2 and second_is_expert else Rank(*ranks)
         if rank in found:
-            why = f"several files are of tensor {rank.tensor} pipeline {rank.pipeline} expert {rank.expert}"
+            why = f"several files are of {rank}"
             raise ProblemError([Problem(str(folder), None, why, "leave only those of one checkpoint in it")])
         found[rank] = file
     sizes = [
@@ -146,8 +141,8 @@ def by_rank(folder: Path, files: dict[tuple[int, ...], RankFile]) -> dict[Rank, 
     problems = []
     if missing := math.prod(sizes) - len(found):
         absent = [*islice((rank for rank in starmap(Rank, product(*map(range, sizes))) if rank not in found), 20)]
-        names = ", ".join(f"tensor {r.tensor} pipeline {r.pipeline} expert {r.expert}" for r in absent)
-        why = f"there are no folders of these ranks: {names}{f' and {missing - 20} more' if missing > 20 else ''}"
+        more = f" and {missing - 20} more" if missing > 20 else ""
+        why = f"there are no folders of these ranks: {', '.join(map(str, absent))}{more}"
         problems.append(Problem(str(folder), None, why, COPY_AGAIN, "missing", limit=absent))
     problems += disagreements(folder, found)
     raise_all(problems)
@@ -164,11 +159,6 @@ def size_of(args: Namespace | None, kind: str) -> int:
     return size or 1
 
 
-def is_plain(value: object) -> bool:
-    """Whether a value can be written out: others may be without end, as lists that hold one another many times."""
-    return value is None or type(value) in (str, bool, int, float)
-
-
 def shown(value: object, most: int = 100) -> str:
     """A value of untrusted settings for a message: its type, if it is no plain one."""
     text = _comparable(value)
@@ -177,28 +167,26 @@ def shown(value: object, most: int = 100) -> str:
 
 def _comparable(value: object) -> str:
     """What is the same for the same plain values."""
-    if not is_plain(value):
+    if value is not None and type(value) not in (str, bool, int, float):  # may be endless: lists that hold one another
         return f"an object of type {type(value).__name__}"
     # Decimal digits take a time that grows with the square of their number.
     return hex(value) if isinstance(value, int) and value.bit_length() > 64 else repr(value)
 
 
 def disagreements(folder: Path, files: Mapping[Rank, RankFile]) -> Iterator[Problem]:
-    """What ranks say differently though they must say it alike."""
-    fix = "copy all ranks from one and the same checkpoint"
-    for name in _AGREED:
-        if values := _differing(getattr(file.args, name, None) for file in files.values()):
-            why = f"ranks disagree about {name}: {values}"
-            yield Problem(str(folder), None, why, fix, "disagree", limit=name)
-    if values := _differing(file.file.content.get("iteration") for file in files.values()):
-        why = f"ranks are of different iterations: {values}"
-        yield Problem(str(folder), None, why, fix, "disagree", limit="iteration")
+    """What ranks state differently though it must be the same."""
+    stated = {name: [getattr(file.args, name, None) for file in files.values()] for name in _AGREED}
+    stated["iteration"] = [file.file.content.get("iteration") for file in files.values()]
+    for name, values in stated.items():
+        if different := _differing(values):
+            why = f"ranks disagree about {name}: {different}"
+            yield Problem(str(folder), None, why, ONE_CHECKPOINT, "disagree", limit=name)
     for rank, file in files.items():
         first = files.get(Rank(0, rank.pipeline, rank.expert), file)
         if first.keys.keys() != file.keys.keys():
             names = ", ".join(sorted({name for _, name in first.keys.keys() ^ file.keys.keys()}))
             why = f"tensor ranks 0 and {rank.tensor} of stage {rank.pipeline} hold different tensors: {names}"
-            yield Problem(str(folder), None, why, fix, "disagree", limit=(rank.tensor, rank.pipeline))
+            yield Problem(str(folder), None, why, ONE_CHECKPOINT, "disagree", limit=(rank.tensor, rank.pipeline))
 
 
 def _differing(values: Iterable[object]) -> str | None:

@@ -36,6 +36,9 @@ class Rank:
     pipeline: int = 0
     expert: int = 0
 
+    def __str__(self) -> str:
+        return f"tensor {self.tensor} pipeline {self.pipeline} expert {self.expert}"
+
 
 @dataclass(frozen=True)
 class Chunk:

@@ -28,6 +28,7 @@ from cordee.errors import Problem, ProblemError, raise_all
 from cordee.tensors.views import Index
 from cordee.weights.megatron.files import (
     COPY_AGAIN,
+    ONE_CHECKPOINT,
     Contents,
     RankFile,
     by_rank,
@@ -141,7 +142,7 @@ def _repeated(folder: Path, names: list[str]) -> Iterator[Problem]:
     counts = Counter(name for name in names if "tied_modules." not in name)
     if twice := sorted(name for name, count in counts.items() if count > 1):
         why = f"some ranks of a stage hold tensors that others do not; several hold {', '.join(twice[:3])}"
-        yield Problem(str(folder), None, why, "copy all ranks from one and the same checkpoint")
+        yield Problem(str(folder), None, why, ONE_CHECKPOINT, "disagree", limit=twice)
 
 
 def _module(full: str) -> tuple[int, str]:
@@ -164,7 +165,7 @@ def _starts(folder: Path, modules: Mapping[int, set[str]]) -> dict[int, str]:
     sought = {"the embedding": embeddings, "layers": layers, "the final norm": norms}
     if absent := [what for what, numbers in sought.items() if not numbers]:
         why = f"no file holds {' or '.join(absent)}"
-        raise ProblemError([Problem(str(folder), None, why, COPY_AGAIN)])
+        raise ProblemError([Problem(str(folder), None, why, COPY_AGAIN, "missing", limit=absent)])
     embedding, norm = min(embeddings), max(norms)
     gap = min(layers[0] - embedding, norm - layers[-1], max(GAPS))
     lost = (number for number in range(embedding + gap, norm - gap + 1) if number not in layers)
@@ -196,4 +197,5 @@ def _missing(folder: Path, files: Iterable[str], most: int = 20) -> Iterator[Pro
     """A name or a setting may claim any number of files, so no more than `most` are looked for."""
     if first := list(islice(files, most + 1)):
         more = " and more" if len(first) > most else ""
-        yield Problem(str(folder), None, f"files are missing: {', '.join(first[:most])}{more}", COPY_AGAIN)
+        why = f"files are missing: {', '.join(first[:most])}{more}"
+        yield Problem(str(folder), None, why, COPY_AGAIN, "missing", limit=first[:most])

@@ -11,22 +11,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from torch import Tensor
-
 from cordee.errors import Problem, raise_all
 from cordee.families.registry import ModelSpec
 from cordee.model.config import AttentionConfig, LatentAttentionConfig, LayerConfig, ModelConfig
 from cordee.model.gpt import GPTModel
 from cordee.model.parameter import parameter_specs
 from cordee.model.shards import ALONG
-from cordee.tensors.rules import IDENTITY, grouped_qkv, rotary_halves, stack
-from cordee.tensors.views import Chain, Each, Index, Join, Leaf, Op, Rearrange, Shape, View
+from cordee.tensors.rules import GATE_UP, IDENTITY, grouped_qkv, rotary_halves, shapes_made, stack
+from cordee.tensors.views import Chain, Each, Join, Op, Rearrange, Shape, View
 from cordee.weights.megatron.dialect import Dialect
 from cordee.weights.megatron.layout import Chunk, MegatronLayout, Rank
 from cordee.weights.megatron.padding import Crop
-
-GATE_UP = Rearrange("(b f) ... -> b f ...", {"b": 2})
-
 
 Key = tuple[Rank, int, str]  # rank, chunk and name of a tensor in the files
 
@@ -66,17 +61,13 @@ class Placement:
     @cached_property
     def part_shapes(self) -> list[Shape]:
         """Shape of what is in each of `slots`."""
-        return [view.shape for view in self.parts(Leaf(self.shape, _unreadable))]
+        return shapes_made(self.op.inverse, [self.shape])
 
     def stored(self) -> Iterator[tuple[Shape, Slot]]:
         """Every slot and the shape of the part in it."""
         for shape, copies in zip(self.part_shapes, self.slots, strict=True):
             for slot in copies:
                 yield shape, slot
-
-
-def _unreadable(index: Index) -> Tensor:
-    raise AssertionError("only the shape of this tensor is known")
 
 
 def place(spec: ModelSpec, layout: MegatronLayout, dialect: Dialect, padded_vocab: int) -> dict[str, Placement]:
@@ -115,8 +106,8 @@ class _Split:
     def op(self, shape: Shape, ranks: int) -> Op:
         if self.dim is None:
             return Chain((self.local, self.whole))
-        (joined,) = self.whole.inverse.apply([Leaf(shape, _unreadable)])
-        size = joined.shape[self.dim] // ranks
+        (joined,) = shapes_made(self.whole.inverse, [shape])
+        size = joined[self.dim] // ranks
         return Chain((Each((self.local,) * ranks), Join(self.dim, (size,) * ranks), self.whole))
 
 
@@ -136,14 +127,15 @@ class _Placer:
         title = self.dialect.title
         if nameless := [name for name in self.shapes if self._names(name) is None]:
             kinds = sorted({name.split(".", 2)[-1] if name.startswith("layers.") else name for name in nameless})
-            yield Problem("target", title, f"it has no place for {', '.join(kinds)}", "choose another format")
+            why = f"it has no place for {', '.join(kinds)}"
+            yield Problem("target", title, why, "choose another format", "inexpressible", limit=kinds)
         for trait in sorted({trait for layer in self.config.layers for trait in _inexpressible(layer)}):
-            yield Problem("target", title, f"it cannot express {trait}", "choose another format")
+            yield Problem("target", title, f"it cannot express {trait}", "choose another format", "inexpressible")
         latent = any(isinstance(layer.attention, LatentAttentionConfig) for layer in self.config.layers)
         if self.dialect.packed_latent and latent and self.layout.tensor > 1:
             why = f"{title} does not split latent attention over tensor ranks"
             fix = "take 1, or --transformer-impl local"
-            yield Problem("--target-tensor-parallel-size", self.layout.tensor, why, fix)
+            yield Problem("--target-tensor-parallel-size", self.layout.tensor, why, fix, "at most", limit=1)
         grouped = self.dialect.experts == "grouped"
         if grouped and any("mlp.experts." in name and name.endswith(".bias") for name in self.shapes):
             why = "experts with biases cannot be stored in one tensor"

@@ -82,8 +82,8 @@ class MegatronPlan:
 def plan(spec: ModelSpec, dtypes: Mapping[str, torch.dtype], target: Target) -> MegatronPlan:
     """Lay a checkpoint out. ProblemError with everything about `target` that the model does not allow."""
     if target.form == "deepspeed" and target.wanted.pipeline > 1:
-        why = "DeepSpeed's files are of tensor ranks only"
-        raise ProblemError([Problem("--target-pipeline-parallel-size", target.wanted.pipeline, why, "take 1")])
+        option, why = "--target-pipeline-parallel-size", "DeepSpeed's files are of tensor ranks only"
+        raise ProblemError([Problem(option, target.wanted.pipeline, why, "take 1", "at most", limit=1)])
     layout = target.wanted.layout(spec.config)
     padded = padded_rows(spec.config.vocab_size, target.vocab_multiple * target.wanted.tensor)
     return MegatronPlan(target, spec, layout, padded, place(spec, layout, target.dialect, padded), dict(dtypes))

@@ -23,7 +23,7 @@ from cordee.weights.codec import Source, is_of_weights
 from cordee.weights.megatron import core, legacy, pipe
 from cordee.weights.megatron.arguments import GIVE_MODEL, spec_of_arguments, unclear
 from cordee.weights.megatron.dialect import Dialect
-from cordee.weights.megatron.files import COPY_AGAIN, RankFile, layout_of, shown
+from cordee.weights.megatron.files import COPY_AGAIN, ONE_CHECKPOINT, RankFile, layout_of, shown
 from cordee.weights.megatron.layout import MegatronLayout, Rank, indivisible
 from cordee.weights.megatron.placement import Placement, Slot, place, tensors_of
 from cordee.weights.regions import Region
@@ -119,8 +119,7 @@ class MegatronSource(Source):
         for slot in others:
             if not torch.equal(expected, self._read(slot, whole(shape))):
                 why = f"{slot.name} of stage {slot.rank.pipeline} differs between {first.rank} and {slot.rank}"
-                fix = "copy all ranks from one and the same checkpoint"
-                raise ProblemError([Problem(str(self.path), None, why, fix, "disagree", limit=slot.name)])
+                raise ProblemError([Problem(str(self.path), None, why, ONE_CHECKPOINT, "disagree", limit=slot.name)])
 
     # ---- the model ---------------------------------------------------------------------------------------------------
 
