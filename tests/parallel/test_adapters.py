@@ -23,7 +23,7 @@ from cordee.parallel.degrees import degrees
 from cordee.parallel.execution import Criterion, LocalExecutor, Work, own_parameters
 from cordee.parallel.layout import Layout
 from cordee.parallel.pipeline.executor import PipelineExecutor
-from cordee.parallel.pipeline.split import divide
+from cordee.parallel.pipeline.split import partition_layers
 from tests.matrix import sampled
 from tests.parallel import models
 from tests.parallel.test_pipeline import LENGTH, Twice, full, micro_batches, options, weight_of
@@ -78,17 +78,17 @@ def train(world_size: int, config: ModelConfig, given: dict[str, Any], root: Pat
     chosen = options(**given)
     layout = Layout(degrees(chosen, world_size))
     assert not list(laws.check(laws.PlacedRun(model=config, degrees=layout.degrees, options=chosen)))
-    division = divide(chosen, config, LENGTH) if layout.degrees.pp > 1 else None
-    spans = () if division is None else division.owned(layout.axis_rank("pp"))
+    partition = partition_layers(chosen, config, LENGTH) if layout.degrees.pp > 1 else None
+    spans = () if partition is None else partition.spans_of(layout.axis_rank("pp"))
     model = GPTModel(config, spans=spans, device="meta")
     train_only(model, {"adapter"})
     apply.apply(model, layout, chosen, CPU)
     start(model)
     criterion = Criterion(Twice(), layout)
-    if division is None:
+    if partition is None:
         executor = LocalExecutor(model, chosen, CPU, criterion)
     else:
-        executor = PipelineExecutor(model, division, layout, chosen, CPU, criterion)
+        executor = PipelineExecutor(model, partition, layout, chosen, CPU, criterion)
     optimizer = build_optimizer(chosen, model.named_parameters(), model.parameter_specs(), fused=True)
     save(root, 0, model, optimizer, layout)
     found: dict[str, Any] = {"losses": [], "norms": [], "grads": {}}

@@ -23,7 +23,7 @@ from cordee.parallel.degrees import degrees
 from cordee.parallel.execution import Criterion, Executor, LocalExecutor, Work, own_parameters
 from cordee.parallel.layout import Layout
 from cordee.parallel.pipeline.executor import PipelineExecutor
-from cordee.parallel.pipeline.split import divide
+from cordee.parallel.pipeline.split import partition_layers
 from cordee.train.objectives.next_token import NextToken
 from cordee.train.plan import check_run, plan_run
 from cordee.weights import hf
@@ -70,10 +70,10 @@ def build(
         model = apply.apply(GPTModel(config, device="meta"), layout, chosen, CPU, wrappers)
         executor = LocalExecutor(model, chosen, CPU, criterion)
     else:
-        division = divide(chosen, config, LENGTH)
-        model = GPTModel(config, spans=division.owned(layout.axis_rank("pp")), device="meta")
+        partition = partition_layers(chosen, config, LENGTH)
+        model = GPTModel(config, spans=partition.spans_of(layout.axis_rank("pp")), device="meta")
         model = apply.apply(model, layout, chosen, CPU, wrappers)
-        executor = PipelineExecutor(model, division, layout, chosen, CPU, criterion)
+        executor = PipelineExecutor(model, partition, layout, chosen, CPU, criterion)
     initialise(model, 7)
     return model, layout, chosen, executor
 
@@ -291,8 +291,8 @@ def load(rank: int, world_size: int, folder: Path, given: dict) -> dict[str, tor
     source = hf.read(folder)
     chosen = options(**given)
     layout = Layout(degrees(chosen, world_size))
-    division = divide(chosen, source.spec.config, LENGTH)
-    model = GPTModel(source.spec.config, spans=division.owned(rank), device="meta")
+    partition = partition_layers(chosen, source.spec.config, LENGTH)
+    model = GPTModel(source.spec.config, spans=partition.spans_of(rank), device="meta")
     load_into(apply.apply(model, layout, chosen, CPU), source)
     return {name: full(parameter) for name, parameter in model.named_parameters()}
 
@@ -386,5 +386,5 @@ def test_placeholders_count_among_the_layers_of_the_options(tmp_path: Path):
     given = run_config(tmp_path, num_layers=6, noop_layers="0,5", nproc_per_node=2, pipeline_model_parallel_size=2)
     plan = plan_run(given, 2)
     assert plan.spec.config.num_layers == 4
-    assert plan.division is not None
-    assert [span.stop for span in plan.division.spans] == [2, 4]
+    assert plan.partition is not None
+    assert [span.stop for span in plan.partition.spans] == [2, 4]

@@ -29,26 +29,26 @@ from cordee.parallel.pipeline import engine
 from cordee.parallel.pipeline.program import Instruction, Message, programs
 from cordee.parallel.pipeline.recorder import Recorder
 from cordee.parallel.pipeline.schedules import REDUCING, Action, rank_actions, with_reduction
-from cordee.parallel.pipeline.split import Division
+from cordee.parallel.pipeline.split import StagePartition
 from cordee.parallel.pipeline.stage import Stage
 
 MAX_IN_FLIGHT = 8  # sent messages: each keeps a tensor alive
 
 
 class PipelineExecutor:
-    """This rank's part of a pipeline, `division` of the layers over the ranks of `layout`."""
+    """This rank's part of a pipeline, `partition` of the layers over the ranks of `layout`."""
 
     def __init__(
         self,
         model: GPTModel,
-        division: Division,
+        partition: StagePartition,
         layout: Layout,
         options: TrainConfig,
         device: torch.device,
         criterion: Criterion,
     ):
         self._model = model
-        self._division = division
+        self._partition = partition
         self._layout = layout
         self._criterion = criterion
         self._device = device
@@ -58,15 +58,15 @@ class PipelineExecutor:
         self._rank = layout.axis_rank("pp")
         run = compile.whole(model, options, self._run)
         self._stages = {
-            stage: Stage(stage, division.spans[stage], model, run, criterion.loss)
-            for stage in division.stages(self._rank)
+            stage: Stage(stage, partition.spans[stage], model, run, criterion.loss)
+            for stage in partition.stages_of(self._rank)
         }
         self._program = cache(self._make_program)
         self._num_reports: dict[str, int] | None = None
         self._recorder = Recorder(options.pipeline_timeline, layout)
         self._seed = options.seed
         # Reductions that would block this thread run beside it where the schedule has them early.
-        beside = layout.waits and division.schedule in REDUCING and self._zero_stage < 2
+        beside = layout.waits and partition.schedule in REDUCING and self._zero_stage < 2
         self._beside = ThreadPoolExecutor(1, "reduction") if beside else None
         self._reductions: list[Future[None]] = []
 
@@ -118,18 +118,18 @@ class PipelineExecutor:
     # ---- running a program -------------------------------------------------------------------------------------------
 
     def _make_program(self, num_micro_batches: int, training: bool) -> list[Instruction]:
-        division = self._division
-        found = rank_actions(division.schedule, division.num_ranks, division.stages_per_rank, num_micro_batches)
+        partition = self._partition
+        found = rank_actions(partition.schedule, partition.num_ranks, partition.stages_per_rank, num_micro_batches)
         if training:
-            found = with_reduction(found, at_once=division.schedule in REDUCING)
+            found = with_reduction(found, at_once=partition.schedule in REDUCING)
         else:
             found = [[action for action in actions if action.kind == "F"] for actions in found]
-        return programs(found, division.rank, len(division.spans))[self._rank]
+        return programs(found, partition.rank_of, partition.num_stages)[self._rank]
 
     def _perform(
         self, program: Sequence[Instruction], batches: Sequence[Batch], forward: Callable[[Stage, int, Tensor], Tensor]
     ) -> None:
-        mail = _Mail(self._layout, self._division, self._device, [self._empty(batch) for batch in batches])
+        mail = _Mail(self._layout, self._partition, self._device, [self._empty(batch) for batch in batches])
         for step in program:
             if isinstance(step, Message):
                 mail.handle(step)
@@ -209,7 +209,7 @@ class PipelineExecutor:
 
     def _join_copies(self) -> None:
         """Sum the gradients of a tied embedding, of which the first and the last rank each have a copy."""
-        first, last = self._division.rank(0), self._division.rank(len(self._division.spans) - 1)
+        first, last = self._partition.rank_of(0), self._partition.rank_of(self._partition.num_stages - 1)
         if not self._model.config.tie_word_embeddings or first == last or self._rank not in (first, last):
             return
         grad = self._model.embedding.weight.grad
@@ -253,11 +253,11 @@ class _Mail:
     `like` has their shape and type for each micro-batch.
     """
 
-    def __init__(self, layout: Layout, division: Division, device: torch.device, like: Sequence[Tensor]):
+    def __init__(self, layout: Layout, partition: StagePartition, device: torch.device, like: Sequence[Tensor]):
         group = layout.group("pp")
         assert group is not None, "a pipeline has several ranks"
         self._group = group
-        self._division = division
+        self._partition = partition
         self._rank = layout.axis_rank("pp")
         self._device = device
         self._like = like
@@ -270,9 +270,9 @@ class _Mail:
         like = self._like[micro_batch]
         assert (tensor.shape, tensor.dtype) == (like.shape, like.dtype), f"{tensor.shape} {tensor.dtype}, not {like}"
         to = stage + 1 if kind == "F" else stage - 1
-        if not 0 <= to < len(self._division.spans):
+        if not 0 <= to < self._partition.num_stages:
             return
-        if self._division.rank(to) == self._rank:
+        if self._partition.rank_of(to) == self._rank:
             self._due[kind, to, micro_batch] = tensor, None
         else:
             self._out[kind, stage, micro_batch] = tensor
@@ -288,12 +288,12 @@ class _Mail:
         """Start to send or to receive."""
         kind, stage, micro_batch = message.kind, message.stage, message.micro_batch
         if message.what == "send":
-            peer = self._division.rank(stage + 1 if kind == "F" else stage - 1)
+            peer = self._partition.rank_of(stage + 1 if kind == "F" else stage - 1)
             tensor = self._out.pop((kind, stage, micro_batch)).contiguous()
             self._sent.append((collectives.send(tensor, peer, self._group), tensor))
             self._wait(MAX_IN_FLIGHT)
             return
-        peer = self._division.rank(stage - 1 if kind == "F" else stage + 1)
+        peer = self._partition.rank_of(stage - 1 if kind == "F" else stage + 1)
         into = torch.empty_like(self._like[micro_batch], device=self._device)
         self._due[kind, stage, micro_batch] = into, collectives.receive(into, peer, self._group)
 
