@@ -45,7 +45,7 @@ def apply(model: nn.Module, layout: Layout, options: ParallelOptions) -> None:
             if parameter not in made:
                 made[parameter] = _distributed(parameter, mesh, placements(spec, mesh))
             setattr(module, name, made[parameter])
-            module.placement.wrap(f"views.{name}", NAME, after(local), compiles=True)
+            module.placement.wrap(f"view_of_{name}", NAME, after(local), compiles=True)
 
 
 def placements(spec: ParameterSpec, mesh: DeviceMesh) -> list[DTensorPlacement]:

@@ -124,13 +124,13 @@ def _set_views(module: SpecifiedModule, axis: _Axis, summed: bool) -> None:
         parameter = getattr(module, name)
         assert isinstance(parameter, DTensor)
         if parameter.placements[-1] == Replicate():
-            view, repeated = f"views.{name}", sharding.repeated(summed)
+            view, repeated = f"view_of_{name}", sharding.repeated(summed)
             module.placement.replace(view, NAME, repeated, instead_of=sharding.NAME, compiles=True)
             if spec.axes[0] == "kv_group":
                 module.placement.wrap(view, NAME, after(_group_slots(spec, axis)), compiles=True)
     if module.specs.get("bias") is not None and _adds_parts(module):
         first = 1.0 if axis.rank == 0 else 0.0  # the sum over ranks has the bias once
-        module.placement.wrap("views.bias", NAME, after(lambda bias: bias * first), compiles=True)
+        module.placement.wrap("view_of_bias", NAME, after(lambda bias: bias * first), compiles=True)
 
 
 def _adds_parts(module: SpecifiedModule) -> bool:
