@@ -159,7 +159,7 @@ def play(rank: int, world_size: int, step: Step, unit: float, path: str) -> None
     from cordee.model.init import initialise
     from cordee.parallel import apply
     from cordee.parallel.degrees import degrees
-    from cordee.parallel.execution import Criterion, Work
+    from cordee.parallel.execution import Criterion, StepBatches
     from cordee.parallel.layout import Layout
     from cordee.parallel.pipeline.executor import PipelineExecutor
     from cordee.parallel.pipeline.split import partition_layers
@@ -188,7 +188,7 @@ def play(rank: int, world_size: int, step: Step, unit: float, path: str) -> None
     batches = [Batch(each[:, :-1].contiguous(), each[:, 1:].contiguous()) for each in tokens]
     weights = [batch.num_trained for batch in batches]
     for _ in range(2):
-        executor.train(Work(batches=batches, weights=weights, weight=sum(weights) * layout.data_size, scale=1.0))
+        executor.train(StepBatches(batches=batches, weights=weights, weight=sum(weights) * layout.data_size, scale=1.0))
 
 
 def _options(step: Step) -> dict[str, Any]:

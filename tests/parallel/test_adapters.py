@@ -20,7 +20,7 @@ from cordee.model.parameter import local_shard, of_origins, train_only
 from cordee.optim.build import build_optimizer, set_rates
 from cordee.parallel import apply, collectives, context, laws
 from cordee.parallel.degrees import degrees
-from cordee.parallel.execution import Criterion, LocalExecutor, Work, own_parameters
+from cordee.parallel.execution import Criterion, LocalExecutor, StepBatches, own_parameters
 from cordee.parallel.layout import Layout
 from cordee.parallel.pipeline.executor import PipelineExecutor
 from cordee.parallel.pipeline.split import partition_layers
@@ -97,7 +97,7 @@ def train(world_size: int, config: ModelConfig, given: dict[str, Any], root: Pat
         weight = weight_of(whole, layout)
         batches = [context.shard(batch, layout, chosen) for batch in whole]
         sums = executor.train(
-            Work(batches=batches, weights=[batch.num_trained for batch in whole], weight=weight, scale=1.0)
+            StepBatches(batches=batches, weights=[batch.num_trained for batch in whole], weight=weight, scale=1.0)
         )
         found["losses"].append((collectives.sum_over(sums[""], layout) / weight).item())
         found["norms"].append(collectives.global_norm([p.grad for p in own_parameters(model)], layout, CPU))

@@ -14,7 +14,7 @@ from cordee.model.config import ModelConfig
 from cordee.model.gpt import GPTModel
 from cordee.parallel import collectives, inference, live
 from cordee.parallel.degrees import Degrees
-from cordee.parallel.execution import Executor, Work
+from cordee.parallel.execution import Executor, StepBatches
 from cordee.parallel.layout import Layout
 from cordee.parallel.live import LiveSource, refill
 from cordee.tensors.views import View
@@ -54,7 +54,7 @@ def step(executor: Executor, number: int, layout: Layout, chosen) -> float:
     batches = micro_batches(number, layout, chosen, LENGTH)
     weight = weight_of(batches, layout)
     weights = [batch.num_trained for batch in batches]
-    sums = executor.train(Work(batches=batches, weights=weights, weight=weight, scale=1.0))
+    sums = executor.train(StepBatches(batches=batches, weights=weights, weight=weight, scale=1.0))
     return collectives.sum_over(sums[""].clone(), layout).item() / weight
 
 

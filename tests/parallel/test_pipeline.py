@@ -20,7 +20,7 @@ from cordee.model.gpt import GPTModel
 from cordee.model.init import initialise
 from cordee.parallel import apply, collectives
 from cordee.parallel.degrees import degrees
-from cordee.parallel.execution import Criterion, Executor, LocalExecutor, Work, own_parameters
+from cordee.parallel.execution import Criterion, Executor, LocalExecutor, StepBatches, own_parameters
 from cordee.parallel.layout import Layout
 from cordee.parallel.pipeline.executor import PipelineExecutor
 from cordee.parallel.pipeline.split import partition_layers
@@ -109,7 +109,7 @@ def train(
         batches = micro_batches(step, layout, chosen, length, sizes)
         weight = weight_of(batches, layout)
         sums = executor.train(
-            Work(
+            StepBatches(
                 batches=batches,
                 weights=[batch.num_trained for batch in batches],
                 weight=weight,
@@ -267,7 +267,7 @@ def frozen(rank: int, world_size: int, given: dict) -> dict[str, torch.Tensor]:
     batches = micro_batches(0, layout, chosen, LENGTH)
     weight = weight_of(batches, layout)
     weights = [batch.num_trained for batch in batches]
-    executor.train(Work(batches=batches, weights=weights, weight=weight, scale=1.0))
+    executor.train(StepBatches(batches=batches, weights=weights, weight=weight, scale=1.0))
     return {name: full(p.grad) for name, p in model.named_parameters() if p.grad is not None}
 
 

@@ -155,7 +155,7 @@ def covered(case: dict, score_bytes: int) -> tuple[torch.Tensor, int]:
     tiled = ring.TiledMask(whole, CPU)
     shown = torch.zeros(BATCH, LENGTH, LENGTH, dtype=torch.bool)
     count = 0
-    held = [context.pieces(LENGTH, 2, r, True) for r in (0, 1)]
+    held = [context.token_ranges(LENGTH, 2, r, True) for r in (0, 1)]
     for queries in held:
         rows = torch.cat([torch.arange(p.start, p.stop) for p in queries])
         for keys in held:

@@ -16,7 +16,7 @@ from cordee.errors import ProblemError
 from cordee.model.gpt import GPTModel
 from cordee.parallel import apply, compile, wrapper
 from cordee.parallel.degrees import degrees
-from cordee.parallel.execution import Work
+from cordee.parallel.execution import StepBatches
 from cordee.parallel.layout import Layout
 from cordee.parallel.pipeline.check import SPLIT_BACKWARD
 from cordee.parallel.wrapper import Wrapper
@@ -112,7 +112,9 @@ def through_a_pipeline(rank: int, world_size: int, given: dict[str, Any], recomp
     executor = built[-1]
     batches = pipelines.micro_batches(0, built[0], built[1], pipelines.LENGTH)
     weights = [batch.num_trained for batch in batches]
-    executor.train(Work(batches=batches, weights=weights, weight=pipelines.weight_of(batches, built[0]), scale=1.0))
+    executor.train(
+        StepBatches(batches=batches, weights=weights, weight=pipelines.weight_of(batches, built[0]), scale=1.0)
+    )
     grads = {name: pipelines.full(p.grad) for name, p in model.named_parameters()}
     return grads, calls, len(model.own_layers()) * len(batches)
 

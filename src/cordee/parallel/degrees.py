@@ -99,14 +99,15 @@ def fitting(options: ParallelOptions, world_size: int) -> Degrees:
         replicate=replicate,
         shard=data // replicate,
         cp=options.context_parallel_size,
-        ulysses=_ulysses(options),
+        ulysses=ulysses_ranks(options),
         tp=options.tensor_model_parallel_size,
         ep=options.expert_model_parallel_size,
         whole=options.zero_stage == 0,
     )
 
 
-def _ulysses(options: ParallelOptions) -> int:
+def ulysses_ranks(options: ParallelOptions) -> int:
+    """How many of the context-parallel ranks run all-to-all over heads and sequence with each other."""
     if options.context_parallel_algo == "hybrid_cp_algo":
         return options.ulysses_degree_in_cp or 1
     return options.context_parallel_size if options.context_parallel_algo == "ulysses_cp_algo" else 1
@@ -122,7 +123,7 @@ def problems(options: ParallelOptions, world_size: int) -> Problems:
     )
     if options.context_parallel_algo == "hybrid_cp_algo":
         involved = ("context_parallel_size", "context_parallel_algo")
-        yield from divides("--ulysses-degree-in-cp", _ulysses(options), cp, "context-parallel ranks", *involved)
+        yield from divides("--ulysses-degree-in-cp", ulysses_ranks(options), cp, "context-parallel ranks", *involved)
     made_of = f"tensor {tp} x context {cp} x pipeline {pp}"
     yield from divisible("processes", world_size, model, made_of, *RANKS, instead="lower a degree")
     if world_size % model:

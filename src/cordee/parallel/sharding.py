@@ -72,9 +72,9 @@ def _mesh(spec: ParameterSpec, layout: Layout) -> DeviceMesh | None:
     return layout.storage["tp"]
 
 
-def _distributed(parameter: nn.Parameter, mesh: DeviceMesh, lying: list[DTensorPlacement]) -> nn.Parameter:
-    part = torch.empty(_local_shape(parameter, mesh, lying), dtype=parameter.dtype, device=parameter.device)
-    tensor = DTensor.from_local(part, mesh, lying, run_check=False, shape=parameter.shape, stride=parameter.stride())
+def _distributed(parameter: nn.Parameter, mesh: DeviceMesh, placed: list[DTensorPlacement]) -> nn.Parameter:
+    part = torch.empty(_local_shape(parameter, mesh, placed), dtype=parameter.dtype, device=parameter.device)
+    tensor = DTensor.from_local(part, mesh, placed, run_check=False, shape=parameter.shape, stride=parameter.stride())
     return nn.Parameter(tensor, requires_grad=parameter.requires_grad)
 
 
@@ -107,10 +107,10 @@ def _own_size(parameter: Tensor) -> int:
     return math.prod(_local_shape(parameter, parameter.device_mesh, parameter.placements))
 
 
-def _local_shape(parameter: Tensor, mesh: DeviceMesh, lying: Iterable[DTensorPlacement]) -> list[int]:
+def _local_shape(parameter: Tensor, mesh: DeviceMesh, placed: Iterable[DTensorPlacement]) -> list[int]:
     """Of this rank's shard along tensor and expert axes; those of FSDP2 are left out."""
     shape = list(parameter.shape)
-    for index, (axis, placement) in enumerate(zip(mesh.mesh_dim_names or (), lying, strict=True)):
+    for index, (axis, placement) in enumerate(zip(mesh.mesh_dim_names or (), placed, strict=True)):
         if axis in ALONG.values() and isinstance(placement, Shard):
             begin, end = part_of(shape[placement.dim], mesh.get_local_rank(index), mesh.size(index))
             shape[placement.dim] = end - begin
@@ -130,5 +130,5 @@ def repeated(summed: bool) -> View:
 
 def _repeated(parameter: Tensor, gradient: DTensorPlacement) -> Tensor:
     assert isinstance(parameter, DTensor)
-    lying = [gradient if isinstance(placement, Replicate) else placement for placement in parameter.placements]
-    return parameter.to_local(grad_placements=lying)
+    placed = [gradient if isinstance(placement, Replicate) else placement for placement in parameter.placements]
+    return parameter.to_local(grad_placements=placed)

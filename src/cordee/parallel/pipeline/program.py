@@ -81,6 +81,11 @@ class Message:
     stage: int
     micro_batch: int
 
+    @property
+    def peer_stage(self) -> int:
+        """The stage at the other end."""
+        return self.stage + 1 if (self.kind == "F") == (self.what == "send") else self.stage - 1
+
 
 Instruction = Action | Message
 
