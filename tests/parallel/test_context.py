@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
+from cordee.config.check import model_ranks
 from cordee.config.laws import ignored_options
 from cordee.config.schema import TrainConfig
 from cordee.data.batch import IGNORED, Batch
@@ -17,7 +18,7 @@ from cordee.model.gpt import GPTModel
 from cordee.model.init import initialise
 from cordee.optim.clip import global_norm, gradients
 from cordee.parallel import apply, collectives, context, data, laws
-from cordee.parallel.degrees import Degrees, degrees
+from cordee.parallel.degrees import Degrees, degrees, problems
 from cordee.parallel.layout import Layout
 from cordee.train import job
 from cordee.train.plan import plan_run
@@ -37,6 +38,7 @@ from tests.parallel.context_cases import (
     positions,
     shape,
 )
+from tests.problems import facts, limits
 from tests.train import tiny
 
 STEPS, SAMPLES = 3, 4
@@ -142,32 +144,37 @@ def test_with_tensor_data_and_zero(pool, layout: str):
     assert_as_alone(pool, 4, runs)
 
 
+NEEDS = {"hybrid": "--context-parallel-algo hybrid_cp_algo", "ring": "--context-parallel-algo megatron_cp_algo"}
+
+
 @pytest.mark.parametrize(
-    ("given", "option"),
+    ("given", "option", "kind", "limit"),
     [
-        ({"context_parallel_algo": "hybrid_cp_algo"}, "--ulysses-degree-in-cp"),
-        ({**HYBRID, "ulysses_degree_in_cp": 4}, "--ulysses-degree-in-cp"),
-        ({**HYBRID, "ulysses_degree_in_cp": 3}, "--ulysses-degree-in-cp"),
-        ({**RING, "ulysses_degree_in_cp": 2}, "--ulysses-degree-in-cp"),
-        ({**RING, "cp_window_size": 3}, "--cp-window-size"),
-        ({**RING, "cp_window_size": 4}, "--cp-window-size"),
-        ({**HYBRID, "cp_window_size": 2}, "--cp-window-size"),
-        ({**ULYSSES, "cp_window_size": 2}, "--cp-window-size"),
-        ({**RING, "seq_length": 28}, "--seq-length"),
-        ({**RING, "seq_length": 30, "cp_attention_mask_type": "full"}, "--seq-length"),
-        ({**ULYSSES, "seq_length": 30}, "--seq-length"),
-        ({**ULYSSES, "tensor_model_parallel_size": 4}, "--context-parallel-size"),
-        ({**HYBRID, "tensor_model_parallel_size": 8}, "--ulysses-degree-in-cp"),
+        ({"context_parallel_algo": "hybrid_cp_algo"}, "ulysses_degree_in_cp", "missing", None),
+        ({**HYBRID, "ulysses_degree_in_cp": 4}, "ulysses_degree_in_cp", "at most", 2),
+        ({**HYBRID, "ulysses_degree_in_cp": 3}, "ulysses_degree_in_cp", "divides", 4),
+        ({**RING, "ulysses_degree_in_cp": 2}, "ulysses_degree_in_cp", "requires", NEEDS["hybrid"]),
+        ({**RING, "cp_window_size": 3}, "cp_window_size", "divides", 4),
+        ({**RING, "cp_window_size": 4}, "cp_window_size", "at most", 3),
+        ({**HYBRID, "cp_window_size": 2}, "cp_window_size", "at most", 1),
+        ({**ULYSSES, "cp_window_size": 2}, "cp_window_size", "requires", NEEDS["ring"]),
+        ({**RING, "seq_length": 28}, "seq_length", "divisible", 8),
+        ({**RING, "seq_length": 30, "cp_attention_mask_type": "full"}, "seq_length", "divisible", 4),
+        ({**ULYSSES, "seq_length": 30}, "seq_length", "divisible", 4),
+        ({**ULYSSES, "tensor_model_parallel_size": 4}, "context_parallel_size", "divides", 8),
+        ({**HYBRID, "tensor_model_parallel_size": 8}, "ulysses_degree_in_cp", "divides", 8),
     ],
 )
-def test_what_does_not_fit_is_told(given: dict, option: str):
+def test_what_does_not_fit_is_reported(given: dict, option: str, kind: str, limit: object):
     config = options(4, **given)
     (problem,) = broken(config)
-    assert problem.option == option
+    found = problem.subject, problem.value, problem.kind, problem.limit
+    assert found == (option, getattr(config, option), kind, limit)
 
 
 def broken(config: TrainConfig) -> list[Problem]:
-    return list(laws.context(laws.PlacedRun(model=shape(), degrees=Degrees(), options=config)))
+    placed = laws.PlacedRun(model=shape(), degrees=Degrees(), options=config)
+    return [*problems(config, model_ranks(config)), *laws.context(placed)]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -209,7 +216,7 @@ def test_a_run_that_does_not_fit_is_found_before_it_starts(tmp_path: Path):
     given = tiny.config(tmp_path, nproc_per_node=2, context_parallel_size=2, seq_length=15)
     with pytest.raises(ProblemError) as caught:
         plan_run(given, 2)
-    assert [problem.option for problem in caught.value.problems] == ["--seq-length"]
+    assert (facts(caught), limits(caught)) == ([("--seq-length", 15, "divisible")], [2])
 
 
 def test_options_without_effect_are_told(tmp_path: Path):

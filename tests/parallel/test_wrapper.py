@@ -138,7 +138,7 @@ def test_what_cannot_run_in_a_split_backward_is_refused(schedule: str):
     recompute = Wrapper(name="recompute", around=recomputed)
     llama = models.MODELS["llama"]
     (problem,) = wrapper.check([recompute], options)
-    assert (problem.option, problem.value) == ("--pipeline-schedule", schedule)
+    assert (problem.option, problem.value, problem.kind) == ("--pipeline-schedule", schedule, "excludes")
     with pytest.raises(ProblemError):
         apply.apply(GPTModel(llama, device="meta"), Layout(degrees(models.options(), 1)), options, CPU, [recompute])
     assert not list(wrapper.check([replace(recompute, splits_backward=True)], options))
