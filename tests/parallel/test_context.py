@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ from tests.parallel.context_cases import (
 from tests.problems import facts, limits
 from tests.train import tiny
 
-STEPS, SAMPLES = 3, 4
+STEPS, SAMPLES = 2, 4
 
 
 def samples(packed: bool) -> Batch:
@@ -107,10 +108,15 @@ def train_on_ranks(rank: int, ranks: int, runs: list[tuple[str, bool, dict]]) ->
     return [train(name, ranks, packed, given) for name, packed, given in runs]
 
 
+@functools.cache
+def train_alone(name: str, packed: bool) -> tuple[list[list[float]], dict[str, torch.Tensor]]:
+    return train(name, 1, packed, {})
+
+
 def assert_as_alone(pool, ranks: int, runs: list[tuple[str, bool, dict]]) -> None:
     results = pool.run(train_on_ranks, ranks, runs)
     for number, (name, packed, given) in enumerate(runs):
-        values, grads = train(name, 1, packed, {})
+        values, grads = train_alone(name, packed)
         for found in results:
             got, found_grads = found[number]
             close = torch.allclose(torch.tensor(got), torch.tensor(values), rtol=1e-5, atol=1e-6)
@@ -125,23 +131,28 @@ def context_of(layout: str, **given) -> dict:
     return {"context_parallel_size": ranks, **chosen, **given}
 
 
+TENSOR_MODELS = ["grouped", "alibi", "windows and sinks", "latent"]
 MODEL_LAYOUTS = ["ulysses2", "ring2", "ulysses4", "double ring4 overlapped", "hybrid4"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("layout", "name"), sampled(MODEL_LAYOUTS, MODELS, whole=["ring2"], per_row=3))
+@pytest.mark.parametrize(("layout", "name"), sampled(MODEL_LAYOUTS, MODELS, whole=["ring2"], per_row=2))
 def test_models_train_as_in_one_process(pool, layout: str, name: str):
     assert_as_alone(pool, LAYOUTS[layout][0], [(name, packed, context_of(layout)) for packed in (False, True)])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["ulysses2", "ring2"])
-def test_with_tensor_data_and_zero(pool, layout: str):
-    tensor = {"tensor_model_parallel_size": 2}
-    runs = [(name, True, context_of(layout, **tensor)) for name in ("grouped", "alibi", "windows and sinks", "latent")]
-    runs += [(name, True, context_of(layout, **tensor, sequence_parallel=True)) for name in ("grouped", "mixture")]
-    runs += [("mixture", True, context_of(layout, zero_stage=stage)) for stage in (0, 1, 2, 3)]
-    assert_as_alone(pool, 4, runs)
+@pytest.mark.parametrize(("layout", "name"), sampled(["ulysses2", "ring2"], TENSOR_MODELS, per_row=2))
+def test_with_tensor_parallelism(pool, layout: str, name: str):
+    whole, sharded = ({"tensor_model_parallel_size": 2, "sequence_parallel": sequence} for sequence in (False, True))
+    runs = [(name, True, context_of(layout, **whole))]
+    assert_as_alone(pool, 4, [*runs, ("mixture", True, context_of(layout, **sharded))])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "stage"), sampled(["ulysses2", "ring2"], range(4), per_row=2))
+def test_with_data_parallelism(pool, layout: str, stage: int):
+    assert_as_alone(pool, 4, [("mixture", True, context_of(layout, zero_stage=stage))])
 
 
 NEEDS = {"hybrid": "--context-parallel-algo hybrid_cp_algo", "ring": "--context-parallel-algo megatron_cp_algo"}

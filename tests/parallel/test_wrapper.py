@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -75,14 +74,9 @@ def on_ranks(rank: int, world_size: int, name: str, given: dict[str, Any], compi
         calls: Counter = Counter()
         wrappers = counting(calls, inside, compiles=compiles)
         model, layout, settings = models.build(models.MODELS[name], world_size, wrappers, **given)
-        result = models.train(model, layout, settings, steps=2)
+        result = models.train(model, layout, settings)
         found.append((result, calls, 2 * len(model.own_layers()) * models.SAMPLES // layout.data_size))
     return found
-
-
-@functools.cache
-def alone(name: str) -> dict[str, Any]:
-    return models.train(*models.build(models.MODELS[name], 1), steps=2)
 
 
 @pytest.mark.slow
@@ -90,7 +84,7 @@ def alone(name: str) -> dict[str, Any]:
 def test_recompute_runs_twice_with_the_same_gradients(pool, layout: str):
     ranks, given = LAYOUTS[layout]
     name = "mixture" if layout == "ep2" else "llama"
-    expected = alone(name)
+    expected = models.train_alone(name)
     # torch.compile cannot trace recompute of sharded parameters: layers that do not say so stay as they are.
     for of_rank in pool.run(on_ranks, ranks, name, given, layout == "compile"):
         for found, calls, forwards in of_rank:

@@ -26,6 +26,7 @@ def _worker(connection: Connection) -> None:
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     torch.set_num_threads(1)
+    gc.freeze()  # what is imported stays: else a collection would take as long as a short job
     while (job := connection.recv()) is not None:
         function, rank, world_size, store_path, timeout, args = job
         try:
