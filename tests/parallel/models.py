@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -154,6 +155,11 @@ def build(
     built = apply.apply(GPTModel(config, device="meta"), layout, settings, torch.device("cpu"), wrappers)
     initialise(built, 7)
     return built, layout, settings
+
+
+def traced():
+    """A context in which torch.compile traces and differentiates, but makes no kernels, which takes minutes."""
+    return mock.patch.object(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:

@@ -89,11 +89,11 @@ def attend(core, case: dict, index: torch.Tensor) -> list[torch.Tensor]:
 
 def attention_on_ranks(rank: int, ranks: int, given: dict, names: list[str]) -> dict[str, list[torch.Tensor]]:
     found = {}
+    layout = Layout(degrees(options(ranks, **given), ranks))
     for name in names:
         case = CASES[name]
         causal = case.get("causal", True)
         config = options(ranks, cp_attention_mask_type="causal" if causal else "full", **given)
-        layout = Layout(degrees(config, ranks))
         model = GPTModel(shape(), device="meta")
         context.apply(model, layout, config)
         core = model.layers["0"].attention.placement.core

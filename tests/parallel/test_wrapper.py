@@ -73,8 +73,9 @@ def on_ranks(rank: int, world_size: int, name: str, given: dict[str, Any], compi
     for inside in INSIDE:
         calls: Counter = Counter()
         wrappers = counting(calls, inside, compiles=compiles)
-        model, layout, settings = models.build(models.MODELS[name], world_size, wrappers, **given)
-        result = models.train(model, layout, settings)
+        with models.traced():
+            model, layout, settings = models.build(models.MODELS[name], world_size, wrappers, **given)
+            result = models.train(model, layout, settings)
         found.append((result, calls, 2 * len(model.own_layers()) * models.SAMPLES // layout.data_size))
     return found
 

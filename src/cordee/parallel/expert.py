@@ -119,7 +119,4 @@ def _padded(x: Tensor, rows: int, value: float = 0.0) -> Tensor:
     return F.pad(x, (0, 0, 0, rows), value=value) if rows else x
 
 
-DISPATCHERS: dict[str, type[AllToAllDispatcher] | type[AllGatherDispatcher]] = {
-    "alltoall": AllToAllDispatcher,
-    "allgather": AllGatherDispatcher,
-}
+DISPATCHERS = {"alltoall": AllToAllDispatcher, "allgather": AllGatherDispatcher}

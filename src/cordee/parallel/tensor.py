@@ -79,8 +79,8 @@ def _blocks(model: GPTModel) -> Iterator[nn.Module]:
 def _set_borders(model: GPTModel, axis: _Axis, sequence: bool) -> None:
     border = partial(_set_border, group=axis.group, sequence=sequence)
     if sequence:
-        own = partial(_own_tokens, rank=axis.rank, size=axis.size)
-        model.placement.wrap("outside_blocks", NAME, after(own), compiles=True)
+        own_tokens = after(lambda positions: positions.chunk(axis.size, -1)[axis.rank])
+        model.placement.wrap("outside_blocks", NAME, own_tokens, compiles=True)
     for layer in model.own_layers():
         border(layer.attention.placement)
         border(layer.mlp.placement)
@@ -99,10 +99,6 @@ def _set_borders(model: GPTModel, axis: _Axis, sequence: bool) -> None:
     if model.has_head:
         border(model.head.placement)
         model.head.placement.set(NAME, vocabulary=vocabulary)
-
-
-def _own_tokens(positions: Tensor, rank: int, size: int) -> Tensor:
-    return positions.chunk(size, -1)[rank]
 
 
 def _prepare_attention(module: Attention, axis: _Axis) -> None:
