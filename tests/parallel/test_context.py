@@ -1,4 +1,4 @@
-"""Context parallelism: whole models train as in one process, and what does not fit is told."""
+"""Context parallelism: whole models train as in one process, and what does not fit is reported."""
 
 from __future__ import annotations
 
@@ -230,8 +230,8 @@ def test_a_run_that_does_not_fit_is_found_before_it_starts(tmp_path: Path):
     assert (facts(caught), limits(caught)) == ([("--seq-length", 15, "divisible")], [2])
 
 
-def test_options_without_effect_are_told(tmp_path: Path):
+def test_ignored_options_are_reported(tmp_path: Path):
     alone = ignored_options(tiny.config(tmp_path, cp_window_size=2, use_cp_send_recv_overlap=True))
-    assert {"cp_window_size", "use_cp_send_recv_overlap"} <= {name for told in alone for name in told.names}
+    assert {"cp_window_size", "use_cp_send_recv_overlap"} <= {name for ignored in alone for name in ignored.names}
     ulysses = ignored_options(tiny.config(tmp_path, context_parallel_size=2, use_cp_send_recv_overlap=True))
-    assert "use_cp_send_recv_overlap" in {name for told in ulysses for name in told.names}
+    assert "use_cp_send_recv_overlap" in {name for ignored in ulysses for name in ignored.names}

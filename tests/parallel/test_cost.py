@@ -37,7 +37,7 @@ def measured(rank: int, world_size: int, given: dict) -> tuple[MemoryCost, Memor
     model, layout, config = build(world_size, **given)
     wrapped = data.needs_sharding(config, world_size)
     share = sharding.count(model, model.layers.values())
-    said = cost(config, layout.degrees, share, wrapped=wrapped, accumulates=True)
+    predicted = cost(config, layout.degrees, share, wrapped=wrapped, accumulates=True)
     parameters = list(model.parameters())
     optimizer = build_optimizer(config, model.named_parameters(), model.parameter_specs(), fused=False)
     weights = bytes_of(parameters)
@@ -51,7 +51,7 @@ def measured(rank: int, world_size: int, given: dict) -> tuple[MemoryCost, Memor
     optimizer.step()
     state = bytes_of(value for slots in optimizer.state.values() for value in slots.values() if value.ndim)
     size = share.parameters
-    return said, MemoryCost(weights=weights / size, gradients=gradients / size, optimizer=state / size)
+    return predicted, MemoryCost(weights=weights / size, gradients=gradients / size, optimizer=state / size)
 
 
 PRECISIONS = {
@@ -67,17 +67,17 @@ SHAPES = {"dp2": (2, 1), "tp2": (2, 2), "dp2 tp2": (4, 2)}  # ranks, and how man
 def test_equals_the_tensors(pool, stage: int, shape: str, precision: str):
     ranks, tensor = SHAPES[shape]
     given = {"zero_stage": stage, "tensor_model_parallel_size": tensor, **PRECISIONS[precision]}
-    for said, found in pool.run(measured, ranks, given):
-        assert found.weights == pytest.approx(said.weights, rel=0.02)  # shards of some are padded
-        assert found.gradients == pytest.approx(said.gradients, rel=0.02)
-        assert found.optimizer == pytest.approx(said.optimizer, rel=0.02)
+    for predicted, found in pool.run(measured, ranks, given):
+        assert found.weights == pytest.approx(predicted.weights, rel=0.02)  # shards of some are padded
+        assert found.gradients == pytest.approx(predicted.gradients, rel=0.02)
+        assert found.optimizer == pytest.approx(predicted.optimizer, rel=0.02)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_alone(optimizer: str):
-    said, found = measured(0, 1, {"optimizer": optimizer})
-    assert found == said
-    assert said.total == (16 if optimizer == "adam" else 12)
+    predicted, found = measured(0, 1, {"optimizer": optimizer})
+    assert found == predicted
+    assert predicted.total == (16 if optimizer == "adam" else 12)
 
 
 @pytest.mark.parametrize(

@@ -248,7 +248,7 @@ def test_other_errors_are_not_lost_contact():
 
 def problems_of_one(rank: int, world_size: int) -> list[Problem]:
     layout = Layout(degrees(options(), world_size))
-    own = [Problem("file", rank, "is broken", "mend it")] if rank == 1 else []
+    own = [Problem("file", rank, "is broken", "fix it")] if rank == 1 else []
     with pytest.raises(ProblemError) as caught:
         collectives.raise_together([*own, Problem("all", None, "see it", "once")], layout.control)
     return caught.value.problems

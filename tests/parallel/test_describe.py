@@ -1,4 +1,4 @@
-"""A layout in words; ranks count tp first, then cp, shard, replicate, and pp last."""
+"""A layout as text; ranks count tp first, then cp, shard, replicate, and pp last."""
 
 from __future__ import annotations
 

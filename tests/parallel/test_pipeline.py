@@ -85,13 +85,13 @@ def micro_batches(step: int, layout: Layout, chosen: TrainConfig, length: int, s
     sizes = sizes or [chosen.micro_batch_size] * (SAMPLES // size // chosen.micro_batch_size)
     found, begin = [], 0
     for count in sizes:
-        places = range(begin + layout.data_rank * count, begin + (layout.data_rank + 1) * count)
+        indices = range(begin + layout.data_rank * count, begin + (layout.data_rank + 1) * count)
         begin += count * size
-        own = samples(step, length)[places.start : places.stop]
+        own = samples(step, length)[indices.start : indices.stop]
         labels = own[:, 1:].clone()
-        for row, place in zip(labels, places, strict=True):  # samples of different weights
-            row[: place % 3] = -100
-        found.append(Batch(own[:, :-1].contiguous(), labels, samples=torch.tensor(places) + step * SAMPLES))
+        for row, index in zip(labels, indices, strict=True):  # samples of different weights
+            row[: index % 3] = -100
+        found.append(Batch(own[:, :-1].contiguous(), labels, samples=torch.tensor(indices) + step * SAMPLES))
     return found
 
 
@@ -283,7 +283,7 @@ def test_compiled_stages(pool, how: str):
 
 
 @slow
-def test_low_precision_travels_as_it_is_computed(pool):
+def test_low_precision_is_sent_as_it_is_computed(pool):
     given = {"bf16": True}
     (expected,) = pool.run(on_ranks, 1, shape(), given)
     for found in pool.run(on_ranks, 2, shape(), pipeline(2, "zbv", **given)):
@@ -337,7 +337,7 @@ LATER = {
 @slow
 @pytest.mark.parametrize("later", [("alone", "four"), pytest.param(("zbv", "virtual"), marks=pytest.mark.exhaustive)])
 def test_a_run_and_its_checkpoints(pool, tmp_path: Path, later: tuple[str, ...]):
-    """Saved on one layout, gone on with on another: as the run that was never stopped."""
+    """Saved on one layout, resumed on another: as the run that was never stopped."""
     alone = run_config(tmp_path, save=str(tmp_path / "alone"))
     runs.train_rank(0, 1, alone)
     timeline = tmp_path / "timeline.json"

@@ -58,7 +58,7 @@ def test_how_far_ahead_parameters_are_gathered(pool, given: dict, forward: int, 
         assert most == {"pre_forward": forward, "pre_backward": backward}
 
 
-def said(rank: int, world_size: int, given: dict) -> list[str]:
+def ignored_lines(rank: int, world_size: int, given: dict) -> list[str]:
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
@@ -74,8 +74,8 @@ def said(rank: int, world_size: int, given: dict) -> list[str]:
 
 
 def test_what_a_cpu_cannot_do_is_reported(pool):
-    assert pool.run(said, 2, {}) == [[], []]
-    for (line,) in pool.run(said, 2, {"overlap_grad_reduce": True, "delay_param_gather": True}):
+    assert pool.run(ignored_lines, 2, {}) == [[], []]
+    for (line,) in pool.run(ignored_lines, 2, {"overlap_grad_reduce": True, "delay_param_gather": True}):
         assert line.startswith("ignored: --overlap-grad-reduce, --delay-param-gather (")
 
 

@@ -68,7 +68,7 @@ def counting(calls: Counter, inside: str, **options: bool) -> list[Wrapper]:
 
 
 def on_ranks(rank: int, world_size: int, name: str, given: dict[str, Any], compiles: bool) -> list[tuple]:
-    """For every place: what training gives, the counts, and how many forwards there were."""
+    """For every kind of call: what training gives, the counts, and how many forwards there were."""
     found = []
     for inside in INSIDE:
         calls: Counter = Counter()
@@ -145,8 +145,8 @@ def test_what_cannot_run_in_a_split_backward_is_refused(schedule: str):
 def test_wrappers_are_the_last_on_a_hook_and_pick_layers():
     only_second = Wrapper(name="swap", around=recomputed, inside="core", layers=lambda index: index == 1)
     model, *_ = models.build(models.MODELS["llama"], 1, [only_second, replace(only_second, name="recompute")])
-    told = [[(c.hook, c.by) for c in layer.attention.placement.applied] for layer in model.own_layers()]
-    assert told == [[], [("core", "swap"), ("core", "recompute")]]
+    found = [[(c.hook, c.by) for c in layer.attention.placement.applied] for layer in model.own_layers()]
+    assert found == [[], [("core", "swap"), ("core", "recompute")]]
 
 
 def names_on_core(rank: int, world_size: int, given: dict[str, Any]) -> list[str]:

@@ -37,7 +37,7 @@ def refill(model: GPTModel, source: LiveSource) -> None:
 def save(source: LiveSource, sink: Sink | None) -> None:
     """Put all weights into `sink`; all ranks call it, one with a sink, which holds one whole parameter at a time.
 
-    ProblemError, on all ranks, if they cannot be written; reading goes on to its end, for the other ranks take part.
+    ProblemError, on all ranks, if they cannot be written; all is read to the end, for the other ranks take part.
     """
     found = Findings()
     for name in source.names():
