@@ -94,7 +94,7 @@ def test_alone(optimizer: str):
 )
 def test_by_hand(given: dict, shards: int, total: float):
     config = TrainConfig(seq_length=8, lr=1.0, **given)
-    shape = Degrees(shard=shards, whole=config.zero_stage == 0)
+    shape = Degrees(shard=shards, unsharded=config.zero_stage == 0)
     assert cost(config, shape, ParameterCount(parameters=100), wrapped=True, accumulates=True).total == pytest.approx(
         total
     )

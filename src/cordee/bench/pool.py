@@ -36,6 +36,8 @@ def _worker(connection: Connection) -> None:
             )
             dist.barrier()  # a function that ends its group at once would break the contact that others still make
             result = (True, function(rank, world_size, *args))
+            if dist.is_initialized():
+                dist.barrier()  # as would the end of groups that the function has made
         except BaseException:
             result = (False, traceback.format_exc())
         finally:

@@ -28,8 +28,8 @@ class Degrees:
     Of the cp ranks, `ulysses` neighbours run all-to-all over heads and sequence, and each is in a ring with its like.
 
     ep: shards of the experts. It is no axis of its own, but folds over the ranks that hold different tokens
-    (replicate, shard and cp together), neighbours first, so that ep divides their number. `whole`: parameters are
-    replicated on all of those (ZeRO stage 0).
+    (replicate, shard and cp together), neighbours first, so that ep divides their number. `unsharded`: all of
+    those hold whole parameters (ZeRO stage 0).
     """
 
     pp: int = 1
@@ -39,7 +39,7 @@ class Degrees:
     ulysses: int = 1
     tp: int = 1
     ep: int = 1
-    whole: bool = False
+    unsharded: bool = False
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -67,7 +67,7 @@ class Degrees:
     @property
     def storage(self) -> tuple[int, int]:
         """How many replicas of a parameter the token ranks hold, and into how many shards each is cut."""
-        if self.whole:
+        if self.unsharded:
             return self.token_ranks, 1
         return self.replicate, self.shard * self.cp
 
@@ -75,7 +75,7 @@ class Degrees:
     def expert_storage(self) -> tuple[int, int]:
         """As `storage`, of the experts, each of which has 1 / ep of the token ranks."""
         copies = self.token_ranks // self.ep
-        if self.whole:
+        if self.unsharded:
             return copies, 1
         shards = max(1, self.storage[1] // self.ep)
         return copies // shards, shards
@@ -102,7 +102,7 @@ def fitting(options: ParallelOptions, world_size: int) -> Degrees:
         ulysses=ulysses_ranks(options),
         tp=options.tensor_model_parallel_size,
         ep=options.expert_model_parallel_size,
-        whole=options.zero_stage == 0,
+        unsharded=options.zero_stage == 0,
     )
 
 

@@ -76,11 +76,11 @@ class _Exchange:
     def enter(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, before: Before | None = None) -> Tensor:
         """The GEMM of what enters a block."""
         assert before is None, "no function is between a border and the GEMM behind it"
-        return _Entering.apply(x, weight, bias, self)
+        return _ColumnParallelLinear.apply(x, weight, bias, self)
 
     def leave(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, before: Before | None = None) -> Tensor:
         """The GEMM whose sum over ranks leaves a block."""
-        return _Leaving.apply(x if before is None else before(x), weight, bias, self)
+        return _RowParallelLinear.apply(x if before is None else before(x), weight, bias, self)
 
     @property
     def ranks(self) -> int:
@@ -173,7 +173,7 @@ def _parameter_gradients(
     return weight_grad, _rows(grad).sum(0) if need_bias else None
 
 
-class _Entering(Function):
+class _ColumnParallelLinear(Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, exchange: _Exchange) -> Tensor:
         x, y = exchange.gathered_and(x, partial(linear, weight=weight, bias=bias))
@@ -191,7 +191,7 @@ class _Entering(Function):
         return None if wait is None else wait(), *of_parameters, None
 
 
-class _Leaving(Function):
+class _RowParallelLinear(Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, exchange: _Exchange) -> Tensor:
         ctx.exchange = exchange
