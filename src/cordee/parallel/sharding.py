@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from torch.distributed.tensor import Placement as DTensorPlacement  # ours is `m
 
 from cordee.config.schema import ParallelOptions
 from cordee.model.parameter import SpecifiedModule
-from cordee.model.placement import View, after
+from cordee.model.placement import after
 from cordee.model.shards import ALONG, part_of
 from cordee.model.specs import ParameterSpec
 from cordee.parallel.cost import ParameterCount
@@ -123,12 +122,8 @@ def local(parameter: Tensor) -> Tensor:
     return parameter.to_local()
 
 
-def repeated(summed: bool) -> View:
-    """The view of a parameter replicated over tensor-parallel ranks; `summed`: their gradients are parts of a sum."""
-    return partial(_repeated, gradient=Partial()) if summed else local
-
-
-def _repeated(parameter: Tensor, gradient: DTensorPlacement) -> Tensor:
+def local_of_sum(parameter: Tensor) -> Tensor:
+    """The view of a parameter that is replicated over ranks whose gradients are parts of a sum."""
     assert isinstance(parameter, DTensor)
-    placed = [gradient if isinstance(placement, Replicate) else placement for placement in parameter.placements]
+    placed = [Partial() if isinstance(placement, Replicate) else placement for placement in parameter.placements]
     return parameter.to_local(grad_placements=placed)

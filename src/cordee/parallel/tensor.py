@@ -120,8 +120,8 @@ def _set_views(module: SpecifiedModule, axis: _Axis, summed: bool) -> None:
         parameter = getattr(module, name)
         assert isinstance(parameter, DTensor)
         if parameter.placements[-1] == Replicate():
-            view, repeated = f"view_of_{name}", sharding.repeated(summed)
-            module.placement.replace(view, NAME, repeated, instead_of=sharding.NAME, compiles=True)
+            view, replicated = f"view_of_{name}", sharding.local_of_sum if summed else sharding.local
+            module.placement.replace(view, NAME, replicated, instead_of=sharding.NAME, compiles=True)
             if spec.axes[0] == "kv_group":
                 module.placement.wrap(view, NAME, after(_group_slots(spec, axis)), compiles=True)
     if module.specs.get("bias") is not None and _adds_parts(module):
