@@ -1,4 +1,4 @@
-"""`python -m benchmarks context`: one long sequence on one process, and shared out over several by each algorithm.
+"""`python -m benchmarks context`: one long sequence on one process, and sharded over several by each algorithm.
 
 What counts is the memory of a rank, and that attention over the whole sequence is the same. The model has a wide MLP
 and few, narrow heads, so that a CPU gets through the square of the length.

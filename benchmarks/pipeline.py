@@ -160,10 +160,10 @@ def play(rank: int, world_size: int, step: Step, unit: float, path: str) -> None
     from cordee.model.init import initialise
     from cordee.parallel import apply
     from cordee.parallel.degrees import degrees
-    from cordee.parallel.execution import Criterion, Work
+    from cordee.parallel.execution import Criterion, StepBatches
     from cordee.parallel.layout import Layout
     from cordee.parallel.pipeline.executor import PipelineExecutor
-    from cordee.parallel.pipeline.split import divide
+    from cordee.parallel.pipeline.split import partition_layers
     from cordee.train import objectives
     from cordee.train.options import TrainConfig
 
@@ -178,19 +178,19 @@ def play(rank: int, world_size: int, step: Step, unit: float, path: str) -> None
         ffn=HIDDEN,
         vocab_size=VOCAB_SIZE,
     )
-    division = divide(options, shape, LENGTH)
-    model = GPTModel(shape, spans=division.owned(layout.axis_rank("pp")), device="meta")
+    partition = partition_layers(options, shape, LENGTH)
+    model = GPTModel(shape, spans=partition.spans_of(layout.axis_rank("pp")), device="meta")
     model = apply.apply(model, layout, options, torch.device("cpu"))
     initialise(model, 1)
     _slow_down(model, unit, step.reduction * unit)
     criterion = Criterion(objectives.named("pretrain"), layout)
-    executor = PipelineExecutor(model, division, layout, options, torch.device("cpu"), criterion)
+    executor = PipelineExecutor(model, partition, layout, options, torch.device("cpu"), criterion)
     random = torch.Generator().manual_seed(layout.data_rank)
     tokens = [torch.randint(VOCAB_SIZE, (size, LENGTH + 1), generator=random) for size in step.sizes]
     batches = [Batch(each[:, :-1].contiguous(), each[:, 1:].contiguous()) for each in tokens]
     weights = [batch.num_trained for batch in batches]
     for _ in range(2):
-        executor.train(Work(batches=batches, weights=weights, weight=sum(weights) * layout.data_size, scale=1.0))
+        executor.train(StepBatches(batches=batches, weights=weights, weight=sum(weights) * layout.data_size, scale=1.0))
 
 
 def _options(step: Step) -> dict[str, Any]:

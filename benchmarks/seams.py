@@ -1,4 +1,4 @@
-"""`python -m benchmarks seams`: what the places where layouts plug in cost.
+"""`python -m benchmarks seams`: what the seams, where layouts plug in, cost.
 
 Two comparisons, in turns within the same processes. Alone: `GPTModel`, with every seam and none in use, beside a Llama
 written down directly with the same operators. On two processes: tensor parallelism through the model's borders and

@@ -208,7 +208,7 @@ def test_whatever_is_done_at_a_seam_is_not_passed_over(config, name, seam):
 
 def test_a_delta_is_felt_in_what_is_written():
     written = {}
-    for seam, hook in (("product", "product"), ("view", "views.weight"), ("none", None)):
+    for seam, hook in (("product", "product"), ("view", "view_of_weight"), ("none", None)):
         model = tiny.model(COMMON["grouped"])
         if hook is not None:
             model.layers["0"].attention.qkv.placement.wrap(hook, "test", bent)

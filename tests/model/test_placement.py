@@ -41,6 +41,14 @@ def test_a_hook_cannot_be_overwritten():
     assert placement.enter(1.0) == 2.0
 
 
+@pytest.mark.parametrize("name", ["view_of_weight", "product", "applied", "prodct"])
+def test_nothing_is_changed_without_a_record(name: str):
+    linear = tiny.model(tiny.config()).layers["0"].attention.qkv
+    with pytest.raises(AttributeError):
+        setattr(linear.placement, name, times(2))
+    assert linear.placement.is_plain and linear.placement.view("weight")(linear.weight) is linear.weight
+
+
 def test_one_technique_takes_over_from_another_by_name():
     placement = BlockPlacement()
     placement.wrap("enter", "border", after(times(2)))
@@ -65,7 +73,7 @@ def test_a_fact_is_said_once():
     assert placement.first_head == 3
 
 
-@pytest.mark.parametrize("name", ["core", "views.weight"])
+@pytest.mark.parametrize("name", ["core", "view_of_weight", "applied"])
 def test_unknown_seams_are_refused(name):
     with pytest.raises(AssertionError):
         BlockPlacement().wrap(name, "test", after(times(2)))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -35,7 +37,7 @@ from cordee.parallel.layout import Layout
 from cordee.parallel.wrapper import Wrapper
 from cordee.train.options import TrainConfig
 
-SAMPLES, LENGTH, MICRO_BATCHES, VOCAB = 8, 16, 2, 53
+SAMPLES, LENGTH, VOCAB = 4, 16, 53
 RMS, LAYER = NormConfig(kind="rms", eps=1e-5), NormConfig(kind="layer", eps=1e-5)
 SWIGLU = MLPConfig(ffn_hidden_size=48, activation="silu", gated=True)
 
@@ -155,11 +157,16 @@ def build(
     return built, layout, settings
 
 
+def traced():
+    """A context in which torch.compile traces and differentiates, but makes no kernels, which takes minutes."""
+    return mock.patch.object(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+
+
 def full(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def train(built: GPTModel, layout: Layout, config: TrainConfig, steps: int = 3) -> dict[str, Any]:
+def train(built: GPTModel, layout: Layout, config: TrainConfig, steps: int = 2) -> dict[str, Any]:
     """Losses and gradient norms of some steps on the same samples, and all gradients of the first."""
     optimizer = build_optimizer(config, built.named_parameters(), built.parameter_specs(), fused=True)
     tokens = torch.randint(0, VOCAB, (SAMPLES, LENGTH + 1), generator=torch.Generator().manual_seed(3))
@@ -191,6 +198,12 @@ def train(built: GPTModel, layout: Layout, config: TrainConfig, steps: int = 3) 
         optimizer.step()
         optimizer.zero_grad()
     return found
+
+
+@functools.cache
+def train_alone(name: str) -> dict[str, Any]:
+    """`train` of a model of `MODELS` in this process; not to be changed."""
+    return train(*build(MODELS[name], 1))
 
 
 def train_on_ranks(rank: int, world_size: int, name: str, given: dict[str, Any]) -> dict[str, Any]:

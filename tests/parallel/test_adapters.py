@@ -20,16 +20,16 @@ from cordee.model.parameter import local_shard, of_origins, train_only
 from cordee.optim.build import build_optimizer, set_rates
 from cordee.parallel import apply, collectives, context, laws
 from cordee.parallel.degrees import degrees
-from cordee.parallel.execution import Criterion, LocalExecutor, Work, own_parameters
+from cordee.parallel.execution import Criterion, LocalExecutor, StepBatches, own_parameters
 from cordee.parallel.layout import Layout
 from cordee.parallel.pipeline.executor import PipelineExecutor
-from cordee.parallel.pipeline.split import divide
+from cordee.parallel.pipeline.split import partition_layers
 from tests.matrix import sampled
 from tests.parallel import models
 from tests.parallel.test_pipeline import LENGTH, Twice, full, micro_batches, options, weight_of
 
 CPU = torch.device("cpu")
-STEPS = 3
+STEPS = 2
 
 
 def low_rank(*targets: str, **changes: Any) -> tuple[LowRankConfig, ...]:
@@ -78,17 +78,17 @@ def train(world_size: int, config: ModelConfig, given: dict[str, Any], root: Pat
     chosen = options(**given)
     layout = Layout(degrees(chosen, world_size))
     assert not list(laws.check(laws.PlacedRun(model=config, degrees=layout.degrees, options=chosen)))
-    division = divide(chosen, config, LENGTH) if layout.degrees.pp > 1 else None
-    spans = () if division is None else division.owned(layout.axis_rank("pp"))
+    partition = partition_layers(chosen, config, LENGTH) if layout.degrees.pp > 1 else None
+    spans = () if partition is None else partition.spans_of(layout.axis_rank("pp"))
     model = GPTModel(config, spans=spans, device="meta")
     train_only(model, {"adapter"})
     apply.apply(model, layout, chosen, CPU)
     start(model)
     criterion = Criterion(Twice(), layout)
-    if division is None:
+    if partition is None:
         executor = LocalExecutor(model, chosen, CPU, criterion)
     else:
-        executor = PipelineExecutor(model, division, layout, chosen, CPU, criterion)
+        executor = PipelineExecutor(model, partition, layout, chosen, CPU, criterion)
     optimizer = build_optimizer(chosen, model.named_parameters(), model.parameter_specs(), fused=True)
     save(root, 0, model, optimizer, layout)
     found: dict[str, Any] = {"losses": [], "norms": [], "grads": {}}
@@ -97,7 +97,7 @@ def train(world_size: int, config: ModelConfig, given: dict[str, Any], root: Pat
         weight = weight_of(whole, layout)
         batches = [context.shard(batch, layout, chosen) for batch in whole]
         sums = executor.train(
-            Work(batches=batches, weights=[batch.num_trained for batch in whole], weight=weight, scale=1.0)
+            StepBatches(batches=batches, weights=[batch.num_trained for batch in whole], weight=weight, scale=1.0)
         )
         found["losses"].append((collectives.sum_over(sums[""], layout) / weight).item())
         found["norms"].append(collectives.global_norm([p.grad for p in own_parameters(model)], layout, CPU))
@@ -163,14 +163,13 @@ WHOLE = ("dense", "latent", "mixture")  # with an adapter on every projection
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", WHOLE)
-@pytest.mark.parametrize("layout", ["tp2", "tp4 sp", "zero3", "pp2"])
+@pytest.mark.parametrize(("layout", "name"), sampled(["tp2", "tp4 sp", "zero3", "pp2"], WHOLE, whole=["tp4 sp"]))
 def test_every_projection_equals_one_process(pool, layout: str, name: str):
     ranks, given = LAYOUTS[layout]
     assert_same(pool.run(on_ranks, ranks, MODELS[name], given), alone(name))
 
 
-OTHERS = sampled(LAYOUTS, [name for name in MODELS if name not in WHOLE], whole=["tp4 sp"], per_row=2)
+OTHERS = sampled(LAYOUTS, [name for name in MODELS if name not in WHOLE], whole=["tp4 sp"])
 
 
 @pytest.mark.slow
@@ -183,8 +182,7 @@ def test_further_adapters_equal_one_process(pool, layout: str, name: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mixture", "both"])
-@pytest.mark.parametrize("layout", EXPERTS)
+@pytest.mark.parametrize(("layout", "name"), sampled(EXPERTS, ["mixture", "both"]))
 def test_each_expert_has_its_own_adapter(pool, layout: str, name: str):
     ranks, given = EXPERTS[layout]
     assert_same(pool.run(on_ranks, ranks, MODELS[name], given), alone(name))

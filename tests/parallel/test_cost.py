@@ -11,6 +11,7 @@ from cordee.parallel import data, sharding
 from cordee.parallel.cost import MemoryCost, ParameterCount, cost
 from cordee.parallel.degrees import Degrees
 from cordee.train.options import TrainConfig
+from tests.matrix import sampled
 from tests.parallel.test_data import LENGTH, build, samples
 
 
@@ -36,7 +37,7 @@ def measured(rank: int, world_size: int, given: dict) -> tuple[MemoryCost, Memor
     model, layout, config = build(world_size, **given)
     wrapped = data.needs_sharding(config, world_size)
     share = sharding.count(model, model.layers.values())
-    said = cost(config, layout.degrees, share, wrapped=wrapped, accumulates=True)
+    predicted = cost(config, layout.degrees, share, wrapped=wrapped, accumulates=True)
     parameters = list(model.parameters())
     optimizer = build_optimizer(config, model.named_parameters(), model.parameter_specs(), fused=False)
     weights = bytes_of(parameters)
@@ -50,29 +51,33 @@ def measured(rank: int, world_size: int, given: dict) -> tuple[MemoryCost, Memor
     optimizer.step()
     state = bytes_of(value for slots in optimizer.state.values() for value in slots.values() if value.ndim)
     size = share.parameters
-    return said, MemoryCost(weights=weights / size, gradients=gradients / size, optimizer=state / size)
+    return predicted, MemoryCost(weights=weights / size, gradients=gradients / size, optimizer=state / size)
 
 
-BF16 = {"bf16": True, "accumulate_allreduce_grads_in_fp32": False}  # a sum in another type is out of tiled
+PRECISIONS = {
+    "fp32": {},
+    "bf16": {"bf16": True, "accumulate_allreduce_grads_in_fp32": False},  # a sum in another type is made of tiles
+}
+SHAPES = {"dp2": (2, 1), "tp2": (2, 2), "dp2 tp2": (4, 2)}  # ranks, and how many of them are tensor-parallel
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", [{}, BF16])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize(("ranks", "tensor"), [(2, 1), (2, 2), (4, 2)])
-def test_equals_the_tensors(pool, ranks: int, tensor: int, stage: int, precision: dict):
-    given = {"zero_stage": stage, "tensor_model_parallel_size": tensor, **precision}
-    for said, found in pool.run(measured, ranks, given):
-        assert found.weights == pytest.approx(said.weights, rel=0.02)  # shards of some are padded
-        assert found.gradients == pytest.approx(said.gradients, rel=0.02)
-        assert found.optimizer == pytest.approx(said.optimizer, rel=0.02)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("stage", "shape"), sampled(range(4), SHAPES))
+def test_equals_the_tensors(pool, stage: int, shape: str, precision: str):
+    ranks, tensor = SHAPES[shape]
+    given = {"zero_stage": stage, "tensor_model_parallel_size": tensor, **PRECISIONS[precision]}
+    for predicted, found in pool.run(measured, ranks, given):
+        assert found.weights == pytest.approx(predicted.weights, rel=0.02)  # shards of some are padded
+        assert found.gradients == pytest.approx(predicted.gradients, rel=0.02)
+        assert found.optimizer == pytest.approx(predicted.optimizer, rel=0.02)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_alone(optimizer: str):
-    said, found = measured(0, 1, {"optimizer": optimizer})
-    assert found == said
-    assert said.total == (16 if optimizer == "adam" else 12)
+    predicted, found = measured(0, 1, {"optimizer": optimizer})
+    assert found == predicted
+    assert predicted.total == (16 if optimizer == "adam" else 12)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +94,7 @@ def test_alone(optimizer: str):
 )
 def test_by_hand(given: dict, shards: int, total: float):
     config = TrainConfig(seq_length=8, lr=1.0, **given)
-    shape = Degrees(shard=shards, whole=config.zero_stage == 0)
+    shape = Degrees(shard=shards, unsharded=config.zero_stage == 0)
     assert cost(config, shape, ParameterCount(parameters=100), wrapped=True, accumulates=True).total == pytest.approx(
         total
     )

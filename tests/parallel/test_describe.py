@@ -1,4 +1,4 @@
-"""A layout in words; ranks count tp first, then cp, shard, replicate, and pp last."""
+"""A layout as text; ranks count tp first, then cp, shard, replicate, and pp last."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_hybrid_and_context():
 
 
 def test_replicated():
-    assert describe_layout(Degrees(replicate=6, whole=True)) == (
+    assert describe_layout(Degrees(replicate=6, unsharded=True)) == (
         "6 processes = pp 1 x dp 6 x cp 1 x tp 1\n"
         "  replicate    6  samples  ranks 0-5\n"
         "  a parameter is kept in 1 shard x 6 copies"

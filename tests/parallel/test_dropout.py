@@ -30,7 +30,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_dropped_alike(pool, layout: str):
     ranks, given = LAYOUTS[layout]
-    expected = models.train(*models.build(models.MODELS["gpt2"], 1))
+    expected = models.train_alone("gpt2")
     for found in pool.run(models.train_on_ranks, ranks, "gpt2", given):
         assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
         assert found["norms"] == pytest.approx(expected["norms"], rel=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from cordee.parallel.degrees import Degrees, degrees
 from cordee.parallel.layout import Layout
 from cordee.train.options import TrainConfig
 from cordee.weights.load import materialise
+from tests.matrix import sampled
 
 HIDDEN, FFN, EXPERTS = 16, 12, 8
 DISPATCHERS = ["alltoall", "allgather"]
@@ -140,11 +142,9 @@ def assert_equal(pool, ranks: int, config: MoEConfig, lengths: list[int], given:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("dispatcher", DISPATCHERS)
-@pytest.mark.parametrize("ep", [2, 4])
-@pytest.mark.parametrize("top_k", [1, 2, 3, 4])
-def test_dispatchers_equal_local_dispatch(pool, top_k: int, ep: int, dispatcher: str, overlap: bool):
+@pytest.mark.parametrize(("way", "top_k"), sampled(product([2, 4], DISPATCHERS, [False, True]), [1, 2, 3, 4]))
+def test_dispatchers_equal_local_dispatch(pool, way: tuple[int, str, bool], top_k: int):
+    ep, dispatcher, overlap = way
     given = {
         "expert_model_parallel_size": ep,
         "moe_token_dispatcher_type": dispatcher,
@@ -153,32 +153,39 @@ def test_dispatchers_equal_local_dispatch(pool, top_k: int, ep: int, dispatcher:
     assert_equal(pool, ep, mixture(top_k), [12] * ep, given)
 
 
+CAPACITIES = {
+    "none": None,
+    "least probable": CapacityConfig(factor=0.5, drop="probs"),
+    "last": CapacityConfig(factor=0.5, drop="position", pad=True),
+    "roomy": CapacityConfig(factor=3.0, drop="probs", pad=True),
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dispatcher", DISPATCHERS)
-@pytest.mark.parametrize("capacity", [None, (0.5, "probs", False), (0.5, "position", True), (3.0, "probs", True)])
-@pytest.mark.parametrize("weight_input", [False, True])
-def test_dropped_and_padded_routes(pool, dispatcher: str, capacity, weight_input: bool):
+@pytest.mark.parametrize(("weight_input", "capacity"), sampled([False, True], CAPACITIES, per_row=2))
+def test_dropped_and_padded_routes(pool, dispatcher: str, capacity: str, weight_input: bool):
     """Ranks have micro-batches of different lengths, one of a single token."""
-    limit = None if capacity is None else CapacityConfig(factor=capacity[0], drop=capacity[1], pad=capacity[2])
+    limit = CAPACITIES[capacity]
     given = {"expert_model_parallel_size": 4, "moe_token_dispatcher_type": dispatcher}
     assert_equal(pool, 4, mixture(capacity=limit, weight_input=weight_input), [9, 1, 14, 6], given)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dispatcher", DISPATCHERS)
-@pytest.mark.parametrize("lean", [0, 5])
-@pytest.mark.parametrize("capacity", [None, CapacityConfig(factor=1.0, pad=True)])
-def test_ranks_that_get_no_rows(pool, dispatcher: str, lean: int, capacity):
+@pytest.mark.parametrize(("lean", "padded"), sampled([0, 5], [False, True]))
+def test_ranks_that_get_no_rows(pool, dispatcher: str, lean: int, padded: bool):
     """All tokens choose one expert: three ranks compute nothing, and most experts get no gradient."""
+    capacity = CapacityConfig(factor=1.0, pad=True) if padded else None
     given = {"expert_model_parallel_size": 4, "moe_token_dispatcher_type": dispatcher}
     assert_equal(pool, 4, mixture(1, capacity=capacity), [7, 5, 7, 3], given, lean)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dispatcher", DISPATCHERS)
-@pytest.mark.parametrize("sequence", [False, True])
-@pytest.mark.parametrize("config", [mixture(), mixture(shared=mlp(), shared_gate=True)], ids=["plain", "shared"])
-def test_experts_under_tensor_parallelism(pool, dispatcher: str, sequence: bool, config: MoEConfig):
+@pytest.mark.parametrize(("sequence", "shared"), sampled([False, True], [False, True]))
+def test_experts_under_tensor_parallelism(pool, dispatcher: str, sequence: bool, shared: bool):
+    config = mixture(shared=mlp(), shared_gate=True) if shared else mixture()
     given = {
         "expert_model_parallel_size": 2,
         "tensor_model_parallel_size": 2,

@@ -32,7 +32,7 @@ def test_who_is_gone_is_not_waited_for():
     for rank in (1, 2):  # they came, heard nothing and died
         with pytest.raises(dist.DistStoreError):
             rendezvous(store, rank, 3, LONG)
-    with pytest.raises(dist.DistStoreError, match="no word from ranks 1, 2"):  # so did rank 0, which had invited them
+    with pytest.raises(dist.DistStoreError, match="1, 2"):  # so did rank 0, which had invited them
         rendezvous(store, 0, 3, timedelta(seconds=0.1))
     store.set_timeout(LONG)
     assert len(names(store, 3)) == 1

@@ -89,11 +89,11 @@ def attend(core, case: dict, index: torch.Tensor) -> list[torch.Tensor]:
 
 def attention_on_ranks(rank: int, ranks: int, given: dict, names: list[str]) -> dict[str, list[torch.Tensor]]:
     found = {}
+    layout = Layout(degrees(options(ranks, **given), ranks))
     for name in names:
         case = CASES[name]
         causal = case.get("causal", True)
         config = options(ranks, cp_attention_mask_type="causal" if causal else "full", **given)
-        layout = Layout(degrees(config, ranks))
         model = GPTModel(shape(), device="meta")
         context.apply(model, layout, config)
         core = model.layers["0"].attention.placement.core
@@ -155,7 +155,7 @@ def covered(case: dict, score_bytes: int) -> tuple[torch.Tensor, int]:
     tiled = ring.TiledMask(whole, CPU)
     shown = torch.zeros(BATCH, LENGTH, LENGTH, dtype=torch.bool)
     count = 0
-    held = [context.pieces(LENGTH, 2, r, True) for r in (0, 1)]
+    held = [context.token_ranges(LENGTH, 2, r, True) for r in (0, 1)]
     for queries in held:
         rows = torch.cat([torch.arange(p.start, p.stop) for p in queries])
         for keys in held:

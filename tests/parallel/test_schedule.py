@@ -14,17 +14,16 @@ from tests.parallel.test_data import build, train
 OPTIONS = ["overlap_grad_reduce", "overlap_param_gather", "delay_param_gather"]
 
 
-def losses_and_gradients(rank: int, world_size: int, given: dict):
-    return train(*build(world_size, **given))
+def losses_and_gradients(rank: int, world_size: int, given: dict) -> list[tuple[list[float], dict]]:
+    """Without any option, then with each."""
+    return [train(*build(world_size, **given, **dict.fromkeys(names, True))) for names in ([], *zip(OPTIONS))]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [{"zero_stage": stage} for stage in range(4)] + [{"tensor_model_parallel_size": 2}])
 def test_no_option_changes_results(pool, layout: dict):
-    expected = pool.run(losses_and_gradients, 2, layout)
-    for name in OPTIONS:
-        found = pool.run(losses_and_gradients, 2, {**layout, name: True})
-        for (losses, grads), (found_losses, found_grads) in zip(expected, found, strict=True):
+    for (losses, grads), *others in pool.run(losses_and_gradients, 2, layout):
+        for name, (found_losses, found_grads) in zip(OPTIONS, others, strict=True):
             assert found_losses == losses
             for parameter, grad in grads.items():
                 assert torch.equal(found_grads[parameter], grad), (name, parameter)
@@ -59,7 +58,7 @@ def test_how_far_ahead_parameters_are_gathered(pool, given: dict, forward: int, 
         assert most == {"pre_forward": forward, "pre_backward": backward}
 
 
-def said(rank: int, world_size: int, given: dict) -> list[str]:
+def ignored_lines(rank: int, world_size: int, given: dict) -> list[str]:
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
@@ -75,8 +74,8 @@ def said(rank: int, world_size: int, given: dict) -> list[str]:
 
 
 def test_what_a_cpu_cannot_do_is_reported(pool):
-    assert pool.run(said, 2, {}) == [[], []]
-    for (line,) in pool.run(said, 2, {"overlap_grad_reduce": True, "delay_param_gather": True}):
+    assert pool.run(ignored_lines, 2, {}) == [[], []]
+    for (line,) in pool.run(ignored_lines, 2, {"overlap_grad_reduce": True, "delay_param_gather": True}):
         assert line.startswith("ignored: --overlap-grad-reduce, --delay-param-gather (")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 from typing import Any
 
@@ -33,18 +32,13 @@ LAYOUTS = {
 }
 
 
-@functools.cache
-def alone(name: str) -> dict[str, Any]:
-    return models.train(*models.build(models.MODELS[name], 1))
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("layout", "name"), sampled(LAYOUTS, models.MODELS, whole=["tp2 sp"], per_row=3))
+@pytest.mark.parametrize(("layout", "name"), sampled(LAYOUTS, models.MODELS, whole=["tp2 sp"], per_row=2))
 def test_equals_one_process(pool, layout: str, name: str):
     ranks, given = LAYOUTS[layout]
     if name == "qk norm" and given["tensor_model_parallel_size"] == 4:
         pytest.skip("refused: see test_what_does_not_fit")
-    expected = alone(name)
+    expected = models.train_alone(name)
     for found in pool.run(models.train_on_ranks, ranks, name, given):
         assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
         assert found["norms"] == pytest.approx(expected["norms"], rel=1e-5)

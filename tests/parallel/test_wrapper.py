@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -16,7 +15,7 @@ from cordee.errors import ProblemError
 from cordee.model.gpt import GPTModel
 from cordee.parallel import apply, compile, wrapper
 from cordee.parallel.degrees import degrees
-from cordee.parallel.execution import Work
+from cordee.parallel.execution import StepBatches
 from cordee.parallel.layout import Layout
 from cordee.parallel.pipeline.check import SPLIT_BACKWARD
 from cordee.parallel.wrapper import Wrapper
@@ -69,20 +68,16 @@ def counting(calls: Counter, inside: str, **options: bool) -> list[Wrapper]:
 
 
 def on_ranks(rank: int, world_size: int, name: str, given: dict[str, Any], compiles: bool) -> list[tuple]:
-    """For every place: what training gives, the counts, and how many forwards there were."""
+    """For every kind of call: what training gives, the counts, and how many forwards there were."""
     found = []
     for inside in INSIDE:
         calls: Counter = Counter()
         wrappers = counting(calls, inside, compiles=compiles)
-        model, layout, settings = models.build(models.MODELS[name], world_size, wrappers, **given)
-        result = models.train(model, layout, settings, steps=2)
+        with models.traced():
+            model, layout, settings = models.build(models.MODELS[name], world_size, wrappers, **given)
+            result = models.train(model, layout, settings)
         found.append((result, calls, 2 * len(model.own_layers()) * models.SAMPLES // layout.data_size))
     return found
-
-
-@functools.cache
-def alone(name: str) -> dict[str, Any]:
-    return models.train(*models.build(models.MODELS[name], 1), steps=2)
 
 
 @pytest.mark.slow
@@ -90,7 +85,7 @@ def alone(name: str) -> dict[str, Any]:
 def test_recompute_runs_twice_with_the_same_gradients(pool, layout: str):
     ranks, given = LAYOUTS[layout]
     name = "mixture" if layout == "ep2" else "llama"
-    expected = alone(name)
+    expected = models.train_alone(name)
     # torch.compile cannot trace recompute of sharded parameters: layers that do not say so stay as they are.
     for of_rank in pool.run(on_ranks, ranks, name, given, layout == "compile"):
         for found, calls, forwards in of_rank:
@@ -112,7 +107,9 @@ def through_a_pipeline(rank: int, world_size: int, given: dict[str, Any], recomp
     executor = built[-1]
     batches = pipelines.micro_batches(0, built[0], built[1], pipelines.LENGTH)
     weights = [batch.num_trained for batch in batches]
-    executor.train(Work(batches=batches, weights=weights, weight=pipelines.weight_of(batches, built[0]), scale=1.0))
+    executor.train(
+        StepBatches(batches=batches, weights=weights, weight=pipelines.weight_of(batches, built[0]), scale=1.0)
+    )
     grads = {name: pipelines.full(p.grad) for name, p in model.named_parameters()}
     return grads, calls, len(model.own_layers()) * len(batches)
 
@@ -136,7 +133,7 @@ def test_what_cannot_run_in_a_split_backward_is_refused(schedule: str):
     recompute = Wrapper(name="recompute", around=recomputed)
     llama = models.MODELS["llama"]
     (problem,) = wrapper.check([recompute], options)
-    assert (problem.option, problem.value) == ("--pipeline-schedule", schedule)
+    assert (problem.option, problem.value, problem.kind) == ("--pipeline-schedule", schedule, "excludes")
     with pytest.raises(ProblemError):
         apply.apply(GPTModel(llama, device="meta"), Layout(degrees(models.options(), 1)), options, CPU, [recompute])
     assert not list(wrapper.check([replace(recompute, splits_backward=True)], options))
@@ -148,8 +145,8 @@ def test_what_cannot_run_in_a_split_backward_is_refused(schedule: str):
 def test_wrappers_are_the_last_on_a_hook_and_pick_layers():
     only_second = Wrapper(name="swap", around=recomputed, inside="core", layers=lambda index: index == 1)
     model, *_ = models.build(models.MODELS["llama"], 1, [only_second, replace(only_second, name="recompute")])
-    told = [[(c.hook, c.by) for c in layer.attention.placement.applied] for layer in model.own_layers()]
-    assert told == [[], [("core", "swap"), ("core", "recompute")]]
+    found = [[(c.hook, c.by) for c in layer.attention.placement.applied] for layer in model.own_layers()]
+    assert found == [[], [("core", "swap"), ("core", "recompute")]]
 
 
 def names_on_core(rank: int, world_size: int, given: dict[str, Any]) -> list[str]:

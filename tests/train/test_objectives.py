@@ -18,7 +18,7 @@ from cordee.checkpoint import directory
 from cordee.model import gpt
 from cordee.model.init import initialise
 from cordee.parallel.degrees import Degrees
-from cordee.parallel.execution import Criterion, Frozen, LocalExecutor, Work
+from cordee.parallel.execution import Criterion, Frozen, LocalExecutor, StepBatches
 from cordee.parallel.layout import Layout
 from cordee.train import objectives
 from cordee.train.options import TrainConfig
@@ -110,7 +110,7 @@ def test_gradients_are_those_of_a_plain_computation(alone: PairConfig):
     parts = [PairBatch.of(part, tiny.LENGTH) for part in (samples[:2], samples[2:])]
     weights = [objective.weight(part) for part in parts]
     batches = objective.prepare(parts, {"reference": frozen})
-    work = Work(batches=batches, weights=weights, weight=sum(weights), scale=1.0)
+    work = StepBatches(batches=batches, weights=weights, weight=sum(weights), scale=1.0)
     sums = LocalExecutor(model, alone, cpu, criterion).train(work)
     expected = plain_loss(plain, reference, samples)
     expected.backward()

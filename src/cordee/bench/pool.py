@@ -26,6 +26,7 @@ def _worker(connection: Connection) -> None:
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     torch.set_num_threads(1)
+    gc.freeze()  # what is imported stays: else a collection would take as long as a short job
     while (job := connection.recv()) is not None:
         function, rank, world_size, store_path, timeout, args = job
         try:
@@ -35,6 +36,8 @@ def _worker(connection: Connection) -> None:
             )
             dist.barrier()  # a function that ends its group at once would break the contact that others still make
             result = (True, function(rank, world_size, *args))
+            if dist.is_initialized():
+                dist.barrier()  # as would the end of groups that the function has made
         except BaseException:
             result = (False, traceback.format_exc())
         finally:

@@ -36,7 +36,7 @@ class SpecifiedModule(nn.Module, Generic[P]):
     def local(self, name: str) -> Any:
         """Parameter `name` as this process computes with it; None if it is absent."""
         value = getattr(self, name)
-        return None if value is None else self.placement.views[name](value)
+        return None if value is None else self.placement.view(name)(value)
 
     def declare(self, specs: Specs, *names: str, **factory: torch.device | torch.dtype | None) -> None:
         """Register the parameters `names`, their values left unset; one without a spec is registered as absent."""

@@ -5,8 +5,9 @@ of them.
 
 A module that has seams is built with a `Placement` of its own kind, a dataclass whose fields are the seams and whose
 defaults are those of one process. A field that holds a function is a *hook*, which the module calls, and any other a
-*fact*, such as the first head that this rank computes. Every parameter has one more hook, "views.NAME": how the
-parameter, as it is kept, becomes the tensor that this process computes with.
+*fact*, such as the first head that this rank computes. Every parameter has one more hook, "view_of_NAME": how the
+parameter, as it is kept, becomes the tensor that this process computes with. Nothing else is changed by assignment
+either: what is not in the record cannot have happened.
 
     linear.placement.wrap("product", "adapters", lambda inner: ...)       # in addition to what others do
     mlp.placement.replace("dispatch", "expert parallelism", dispatcher)   # instead of the default
@@ -69,11 +70,10 @@ def after(function: Callable[[Tensor], Tensor]) -> Callable[[Callable[..., Tenso
 class Placement:
     """Of a module without further seams. `applied` is what was done, in order."""
 
-    views: dict[str, View] = field(default_factory=dict, init=False)
-    applied: list[Change] = field(default_factory=list, init=False)
+    applied: tuple[Change, ...] = field(default_factory=tuple, init=False)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in vars(self):
+        if name in vars(self) or name not in self.__dataclass_fields__:
             raise AttributeError(f"{name} of a placement is changed by wrap, replace or set, which keep a record")
         super().__setattr__(name, value)
 
@@ -85,13 +85,12 @@ class Placement:
     @property
     def hooks(self) -> list[str]:
         """The names of all hooks."""
-        own = [name for name, value in vars(self).items() if callable(value)]
-        return [*own, *(f"views.{name}" for name in self.views)]
+        return [name for name, value in vars(self).items() if callable(value)]
 
     @property
     def facts(self) -> list[str]:
         """The names of all facts."""
-        return [name for name, value in vars(self).items() if not callable(value) and name not in ("views", "applied")]
+        return [name for name, value in vars(self).items() if not callable(value) and name != "applied"]
 
     def wrap(self, hook: str, by: str, around: Callable[[Any], Any], *, compiles: bool = False) -> None:
         """Let the hook be `around(hook)`: the last technique to wrap is the outermost.
@@ -101,8 +100,7 @@ class Placement:
         for change in self._changes(hook):
             if change.final:
                 raise ConflictError(self, hook, by, change.by)
-        slots, name = self._slot(hook)
-        self._change(hook, around(slots[name]), Change(hook, by, compiles))
+        self._change(around(vars(self)[hook]), Change(hook, by, compiles))
 
     def replace(
         self,
@@ -122,9 +120,8 @@ class Placement:
         for change in found:
             if change.by != instead_of or change.final:
                 raise ConflictError(self, hook, by, change.by)
-        for change in found:
-            self.applied.remove(change)
-        self._change(hook, function, Change(hook, by, compiles, final))
+        vars(self)["applied"] = tuple(change for change in self.applied if change.hook != hook)
+        self._change(function, Change(hook, by, compiles, final))
 
     def set(self, by: str, **facts: Any) -> None:
         """Set facts of a layout. ConflictError where another technique has set another value."""
@@ -132,26 +129,25 @@ class Placement:
             for change in self._changes(fact):
                 if vars(self)[fact] != value:
                     raise ConflictError(self, fact, by, change.by)
-            self._change(fact, value, Change(fact, by, compiles=True))
+            self._change(value, Change(fact, by, compiles=True))
 
     def declare(self, parameter: str) -> None:
         """Give `parameter` its view."""
-        self.views[parameter] = unchanged
+        view = f"view_of_{parameter}"
+        assert view not in vars(self), f"{parameter} is declared twice"
+        vars(self)[view] = unchanged
+
+    def view(self, parameter: str) -> View:
+        """How `parameter`, as it is kept, becomes the tensor that this process computes with."""
+        return getattr(self, f"view_of_{parameter}")
 
     def _changes(self, hook: str) -> list[Change]:
+        assert hook in vars(self) and hook != "applied", f"{type(self).__name__} has no {hook}"
         return [change for change in self.applied if change.hook == hook]
 
-    def _slot(self, hook: str) -> tuple[dict[str, Any], str]:
-        """Where a hook or fact is kept, and under which name."""
-        kind, _, parameter = hook.rpartition(".")
-        slots: dict[str, Any] = self.views if kind == "views" else vars(self)
-        assert parameter in slots, f"{type(self).__name__} has no {hook}"
-        return slots, parameter
-
-    def _change(self, hook: str, value: Any, change: Change) -> None:
-        slots, name = self._slot(hook)
-        slots[name] = value
-        self.applied.append(change)
+    def _change(self, value: Any, change: Change) -> None:
+        vars(self)[change.hook] = value
+        vars(self)["applied"] = (*self.applied, change)
 
 
 @dataclass(eq=False, kw_only=True)

@@ -36,7 +36,7 @@ from cordee.parallel import differentiable
 from cordee.parallel.degrees import Degrees
 from cordee.parallel.layout import Layout
 from cordee.parallel.options import ParallelOptions
-from cordee.parallel.ring import Pieces, Ring, TiledMask, ring_attention
+from cordee.parallel.ring import Ring, TiledMask, TokenRanges, ring_attention
 
 NAME = "context parallelism"
 AnyBatch = TypeVar("AnyBatch", bound=Batch)
@@ -44,7 +44,7 @@ AnyBatch = TypeVar("AnyBatch", bound=Batch)
 # ---- which rank holds what -------------------------------------------------------------------------------------------
 
 
-def pieces(length: int, ring: int, rank: int, causal: bool) -> list[range]:
+def token_ranges(length: int, ring: int, rank: int, causal: bool) -> list[range]:
     """The token positions of a sequence of `length` that group `rank` of a ring holds."""
     if ring == 1 or not causal:
         size = length // ring
@@ -56,7 +56,7 @@ def pieces(length: int, ring: int, rank: int, causal: bool) -> list[range]:
 def positions(length: int, degrees: Degrees, rank: int, causal: bool) -> Tensor:
     """The token positions that context-parallel rank `rank` holds, int64, in order."""
     group, neighbour = divmod(rank, degrees.ulysses)
-    held = [torch.arange(piece.start, piece.stop) for piece in pieces(length, degrees.ring, group, causal)]
+    held = [torch.arange(piece.start, piece.stop) for piece in token_ranges(length, degrees.ring, group, causal)]
     return torch.cat(held).chunk(degrees.ulysses)[neighbour]
 
 
@@ -147,9 +147,9 @@ class ShardedTokens:
         """The positions of the `count` tokens of a sequence that this rank holds, int64."""
         return positions(count * self._degrees.cp, self._degrees, self._rank, self.causal).to(device)
 
-    def pieces(self, length: int) -> list[Pieces]:
+    def token_ranges(self, length: int) -> list[TokenRanges]:
         """The token positions of each rank of the ring."""
-        return [pieces(length, self._degrees.ring, rank, self.causal) for rank in range(self._degrees.ring)]
+        return [token_ranges(length, self._degrees.ring, rank, self.causal) for rank in range(self._degrees.ring)]
 
     @torch.no_grad()
     def limit(self, routing: Routing, capacity: CapacityConfig, batch_size: int) -> Routing:
@@ -226,5 +226,5 @@ class ContextAttention:
         if self.ring is None:
             y = self.core(q, k, v, tiled.whole, scores)
         else:
-            y = ring_attention(q, k, v, scores, self.ring, tiled, self.tokens.pieces(tiled.whole.num_keys))
+            y = ring_attention(q, k, v, scores, self.ring, tiled, self.tokens.token_ranges(tiled.whole.num_keys))
         return self.ulysses.tokens(y)

@@ -91,10 +91,10 @@ def _overlap(model: nn.Module, layers: Sequence[nn.Module], options: ParallelOpt
     if options.overlap_grad_reduce:
         for group in groups:
             group.set_reduce_scatter_max_input_buffers(2)
-    for place, group in enumerate(groups):
+    for index, group in enumerate(groups):
         if options.overlap_param_gather:
-            group.set_modules_to_forward_prefetch(groups[place + 1 : place + 3])
-            group.set_modules_to_backward_prefetch(groups[max(place - 2, 0) : place][::-1])
+            group.set_modules_to_forward_prefetch(groups[index + 1 : index + 3])
+            group.set_modules_to_backward_prefetch(groups[max(index - 2, 0) : index][::-1])
         elif options.delay_param_gather:
             group.set_modules_to_backward_prefetch([group])  # itself, which is gathered already: no prefetch
 

@@ -30,8 +30,8 @@ class Degrees:
     Of the cp ranks, `ulysses` neighbours run all-to-all over heads and sequence, and each is in a ring with its like.
 
     ep: shards of the experts. It is no axis of its own, but folds over the ranks that hold different tokens
-    (replicate, shard and cp together), neighbours first, so that ep divides their number. `whole`: parameters are
-    replicated on all of those (ZeRO stage 0).
+    (replicate, shard and cp together), neighbours first, so that ep divides their number. `unsharded`: all of
+    those hold whole parameters (ZeRO stage 0).
     """
 
     pp: int = 1
@@ -41,7 +41,7 @@ class Degrees:
     ulysses: int = 1
     tp: int = 1
     ep: int = 1
-    whole: bool = False
+    unsharded: bool = False
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -69,7 +69,7 @@ class Degrees:
     @property
     def storage(self) -> tuple[int, int]:
         """How many replicas of a parameter the token ranks hold, and into how many shards each is cut."""
-        if self.whole:
+        if self.unsharded:
             return self.token_ranks, 1
         return self.replicate, self.shard * self.cp
 
@@ -77,7 +77,7 @@ class Degrees:
     def expert_storage(self) -> tuple[int, int]:
         """As `storage`, of the experts, each of which has 1 / ep of the token ranks."""
         copies = self.token_ranks // self.ep
-        if self.whole:
+        if self.unsharded:
             return copies, 1
         shards = max(1, self.storage[1] // self.ep)
         return copies // shards, shards
@@ -116,14 +116,15 @@ def fitting(options: ParallelOptions, world_size: int) -> Degrees:
         replicate=replicate,
         shard=data // replicate,
         cp=options.context_parallel_size,
-        ulysses=_ulysses(options),
+        ulysses=ulysses_ranks(options),
         tp=options.tensor_model_parallel_size,
         ep=options.expert_model_parallel_size,
-        whole=options.zero_stage == 0,
+        unsharded=options.zero_stage == 0,
     )
 
 
-def _ulysses(options: ParallelOptions) -> int:
+def ulysses_ranks(options: ParallelOptions) -> int:
+    """How many of the context-parallel ranks run all-to-all over heads and sequence with each other."""
     if options.context_parallel_algo == "hybrid_cp_algo":
         return options.ulysses_degree_in_cp or 1
     return options.context_parallel_size if options.context_parallel_algo == "ulysses_cp_algo" else 1
@@ -139,7 +140,7 @@ def problems(options: ParallelOptions, world_size: int) -> Problems:
     )
     if options.context_parallel_algo == "hybrid_cp_algo":
         involved = ("context_parallel_size", "context_parallel_algo")
-        yield from divides("--ulysses-degree-in-cp", _ulysses(options), cp, "context-parallel ranks", *involved)
+        yield from divides("--ulysses-degree-in-cp", ulysses_ranks(options), cp, "context-parallel ranks", *involved)
     made_of = f"tensor {tp} x context {cp} x pipeline {pp}"
     yield from divisible("processes", world_size, model, made_of, *RANKS, instead="lower a degree")
     if world_size % model:

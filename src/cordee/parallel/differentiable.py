@@ -174,30 +174,21 @@ def reduce_scatter(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
 def all_gather_together(xs: Sequence[Tensor], group: ProcessGroup, *, at_once: bool) -> list[Tensor]:
     """Of each x the parts of all ranks, of one shape, joined along the first dim."""
     size = dist.get_world_size(group)
-    xs = [x.contiguous() for x in xs]
-    ys = [x.new_empty(size * x.shape[0], *x.shape[1:]) for x in xs]
-    _run([partial(dist.all_gather_single, y, x, group=group) for x, y in zip(xs, ys, strict=True)], at_once)
-    return ys
+    return _each(partial(dist.all_gather_single, group=group), xs, lambda rows: rows * size, at_once)
 
 
 def reduce_scatter_together(xs: Sequence[Tensor], group: ProcessGroup, *, at_once: bool) -> list[Tensor]:
     """Of each x this rank's part along the first dim of the sum of all ranks' x."""
     size = dist.get_world_size(group)
-    xs = [x.contiguous() for x in xs]
-    ys = [x.new_empty(x.shape[0] // size, *x.shape[1:]) for x in xs]
-    _run([partial(dist.reduce_scatter_single, y, x, group=group) for x, y in zip(xs, ys, strict=True)], at_once)
-    return ys
+    return _each(partial(dist.reduce_scatter_single, group=group), xs, lambda rows: rows // size, at_once)
 
 
 def all_to_all_rows(
     xs: Sequence[Tensor], group: ProcessGroup, sent: list[int], received: list[int], *, at_once: bool
 ) -> list[Tensor]:
     """As `all_to_all_rows_fwd_bwd`."""
-    xs = [x.contiguous() for x in xs]
-    ys = [x.new_empty(sum(received), *x.shape[1:]) for x in xs]
-    send = partial(dist.all_to_all_single, output_split_sizes=received, input_split_sizes=sent, group=group)
-    _run([partial(send, y, x) for x, y in zip(xs, ys, strict=True)], at_once)
-    return ys
+    exchange = partial(dist.all_to_all_single, output_split_sizes=received, input_split_sizes=sent, group=group)
+    return _each(exchange, xs, lambda rows: sum(received), at_once)
 
 
 def begin_all_to_all(x: Tensor, group: ProcessGroup) -> tuple[Tensor, Callable[[], object]]:
@@ -209,11 +200,16 @@ def begin_all_to_all(x: Tensor, group: ProcessGroup) -> tuple[Tensor, Callable[[
     return y, work.wait
 
 
-def _run(collectives: Sequence[Callable[..., dist.Work | None]], at_once: bool) -> None:
-    """One after the other, or all started before the first wait."""
-    for work in [collective(async_op=at_once) for collective in collectives]:
+def _each(
+    collective: Callable[..., dist.Work | None], xs: Sequence[Tensor], rows: Callable[[int], int], at_once: bool
+) -> list[Tensor]:
+    """`collective(result, x)` of each x, one after the other or all in flight; `rows` are a result's, by those of x."""
+    xs = [x.contiguous() for x in xs]
+    ys = [x.new_empty(rows(len(x)), *x.shape[1:]) for x in xs]
+    for work in [collective(y, x, async_op=at_once) for x, y in zip(xs, ys, strict=True)]:
         if work is not None:
             work.wait()
+    return ys
 
 
 def all_to_all(x: Tensor, group: ProcessGroup, split: int, joined: int) -> Tensor:

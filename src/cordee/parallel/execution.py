@@ -67,7 +67,7 @@ class Criterion:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
+class StepBatches:
     """The micro-batches of this rank in one step: its shard of the tokens of each, and the `weights` of whole ones.
 
     The gradient is that of the sum of losses times `scale / weight`, where `weight` is that of all ranks' micro-batches
@@ -83,8 +83,8 @@ class Work:
 class Executor(Protocol):
     """Runs a model. What ranks return is to be summed over the axes along which each has a part of the loss."""
 
-    def train(self, work: Work) -> dict[str, Tensor]:
-        """Leave the gradients of `work` at the parameters, reduced over the data-parallel ranks.
+    def train(self, step: StepBatches) -> dict[str, Tensor]:
+        """Leave the gradients of `step` at the parameters, reduced over the data-parallel ranks.
 
         Returns sums over this rank's micro-batches, float32 scalars: of the loss under "", of metrics under their
         names, those of routers weighted by tokens. All ranks return the same names.
@@ -111,13 +111,13 @@ class LocalExecutor:
         self._criterion = criterion
         self._forward = compile.whole(model, options, self._forward_eager)
 
-    def train(self, work: Work) -> dict[str, Tensor]:
+    def train(self, step: StepBatches) -> dict[str, Tensor]:
         sums: dict[str, Tensor] = {}
-        for index, batch in enumerate(work.batches):
-            data.begin_micro_batch(self._model, self._stage, last=index == len(work.batches) - 1)
-            balance = Balance(work.scale * work.weights[index] / work.weight)
+        for index, batch in enumerate(step.batches):
+            data.begin_micro_batch(self._model, self._stage, last=index == len(step.batches) - 1)
+            balance = Balance(step.scale * step.weights[index] / step.weight)
             total, metrics = self._forward(batch.to(self._device), balance, self._criterion.loss)
-            (total * (work.scale / work.weight)).backward()
+            (total * (step.scale / step.weight)).backward()
             weight = self._criterion.weight(batch)
             balanced = {name: value * weight for name, value in balance.metrics().items()}
             add(sums, {"": total, **metrics, **balanced})

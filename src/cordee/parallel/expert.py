@@ -52,7 +52,7 @@ class _Dispatcher:
     overlap: bool
 
 
-class AllToAll(_Dispatcher):
+class AllToAllDispatcher(_Dispatcher):
     """Every (token, expert) row goes to the rank that has the expert, and the result back."""
 
     @torch._disable_dynamo  # sizes are known to the host only while it runs
@@ -85,18 +85,18 @@ def _by_expert(counts: Tensor, rows: int) -> Tensor:
     return experts.repeat_interleave(counts.flatten(), output_size=rows).argsort(stable=True)
 
 
-class AllGather(_Dispatcher):
+class AllGatherDispatcher(_Dispatcher):
     """Every rank gathers all tokens and their routing, and computes its own experts: few, even messages."""
 
     @torch._disable_dynamo
     def __call__(self, x: Tensor, routing: Routing, experts: Experts) -> Tensor:
-        """As `AllToAll`."""
+        """As `AllToAllDispatcher`."""
         num_experts = routing.logits.shape[1]
         own = num_experts // self.size
         longest, capacity = self._agree(routing)
         missing = longest - len(x)
-        parts = [_lengthened(x, missing), _lengthened(kept_experts(routing), missing, num_experts)]
-        parts.append(_lengthened(routing.weights, missing))
+        parts = [_padded(x, missing), _padded(kept_experts(routing), missing, num_experts)]
+        parts.append(_padded(routing.weights, missing))
         tokens, chosen, weights = differentiable.all_gather_together_fwd_reduce_scatter_bwd(
             parts, self.group, at_once=self.overlap
         )
@@ -114,9 +114,9 @@ class AllGather(_Dispatcher):
         return max(lengths), None if padded is None else sum(rows)
 
 
-def _lengthened(x: Tensor, rows: int, value: float = 0.0) -> Tensor:
+def _padded(x: Tensor, rows: int, value: float = 0.0) -> Tensor:
     """`[tokens, ...]` with `rows` more rows of `value`."""
     return F.pad(x, (0, 0, 0, rows), value=value) if rows else x
 
 
-DISPATCHERS: dict[str, type[AllToAll] | type[AllGather]] = {"alltoall": AllToAll, "allgather": AllGather}
+DISPATCHERS = {"alltoall": AllToAllDispatcher, "allgather": AllGatherDispatcher}

@@ -82,16 +82,21 @@ class Place:
         """As `model(..., output=last_logits)` of a whole model; all processes of a copy call it alike."""
         dtype = next(model.parameters()).dtype
         like = torch.empty(len(ids), model.config.vocab_size, dtype=dtype, device="meta")
-        x = self._inputs(model, ids)
-        return self._from_last(model(x, attention_mask, cache=cache, output=last_logits), like)
+        return self.output(model, ids, last_logits, like, attention_mask, cache=cache)
 
-    def output(self, model: GPTModel, ids: Tensor, output: Output, like: Tensor) -> Tensor:
-        """As `model(ids, output=output)` of a whole model, which is `like` this in shape and type."""
-        return self._from_last(model(self._inputs(model, ids), output=output), like)
-
-    def _inputs(self, model: GPTModel, ids: Tensor) -> Tensor:
-        """The input of this stage: token ids, or the hidden states of the stage before."""
-        return ids if self.span.embedding else self._receive(model, ids)
+    def output(
+        self,
+        model: GPTModel,
+        ids: Tensor,
+        output: Output,
+        like: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """As `model(ids, ..., output=output)` of a whole model, which is `like` this in shape and type."""
+        x = ids if self.span.embedding else self._receive(model, ids)
+        return self._from_last(model(x, attention_mask, cache=cache, output=output), like)
 
     def _from_last(self, y: Tensor, like: Tensor) -> Tensor:
         """Send the hidden states `y` of this stage on, and return the last stage's output, which is `like` this."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from cordee.errors import Problem, Problems, at_most, divides, divisible, requires
 from cordee.model import shards
 from cordee.model.config import ModelConfig
-from cordee.parallel.degrees import Degrees
+from cordee.parallel.degrees import Degrees, ulysses_ranks
 from cordee.parallel.options import LayoutOptions
 
 TENSOR, CONTEXT, EXPERT = "--tensor-model-parallel-size", "--context-parallel-size", "--expert-model-parallel-size"
@@ -105,9 +105,7 @@ def context(run: PlacedRun) -> Problems:
     elif degree == size:
         why = f"half of the {size} context-parallel ranks, so that no ring is left"
         yield from at_most(ULYSSES, degree, size // 2, why, *_ALGORITHM)
-    else:
-        yield from divides(ULYSSES, degree, size, "context-parallel ranks", *_ALGORITHM)
-    ulysses = {"ulysses_cp_algo": size, "megatron_cp_algo": 1}.get(algorithm, degree or 1)
+    ulysses = ulysses_ranks(options)
     if size % ulysses == 0:
         yield from _ring(options, size // ulysses)
         yield from _heads(run.model, options, ulysses)

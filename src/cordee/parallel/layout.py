@@ -32,7 +32,7 @@ class Layout:
     ring and ulysses. All are None without a process group, that is, alone in one process.
     `control` and `background` are gloo groups of all ranks, for values on the host: one for the training thread, one
     for a thread beside it, since collectives of two threads must never share a group. `timeout` is that of their
-    collectives, torch's own if None. `waits`: a collective blocks the thread that calls it, as no accelerator's does.
+    collectives, torch's own if None. `blocking`: a collective blocks its thread, as no accelerator's does.
     """
 
     def __init__(self, degrees: Degrees, device_type: str = "cpu", timeout: timedelta | None = None):
@@ -44,7 +44,7 @@ class Layout:
         self.context: DeviceMesh | None = None
         self.control: ProcessGroup | None = None
         self.background: ProcessGroup | None = None
-        self.waits = False
+        self.blocking = False
         if not dist.is_initialized():
             assert degrees.world_size == 1, f"{degrees} need a process group"
             return
@@ -59,8 +59,8 @@ class Layout:
         if d.ep > 1:
             sizes = (d.pp, *d.expert_storage, d.ep, d.tp)
             self.experts = init_device_mesh(device_type, sizes, mesh_dim_names=EXPERT_AXES)
-        self.waits = dist.get_backend() == dist.Backend.GLOO
-        self.control = dist.group.WORLD if self.waits else _gloo_group("control", timeout)
+        self.blocking = dist.get_backend() == dist.Backend.GLOO
+        self.control = dist.group.WORLD if self.blocking else _gloo_group("control", timeout)
         self.background = _gloo_group("background", timeout)
 
     @property
@@ -125,7 +125,7 @@ def _gloo_group(purpose: str, timeout: timedelta | None) -> ProcessGroup:
 
 # Timeout of the rendezvous, at least: ranks start one after the other, and slower the more there are, while the
 # timeout of a collective may be seconds.
-JOINING = timedelta(minutes=10)
+RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
 
 
 @contextmanager
@@ -144,7 +144,7 @@ def _store(ranks: RankInfo, timeout: timedelta) -> dist.Store:
     if ranks.world_size == 1:
         return dist.HashStore()
     listens = ranks.rank == 0 and not ranks.agent_store
-    joining = max(timeout, JOINING)
+    joining = max(timeout, RENDEZVOUS_TIMEOUT)
     store = dist.TCPStore(
         ranks.master_addr,
         ranks.master_port,

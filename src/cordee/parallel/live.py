@@ -6,7 +6,7 @@ shards or replicates parameters is known by name. Must not know what the weights
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -37,21 +37,20 @@ def refill(model: GPTModel, source: LiveSource) -> None:
 def save(source: LiveSource, sink: Sink | None) -> None:
     """Put all weights into `sink`; all ranks call it, one with a sink, which holds one whole parameter at a time.
 
-    ProblemError, on all ranks, if they cannot be written; reading goes on to its end, for the other ranks take part.
+    ProblemError, on all ranks, if they cannot be written; all is read to the end, for the other ranks take part.
     """
     found = Findings()
     for name in source.names():
         if sink is None or found.problems:
             source.skip(name)
         else:
-            put = partial(sink.put, name, source.tensor(name))
-            found.attempt(lambda put=put: _written(put))
+            found.attempt(partial(_put, sink, name, source.tensor(name)))
     collectives.raise_together(found.problems, source.layout.control)
 
 
-def _written(put: Callable[[], None]) -> None:
+def _put(sink: Sink, name: str, tensor: Tensor) -> None:
     try:
-        put()
+        sink.put(name, tensor)
     except OSError as error:
         problem = Problem("output", None, f"it cannot be written: {error}", "make room or allow it")
         raise ProblemError([problem]) from error

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,7 @@ from cordee.parallel.options import ParallelOptions
 
 NAME = "communication overlap"
 Before = Callable[[Tensor], Tensor]
+GEMM = Callable[[Tensor], Tensor]
 
 
 def apply(model: GPTModel, layout: Layout, options: ParallelOptions) -> None:
@@ -74,11 +76,11 @@ class _Exchange:
     def enter(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, before: Before | None = None) -> Tensor:
         """The GEMM of what enters a block."""
         assert before is None, "no function is between a border and the GEMM behind it"
-        return _Entering.apply(x, weight, bias, self)
+        return _ColumnParallelLinear.apply(x, weight, bias, self)
 
     def leave(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, before: Before | None = None) -> Tensor:
         """The GEMM whose sum over ranks leaves a block."""
-        return _Leaving.apply(x if before is None else before(x), weight, bias, self)
+        return _RowParallelLinear.apply(x if before is None else before(x), weight, bias, self)
 
     @property
     def ranks(self) -> int:
@@ -112,12 +114,26 @@ class _Exchange:
                 yield buffer.movedim(0, 1).flatten(1, 2)  # [ranks, batch, seq, ...] to [batch, ranks * seq, ...]
             pending = coming
 
-    def summed(self, parts: Iterator[Tensor]) -> Tensor:
-        """The sum over ranks of `parts`, as outside of blocks; one is in flight while the next is computed."""
-        started = [_start_sum(part, self) for part in parts]
-        for _, work in started:
-            work.wait()
-        return torch.cat([buffer for buffer, _ in started], 1)
+    def gathered_and(self, own: Tensor, gemm: GEMM) -> tuple[Tensor, Tensor]:
+        """The whole of each rank's `own`, and what `gemm` makes of it, while the next part is in flight."""
+        if not self.sequence:
+            return own, gemm(own)
+        parts, products = [], []
+        for part in self.gathered(own):
+            parts.append(part)
+            products.append(gemm(part))
+        return self.joined(parts), self.joined(products)
+
+    def start_sum(self, whole: Tensor, gemm: GEMM) -> Callable[[], Tensor]:
+        """Start to sum over ranks what `gemm` makes of `whole`, part by part; a call waits for the sum, as outside."""
+        started = [_start_sum(gemm(part), self) for part in self.cut(whole)]
+
+        def wait() -> Tensor:
+            for _, work in started:
+                work.wait()
+            return torch.cat([buffer for buffer, _ in started], 1)
+
+        return wait
 
 
 def _start_gather(part: Tensor, group: ProcessGroup) -> tuple[Tensor, dist.Work]:
@@ -149,17 +165,18 @@ def _through(grad: Tensor, weight: Tensor) -> Tensor:
     return matmul(_rows(grad), weight).view(*grad.shape[:-1], weight.shape[1])
 
 
-class _Entering(Function):
+def _parameter_gradients(
+    grad: Tensor, x: Tensor, need_weight: bool, need_bias: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Those of the weight and the bias of a GEMM of `x`."""
+    weight_grad = transposed_matmul(_rows(grad), _rows(x)) if need_weight else None
+    return weight_grad, _rows(grad).sum(0) if need_bias else None
+
+
+class _ColumnParallelLinear(Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, exchange: _Exchange) -> Tensor:
-        if exchange.sequence:
-            parts, products = [], []
-            for part in exchange.gathered(x):
-                parts.append(part)
-                products.append(linear(part, weight, bias))
-            x, y = exchange.joined(parts), exchange.joined(products)
-        else:
-            y = linear(x, weight, bias)
+        x, y = exchange.gathered_and(x, partial(linear, weight=weight, bias=bias))
         ctx.exchange = exchange
         ctx.save_for_backward(x, weight)
         return y
@@ -168,39 +185,24 @@ class _Entering(Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
-        exchange: _Exchange = ctx.exchange
-        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
-        started = [_start_sum(_through(part, weight), exchange) for part in exchange.cut(grad)] if need_x else []
-        weight_grad = transposed_matmul(_rows(grad), _rows(x)) if need_weight else None  # while the sums are in flight
-        bias_grad = _rows(grad).sum(0) if need_bias else None
-        for _, work in started:
-            work.wait()
-        x_grad = torch.cat([buffer for buffer, _ in started], 1) if need_x else None
-        return x_grad, weight_grad, bias_grad, None
+        need_x, *need_parameters, _ = ctx.needs_input_grad
+        wait = ctx.exchange.start_sum(grad, partial(_through, weight=weight)) if need_x else None
+        of_parameters = _parameter_gradients(grad, x, *need_parameters)  # while the sums are in flight
+        return None if wait is None else wait(), *of_parameters, None
 
 
-class _Leaving(Function):
+class _RowParallelLinear(Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, exchange: _Exchange) -> Tensor:
         ctx.exchange = exchange
         ctx.save_for_backward(x, weight)
-        return exchange.summed(linear(part, weight, bias) for part in exchange.cut(x))
+        return exchange.start_sum(x, partial(linear, weight=weight, bias=bias))()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
-        exchange: _Exchange = ctx.exchange
-        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
-        if exchange.sequence:
-            grads, x_grads = [], []
-            for part in exchange.gathered(grad):
-                grads.append(part)
-                if need_x:
-                    x_grads.append(_through(part, weight))
-            grad = exchange.joined(grads)
-            x_grad = exchange.joined(x_grads) if need_x else None
-        else:
-            x_grad = _through(grad, weight) if need_x else None
-        weight_grad = transposed_matmul(_rows(grad), _rows(x)) if need_weight else None
-        return x_grad, weight_grad, _rows(grad).sum(0) if need_bias else None, None
+        need_x, *need_parameters, _ = ctx.needs_input_grad
+        through = partial(_through, weight=weight) if need_x else unchanged
+        grad, x_grad = ctx.exchange.gathered_and(grad, through)
+        return x_grad if need_x else None, *_parameter_gradients(grad, x, *need_parameters), None

@@ -23,7 +23,7 @@ from cordee.ops.mask import AttentionMask
 from cordee.parallel.differentiable import Transfer, send_receive
 
 INNER, OUTER, INNER_GRADIENT, OUTER_GRADIENT = range(4)  # what a message is, for its tag
-Pieces = Sequence[range]  # the token positions that a rank holds, in order
+TokenRanges = Sequence[range]  # the token positions that a rank holds, in order
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,9 @@ class TiledMask:
         self._labels: dict[int | None, Tensor | None] = {}
         self._extents: dict[tuple[int | None, range], tuple[Tensor, Tensor]] = {}
 
-    def tiles(self, queries: Pieces, keys: Pieces, scores: Scores, score_bytes: int, *, fused: bool) -> Iterator[Tile]:
+    def tiles(
+        self, queries: TokenRanges, keys: TokenRanges, scores: Scores, score_bytes: int, *, fused: bool
+    ) -> Iterator[Tile]:
         """The tiles to compute; what is hidden entirely is left out.
 
         `score_bytes`: of the scores of one query and one key, of all heads and sequences. `fused`: plain tiles keep no
@@ -213,13 +215,13 @@ Tiles = Callable[[int], Iterator[Tile]]  # of this rank's queries with the keys 
 
 
 def ring_attention(
-    q: Tensor, k: Tensor, v: Tensor, scores: Scores, ring: Ring, mask: TiledMask, pieces: Sequence[Pieces]
+    q: Tensor, k: Tensor, v: Tensor, scores: Scores, ring: Ring, mask: TiledMask, token_ranges: Sequence[TokenRanges]
 ) -> Tensor:
-    """As any core, of this rank's q, k and v; `pieces` are the token positions of each rank of the ring."""
+    """As any core, of this rank's q, k and v; `token_ranges` are the token positions of each rank of the ring."""
     score_bytes, fused = 4 * q.shape[0] * q.shape[1], partial_attention.has_flash(q.device, scores)
 
     def tiles(source: int) -> Iterator[Tile]:
-        return mask.tiles(pieces[ring.rank], pieces[source], scores, score_bytes, fused=fused)
+        return mask.tiles(token_ranges[ring.rank], token_ranges[source], scores, score_bytes, fused=fused)
 
     return _RingAttention.apply(q, k, v, scores.sinks, scores, ring, tiles)
 

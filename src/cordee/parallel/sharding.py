@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor import Placement as DTensorPlacement  # ours is `model.placement.Placement`
 
 from cordee.model.parameter import SpecifiedModule
-from cordee.model.placement import View, after
+from cordee.model.placement import after
 from cordee.model.shards import ALONG, part_of
 from cordee.model.specs import ParameterSpec
 from cordee.parallel.cost import ParameterCount
@@ -45,7 +44,7 @@ def apply(model: nn.Module, layout: Layout, options: ParallelOptions) -> None:
             if parameter not in made:
                 made[parameter] = _distributed(parameter, mesh, placements(spec, mesh))
             setattr(module, name, made[parameter])
-            module.placement.wrap(f"views.{name}", NAME, after(local), compiles=True)
+            module.placement.wrap(f"view_of_{name}", NAME, after(local), compiles=True)
 
 
 def placements(spec: ParameterSpec, mesh: DeviceMesh) -> list[DTensorPlacement]:
@@ -72,9 +71,9 @@ def _mesh(spec: ParameterSpec, layout: Layout) -> DeviceMesh | None:
     return layout.storage["tp"]
 
 
-def _distributed(parameter: nn.Parameter, mesh: DeviceMesh, lying: list[DTensorPlacement]) -> nn.Parameter:
-    part = torch.empty(_local_shape(parameter, mesh, lying), dtype=parameter.dtype, device=parameter.device)
-    tensor = DTensor.from_local(part, mesh, lying, run_check=False, shape=parameter.shape, stride=parameter.stride())
+def _distributed(parameter: nn.Parameter, mesh: DeviceMesh, placed: list[DTensorPlacement]) -> nn.Parameter:
+    part = torch.empty(_local_shape(parameter, mesh, placed), dtype=parameter.dtype, device=parameter.device)
+    tensor = DTensor.from_local(part, mesh, placed, run_check=False, shape=parameter.shape, stride=parameter.stride())
     return nn.Parameter(tensor, requires_grad=parameter.requires_grad)
 
 
@@ -107,10 +106,10 @@ def _own_size(parameter: Tensor) -> int:
     return math.prod(_local_shape(parameter, parameter.device_mesh, parameter.placements))
 
 
-def _local_shape(parameter: Tensor, mesh: DeviceMesh, lying: Iterable[DTensorPlacement]) -> list[int]:
+def _local_shape(parameter: Tensor, mesh: DeviceMesh, placed: Iterable[DTensorPlacement]) -> list[int]:
     """Of this rank's shard along tensor and expert axes; those of FSDP2 are left out."""
     shape = list(parameter.shape)
-    for index, (axis, placement) in enumerate(zip(mesh.mesh_dim_names or (), lying, strict=True)):
+    for index, (axis, placement) in enumerate(zip(mesh.mesh_dim_names or (), placed, strict=True)):
         if axis in ALONG.values() and isinstance(placement, Shard):
             begin, end = part_of(shape[placement.dim], mesh.get_local_rank(index), mesh.size(index))
             shape[placement.dim] = end - begin
@@ -123,12 +122,8 @@ def local(parameter: Tensor) -> Tensor:
     return parameter.to_local()
 
 
-def repeated(summed: bool) -> View:
-    """The view of a parameter replicated over tensor-parallel ranks; `summed`: their gradients are parts of a sum."""
-    return partial(_repeated, gradient=Partial()) if summed else local
-
-
-def _repeated(parameter: Tensor, gradient: DTensorPlacement) -> Tensor:
+def local_of_sum(parameter: Tensor) -> Tensor:
+    """The view of a parameter that is replicated over ranks whose gradients are parts of a sum."""
     assert isinstance(parameter, DTensor)
-    lying = [gradient if isinstance(placement, Replicate) else placement for placement in parameter.placements]
-    return parameter.to_local(grad_placements=lying)
+    placed = [Partial() if isinstance(placement, Replicate) else placement for placement in parameter.placements]
+    return parameter.to_local(grad_placements=placed)

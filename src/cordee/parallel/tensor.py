@@ -79,8 +79,8 @@ def _blocks(model: GPTModel) -> Iterator[nn.Module]:
 def _set_borders(model: GPTModel, axis: _Axis, sequence: bool) -> None:
     border = partial(_set_border, group=axis.group, sequence=sequence)
     if sequence:
-        own = partial(_own_tokens, rank=axis.rank, size=axis.size)
-        model.placement.wrap("outside_blocks", NAME, after(own), compiles=True)
+        own_tokens = after(lambda positions: positions.chunk(axis.size, -1)[axis.rank])
+        model.placement.wrap("outside_blocks", NAME, own_tokens, compiles=True)
     for layer in model.own_layers():
         border(layer.attention.placement)
         border(layer.mlp.placement)
@@ -99,10 +99,6 @@ def _set_borders(model: GPTModel, axis: _Axis, sequence: bool) -> None:
     if model.has_head:
         border(model.head.placement)
         model.head.placement.set(NAME, vocabulary=vocabulary)
-
-
-def _own_tokens(positions: Tensor, rank: int, size: int) -> Tensor:
-    return positions.chunk(size, -1)[rank]
 
 
 def _prepare_attention(module: Attention, axis: _Axis) -> None:
@@ -124,13 +120,13 @@ def _set_views(module: SpecifiedModule, axis: _Axis, summed: bool) -> None:
         parameter = getattr(module, name)
         assert isinstance(parameter, DTensor)
         if parameter.placements[-1] == Replicate():
-            view, repeated = f"views.{name}", sharding.repeated(summed)
-            module.placement.replace(view, NAME, repeated, instead_of=sharding.NAME, compiles=True)
+            view, replicated = f"view_of_{name}", sharding.local_of_sum if summed else sharding.local
+            module.placement.replace(view, NAME, replicated, instead_of=sharding.NAME, compiles=True)
             if spec.axes[0] == "kv_group":
                 module.placement.wrap(view, NAME, after(_group_slots(spec, axis)), compiles=True)
     if module.specs.get("bias") is not None and _adds_parts(module):
         first = 1.0 if axis.rank == 0 else 0.0  # the sum over ranks has the bias once
-        module.placement.wrap("views.bias", NAME, after(lambda bias: bias * first), compiles=True)
+        module.placement.wrap("view_of_bias", NAME, after(lambda bias: bias * first), compiles=True)
 
 
 def _adds_parts(module: SpecifiedModule) -> bool:

@@ -40,7 +40,7 @@ from cordee.parallel.describe import describe_layout
 from cordee.parallel.execution import Criterion, Executor, Frozen, LocalExecutor
 from cordee.parallel.layout import Layout, process_group
 from cordee.parallel.pipeline.executor import PipelineExecutor
-from cordee.parallel.pipeline.split import Division, divide
+from cordee.parallel.pipeline.split import StagePartition, partition_layers
 from cordee.train import objectives, outputs
 from cordee.train.exits import COMPLETE, Exit, ExitRule, watch
 from cordee.train.metrics import Meter, measure_peak_flops
@@ -168,7 +168,7 @@ def _identity(plan: RunPlan) -> dict[str, Any]:
         "--stage": config.stage,
         **found,
         "model": str(plan.spec.to_dict()),
-        "pipeline": str(plan.division),
+        "pipeline": str(plan.partition),
         "micro-batches": plan.batches.sizes,
         "data": str(plan.data.identity),
         "length of the run": plan.iterations,
@@ -218,7 +218,7 @@ def _build(
     """Everything the loop works with, closed when `stack` is, and where the run is."""
     config, objective = plan.config, plan.objective
     criterion = Criterion(objective, layout)
-    model, executor = _model(plan.spec, plan.division, config, layout, on, criterion)
+    model, executor = _model(plan.spec, plan.partition, config, layout, on, criterion)
     fused = device.kind().fused_optimizer
     optimizer = build_optimizer(config, model.named_parameters(), model.parameter_specs(), fused=fused)
     scaler, state = build_scaler(config), TrainState()
@@ -237,8 +237,8 @@ def _build(
     reports = _reports(plan, layout, on, objective.loss_name)
     stack.callback(reports.close)
     logger.info("%s", _summary(plan))
-    if plan.division is not None:
-        logger.info("pipeline: %s", plan.division)
+    if plan.partition is not None:
+        logger.info("pipeline: %s", plan.partition)
     _log_layout(plan, layout, model)
     parts = Parts(
         model=model,
@@ -259,18 +259,18 @@ def _build(
 
 def _model(
     spec: ModelSpec,
-    division: Division | None,
+    partition: StagePartition | None,
     config: TrainConfig,
     layout: Layout,
     on: torch.device,
     criterion: Criterion,
 ) -> tuple[GPTModel, Executor]:
     """This rank's part of a model, its values still to be filled, and what runs it."""
-    spans = division.owned(layout.axis_rank("pp")) if division is not None else ()
+    spans = partition.spans_of(layout.axis_rank("pp")) if partition is not None else ()
     model = apply.apply(GPTModel(spec.config, spans=spans, device="meta"), layout, config, on)
-    if division is None:
+    if partition is None:
         return model, LocalExecutor(model, config, on, criterion)
-    return model, PipelineExecutor(model, division, layout, config, on, criterion)
+    return model, PipelineExecutor(model, partition, layout, config, on, criterion)
 
 
 def _further(
@@ -278,8 +278,8 @@ def _further(
 ) -> Frozen:
     """A further model of the objective, over the same ranks."""
     spec, source, config = further.spec, further.source, plan.config
-    division = None if plan.division is None else divide(config, spec.config, config.seq_length)
-    model, executor = _model(spec, division, config, layout, on, criterion)
+    partition = None if plan.partition is None else partition_layers(config, spec.config, config.seq_length)
+    model, executor = _model(spec, partition, config, layout, on, criterion)
     if source is None:
         initialise(model, config.seed)
     else:

@@ -113,8 +113,8 @@ def plan_run(
     placed = PlacedRun(model=spec.config if spec else None, degrees=shape, options=config, micro_batches=counts)
     for each in (placed, *(replace(placed, model=further.spec.config) for further in (models or {}).values())):
         found.problems += layout_problems(each) if shape.world_size > 1 else ()
-    division = found.attempt(lambda: pipeline_check.division(placed))
-    found.notes += pipeline_check.notes(division, counts)
+    partition = found.attempt(lambda: pipeline_check.partition(placed))
+    found.notes += pipeline_check.notes(partition, counts)
     checkpoint = origin.checkpoint if origin is not None else None
     if checkpoint is not None and checkpoint.resume:
         # That the run had other options before matters only for options that agree with each other.
@@ -129,7 +129,7 @@ def plan_run(
             spec=spec,
             tokenizer=tokenizer,
             degrees=shape,
-            division=division,
+            partition=partition,
             batches=batches,
             iterations=iterations,
             schedule=schedule,

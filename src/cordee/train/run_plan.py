@@ -14,7 +14,7 @@ from cordee.checkpoint.storage import Place
 from cordee.families.registry import ModelSpec
 from cordee.optim.schedule import Schedule
 from cordee.parallel.degrees import Degrees
-from cordee.parallel.pipeline.split import Division
+from cordee.parallel.pipeline.split import StagePartition
 from cordee.tokenizer import Tokenizer
 from cordee.train.batch_schedule import BatchSchedule
 from cordee.train.objectives import DataPlan, FurtherModel, Objective
@@ -54,7 +54,7 @@ class RunPlan:
     """A run that nothing is known to be wrong with.
 
     `iterations` is the length of the whole run in steps, `data` its objective's, `models` are the objective's further
-    ones, `division` says which layers each pipeline stage holds, `notes` what a person should know before it starts.
+    ones, `partition` says which layers each pipeline stage holds, `notes` what a person should know before it starts.
     """
 
     config: TrainConfig
@@ -62,7 +62,7 @@ class RunPlan:
     spec: ModelSpec
     tokenizer: Tokenizer | None
     degrees: Degrees
-    division: Division | None
+    partition: StagePartition | None
     batches: BatchSchedule
     iterations: int
     schedule: Schedule

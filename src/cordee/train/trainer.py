@@ -27,7 +27,7 @@ from cordee.optim.build import set_rates
 from cordee.optim.clip import clip_factor, gradients, scale_
 from cordee.optim.precision import LossScaler
 from cordee.parallel import collectives, context, data
-from cordee.parallel.execution import Executor, Frozen, Work, own_parameters
+from cordee.parallel.execution import Executor, Frozen, StepBatches, own_parameters
 from cordee.parallel.layout import Layout
 from cordee.train import not_finite
 from cordee.train.exits import COMPLETE, Exit, ExitRule
@@ -246,7 +246,7 @@ class Trainer:
         """Gradients of the mean loss over all ranks, times `scale`, summed over all micro-batches."""
         layout = self.parts.layout
         weight = step.weight or 1  # of nothing that counts all sums are 0
-        work = Work(
+        work = StepBatches(
             batches=self._own_parts(step.batches),
             weights=[self.parts.objective.weight(batch) for batch in step.batches],
             weight=weight,

@@ -130,7 +130,6 @@ def test_reduction_waits_for_the_weight_gradients():
         (("fold_fifo", 4, 2, 9), "rounds", (8, 12)),
         (("zbv", 4, 3, 8), "stages", "2"),
         (("dualpipev", 4, 2, 7), "micro-batches", 8),
-        (("1fb1", 4, 1, 8), "unknown", None),
     ],
 )
 def test_what_does_not_fit_is_reported(case, kind, limit):

@@ -12,7 +12,7 @@ from cordee.model.config import ModelConfig
 from cordee.parallel.degrees import degrees
 from cordee.parallel.laws import PlacedRun
 from cordee.parallel.pipeline import check
-from cordee.parallel.pipeline.split import divide
+from cordee.parallel.pipeline.split import partition_layers
 from cordee.train.options import TrainConfig
 from tests.model import tiny
 
@@ -26,7 +26,7 @@ def options(ranks: int, **given: Any) -> TrainConfig:
 
 
 def ends(ranks: int, config: ModelConfig, **given: Any) -> list[int]:
-    return [span.stop for span in divide(options(ranks, **given), config, 16).spans]
+    return [span.stop for span in partition_layers(options(ranks, **given), config, 16).spans]
 
 
 def test_equal_layers_are_sharded_evenly():
@@ -67,18 +67,18 @@ def test_lists_placeholders_and_virtual_stages():
 
 
 def test_ranks_and_ends_of_the_model():
-    looped = divide(options(2, num_layers_per_virtual_pipeline_stage=1), model(4), 16)
-    assert (looped.schedule, looped.stages(0), looped.stages(1)) == ("interleaved", [0, 2], [1, 3])
+    looped = partition_layers(options(2, num_layers_per_virtual_pipeline_stage=1), model(4), 16)
+    assert (looped.schedule, looped.stages_of(0), looped.stages_of(1)) == ("interleaved", [0, 2], [1, 3])
     assert str(looped) == "interleaved over 2 ranks: embedding, layer 0, layer 2 | layer 1, layer 3, head"
-    vee = divide(options(2, pipeline_schedule="zbv"), model(4), 16)
-    assert (vee.stages(0), vee.stages(1)) == ([0, 3], [1, 2])
+    vee = partition_layers(options(2, pipeline_schedule="zbv"), model(4), 16)
+    assert (vee.stages_of(0), vee.stages_of(1)) == ([0, 3], [1, 2])
     assert [(span.embedding, span.head) for span in vee.spans] == [
         (True, False),
         (False, False),
         (False, False),
         (False, True),
     ]
-    assert [span.stop for span in vee.owned(0)] == [1, 4]
+    assert [span.stop for span in vee.spans_of(0)] == [1, 4]
 
 
 @pytest.mark.parametrize(
@@ -98,13 +98,13 @@ def test_ranks_and_ends_of_the_model():
 )
 def test_what_cannot_be_divided(given: dict, option: str, kind: str):
     with pytest.raises(ProblemError) as caught:
-        divide(options(2, **given), model(8), 16)
+        partition_layers(options(2, **given), model(8), 16)
     assert (option, kind) in [(problem.option, problem.kind) for problem in caught.value.problems]
 
 
 def test_a_rank_with_nothing_is_refused():
     with pytest.raises(ProblemError) as caught:
-        divide(options(3, num_layer_list="4,0,4"), model(8), 16)
+        partition_layers(options(3, num_layer_list="4,0,4"), model(8), 16)
     (problem,) = caught.value.problems
     assert (problem.option, problem.kind, problem.limit) == ("--num-layer-list", "idle", 1)
     assert ends(3, model(8), num_layer_list="0,8,0") == [0, 8, 8]
@@ -160,7 +160,7 @@ def test_options_of_a_pipeline_need_one():
 
 
 def test_a_large_bubble_is_reported():
-    division = divide(options(4), model(8), 16)
-    assert "43%" in next(check.notes(division, [16, 4]))
-    assert not list(check.notes(division, [16]))
-    assert not list(check.notes(divide(options(4, pipeline_schedule="zbv"), model(8), 16), [4]))
+    partition = partition_layers(options(4), model(8), 16)
+    assert "43%" in next(check.notes(partition, [16, 4]))
+    assert not list(check.notes(partition, [16]))
+    assert not list(check.notes(partition_layers(options(4, pipeline_schedule="zbv"), model(8), 16), [4]))

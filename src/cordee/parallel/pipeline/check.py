@@ -15,7 +15,7 @@ from cordee.parallel.degrees import RANKS, Degrees
 from cordee.parallel.laws import PlacedRun
 from cordee.parallel.options import LayoutOptions
 from cordee.parallel.pipeline import micro_batches, schedules
-from cordee.parallel.pipeline.split import Division, divide, schedule_of
+from cordee.parallel.pipeline.split import StagePartition, partition_layers, schedule_of
 
 SPLIT_BACKWARD = ("interleaved_zero_bubble", "zbv", "dualpipev")
 LARGE_BUBBLE = 0.2  # fraction of a step that is worth a note
@@ -29,14 +29,14 @@ def sizes(options: LayoutOptions) -> tuple[int, ...] | None:
     return micro_batches.sizes(options.manual_mbs)
 
 
-def division(run: PlacedRun) -> Division | None:
+def partition(run: PlacedRun) -> StagePartition | None:
     """How a pipeline shards the layers of a run's model, None without one. ProblemError with all broken laws."""
     model, found = run.model, Findings([*check(run)])
-    divided = None
+    stages = None
     if run.degrees.pp > 1 and model is not None:
-        divided = found.attempt(lambda: divide(run.options, model, run.options.seq_length))
+        stages = found.attempt(lambda: partition_layers(run.options, model, run.options.seq_length))
     raise_all(found.problems)
-    return divided
+    return stages
 
 
 def check(run: PlacedRun) -> Problems:
@@ -55,11 +55,11 @@ def check(run: PlacedRun) -> Problems:
         yield Problem("--pipeline-timeline", options.pipeline_timeline, "its directory does not exist", fix, "absent")
 
 
-def notes(division: Division | None, counts: Sequence[int]) -> Iterator[str]:
+def notes(partition: StagePartition | None, counts: Sequence[int]) -> Iterator[str]:
     """What a person should know of a pipeline that can run."""
-    if division is None or division.schedule in SPLIT_BACKWARD:  # whose bubble is a third, or less
+    if partition is None or partition.schedule in SPLIT_BACKWARD:  # whose bubble is a third, or less
         return
-    ranks, stages, fewest = division.num_ranks, division.stages_per_rank, min(counts)
+    ranks, stages, fewest = partition.num_ranks, partition.stages_per_rank, min(counts)
     bubble = (ranks - 1) / (stages * fewest + ranks - 1)
     if bubble > LARGE_BUBBLE:
         yield (

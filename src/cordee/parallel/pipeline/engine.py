@@ -19,24 +19,27 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
-Owed = list[dict[str, Any]]  # what wgrad still needs: torch's groups of parameters, with intermediate gradients
+ParamGroups = list[dict[str, Any]]  # what wgrad still needs: torch's groups of parameters, with intermediate gradients
 
 
-def backward_input(output: Tensor, grad: Tensor, x: Tensor, parameters: Iterable[nn.Parameter]) -> tuple[Tensor, Owed]:
+def backward_input(
+    output: Tensor, grad: Tensor, x: Tensor, parameters: Iterable[nn.Parameter]
+) -> tuple[Tensor, ParamGroups]:
     """The gradient of `x` from that of `output`, and what `backward_weight` needs afterwards."""
-    grads, owed = stage_backward_input([output], [grad], [x], iter(parameters))
+    grads, param_groups = stage_backward_input([output], [grad], [x], iter(parameters))
     assert grads[0] is not None, "the output of a stage depends on its input"
-    return grads[0], owed
+    return grads[0], param_groups
 
 
-def backward_weight(parameters: Iterable[nn.Parameter], owed: Owed) -> None:
+def backward_weight(parameters: Iterable[nn.Parameter], param_groups: ParamGroups) -> None:
     """Accumulate the gradients of `parameters` that `backward_input` has left open."""
-    stage_backward_weight(iter(parameters), owed)
+    stage_backward_weight(iter(parameters), param_groups)
 
 
-def begin(model: nn.Module, *, reshard: bool) -> None:
-    """Let FSDP2 accumulate gradients on this rank, and leave to `settle` their reduction and all else that it does
-    after every backward. `reshard`: free full parameters as soon as a layer is done with them, else at `finish`.
+def begin_step(model: nn.Module, *, reshard: bool) -> None:
+    """Let FSDP2 accumulate gradients on this rank, and leave what it does after every backward to `post_backward`.
+
+    `reshard`: free full parameters as soon as a layer is done with them, else at `finish_step`.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(False)
@@ -45,13 +48,13 @@ def begin(model: nn.Module, *, reshard: bool) -> None:
         _state(model)._state_ctx.post_backward_final_callback_queued = True
 
 
-def sharded(modules: Iterable[nn.Module]) -> list[FSDPModule]:
+def fsdp_modules(modules: Iterable[nn.Module]) -> list[FSDPModule]:
     """Those of `modules` that FSDP2 has wrapped."""
     return [module for module in modules if isinstance(module, FSDPModule)]
 
 
 @torch.no_grad()
-def settle(modules: Iterable[FSDPModule], *, reduce: bool) -> None:
+def post_backward(modules: Iterable[FSDPModule], *, reduce: bool) -> None:
     """Accumulate what a backward has left at the parameters of `modules`, themselves only: in the type of reduction,
     and with `reduce` over the data-parallel ranks.
     """
@@ -64,12 +67,12 @@ def settle(modules: Iterable[FSDPModule], *, reduce: bool) -> None:
         module.set_requires_gradient_sync(False, recurse=False)
 
 
-def finish(model: nn.Module) -> None:
+def finish_step(model: nn.Module) -> None:
     """End a step: wait for all reductions, keep shards only."""
     if isinstance(model, FSDPModule):
         model.set_is_last_backward(True)
         _state(model)._root_post_backward_final_callback()
-        for module in sharded(model.modules()):
+        for module in fsdp_modules(model.modules()):
             module.reshard()
 
 

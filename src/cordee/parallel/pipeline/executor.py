@@ -21,34 +21,34 @@ from cordee.data.batch import Batch
 from cordee.model.balance import Balance
 from cordee.model.gpt import GPTModel
 from cordee.model.span import Span
-from cordee.parallel import collectives, compile, data
-from cordee.parallel.execution import Criterion, LossParts, Output, Work, add, dropout_rng_of
+from cordee.parallel import collectives, compile, data, differentiable
+from cordee.parallel.execution import Criterion, LossParts, Output, StepBatches, add, dropout_rng_of
 from cordee.parallel.layout import Layout
 from cordee.parallel.options import LayoutOptions
 from cordee.parallel.pipeline import engine
 from cordee.parallel.pipeline.program import Instruction, Message, programs
 from cordee.parallel.pipeline.recorder import Recorder
 from cordee.parallel.pipeline.schedules import REDUCING, Action, rank_actions, with_reduction
-from cordee.parallel.pipeline.split import Division
+from cordee.parallel.pipeline.split import StagePartition
 from cordee.parallel.pipeline.stage import Stage
 
 MAX_IN_FLIGHT = 8  # sent messages: each keeps a tensor alive
 
 
 class PipelineExecutor:
-    """This rank's part of a pipeline, `division` of the layers over the ranks of `layout`."""
+    """This rank's part of a pipeline, `partition` of the layers over the ranks of `layout`."""
 
     def __init__(
         self,
         model: GPTModel,
-        division: Division,
+        partition: StagePartition,
         layout: Layout,
         options: LayoutOptions,
         device: torch.device,
         criterion: Criterion,
     ):
         self._model = model
-        self._division = division
+        self._partition = partition
         self._layout = layout
         self._criterion = criterion
         self._device = device
@@ -58,41 +58,41 @@ class PipelineExecutor:
         self._rank = layout.axis_rank("pp")
         run = compile.whole(model, options, self._run)
         self._stages = {
-            stage: Stage(stage, division.spans[stage], model, run, criterion.loss)
-            for stage in division.stages(self._rank)
+            stage: Stage(stage, partition.spans[stage], model, run, criterion.loss)
+            for stage in partition.stages_of(self._rank)
         }
         self._program = cache(self._make_program)
         self._num_reports: dict[str, int] | None = None
         self._recorder = Recorder(options.pipeline_timeline, layout)
         self._seed = options.seed
         # Reductions that would block this thread run beside it where the schedule has them early.
-        beside = layout.waits and division.schedule in REDUCING and self._zero_stage < 2
-        self._beside = ThreadPoolExecutor(1, "reduction") if beside else None
+        reduces_beside = layout.blocking and partition.schedule in REDUCING and self._zero_stage < 2
+        self._reducer = ThreadPoolExecutor(1, "reduction") if reduces_beside else None
         self._reductions: list[Future[None]] = []
 
     # ---- what the trainer asks for -----------------------------------------------------------------------------------
 
-    def train(self, work: Work) -> dict[str, Tensor]:
-        batches = [batch.to(self._device) for batch in work.batches]
-        weights = [self._criterion.weight(batch) for batch in work.batches]
-        figures = _Figures()
+    def train(self, step: StepBatches) -> dict[str, Tensor]:
+        batches = [batch.to(self._device) for batch in step.batches]
+        weights = [self._criterion.weight(batch) for batch in step.batches]
+        metrics = _StepMetrics()
 
         def forward(stage: Stage, micro_batch: int, x: Tensor) -> Tensor:
-            balance = Balance(work.scale * work.weights[micro_batch] / work.weight)
-            output, parts = stage.forward(micro_batch, x, batches[micro_batch], balance, work.scale / work.weight)
-            figures.of_layers(balance, weights[micro_batch], first=micro_batch == 0)
+            balance = Balance(step.scale * step.weights[micro_batch] / step.weight)
+            output, parts = stage.forward(micro_batch, x, batches[micro_batch], balance, step.scale / step.weight)
+            metrics.add_layers(balance, weights[micro_batch], first=micro_batch == 0)
             if parts is not None:
-                figures.of_head(parts)
+                metrics.add_head(parts)
             return output
 
         with self._recorder.step():
-            engine.begin(self._model, reshard=self._zero_stage == 3)
+            engine.begin_step(self._model, reshard=self._zero_stage == 3)
             self._perform(self._program(len(batches), training=True), batches, forward)
             while self._reductions:
                 self._reductions.pop().result()
-            engine.finish(self._model)
-        self._join_copies()
-        return self._agreed(figures)
+            engine.finish_step(self._model)
+        self._all_reduce_tied_embedding()
+        return self._mean_over_layers(metrics)
 
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
         loss = torch.zeros((), device=self._device)
@@ -118,18 +118,18 @@ class PipelineExecutor:
     # ---- running a program -------------------------------------------------------------------------------------------
 
     def _make_program(self, num_micro_batches: int, training: bool) -> list[Instruction]:
-        division = self._division
-        found = rank_actions(division.schedule, division.num_ranks, division.stages_per_rank, num_micro_batches)
+        partition = self._partition
+        found = rank_actions(partition.schedule, partition.num_ranks, partition.stages_per_rank, num_micro_batches)
         if training:
-            found = with_reduction(found, at_once=division.schedule in REDUCING)
+            found = with_reduction(found, at_once=partition.schedule in REDUCING)
         else:
             found = [[action for action in actions if action.kind == "F"] for actions in found]
-        return programs(found, division.rank, len(division.spans))[self._rank]
+        return programs(found, partition.rank_of, partition.num_stages)[self._rank]
 
     def _perform(
         self, program: Sequence[Instruction], batches: Sequence[Batch], forward: Callable[[Stage, int, Tensor], Tensor]
     ) -> None:
-        mail = _Mail(self._layout, self._division, self._device, [self._empty(batch) for batch in batches])
+        mail = _Mailbox(self._layout, self._partition, self._device, [self._empty(batch) for batch in batches])
         for step in program:
             if isinstance(step, Message):
                 mail.handle(step)
@@ -147,7 +147,7 @@ class PipelineExecutor:
                 self._backward(step, stage, mail)
         mail.close()
 
-    def _backward(self, action: Action, stage: Stage, mail: _Mail) -> None:
+    def _backward(self, action: Action, stage: Stage, mail: _Mailbox) -> None:
         micro_batch = action.micro_batch
         grad = None
         if action.kind != "W" and not stage.span.head:
@@ -159,19 +159,19 @@ class PipelineExecutor:
                 found = stage.backward_input(micro_batch, grad)
             else:
                 found = stage.backward(micro_batch, grad)
-            engine.settle(stage.sharded, reduce=self._zero_stage >= 2 and action.kind != "I")
+            engine.post_backward(stage.sharded, reduce=self._zero_stage >= 2 and action.kind != "I")
         if found is not None:
             mail.put("B", stage.index, micro_batch, found)
 
     def _reduce(self, action: Action, stage: Stage) -> None:
         def reduce() -> None:
             with self._recorder.action(action):
-                engine.settle(stage.sharded, reduce=True)
+                engine.post_backward(stage.sharded, reduce=True)
 
-        if self._beside is None:
+        if self._reducer is None:
             reduce()
         else:
-            self._reductions.append(self._beside.submit(reduce))
+            self._reductions.append(self._reducer.submit(reduce))
 
     def _run(self, x: Tensor, batch: Batch, balance: Balance | None, span: Span) -> Tensor:
         """The hidden states after `span`, of the last one after the final norm."""
@@ -196,50 +196,45 @@ class PipelineExecutor:
 
     # ---- what ranks agree on -----------------------------------------------------------------------------------------
 
-    def _agreed(self, figures: _Figures) -> dict[str, Tensor]:
+    def _mean_over_layers(self, metrics: _StepMetrics) -> dict[str, Tensor]:
         """The same names on all ranks, each value divided by how many layers, of all ranks, report it."""
         if self._num_reports is None:
-            of_rank = dict(collectives.gather((self._rank, figures.num_reports), self._layout))
+            of_rank = dict(collectives.gather((self._rank, metrics.num_reports), self._layout))
             names = sorted({name for found in of_rank.values() for name in found})
             self._num_reports = {name: sum(found.get(name, 0) for found in of_rank.values()) for name in names}
-        sums = figures.sums
+        sums = metrics.sums
         assert sums.keys() <= self._num_reports.keys(), "every step reports the same"
         nothing = torch.zeros((), device=self._device)
         return {name: sums.get(name, nothing) / number for name, number in self._num_reports.items()}
 
-    def _join_copies(self) -> None:
+    def _all_reduce_tied_embedding(self) -> None:
         """Sum the gradients of a tied embedding, of which the first and the last rank each have a copy."""
-        first, last = self._division.rank(0), self._division.rank(len(self._division.spans) - 1)
+        first, last = self._partition.rank_of(0), self._partition.rank_of(self._partition.num_stages - 1)
         if not self._model.config.tie_word_embeddings or first == last or self._rank not in (first, last):
             return
         grad = self._model.embedding.weight.grad
         if grad is None:
             return
         own = grad.to_local() if isinstance(grad, DTensor) else grad
-        group = self._layout.group("pp")
+        group, peer = self._layout.group("pp"), last if self._rank == first else first
         assert group is not None
-        mine, peer = own.contiguous(), last if self._rank == first else first
-        other = torch.empty_like(mine)
-        sent = collectives.send(mine, peer, group)
-        collectives.receive(other, peer, group).wait()
-        sent.wait()
-        own.add_(other)
+        own.add_(differentiable.send_receive(own, group, to=peer, source=peer).wait())
 
 
-class _Figures:
+class _StepMetrics:
     """Sums over the micro-batches of a step on this rank, and how many layers report each; the head reports once."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.num_reports: dict[str, int] = {}
 
-    def of_head(self, parts: LossParts) -> None:
+    def add_head(self, parts: LossParts) -> None:
         total, metrics = parts
         values = {"": total, **metrics}
         add(self.sums, values)
         self.num_reports |= dict.fromkeys(values, 1)
 
-    def of_layers(self, balance: Balance, weight: float, first: bool) -> None:
+    def add_layers(self, balance: Balance, weight: float, first: bool) -> None:
         """What the layers of one stage report of a micro-batch of this weight; counted in the `first` only."""
         for values in balance.layers.values():
             add(self.sums, {name: value * weight for name, value in values.items()})
@@ -247,17 +242,17 @@ class _Figures:
                 self.num_reports[name] = self.num_reports.get(name, 0) + 1
 
 
-class _Mail:
+class _Mailbox:
     """Hidden states and their gradients in flight between stages, over ranks or within this one.
 
     `like` has their shape and type for each micro-batch.
     """
 
-    def __init__(self, layout: Layout, division: Division, device: torch.device, like: Sequence[Tensor]):
+    def __init__(self, layout: Layout, partition: StagePartition, device: torch.device, like: Sequence[Tensor]):
         group = layout.group("pp")
         assert group is not None, "a pipeline has several ranks"
         self._group = group
-        self._division = division
+        self._partition = partition
         self._rank = layout.axis_rank("pp")
         self._device = device
         self._like = like
@@ -270,9 +265,9 @@ class _Mail:
         like = self._like[micro_batch]
         assert (tensor.shape, tensor.dtype) == (like.shape, like.dtype), f"{tensor.shape} {tensor.dtype}, not {like}"
         to = stage + 1 if kind == "F" else stage - 1
-        if not 0 <= to < len(self._division.spans):
+        if not 0 <= to < self._partition.num_stages:
             return
-        if self._division.rank(to) == self._rank:
+        if self._partition.rank_of(to) == self._rank:
             self._due[kind, to, micro_batch] = tensor, None
         else:
             self._out[kind, stage, micro_batch] = tensor
@@ -286,16 +281,15 @@ class _Mail:
 
     def handle(self, message: Message) -> None:
         """Start to send or to receive."""
-        kind, stage, micro_batch = message.kind, message.stage, message.micro_batch
+        key = message.kind, message.stage, message.micro_batch
+        peer = self._partition.rank_of(message.peer_stage)
         if message.what == "send":
-            peer = self._division.rank(stage + 1 if kind == "F" else stage - 1)
-            tensor = self._out.pop((kind, stage, micro_batch)).contiguous()
+            tensor = self._out.pop(key).contiguous()
             self._sent.append((collectives.send(tensor, peer, self._group), tensor))
             self._wait(MAX_IN_FLIGHT)
             return
-        peer = self._division.rank(stage - 1 if kind == "F" else stage + 1)
-        into = torch.empty_like(self._like[micro_batch], device=self._device)
-        self._due[kind, stage, micro_batch] = into, collectives.receive(into, peer, self._group)
+        into = torch.empty_like(self._like[message.micro_batch], device=self._device)
+        self._due[key] = into, collectives.receive(into, peer, self._group)
 
     def close(self) -> None:
         """Wait until all is sent."""

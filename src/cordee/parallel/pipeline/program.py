@@ -9,7 +9,7 @@ message whose sender waits for it. Knows neither torch nor schedules.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from cordee.parallel.pipeline.schedules import Action
@@ -81,6 +81,11 @@ class Message:
     stage: int
     micro_batch: int
 
+    @property
+    def peer_stage(self) -> int:
+        """The stage at the other end."""
+        return self.stage + 1 if (self.kind == "F") == (self.what == "send") else self.stage - 1
+
 
 Instruction = Action | Message
 
@@ -92,19 +97,18 @@ def programs(
     found: list[list[Instruction]] = [[] for _ in schedules]
     for rank, action in topological_order(schedules):
         found[rank].append(action)
-        if (message := _message(action, num_stages)) is not None:
-            kind, to = message
-            if (peer := rank_of(to)) != rank:
-                found[rank].append(Message("send", kind, action.stage, action.micro_batch))
-                found[peer].append(Message("receive", kind, to, action.micro_batch))
+        sent = _message(action, num_stages)
+        if sent is not None and (peer := rank_of(sent.peer_stage)) != rank:
+            found[rank].append(sent)
+            found[peer].append(replace(sent, what="receive", stage=sent.peer_stage))
     assert not (stuck := deadlocked(schedules)), f"the schedules deadlock at {stuck[:3]}"
     return found
 
 
-def _message(action: Action, num_stages: int) -> tuple[Literal["F", "B"], int] | None:
-    """What an action makes for another stage, and for which."""
+def _message(action: Action, num_stages: int) -> Message | None:
+    """What an action sends to another stage."""
     if action.kind == "F" and action.stage < num_stages - 1:
-        return "F", action.stage + 1
+        return Message("send", "F", action.stage, action.micro_batch)
     if action.kind in ("B", "I") and action.stage > 0:
-        return "B", action.stage - 1
+        return Message("send", "B", action.stage, action.micro_batch)
     return None

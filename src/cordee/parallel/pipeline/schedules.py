@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from cordee.config.spelling import nearest
 from cordee.errors import Problem, Problems, raise_all
 from cordee.parallel.options import PipelineSchedule
 
@@ -76,15 +75,10 @@ def with_reduction(schedules: Iterable[Sequence[Action]], *, at_once: bool = Tru
 
 def problems(schedule: str, num_ranks: int, stages_per_rank: int, num_micro_batches: int) -> Problems:
     """Why these numbers do not fit the schedule."""
-    if schedule not in SCHEDULES:
-        near = nearest(schedule, SCHEDULES)
-        fix = f"did you mean {' or '.join(near)}?" if near else f"one of {', '.join(SCHEDULES)}"
-        yield Problem("schedule", schedule, "there is no such pipeline schedule", fix, "unknown")
-        return
     least, most = STAGES_PER_RANK[schedule]
     if not least <= stages_per_rank <= (most or stages_per_rank):
         wanted = f"{least}" if most else f"at least {least}"
-        why = f"it needs {wanted} stage{'s' if wanted != '1' else ''} a rank; there {_are(stages_per_rank)}"
+        why = f"it needs {wanted} stages per rank, not {stages_per_rank}"
         others = [name for name, (low, high) in STAGES_PER_RANK.items() if low <= stages_per_rank <= (high or 10**9)]
         fix = f"give {wanted}, or choose {' or '.join(others)}"
         yield Problem("schedule", schedule, why, fix, "stages", limit=wanted)
@@ -99,10 +93,6 @@ def problems(schedule: str, num_ranks: int, stages_per_rank: int, num_micro_batc
         why = f"the 2 x {num_ranks} stages need as many micro-batches; there are {num_micro_batches}"
         fix = f"give at least {2 * num_ranks} micro-batches, or choose zbv"
         yield Problem("schedule", schedule, why, fix, "micro-batches", limit=2 * num_ranks)
-
-
-def _are(number: int) -> str:
-    return f"is {number}" if number == 1 else f"are {number}"
 
 
 # ---- the actions of one rank -----------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from cordee.parallel.pipeline.schedules import V_SHAPED, rank_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class Division:
+class StagePartition:
     """A model over the ranks of a pipeline: the span of each stage, in the order of the model."""
 
     schedule: str
@@ -30,25 +30,29 @@ class Division:
     spans: tuple[Span, ...]
 
     @property
-    def stages_per_rank(self) -> int:
-        return len(self.spans) // self.num_ranks
+    def num_stages(self) -> int:
+        return len(self.spans)
 
-    def rank(self, stage: int) -> int:
+    @property
+    def stages_per_rank(self) -> int:
+        return self.num_stages // self.num_ranks
+
+    def rank_of(self, stage: int) -> int:
         """The rank that has a stage."""
         return rank_of(self.schedule, stage, self.num_ranks)
 
-    def stages(self, rank: int) -> list[int]:
+    def stages_of(self, rank: int) -> list[int]:
         """The stages of a rank."""
-        return [stage for stage in range(len(self.spans)) if self.rank(stage) == rank]
+        return [stage for stage in range(self.num_stages) if self.rank_of(stage) == rank]
 
     def __str__(self) -> str:
         """For people: "1f1b over 2 ranks: embedding, layers 0 to 3 | layers 4 to 7, head"."""
-        ranks = (", ".join(filter(None, map(_describe, self.owned(rank)))) for rank in range(self.num_ranks))
+        ranks = (", ".join(filter(None, map(_describe, self.spans_of(rank)))) for rank in range(self.num_ranks))
         return f"{self.schedule} over {self.num_ranks} ranks: {' | '.join(ranks)}"
 
-    def owned(self, rank: int) -> list[Span]:
+    def spans_of(self, rank: int) -> list[Span]:
         """The spans of a rank."""
-        return [self.spans[stage] for stage in self.stages(rank)]
+        return [self.spans[stage] for stage in self.stages_of(rank)]
 
 
 def _describe(span: Span) -> str:
@@ -68,7 +72,7 @@ def schedule_of(options: ParallelOptions) -> str:
     return "1f1b" if options.num_layers_per_virtual_pipeline_stage is None else "interleaved"
 
 
-def divide(options: ParallelOptions, model: ModelConfig, seq_length: int) -> Division:
+def partition_layers(options: ParallelOptions, model: ModelConfig, seq_length: int) -> StagePartition:
     """`model` over the stages that `options` ask for. ProblemError with all laws that are broken."""
     raise_all([*_list_problems(options, model), *_noop_problems(options, model), *_virtual_problems(options, model)])
     schedule, num_ranks = schedule_of(options), options.pipeline_model_parallel_size
@@ -81,9 +85,9 @@ def divide(options: ParallelOptions, model: ModelConfig, seq_length: int) -> Div
     else:
         raise_all(_few_problems(model, num_stages, schedule, num_ranks))
         ends = _ends_by_cost(model, seq_length, num_stages)
-    division = Division(schedule=schedule, num_ranks=num_ranks, spans=_spans(ends))
-    raise_all(_idle_problems(options, division))
-    return division
+    partition = StagePartition(schedule=schedule, num_ranks=num_ranks, spans=_spans(ends))
+    raise_all(_idle_problems(options, partition))
+    return partition
 
 
 def by_cost(model: ModelConfig, num_stages: int) -> tuple[Span, ...]:
@@ -224,9 +228,9 @@ def _few_problems(model: ModelConfig, num_stages: int, schedule: str, num_ranks:
         yield Problem(RANKS, num_ranks, why, f"give at most {model.num_layers}", "at most", _STAGES, model.num_layers)
 
 
-def _idle_problems(options: ParallelOptions, division: Division) -> Problems:
+def _idle_problems(options: ParallelOptions, partition: StagePartition) -> Problems:
     option, value = (LIST, options.num_layer_list) if options.num_layer_list else (NOOP, options.noop_layers)
-    for rank in range(division.num_ranks):
-        if not any(span.layers or span.embedding or span.head for span in division.owned(rank)):
+    for rank in range(partition.num_ranks):
+        if not any(span.layers or span.embedding or span.head for span in partition.spans_of(rank)):
             why = f"rank {rank} of the pipeline would have nothing to compute"
             yield Problem(option, value, why, "give it a layer", "idle", _STAGES, rank)

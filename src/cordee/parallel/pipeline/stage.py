@@ -27,14 +27,14 @@ Run = Callable[[Tensor, Batch, Balance | None, Span], Tensor]  # the hidden stat
 
 
 @dataclass
-class _Open:
+class _InFlight:
     """A micro-batch after its forward. `x` is None in the first stage, `leaf` and `loss` are only in the last."""
 
     x: Tensor | None
     output: Tensor
     leaf: Tensor | None = None
     loss: Tensor | None = None
-    owed: engine.Owed | None = None
+    param_groups: engine.ParamGroups | None = None
     grad: Tensor | None = None  # of `output`, where the whole backward is left to `backward_weight`
 
 
@@ -50,11 +50,11 @@ class Stage:
         self._model = model
         self._run = run
         self._loss = loss
-        self._open: dict[int, _Open] = {}
+        self._in_flight: dict[int, _InFlight] = {}
         # Embedding, final norm and head are the model's own.
         modules = [model] if span.embedding or span.head else []
         modules += [module for layer in span.layers for module in model.layers[str(layer)].modules()]
-        self.sharded = engine.sharded(modules)
+        self.sharded = engine.fsdp_modules(modules)
 
     def forward(
         self, micro_batch: int, x: Tensor, batch: Batch, balance: Balance, scale: float
@@ -66,7 +66,7 @@ class Stage:
         if not self.span.embedding:
             x = x.detach().requires_grad_()
         output = self._run(x, batch, balance, self.span)
-        kept = self._open[micro_batch] = _Open(None if self.span.embedding else x, output)
+        kept = self._in_flight[micro_batch] = _InFlight(None if self.span.embedding else x, output)
         if not self.span.head:
             return output.detach(), None
         kept.leaf = output.detach().requires_grad_()
@@ -80,33 +80,33 @@ class Stage:
 
     def backward(self, micro_batch: int, grad: Tensor | None) -> Tensor | None:
         """The gradient of the stage's input, from that of its output; None in the first and the last stage."""
-        kept = self._open.pop(micro_batch)
+        kept = self._in_flight.pop(micro_batch)
         return self._whole(kept, self._grad(kept, grad))
 
     def backward_input(self, micro_batch: int, grad: Tensor | None) -> Tensor | None:
         """As `backward`; gradients of parameters are left to `backward_weight`."""
-        kept = self._open[micro_batch]
+        kept = self._in_flight[micro_batch]
         grad = self._grad(kept, grad)
         if kept.x is None:  # no other stage waits for a gradient
             kept.grad = grad
             return None
-        found, kept.owed = engine.backward_input(kept.output, grad, kept.x, self._parameters())
+        found, kept.param_groups = engine.backward_input(kept.output, grad, kept.x, self._parameters())
         return found
 
     def backward_weight(self, micro_batch: int) -> None:
-        kept = self._open.pop(micro_batch)
-        if kept.owed is not None:
-            engine.backward_weight(self._parameters(), kept.owed)
+        kept = self._in_flight.pop(micro_batch)
+        if kept.param_groups is not None:
+            engine.backward_weight(self._parameters(), kept.param_groups)
         else:
             assert kept.grad is not None
             self._whole(kept, kept.grad)
 
-    def _whole(self, kept: _Open, grad: Tensor) -> Tensor | None:
+    def _whole(self, kept: _InFlight, grad: Tensor) -> Tensor | None:
         if kept.output.requires_grad:  # not so where nothing of the first stage is trained
             torch.autograd.backward(kept.output, grad)
         return None if kept.x is None else kept.x.grad
 
-    def _grad(self, kept: _Open, received: Tensor | None) -> Tensor:
+    def _grad(self, kept: _InFlight, received: Tensor | None) -> Tensor:
         """The gradient of the stage's output."""
         if kept.loss is None:
             assert received is not None
