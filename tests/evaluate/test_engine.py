@@ -209,9 +209,9 @@ class Letters:
 def answer_part(rank: int, world_size: int, name: str, degrees: Degrees, batch_size: int) -> list[Any]:
     config = models.MODELS[name]
     if degrees == Degrees():
-        model, place = GPTModel(config), None
+        model, stage = GPTModel(config), None
     else:
-        model, place = inference.build(config, Layout(degrees), torch.float32, torch.device("cpu"))
+        model, stage = inference.build(config, Layout(degrees), torch.float32, torch.device("cpu"))
     initialise(model, 7)
     longest = config.max_position_embeddings
     requests: list[Any] = random_likelihoods(13, models.VOCAB, longest)
@@ -223,7 +223,7 @@ def answer_part(rank: int, world_size: int, name: str, degrees: Degrees, batch_s
         prompts = [tuple(generator.integers(2, models.VOCAB, length).tolist()) for length in lengths]
         requests += [GenerateUntil(prompt, ("B", "ZZ"), options) for prompt in prompts]
     order = generator.permutation(len(requests))
-    subject = Subject(model.eval(), Letters(), place)  # type: ignore[arg-type]
+    subject = Subject(model.eval(), Letters(), stage)  # type: ignore[arg-type]
     return answers(Engine(subject, batch_size), [requests[place] for place in order])
 
 

@@ -59,9 +59,9 @@ def run(subject, values):
     return result
 
 
-def score(model, documents, window, stride, batch_size, place=None) -> Score:
+def score(model, documents, window, stride, batch_size, stage=None) -> Score:
     """The sums of `documents` under `model`."""
-    engine = Engine(Subject(model, None, place), batch_size)
+    engine = Engine(Subject(model, None, stage), batch_size)
     asked = ((document, [RollingLoglikelihood(document.tokens, window, stride)]) for document in documents)
     total = Score()
     for document, (logprob,) in engine.answers(asked):
@@ -166,16 +166,16 @@ WHOLE = Degrees()
 def score_part(rank: int, world_size: int, name: str, degrees: Degrees) -> Score:
     """The score that one process of several finds."""
     if degrees == WHOLE:
-        model, place = GPTModel(models.MODELS[name]), None
+        model, stage = GPTModel(models.MODELS[name]), None
     else:
         layout = Layout(degrees)
-        model, place = inference.build(models.MODELS[name], layout, torch.float32, torch.device("cpu"))
+        model, stage = inference.build(models.MODELS[name], layout, torch.float32, torch.device("cpu"))
     initialise(model, 7)
     model.eval()
     generator = np.random.default_rng(0)
     lengths = (40, 2, 1, 17, 33, 0, 16, 9, 21)
     texts = [Document(generator.integers(2, models.VOCAB, length), length, 0.0) for length in lengths]
-    return score(model, texts, 12, 5, 3, place)
+    return score(model, texts, 12, 5, 3, stage)
 
 
 @pytest.mark.parametrize(("layout", "name"), sampled(LAYOUTS, ["llama", "gpt2", "mixture"], per_row=1))

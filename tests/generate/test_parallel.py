@@ -40,10 +40,10 @@ def alone(name: str, decoding: DecodingOptions) -> list[list[int]]:
 
 def together(rank: int, world_size: int, name: str, degrees: dict, decoding: DecodingOptions) -> list[list[int]]:
     layout = Layout(Degrees(**degrees))
-    model, place = inference.build(models.MODELS[name], layout, torch.float32, torch.device("cpu"))
+    model, stage = inference.build(models.MODELS[name], layout, torch.float32, torch.device("cpu"))
     initialise(model, 7)
     written: list[list[int]] = [[] for _ in PROMPTS]
-    for token in stream(model, PROMPTS, decoding, place=place):
+    for token in stream(model, PROMPTS, decoding, stage=stage):
         written[token.sample].append(token.id)
     return written
 

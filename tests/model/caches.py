@@ -21,8 +21,7 @@ class PagedCache(Cache):
         self.tables: list[list[int]] = [[] for _ in range(batch_size)]
         shapes = [kept_shape(layer.attention) for layer in config.layers]
         # What was never written must never count: not a number.
-        self.keys = [torch.full((num_pages, heads, PAGE, dim), float("nan")) for heads, dim, _ in shapes]
-        self.values = [torch.full((num_pages, heads, PAGE, dim), float("nan")) for heads, _, dim in shapes]
+        self.pools = [torch.full((num_pages, heads, slots, PAGE, dim), float("nan")) for heads, slots, dim in shapes]
 
     def extend(self, num_tokens: int, real: Tensor | None, device: torch.device) -> CacheStep:
         step = super().extend(num_tokens, real, device)
@@ -33,17 +32,15 @@ class PagedCache(Cache):
                 table.append(self._take())
         return step
 
-    def append(self, layer: int, k: Tensor, v: Tensor | None, step: CacheStep) -> None:
+    def append(self, layer: int, kv: Tensor, step: CacheStep) -> None:
         rows, columns, places = step.kept
         pages = self._table()[rows, places // PAGE]
-        self.keys[layer][pages, :, places % PAGE] = k[rows, :, columns]
-        if v is not None:
-            self.values[layer][pages, :, places % PAGE] = v[rows, :, columns]
+        self.pools[layer][pages, :, :, places % PAGE] = kv[rows, :, :, columns]
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor | None, step: CacheStep, core: Core) -> Tensor:
-        self.append(layer, k, v, step)
-        keys = self._read(self.keys[layer], step)
-        return core(q, keys, keys if v is None else self._read(self.values[layer], step), step.mask)
+    def attend(self, layer: int, q: Tensor, kv: Tensor, step: CacheStep, core: Core) -> Tensor:
+        self.append(layer, kv, step)
+        held = self._read(self.pools[layer], step).unbind(2)
+        return core(q, held[0], held[-1], step.mask)
 
     def keep(self, rows: Tensor) -> None:
         super().keep(rows)
@@ -78,8 +75,10 @@ class PagedCache(Cache):
         return torch.tensor([table + [0] * (longest - len(table)) for table in self.tables])
 
     def _read(self, pool: Tensor, step: CacheStep) -> Tensor:
-        x = pool[self._table()].transpose(1, 2).flatten(2, 3)[:, :, : step.filled]  # [batch, heads, filled, dim]
-        lengths = torch.tensor(self.lengths)[:, None, None, None]
+        x = (
+            pool[self._table()].movedim(1, 3).flatten(3, 4)[:, :, :, : step.filled]
+        )  # [batch, heads, slots, filled, dim]
+        lengths = torch.tensor(self.lengths)[:, None, None, None, None]
         return x.masked_fill(torch.arange(step.filled)[:, None] >= lengths, 0.0)  # a core may weigh by zero, not skip
 
     def _take(self) -> int:
@@ -93,7 +92,7 @@ class PagedCache(Cache):
             return page
         copy = self._take()
         self.used_by[page] -= 1
-        for pool in (*self.keys, *self.values):
+        for pool in self.pools:
             pool[copy] = pool[page]
         return copy
 
@@ -102,7 +101,7 @@ class PagedCache(Cache):
             self.used_by[page] -= 1
             if not self.used_by[page]:
                 self.free.append(page)
-                for pool in (*self.keys, *self.values):
+                for pool in self.pools:
                     pool[page] = float("nan")
 
 
@@ -114,36 +113,32 @@ class WindowCache(KVCache):
         self.windows = [getattr(layer.attention, "window", None) for layer in config.layers]
         for layer, window in enumerate(self.windows):
             if window is not None:
-                self.keys[layer] = self.keys[layer][:, :, :window].clone()
-                self.values[layer] = self.values[layer][:, :, :window].clone()
+                self.buffers[layer] = self.buffers[layer][:, :, :, :window].clone()
 
-    def append(self, layer: int, k: Tensor, v: Tensor | None, step: CacheStep) -> None:
+    def append(self, layer: int, kv: Tensor, step: CacheStep) -> None:
         window = self.windows[layer]
         if window is None:
-            super().append(layer, k, v, step)
+            super().append(layer, kv, step)
             return
-        assert v is not None
         rows, columns, places = step.kept
         last = (
             places.expand(torch.broadcast_shapes(rows.shape, places.shape)) >= torch.tensor(self.lengths)[rows] - window
         )
         rows, columns, slots = (x.expand_as(last)[last] for x in (rows, columns, places % window))
-        self.keys[layer][rows, :, slots] = k[rows, :, columns]
-        self.values[layer][rows, :, slots] = v[rows, :, columns]
+        self.buffers[layer][rows, :, :, slots] = kv[rows, :, :, columns]
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor | None, step: CacheStep, core: Core) -> Tensor:
+    def attend(self, layer: int, q: Tensor, kv: Tensor, step: CacheStep, core: Core) -> Tensor:
         window = self.windows[layer]
         if window is None:
-            return super().attend(layer, q, k, v, step, core)
-        assert v is not None
+            return super().attend(layer, q, kv, step, core)
         lengths = torch.tensor(step.lengths)[:, None]
-        slots = torch.arange(self.keys[layer].shape[2])
+        slots = torch.arange(self.buffers[layer].shape[3])
         held = lengths - 1 - (lengths - 1 - slots) % window  # the last place before this step that a slot had
         hidden = self.max_length  # a place that no query reaches
-        new = step.indices.expand(len(k), -1)
+        new = step.indices.expand(len(q), -1)
         if step.real is not None:
             new = new.masked_fill(~step.real, hidden)
         places = torch.cat((held.masked_fill(held < 0, hidden), new), 1)
-        y = core(q, torch.cat((self.keys[layer], k), 2), torch.cat((self.values[layer], v), 2), step.mask_over(places))
-        self.append(layer, k, v, step)
+        y = core(q, *torch.cat((self.buffers[layer], kv), 3).unbind(2), step.mask_over(places))
+        self.append(layer, kv, step)
         return y

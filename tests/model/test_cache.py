@@ -156,4 +156,4 @@ def test_pages_of_a_prefix_are_shared_until_they_are_written():
 def test_layers_with_a_window_keep_no_more_than_it_shows():
     model = built(tiny.attention(window=5))
     cache = WindowCache(model.config, 2, LENGTH)
-    assert [keys.shape[2] for keys in cache.keys] == [5, LENGTH]
+    assert [buffer.shape[3] for buffer in cache.buffers] == [5, LENGTH]

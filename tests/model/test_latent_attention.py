@@ -120,5 +120,4 @@ def test_parameters_have_their_canonical_names_and_shapes():
 def test_cache_holds_one_compressed_vector_a_token():
     """That it gives the right numbers is tested with all blocks in test_attention.py."""
     cache = KVCache(tiny.config(tiny.layer(tiny.latent_attention()), tiny.layer()), 2, 7)
-    assert [keys.shape for keys in cache.keys] == [(2, 1, 7, LATENT + ROPE), (2, 2, 7, 8)]
-    assert [values.shape for values in cache.values] == [(2, 1, 7, 0), (2, 2, 7, 8)]
+    assert [buffer.shape for buffer in cache.buffers] == [(2, 1, 1, 7, LATENT + ROPE), (2, 2, 2, 7, 8)]

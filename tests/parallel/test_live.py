@@ -65,17 +65,19 @@ def whole_weights(model: GPTModel, layout: Layout) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def check_copies(source: LiveSource, trained: GPTModel, targets: dict[str, tuple[GPTModel, inference.Place]]) -> None:
+def check_copies(
+    source: LiveSource, trained: GPTModel, targets: dict[str, tuple[GPTModel, inference.InferenceStage]]
+) -> None:
     """Refill every target, and compare weights with those that torch gathers and logits with those of one process."""
     expected = whole_weights(trained, source.layout)
     ids = torch.randint(0, models.VOCAB, (3, LENGTH), generator=torch.Generator().manual_seed(5))
     logits = {}
-    for name, (model, place) in targets.items():
+    for name, (model, stage) in targets.items():
         refill(model, source)
         assert dict(model.named_parameters()).keys() <= expected.keys()
         for parameter, tensor in model.named_parameters():
             assert torch.equal(full(tensor), expected[parameter].to(tensor.dtype)), (name, parameter)
-        logits[name] = place.run(model, ids).float()
+        logits[name] = stage.run(model, ids).float()
     torch.testing.assert_close(logits["tp"], logits["copies"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(logits["pp"], logits["copies"], rtol=1e-5, atol=1e-5)
 

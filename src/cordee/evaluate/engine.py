@@ -45,7 +45,7 @@ class Engine:
         self._batch_size = batch_size
         self._finished = finished or Finished(None)
         self._device = next(subject.model.parameters()).device
-        layout = None if subject.place is None else subject.place.layout
+        layout = None if subject.stage is None else subject.stage.layout
         self._copy, self._copies = (0, 1) if layout is None else (layout.data_rank, layout.data_size)
         self._known = self._finished.results
         if layout is not None:
@@ -84,16 +84,16 @@ class Engine:
 
     def _keep(self, found: dict[str, Any]) -> None:
         """Keep results in the file of one rank; ProblemError on all ranks if it cannot be written."""
-        if (place := self._subject.place) is None:
+        if (stage := self._subject.stage) is None:
             self._finished.add(found)
         else:
             keep = self._finished.add if self._subject.speaks else lambda found: None
-            collectives.together(lambda: keep(found), place.layout.control)
+            collectives.together(lambda: keep(found), stage.layout.control)
 
     def _from_all(self, own: dict[str, Any]) -> dict[str, Any]:
-        if self._subject.place is None:
+        if self._subject.stage is None:
             return own
-        layout = self._subject.place.layout
+        layout = self._subject.stage.layout
         parts = collectives.gather(own if layout.speaks_for_samples else {}, layout)
         return {key: result for part in parts for key, result in part.items()}
 
@@ -108,7 +108,7 @@ class Engine:
     @torch.inference_mode()
     def _score(self, windows: Sequence[Window]) -> list[tuple[float, bool]]:
         """Padding is on the right, where causal attention keeps it from what is scored."""
-        model, place = self._subject.model, self._subject.place
+        model, stage = self._subject.model, self._subject.stage
         rows = {window.row: window.inputs for window in windows}
         numbers = {name: number for number, name in enumerate(rows)}
         ids = np.zeros((len(rows), max(map(len, rows.values()))), np.int64)
@@ -119,10 +119,10 @@ class Engine:
             return torch.stack([_measured(head, hidden[numbers[window.row]], window) for window in windows])
 
         inputs = torch.from_numpy(ids).to(self._device)
-        if place is None:
+        if stage is None:
             measured = model(inputs, output=output)
         else:
-            measured = place.output(model, inputs, output, like=torch.empty(len(windows), 2, device="meta"))
+            measured = stage.output(model, inputs, output, like=torch.empty(len(windows), 2, device="meta"))
         return [(logprob, greedy > 0) for logprob, greedy in measured.tolist()]
 
     # ---- continuations -----------------------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ class Engine:
             replace(requests[0].options, batch_size=len(requests)),
             stop_ids=stop,
             vocab_size=tokenizer.vocab_size,
-            place=self._subject.place,
+            stage=self._subject.stage,
             names=[int(request.key, 16) for request in requests],
             ended=ended,
         )

@@ -62,8 +62,8 @@ def run(config: EvaluateConfig) -> int:
     log.setup(launch.rank_info().rank)
     prepared = _prepare(config)
     with ExitStack() as stack:
-        model, place = load_part(prepared.source, config, _degrees(config), stack, "while evaluating")
-        subject = Subject(model, prepared.tokenizer, place, prepared.stop)
+        model, stage = load_part(prepared.source, config, _degrees(config), stack, "while evaluating")
+        subject = Subject(model, prepared.tokenizer, stage, prepared.stop)
         finished = _finished(config, subject)
         results = run_tasks(prepared.tasks, subject, config, finished)
     if subject.speaks:

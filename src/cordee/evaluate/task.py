@@ -21,7 +21,7 @@ from cordee.evaluate.requests import Encoder, Request
 if TYPE_CHECKING:
     from cordee.model.config import ModelConfig
     from cordee.model.gpt import GPTModel
-    from cordee.parallel.inference import Place
+    from cordee.parallel.inference import InferenceStage
     from cordee.tokenizer import Tokenizer
 
 Metrics = dict[str, float | int]
@@ -31,19 +31,19 @@ Metrics = dict[str, float | int]
 class Subject:
     """What is evaluated: a model in evaluation mode, its tokenizer if there is one, and the tokens that end a text.
 
-    `place`: where this process is among several that share the model or the work; all of them run the same tasks, and
+    `stage`: that of this process, among several that share the model or the work; all of them run the same tasks, and
     find the same.
     """
 
     model: GPTModel
     tokenizer: Tokenizer | None
-    place: Place | None = None
+    stage: InferenceStage | None = None
     stop_ids: frozenset[int] = frozenset()
 
     @property
     def speaks(self) -> bool:
         """Whether this process shows and writes what all have found."""
-        return self.place is None or self.place.layout.rank == 0
+        return self.stage is None or self.stage.layout.rank == 0
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 from cordee.model.bound import Unsupported
 from cordee.model.cache import KVCache
 from cordee.model.gpt import GPTModel
-from cordee.parallel.inference import Place, last_logits
+from cordee.parallel.inference import InferenceStage, last_logits
 
 
 class Decoder(Protocol):
@@ -39,10 +39,10 @@ class Decoder(Protocol):
 class CachedDecoder:
     """Keeps keys and values: a step costs one token's arithmetic. Sequences hold at most `max_length` tokens."""
 
-    def __init__(self, model: GPTModel, max_length: int, place: Place | None = None):
+    def __init__(self, model: GPTModel, max_length: int, stage: InferenceStage | None = None):
         self._model = model
-        self._place = place
-        self._run = _run_of(model, place)
+        self._stage = stage
+        self._run = _run_of(model, stage)
         self._max_length = max_length
         self._cache: KVCache | None = None
 
@@ -55,7 +55,7 @@ class CachedDecoder:
             parameter.dtype,
             parameter.device,
             spans=self._model.spans,
-            tensor_ranks=1 if self._place is None else self._place.tensor_ranks,
+            tensor_ranks=1 if self._stage is None else self._stage.tensor_ranks,
         )
         return self._run(*padded(prompts, parameter.device), cache=self._cache)
 
@@ -92,9 +92,9 @@ def unsupported_reason(model: GPTModel) -> str | None:
 class PlainDecoder:
     """Runs over the whole sequences in every step: the reference of `CachedDecoder`."""
 
-    def __init__(self, model: GPTModel, place: Place | None = None):
+    def __init__(self, model: GPTModel, stage: InferenceStage | None = None):
         self._device = next(model.parameters()).device
-        self._run = _run_of(model, place)
+        self._run = _run_of(model, stage)
 
     def begin(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         self._ids, self._mask = padded(prompts, self._device)
@@ -112,9 +112,9 @@ class PlainDecoder:
             self._mask = self._mask[rows]
 
 
-def _run_of(model: GPTModel, place: Place | None) -> Callable[..., Tensor]:
-    """The model from ids to the logits of the last position, alone or over the ranks of `place`."""
-    return partial(model, output=last_logits) if place is None else partial(place.run, model)
+def _run_of(model: GPTModel, stage: InferenceStage | None) -> Callable[..., Tensor]:
+    """The model from ids to the logits of the last position, alone or over the ranks of `stage`."""
+    return partial(model, output=last_logits) if stage is None else partial(stage.run, model)
 
 
 def padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:

@@ -20,7 +20,7 @@ from cordee.generate.sampling import choose
 from cordee.log import logger
 from cordee.model.config import ModelConfig
 from cordee.model.gpt import GPTModel
-from cordee.parallel.inference import Place
+from cordee.parallel.inference import InferenceStage
 
 Prompts = Sequence[Sequence[int]]
 Ended = Callable[[int, Sequence[int]], bool]  # whether sample `number`, of which these tokens are there, is complete
@@ -74,7 +74,7 @@ def stream(
     *,
     stop_ids: Collection[int] = (),
     vocab_size: int | None = None,
-    place: Place | None = None,
+    stage: InferenceStage | None = None,
     names: Sequence[int] | None = None,
     ended: Ended = lambda number, tokens: False,
 ) -> Iterator[Token]:
@@ -85,7 +85,7 @@ def stream(
     options: length, filters, seed and batch size.
     stop_ids: tokens that end a sample; they are yielded too.
     vocab_size: only ids below it are written, where the model has more rows than the tokenizer has tokens.
-    place: that of `model` among several processes, which all call this alike.
+    stage: the one that `model` is of several processes, which all call this alike.
     names: of the samples; their numbers if none are given.
     ended: asked after every token whether it is its sample's last; stop tokens and length need not be looked at.
     Raises ProblemError if the request does not fit the model, or the model gives no numbers.
@@ -99,7 +99,7 @@ def stream(
         tokens = sample.tokens
         return tokens[-1] in stop or len(tokens) == options.max_new_tokens or ended(sample.number, tokens)
 
-    return _stream(model, samples, options, last, vocab_size, place)
+    return _stream(model, samples, options, last, vocab_size, stage)
 
 
 @torch.inference_mode()
@@ -109,9 +109,9 @@ def _stream(
     options: DecodingOptions,
     last: Callable[[_Sample], bool],
     vocab_size: int | None,
-    place: Place | None,
+    stage: InferenceStage | None,
 ) -> Iterator[Token]:
-    decoder_of = _decoder_of(model, options, place)
+    decoder_of = _decoder_of(model, options, stage)
     training = model.training
     model.eval()
     try:
@@ -144,12 +144,12 @@ def check(model: ModelConfig, prompts: Prompts, options: DecodingOptions) -> lis
     return problems
 
 
-def _decoder_of(model: GPTModel, options: DecodingOptions, place: Place | None) -> Callable[[int], Decoder]:
+def _decoder_of(model: GPTModel, options: DecodingOptions, stage: InferenceStage | None) -> Callable[[int], Decoder]:
     """What makes a decoder for sequences of at most so many tokens."""
     if not options.use_kv_cache:
-        return lambda length: PlainDecoder(model, place)
-    if place is not None:
-        return lambda length: CachedDecoder(model, length, place)
+        return lambda length: PlainDecoder(model, stage)
+    if stage is not None:
+        return lambda length: CachedDecoder(model, length, stage)
     if options.straight_decoding:
         if (why := unsupported_reason(model)) is None:
             return lambda length: FusedDecoder(model, length)

@@ -29,7 +29,7 @@ from cordee.log import logger
 from cordee.model.gpt import GPTModel
 from cordee.parallel import inference
 from cordee.parallel.degrees import DEGREES, model_processes
-from cordee.parallel.inference import Place
+from cordee.parallel.inference import InferenceStage
 from cordee.tokenizer import Tokenizer, load_tokenizer
 from cordee.weights.codec import Source
 
@@ -94,11 +94,11 @@ def run(config: GenerateConfig) -> int:
     ]
     log.setup(launch.rank_info().rank)
     with ExitStack() as stack:
-        model, place = load_part(source, config, inference.degrees(config), stack, "while generating")
+        model, stage = load_part(source, config, inference.degrees(config), stack, "while generating")
         start = time.perf_counter()
-        speaks = place is None or place.layout.rank == 0
+        speaks = stage is None or stage.layout.rank == 0
         file = stack.enter_context(closing(NewFile(config.output))) if config.output and speaks else None
-        for number, sample in enumerate(_written(samples, model, place, tokenizer, stop, config), 1):
+        for number, sample in enumerate(_written(samples, model, stage, tokenizer, stop, config), 1):
             if speaks:
                 _show(sample, f"--- {number} of {len(samples)}" if len(samples) > 1 else None)
             if file is not None:
@@ -155,7 +155,7 @@ def _prompts(options: GenerateOptions) -> list[str]:
 def _written(
     samples: list[_Sample],
     model: GPTModel,
-    place: Place | None,
+    stage: InferenceStage | None,
     tokenizer: Tokenizer,
     stop: frozenset[int],
     options: GenerateOptions,
@@ -163,7 +163,7 @@ def _written(
     """The samples in their order, each as soon as it and all before it have ended."""
     prompts = [sample.prompt_tokens for sample in samples]
     given = 0
-    for token in stream(model, prompts, options, stop_ids=stop, vocab_size=tokenizer.vocab_size, place=place):
+    for token in stream(model, prompts, options, stop_ids=stop, vocab_size=tokenizer.vocab_size, stage=stage):
         sample = samples[token.sample]
         sample.tokens.append(token.id)
         if token.last:

@@ -22,7 +22,7 @@ from cordee.model.config import ModelConfig
 from cordee.model.gpt import GPTModel
 from cordee.parallel import collectives, inference
 from cordee.parallel.degrees import Degrees
-from cordee.parallel.inference import Place
+from cordee.parallel.inference import InferenceStage
 from cordee.parallel.layout import Layout, process_group
 from cordee.tokenizer import Tokenizer
 from cordee.weights.codec import Source
@@ -44,7 +44,7 @@ def load_model(source: Source, dtype: str | None = None, device: str | None = No
 
 def load_part(
     source: Source, config: InferenceConfig, shape: Degrees, stack: ExitStack, phase: str
-) -> tuple[GPTModel, Place | None]:
+) -> tuple[GPTModel, InferenceStage | None]:
     """The model in `source`, or this process's part of it and where that is, in a group that lasts as long as `stack`.
 
     `phase` says in an error what the processes were doing when they lost each other ("while generating").
@@ -57,9 +57,9 @@ def load_part(
     stack.enter_context(collectives.contact(phase))
     stack.enter_context(process_group(ranks, config.distributed_backend or devices.kind().backend, timeout))
     layout = Layout(shape, on.type, timeout)
-    model, place = inference.build(source.spec.config, layout, dtype_of(config.dtype, source), on)
+    model, stage = inference.build(source.spec.config, layout, dtype_of(config.dtype, source), on)
     fill(model, source)
-    return model, place
+    return model, stage
 
 
 def check_part(source: Source, config: InferenceConfig, shape: Degrees) -> list[Problem]:

@@ -91,19 +91,20 @@ class Attention(SpecifiedModule[GroupedPlacement]):
         groups, heads, dim, half = config.num_kv_heads, config.q_per_group, config.head_dim, config.head_dim // 2
         rotation = binding.rotation(config.rope, dim, heads)
         qkv, out = self.qkv.bind(binding), self.out.bind_onto(binding)
+        wide = self.qkv.weight.dtype == torch.float32  # as what rotates is
 
         def core(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
-            bias = None if mask.is_plain() else mask.bias(None, q.dtype, q.device)  # a bool mask is converted anew
-            return F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
+            return F.scaled_dot_product_attention(q, k, v, binding.bias(mask, q), scale=scale)
 
         def attend(residual: Tensor, x: Tensor, now: DecodeStep) -> Tensor:
             y = qkv(x).view(-1, groups, heads + 2, dim)
             if rotation is not None:
                 cos, sin = now.angles[rotation]
-                y = torch.addcmul(y * cos, y.roll(half, -1), sin).to(y.dtype)
+                y = torch.addcmul(y * cos, y.roll(half, -1), sin)
+                y = y if wide else y.to(x.dtype)
             # The heads of a group share its keys, as several queries would: [batch, groups, heads, head_dim].
-            q, k, v = y.narrow(2, 0, heads), y.narrow(2, heads, 1), y.narrow(2, heads + 1, 1)
-            return out(now.step.cache.attend(index, q, k, v, now.step, core).flatten(1), residual)
+            q, kv = y.split_with_sizes((heads, 2), 2)
+            return out(now.step.cache.attend(index, q, kv.unsqueeze(3), now.step, core).flatten(1), residual)
 
         return attend
 

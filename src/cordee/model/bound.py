@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from cordee.model.cache import CacheStep
 from cordee.model.config import RopeConfig
 from cordee.model.rotary import Positions, depends_on_length
+from cordee.ops.mask import AttentionMask
 
 BoundNorm = Callable[[Tensor], Tensor]  # [batch, embed] to the same
 BoundMLP = Callable[[Tensor, Tensor], Tensor]  # residual and x to residual + block(x)
@@ -50,6 +51,8 @@ class Binding:
         self._positions = Positions(torch.arange(max_length, device=device)[None])
         self._rotations: dict[tuple[RopeConfig, int, int], int] = {}
         self._tables: list[tuple[Tensor, Tensor]] = []
+        self._mask: AttentionMask | None = None
+        self._bias: Tensor | None = None
 
     def rotation(self, rope: RopeConfig | None, head_dim: int, heads: int) -> int | None:
         """Which of a step's `angles` rotate the queries and the key of a group of `heads`."""
@@ -72,6 +75,12 @@ class Binding:
         cos = torch.cat((half_cos, half_cos), -1).expand(-1, heads + 1, -1)
         sin = torch.cat((-half_sin, half_sin), -1).expand(-1, heads + 1, -1)
         return F.pad(cos, (0, 0, 0, 1), value=1.0)[:, None], F.pad(sin, (0, 0, 0, 1))[:, None]
+
+    def bias(self, mask: AttentionMask, q: Tensor) -> Tensor | None:
+        """What SDPA is to add to scores: rendered once for all layers, where a bool mask would be converted by each."""
+        if mask is not self._mask:
+            self._mask, self._bias = mask, None if mask.is_plain() else mask.bias(None, q.dtype, q.device)
+        return self._bias
 
     def step(self, step: CacheStep) -> DecodeStep:
         at = row_index(step)

@@ -38,17 +38,24 @@ class CacheStep:
         self.is_first = not any(self.lengths)  # no row holds anything yet
         self.alike = self.real is None and min(self.lengths) == max(self.lengths)  # all rows take the same indices
         self.device = device
+        self._expanded: dict[torch.Size, Tensor] = {}
 
     @cached_property
     def indices(self) -> Tensor:
         """The index in its row of each token, int64 `[1 or batch, num_tokens]`; padding has any."""
         if self.alike:
             return torch.arange(self.lengths[0], self.filled, device=self.device)[None]
-        lengths = torch.tensor(self.lengths, device=self.device)[:, None]
+        lengths = torch.tensor([[length] for length in self.lengths], device=self.device)
         if self.real is None:
-            return lengths + torch.arange(self.num_tokens, device=self.device)
+            return lengths if self.num_tokens == 1 else lengths + torch.arange(self.num_tokens, device=self.device)
         indices = lengths + (self.real.cumsum(1) - 1).clamp(min=0)
         return indices.clamp(max=self.cache.max_length - 1)  # padding behind a full row
+
+    def expanded_indices(self, shape: torch.Size) -> Tensor:
+        """`indices` in the shape of keys and values, as `Cache.append` takes them; layers of one shape share them."""
+        if shape not in self._expanded:
+            self._expanded[shape] = self.indices.view(-1, 1, 1, self.num_tokens, 1).expand(shape)
+        return self._expanded[shape]
 
     @cached_property
     def kept(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,7 +69,7 @@ class CacheStep:
     @cached_property
     def mask(self) -> AttentionMask:
         """What the tokens see of all tokens in the cache."""
-        return self.mask_over(None if self.alike else torch.arange(self.filled, device=self.device)[None])
+        return self.mask_over(None)
 
     def mask_over(self, keys: Tensor | None) -> AttentionMask:
         """What the tokens see of keys with these indices, int64 `[1 or batch, any]`; one beyond the row is hidden.
@@ -74,9 +81,9 @@ class CacheStep:
             note = notes[name]
             noted[f"query_{name}"] = _at(note, self.indices)
             noted[f"key_{name}"] = note[:, : self.filled] if keys is None else _at(note, keys)
-        if keys is None:
-            return AttentionMask(self.num_tokens, self.filled, **noted)
-        return AttentionMask(self.num_tokens, keys.shape[1], query_index=self.indices, key_index=keys, **noted)
+        count = self.filled if keys is None else keys.shape[1]
+        index = None if keys is None and self.alike else self.indices
+        return AttentionMask(self.num_tokens, count, query_index=index, key_index=keys, **noted)
 
 
 def _at(note: Tensor, indices: Tensor) -> Tensor:
@@ -97,15 +104,15 @@ class Cache(ABC):
         self.notes: dict[str, Tensor] = {}
 
     @abstractmethod
-    def append(self, layer: int, k: Tensor, v: Tensor | None, step: CacheStep) -> None:
-        """Keep k `[batch, kv_heads, num_tokens, key_dim]` and v `[..., value_dim]` of the tokens of `step`.
+    def append(self, layer: int, kv: Tensor, step: CacheStep) -> None:
+        """Keep keys and then values, `[batch, kv_heads, 2, num_tokens, head_dim]`, of the tokens of `step`.
 
-        v None: the layer keeps one vector a token, as latent attention does, that is both key and value.
+        `[batch, kv_heads, 1, ...]` where one vector a token is both, as of latent attention.
         """
 
     @abstractmethod
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor | None, step: CacheStep, core: Core) -> Tensor:
-        """`append`, then `core` of q `[batch, heads, num_tokens, key_dim]` over all that the rows hold."""
+    def attend(self, layer: int, q: Tensor, kv: Tensor, step: CacheStep, core: Core) -> Tensor:
+        """`append`, then `core` of q `[batch, heads, num_tokens, head_dim]` over all that the rows hold."""
 
     def extend(self, num_tokens: int, real: Tensor | None, device: torch.device) -> CacheStep:
         """Begin a forward of so many tokens a row; `real` `[batch, num_tokens]` is 0 at padding (None: there is none).
@@ -155,10 +162,9 @@ class Cache(ABC):
 
 
 class KVCache(Cache):
-    """The plain cache, and reference of others: buffers `[batch, kv_heads, max_length, dim]` for every layer.
+    """The plain cache, and reference of others: a buffer `[batch, kv_heads, 1 or 2, max_length, dim]` for every layer.
 
-    Latent attention keeps one compressed vector a token, as the key of a single head, and no values. Of the layers
-    only those of `spans` have any room (None: all), for the heads that one of `tensor_ranks` has.
+    Of the layers only those of `spans` have any room (None: all), for the heads that one of `tensor_ranks` has.
     """
 
     def __init__(
@@ -174,47 +180,41 @@ class KVCache(Cache):
     ):
         super().__init__(batch_size, max_length)
         here = range(config.num_layers) if spans is None else {index for span in spans for index in span.layers}
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
+        self.buffers: list[Tensor] = []
         for index, layer in enumerate(config.layers):
-            heads, *dims = kept_shape(layer.attention, tensor_ranks)
-            for buffers, dim in zip((self.keys, self.values), dims, strict=True):
-                shape = batch_size, heads, max_length if index in here else 0, dim
-                buffers.append(torch.zeros(shape, dtype=dtype, device=device))
+            heads, slots, dim = kept_shape(layer.attention, tensor_ranks)
+            shape = batch_size, heads, slots, max_length if index in here else 0, dim
+            self.buffers.append(torch.zeros(shape, dtype=dtype, device=device))
 
-    def append(self, layer: int, k: Tensor, v: Tensor | None, step: CacheStep) -> None:
-        self._put(self.keys[layer], k, step)
-        if v is not None:
-            self._put(self.values[layer], v, step)
-
-    def _put(self, buffer: Tensor, new: Tensor, step: CacheStep) -> None:
+    def append(self, layer: int, kv: Tensor, step: CacheStep) -> None:
+        buffer = self.buffers[layer]
         if step.alike:
-            buffer.narrow(2, step.lengths[0], step.num_tokens).copy_(new)
-            return
-        if step.real is None:
-            buffer.scatter_(2, step.indices[:, None, :, None].expand_as(new), new)
-            return
-        rows, columns, indices = step.kept
-        buffer[rows, :, indices] = new[rows, :, columns]
+            buffer.narrow(3, step.lengths[0], step.num_tokens).copy_(kv)
+        elif step.real is None:
+            buffer.scatter_(3, step.expanded_indices(kv.shape), kv)
+        else:
+            rows, columns, indices = step.kept
+            buffer[rows, :, :, indices] = kv[rows, :, :, columns]
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor | None, step: CacheStep, core: Core) -> Tensor:
-        self.append(layer, k, v, step)
-        keys = self.keys[layer].narrow(2, 0, step.filled)
-        return core(q, keys, keys if v is None else self.values[layer].narrow(2, 0, step.filled), step.mask)
+    def attend(self, layer: int, q: Tensor, kv: Tensor, step: CacheStep, core: Core) -> Tensor:
+        self.append(layer, kv, step)
+        held = self.buffers[layer].narrow(3, 0, step.filled).unbind(2)
+        return core(q, held[0], held[-1], step.mask)
 
     def keep(self, rows: Tensor) -> None:
         super().keep(rows)
-        for buffers in (self.keys, self.values):
-            buffers[:] = [buffer[rows] for buffer in buffers]
+        self.buffers = [buffer[rows] for buffer in self.buffers]
 
     def join(self, other: Self) -> None:
         super().join(other)
-        for buffers, more in ((self.keys, other.keys), (self.values, other.values)):
-            buffers[:] = map(torch.cat, zip(buffers, more, strict=True))
+        self.buffers = list(map(torch.cat, zip(self.buffers, other.buffers, strict=True)))
 
 
 def kept_shape(attention: AttentionConfig | LatentAttentionConfig, tensor_ranks: int = 1) -> tuple[int, int, int]:
-    """Heads, key_dim and value_dim of what a layer keeps of a token on one of so many tensor-parallel ranks."""
+    """Heads, vectors a head and their dim of what a layer keeps of a token on one of so many tensor-parallel ranks.
+
+    Latent attention keeps one compressed vector as that of a single head, any other a key and a value for every head.
+    """
     if isinstance(attention, LatentAttentionConfig):
-        return 1, attention.kv_lora_rank + attention.rope_head_dim, 0
-    return max(1, attention.num_kv_heads // tensor_ranks), attention.head_dim, attention.head_dim
+        return 1, 1, attention.kv_lora_rank + attention.rope_head_dim
+    return max(1, attention.num_kv_heads // tensor_ranks), 2, attention.head_dim

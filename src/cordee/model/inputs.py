@@ -43,11 +43,11 @@ class Context:
 
     def attend(self, layer: int, core: AttentionCore, q: Tensor, k: Tensor, v: Tensor | None, scores: Scores) -> Tensor:
         """Attention of `core`, over the tokens of this forward and those in the cache; v None: k is the values too."""
-        step = self.step
-        if step is not None and not step.is_first:
-            return step.cache.attend(layer, q, k, v, step, lambda q, k, v, mask: core(q, k, v, mask, scores))
-        if step is not None:
-            step.cache.append(layer, k, v, step)
+        if (step := self.step) is not None:
+            kv = k[:, :, None] if v is None else torch.stack((k, v), 2)
+            if not step.is_first:
+                return step.cache.attend(layer, q, kv, step, lambda q, k, v, mask: core(q, k, v, mask, scores))
+            step.cache.append(layer, kv, step)
         return core(q, k, k if v is None else v, self.mask, scores)
 
     def dropout(self, rate: float, *site: str | int, first_head: int = 0) -> Dropout | None:

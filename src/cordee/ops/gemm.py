@@ -41,17 +41,22 @@ def linear(
 
 
 def fixed_linear(weight: Tensor, bias: Tensor | None, rows: int) -> Callable[[Tensor], Tensor]:
-    """`linear` outside of autograd with a weight that stays, for about `rows` rows: the library is chosen only once."""
-    if not in_onednn(weight, weight, rows * weight.numel()):
-        return lambda x: F.linear(x, weight, bias)
-    return lambda x: _onednn(x, weight, bias)
+    """`linear` of x `[rows, in]` outside of autograd with a weight that stays, for about `rows` rows.
+
+    The library is chosen and the weight transposed only once.
+    """
+    if in_onednn(weight, weight, rows * weight.numel()):
+        return lambda x: _onednn(x, weight, bias)
+    transposed = weight.t()
+    return lambda x: torch.mm(x, transposed) if bias is None else torch.addmm(bias, x, transposed)
 
 
 def fixed_linear_onto(weight: Tensor, bias: Tensor | None, rows: int) -> Callable[[Tensor, Tensor], Tensor]:
     """As `fixed_linear`, of x and what the result is added to: residual + x W^T + b."""
-    if not in_onednn(weight, weight, rows * weight.numel()):
-        return lambda x, residual: residual + F.linear(x, weight, bias)
-    return lambda x, residual: torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
+    if in_onednn(weight, weight, rows * weight.numel()):
+        return lambda x, residual: torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
+    product = fixed_linear(weight, bias, rows)
+    return lambda x, residual: residual + product(x)
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:

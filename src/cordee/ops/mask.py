@@ -17,9 +17,9 @@ from torch import Tensor
 class AttentionMask:
     """Query i sees key j iff both lie in one segment, j is not later (`causal`), within the window and the chunk.
 
-    Queries are the last `num_queries` of `num_keys` tokens unless `query_index` and `key_index` give the indices of
-    both in their sequence: int64 `[tokens]`, or `[batch, tokens]` where rows differ. Segments are int64 `[batch,
-    tokens]`; None is one segment. Positions are int64 `[1 or batch, tokens]`; None: the indices.
+    Queries are the last `num_queries` of `num_keys` tokens unless `query_index` and, where keys are not in order,
+    `key_index` give their indices in the sequence: int64 `[tokens]`, or `[batch, tokens]` where rows differ. Segments
+    are int64 `[batch, tokens]`; None is one segment. Positions are int64 `[1 or batch, tokens]`; None: the indices.
 
     `window` w hides keys w or more indices back; `chunk` c hides keys whose position lies in other c positions.
 
@@ -79,7 +79,7 @@ class AttentionMask:
             hidden = ~self.dense(device, window, chunk)
             term = torch.zeros_like(hidden, dtype=dtype)
             if slopes is not None:
-                distance = F.pad(self._distance(device).float(), (self.num_prefix, 0))[:, None]
+                distance = F.pad(self._distance(device).float(), (self.num_prefix, 0))
                 term = (distance * -torch.tensor(slopes, device=device)[:, None, None]).to(dtype)
             self._rendered[key] = term.masked_fill(hidden, float("-inf"))
         return self._rendered[key]
@@ -126,9 +126,9 @@ class AttentionMask:
         )
 
     def _distance(self, device: torch.device) -> Tensor:
-        """How far back from each query each key is, `[1 or batch, num_queries, num_keys]`."""
+        """How far back from each query each key is, `[1 or batch, 1, num_queries, num_keys]`."""
         query, key = self._indices(device)
-        return (query[..., :, None] - key[..., None, :]).view(-1, self.num_queries, self.num_keys)
+        return (query.unsqueeze(-1) - key.unsqueeze(-2)).view(-1, 1, self.num_queries, self.num_keys)
 
     def _visible(self, device: torch.device, window: int | None, chunk: int | None) -> Tensor:
         distance = self._distance(device)
@@ -140,8 +140,8 @@ class AttentionMask:
             if self.key_positions is not None:
                 assert self.query_positions is not None
                 query, key = self.query_positions, self.key_positions
-            visible = visible & (query[..., :, None] // chunk == key[..., None, :] // chunk)
-        visible = visible[:, None]
+            same = query.unsqueeze(-1) // chunk == key.unsqueeze(-2) // chunk
+            visible = visible & same.view(-1, 1, self.num_queries, self.num_keys)
         if self.query_segments is not None:
             assert self.key_segments is not None
             visible = visible & (self.query_segments[:, None, :, None] == self.key_segments[:, None, None, :])

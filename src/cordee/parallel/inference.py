@@ -38,8 +38,10 @@ def check(model: ModelConfig, degrees: Degrees) -> Problems:
     yield from at_most("--pipeline-model-parallel-size", degrees.pp, layers, f"the model's {layers} layers", "load")
 
 
-def build(model: ModelConfig, layout: Layout, dtype: torch.dtype, device: torch.device) -> tuple[GPTModel, Place]:
-    """This process's shard of `model`, its values still to be filled, and its place among the others.
+def build(
+    model: ModelConfig, layout: Layout, dtype: torch.dtype, device: torch.device
+) -> tuple[GPTModel, InferenceStage]:
+    """This process's shard of `model`, its values still to be filled, and which stage that is.
 
     ProblemError if the processes do not fit the model.
     """
@@ -52,7 +54,7 @@ def build(model: ModelConfig, layout: Layout, dtype: torch.dtype, device: torch.
     sharding.apply(built, layout, options)
     tensor.apply(built, layout, options)
     materialise(built, device=device)
-    return built, Place(layout, own)
+    return built, InferenceStage(layout, own)
 
 
 def last_logits(head: Head, hidden: Tensor) -> Tensor:
@@ -61,8 +63,8 @@ def last_logits(head: Head, hidden: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where this process is: its span of the layers, among the stages of `layout`."""
+class InferenceStage:
+    """The span of the layers that this process has, among the stages of `layout`."""
 
     layout: Layout
     span: Span
