@@ -10,7 +10,7 @@ from cordee.families import common
 from cordee.families.family import Family
 from cordee.families.reader import ConfigReader
 from cordee.model.config import AttentionConfig, LayerConfig, MLPConfig, ModelConfig, NormConfig, RopeConfig
-from cordee.tensors.rules import GATE_UP, Rule, each_layer, module
+from cordee.tensors.rules import GATE_UP, Rule, module
 from cordee.tensors.views import Chain, Split
 
 
@@ -49,15 +49,6 @@ def read(hf: ConfigReader) -> ModelConfig:
     )
 
 
-def weights(config: ModelConfig) -> list[Rule]:
-    return [
-        *module("embedding", "transformer.embedding.word_embeddings"),
-        *each_layer(config, layer_weights, "transformer.encoder.layers.{i}."),
-        *module("final_norm", "transformer.encoder.final_layernorm"),
-        *module("head", "transformer.output_layer"),
-    ]
-
-
 def layer_weights(layer: LayerConfig) -> list[Rule]:
     attention = layer.attention
     assert isinstance(attention, AttentionConfig)
@@ -78,7 +69,13 @@ FAMILY = Family(
     architectures=("ChatGLMModel", "ChatGLMForConditionalGeneration"),
     model_types=("chatglm",),
     read=read,
-    weights=weights,
+    outer_weights=(
+        *module("embedding", "transformer.embedding.word_embeddings"),
+        *module("final_norm", "transformer.encoder.final_layernorm"),
+        *module("head", "transformer.output_layer"),
+    ),
+    layer_prefix="transformer.encoder.layers.{i}.",
+    layer_weights=layer_weights,
     base_prefix="transformer.",
     ignored=("transformer.rotary_pos_emb.inv_freq",),
     keys={

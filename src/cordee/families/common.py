@@ -16,7 +16,7 @@ from cordee.model.config import (
     ModelConfig,
     NormConfig,
 )
-from cordee.tensors.rules import IDENTITY, Rule, each_layer, module, rotary_halves, separate_qkv, stack
+from cordee.tensors.rules import IDENTITY, Rule, module, rotary_halves, separate_qkv, stack
 from cordee.tensors.views import Chain, Each, Op
 
 T = TypeVar("T")
@@ -121,16 +121,6 @@ def read_model(hf: ConfigReader, layers: Iterable[LayerConfig], norm: NormConfig
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
-
-
-def model_weights(config: ModelConfig, layer_weights: Callable[[LayerConfig], list[Rule]]) -> list[Rule]:
-    """Rules of a whole model; `layer_weights` gives those of a layer."""
-    return [
-        *module("embedding", "model.embed_tokens"),
-        *each_layer(config, layer_weights, "model.layers.{i}."),
-        *module("final_norm", "model.norm"),
-        *module("head", "lm_head"),
-    ]
 
 
 def layer_weights(layer: LayerConfig) -> list[Rule]:

@@ -122,10 +122,6 @@ def read_mscale(hf: ConfigReader, rope: RopeConfig) -> float:
 # ---- weights ---------------------------------------------------------------------------------------------------------
 
 
-def weights(config: ModelConfig) -> list[Rule]:
-    return common.model_weights(config, layer_weights)
-
-
 def layer_weights(layer: LayerConfig) -> list[Rule]:
     return [
         *module("attention_norm", "input_layernorm"),

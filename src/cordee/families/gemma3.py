@@ -9,7 +9,7 @@ from __future__ import annotations
 from cordee.families import common
 from cordee.families.family import Family, keys
 from cordee.families.gemma import read_mlp, read_model, read_norm
-from cordee.families.gemma2 import weights
+from cordee.families.gemma2 import layer_weights
 from cordee.families.lenses import MODEL, at
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import read_rope, write_scaling
@@ -55,8 +55,7 @@ FAMILY = Family(
     architectures=("Gemma3ForCausalLM", "Gemma3TextModel"),
     model_types=("gemma3_text",),
     read=read,
-    weights=weights,
-    base_prefix="model.",
+    layer_weights=layer_weights,
     keys=keys(
         "rope_theta",  # it has two
         query_pre_attn_scalar="query_pre_attn_scalar",

@@ -26,10 +26,6 @@ def read_attention(hf: ConfigReader) -> AttentionConfig:
     return AttentionConfig(**heads, qkv_bias=hf.flag("attention_bias", True), rope=rope)
 
 
-def weights(config: ModelConfig) -> list[Rule]:
-    return common.model_weights(config, layer_weights)
-
-
 def layer_weights(layer: LayerConfig) -> list[Rule]:
     assert isinstance(layer.attention, AttentionConfig)
     projections = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -48,7 +44,6 @@ FAMILY = Family(
     architectures=("GlmForCausalLM", "GlmModel"),
     model_types=("glm",),
     read=read,
-    weights=weights,
-    base_prefix="model.",
+    layer_weights=layer_weights,
     keys=keys(attention_bias="qkv_bias", partial_rotary_factor="rotary_percent"),
 )

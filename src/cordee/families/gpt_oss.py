@@ -73,10 +73,6 @@ def read_expert(hf: ConfigReader) -> MLPConfig:
     )
 
 
-def weights(config: ModelConfig) -> list[Rule]:
-    return common.model_weights(config, layer_weights)
-
-
 def layer_weights(layer: LayerConfig) -> list[Rule]:
     return [
         *common.layer_weights(layer),
@@ -91,7 +87,6 @@ FAMILY = Family(
     architectures=("GptOssForCausalLM", "GptOssModel"),
     model_types=("gpt_oss",),
     read=read,
-    weights=weights,
-    base_prefix="model.",
+    layer_weights=layer_weights,
     keys=keys(sliding_window="interleave_sliding_window", **expert_keys("num_local_experts")),
 )

@@ -71,10 +71,6 @@ def read_attention(hf: ConfigReader) -> list[AttentionConfig]:
     ]
 
 
-def weights(config: ModelConfig) -> list[Rule]:
-    return common.model_weights(config, layer_weights)
-
-
 def layer_weights(layer: LayerConfig) -> list[Rule]:
     attention, mlp = layer.attention, "feed_forward"
     assert isinstance(attention, AttentionConfig)
@@ -100,8 +96,7 @@ FAMILY = Family(
     architectures=("Llama4ForCausalLM", "Llama4TextModel"),
     model_types=("llama4_text",),
     read=read,
-    weights=weights,
-    base_prefix="model.",
+    layer_weights=layer_weights,
     keys=keys(
         "intermediate_size",
         interleave_moe_layer_step=lambda words: 1 + first_sparse(words[MODEL]),

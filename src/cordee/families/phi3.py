@@ -29,10 +29,6 @@ def read(hf: ConfigReader) -> ModelConfig:
     )
 
 
-def weights(config: ModelConfig) -> list[Rule]:
-    return common.model_weights(config, layer_weights)
-
-
 def layer_weights(layer: LayerConfig) -> list[Rule]:
     return [
         *module("attention_norm", "input_layernorm"),
@@ -49,7 +45,6 @@ FAMILY = Family(
     architectures=("Phi3ForCausalLM", "Phi3Model"),
     model_types=("phi3",),
     read=read,
-    weights=weights,
-    base_prefix="model.",
+    layer_weights=layer_weights,
     keys=keys(partial_rotary_factor="rotary_percent", sliding_window="sliding_window"),
 )
