@@ -53,7 +53,7 @@ def layer_weights(layer: LayerConfig) -> list[Rule]:
     attention = layer.attention
     assert isinstance(attention, AttentionConfig)
     q, kv = (count * attention.head_dim for count in (attention.num_heads, attention.num_kv_heads))
-    qkv = Chain((Split(0, (q, kv, kv)), common.paired_qkv(attention)))
+    qkv = Chain((Split(0, (q, kv, kv)), common.paired_qkv(layer)))
     return [
         *module("attention_norm", "input_layernorm"),
         *module("attention.qkv", "self_attention.query_key_value", op=qkv),

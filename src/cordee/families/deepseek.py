@@ -10,7 +10,7 @@ from dataclasses import replace
 from cordee.families import common
 from cordee.families.experts import Choice, expert_list_weights
 from cordee.families.family import HFConfig, keys
-from cordee.families.lenses import Words, scaling_of
+from cordee.families.lenses import LATENT_EPS, Words, scaling_of
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import mscale, read_rope, rope_section, write_scaling
 from cordee.model.config import (
@@ -26,8 +26,6 @@ from cordee.model.config import (
 )
 from cordee.tensors.rules import Rule, module, rotary_halves
 from cordee.tensors.views import Chain, Rearrange
-
-LATENT_EPS = 1e-6  # of the norms of compressed vectors, whatever `rms_norm_eps` says
 
 KEYS = keys(
     "head_dim",
@@ -104,7 +102,7 @@ def read_latent_attention(hf: ConfigReader) -> LatentAttentionConfig:
         nope_head_dim=nope_dim,
         rope_head_dim=rope_dim,
         v_head_dim=hf.integer("v_head_dim"),
-        norm=NormConfig(kind="rms", eps=LATENT_EPS),
+        norm=NormConfig(kind="rms", eps=LATENT_EPS),  # whatever `rms_norm_eps` says
         rope=rope,
         scale=(nope_dim + rope_dim) ** -0.5 * read_mscale(hf, rope) ** 2,
         bias=hf.flag("attention_bias", False),

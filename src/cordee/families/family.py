@@ -108,7 +108,7 @@ class Family:
         return config
 
     def weights(self, config: ModelConfig) -> list[Rule]:
-        """The rule of every parameter in a checkpoint, weight and bias of all modules; of some that a model lacks too."""
+        """The rule of every parameter in a checkpoint, weight and bias of all modules, also of those it lacks."""
         return [*self.outer_weights, *each_layer(config, self.layer_weights, self.layer_prefix)]
 
     def written(self, words: Words) -> HFConfig:

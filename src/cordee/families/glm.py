@@ -27,12 +27,9 @@ def read_attention(hf: ConfigReader) -> AttentionConfig:
 
 
 def layer_weights(layer: LayerConfig) -> list[Rule]:
-    assert isinstance(layer.attention, AttentionConfig)
-    projections = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     return [
         *module("attention_norm", "input_layernorm"),
-        *module("attention.qkv", *projections, op=common.paired_qkv(layer.attention)),
-        *module("attention.out", "self_attn.o_proj"),
+        *common.attention_weights(layer, common.paired_qkv(layer)),
         *module("mlp_norm", "post_attention_layernorm"),
         *module("mlp.gate_up", "mlp.gate_up_proj", op=GATE_UP),
         *module("mlp.down", "mlp.down_proj"),

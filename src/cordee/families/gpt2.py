@@ -6,6 +6,7 @@ Brown et al. 2020). Linear weights are stored `[in, out]`, the layout of the ori
 
 from __future__ import annotations
 
+from cordee.families import common
 from cordee.families.family import Family
 from cordee.families.lenses import Words
 from cordee.families.reader import ConfigReader
@@ -51,12 +52,9 @@ def read(hf: ConfigReader) -> ModelConfig:
 
 
 def layer_weights(layer: LayerConfig) -> list[Rule]:
-    attention = layer.attention
-    assert isinstance(attention, AttentionConfig)
-    qkv = packed_qkv(attention.num_kv_heads, attention.q_per_group, attention.head_dim)
     return [
         *module("attention_norm", "ln_1"),
-        *transposed("attention.qkv", "attn.c_attn", qkv),
+        *transposed("attention.qkv", "attn.c_attn", common.qkv_op(layer, packed_qkv)),
         *transposed("attention.out", "attn.c_proj"),
         *module("mlp_norm", "ln_2"),
         *transposed("mlp.up", "mlp.c_fc"),

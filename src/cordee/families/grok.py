@@ -41,9 +41,7 @@ def read(hf: ConfigReader) -> ModelConfig:
 
 
 def layer_weights(layer: LayerConfig) -> list[Rule]:
-    attention = layer.attention
-    assert isinstance(attention, AttentionConfig)
-    qkv = separate_qkv(attention.num_kv_heads, attention.q_per_group, attention.head_dim)
+    qkv = common.qkv_op(layer, separate_qkv)
     return [
         scale("attention_norm", "pre_attn_norm"),
         *module("attention.qkv", "attn.q_proj", "attn.k_proj", "attn.v_proj", op=qkv),

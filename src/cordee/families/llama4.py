@@ -72,13 +72,10 @@ def read_attention(hf: ConfigReader) -> list[AttentionConfig]:
 
 
 def layer_weights(layer: LayerConfig) -> list[Rule]:
-    attention, mlp = layer.attention, "feed_forward"
-    assert isinstance(attention, AttentionConfig)
-    projections = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    mlp = "feed_forward"
     return [
         *module("attention_norm", "input_layernorm"),
-        *module("attention.qkv", *projections, op=common.paired_qkv(attention)),
-        *module("attention.out", "self_attn.o_proj"),
+        *common.attention_weights(layer, common.paired_qkv(layer)),
         *module("mlp_norm", "post_attention_layernorm"),
         *common.mlp_weights("mlp", mlp),
         *module("mlp.router", f"{mlp}.router"),

@@ -70,68 +70,17 @@ MATHEMATICAL: dict[str, tuple[object, ...]] = {
 
 # Keys that change neither weights nor logits: names, token ids, outputs, generation, implementation choices.
 IRRELEVANT = frozenset(
-    {
-        "_attn_implementation",
-        "_attn_implementation_autoset",
-        "_commit_hash",
-        "_from_model_config",
-        "_name_or_path",
-        "apply_query_key_layer_scaling",
-        "architectures",
-        "attention_softmax_in_fp32",
-        "attn_implementation",
-        "auto_map",
-        "bf16",
-        "bias_dropout_fusion",
-        "bos_token_id",
-        "cache_implementation",
-        "chunk_size_feed_forward",
-        "decoder_start_token_id",
-        "do_sample",
-        "dtype",
-        "eos_token_id",
-        "finetuning_task",
-        "fp16",
-        "fp32",
-        "id2label",
-        "is_decoder",
-        "label2id",
-        "masked_softmax_fusion",
-        "max_length",
-        "model_type",
-        "n_ctx",
-        "offset_alibi",
-        "onnx_safe",
-        "output_attentions",
-        "output_hidden_states",
-        "output_router_logits",
-        "pad_token_id",
-        "padded_vocab_size",
-        "prefix",
-        "pretraining_tp",
-        "problem_type",
-        "reorder_and_upcast_attn",
-        "return_dict",
-        "return_dict_in_generate",
-        "sep_token_id",
-        "skip_bias_add",
-        "softmax_in_fp32",
-        "task_specific_params",
-        "temperature",
-        "tie_encoder_decoder",
-        "tokenizer_class",
-        "tokenizer_type",
-        "top_k",
-        "top_p",
-        "torch_dtype",
-        "torchscript",
-        "transformers_version",
-        "typical_p",
-        "unk_token_id",
-        "use_cache",
-        "use_cache_kernel",
-        "use_flash_attn",
-    }
+    """
+    _attn_implementation _attn_implementation_autoset _commit_hash _from_model_config _name_or_path
+    apply_query_key_layer_scaling architectures attention_softmax_in_fp32 attn_implementation auto_map bf16
+    bias_dropout_fusion bos_token_id cache_implementation chunk_size_feed_forward decoder_start_token_id do_sample
+    dtype eos_token_id finetuning_task fp16 fp32 id2label is_decoder label2id masked_softmax_fusion max_length
+    model_type n_ctx offset_alibi onnx_safe output_attentions output_hidden_states output_router_logits pad_token_id
+    padded_vocab_size prefix pretraining_tp problem_type reorder_and_upcast_attn return_dict return_dict_in_generate
+    sep_token_id skip_bias_add softmax_in_fp32 task_specific_params temperature tie_encoder_decoder tokenizer_class
+    tokenizer_type top_k top_p torch_dtype torchscript transformers_version typical_p unk_token_id use_cache
+    use_cache_kernel use_flash_attn
+    """.split()
 )
 IRRELEVANT_PREFIXES = ("summary_",)  # the classification head of GPT-2's double-headed model
 

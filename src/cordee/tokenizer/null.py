@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from cordee.errors import Problem, ProblemError
-from cordee.tokenizer.base import Tokenizer
+from cordee.tokenizer.base import Roles, Tokenizer
 
 
 class NullTokenizer(Tokenizer):
@@ -17,7 +17,7 @@ class NullTokenizer(Tokenizer):
 
     def __init__(self, vocab_size: int):
         self.vocab_size = vocab_size
-        self.eos = vocab_size - 1
+        self.roles = Roles(eos=vocab_size - 1)
 
     def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         try:
