@@ -60,6 +60,8 @@ def refuse_quantised(hf: ConfigReader) -> None:
             "quantization_config",
             f"experts are quantised ({method}), which is not supported",
             "write them in bfloat16: load with transformers and Mxfp4Config(dequantize=True), then save_pretrained",
+            "quantised",
+            limit=method,
         )
 
 

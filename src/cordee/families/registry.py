@@ -19,6 +19,7 @@ from typing import Any
 import cordee.families
 from cordee import sealed
 from cordee.config.schema import ModelOptions
+from cordee.config.spelling import unknown
 from cordee.errors import Problem, ProblemError, raise_all
 from cordee.families.count import canonical_shapes
 from cordee.families.family import Family, HFConfig, changed
@@ -36,7 +37,7 @@ from cordee.families.lenses import (
 )
 from cordee.families.options import check, given_features, resolve, with_defaults
 from cordee.families.presets import published
-from cordee.families.reader import ConfigReader, nearest, read_object
+from cordee.families.reader import ConfigReader, read_object
 from cordee.model.compare import canonical
 from cordee.model.config import ModelConfig
 from cordee.tensors.rules import Rule
@@ -120,7 +121,7 @@ class ModelSpec:
         return spec._with_fitting_tokens()
 
     def _no_place(self, options: ModelOptions, refused: Iterable[str]) -> ProblemError:
-        flags = list(map(flag_of, sorted(refused)))
+        flags = list(dict.fromkeys(map(flag_of, sorted(refused))))  # two words say the activation
         fits = f"family {self.family.name}, which has no place for {', '.join(flags)}"
         return ProblemError([_no_such_model(options, fits, flags)])
 
@@ -209,8 +210,8 @@ def _family_of(hf: Mapping[str, Any], where: str) -> Family:
             raise ProblemError([Problem(f"{where}: architectures", given, why, "give the name in an array")])
         if given[0] in architectures:
             return architectures[given[0]]
-        why, fix = f"no family for this architecture; {nearest(given[0], architectures)}", GUIDE
-        raise ProblemError([Problem(f"{where}: architectures", given[0], why, fix)])
+        why = f"no family for this architecture; {GUIDE}"
+        raise ProblemError([unknown(f"{where}: architectures", given[0], architectures, why)])
     types = {name: family for family in families().values() for name in family.model_types}
     given = hf.get("model_type")
     if given is not None and not isinstance(given, str):
@@ -219,20 +220,17 @@ def _family_of(hf: Mapping[str, Any], where: str) -> Family:
         return types[given]
     if given is None:
         why, fix = "neither architectures nor model_type is there", "take the config.json published with the weights"
-    else:
-        why, fix = f"no family for this model type; {nearest(given, types)}", GUIDE
-    raise ProblemError([Problem(f"{where}: model_type", given, why, fix)])
+        raise ProblemError([Problem(f"{where}: model_type", given, why, fix, "missing")])
+    raise ProblemError([unknown(f"{where}: model_type", given, types, f"no family for this model type; {GUIDE}")])
 
 
 def spec_from_directory(path: str | Path) -> ModelSpec:
     """The model in a Hugging Face directory. ProblemError if there is none or its configuration is wrong."""
     file = Path(path) / "config.json"
-    if not Path(path).is_dir():
-        why, fix = "there is no such directory", "give the directory that holds config.json and the weights"
-        raise ProblemError([Problem("model directory", path, why, fix)])
     if not file.is_file():
-        why, fix = "there is no config.json in it", "give the directory that holds config.json and the weights"
-        raise ProblemError([Problem("model directory", path, why, fix)])
+        what, limit = (f"{file.name} in it", file.name) if file.parent.is_dir() else ("such directory", None)
+        fix = "give the directory that holds config.json and the weights"
+        raise ProblemError([Problem("model directory", path, f"there is no {what}", fix, "missing", limit=limit)])
     return _spec_from_file(file)
 
 
@@ -249,9 +247,7 @@ def spec_from_preset(name: str) -> ModelSpec:
     """The model with the published size `name`. ProblemError with the nearest names if there is none."""
     known = presets()
     if name not in known:
-        raise ProblemError(
-            [Problem("--model", name, f"unknown preset; {nearest(name, known)}", "`cordee models` lists them")]
-        )
+        raise ProblemError([unknown("--model", name, known, "unknown preset; `cordee models` lists them")])
     family = known[name]
     return spec_from_hf(family.skeleton(family.presets[name].config), f"preset {name}")
 

@@ -28,7 +28,9 @@ class NullTokenizer(Tokenizer):
         wrong = next((i for ids in batch for i in ids if not 0 <= i < self.vocab_size), None)
         if wrong is not None:
             why = f"the text holds {wrong}, which is not among 0 to {self.vocab_size - 1}"
-            raise ProblemError([Problem("--vocab-size", self.vocab_size, why, "give a larger one")])
+            raise ProblemError(
+                [Problem("--vocab-size", self.vocab_size, why, "give a larger one", "range", limit=wrong)]
+            )
         return batch
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:

@@ -120,7 +120,8 @@ class TikTokenizer(MatchingTokenizer):
             return self._encoding.encode(text, disallowed_special=())  # `encode_ordinary` panics instead
         except ValueError as error:  # the library's regular expressions have a stack of limited size
             why = f"it cannot cut a text of {len(text):,} characters that holds a run of spaces too long: {error}"
-            raise ProblemError([Problem("tokenizer", self._source, why, "take such texts out of the input")]) from error
+            fix = "take such texts out of the input"
+            raise ProblemError([Problem("tokenizer", self._source, why, fix, "too long", limit=len(text))]) from error
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
         skipped = {i for i, token in self._added.items() if token.special} if skip_special_tokens else set()
