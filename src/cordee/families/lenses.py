@@ -304,10 +304,6 @@ def _put_routed_scale(draft: Draft, scale: float) -> Draft:
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 
-def _unless_one(scale: float, times: float) -> float | None:
-    return None if scale == 1.0 else scale * times
-
-
 def _switch(get: Callable[[ModelConfig], bool], put: Callable[[Draft], Draft], *places: str) -> Lens:
     """A feature that a model has or has not; `put` adds it."""
     return Lens(get=get, put=lambda draft, on: put(draft) if on else draft, neutral=False, places=places)
@@ -390,7 +386,7 @@ FEATURES = {
     ),
     "output_multiplier_scale": at("logit_scale", neutral=1.0),
     "dim_model_base": Lens(
-        get=lambda config: _unless_one(config.logit_scale, config.hidden_size),
+        get=lambda config: None if config.logit_scale == 1.0 else config.logit_scale * config.hidden_size,
         put=lambda draft, base: draft | {"logit_scale": base / draft["hidden_size"]} if base else draft,
     ),
     "output_logit_softcapping": at("logit_softcap"),

@@ -84,11 +84,9 @@ class ModelSpec:
         rules = {rule.canonical: rule for rule in self.family.weights(self.config) if rule.canonical in shapes}
         assert rules.keys() == shapes.keys(), f"{self.family.name} has no rule for {shapes.keys() - rules.keys()}"
         if not self.base_prefix:
-            rules = {name: rule.named(str, self._bare) for name, rule in rules.items()}
+            prefix = self.family.base_prefix
+            rules = {name: rule.named(str, lambda key: key.removeprefix(prefix)) for name, rule in rules.items()}
         return {name: rules[name] for name in shapes}
-
-    def _bare(self, foreign: str) -> str:
-        return foreign.removeprefix(self.family.base_prefix)
 
     def with_options(self, options: ModelOptions) -> ModelSpec:
         """The same model changed by `options`. ProblemError if the family has no such model."""
@@ -170,14 +168,11 @@ class ModelSpec:
 STORED_SPEC = sealed.record({"family": sealed.text(), "hf_config": sealed.record({}), "base_prefix": sealed.flag})
 
 
-def _is_no_token(key: str) -> bool:
-    return not key.endswith("_token_id")
-
-
 def _strange_tokens(hf: Mapping[str, Any], vocab_size: int) -> list[str]:
     """Keys of special tokens that a vocabulary lacks: with those transformers may not even build the model."""
-    ids = {key: value if isinstance(value, list) else [value] for key, value in hf.items() if not _is_no_token(key)}
-    return [key for key, tokens in ids.items() if any(isinstance(t, int) and t >= vocab_size for t in tokens)]
+    ids = {key: value for key, value in hf.items() if key.endswith("_token_id")}
+    several = {key: value if isinstance(value, list) else [value] for key, value in ids.items()}
+    return [key for key, tokens in several.items() if any(isinstance(t, int) and t >= vocab_size for t in tokens)]
 
 
 def spec_from_hf(hf: Mapping[str, Any], where: str = "config.json") -> ModelSpec:
@@ -231,10 +226,6 @@ def spec_from_directory(path: str | Path) -> ModelSpec:
         what, limit = (f"{file.name} in it", file.name) if file.parent.is_dir() else ("such directory", None)
         fix = "give the directory that holds config.json and the weights"
         raise ProblemError([Problem("model directory", path, f"there is no {what}", fix, "missing", limit=limit)])
-    return _spec_from_file(file)
-
-
-def _spec_from_file(file: Path) -> ModelSpec:
     return spec_from_hf(read_object(file), str(file))
 
 
@@ -257,7 +248,7 @@ def spec_named(name: str) -> ModelSpec:
     path = Path(name)
     if name in presets() or not path.exists():
         return spec_from_preset(name)
-    return spec_from_directory(path) if path.is_dir() else _spec_from_file(path)
+    return spec_from_directory(path) if path.is_dir() else spec_from_hf(read_object(path), str(path))
 
 
 def spec_from_options(options: ModelOptions, vocab_size: int | None = None) -> ModelSpec:
