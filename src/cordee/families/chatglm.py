@@ -19,7 +19,7 @@ def read(hf: ConfigReader) -> ModelConfig:
     hf.divides("multi_query_group_num", groups, "num_attention_heads", heads)
     head_dim = hf.integer("kv_channels")
     if head_dim % 4:
-        hf.problem("kv_channels", "half of them cannot turn in pairs", "correct kv_channels")
+        hf.problem("kv_channels", "RoPE rotates half of them in pairs: 4 must divide them", "correct kv_channels")
     norm = NormConfig(kind="rms", eps=hf.number("layernorm_epsilon"))
     bias = hf.flag("add_bias_linear", False)
     attention = AttentionConfig(

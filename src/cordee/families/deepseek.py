@@ -1,4 +1,4 @@
-"""What DeepSeek's models from V2 on share: latent attention, dense layers before mixtures, and the names of tensors.
+"""What DeepSeek's models from V2 on share: latent attention, dense layers before MoE layers, and the names of tensors.
 
 Owns the keys of their `config.json` and their layout in checkpoints. Routing differs: it is the families'.
 """
@@ -61,7 +61,7 @@ DERIVED = ("ep_size", "head_dim", "num_key_value_heads", "qk_head_dim")
 
 
 def read_model(hf: ConfigReader, router: RouterConfig, balance: BalanceConfig) -> ModelConfig:
-    """A model whose layers have a mixture of experts from `first_k_dense_replace` on, every `moe_layer_freq`-th."""
+    """A model whose layers have experts from `first_k_dense_replace` on, every `moe_layer_freq`-th."""
     for key in DERIVED:
         hf.value(key, None)
     norm, dense = common.read_norm(hf), common.read_swiglu(hf)

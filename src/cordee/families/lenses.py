@@ -199,11 +199,11 @@ def _rotary_percent(config: ModelConfig) -> float:
 
 
 def _put_rotary_percent(draft: Draft, percent: float) -> Draft:
-    def turned(number: int, attention: Any) -> Any:
+    def rotated(number: int, attention: Any) -> Any:
         dim = round(attention.key_dim * percent)
         return _written(attention, "rope.rotary_dim", None if dim == attention.key_dim else dim)
 
-    return _each(draft, "attention", turned)
+    return _each(draft, "attention", rotated)
 
 
 def _query_scalar(config: ModelConfig) -> float | None:

@@ -1,7 +1,7 @@
-"""MiniCPM, dense and as a mixture of experts.
+"""MiniCPM, dense and MoE.
 
 Like LLaMA, with the scalings of maximal update parametrisation: of the embedding, of what each half of a layer adds,
-and of the logits (Hu et al. 2024; Yang et al. 2022). Tokens of a mixture go to the two experts they like best.
+and of the logits (Hu et al. 2024; Yang et al. 2022). The MoE models route each token to its top two experts.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Phi-3, Phi-3.5 and Phi-4: LLaMA's form with all of q, k, v in one matrix and gate and up in another.
 
-Some have a window, some turn only part of a head, and the long ones stretch positions by LongRoPE (Abdin et al. 2024).
+Some have a window, some rotate only part of a head, and the long ones scale positions by LongRoPE (Abdin et al. 2024).
 """
 
 from __future__ import annotations
