@@ -23,6 +23,7 @@ from cordee.tokenizer import load_tokenizer
 from cordee.tokenizer.options import TokenizerOptions
 from tests.checkpoint.stores import ROOT, FaultyStorage
 from tests.generate.folders import TEXT, write_tokenizer
+from tests.problems import facts
 
 
 @pytest.fixture
@@ -91,8 +92,9 @@ def test_a_file_that_is_one_document_has_a_largest_size(llama, tmp_path, monkeyp
     file.write_text(TEXT[:40])
     run(llama, file, whole_files=True)
     file.write_text(TEXT[:41])
-    with pytest.raises(ProblemError, match="is larger than"):
+    with pytest.raises(ProblemError) as caught:
         run(llama, file, whole_files=True)
+    assert facts(caught) == [("--task-data-path", file, "too large")]
 
 
 def test_a_total_stands_below_several_files(llama, text, tmp_path, capsys):
@@ -113,7 +115,7 @@ def test_every_problem_is_reported(llama, tmp_path):
     problems = caught.value.problems
     data = "--task-data-path"
     assert [problem.option for problem in problems] == ["--task", "--seq-length", data, data]
-    assert "perplexity" in problems[0].fix
+    assert (problems[0].kind, problems[0].limit) == ("unknown", ("perplexity",))
 
 
 @pytest.mark.slow
@@ -166,8 +168,9 @@ def test_the_tokenizer_can_be_elsewhere(llama, text, tmp_path, capsys):
     (tmp_path / "model").mkdir()
     for name in ("config.json", "model.safetensors"):
         (tmp_path / "model" / name).symlink_to(llama.directory / name)
-    with pytest.raises(ProblemError, match="it holds no tokenizer"):
+    with pytest.raises(ProblemError) as caught:
         run(llama, text, load=tmp_path / "model")
+    assert facts(caught) == [("--tokenizer-name-or-path", str(tmp_path / "model"), "empty")]
     (tmp_path / "tokenizer").mkdir()
     write_tokenizer(tmp_path / "tokenizer")
     run(llama, text)

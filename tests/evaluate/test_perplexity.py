@@ -33,6 +33,7 @@ from tests.evaluate.test_engine import LAYOUTS
 from tests.generate.folders import TEXT, Folder
 from tests.matrix import sampled
 from tests.parallel import models
+from tests.problems import facts, limits
 
 TEXTS = [TEXT, "One day, she saw a big, red ball.", "", "Lily", TEXT[20:60]]
 
@@ -281,8 +282,9 @@ def test_broken_records(llama, tmp_path, caplog):
     file = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     with file.open("a") as out:
         out.write('{"text": "cut o\n')
-    with pytest.raises(ProblemError, match="line 6"):
+    with pytest.raises(ProblemError) as caught:
         evaluate(llama, [file])
+    assert facts(caught) == [("--task-data-path", f"{file}: line 6", "records")]
     result = evaluate(llama, [file], skip_invalid=True)
     assert "1 records left out" in caplog.text
     assert result.metrics["documents"] == len(TEXTS)
@@ -298,8 +300,10 @@ def test_windows_that_do_not_fit(llama, options, wrong):
 
 
 def test_nothing_to_score(llama, tmp_path, caplog):
-    with pytest.raises(ProblemError, match="no token to predict"):
-        evaluate(llama, [write_jsonl(tmp_path / "a.jsonl", ["", ""])])
+    file = write_jsonl(tmp_path / "a.jsonl", ["", ""])
+    with pytest.raises(ProblemError) as caught:
+        evaluate(llama, [file])
+    assert facts(caught) == [("--task-data-path", str(file), "empty")]
     assert "2 documents without a token to predict" in caplog.text
 
 
@@ -307,8 +311,10 @@ def test_ids_that_the_model_does_not_have(llama, tmp_path):
     with IndexedDatasetBuilder(tmp_path / "data", np.uint16) as builder:
         builder.add_sequence(np.array([5, 400]))
         builder.end_document()
-    with pytest.raises(ProblemError, match="token 400"):
+    with pytest.raises(ProblemError) as caught:
         evaluate(llama, [tmp_path / "data"])
+    assert facts(caught) == [("--task-data-path", str(tmp_path / "data"), "range")]
+    assert limits(caught) == [400]
 
 
 def test_a_model_without_numbers_is_a_problem(llama, tmp_path):
@@ -316,8 +322,9 @@ def test_a_model_without_numbers_is_a_problem(llama, tmp_path):
     with torch.no_grad():
         model.final_norm.weight[0] = float("nan")
     values = {"load": llama.directory, "task_data_path": [str(write_jsonl(tmp_path / "a.jsonl", TEXTS))]}
-    with pytest.raises(ProblemError, match="not finite"):
+    with pytest.raises(ProblemError) as caught:
         run(Subject(model, tokenizer_of(llama)), values)
+    assert facts(caught) == [("--dtype", "float32", "not finite")]
 
 
 # ---- real models -----------------------------------------------------------------------------------------------------

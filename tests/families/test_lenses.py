@@ -43,7 +43,7 @@ VALUES = {
 }
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 @given(data=st.data())
 def test_a_family_writes_models_of_other_words(data):
     """Whatever word a key of the family says, another value of it is written and read again."""

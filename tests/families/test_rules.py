@@ -67,11 +67,27 @@ def smaller_mlp(draw, config: MLPConfig | MoEConfig):
     return replace(config, router=router, expert=draw(smaller_mlp(config.expert)), shared=shared)
 
 
+every_family = pytest.mark.parametrize("name", [name for name, family in families().items() if family.presets])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name, family in families().items() if family.presets])
-@settings(max_examples=15, deadline=None)
+@every_family
+@settings(max_examples=5, deadline=None)
 @given(data=st.data())
 def test_every_rule_of_every_family_inverts_and_slices(name, data):
+    check_rules(name, data)
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+@every_family
+@settings(max_examples=50, deadline=None)
+@given(data=st.data())
+def test_every_rule_of_every_family_inverts_and_slices_in_many_models(name, data):
+    check_rules(name, data)
+
+
+def check_rules(name, data):
     family = families()[name]
     preset = data.draw(st.sampled_from(sorted(family.presets)))
     config = data.draw(smaller(spec_from_preset(preset).config))

@@ -24,16 +24,33 @@ from tests.families.random_models import MODELS, SCALINGS, decoders, with_rope
 GPT2 = {"vocab_size": 61, "n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 32}
 
 
+# The same examples at every run, fewer in the suite.
+few, many = (
+    settings(max_examples=count, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    for count in (4, 32)
+)
+every_kind = pytest.mark.parametrize("kind", MODELS | MIXTURES)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", MODELS | MIXTURES)
-@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@every_kind
+@few
 @given(data=st.data())
 def test_random_models(kind, data):
     check(kind, data.draw((MODELS | MIXTURES)[kind]))
 
 
+@pytest.mark.slow
+@pytest.mark.exhaustive
+@every_kind
+@many
+@given(data=st.data())
+def test_many_random_models(kind, data):
+    check(kind, data.draw((MODELS | MIXTURES)[kind]))
+
+
 @pytest.mark.parametrize("scaling", SCALINGS)
-@settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@few
 @given(data=st.data())
 def test_every_scaling_of_positions(scaling, data):
     check("Llama", data.draw(with_rope(decoders(), kinds=(scaling,))))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cordee.config.option import Option, options_of
-from cordee.errors import name_of
+from cordee.errors import Problem, name_of
 
 
 @dataclass(frozen=True)
@@ -53,3 +53,10 @@ def nearest(word: str, known: Iterable[str], count: int = 3) -> list[str]:
     alike = difflib.get_close_matches(word, known, n=count, cutoff=0.7)
     parts = [name for name in known if len(word) > 3 and word in name]
     return list(dict.fromkeys([*alike, *parts]))[:count]
+
+
+def unknown(option: str, word: str, known: Iterable[str], why: str) -> Problem:
+    """The problem of a word that is not `known`; its limit are the known ones nearest to it."""
+    near = tuple(nearest(word, known))
+    fix = f"did you mean {' or '.join(near)}?" if near else f"give one of {', '.join(sorted(known))}"
+    return Problem(option, word, why, fix, "unknown", limit=near)

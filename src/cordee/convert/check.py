@@ -14,9 +14,9 @@ from cordee.checkpoint.formats import Format
 from cordee.checkpoint.storage import is_url
 from cordee.config import laws
 from cordee.config.option import options_of, to_flag
+from cordee.config.spelling import unknown
 from cordee.convert.options import ConvertConfig
 from cordee.errors import Problem, Problems, requires
-from cordee.families.reader import nearest
 from cordee.model.config import AttentionConfig
 
 if TYPE_CHECKING:
@@ -131,8 +131,7 @@ def check_model(spec: ModelSpec, options: ConvertConfig) -> Problems:
     if (given := options.model_type_hf) is not None:
         known = FAMILIES.get(given)
         if known is None:
-            why = f"no such name; {nearest(given, FAMILIES)}"
-            yield Problem("--model-type-hf", given, why, "take one of these", "unknown")
+            yield unknown("--model-type-hf", given, FAMILIES, "no such name")
         elif spec.family.name not in known:
             why = f"the model is of family {spec.family.name}"
             yield Problem("--model-type-hf", given, why, "leave it out, or give another model", "stated")

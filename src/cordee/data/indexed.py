@@ -164,20 +164,20 @@ def _read_header(prefix: str) -> tuple[np.dtype[Any], int, int]:
         why = f"it has {size} bytes, fewer than the header's {_HEADER.size}"
         raise ProblemError([_corrupt(path, why, _HEADER.size)])
     magic, version, code, sequences, documents = _HEADER.unpack(header)
-    if magic != MAGIC:
-        why = f"it begins with {magic!r} instead of {MAGIC!r}, so it is no index of tokens"
-        raise ProblemError([_corrupt(path, why, MAGIC)])
-    if version != VERSION:
-        raise ProblemError([_corrupt(path, f"it has version {version}; only version {VERSION} is known", VERSION)])
-    if code not in DTYPES:
-        why = f"its code {code} for the type of the tokens is unknown; known are {sorted(DTYPES)}"
-        raise ProblemError([_corrupt(path, why, sorted(DTYPES))])
     expected = _HEADER.size + sequences * (_LENGTH.itemsize + _OFFSET.itemsize) + documents * _OFFSET.itemsize
-    # A multimodal index has one more byte per sequence, which text does not need.
-    if size not in (expected, expected + sequences):
+    if magic != MAGIC:
+        why, limit = f"it begins with {magic!r} instead of {MAGIC!r}, so it is no index of tokens", MAGIC
+    elif version != VERSION:
+        why, limit = f"it has version {version}; only version {VERSION} is known", VERSION
+    elif code not in DTYPES:
+        limit = sorted(DTYPES)
+        why = f"its code {code} for the type of the tokens is unknown; known are {limit}"
+    elif size not in (expected, expected + sequences):  # a multimodal index has one more byte per sequence
         what = "is cut off" if size < expected else "is too long"
-        raise ProblemError([_corrupt(path, f"it {what}: {size} bytes where its header announces {expected}", expected)])
-    return DTYPES[code], sequences, documents
+        why, limit = f"it {what}: {size} bytes where its header announces {expected}", expected
+    else:
+        return DTYPES[code], sequences, documents
+    raise ProblemError([_corrupt(path, why, limit)])
 
 
 def _missing(prefix: str) -> Iterator[Problem]:

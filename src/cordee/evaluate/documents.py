@@ -87,7 +87,8 @@ def _indexed_documents(
         if len(tokens) and (int(tokens.min()) < 0 or int(tokens.max()) >= vocab_size):
             wrong = next(token for token in tokens.tolist() if not 0 <= token < vocab_size)
             why = f"document {number} holds token {wrong}, but the model has only {vocab_size} tokens"
-            raise ProblemError([Problem("--task-data-path", prefix, why, "give data made with the model's tokenizer")])
+            fix = "give data made with the model's tokenizer"
+            raise ProblemError([Problem("--task-data-path", prefix, why, fix, "range", limit=wrong)])
         if bos is not None and tokens[:1].tolist() != [bos]:
             tokens = np.concatenate(([bos], tokens))
         yield Document(tokens, None, (number + 1) / count)
@@ -121,7 +122,7 @@ def _texts(file: Path, options: EvaluateOptions) -> Iterator[tuple[list[str], fl
             count += len(invalid)
             if broken and not options.skip_invalid:
                 fix = "fix it, or leave such records out: --skip-invalid"
-                raise_all(Problem("--task-data-path", record.place, record.why, fix) for record in broken)
+                raise_all(Problem("--task-data-path", record.place, record.why, fix, "records") for record in broken)
             yield [text for row in rows for text in row], chunk.done
     except ProblemError as error:
         raise ProblemError([_renamed(problem) for problem in error.problems]) from error
@@ -135,7 +136,7 @@ def _whole_text(file: Path) -> str:
         content = stream.file.read(MAX_RECORD_BYTES + 1)
     if len(content) > MAX_RECORD_BYTES:
         fix = "cut it into several files, or leave --whole-files out"
-        raise ProblemError([Problem("--task-data-path", file, too_large(), fix)])
+        raise ProblemError([Problem("--task-data-path", file, too_large(), fix, "too large")])
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -200,7 +200,7 @@ def _require_numbers(results: Iterable[Any], subject: Subject) -> None:
     if not all(math.isfinite(result[0]) for result in results if not isinstance(result, str)):
         dtype = str(next(subject.model.parameters()).dtype).removeprefix("torch.")
         why = "the model's loss is not finite: its weights are damaged, or too large for this dtype"
-        raise ProblemError([Problem("--dtype", dtype, why, "try --dtype float32")])
+        raise ProblemError([Problem("--dtype", dtype, why, "try --dtype float32", "not finite")])
 
 
 def _cut(text: str, until: Sequence[str]) -> str:

@@ -13,8 +13,8 @@ from dataclasses import replace
 from rich.console import Console
 from rich.table import Table
 
-from cordee.config.spelling import nearest
-from cordee.errors import Problem, raise_all
+from cordee.config.spelling import unknown
+from cordee.errors import raise_all
 from cordee.evaluate.engine import Engine
 from cordee.evaluate.finished import Finished
 from cordee.evaluate.options import EvaluateOptions
@@ -28,9 +28,9 @@ from cordee.model.config import ModelConfig
 def tasks_of(options: EvaluateOptions, model: ModelConfig) -> list[Task]:
     """The tasks of --task. ProblemError for unknown names, and for all that the tasks find wrong."""
     known = all_tasks()
-    unknown = [_unknown(name, known) for name in options.task if name not in known]
+    wrong = [unknown("--task", name, known, "there is no such task") for name in options.task if name not in known]
     chosen = [known[name] for name in dict.fromkeys(options.task) if name in known]
-    raise_all([*unknown, *(problem for task in chosen for problem in task.check(options, model))])
+    raise_all([*wrong, *(problem for task in chosen for problem in task.check(options, model))])
     return chosen
 
 
@@ -93,9 +93,3 @@ def write(path: str, model: str, results: Sequence[Result]) -> None:
 
 def _number(value: float | int) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
-
-
-def _unknown(name: str, known: dict[str, Task]) -> Problem:
-    near = nearest(name, known)
-    fix = f"did you mean {' or '.join(near)}?" if near else f"give one of {', '.join(known)}"
-    return Problem("--task", name, "there is no such task", fix)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from cordee.families import common
 from cordee.families.family import Family, keys
-from cordee.families.lenses import Words
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import read_rope
 from cordee.model.config import AttentionConfig, LayerConfig, ModelConfig
@@ -40,10 +39,6 @@ def is_second(hf: ConfigReader) -> bool:
     return hf.hf.get("tokenizer_class") == "BaichuanTokenizer"
 
 
-def weights(config: ModelConfig) -> list[Rule]:
-    return common.model_weights(config, layer_weights)
-
-
 def layer_weights(layer: LayerConfig) -> list[Rule]:
     return [
         *module("attention_norm", "input_layernorm"),
@@ -54,17 +49,12 @@ def layer_weights(layer: LayerConfig) -> list[Rule]:
     ]
 
 
-def _rotary_length(words: Words) -> int | None:
-    return words["max_position_embeddings"] if words["position_embedding_type"] == "rope" else None
-
-
 FAMILY = Family(
     name="baichuan",
     architectures=("BaichuanForCausalLM", "BaiChuanForCausalLM", "BaichuanModel"),
     model_types=("baichuan",),
     read=read,
-    weights=weights,
-    base_prefix="model.",
+    layer_weights=layer_weights,
     ignored=common.FREQUENCIES,
     keys=keys(
         "head_dim num_key_value_heads rope_theta",

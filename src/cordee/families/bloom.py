@@ -11,7 +11,7 @@ from cordee.families import common
 from cordee.families.family import Family
 from cordee.families.reader import ConfigReader
 from cordee.model.config import AttentionConfig, LayerConfig, MLPConfig, ModelConfig, NormConfig
-from cordee.tensors.rules import Rule, each_layer, grouped_qkv, module
+from cordee.tensors.rules import Rule, grouped_qkv, module
 
 
 def read(hf: ConfigReader) -> ModelConfig:
@@ -50,16 +50,6 @@ def read(hf: ConfigReader) -> ModelConfig:
     )
 
 
-def weights(config: ModelConfig) -> list[Rule]:
-    return [
-        *module("embedding", "transformer.word_embeddings"),
-        *module("embedding_norm", "transformer.word_embeddings_layernorm"),
-        *each_layer(config, layer_weights, "transformer.h.{i}."),
-        *module("final_norm", "transformer.ln_f"),
-        *module("head", "lm_head"),
-    ]
-
-
 def layer_weights(layer: LayerConfig) -> list[Rule]:
     return [
         *module("attention_norm", "input_layernorm"),
@@ -76,7 +66,14 @@ FAMILY = Family(
     architectures=("BloomForCausalLM", "BloomModel"),
     model_types=("bloom",),
     read=read,
-    weights=weights,
+    outer_weights=(
+        *module("embedding", "transformer.word_embeddings"),
+        *module("embedding_norm", "transformer.word_embeddings_layernorm"),
+        *module("final_norm", "transformer.ln_f"),
+        *module("head", "lm_head"),
+    ),
+    layer_prefix="transformer.h.{i}.",
+    layer_weights=layer_weights,
     base_prefix="transformer.",
     keys={
         "vocab_size": "vocab_size",

@@ -10,7 +10,7 @@ from cordee.families import common
 from cordee.families.family import Family
 from cordee.families.reader import ConfigReader
 from cordee.model.config import AttentionConfig, LayerConfig, MLPConfig, ModelConfig, NormConfig, RopeConfig
-from cordee.tensors.rules import GATE_UP, Rule, each_layer, module
+from cordee.tensors.rules import GATE_UP, Rule, module
 from cordee.tensors.views import Chain, Split
 
 
@@ -19,7 +19,7 @@ def read(hf: ConfigReader) -> ModelConfig:
     hf.divides("multi_query_group_num", groups, "num_attention_heads", heads)
     head_dim = hf.integer("kv_channels")
     if head_dim % 4:
-        hf.problem("kv_channels", "half of them cannot turn in pairs", "correct kv_channels")
+        hf.problem("kv_channels", "RoPE rotates half of them in pairs: 4 must divide them", "correct kv_channels")
     norm = NormConfig(kind="rms", eps=hf.number("layernorm_epsilon"))
     bias = hf.flag("add_bias_linear", False)
     attention = AttentionConfig(
@@ -49,20 +49,11 @@ def read(hf: ConfigReader) -> ModelConfig:
     )
 
 
-def weights(config: ModelConfig) -> list[Rule]:
-    return [
-        *module("embedding", "transformer.embedding.word_embeddings"),
-        *each_layer(config, layer_weights, "transformer.encoder.layers.{i}."),
-        *module("final_norm", "transformer.encoder.final_layernorm"),
-        *module("head", "transformer.output_layer"),
-    ]
-
-
 def layer_weights(layer: LayerConfig) -> list[Rule]:
     attention = layer.attention
     assert isinstance(attention, AttentionConfig)
     q, kv = (count * attention.head_dim for count in (attention.num_heads, attention.num_kv_heads))
-    qkv = Chain((Split(0, (q, kv, kv)), common.paired_qkv(attention)))
+    qkv = Chain((Split(0, (q, kv, kv)), common.paired_qkv(layer)))
     return [
         *module("attention_norm", "input_layernorm"),
         *module("attention.qkv", "self_attention.query_key_value", op=qkv),
@@ -78,7 +69,13 @@ FAMILY = Family(
     architectures=("ChatGLMModel", "ChatGLMForConditionalGeneration"),
     model_types=("chatglm",),
     read=read,
-    weights=weights,
+    outer_weights=(
+        *module("embedding", "transformer.embedding.word_embeddings"),
+        *module("final_norm", "transformer.encoder.final_layernorm"),
+        *module("head", "transformer.output_layer"),
+    ),
+    layer_prefix="transformer.encoder.layers.{i}.",
+    layer_weights=layer_weights,
     base_prefix="transformer.",
     ignored=("transformer.rotary_pos_emb.inv_freq",),
     keys={

@@ -16,7 +16,7 @@ from cordee.model.config import (
     ModelConfig,
     NormConfig,
 )
-from cordee.tensors.rules import IDENTITY, Rule, each_layer, module, rotary_halves, separate_qkv, stack
+from cordee.tensors.rules import IDENTITY, Rule, module, rotary_halves, separate_qkv, stack
 from cordee.tensors.views import Chain, Each, Op
 
 T = TypeVar("T")
@@ -123,16 +123,6 @@ def read_model(hf: ConfigReader, layers: Iterable[LayerConfig], norm: NormConfig
 # ---- weights ---------------------------------------------------------------------------------------------------------
 
 
-def model_weights(config: ModelConfig, layer_weights: Callable[[LayerConfig], list[Rule]]) -> list[Rule]:
-    """Rules of a whole model; `layer_weights` gives those of a layer."""
-    return [
-        *module("embedding", "model.embed_tokens"),
-        *each_layer(config, layer_weights, "model.layers.{i}."),
-        *module("final_norm", "model.norm"),
-        *module("head", "lm_head"),
-    ]
-
-
 def layer_weights(layer: LayerConfig) -> list[Rule]:
     """Rules of a LLaMA layer."""
     return [
@@ -150,17 +140,18 @@ def qkv_op(layer: LayerConfig, layout: Callable[[int, int, int], Op]) -> Op:
     return layout(attention.num_kv_heads, attention.q_per_group, attention.head_dim)
 
 
-def paired_qkv(attention: AttentionConfig) -> Op:
+def paired_qkv(layer: LayerConfig) -> Op:
     """Separate q, k and v, of which RoPE rotates neighbouring dims (interleaved)."""
+    attention = layer.attention
+    assert isinstance(attention, AttentionConfig)
     rotary_dim = attention.rope.rotary_dim if attention.rope else None
     halves = rotary_halves(attention.head_dim, rotary_dim or attention.head_dim)
-    qkv = separate_qkv(attention.num_kv_heads, attention.q_per_group, attention.head_dim)
-    return Chain((Each((halves, halves, IDENTITY)), qkv))
+    return Chain((Each((halves, halves, IDENTITY)), qkv_op(layer, separate_qkv)))
 
 
-def attention_weights(layer: LayerConfig) -> list[Rule]:
-    """Rules of attention with separate q, k and v, and norms of q and k where there are any."""
-    qkv = qkv_op(layer, separate_qkv)
+def attention_weights(layer: LayerConfig, qkv: Op | None = None) -> list[Rule]:
+    """Rules of attention with separate q, k and v, which `qkv` fuses, and norms of q and k where there are any."""
+    qkv = qkv or qkv_op(layer, separate_qkv)
     return [
         *module("attention.qkv", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", op=qkv),
         *module("attention.q_norm", "self_attn.q_norm"),

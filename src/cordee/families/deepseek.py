@@ -1,4 +1,4 @@
-"""What DeepSeek's models from V2 on share: latent attention, dense layers before mixtures, and the names of tensors.
+"""What DeepSeek's models from V2 on share: latent attention, dense layers before MoE layers, and the names of tensors.
 
 Owns the keys of their `config.json` and their layout in checkpoints. Routing differs: it is the families'.
 """
@@ -10,7 +10,7 @@ from dataclasses import replace
 from cordee.families import common
 from cordee.families.experts import Choice, expert_list_weights
 from cordee.families.family import HFConfig, keys
-from cordee.families.lenses import Words, scaling_of
+from cordee.families.lenses import LATENT_EPS, Words, scaling_of
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import mscale, read_rope, rope_section, write_scaling
 from cordee.model.config import (
@@ -26,8 +26,6 @@ from cordee.model.config import (
 )
 from cordee.tensors.rules import Rule, module, rotary_halves
 from cordee.tensors.views import Chain, Rearrange
-
-LATENT_EPS = 1e-6  # of the norms of compressed vectors, whatever `rms_norm_eps` says
 
 KEYS = keys(
     "head_dim",
@@ -63,7 +61,7 @@ DERIVED = ("ep_size", "head_dim", "num_key_value_heads", "qk_head_dim")
 
 
 def read_model(hf: ConfigReader, router: RouterConfig, balance: BalanceConfig) -> ModelConfig:
-    """A model whose layers have a mixture of experts from `first_k_dense_replace` on, every `moe_layer_freq`-th."""
+    """A model whose layers have experts from `first_k_dense_replace` on, every `moe_layer_freq`-th."""
     for key in DERIVED:
         hf.value(key, None)
     norm, dense = common.read_norm(hf), common.read_swiglu(hf)
@@ -104,7 +102,7 @@ def read_latent_attention(hf: ConfigReader) -> LatentAttentionConfig:
         nope_head_dim=nope_dim,
         rope_head_dim=rope_dim,
         v_head_dim=hf.integer("v_head_dim"),
-        norm=NormConfig(kind="rms", eps=LATENT_EPS),
+        norm=NormConfig(kind="rms", eps=LATENT_EPS),  # whatever `rms_norm_eps` says
         rope=rope,
         scale=(nope_dim + rope_dim) ** -0.5 * read_mscale(hf, rope) ** 2,
         bias=hf.flag("attention_bias", False),
@@ -120,10 +118,6 @@ def read_mscale(hf: ConfigReader, rope: RopeConfig) -> float:
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
-
-
-def weights(config: ModelConfig) -> list[Rule]:
-    return common.model_weights(config, layer_weights)
 
 
 def layer_weights(layer: LayerConfig) -> list[Rule]:

@@ -48,8 +48,7 @@ FAMILY = Family(
     architectures=("DeepseekV2ForCausalLM", "DeepseekV2Model"),
     model_types=("deepseek_v2",),
     read=read,
-    weights=deepseek.weights,
-    base_prefix="model.",
+    layer_weights=deepseek.layer_weights,
     keys={
         **deepseek.KEYS,
         "topk_method": lambda words: (

@@ -52,8 +52,7 @@ FAMILY = Family(
     architectures=("DeepseekV3ForCausalLM", "DeepseekV3Model"),
     model_types=("deepseek_v3",),
     read=read,
-    weights=deepseek.weights,
+    layer_weights=deepseek.layer_weights,
     left_out=left_out,
-    base_prefix="model.",
     keys=deepseek.KEYS,
 )

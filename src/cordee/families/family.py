@@ -10,11 +10,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from cordee.families import common
 from cordee.families.lenses import Words, scaling_of, words_of
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import write_scaling
-from cordee.model.config import ModelConfig
-from cordee.tensors.rules import Rule
+from cordee.model.config import LayerConfig, ModelConfig
+from cordee.tensors.rules import Rule, each_layer, module
 
 HFConfig = dict[str, Any]
 OF_WEIGHTS = {"dtype", "torch_dtype"}  # keys of the stored weights, not of the model
@@ -71,8 +72,8 @@ class Family:
 
     architectures: names in `config.json`; the first is written where a configuration has none.
     read: reads a `config.json`; problems are collected in the reader.
-    weights: the rule of every parameter in a checkpoint, weight and bias of all modules; `ModelSpec.rules` drops those
-        of parameters that a model lacks.
+    layer_weights, layer_prefix: rules of the parameters of a layer, and what their names in a checkpoint begin with;
+        `{i}` is the layer. By default LLaMA's, as are `outer_weights`, the rules of all other parameters.
     base_prefix: prefix of names in a checkpoint with a head, absent in one of the base model alone.
     ignored: names in checkpoints that are no weights; `{i}` is a number.
     left_out: the part of published models that `read` leaves out, in a model of this `config.json`.
@@ -85,8 +86,14 @@ class Family:
     architectures: tuple[str, ...]
     model_types: tuple[str, ...]
     read: Callable[[ConfigReader], ModelConfig]
-    weights: Callable[[ModelConfig], list[Rule]]
-    base_prefix: str = ""
+    layer_weights: Callable[[LayerConfig], list[Rule]] = common.layer_weights
+    layer_prefix: str = "model.layers.{i}."
+    outer_weights: tuple[Rule, ...] = (
+        *module("embedding", "model.embed_tokens"),
+        *module("final_norm", "model.norm"),
+        *module("head", "lm_head"),
+    )
+    base_prefix: str = "model."
     ignored: tuple[str, ...] = ()
     left_out: Callable[[HFConfig], LeftOut] | None = None
     keys: Keys = field(default_factory=lambda: KEYS)
@@ -99,6 +106,10 @@ class Family:
         config = self.read(reader)
         reader.finish()
         return config
+
+    def weights(self, config: ModelConfig) -> list[Rule]:
+        """The rule of every parameter in a checkpoint, weight and bias of all modules, also of those it lacks."""
+        return [*self.outer_weights, *each_layer(config, self.layer_weights, self.layer_prefix)]
 
     def written(self, words: Words) -> HFConfig:
         """The values of `keys` for a model with these words."""

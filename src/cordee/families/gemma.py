@@ -16,7 +16,6 @@ from cordee.families.family import Family
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import read_rope
 from cordee.model.config import Activation, AttentionConfig, LayerConfig, MLPConfig, ModelConfig, NormConfig
-from cordee.tensors.rules import Rule
 
 TANH: dict[str, Activation] = {"gelu_pytorch_tanh": "gelu_tanh"}
 
@@ -45,15 +44,9 @@ def read_model(hf: ConfigReader, layers: Iterable[LayerConfig], **more: Any) -> 
     return common.read_model(hf, layers, read_norm(hf), embedding_scale=scale, tie_word_embeddings=tied, **more)
 
 
-def weights(config: ModelConfig) -> list[Rule]:
-    return common.model_weights(config, common.layer_weights)
-
-
 FAMILY = Family(
     name="gemma",
     architectures=("GemmaForCausalLM", "GemmaModel"),
     model_types=("gemma",),
     read=read,
-    weights=weights,
-    base_prefix="model.",
 )

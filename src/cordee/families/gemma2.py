@@ -35,10 +35,6 @@ def read_cap(hf: ConfigReader, key: str, default: float) -> float | None:
     return hf.positive(key, None if key in hf.hf else default)
 
 
-def weights(config: ModelConfig) -> list[Rule]:
-    return common.model_weights(config, layer_weights)
-
-
 def layer_weights(layer: LayerConfig) -> list[Rule]:
     return [
         *module("attention_norm", "input_layernorm"),
@@ -55,8 +51,7 @@ FAMILY = Family(
     architectures=("Gemma2ForCausalLM", "Gemma2Model"),
     model_types=("gemma2",),
     read=read,
-    weights=weights,
-    base_prefix="model.",
+    layer_weights=layer_weights,
     keys=keys(
         attn_logit_softcapping="attn_logit_softcapping",
         final_logit_softcapping="output_logit_softcapping",

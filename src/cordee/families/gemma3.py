@@ -1,7 +1,7 @@
 """Gemma 3, text only.
 
 As `gemma2.py`, with norms of queries and keys instead of caps, and after several layers with a window one without,
-whose rotary positions turn more slowly (Gemma Team 2025, arXiv 2503.19786).
+whose RoPE has a larger base (Gemma Team 2025, arXiv 2503.19786).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from cordee.families import common
 from cordee.families.family import Family, keys
 from cordee.families.gemma import read_mlp, read_model, read_norm
-from cordee.families.gemma2 import weights
+from cordee.families.gemma2 import layer_weights
 from cordee.families.lenses import MODEL, at
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import read_rope, write_scaling
@@ -55,8 +55,7 @@ FAMILY = Family(
     architectures=("Gemma3ForCausalLM", "Gemma3TextModel"),
     model_types=("gemma3_text",),
     read=read,
-    weights=weights,
-    base_prefix="model.",
+    layer_weights=layer_weights,
     keys=keys(
         "rope_theta",  # it has two
         query_pre_attn_scalar="query_pre_attn_scalar",

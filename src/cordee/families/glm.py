@@ -26,17 +26,10 @@ def read_attention(hf: ConfigReader) -> AttentionConfig:
     return AttentionConfig(**heads, qkv_bias=hf.flag("attention_bias", True), rope=rope)
 
 
-def weights(config: ModelConfig) -> list[Rule]:
-    return common.model_weights(config, layer_weights)
-
-
 def layer_weights(layer: LayerConfig) -> list[Rule]:
-    assert isinstance(layer.attention, AttentionConfig)
-    projections = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     return [
         *module("attention_norm", "input_layernorm"),
-        *module("attention.qkv", *projections, op=common.paired_qkv(layer.attention)),
-        *module("attention.out", "self_attn.o_proj"),
+        *common.attention_weights(layer, common.paired_qkv(layer)),
         *module("mlp_norm", "post_attention_layernorm"),
         *module("mlp.gate_up", "mlp.gate_up_proj", op=GATE_UP),
         *module("mlp.down", "mlp.down_proj"),
@@ -48,7 +41,6 @@ FAMILY = Family(
     architectures=("GlmForCausalLM", "GlmModel"),
     model_types=("glm",),
     read=read,
-    weights=weights,
-    base_prefix="model.",
+    layer_weights=layer_weights,
     keys=keys(attention_bias="qkv_bias", partial_rotary_factor="rotary_percent"),
 )

@@ -16,10 +16,6 @@ def read(hf: ConfigReader) -> ModelConfig:
     return common.read_model(hf, [layer] * hf.integer("num_hidden_layers"), norm)
 
 
-def weights(config: ModelConfig) -> list[Rule]:
-    return common.model_weights(config, sandwich_weights)
-
-
 def sandwich_weights(layer: LayerConfig) -> list[Rule]:
     return [
         *layer_weights(layer),
@@ -33,7 +29,6 @@ FAMILY = Family(
     architectures=("Glm4ForCausalLM", "Glm4Model"),
     model_types=("glm4",),
     read=read,
-    weights=weights,
-    base_prefix="model.",
+    layer_weights=sandwich_weights,
     keys=keys(attention_bias="qkv_bias"),
 )

@@ -6,11 +6,12 @@ Brown et al. 2020). Linear weights are stored `[in, out]`, the layout of the ori
 
 from __future__ import annotations
 
+from cordee.families import common
 from cordee.families.family import Family
 from cordee.families.lenses import Words
 from cordee.families.reader import ConfigReader
 from cordee.model.config import Activation, AttentionConfig, LayerConfig, MLPConfig, ModelConfig, NormConfig
-from cordee.tensors.rules import TRANSPOSE, Rule, each_layer, module, packed_qkv
+from cordee.tensors.rules import TRANSPOSE, Rule, module, packed_qkv
 from cordee.tensors.views import Chain, Op
 
 ACTIVATIONS: dict[str, Activation] = {
@@ -50,23 +51,10 @@ def read(hf: ConfigReader) -> ModelConfig:
     )
 
 
-def weights(config: ModelConfig) -> list[Rule]:
-    return [
-        *module("embedding", "transformer.wte"),
-        *module("position_embedding", "transformer.wpe"),
-        *each_layer(config, layer_weights, "transformer.h.{i}."),
-        *module("final_norm", "transformer.ln_f"),
-        *module("head", "lm_head"),
-    ]
-
-
 def layer_weights(layer: LayerConfig) -> list[Rule]:
-    attention = layer.attention
-    assert isinstance(attention, AttentionConfig)
-    qkv = packed_qkv(attention.num_kv_heads, attention.q_per_group, attention.head_dim)
     return [
         *module("attention_norm", "ln_1"),
-        *transposed("attention.qkv", "attn.c_attn", qkv),
+        *transposed("attention.qkv", "attn.c_attn", common.qkv_op(layer, packed_qkv)),
         *transposed("attention.out", "attn.c_proj"),
         *module("mlp_norm", "ln_2"),
         *transposed("mlp.up", "mlp.c_fc"),
@@ -92,7 +80,14 @@ FAMILY = Family(
     architectures=("GPT2LMHeadModel", "GPT2Model"),
     model_types=("gpt2",),
     read=read,
-    weights=weights,
+    outer_weights=(
+        *module("embedding", "transformer.wte"),
+        *module("position_embedding", "transformer.wpe"),
+        *module("final_norm", "transformer.ln_f"),
+        *module("head", "lm_head"),
+    ),
+    layer_prefix="transformer.h.{i}.",
+    layer_weights=layer_weights,
     base_prefix="transformer.",
     ignored=("transformer.h.{i}.attn.bias", "transformer.h.{i}.attn.masked_bias"),  # causal masks of old files
     plain=True,

@@ -65,10 +65,6 @@ def read_capacity(hf: ConfigReader) -> CapacityConfig | None:
     return None if factor is None else CapacityConfig(factor=factor, drop=drop, pad=pad)
 
 
-def weights(config: ModelConfig) -> list[Rule]:
-    return common.model_weights(config, layer_weights)
-
-
 def layer_weights(layer: LayerConfig) -> list[Rule]:
     return [
         *common.layer_weights(layer),
@@ -82,8 +78,7 @@ FAMILY = Family(
     architectures=("GPTMoEForCausalLM", "GPTMoEModel"),
     model_types=("gpt_moe",),
     read=read,
-    weights=weights,
-    base_prefix="model.",
+    layer_weights=layer_weights,
     keys=keys(
         "rms_norm_eps",
         attention_bias="qkv_bias",

@@ -60,6 +60,8 @@ def refuse_quantised(hf: ConfigReader) -> None:
             "quantization_config",
             f"experts are quantised ({method}), which is not supported",
             "write them in bfloat16: load with transformers and Mxfp4Config(dequantize=True), then save_pretrained",
+            "quantised",
+            limit=method,
         )
 
 
@@ -71,10 +73,6 @@ def read_expert(hf: ConfigReader) -> MLPConfig:
         bias=True,
         limit=hf.positive("swiglu_limit", 7.0),
     )
-
-
-def weights(config: ModelConfig) -> list[Rule]:
-    return common.model_weights(config, layer_weights)
 
 
 def layer_weights(layer: LayerConfig) -> list[Rule]:
@@ -91,7 +89,6 @@ FAMILY = Family(
     architectures=("GptOssForCausalLM", "GptOssModel"),
     model_types=("gpt_oss",),
     read=read,
-    weights=weights,
-    base_prefix="model.",
+    layer_weights=layer_weights,
     keys=keys(sliding_window="interleave_sliding_window", **expert_keys("num_local_experts")),
 )

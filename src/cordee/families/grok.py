@@ -13,7 +13,7 @@ from cordee.families.family import Family, keys
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import read_rope
 from cordee.model.config import AttentionConfig, LayerConfig, MLPConfig, ModelConfig, MoEConfig, RouterConfig
-from cordee.tensors.rules import Rule, each_layer, module, separate_qkv
+from cordee.tensors.rules import Rule, module, separate_qkv
 
 
 def read(hf: ConfigReader) -> ModelConfig:
@@ -40,19 +40,8 @@ def read(hf: ConfigReader) -> ModelConfig:
     )
 
 
-def weights(config: ModelConfig) -> list[Rule]:
-    return [
-        *module("embedding", "model.embed_tokens"),
-        *each_layer(config, layer_weights, "model.layers.{i}."),
-        scale("final_norm", "model.norm"),
-        *module("head", "lm_head"),
-    ]
-
-
 def layer_weights(layer: LayerConfig) -> list[Rule]:
-    attention = layer.attention
-    assert isinstance(attention, AttentionConfig)
-    qkv = separate_qkv(attention.num_kv_heads, attention.q_per_group, attention.head_dim)
+    qkv = common.qkv_op(layer, separate_qkv)
     return [
         scale("attention_norm", "pre_attn_norm"),
         *module("attention.qkv", "attn.q_proj", "attn.k_proj", "attn.v_proj", op=qkv),
@@ -75,8 +64,12 @@ FAMILY = Family(
     architectures=("Grok1ModelForCausalLM", "Grok1Model"),
     model_types=("grok-1",),
     read=read,
-    weights=weights,
-    base_prefix="model.",
+    outer_weights=(
+        *module("embedding", "model.embed_tokens"),
+        scale("final_norm", "model.norm"),
+        *module("head", "lm_head"),
+    ),
+    layer_weights=layer_weights,
     keys=keys(
         attn_output_multiplier=lambda words: (words["query_pre_attn_scalar"] or 1) ** -0.5,
         embedding_multiplier_scale="scale_emb",

@@ -9,7 +9,6 @@ from cordee.families import common
 from cordee.families.family import Family, keys
 from cordee.families.reader import ConfigReader
 from cordee.model.config import AttentionConfig, DynamicNTKScaling, LayerConfig, ModelConfig, RopeConfig
-from cordee.tensors.rules import Rule
 
 
 def read(hf: ConfigReader) -> ModelConfig:
@@ -32,17 +31,11 @@ def read_rotary(hf: ConfigReader) -> RopeConfig:
     return RopeConfig(theta=theta, scaling=scaling if kind == "dynamic" else None)
 
 
-def weights(config: ModelConfig) -> list[Rule]:
-    return common.model_weights(config, common.layer_weights)
-
-
 FAMILY = Family(
     name="internlm",
     architectures=("InternLMForCausalLM", "InternLMModel"),
     model_types=("internlm",),
     read=read,
-    weights=weights,
-    base_prefix="model.",
     ignored=common.FREQUENCIES,
     keys=keys("head_dim num_key_value_heads rope_theta rope_scaling", bias="qkv_bias"),
 )

@@ -7,7 +7,7 @@ from cordee.families.family import Family, keys
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import read_rope
 from cordee.model.config import AttentionConfig, LayerConfig, ModelConfig
-from cordee.tensors.rules import Rule, each_layer, grouped_qkv, module, stack
+from cordee.tensors.rules import Rule, grouped_qkv, module, stack
 
 
 def read(hf: ConfigReader) -> ModelConfig:
@@ -15,15 +15,6 @@ def read(hf: ConfigReader) -> ModelConfig:
     attention = AttentionConfig(**heads, qkv_bias=bias, out_bias=bias, rope=read_rope(hf, heads["head_dim"]))
     layer = LayerConfig(attention=attention, mlp=common.read_swiglu(hf), norm=norm)
     return common.read_model(hf, [layer] * hf.integer("num_hidden_layers"), norm)
-
-
-def weights(config: ModelConfig) -> list[Rule]:
-    return [
-        *module("embedding", "model.tok_embeddings"),
-        *each_layer(config, layer_weights, "model.layers.{i}."),
-        *module("final_norm", "model.norm"),
-        *module("head", "output"),
-    ]
 
 
 def layer_weights(layer: LayerConfig) -> list[Rule]:
@@ -42,8 +33,12 @@ FAMILY = Family(
     architectures=("InternLM2ForCausalLM", "InternLM2Model"),
     model_types=("internlm2",),
     read=read,
-    weights=weights,
-    base_prefix="model.",
+    outer_weights=(
+        *module("embedding", "model.tok_embeddings"),
+        *module("final_norm", "model.norm"),
+        *module("head", "output"),
+    ),
+    layer_weights=layer_weights,
     ignored=("model.layers.{i}.attention.rotary_emb.inv_freq",),
     keys=keys("head_dim"),
 )

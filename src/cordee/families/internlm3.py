@@ -7,7 +7,6 @@ from cordee.families.family import Family
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import read_rope
 from cordee.model.config import AttentionConfig, LayerConfig, ModelConfig
-from cordee.tensors.rules import Rule
 
 
 def read(hf: ConfigReader) -> ModelConfig:
@@ -19,15 +18,9 @@ def read(hf: ConfigReader) -> ModelConfig:
     return common.read_model(hf, [layer] * hf.integer("num_hidden_layers"), norm)
 
 
-def weights(config: ModelConfig) -> list[Rule]:
-    return common.model_weights(config, common.layer_weights)
-
-
 FAMILY = Family(
     name="internlm3",
     architectures=("InternLM3ForCausalLM", "InternLM3Model"),
     model_types=("internlm3",),
     read=read,
-    weights=weights,
-    base_prefix="model.",
 )

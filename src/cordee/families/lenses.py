@@ -133,7 +133,7 @@ def scaling_of(words: Words) -> RopeScaling | None:
     return words["rope_scaling"] or _scaling(words[MODEL])[1]
 
 
-def _put_latent(draft: Draft, wanted: bool) -> Draft:
+def _put_latent(draft: Draft) -> Draft:
     def latent(number: int, plain: AttentionConfig) -> LatentAttentionConfig:
         return LatentAttentionConfig(
             num_heads=plain.num_heads,
@@ -148,7 +148,7 @@ def _put_latent(draft: Draft, wanted: bool) -> Draft:
             bias=plain.qkv_bias,
         )
 
-    return _each(draft, "attention", latent) if wanted else draft
+    return _each(draft, "attention", latent)
 
 
 def _sharper(attention: LatentAttentionConfig, strength: float) -> float:
@@ -186,9 +186,9 @@ def _has_qk_norm(config: ModelConfig) -> bool:
     return isinstance(attention, LatentAttentionConfig) or attention.qk_norm is not None
 
 
-def _put_qk_norm(draft: Draft, wanted: bool) -> Draft:
+def _put_qk_norm(draft: Draft) -> Draft:
     norm = replace(draft["final_norm"], unit_offset=False)
-    return _written(draft, "layers.attention.qk_norm", QKNormConfig(norm=norm) if wanted else None)
+    return _written(draft, "layers.attention.qk_norm", QKNormConfig(norm=norm))
 
 
 def _rotary_percent(config: ModelConfig) -> float:
@@ -199,11 +199,11 @@ def _rotary_percent(config: ModelConfig) -> float:
 
 
 def _put_rotary_percent(draft: Draft, percent: float) -> Draft:
-    def turned(number: int, attention: Any) -> Any:
+    def rotated(number: int, attention: Any) -> Any:
         dim = round(attention.key_dim * percent)
         return _written(attention, "rope.rotary_dim", None if dim == attention.key_dim else dim)
 
-    return _each(draft, "attention", turned)
+    return _each(draft, "attention", rotated)
 
 
 def _query_scalar(config: ModelConfig) -> float | None:
@@ -304,10 +304,6 @@ def _put_routed_scale(draft: Draft, scale: float) -> Draft:
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 
-def _unless_one(scale: float, times: float) -> float | None:
-    return None if scale == 1.0 else scale * times
-
-
 def _switch(get: Callable[[ModelConfig], bool], put: Callable[[Draft], Draft], *places: str) -> Lens:
     """A feature that a model has or has not; `put` adds it."""
     return Lens(get=get, put=lambda draft, on: put(draft) if on else draft, neutral=False, places=places)
@@ -353,11 +349,8 @@ FORM = {
 
 # Further features that a model may have: `FeatureOptions`.
 FEATURES = {
-    "multi_head_latent_attention": Lens(
-        get=lambda config: isinstance(config.layers[0].attention, LatentAttentionConfig),
-        put=_put_latent,
-        neutral=False,
-        places=("layers.attention",),
+    "multi_head_latent_attention": _switch(
+        lambda config: isinstance(config.layers[0].attention, LatentAttentionConfig), _put_latent, "layers.attention"
     ),
     "q_lora_rank": at("layers.attention.q_lora_rank"),
     "kv_lora_rank": at("layers.attention.kv_lora_rank"),
@@ -365,7 +358,7 @@ FEATURES = {
     "qk_rope_head_dim": _latent_size("rope_head_dim"),
     "v_head_dim": at("layers.attention.v_head_dim"),
     "rope_scaling_mscale_all_dim": Lens(get=_strength, put=_put_strength, neutral=0.0),
-    "qk_layernorm": Lens(get=_has_qk_norm, put=_put_qk_norm, neutral=False, places=("layers.attention.qk_norm",)),
+    "qk_layernorm": _switch(_has_qk_norm, _put_qk_norm, "layers.attention.qk_norm"),
     "rotary_percent": Lens(
         get=_rotary_percent, put=_put_rotary_percent, neutral=1.0, places=("layers.attention.rope.rotary_dim",)
     ),
@@ -393,7 +386,7 @@ FEATURES = {
     ),
     "output_multiplier_scale": at("logit_scale", neutral=1.0),
     "dim_model_base": Lens(
-        get=lambda config: _unless_one(config.logit_scale, config.hidden_size),
+        get=lambda config: None if config.logit_scale == 1.0 else config.logit_scale * config.hidden_size,
         put=lambda draft, base: draft | {"logit_scale": base / draft["hidden_size"]} if base else draft,
     ),
     "output_logit_softcapping": at("logit_softcap"),
@@ -418,11 +411,10 @@ FEATURES = {
     ),
     "moe_router_num_groups": at("layers.mlp.router.num_groups", neutral=1),
     "topk_group": at("layers.mlp.router.top_groups", neutral=1),
-    "norm_topk_prob": Lens(
-        get=at("layers.mlp.router.normalise", neutral=False).get,
-        put=lambda draft, on: _written(draft, "layers.mlp.router.normalise", True) if on else draft,
-        neutral=False,
-        places=("layers.mlp.router.normalise",),
+    "norm_topk_prob": _switch(
+        at("layers.mlp.router.normalise", neutral=False).get,
+        lambda draft: _written(draft, "layers.mlp.router.normalise", True),
+        "layers.mlp.router.normalise",
     ),
     "routed_scaling_factor": replace(at("layers.mlp.router.scale", neutral=1.0), put=_put_routed_scale),
 }

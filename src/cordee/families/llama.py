@@ -11,7 +11,6 @@ from cordee.families.family import Family, keys
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import read_rope
 from cordee.model.config import AttentionConfig, LayerConfig, ModelConfig
-from cordee.tensors.rules import Rule
 
 
 def read(hf: ConfigReader) -> ModelConfig:
@@ -23,17 +22,11 @@ def read(hf: ConfigReader) -> ModelConfig:
     return common.read_model(hf, [layer] * hf.integer("num_hidden_layers"), norm)
 
 
-def weights(config: ModelConfig) -> list[Rule]:
-    return common.model_weights(config, common.layer_weights)
-
-
 FAMILY = Family(
     name="llama",
     architectures=("LlamaForCausalLM", "LlamaModel"),
     model_types=("llama",),
     read=read,
-    weights=weights,
-    base_prefix="model.",
     ignored=common.FREQUENCIES,
     plain=True,
     keys=keys(attention_bias="qkv_bias", mlp_bias="mlp_bias"),

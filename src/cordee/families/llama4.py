@@ -1,8 +1,8 @@
 """Llama 4, the language model (Meta 2025): three of four layers attend within chunks, the others without positions.
 
-Queries and keys are normed after they are turned; without positions, queries grow with the position instead. The
-sigmoid of a token's best logit multiplies what its expert is given; a shared expert sees all tokens. Experts are stored
-as stacks `[expert, in, out]`, rotary dims in neighbouring pairs.
+Queries and keys are normed after RoPE; layers without it (NoPE) scale queries by the position instead. The sigmoid
+of a token's best logit multiplies what its expert is given; a shared expert sees all tokens. Experts are stored as
+stacks `[expert, in, out]`, rotary dims in neighbouring pairs.
 """
 
 from __future__ import annotations
@@ -54,35 +54,28 @@ def read_attention(hf: ConfigReader) -> list[AttentionConfig]:
     heads, bias = common.read_heads(hf), hf.flag("attention_bias", False)
     plain = AttentionConfig(**heads, qkv_bias=bias, out_bias=bias)
     growth = TemperatureScaling(scale=hf.number("attn_scale", 0.1), floor_scale=hf.positive("floor_scale", 8192))
-    unplaced = replace(plain, query_scaling=growth if hf.value("attn_temperature_tuning", True) else None)
+    without_rope = replace(plain, query_scaling=growth if hf.value("attn_temperature_tuning", True) else None)
     norm = QKNormConfig(norm=NormConfig(kind="rms", eps=hf.number("rms_norm_eps"), affine=False), after_rope=True)
     rope = read_rope(hf, heads["head_dim"], theta=500000.0)
-    placed = replace(plain, rope=rope, qk_norm=norm if hf.flag("use_qk_norm", True) else None)
+    with_rope = replace(plain, rope=rope, qk_norm=norm if hf.flag("use_qk_norm", True) else None)
 
     interval, chunk = hf.integer("no_rope_layer_interval", 4), hf.integer("attention_chunk_size", 8192)
-    turned = [int((i + 1) % interval != 0) for i in range(hf.integer("num_hidden_layers"))]
-    turned = common.read_of_layers(hf, "no_rope_layers", (0, 1), turned)  # 1 where there is rope, despite the name
+    rotated = [int((i + 1) % interval != 0) for i in range(hf.integer("num_hidden_layers"))]
+    rotated = common.read_of_layers(hf, "no_rope_layers", (0, 1), rotated)  # 1 where there is rope, despite the name
     types = common.read_of_layers(
-        hf, "layer_types", (CHUNKED, common.FULL), [CHUNKED if t else common.FULL for t in turned]
+        hf, "layer_types", (CHUNKED, common.FULL), [CHUNKED if r else common.FULL for r in rotated]
     )
     return [
-        replace(placed if t else unplaced, chunk=chunk if kind == CHUNKED else None)
-        for t, kind in zip(turned, types, strict=True)
+        replace(with_rope if r else without_rope, chunk=chunk if kind == CHUNKED else None)
+        for r, kind in zip(rotated, types, strict=True)
     ]
 
 
-def weights(config: ModelConfig) -> list[Rule]:
-    return common.model_weights(config, layer_weights)
-
-
 def layer_weights(layer: LayerConfig) -> list[Rule]:
-    attention, mlp = layer.attention, "feed_forward"
-    assert isinstance(attention, AttentionConfig)
-    projections = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    mlp = "feed_forward"
     return [
         *module("attention_norm", "input_layernorm"),
-        *module("attention.qkv", *projections, op=common.paired_qkv(attention)),
-        *module("attention.out", "self_attn.o_proj"),
+        *common.attention_weights(layer, common.paired_qkv(layer)),
         *module("mlp_norm", "post_attention_layernorm"),
         *common.mlp_weights("mlp", mlp),
         *module("mlp.router", f"{mlp}.router"),
@@ -100,8 +93,7 @@ FAMILY = Family(
     architectures=("Llama4ForCausalLM", "Llama4TextModel"),
     model_types=("llama4_text",),
     read=read,
-    weights=weights,
-    base_prefix="model.",
+    layer_weights=layer_weights,
     keys=keys(
         "intermediate_size",
         interleave_moe_layer_step=lambda words: 1 + first_sparse(words[MODEL]),

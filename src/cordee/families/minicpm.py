@@ -1,7 +1,7 @@
-"""MiniCPM, dense and as a mixture of experts.
+"""MiniCPM, dense and MoE.
 
 Like LLaMA, with the scalings of maximal update parametrisation: of the embedding, of what each half of a layer adds,
-and of the logits (Hu et al. 2024; Yang et al. 2022). Tokens of a mixture go to the two experts they like best.
+and of the logits (Hu et al. 2024; Yang et al. 2022). The MoE models route each token to its top two experts.
 """
 
 from __future__ import annotations
@@ -53,10 +53,6 @@ def read_mlp(hf: ConfigReader) -> MLPConfig | MoEConfig:
     return MoEConfig(router=router, expert=mlp, balance=BalanceConfig(expert=hf.number("router_aux_loss_coef", 0.01)))
 
 
-def weights(config: ModelConfig) -> list[Rule]:
-    return common.model_weights(config, layer_weights)
-
-
 def layer_weights(layer: LayerConfig) -> list[Rule]:
     if isinstance(layer.mlp, MLPConfig):
         return common.layer_weights(layer)
@@ -72,8 +68,7 @@ FAMILY = Family(
     architectures=("MiniCPMForCausalLM", "MiniCPMModel"),
     model_types=("minicpm",),
     read=read,
-    weights=weights,
-    base_prefix="model.",
+    layer_weights=layer_weights,
     ignored=common.FREQUENCIES,
     keys=keys(
         dim_model_base="dim_model_base", scale_depth="scale_depth", scale_emb="scale_emb", **expert_keys("num_experts")

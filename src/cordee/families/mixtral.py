@@ -1,4 +1,4 @@
-"""Mixtral (Jiang et al. 2024): LLaMA's form with eight experts in place of each MLP, two of which a token visits.
+"""Mixtral (Jiang et al. 2024): LLaMA's form with eight experts in place of each MLP; each token is routed to two.
 
 The two are weighted by the softmax of their logits. Each expert has its own matrices, `w1` (gate), `w3` (up) and `w2`
 (down).
@@ -28,10 +28,6 @@ def read(hf: ConfigReader) -> ModelConfig:
     return common.read_model(hf, [layer] * hf.integer("num_hidden_layers"), norm)
 
 
-def weights(config: ModelConfig) -> list[Rule]:
-    return common.model_weights(config, layer_weights)
-
-
 def layer_weights(layer: LayerConfig) -> list[Rule]:
     return [
         *common.layer_weights(layer),
@@ -45,8 +41,7 @@ FAMILY = Family(
     architectures=("MixtralForCausalLM", "MixtralModel"),
     model_types=("mixtral",),
     read=read,
-    weights=weights,
-    base_prefix="model.",
+    layer_weights=layer_weights,
     ignored=common.FREQUENCIES,
     keys=keys(sliding_window="sliding_window", **expert_keys("num_local_experts")),
 )

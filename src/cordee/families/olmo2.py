@@ -23,10 +23,6 @@ def read(hf: ConfigReader) -> ModelConfig:
     return common.read_model(hf, [layer] * hf.integer("num_hidden_layers"), norm)
 
 
-def weights(config: ModelConfig) -> list[Rule]:
-    return common.model_weights(config, layer_weights)
-
-
 def layer_weights(layer: LayerConfig) -> list[Rule]:
     return [
         *common.attention_weights(layer),
@@ -41,6 +37,5 @@ FAMILY = Family(
     architectures=("Olmo2ForCausalLM", "Olmo2Model"),
     model_types=("olmo2",),
     read=read,
-    weights=weights,
-    base_prefix="model.",
+    layer_weights=layer_weights,
 )

@@ -11,7 +11,7 @@ from dataclasses import fields
 from typing import Any, TypeVar
 
 from cordee.config.option import to_flag
-from cordee.errors import Problem, at_most, raise_all, requires
+from cordee.errors import Problem, at_most, excludes, raise_all, requires
 from cordee.families.lenses import Scaling, Words, sparse_layers
 from cordee.families.rope import SCALINGS, mscale
 from cordee.model.config import (
@@ -330,10 +330,7 @@ def check(words: Words) -> Iterator[Problem]:
         ("input_embeds_norm", "scale_emb"),
         ("dim_model_base", "output_multiplier_scale"),
     ):
-        if words.get(one) and words.get(other):
-            yield Problem(
-                to_flag(other), words[other], f"{to_flag(one)} is given too", "give one of the two", "excludes", (one,)
-            )
+        yield from excludes(to_flag(other), words.get(other) or None, to_flag(one), words.get(one) or None)
 
 
 def _experts(words: Words) -> Iterator[Problem]:

@@ -1,6 +1,6 @@
 """Phi-3, Phi-3.5 and Phi-4: LLaMA's form with all of q, k, v in one matrix and gate and up in another.
 
-Some have a window, some turn only part of a head, and the long ones stretch positions by LongRoPE (Abdin et al. 2024).
+Some have a window, some rotate only part of a head, and the long ones scale positions by LongRoPE (Abdin et al. 2024).
 """
 
 from __future__ import annotations
@@ -29,10 +29,6 @@ def read(hf: ConfigReader) -> ModelConfig:
     )
 
 
-def weights(config: ModelConfig) -> list[Rule]:
-    return common.model_weights(config, layer_weights)
-
-
 def layer_weights(layer: LayerConfig) -> list[Rule]:
     return [
         *module("attention_norm", "input_layernorm"),
@@ -49,7 +45,6 @@ FAMILY = Family(
     architectures=("Phi3ForCausalLM", "Phi3Model"),
     model_types=("phi3",),
     read=read,
-    weights=weights,
-    base_prefix="model.",
+    layer_weights=layer_weights,
     keys=keys(partial_rotary_factor="rotary_percent", sliding_window="sliding_window"),
 )

@@ -20,7 +20,7 @@ from cordee.model.config import (
     QwenNTKScaling,
     RopeConfig,
 )
-from cordee.tensors.rules import Rule, each_layer, module, packed_qkv, stack
+from cordee.tensors.rules import Rule, module, packed_qkv, stack
 
 
 def read(hf: ConfigReader) -> ModelConfig:
@@ -65,15 +65,6 @@ def read_attention(hf: ConfigReader, bias: bool) -> AttentionConfig:
     )
 
 
-def weights(config: ModelConfig) -> list[Rule]:
-    return [
-        *module("embedding", "transformer.wte"),
-        *each_layer(config, layer_weights, "transformer.h.{i}."),
-        *module("final_norm", "transformer.ln_f"),
-        *module("head", "lm_head"),
-    ]
-
-
 def layer_weights(layer: LayerConfig) -> list[Rule]:
     return [
         *module("attention_norm", "ln_1"),
@@ -90,7 +81,13 @@ FAMILY = Family(
     architectures=("QWenLMHeadModel", "QWenModel"),
     model_types=("qwen",),
     read=read,
-    weights=weights,
+    outer_weights=(
+        *module("embedding", "transformer.wte"),
+        *module("final_norm", "transformer.ln_f"),
+        *module("head", "lm_head"),
+    ),
+    layer_prefix="transformer.h.{i}.",
+    layer_weights=layer_weights,
     base_prefix="transformer.",
     ignored=("transformer.rotary_emb.inv_freq", "transformer.h.{i}.attn.rotary_emb.inv_freq"),
     keys=keys(

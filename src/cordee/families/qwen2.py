@@ -13,7 +13,6 @@ from cordee.families.family import Family
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import read_rope
 from cordee.model.config import AttentionConfig, LayerConfig, ModelConfig
-from cordee.tensors.rules import Rule
 
 
 def read(hf: ConfigReader) -> ModelConfig:
@@ -33,17 +32,11 @@ def read_windows(hf: ConfigReader) -> list[int | None]:
     return common.read_windows(hf, window, lambda layer: layer >= first)
 
 
-def weights(config: ModelConfig) -> list[Rule]:
-    return common.model_weights(config, common.layer_weights)
-
-
 FAMILY = Family(
     name="qwen2",
     architectures=("Qwen2ForCausalLM", "Qwen2Model"),
     model_types=("qwen2",),
     read=read,
-    weights=weights,
-    base_prefix="model.",
     ignored=common.FREQUENCIES,
     plain=True,
 )

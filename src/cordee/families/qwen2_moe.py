@@ -58,10 +58,6 @@ def read_windows(hf: ConfigReader) -> list[int | None]:
     return common.read_windows(hf, hf.integer("sliding_window", 4096), lambda i: i % 2 == 0 and i < first)
 
 
-def weights(config: ModelConfig) -> list[Rule]:
-    return common.model_weights(config, layer_weights)
-
-
 def layer_weights(layer: LayerConfig) -> list[Rule]:
     return [
         *common.layer_weights(layer),
@@ -77,8 +73,7 @@ FAMILY = Family(
     architectures=("Qwen2MoeForCausalLM", "Qwen2MoeModel"),
     model_types=("qwen2_moe",),
     read=read,
-    weights=weights,
-    base_prefix="model.",
+    layer_weights=layer_weights,
     keys=keys(
         "intermediate_size",
         shared_expert_intermediate_size=lambda words: at("layers.mlp.shared.ffn_hidden_size").get(words[MODEL]),

@@ -10,7 +10,6 @@ from cordee.families.qwen2 import read_windows
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import read_rope
 from cordee.model.config import AttentionConfig, LayerConfig, ModelConfig, QKNormConfig
-from cordee.tensors.rules import Rule
 
 
 def read_attention(hf: ConfigReader) -> AttentionConfig:
@@ -33,15 +32,9 @@ def read(hf: ConfigReader) -> ModelConfig:
     return common.read_model(hf, layers, norm)
 
 
-def weights(config: ModelConfig) -> list[Rule]:
-    return common.model_weights(config, common.layer_weights)
-
-
 FAMILY = Family(
     name="qwen3",
     architectures=("Qwen3ForCausalLM", "Qwen3Model"),
     model_types=("qwen3",),
     read=read,
-    weights=weights,
-    base_prefix="model.",
 )

@@ -48,10 +48,6 @@ def read_window(hf: ConfigReader) -> int | None:
     return hf.integer("sliding_window", 4096) if hf.flag("use_sliding_window", False) else None
 
 
-def weights(config: ModelConfig) -> list[Rule]:
-    return common.model_weights(config, layer_weights)
-
-
 def layer_weights(layer: LayerConfig) -> list[Rule]:
     return [
         *common.layer_weights(layer),
@@ -65,7 +61,6 @@ FAMILY = Family(
     architectures=("Qwen3MoeForCausalLM", "Qwen3MoeModel"),
     model_types=("qwen3_moe",),
     read=read,
-    weights=weights,
-    base_prefix="model.",
+    layer_weights=layer_weights,
     keys=keys("intermediate_size", **expert_keys("num_experts"), **NARROW_EXPERTS),
 )

@@ -6,8 +6,7 @@ family does not implement. All are collected and reported at once. Knows no fami
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -70,68 +69,17 @@ MATHEMATICAL: dict[str, tuple[object, ...]] = {
 
 # Keys that change neither weights nor logits: names, token ids, outputs, generation, implementation choices.
 IRRELEVANT = frozenset(
-    {
-        "_attn_implementation",
-        "_attn_implementation_autoset",
-        "_commit_hash",
-        "_from_model_config",
-        "_name_or_path",
-        "apply_query_key_layer_scaling",
-        "architectures",
-        "attention_softmax_in_fp32",
-        "attn_implementation",
-        "auto_map",
-        "bf16",
-        "bias_dropout_fusion",
-        "bos_token_id",
-        "cache_implementation",
-        "chunk_size_feed_forward",
-        "decoder_start_token_id",
-        "do_sample",
-        "dtype",
-        "eos_token_id",
-        "finetuning_task",
-        "fp16",
-        "fp32",
-        "id2label",
-        "is_decoder",
-        "label2id",
-        "masked_softmax_fusion",
-        "max_length",
-        "model_type",
-        "n_ctx",
-        "offset_alibi",
-        "onnx_safe",
-        "output_attentions",
-        "output_hidden_states",
-        "output_router_logits",
-        "pad_token_id",
-        "padded_vocab_size",
-        "prefix",
-        "pretraining_tp",
-        "problem_type",
-        "reorder_and_upcast_attn",
-        "return_dict",
-        "return_dict_in_generate",
-        "sep_token_id",
-        "skip_bias_add",
-        "softmax_in_fp32",
-        "task_specific_params",
-        "temperature",
-        "tie_encoder_decoder",
-        "tokenizer_class",
-        "tokenizer_type",
-        "top_k",
-        "top_p",
-        "torch_dtype",
-        "torchscript",
-        "transformers_version",
-        "typical_p",
-        "unk_token_id",
-        "use_cache",
-        "use_cache_kernel",
-        "use_flash_attn",
-    }
+    """
+    _attn_implementation _attn_implementation_autoset _commit_hash _from_model_config _name_or_path
+    apply_query_key_layer_scaling architectures attention_softmax_in_fp32 attn_implementation auto_map bf16
+    bias_dropout_fusion bos_token_id cache_implementation chunk_size_feed_forward decoder_start_token_id do_sample
+    dtype eos_token_id finetuning_task fp16 fp32 id2label is_decoder label2id masked_softmax_fusion max_length
+    model_type n_ctx offset_alibi onnx_safe output_attentions output_hidden_states output_router_logits pad_token_id
+    padded_vocab_size prefix pretraining_tp problem_type reorder_and_upcast_attn return_dict return_dict_in_generate
+    sep_token_id skip_bias_add softmax_in_fp32 task_specific_params temperature tie_encoder_decoder tokenizer_class
+    tokenizer_type top_k top_p torch_dtype torchscript transformers_version typical_p unk_token_id use_cache
+    use_cache_kernel use_flash_attn
+    """.split()
 )
 IRRELEVANT_PREFIXES = ("summary_",)  # the classification head of GPT-2's double-headed model
 
@@ -144,7 +92,7 @@ def read_object(file: Path) -> dict[str, Any]:
             return found
     except (OSError, ValueError) as error:
         why = f"not JSON: {error}"
-    raise ProblemError([Problem(str(file), None, why, "copy the file again")])
+    raise ProblemError([Problem(str(file), None, why, "copy the file again", "corrupt")])
 
 
 class ConfigReader:
@@ -157,9 +105,9 @@ class ConfigReader:
         self._read: set[str] = set()
         self._stood_in: set[str] = set()  # keys without a value of their own
 
-    def problem(self, key: str, why: str, fix: str) -> None:
+    def problem(self, key: str, why: str, fix: str, kind: str = "invalid", limit: object = None) -> None:
         """Collect a problem with the value of `key`, once however often it is read."""
-        problem = Problem(f"{self.where}: {key}", self.hf.get(key), why, fix)
+        problem = Problem(f"{self.where}: {key}", self.hf.get(key), why, fix, kind, limit=limit)
         if problem not in self.problems:
             self.problems.append(problem)
 
@@ -170,7 +118,8 @@ class ConfigReader:
             return value
         if default is REQUIRED:
             self._stood_in.add(key)
-            self.problem(key, "the key is missing", "take the config.json that was published with the weights")
+            fix = "take the config.json that was published with the weights"
+            self.problem(key, "the key is missing", fix, "missing")
             return None
         return default
 
@@ -226,7 +175,7 @@ class ConfigReader:
     def _wrong(self, key: str, value: object, expected: str, stand_in: T) -> T:
         self._stood_in.add(key)
         if value is not None:  # a missing key is a problem already
-            self.problem(key, f"not {expected}", f"give {expected}")
+            self.problem(key, f"not {expected}", f"give {expected}", limit=expected)
         return stand_in
 
     def section(self, key: str) -> Mapping[str, Any]:
@@ -281,17 +230,10 @@ def _unimplemented(option: str, value: object) -> Problem:
     if option.endswith("quantization_config"):
         method = value.get("quant_method") if isinstance(value, Mapping) else None
         why = "quantised weights are not supported"
-        return Problem(option, method or "...", why, "take the unquantised checkpoint")
+        return Problem(option, method or "...", why, "take the unquantised checkpoint", "quantised")
     return Problem(
         option,
         value,
         "the key changes the mathematics, and this family does not implement it",
         "use a checkpoint without it, or add it to the family (docs/adding-a-family.md)",
     )
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint at the known names like `name`, or all of them if none is like it."""
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(known)}"

@@ -18,6 +18,7 @@ from typing import Any
 
 import cordee.families
 from cordee import sealed
+from cordee.config.spelling import unknown
 from cordee.errors import Problem, ProblemError, raise_all
 from cordee.families.count import canonical_shapes
 from cordee.families.family import Family, HFConfig, changed
@@ -35,7 +36,7 @@ from cordee.families.lenses import (
 )
 from cordee.families.options import check, given_features, resolve, with_defaults
 from cordee.families.presets import published
-from cordee.families.reader import ConfigReader, nearest, read_object
+from cordee.families.reader import ConfigReader, read_object
 from cordee.model.compare import canonical
 from cordee.model.config import ModelConfig
 from cordee.model.options import ModelOptions
@@ -83,11 +84,9 @@ class ModelSpec:
         rules = {rule.canonical: rule for rule in self.family.weights(self.config) if rule.canonical in shapes}
         assert rules.keys() == shapes.keys(), f"{self.family.name} has no rule for {shapes.keys() - rules.keys()}"
         if not self.base_prefix:
-            rules = {name: rule.named(str, self._bare) for name, rule in rules.items()}
+            prefix = self.family.base_prefix
+            rules = {name: rule.named(str, lambda key: key.removeprefix(prefix)) for name, rule in rules.items()}
         return {name: rules[name] for name in shapes}
-
-    def _bare(self, foreign: str) -> str:
-        return foreign.removeprefix(self.family.base_prefix)
 
     def with_options(self, options: ModelOptions) -> ModelSpec:
         """The same model changed by `options`. ProblemError if the family has no such model."""
@@ -120,7 +119,7 @@ class ModelSpec:
         return spec._with_fitting_tokens()
 
     def _no_place(self, options: ModelOptions, refused: Iterable[str]) -> ProblemError:
-        flags = list(map(flag_of, sorted(refused)))
+        flags = list(dict.fromkeys(map(flag_of, sorted(refused))))  # two words say the activation
         fits = f"family {self.family.name}, which has no place for {', '.join(flags)}"
         return ProblemError([_no_such_model(options, fits, flags)])
 
@@ -169,14 +168,11 @@ class ModelSpec:
 STORED_SPEC = sealed.record({"family": sealed.text(), "hf_config": sealed.record({}), "base_prefix": sealed.flag})
 
 
-def _is_no_token(key: str) -> bool:
-    return not key.endswith("_token_id")
-
-
 def _strange_tokens(hf: Mapping[str, Any], vocab_size: int) -> list[str]:
     """Keys of special tokens that a vocabulary lacks: with those transformers may not even build the model."""
-    ids = {key: value if isinstance(value, list) else [value] for key, value in hf.items() if not _is_no_token(key)}
-    return [key for key, tokens in ids.items() if any(isinstance(t, int) and t >= vocab_size for t in tokens)]
+    ids = {key: value for key, value in hf.items() if key.endswith("_token_id")}
+    several = {key: value if isinstance(value, list) else [value] for key, value in ids.items()}
+    return [key for key, tokens in several.items() if any(isinstance(t, int) and t >= vocab_size for t in tokens)]
 
 
 def spec_from_hf(hf: Mapping[str, Any], where: str = "config.json") -> ModelSpec:
@@ -209,8 +205,8 @@ def _family_of(hf: Mapping[str, Any], where: str) -> Family:
             raise ProblemError([Problem(f"{where}: architectures", given, why, "give the name in an array")])
         if given[0] in architectures:
             return architectures[given[0]]
-        why, fix = f"no family for this architecture; {nearest(given[0], architectures)}", GUIDE
-        raise ProblemError([Problem(f"{where}: architectures", given[0], why, fix)])
+        why = f"no family for this architecture; {GUIDE}"
+        raise ProblemError([unknown(f"{where}: architectures", given[0], architectures, why)])
     types = {name: family for family in families().values() for name in family.model_types}
     given = hf.get("model_type")
     if given is not None and not isinstance(given, str):
@@ -219,24 +215,17 @@ def _family_of(hf: Mapping[str, Any], where: str) -> Family:
         return types[given]
     if given is None:
         why, fix = "neither architectures nor model_type is there", "take the config.json published with the weights"
-    else:
-        why, fix = f"no family for this model type; {nearest(given, types)}", GUIDE
-    raise ProblemError([Problem(f"{where}: model_type", given, why, fix)])
+        raise ProblemError([Problem(f"{where}: model_type", given, why, fix, "missing")])
+    raise ProblemError([unknown(f"{where}: model_type", given, types, f"no family for this model type; {GUIDE}")])
 
 
 def spec_from_directory(path: str | Path) -> ModelSpec:
     """The model in a Hugging Face directory. ProblemError if there is none or its configuration is wrong."""
     file = Path(path) / "config.json"
-    if not Path(path).is_dir():
-        why, fix = "there is no such directory", "give the directory that holds config.json and the weights"
-        raise ProblemError([Problem("model directory", path, why, fix)])
     if not file.is_file():
-        why, fix = "there is no config.json in it", "give the directory that holds config.json and the weights"
-        raise ProblemError([Problem("model directory", path, why, fix)])
-    return _spec_from_file(file)
-
-
-def _spec_from_file(file: Path) -> ModelSpec:
+        what, limit = (f"{file.name} in it", file.name) if file.parent.is_dir() else ("such directory", None)
+        fix = "give the directory that holds config.json and the weights"
+        raise ProblemError([Problem("model directory", path, f"there is no {what}", fix, "missing", limit=limit)])
     return spec_from_hf(read_object(file), str(file))
 
 
@@ -249,9 +238,7 @@ def spec_from_preset(name: str) -> ModelSpec:
     """The model with the published size `name`. ProblemError with the nearest names if there is none."""
     known = presets()
     if name not in known:
-        raise ProblemError(
-            [Problem("--model", name, f"unknown preset; {nearest(name, known)}", "`cordee models` lists them")]
-        )
+        raise ProblemError([unknown("--model", name, known, "unknown preset; `cordee models` lists them")])
     family = known[name]
     return spec_from_hf(family.skeleton(family.presets[name].config), f"preset {name}")
 
@@ -261,7 +248,7 @@ def spec_named(name: str) -> ModelSpec:
     path = Path(name)
     if name in presets() or not path.exists():
         return spec_from_preset(name)
-    return spec_from_directory(path) if path.is_dir() else _spec_from_file(path)
+    return spec_from_directory(path) if path.is_dir() else spec_from_hf(read_object(path), str(path))
 
 
 def spec_from_options(options: ModelOptions, vocab_size: int | None = None) -> ModelSpec:

@@ -91,13 +91,13 @@ def _directory_problems(options: TokenizerOptions, fallback: str | None) -> Iter
         yield Problem(_DIRECTORY, None, "no tokenizer is given", "give a directory with a Hugging Face tokenizer")
     elif not Path(directory).is_dir():
         fix = "download the tokenizer and give its directory; nothing is fetched from the network"
-        yield Problem(_DIRECTORY, directory, "there is no such directory", fix)
+        yield Problem(_DIRECTORY, directory, "there is no such directory", fix, "missing")
     elif not holds_tokenizer(directory):
         names = "tokenizer.json, tokenizer.model, *.tiktoken, or vocab.json and merges.txt"
-        yield Problem(_DIRECTORY, directory, "it holds no tokenizer", f"give a directory with {names}")
+        yield Problem(_DIRECTORY, directory, "it holds no tokenizer", f"give a directory with {names}", "empty")
     elif not options.tokenizer_use_fast and not (Path(directory) / "tokenizer.model").is_file():
         why = "without a tokenizer.model there is only the fast tokenizer"
-        yield Problem("--tokenizer-use-fast", False, why, "leave it out")
+        yield Problem("--tokenizer-use-fast", False, why, "leave it out", "requires", limit="tokenizer.model")
 
 
 def is_vocabulary(name: str) -> bool:

@@ -10,6 +10,7 @@ import json
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -25,6 +26,16 @@ _PROBES = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Roles:
+    """Ids of special tokens, None for one that a format does not have."""
+
+    bos: int | None = None
+    eos: int | None = None
+    pad: int | None = None
+    eod: int | None = None
+
+
 class Tokenizer(ABC):
     """Text to ids and back. Ids are `0 <= id < vocab_size`; a special token that does not exist is None.
 
@@ -35,16 +46,23 @@ class Tokenizer(ABC):
     type: str  # the --tokenizer-type that reads it
     probes: Sequence[str] = _PROBES  # sample texts for the fingerprint
     vocab_size: int
-    bos: int | None = None
-    eos: int | None = None
+    roles: Roles
+
+    @property
+    def bos(self) -> int | None:
+        return self.roles.bos
+
+    @property
+    def eos(self) -> int | None:
+        return self.roles.eos
 
     @property
     def eod(self) -> int | None:
-        return self.eos
+        return self.eos if self.roles.eod is None else self.roles.eod
 
     @property
     def pad(self) -> int | None:
-        return self.eod
+        return self.eod if self.roles.pad is None else self.roles.pad
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cordee.errors import Problem, ProblemError, raise_all
-from cordee.tokenizer.base import Tokenizer
+from cordee.tokenizer.base import Roles, Tokenizer
 from cordee.tokenizer.matching import library_token
 from cordee.tokenizer.special import (
     AROUND,
@@ -54,18 +54,12 @@ class HFTokenizer(Tokenizer):
         self._directory = directory
         ids = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(ids.values(), default=-1) + 1
-        self.bos = special.id("bos", ids)
-        self.eos = special.id("eos", ids)
-        self._pad = special.id("pad", ids)
+        self.roles = special.roles_in(ids, Roles())
         # It would take spaces of the text away from what BPE gives back exactly, so there it has no effect.
         cleans_up = special.switches.get("clean_up_tokenization_spaces", False)
         self._cleans_up = cleans_up and backend.model.__class__.__name__ != "BPE"
         if special.arguments.keys() & set(AROUND):
             self._put_around()
-
-    @property
-    def pad(self) -> int | None:
-        return self.eod if self._pad is None else self._pad
 
     def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         # The fast form leaves out the character offsets, which nobody asks for here.
@@ -75,7 +69,7 @@ class HFTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
         if skip_special_tokens:
             # A vocabulary file does not always mark them as special.
-            ids = (i for i in ids if i not in (self.bos, self.eos, self._pad))
+            ids = (i for i in ids if i not in (self.bos, self.eos, self.pad))
         text = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return _clean_up(text) if self._cleans_up else text
 

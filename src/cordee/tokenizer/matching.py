@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cordee.tokenizer.base import Tokenizer
-from cordee.tokenizer.special import MATCHING, AddedToken
+from cordee.tokenizer.base import Roles, Tokenizer
+from cordee.tokenizer.special import MATCHING, AddedToken, SpecialTokens
 
 if TYPE_CHECKING:
     import tokenizers
@@ -29,10 +30,29 @@ def library_token(token: AddedToken) -> tokenizers.AddedToken:
 
 
 class MatchingTokenizer(Tokenizer):
-    """A tokenizer that cuts a text at added tokens, and puts the ids `_before` and `_after` around it."""
+    """A tokenizer that cuts a text at `added` tokens, given by id, which stand for themselves inside it.
 
-    _before: list[int]
-    _after: list[int]
+    `special` is what the files of a Hugging Face `directory` say, if it was read from one; of the tokens that go around
+    a text, `add_bos` says what holds where they say nothing.
+    """
+
+    def __init__(
+        self,
+        type: str,
+        roles: Roles,
+        added: Mapping[int, AddedToken],
+        special: SpecialTokens,
+        directory: Path | None,
+        add_bos: bool = False,
+    ):
+        self.type = type
+        self.roles = roles
+        self._added = dict(added)
+        self._special = special
+        self._directory = directory
+        self._matcher = Matcher(self._added, special.switches.get("split_special_tokens", False))
+        self._before = [i for i in (roles.bos,) if i is not None and special.flags.get("add_bos_token", add_bos)]
+        self._after = [i for i in (roles.eos,) if i is not None and special.flags.get("add_eos_token", False)]
 
     def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         batch = [self._encode(text) for text in texts]
@@ -40,9 +60,16 @@ class MatchingTokenizer(Tokenizer):
             return [[*self._before, *ids, *self._after] for ids in batch]
         return batch
 
-    @abstractmethod
     def _encode(self, text: str) -> list[int]:
         """Ids of a text, without what is put around it."""
+        ids: list[int] = []
+        for number, piece in enumerate(self._matcher.pieces(text)):
+            ids += [piece] if isinstance(piece, int) else self._encode_piece(piece, first=number == 0)
+        return ids
+
+    @abstractmethod
+    def _encode_piece(self, text: str, first: bool) -> list[int]:
+        """Ids of what stands between added tokens; `first`: the text begins with it."""
 
 
 class Matcher:

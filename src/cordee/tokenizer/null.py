@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from cordee.errors import Problem, ProblemError
-from cordee.tokenizer.base import Tokenizer
+from cordee.tokenizer.base import Roles, Tokenizer
 
 
 class NullTokenizer(Tokenizer):
@@ -17,7 +17,7 @@ class NullTokenizer(Tokenizer):
 
     def __init__(self, vocab_size: int):
         self.vocab_size = vocab_size
-        self.eos = vocab_size - 1
+        self.roles = Roles(eos=vocab_size - 1)
 
     def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         try:
@@ -28,7 +28,9 @@ class NullTokenizer(Tokenizer):
         wrong = next((i for ids in batch for i in ids if not 0 <= i < self.vocab_size), None)
         if wrong is not None:
             why = f"the text holds {wrong}, which is not among 0 to {self.vocab_size - 1}"
-            raise ProblemError([Problem("--vocab-size", self.vocab_size, why, "give a larger one")])
+            raise ProblemError(
+                [Problem("--vocab-size", self.vocab_size, why, "give a larger one", "range", limit=wrong)]
+            )
         return batch
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:

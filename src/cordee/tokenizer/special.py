@@ -15,6 +15,7 @@ from typing import Any
 from cordee import files
 from cordee.errors import Problem, ProblemError, raise_all
 from cordee.log import logger
+from cordee.tokenizer.base import Roles
 
 Arguments = Mapping[str, str | int | bool]  # of --tokenizer-kwargs
 
@@ -80,6 +81,11 @@ class SpecialTokens:
     notes: tuple[str, ...] = ()
     arguments: Arguments = field(default_factory=dict)
 
+    def roles_in(self, vocabulary: Mapping[str, int], own: Roles) -> Roles:
+        """The roles of tokens of a vocabulary; `own` are those of its format, where the files name none."""
+        found = {role: self.id(role, vocabulary) for role in ("bos", "eos", "pad")}
+        return replace(own, **{role: i for role, i in found.items() if i is not None})
+
     def id(self, role: str, vocabulary: Mapping[str, int]) -> int | None:
         """Id of the token in the role `role` ("bos", "eos", "pad"); named tokens are in the vocabulary."""
         token = self.named.get(f"{role}_token")
@@ -94,6 +100,9 @@ class SpecialTokens:
     def all_tokens(self) -> list[str]:
         """How the tokens of `tokens` are written."""
         return [token.content for token in self.tokens()]
+
+
+UNSAID = SpecialTokens()  # where no file says anything
 
 
 def unique(tokens: Iterable[AddedToken]) -> list[AddedToken]:

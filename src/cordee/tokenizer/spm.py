@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from cordee.errors import Problem, ProblemError, raise_all
-from cordee.tokenizer.matching import Matcher, MatchingTokenizer
+from cordee.tokenizer.base import Roles
+from cordee.tokenizer.matching import MatchingTokenizer
 from cordee.tokenizer.special import (
+    UNSAID,
     AddedToken,
     Arguments,
     SpecialTokens,
@@ -33,22 +35,11 @@ SPACE = "\u2581"  # how SentencePiece writes a space
 _NO_PREFIX = b"\x1a\x02\x18\x00"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Roles:
-    """Ids of the special tokens; without `eod` it is `eos`, without `pad` it is `eod`."""
-
-    bos: int | None
-    eos: int | None
-    pad: int | None = None
-    eod: int | None = None
-
-
 class SentencePieceTokenizer(MatchingTokenizer):
-    """A SentencePiece model with added tokens laid over it.
+    """A SentencePiece model with added tokens laid over it, between which pieces of text are encoded each on its own.
 
-    `matched` are the tokens, by id, that stand for themselves inside a text; the pieces between them are encoded each
-    on its own. SentencePiece puts a space before a text: before every piece (`prefix` "always"), only before a text
-    that does not begin with such a token ("first"), or never.
+    SentencePiece puts a space before a text: before every piece (`prefix` "always"), only before a text that does not
+    begin with an added token ("first"), or never.
     """
 
     def __init__(
@@ -56,61 +47,35 @@ class SentencePieceTokenizer(MatchingTokenizer):
         type: str,
         model: SentencePieceProcessor,
         roles: Roles,
-        *,
-        matched: Mapping[int, AddedToken] | None = None,
-        prefix: Literal["always", "first", "never"] = "always",
-        split_special: bool = False,
-        add_bos: bool = False,
-        add_eos: bool = False,
+        added: Mapping[int, AddedToken] | None = None,
+        special: SpecialTokens = UNSAID,
         directory: Path | None = None,
-        arguments: Arguments | None = None,
+        *,
+        prefix: Literal["always", "first", "never"] = "always",
+        add_bos: bool = False,
     ):
-        self.type = type
-        self.bos, self.eos = roles.bos, roles.eos
-        self._roles = roles
+        super().__init__(type, roles, added or {}, special, directory, add_bos)
         self._model = model
-        self._matched = dict(matched or {})
-        self._matcher = Matcher(self._matched, split_special)
         bare = model if prefix == "always" else _model_of(model.serialized_model_proto() + _NO_PREFIX)
         self._first = bare if prefix == "never" else model
         self._later = bare
-        self._before = [self.bos] if add_bos and self.bos is not None else []
-        self._after = [self.eos] if add_eos and self.eos is not None else []
-        self._directory = directory
-        self._arguments = dict(arguments or {})
-        self.vocab_size = max([model.vocab_size() - 1, *self._matched]) + 1
+        self.vocab_size = max([model.vocab_size() - 1, *self._added]) + 1
 
-    @property
-    def eod(self) -> int | None:
-        return self.eos if self._roles.eod is None else self._roles.eod
-
-    @property
-    def pad(self) -> int | None:
-        return self.eod if self._roles.pad is None else self._roles.pad
-
-    def _encode(self, text: str) -> list[int]:
-        ids: list[int] = []
-        model = self._first
-        for piece in self._matcher.pieces(text):
-            if isinstance(piece, int):
-                ids.append(piece)
-            else:
-                ids += model.encode(piece)
-            model = self._later
-        return ids
+    def _encode_piece(self, text: str, first: bool) -> list[int]:
+        return (self._first if first else self._later).encode(text)
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
         skipped = set()
         if skip_special_tokens:
             skipped = {self.bos, self.eos, self.eod, self.pad}
-            skipped |= {i for i, token in self._matched.items() if token.special}
+            skipped |= {i for i, token in self._added.items() if token.special}
         text: list[str] = []
         run: list[int] = []
         for i in ids:
             if i in skipped:
                 continue
-            if i in self._matched:
-                text += [self._decode(run, text), self._matched[i].content]
+            if i in self._added:
+                text += [self._decode(run, text), self._added[i].content]
                 run = []
             else:
                 run.append(i)
@@ -128,18 +93,18 @@ class SentencePieceTokenizer(MatchingTokenizer):
     def vocabulary(self) -> dict[int, str]:
         model = self._model
         words = {i: model.id_to_piece(i) for i in range(model.vocab_size())}
-        return words | {i: token.content for i, token in self._matched.items()}
+        return words | {i: token.content for i, token in self._added.items()}
 
     def save(self, directory: str | Path) -> None:
         target = Path(directory)
         if self._directory is not None:
-            save_directory(self._directory, target, self._arguments)
+            save_directory(self._directory, target, self._special.arguments)
             return
         target.mkdir(parents=True, exist_ok=True)
         (target / "tokenizer.model").write_bytes(self._model.serialized_model_proto())
         words = self.vocabulary()
-        named = {"bos_token": self.bos, "eos_token": self.eos, "pad_token": self._roles.pad}
-        added = {i: asdict(token) for i, token in self._matched.items() if i >= self._model.vocab_size()}
+        named = {"bos_token": self.bos, "eos_token": self.eos, "pad_token": self.roles.pad}
+        added = {i: asdict(token) for i, token in self._added.items() if i >= self._model.vocab_size()}
         config = {
             "tokenizer_class": "LlamaTokenizer",
             "legacy": True,
@@ -192,7 +157,7 @@ def sentencepiece(path: Path) -> SentencePieceTokenizer:
     matched = _with_ids(model, tokens)
     ids = {token.content: i for i, token in matched.items()}
     roles = Roles(bos=ids[texts["bos"]], eos=ids[texts["eos"]], pad=ids[texts["pad"]], eod=ids["<EOD>"])
-    return SentencePieceTokenizer("SentencePieceTokenizer", model, roles, matched=matched)
+    return SentencePieceTokenizer("SentencePieceTokenizer", model, roles, matched)
 
 
 def from_directory(directory: Path, arguments: Arguments) -> SentencePieceTokenizer:
@@ -206,25 +171,17 @@ def from_directory(directory: Path, arguments: Arguments) -> SentencePieceTokeni
     matched = _with_ids(model, [*special.tokens(), *_control_tokens(model, special)])
     report_deviations(directory, special, _deviations(model, special, matched))
     ids = {token.content: i for i, token in matched.items()}
-    bos, eos = special.id("bos", ids), special.id("eos", ids)
-    roles = Roles(
-        bos=own.bos if bos is None and "bos_token" not in special.absent else bos,
-        eos=own.eos if eos is None and "eos_token" not in special.absent else eos,
-        pad=special.id("pad", ids),
-    )
-    switches = special.switches
-    legacy = switches.get("legacy", True)
+    own = {role: i for role, i in (("bos", own.bos), ("eos", own.eos)) if f"{role}_token" not in special.absent}
+    legacy = special.switches.get("legacy", True)
     return SentencePieceTokenizer(
         "PretrainedFromHF",
         model,
-        roles,
-        matched=matched,
-        prefix="never" if not switches.get("add_prefix_space", True) else "always" if legacy else "first",
-        split_special=switches.get("split_special_tokens", False),
-        add_bos=special.flags.get("add_bos_token", True),
-        add_eos=special.flags.get("add_eos_token", False),
-        directory=directory,
-        arguments=special.arguments,
+        special.roles_in(ids, Roles(**own)),
+        matched,
+        special,
+        directory,
+        prefix="never" if not special.switches.get("add_prefix_space", True) else "always" if legacy else "first",
+        add_bos=True,
     )
 
 

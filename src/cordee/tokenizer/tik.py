@@ -16,8 +16,10 @@ from pathlib import Path
 from cordee.errors import Problem, ProblemError, raise_all
 from cordee.files import copy_file, read_json
 from cordee.log import logger
-from cordee.tokenizer.matching import Matcher, MatchingTokenizer
+from cordee.tokenizer.base import Roles
+from cordee.tokenizer.matching import MatchingTokenizer
 from cordee.tokenizer.special import (
+    UNSAID,
     AddedToken,
     Arguments,
     SpecialTokens,
@@ -40,6 +42,10 @@ class _Kind:
     special: tuple[str, ...]  # the tokens behind the ranks
     bos: str | None
     eos: str
+
+    def roles_in(self, added: Mapping[int, AddedToken]) -> Roles:
+        ids = {token.content: i for i, token in added.items()}
+        return Roles(bos=ids.get(self.bos or ""), eos=ids.get(self.eos))
 
 
 _LLAMA3 = _Kind(
@@ -84,76 +90,52 @@ _MOST_GAPS = 1 << 14  # ids between the ranks and the last special token: Llama 
 
 
 class TikTokenizer(MatchingTokenizer):
-    """Ranked byte strings and added tokens (`special`, by id), which stand for themselves inside a text.
-
-    `source` is the file or the Hugging Face directory it was read from.
-    """
+    """Ranked byte strings with added tokens laid over them. `source` is the file or directory they were read from."""
 
     def __init__(
         self,
-        ranks: Mapping[bytes, int],
-        special: Mapping[int, AddedToken],
-        pattern: str,
-        *,
-        bos: int | None,
-        eos: int | None,
-        pad: int | None = None,
-        split_special: bool = False,
-        add_bos: bool = False,
-        add_eos: bool = False,
         type: str,
+        ranks: Mapping[bytes, int],
+        pattern: str,
+        roles: Roles,
+        added: Mapping[int, AddedToken],
         source: Path,
-        arguments: Arguments | None = None,
+        special: SpecialTokens = UNSAID,
     ):
         import tiktoken
 
-        self.type = type
-        self.bos, self.eos = bos, eos
-        self._pad = pad
-        self._ranks, self._special = dict(ranks), dict(special)
+        super().__init__(type, roles, added, special, source if source.is_dir() else None)
+        self._ranks = dict(ranks)
         self._encoding = tiktoken.Encoding(
             source.name,
             pat_str=pattern,
             mergeable_ranks=self._ranks,
-            special_tokens={token.content: i for i, token in self._special.items()},
+            special_tokens={token.content: i for i, token in self._added.items()},
         )
-        self._matcher = Matcher(self._special, split_special)
-        self._before = [bos] if add_bos and bos is not None else []
-        self._after = [eos] if add_eos and eos is not None else []
         self._source = source
-        self._arguments = dict(arguments or {})
         self.vocab_size = self._encoding.n_vocab
 
-    @property
-    def pad(self) -> int | None:
-        return self.eod if self._pad is None else self._pad
-
-    def _encode(self, text: str) -> list[int]:
-        ids: list[int] = []
-        for piece in self._matcher.pieces(text):
-            ids += [piece] if isinstance(piece, int) else self._ordinary(piece)
-        return ids
-
-    def _ordinary(self, text: str) -> list[int]:
+    def _encode_piece(self, text: str, first: bool) -> list[int]:
         try:
             return self._encoding.encode(text, disallowed_special=())  # `encode_ordinary` panics instead
         except ValueError as error:  # the library's regular expressions have a stack of limited size
             why = f"it cannot cut a text of {len(text):,} characters that holds a run of spaces too long: {error}"
-            raise ProblemError([Problem("tokenizer", self._source, why, "take such texts out of the input")]) from error
+            fix = "take such texts out of the input"
+            raise ProblemError([Problem("tokenizer", self._source, why, fix, "too long", limit=len(text))]) from error
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
-        skipped = {i for i, token in self._special.items() if token.special} if skip_special_tokens else set()
+        skipped = {i for i, token in self._added.items() if token.special} if skip_special_tokens else set()
         return self._encoding.decode([i for i in ids if i not in skipped])
 
     def vocabulary(self) -> dict[int, str]:
         letters = _byte_letters()
         ranked = {i: "".join(letters[byte] for byte in token) for token, i in self._ranks.items()}
-        return ranked | {i: token.content for i, token in self._special.items()}
+        return ranked | {i: token.content for i, token in self._added.items()}
 
     def save(self, directory: str | Path) -> None:
         target = Path(directory)
-        if self._source.is_dir():
-            save_directory(self._source, target, self._arguments)
+        if self._directory is not None:
+            save_directory(self._directory, target, self._special.arguments)
             return
         target.mkdir(parents=True, exist_ok=True)
         if self._source.suffix == ".json":
@@ -161,7 +143,7 @@ class TikTokenizer(MatchingTokenizer):
             logger.warning("Megatron's tiktoken vocabulary has no Hugging Face form; its own file was copied.")
             return
         copy_file(self._source, target / "tokenizer.model")
-        words = {i: token.content for i, token in self._special.items()}
+        words = {i: token.content for i, token in self._added.items()}
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "added_tokens_decoder": {
@@ -178,10 +160,8 @@ def from_file(path: Path) -> TikTokenizer:
         return _from_megatron(path)
     ranks = read_ranks(path, "--tokenizer-model")
     kind = _kind(ranks, path, "--tokenizer-model")
-    special = {len(ranks) + i: AddedToken(content) for i, content in enumerate(kind.special)}
-    ids = {token.content: i for i, token in special.items()}
-    bos = None if kind.bos is None else ids[kind.bos]
-    return TikTokenizer(ranks, special, kind.pattern, bos=bos, eos=ids[kind.eos], type="TikTokenizer", source=path)
+    added = {len(ranks) + i: AddedToken(content) for i, content in enumerate(kind.special)}
+    return TikTokenizer("TikTokenizer", ranks, kind.pattern, kind.roles_in(added), added, path)
 
 
 def from_directory(directory: Path, path: Path, arguments: Arguments) -> TikTokenizer:
@@ -190,24 +170,10 @@ def from_directory(directory: Path, path: Path, arguments: Arguments) -> TikToke
     config = read_special_tokens(directory, arguments)
     ranks = read_ranks(path, "--tokenizer-name-or-path")
     kind = _kind(ranks, path, "--tokenizer-name-or-path")
-    special = _with_ids(ranks, kind, config, path)
+    added = _with_ids(ranks, kind, config, path)
     report_deviations(directory, config, _deviations(kind, config))
-    ids = {token.content: i for i, token in special.items()}
-    bos, eos = config.id("bos", ids), config.id("eos", ids)
-    return TikTokenizer(
-        ranks,
-        special,
-        kind.pattern,
-        bos=ids.get(kind.bos or "") if bos is None else bos,
-        eos=ids.get(kind.eos) if eos is None else eos,
-        pad=config.id("pad", ids),
-        split_special=config.switches.get("split_special_tokens", False),
-        add_bos=config.flags.get("add_bos_token", False),
-        add_eos=config.flags.get("add_eos_token", False),
-        type="PretrainedFromHF",
-        source=directory,
-        arguments=config.arguments,
-    )
+    roles = config.roles_in({token.content: i for i, token in added.items()}, kind.roles_in(added))
+    return TikTokenizer("PretrainedFromHF", ranks, kind.pattern, roles, added, directory, config)
 
 
 def _with_ids(ranks: Mapping[bytes, int], kind: _Kind, config: SpecialTokens, path: Path) -> dict[int, AddedToken]:
@@ -281,16 +247,9 @@ def _from_megatron(path: Path) -> TikTokenizer:
         fix = "give Megatron's JSON vocabulary, or a file with lines of base64 and rank"
         raise ProblemError([Problem("--tokenizer-model", path, why, fix)]) from error
     ids = {token: i for i, token in enumerate(special)}
-    return TikTokenizer(
-        ranks,
-        {i: AddedToken(token) for token, i in ids.items()},
-        _MEGATRON_PATTERN,
-        bos=ids["<s>"],
-        eos=ids["</s>"],
-        pad=ids["<pad>"],
-        type="TikTokenizer",
-        source=path,
-    )
+    roles = Roles(bos=ids["<s>"], eos=ids["</s>"], pad=ids["<pad>"])
+    added = {i: AddedToken(token) for token, i in ids.items()}
+    return TikTokenizer("TikTokenizer", ranks, _MEGATRON_PATTERN, roles, added, path)
 
 
 def _byte_letters() -> list[str]:

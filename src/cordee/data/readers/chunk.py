@@ -70,14 +70,9 @@ class TableChunk(Chunk):
         return ((f"{self.unit} {number}", values) for number, values in zip(self.numbers, self.values, strict=True))
 
 
-@dataclass(frozen=True, kw_only=True)
-class LargeRecord(Chunk):
-    """A record of more than `MAX_RECORD_BYTES`, which the reader has skipped."""
-
-    place: str
-
-    def records(self, keys: Sequence[str]) -> Iterable[tuple[str, Sequence[object] | Broken]]:
-        return [(self.place, Broken(too_large()))]
+def large_line(source: str, number: int, done: float) -> TableChunk:
+    """In the place of a line of more than `MAX_RECORD_BYTES`, which the reader has skipped."""
+    return TableChunk(source=source, unit="line", numbers=[number], values=[Broken(too_large())], done=done)
 
 
 def too_large(what: str = "it") -> str:

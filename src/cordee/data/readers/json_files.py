@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from cordee.data.readers.chunk import CHUNK_BYTES, MAX_RECORD_BYTES, MISSING, Broken, Chunk, LargeRecord, too_large
+from cordee.data.readers.chunk import CHUNK_BYTES, MAX_RECORD_BYTES, MISSING, Broken, Chunk, large_line, too_large
 from cordee.data.readers.stream import BOM, line_blocks, open_stream
 from cordee.errors import Problem, ProblemError
 
@@ -63,7 +63,7 @@ def _lines(path: Path) -> Iterator[Chunk]:
     with open_stream(path) as stream:
         for block, number in line_blocks(stream.file, b"\n"):
             if block is None:
-                yield LargeRecord(source=str(path), place=f"line {number}", done=stream.done())
+                yield large_line(str(path), number, stream.done())
             else:
                 lines = block.removeprefix(BOM) if number == 1 else block
                 yield JsonChunk(source=str(path), unit="line", first=number, objects=lines, done=stream.done())

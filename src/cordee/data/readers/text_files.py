@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cordee.data.readers.chunk import Chunk, LargeRecord
+from cordee.data.readers.chunk import Chunk, large_line
 from cordee.data.readers.stream import line_blocks, open_stream
 from cordee.errors import Problem, ProblemError
 
@@ -35,6 +35,6 @@ def read(path: Path, keys: Sequence[str]) -> Iterator[Chunk]:
     with open_stream(path) as stream:
         for lines, number in line_blocks(stream.text(), "\n"):
             if lines is None:
-                yield LargeRecord(source=str(path), place=f"line {number}", done=stream.done())
+                yield large_line(str(path), number, stream.done())
             else:
                 yield TextChunk(source=str(path), first=number, lines=lines, done=stream.done())

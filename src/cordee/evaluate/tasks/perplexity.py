@@ -98,7 +98,7 @@ def _check_score(score: Score, path: str) -> None:
         logger.warning("%s: %d documents without a token to predict", path, score.unscored)
     if not score.tokens:
         why, fix = "it holds no token to predict", "give text, or tokens, of some length"
-        raise ProblemError([Problem("--task-data-path", path, why, fix)])
+        raise ProblemError([Problem("--task-data-path", path, why, fix, "empty")])
 
 
 def _window_problems(options: EvaluateOptions, longest: int) -> Problems:

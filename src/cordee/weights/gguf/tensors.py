@@ -39,7 +39,7 @@ def _layer_rules(layer: LayerConfig, paired: bool) -> list[Rule]:
     attention = layer.attention
     if not isinstance(attention, AttentionConfig):
         return []
-    qkv = common.paired_qkv(attention) if paired else common.qkv_op(layer, separate_qkv)
+    qkv = common.paired_qkv(layer) if paired else common.qkv_op(layer, separate_qkv)
     norm = _norm(layer.norm.unit_offset)
     return [
         *module("attention_norm", "attn_norm", op=norm),
