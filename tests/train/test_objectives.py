@@ -15,6 +15,7 @@ import torch
 
 from cordee import GPTModel
 from cordee.checkpoint import directory
+from cordee.checkpoint.storage import location_of
 from cordee.config.schema import TrainConfig
 from cordee.model import gpt
 from cordee.model.init import initialise
@@ -140,7 +141,7 @@ def test_resumes_among_its_own_data(pool, alone: PairConfig, tmp_path: Path):
     config = replace(alone, save=save, load=save, context_parallel_size=2, context_parallel_algo="megatron_cp_algo")
     pool.run(train, 2, config)
     assert figures(config)["loss"] == pytest.approx(figures(alone)["loss"], rel=1e-5)
-    manifest = directory.read_manifest(Path(save) / "iter_0000004")
+    manifest = directory.read_manifest(location_of(Path(save) / "iter_0000004"))
     assert manifest["data"] == {"pairs": alone.num_pairs, "seed": alone.seed}
     assert manifest["trainer"]["consumed_tokens"] == 2 * STEPS * tiny.BATCH * tiny.LENGTH
 

@@ -19,7 +19,7 @@ import torch
 
 from cordee import device, launch, lock, log
 from cordee.checkpoint import assets, directory
-from cordee.checkpoint.storage import Place, place_of, reached, same
+from cordee.checkpoint.storage import Location, location_of, reached
 from cordee.checkpoint.store import CheckpointStore, restore
 from cordee.config.option import options_of, to_flag
 from cordee.config.schema import PerformanceOptions, TrainConfig
@@ -86,10 +86,10 @@ def train(config: TrainConfig, layout: Layout, on: torch.device, exits: ExitRule
     with ExitStack() as stack, exits.bounded_after_loss():
         with collectives.contact("while planning the run"):
             first = layout.rank == 0
-            together(lambda: stack.enter_context(outputs.held(config)) if first else None, layout.control)
+            locks = together(lambda: stack.enter_context(outputs.held(config)) if first else {}, layout.control)
             plan = _plan(config, layout)
         with collectives.contact("while building the model and opening the data"):
-            parts, state = _build(plan, layout, on, exits, stack)
+            parts, state = _build(plan, layout, on, exits, locks, stack)
         trainer = Trainer(plan, parts, state)
         ending = COMPLETE if config.skip_train else trainer.train()
         if ending is COMPLETE:
@@ -135,8 +135,9 @@ def _plan(config: TrainConfig, layout: Layout) -> RunPlan:
             break
         assert plan.origin.checkpoint is not None
         path = plan.origin.checkpoint.path
-        if config.ckpt_step is not None or same(path, place_of(config.load or "")):
-            raise ProblemError([Problem("--load", path, why, "choose another checkpoint by --ckpt-step")])
+        if config.ckpt_step is not None or path.resolve() == location_of(config.load or "").resolve():
+            fix = "choose another checkpoint by --ckpt-step"
+            raise ProblemError([Problem("--load", str(path), why, fix, "corrupt")])
         avoid[plan.origin.checkpoint.manifest["iteration"]] = why
     for note in plan.notes:
         logger.info("%s", note)
@@ -180,7 +181,7 @@ def _identity(plan: RunPlan) -> dict[str, Any]:
 def _tidy(config: TrainConfig) -> None:
     if config.save is not None:
         with reached("--save", config.save):
-            for name in directory.tidy(place_of(config.save, "--save")):
+            for name in directory.tidy(location_of(config.save, "--save")):
                 logger.info("removed what an interrupted save had left: %s", name)
 
 
@@ -213,7 +214,12 @@ def _damage(plan: RunPlan, layout: Layout) -> str | None:
 
 
 def _build(
-    plan: RunPlan, layout: Layout, on: torch.device, exits: ExitRule, stack: ExitStack
+    plan: RunPlan,
+    layout: Layout,
+    on: torch.device,
+    exits: ExitRule,
+    locks: Mapping[str, lock.Lock],
+    stack: ExitStack,
 ) -> tuple[Parts, TrainState]:
     """Everything the loop works with, closed when `stack` is, and where the run is."""
     config, objective = plan.config, plan.objective
@@ -230,8 +236,14 @@ def _build(
     loaders = _loaders(plan, layout, stack)
     store = None
     if config.save is not None:
-        root = place_of(config.save, "--save")
-        store = CheckpointStore(root, group=layout.background, keep_last=config.keep_last, on_lost=exits.rank_lost)
+        root = location_of(config.save, "--save")
+        store = CheckpointStore(
+            root,
+            group=layout.background,
+            keep_last=config.keep_last,
+            lock=locks.get("--save"),
+            on_lost=exits.rank_lost,
+        )
         stack.enter_context(store)
         together(lambda: _save_assets(plan, root) if layout.rank == 0 else None, layout.control)
     reports = _reports(plan, layout, on, objective.loss_name)
@@ -290,9 +302,9 @@ def _further(
 def _fill(plan: RunPlan, model: GPTModel, optimizer: torch.optim.Optimizer, layout: Layout) -> None:
     """Values of the parameters and, where the run resumes, the state of the optimizer."""
     origin = plan.origin
-    if origin.checkpoint is not None:
-        takes_state = origin.checkpoint.resume and plan.config.load_optim
-        restore(origin.checkpoint.path, model, optimizer if takes_state else None, group=layout.background)
+    if (checkpoint := origin.checkpoint) is not None:
+        state = optimizer if checkpoint.resume and plan.config.load_optim else None
+        restore(checkpoint.path, model, state, group=layout.background)
     elif (source := origin.source) is not None:
         report = together(lambda: load_into(model, source, origins={"base"}), layout.control)
         logger.info("%s: %s", origin.weights, report)
@@ -301,7 +313,7 @@ def _fill(plan: RunPlan, model: GPTModel, optimizer: torch.optim.Optimizer, layo
         initialise(model, plan.config.seed)
 
 
-def _save_assets(plan: RunPlan, root: Place) -> None:
+def _save_assets(plan: RunPlan, root: Location) -> None:
     """Put the tokenizer beside the checkpoints, so that they can be talked to and exported without the options."""
     if plan.tokenizer is None:
         return

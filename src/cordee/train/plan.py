@@ -15,7 +15,7 @@ from typing import Any
 
 from cordee import launch
 from cordee.checkpoint import directory
-from cordee.checkpoint.storage import place_of, reached, same
+from cordee.checkpoint.storage import location_of, reached
 from cordee.config import deepspeed, laws
 from cordee.config.check import check_train
 from cordee.config.option import options_of
@@ -263,18 +263,18 @@ def _fit_problems(config: TrainConfig, spec: ModelSpec, tokenizer: Tokenizer | N
 def _save_problems(config: TrainConfig, origin: Origin | None) -> Problems:
     if config.save is None:
         return
-    root = place_of(config.save, "--save")
-    if isinstance(root, Path):
-        yield from _unwritable("--save", root)
+    root = location_of(config.save, "--save")
+    if root.local is not None:
+        yield from _unwritable("--save", root.local)
     with reached("--save", config.save):
         holds_run, newest = directory.is_root(root), max(directory.iterations(root), default=0)
     if origin is not None and holds_run:
         checkpoint = origin.checkpoint
-        resumes = checkpoint is not None and checkpoint.resume and same(checkpoint.path.parent, root)
+        resumes = checkpoint is not None and checkpoint.resume and checkpoint.path.parent.resolve() == root.resolve()
         if not resumes:
             why = f"it holds the checkpoints of another run, up to iteration {newest}"
             fix = f"resume that run: --load {root}; or give another directory"
-            yield Problem("--save", root, why, fix, "taken", ("load", "finetune"))
+            yield Problem("--save", config.save, why, fix, "taken", ("load", "finetune"))
 
 
 def _report_problems(config: TrainConfig) -> Problems:
