@@ -10,7 +10,7 @@ import gc
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from typing import Any
@@ -32,6 +32,8 @@ from cordee.files import copy_files
 from cordee.log import logger
 from cordee.model.gpt import GPTModel
 from cordee.model.init import initialise
+from cordee.model.parameter import train_only
+from cordee.model.specs import Origin
 from cordee.optim.build import build_optimizer
 from cordee.optim.precision import build_scaler
 from cordee.parallel import apply, collectives, cost, data, sharding
@@ -42,12 +44,13 @@ from cordee.parallel.execution import Criterion, Executor, Frozen, LocalExecutor
 from cordee.parallel.layout import Layout, process_group
 from cordee.parallel.pipeline.executor import PipelineExecutor
 from cordee.parallel.pipeline.split import Division, divide
-from cordee.train import objectives, outputs
+from cordee.train import objectives, outputs, techniques
 from cordee.train.exits import COMPLETE, Exit, ExitRule, watch
 from cordee.train.metrics import Meter, measure_peak_flops
 from cordee.train.plan import plan_run
 from cordee.train.reports import Reports, build_reports
 from cordee.train.run_plan import RunPlan, TrainState
+from cordee.train.techniques import Technique
 from cordee.train.trainer import Parts, Trainer
 from cordee.weights.load import load_into
 
@@ -175,6 +178,7 @@ def _identity(plan: RunPlan) -> dict[str, Any]:
         "length of the run": plan.iterations,
         "checkpoint": None if checkpoint is None else (checkpoint.manifest["iteration"], checkpoint.resume),
         "weights of a model": plan.origin.weights is not None,
+        "further models": str({name: (m.spec.to_dict(), m.source is not None) for name, m in plan.models.items()}),
     }
 
 
@@ -224,7 +228,7 @@ def _build(
     """Everything the loop works with, closed when `stack` is, and where the run is."""
     config, objective = plan.config, plan.objective
     criterion = Criterion(objective, layout)
-    model, executor = _model(plan.spec, plan.division, config, layout, on, criterion)
+    model, executor = _model(plan.spec, plan.division, config, layout, on, criterion, techniques.TECHNIQUES)
     fused = device.kind().fused_optimizer
     optimizer = build_optimizer(config, model.named_parameters(), model.parameter_specs(), fused=fused)
     scaler, state = build_scaler(config), TrainState()
@@ -276,10 +280,15 @@ def _model(
     layout: Layout,
     on: torch.device,
     criterion: Criterion,
+    put_on: Sequence[Technique] = (),
 ) -> tuple[GPTModel, Executor]:
     """This rank's part of a model, its values still to be filled, and what runs it."""
     spans = division.owned(layout.axis_rank("pp")) if division is not None else ()
-    model = apply.apply(GPTModel(spec.config, spans=spans, device="meta"), layout, config, on)
+    model = GPTModel(spec.config, spans=spans, device="meta")
+    for technique in put_on:
+        train_only(model, technique.trains(config))
+    wrappers = [wrapper for technique in put_on for wrapper in technique.wrappers(config)]
+    apply.apply(model, layout, config, on, wrappers)
     if division is None:
         return model, LocalExecutor(model, config, on, criterion)
     return model, PipelineExecutor(model, division, layout, config, on, criterion)
@@ -304,7 +313,9 @@ def _fill(plan: RunPlan, model: GPTModel, optimizer: torch.optim.Optimizer, layo
     origin = plan.origin
     if (checkpoint := origin.checkpoint) is not None:
         state = optimizer if checkpoint.resume and plan.config.load_optim else None
-        restore(checkpoint.path, model, state, group=layout.background)
+        optional: tuple[Origin, ...] = () if checkpoint.resume else ("adapter", "head")
+        absent = restore(checkpoint.path, model, state, group=layout.background, optional=optional)
+        initialise(model, plan.config.seed, absent)
     elif (source := origin.source) is not None:
         report = together(lambda: load_into(model, source, origins={"base"}), layout.control)
         logger.info("%s: %s", origin.weights, report)

@@ -33,9 +33,9 @@ from cordee.parallel.degrees import problems as degree_problems
 from cordee.parallel.laws import PlacedRun
 from cordee.parallel.laws import check as layout_problems
 from cordee.parallel.pipeline import check as pipeline_check
-from cordee.parallel.pipeline.split import noop_layers
+from cordee.parallel.pipeline.split import Division, noop_layers
 from cordee.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
-from cordee.train import experts, objectives, outputs, resume
+from cordee.train import experts, objectives, outputs, resume, techniques
 from cordee.train.batch_schedule import BatchSchedule, build_batch_schedule
 from cordee.train.origin import choose, opened
 from cordee.train.run_plan import Origin, RunPlan
@@ -104,13 +104,12 @@ def plan_run(
     if spec is not None:
         found.notes += experts.ignored(spec, config)
         trained = found.attempt(partial(experts.with_training, spec, config), involves=("num_experts", "model", "load"))
-        spec = trained or spec
-        found.problems += _fit_problems(config, spec, tokenizer)
+        spec = _adapted(trained or spec, config, found)
     counts = sorted({size // batches.slice_size for size in batches.batch_sizes()})
     placed = PlacedRun(model=spec.config if spec else None, degrees=shape, options=config, micro_batches=counts)
-    for each in (placed, *(replace(placed, model=further.spec.config) for further in (models or {}).values())):
-        found.problems += layout_problems(each) if shape.world_size > 1 else ()
-    division = found.attempt(lambda: pipeline_check.division(placed))
+    division = _place(placed, tokenizer, found)
+    for further in (models or {}).values():
+        _place(replace(placed, model=further.spec.config), tokenizer, found)
     found.notes += pipeline_check.notes(division, counts)
     checkpoint = origin.checkpoint if origin is not None else None
     if checkpoint is not None and checkpoint.resume:
@@ -136,6 +135,22 @@ def plan_run(
             notes=tuple(found.notes),
         )
     )
+
+
+def _adapted(spec: ModelSpec, config: TrainConfig, found: Findings) -> ModelSpec:
+    """The model that is trained, with what techniques add to it."""
+    for technique in techniques.TECHNIQUES:
+        adapted = found.attempt(partial(technique.adapt, spec.config, config))
+        spec = replace(spec, config=adapted or spec.config)
+    return spec
+
+
+def _place(run: PlacedRun, tokenizer: Tokenizer | None, found: Findings) -> Division | None:
+    """How a pipeline shards a model; all that keeps the run from using it is added to `found`."""
+    if run.model is not None:
+        found.problems += _fit_problems(run.options, run.model, tokenizer)
+    found.problems += layout_problems(run) if run.degrees.world_size > 1 else ()
+    return found.attempt(lambda: pipeline_check.division(run))
 
 
 def _name_problems(config: TrainConfig) -> Problems:
@@ -246,8 +261,8 @@ def _vocabulary_problems(config: TrainConfig, rows: int) -> Problems:
         )
 
 
-def _fit_problems(config: TrainConfig, spec: ModelSpec, tokenizer: Tokenizer | None) -> Problems:
-    longest, vocab_size = spec.config.max_position_embeddings, spec.config.vocab_size
+def _fit_problems(config: TrainConfig, model: ModelConfig, tokenizer: Tokenizer | None) -> Problems:
+    longest, vocab_size = model.max_position_embeddings, model.vocab_size
     positions = f"the {longest} positions that the model holds"
     yield from at_most(
         "--seq-length", config.seq_length, longest, positions, "max_position_embeddings", "model", "load"
