@@ -17,6 +17,7 @@ import torch
 from cordee import device, lock
 from cordee.checkpoint import directory, source
 from cordee.checkpoint.storage import LocalStorage, location_of
+from cordee.config.schema import TrainConfig
 from cordee.data import order_cache
 from cordee.errors import Problem, ProblemError
 from cordee.parallel.degrees import Degrees
@@ -97,15 +98,15 @@ def on_full_disk(self: LocalStorage, url: str):
 @pytest.mark.parametrize("background", [True, False])
 def test_full_disk_stops_the_run_and_keeps_what_is_good(tmp_path: Path, monkeypatch, background: bool):
     monkeypatch.setattr(LocalStorage, "write", on_full_disk)
-    given = tiny.config(tmp_path, async_save=background, keep_last=1, train_iters=40)
+    given = tiny.config(tmp_path, async_save=background, keep_last=1, train_iters=12)
     with pytest.raises(ProblemError) as caught:
         job.run(given)
     assert facts(caught) == [("--save", f"{given.save}/iter_0000004", "unwritable")]
     assert directory.iterations(location_of(given.save)) == [2]
-    assert max(tiny.records(given)) < 40
+    assert max(tiny.records(given)) < 12
     monkeypatch.undo()
-    assert job.run(tiny.resumed(given, train_iters=40)) == 0
-    assert directory.iterations(location_of(given.save)) == [40]
+    assert job.run(tiny.resumed(given)) == 0
+    assert directory.iterations(location_of(given.save)) == [12]
 
 
 def test_both_failures_are_told(tmp_path: Path, monkeypatch):
@@ -140,7 +141,7 @@ def run_on_full_disk(rank: int, world_size: int, given) -> list[Problem]:
 
 
 def test_full_disk_of_one_rank_stops_all(tmp_path: Path, pool):
-    given = tiny.config(tmp_path, nproc_per_node=2, train_iters=40)
+    given = tiny.config(tmp_path, nproc_per_node=2, train_iters=8)
     for problems in pool.run(run_on_full_disk, 2, given):
         assert [(problem.option, problem.kind, problem.limit) for problem in problems] == [
             ("--save", "unwritable", [1])
@@ -152,6 +153,20 @@ def test_retention(tmp_path: Path):
     given = tiny.config(tmp_path, save_interval=1, keep_last=2)
     job.run(given)
     assert directory.iterations(location_of(given.save)) == [6, 5]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    given = tiny.config(tmp_path_factory.mktemp("trained"))
+    job.run(given)
+    return given
+
+
+@pytest.fixture
+def copied(trained: TrainConfig, tmp_path: Path) -> TrainConfig:
+    """A run that has ended, to be spoilt."""
+    shutil.copytree(trained.save or "", tmp_path / "run")
+    return replace(trained, save=str(tmp_path / "run"))
 
 
 def shorten(path: Path):
@@ -173,38 +188,31 @@ def unfinished(path: Path):
     ("spoil", "says"),
     [(shorten, "instead of"), (flip, "checksum"), (unfinished, "removed what an interrupted save had left")],
 )
-def test_damaged_latest_is_passed_over(tmp_path: Path, capsys, spoil, says: str):
-    given = tiny.config(tmp_path)
-    job.run(given)
-    before = tiny.losses(given)
-    spoil(Path(given.save) / "iter_0000006")
-    capsys.readouterr()
-    job.run(tiny.resumed(given))
+def test_damaged_latest_is_passed_over(copied: TrainConfig, capsys, spoil, says: str):
+    before = tiny.losses(copied)
+    spoil(Path(copied.save) / "iter_0000006")
+    job.run(tiny.resumed(copied))
     said = capsys.readouterr().err
     assert says in said and "resuming from" in said and "iter_0000004" in said
-    assert tiny.losses(given) == before
-    assert directory.latest(location_of(given.save)) == (6, [])
+    assert tiny.losses(copied) == before
+    assert directory.latest(location_of(copied.save)) == (6, [])
 
 
-def test_no_whole_checkpoint_is_no_silent_restart(tmp_path: Path):
-    given = tiny.config(tmp_path)
-    job.run(given)
+def test_no_whole_checkpoint_is_no_silent_restart(copied: TrainConfig):
     for iteration in (2, 4, 6):
-        shorten(Path(given.save) / f"iter_{iteration:07d}")
+        shorten(Path(copied.save) / f"iter_{iteration:07d}")
     with pytest.raises(ProblemError) as caught:
-        job.run(tiny.resumed(given))
-    assert facts(caught) == [("--load", given.save, "corrupt")]
+        job.run(tiny.resumed(copied))
+    assert facts(caught) == [("--load", copied.save, "corrupt")]
 
 
-def test_named_checkpoint_that_is_damaged_is_not_replaced(tmp_path: Path):
-    given = tiny.config(tmp_path)
-    job.run(given)
-    flip(Path(given.save) / "iter_0000004")
+def test_named_checkpoint_that_is_damaged_is_not_replaced(copied: TrainConfig):
+    flip(Path(copied.save) / "iter_0000004")
     with pytest.raises(ProblemError) as caught:
-        job.run(tiny.resumed(given, ckpt_step=4))
-    assert facts(caught) == [("--load", f"{given.save}/iter_0000004", "corrupt")]
-    assert job.run(tiny.resumed(given, ckpt_step=2)) == 0
-    assert tiny.losses(given)[1] == tiny.records(given)[2]["loss"]
+        job.run(tiny.resumed(copied, ckpt_step=4))
+    assert facts(caught) == [("--load", f"{copied.save}/iter_0000004", "corrupt")]
+    assert job.run(tiny.resumed(copied, ckpt_step=2)) == 0
+    assert tiny.losses(copied)[1] == tiny.records(copied)[2]["loss"]
 
 
 def test_token_outside_the_vocabulary(tmp_path: Path, pool):
