@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file
 
 from cordee.checkpoint import directory, formats
+from cordee.checkpoint.storage import location_of
 from cordee.data.indexed import IndexedDataset
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -138,7 +139,8 @@ def test_the_reader_reads(followed):
 
 @pytest.mark.slow
 def test_the_optimizer_goes_on_with_its_own_state(followed):
-    of_page = {step: directory.read_manifest(followed / "counted" / f"iter_00000{step}") for step in (60, 64, 68)}
+    read_manifest = directory.read_manifest
+    of_page = {step: read_manifest(location_of(followed / "counted" / f"iter_00000{step}")) for step in (60, 64, 68)}
     assert [manifest["optimizer"] for manifest in of_page.values()] == ["adam", "nadam", "nadam"]
     assert logged(followed)[64]["loss"] < 0.1
 

@@ -11,7 +11,8 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -29,18 +30,17 @@ def read_json(path: Path) -> Any:
     """The value in a JSON file. ValueError if it holds something else, or more than `LARGEST_JSON` bytes; OSError if it
     cannot be read.
     """
-    with _open_regular(path) as file:
-        status = os.fstat(file.fileno())
-        if status.st_size > LARGEST_JSON:
-            raise ValueError(f"it has {status.st_size:,} bytes, more than {LARGEST_JSON:,}")
-        data = file.read(max(status.st_size, 1 << 16))  # a buffer of as many bytes is made at once
-    return parse_json(data)
+    with open_regular(path) as file:
+        return load_json(file)
 
 
-def parse_json(data: bytes) -> Any:
-    """The value that JSON in UTF-8 stands for. ValueError if it is none."""
+def load_json(file: BinaryIO) -> Any:
+    """The value in a file of JSON in UTF-8, from its beginning. As `read_json`."""
+    if (size := file.seek(0, io.SEEK_END)) > LARGEST_JSON:
+        raise ValueError(f"it has {size:,} bytes, more than {LARGEST_JSON:,}")
+    file.seek(0)
     try:
-        return json.loads(data.decode("utf-8"))
+        return json.loads(file.read(size).decode("utf-8"))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -85,7 +85,7 @@ def _open_inside(file: Path) -> BinaryIO:
     link which changes meanwhile changes nothing.
     """
     directory = file.parent.resolve(strict=True)
-    given = _open_regular(file)
+    given = open_regular(file)
     try:
         at = Path(f"/proc/self/fd/{given.fileno()}")
         real = Path(os.readlink(at)) if at.is_symlink() else file.resolve(strict=True)
@@ -99,7 +99,7 @@ def _open_inside(file: Path) -> BinaryIO:
     return given
 
 
-def _open_regular(file: Path) -> BinaryIO:
+def open_regular(file: Path) -> BinaryIO:
     """A regular file, opened. ValueError for others: a pipe would keep its reader until someone writes."""
     descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -116,7 +116,7 @@ def _blobs(directory: Path) -> Iterable[Path]:
 
 def copy_file(source: Path, target: Path) -> None:
     """Copy a file of the user's. OSError or ValueError if that fails."""
-    with _open_regular(source) as given:
+    with open_regular(source) as given:
         _copy(given, target)
 
 
@@ -163,19 +163,26 @@ def create_new(path: Path, mode: int = 0o666) -> BinaryIO:
     return cast(BinaryIO, open(descriptor, "w+b"))
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Write a small file that is afterwards either the old or the new one, also after a power cut. OSError if not."""
+@contextmanager
+def durable(path: Path) -> Iterator[BinaryIO]:
+    """A stream to a file that is afterwards either the old or the new one, also after a power cut. OSError if not."""
     scratch = path.with_name(f".{path.name}.new")
     try:
         with create_new(scratch) as file:
-            file.write(text.encode())
+            yield file
             file.flush()
             os.fsync(file.fileno())
         scratch.rename(path)
-    except OSError:
+    except Exception:
         scratch.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a small file, which is `durable`."""
+    with durable(path) as file:
+        file.write(text.encode())
 
 
 def end_last_line(path: Path) -> None:
@@ -221,10 +228,10 @@ def sync_directory(path: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a directory with all that is in it, or a link without what it leads to, if there is one. OSError if that
-    fails.
+    """Remove a file, a directory with all that is in it, or a link without what it leads to, if there is one. OSError
+    if that fails.
     """
-    if path.is_symlink():
-        path.unlink()
-    elif path.exists():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

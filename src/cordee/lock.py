@@ -7,7 +7,7 @@ keeps others out and drops the lock of a process that died. Whether it reaches, 
 another machine, and without `flock` any, also has a lease: its holder renews the time of the file every
 `HEARTBEAT_SECONDS`, and who finds it waits `LEASE` seconds for that. Where locks do not reach, a process that is
 stopped for longer (SIGSTOP, a hung file server) loses its lock, and of two machines that start in the same moment both
-may get it: the one whose record was replaced reports that at its next heartbeat.
+may get it: the one whose record was replaced reports that at its next heartbeat, or when it asks (`require_held`).
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ class Lock(ABC):
     def __init__(self, path: object, heartbeat: float):
         self.path = path
         self._heartbeat = heartbeat
+        self._lost: HeldError | None = None
         self._released = threading.Event()
         self._beating = threading.Thread(target=self._beat, name="lock", daemon=True)
         self._beating.start()
@@ -93,6 +94,14 @@ class Lock(ABC):
     def _remove(self) -> None:
         """Remove what others see of the lock."""
 
+    def require_held(self) -> None:
+        """HeldError if another process has the lock now, as it may where this one was stopped for longer than a lease.
+        OSError if that cannot be found out."""
+        if self._lost is None:
+            self._try_to_renew()
+        if self._lost is not None:
+            raise self._lost
+
     def release(self) -> None:
         """Let others have it; twice is once."""
         if not self._released.is_set():
@@ -102,15 +111,21 @@ class Lock(ABC):
 
     def _beat(self) -> None:
         failed = False
-        while not self._released.wait(self._heartbeat):
+        while self._lost is None and not self._released.wait(self._heartbeat):
             try:
-                self._renew()
-            except HeldError:
-                return self._report_loss()
+                self._try_to_renew()
             except OSError as error:
                 if not failed:
                     logger.warning("%s: a heartbeat failed, other machines may take the lock: %s", self.path, error)
                 failed = True
+
+    def _try_to_renew(self) -> None:
+        """Renew it, or note that it is lost."""
+        try:
+            self._renew()
+        except HeldError as error:
+            self._lost = error
+            self._report_loss()
 
     def _report_loss(self) -> None:
         logger.error("%s: another process took this lock and may write to the same place", self.path)
@@ -139,7 +154,7 @@ class FileLock(Lock):
     def _renew(self) -> None:
         os.utime(self._descriptor)  # whose answer also tells an NFS client that the record has changed
         if not os.fstat(self._descriptor).st_nlink or _read(self._descriptor) != self._record:
-            raise HeldError(self.path, None)
+            raise HeldError(self.path, _read(self._descriptor))
 
     def _remove(self) -> None:
         """Also the directories that were made for the file alone."""

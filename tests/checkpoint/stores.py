@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import BinaryIO
 
-from cordee.checkpoint.storage import StoragePath
+from cordee.checkpoint.storage import Location, Storage
 
 ROOT = "toy://bucket/run"
 
@@ -16,7 +16,7 @@ class Killed(BaseException):
     """The process ends here."""
 
 
-class FaultyStorage:
+class FaultyStorage(Storage):
     """Objects in a dict. Operation number `fail_at`, counted from 0, raises `error` instead of being done.
 
     tear: a write that fails leaves the first half of its object behind, a removal of a folder half of that; else an
@@ -33,8 +33,8 @@ class FaultyStorage:
         self.before: Callable[[str, str], None] = lambda operation, url: None
 
     @property
-    def root(self) -> StoragePath:
-        return StoragePath(self, ROOT)
+    def root(self) -> Location:
+        return Location(self, ROOT)
 
     def arm(self, fail_at: int | None, tear: bool = False, error: type[BaseException] = Killed) -> None:
         self.requests.clear()

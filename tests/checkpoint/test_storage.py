@@ -14,24 +14,25 @@ import pytest
 import torch
 
 from cordee.checkpoint import assets, directory, files, source, storage
-from cordee.checkpoint.storage import Place, StoragePath, place_of
+from cordee.checkpoint.storage import Location, location_of
 from cordee.checkpoint.storage_lock import StorageLock
 from cordee.checkpoint.store import CheckpointStore, restore
 from cordee.errors import ProblemError
 from cordee.lock import HeldError
 from tests.checkpoint import toy
 from tests.checkpoint.stores import ROOT, FaultyStorage, Killed
+from tests.problems import facts
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
-def save(root: Place, iteration: int, seed: int, keep_last: int | None = None) -> None:
+def save(root: Location, iteration: int, seed: int, keep_last: int | None = None) -> None:
     """A checkpoint of the toy model of `seed`, by a process of its own as far as the store can tell."""
     store = CheckpointStore(root, keep_last=keep_last)
     store.save(iteration, *toy.build(seed=seed), {"seed": seed}, background=False)
 
 
-def load(folder: Place) -> int:
+def load(folder: Location) -> int:
     """The seed that the checkpoint says it is of; every tensor of it is compared with that model's."""
     seed = directory.read_manifest(folder)["seed"]
     model, optimizer = toy.build(seed=seed + 100)
@@ -43,7 +44,7 @@ def load(folder: Place) -> int:
     return seed
 
 
-def next_process(root: Place) -> tuple[int, int]:
+def next_process(root: Location) -> tuple[int, int]:
     """The last good checkpoint, as a run finds it that starts now: its iteration and seed. All others are whole too."""
     directory.tidy(root)
     assert directory.tidy(root) == []  # a second look changes nothing
@@ -55,15 +56,15 @@ def next_process(root: Place) -> tuple[int, int]:
     return last, load(directory.folder_of(root, last))
 
 
-def save_the_next(root: Place) -> None:
+def save_the_next(root: Location) -> None:
     save(root, 30, seed=3)
 
 
-def save_over_an_older_one(root: Place) -> None:
+def save_over_an_older_one(root: Location) -> None:
     save(root, 20, seed=3)
 
 
-def save_and_remove_the_oldest(root: Place) -> None:
+def save_and_remove_the_oldest(root: Location) -> None:
     save(root, 30, seed=3, keep_last=1)
 
 
@@ -71,7 +72,7 @@ SAVES = [save_the_next, save_over_an_older_one, save_and_remove_the_oldest]
 EXPECTED = {(20, 2), (30, 3), (20, 3)}  # iteration and seed: before or after
 
 
-def begin(root: Place) -> None:
+def begin(root: Location) -> None:
     save(root, 10, seed=1)
     save(root, 20, seed=2)
 
@@ -83,7 +84,7 @@ def folders_of(store: FaultyStorage) -> set[str]:
 @pytest.mark.parametrize("error", [Killed, OSError])
 @pytest.mark.parametrize("tear", [False, True])
 @pytest.mark.parametrize("change", SAVES)
-def test_a_fault_at_every_operation(change: Callable[[Place], None], tear: bool, error: type[BaseException]):
+def test_a_fault_at_every_operation(change: Callable[[Location], None], tear: bool, error: type[BaseException]):
     """Whichever operation of a save, a replacement or a removal fails or is the last: before or after, bit for bit."""
     store = FaultyStorage()
     begin(store.root)
@@ -107,11 +108,11 @@ def test_a_fault_at_every_operation(change: Callable[[Place], None], tear: bool,
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forks of this process")
 @pytest.mark.parametrize("change", SAVES)
-def test_a_kill_at_every_operation_on_files(tmp_path: Path, change: Callable[[Place], None]):
+def test_a_kill_at_every_operation_on_files(tmp_path: Path, change: Callable[[Location], None]):
     """The same on a file system, where the process is really killed, before every call that changes files."""
     index, seen = 0, set()
     while True:
-        root = tmp_path / str(index)
+        root = location_of(tmp_path / str(index))
         begin(root)
         if (pid := os.fork()) == 0:
             killed_at(index)
@@ -119,7 +120,7 @@ def test_a_kill_at_every_operation_on_files(tmp_path: Path, change: Callable[[Pl
             os._exit(0)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         seen.add(next_process(root))
-        assert not list(root.glob(".iter_*"))
+        assert not list((tmp_path / str(index)).glob(".iter_*"))
         if status == 0:
             break
         assert status == -signal.SIGKILL
@@ -174,7 +175,7 @@ def test_a_save_in_progress_is_no_checkpoint():
 
 def test_two_writers_of_one_iteration_lose_neither():
     """Should both have taken the lock: what the other is writing is left alone, and the later generation is found."""
-    root = StoragePath(FaultyStorage(), ROOT)
+    root = Location(FaultyStorage(), ROOT)
     folders = [directory.temporary(root, 20) for _ in range(2)]
     entries = {}
     for folder in folders:
@@ -206,9 +207,10 @@ def test_downloaded_checkpoints_are_read_from_files_and_replaced_there(tmp_path:
         path = tmp_path / url.removeprefix(ROOT + "/")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
-    assert directory.latest(tmp_path) == (20, [])
-    save(tmp_path, 20, seed=3)
-    assert load(directory.folder_of(tmp_path, 20)) == 3
+    root = location_of(tmp_path)
+    assert directory.latest(root) == (20, [])
+    save(root, 20, seed=3)
+    assert load(directory.folder_of(root, 20)) == 3
     assert sorted(path.name for path in tmp_path.glob("iter_0000020*")) == ["iter_0000020"]
 
 
@@ -272,14 +274,14 @@ def test_no_read_is_larger_than_the_limit(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.fixture(params=["memory", "file"])
-def root(request: pytest.FixtureRequest, tmp_path: Path) -> StoragePath:
-    place = place_of(f"{request.param}://{tmp_path}/run")
-    assert isinstance(place, StoragePath)
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
+    place = location_of(f"{request.param}://{tmp_path}/run")
+    assert isinstance(place, Location)
     request.addfinalizer(lambda: place.storage.delete(place.url))
     return place
 
 
-def test_round_trip_by_fsspec(root: StoragePath):
+def test_round_trip_by_fsspec(root: Location):
     begin(root)
     save(root, 20, seed=3)
     save(root, 30, seed=4, keep_last=2)
@@ -294,20 +296,20 @@ def test_round_trip_by_fsspec(root: StoragePath):
     (root / "absent").delete()
 
 
-def test_an_interrupted_save_by_fsspec(root: StoragePath):
+def test_an_interrupted_save_by_fsspec(root: Location):
     begin(root)
     new = directory.temporary(root, 30)
-    assert isinstance(new, StoragePath)
+    assert isinstance(new, Location)
     with (new / "__0_0.distcp").write() as file:
         file.write(b"half")
     assert directory.latest(root) == (20, [])
     assert directory.tidy(root) == [new.name]
-    assert not new.exists()
+    assert not new.is_dir()
 
 
 def save_sharded(rank: int, world_size: int, url: str, dim: int) -> dict[str, torch.Tensor]:
     model, optimizer = toy.build(world_size, dim=dim)
-    with CheckpointStore(place_of(url), group=toy.background()) as store:
+    with CheckpointStore(location_of(url), group=toy.background()) as store:
         store.save(1, model, optimizer, {"ranks": world_size})
         store.save(1, model, optimizer, {"ranks": world_size})
     return toy.values(model, optimizer)
@@ -316,7 +318,7 @@ def save_sharded(rank: int, world_size: int, url: str, dim: int) -> dict[str, to
 def load_sharded(rank: int, world_size: int, url: str, dim: int) -> dict[str, torch.Tensor]:
     model, optimizer = toy.build(world_size, seed=rank + 5, dim=dim)
     optimizer.state.clear()
-    restore(directory.folder_of(place_of(url), 1), model, optimizer, group=toy.background())
+    restore(directory.folder_of(location_of(url), 1), model, optimizer, group=toy.background())
     return toy.values(model, optimizer)
 
 
@@ -329,7 +331,7 @@ def test_ranks_write_and_other_ranks_read(tmp_path: Path, pool):
             assert all(torch.equal(found[name], saved[name]) for name in saved)
 
 
-def test_assets_are_brought(root: StoragePath):
+def test_assets_are_brought(root: Location):
     begin(root)
     checkpoint = directory.folder_of(root, 20)
     assert not assets.are_in(root) and assets.beside(checkpoint) is None
@@ -346,16 +348,16 @@ def test_assets_are_brought(root: StoragePath):
 
 @pytest.mark.parametrize("given", ["/tmp/run", "run", "./a:b", "C:/run", "iter_1"])
 def test_plain_paths_are_local(given: str):
-    assert place_of(given) == Path(given)
+    assert location_of(given).local == Path(given)
 
 
 def test_a_scheme_that_nobody_knows():
     with pytest.raises(ProblemError) as caught:
-        place_of("nowhere://bucket", "--save")
+        location_of("nowhere://bucket", "--save")
     assert [(problem.option, problem.value) for problem in caught.value.problems] == [("--save", "nowhere://bucket")]
 
 
-def test_what_is_no_checkpoint_there(root: StoragePath):
+def test_what_is_no_checkpoint_there(root: Location):
     with pytest.raises(ProblemError) as caught:
         source.read(root)
     assert [(problem.option, str(problem.value)) for problem in caught.value.problems] == [("checkpoint", str(root))]
@@ -391,3 +393,48 @@ def test_who_lost_the_lock_says_so_and_leaves_it(caplog: pytest.LogCaptureFixtur
     lock.release()
     assert store.objects == {f"{ROOT}/.lock": b"another's"}
     assert [record.levelname for record in caplog.records if "lock" in record.message] == ["ERROR"]
+
+
+class Stopped(StorageLock):
+    """Of a process whose heartbeat has stopped."""
+
+    def _beat(self) -> None:
+        pass
+
+
+def test_who_lost_the_lock_saves_no_more():
+    """The first run is stopped for longer than a lease; meanwhile a second one takes its place and saves."""
+    store = FaultyStorage()
+    first = Stopped(store.root / ".lock", BEAT)
+    own, other = toy.build(seed=1), toy.build(seed=2)
+    with CheckpointStore(store.root, lock=first) as checkpoints:
+        checkpoints.save(10, *own, {"seed": 1})
+        checkpoints.wait()
+        with StorageLock(store.root / ".lock", BEAT) as second:
+            CheckpointStore(store.root, lock=second).save(20, *other, {"seed": 2}, background=False)
+            before = {url: data for url, data in store.objects.items() if not url.endswith(".lock")}
+            for background in (False, True):
+                with pytest.raises(ProblemError) as caught:
+                    checkpoints.save(30, *own, {"seed": 1}, background=background)
+                    checkpoints.wait()
+                assert facts(caught) == [("--save", ROOT, "taken")]
+            assert {url: data for url, data in store.objects.items() if not url.endswith(".lock")} == before
+            CheckpointStore(store.root, lock=second).save(30, *other, {"seed": 2}, background=False)
+    first.release()
+    assert next_process(store.root) == (30, 2)
+
+
+def test_a_lock_that_is_lost_while_writing_publishes_nothing():
+    store = FaultyStorage()
+    lock = Stopped(store.root / ".lock", BEAT)
+    begin(store.root)
+
+    def take(operation: str, url: str) -> None:
+        if operation == "write" and url.endswith(files.METADATA):
+            store.objects[f"{ROOT}/.lock"] = b"another's"
+
+    store.before = take
+    with pytest.raises(ProblemError) as caught:
+        CheckpointStore(store.root, lock=lock).save(30, *toy.build(seed=3), {"seed": 3}, background=False)
+    assert facts(caught) == [("--save", ROOT, "taken")]
+    assert directory.latest(store.root) == (20, [])

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from cordee.checkpoint import formats
+from cordee.checkpoint.storage import location_of
 from cordee.checkpoint.store import CheckpointStore
 from cordee.convert import job
 from cordee.convert.options import ConvertConfig
@@ -74,7 +75,7 @@ def test_a_checkpoint_becomes_a_model_with_its_tokenizer(tmp_path, caplog):
     (tmp_path / "secrets" / "tokenizer.json").write_text("a file of the user's that only the checkpoint names")
     config = dict.fromkeys(("tokenizer_name_or_path", "load"), str(tmp_path / "secrets"))
     state = {"model": source.spec.to_dict(), "config": config}
-    store = CheckpointStore(tmp_path / "run")
+    store = CheckpointStore(location_of(tmp_path / "run"))
     store.save(10, model, None, state)
     store.close()
     assert formats.format_of(tmp_path / "run").name == "cordee"

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from cordee.checkpoint.storage import StoragePath
+from cordee.checkpoint.storage import Location, location_of
 from cordee.config.load import config_from_dict
 from cordee.convert import job as convert
 from cordee.convert.options import ConvertConfig
@@ -55,7 +55,7 @@ def test_an_interrupted_evaluation_resumes(llama, tmp_path):
     text.write_text("Lily")
     ids = load_tokenizer(TokenizerOptions(), str(llama.directory)).encode("Lily")
     (window,) = windows(np.array(ids), 64, 64)
-    model = f"{fingerprint_files(llama.directory)} torch.float32"
+    model = f"{fingerprint_files(location_of(llama.directory))} torch.float32"
     partial.write_text(json.dumps([model, window.key, [-6.0, False]]) + "\n")
     assert run(llama, text, output=output) == 0
     (result,) = json.loads(output.read_text(encoding="utf-8"))["results"]
@@ -67,13 +67,13 @@ def test_checkpoints_in_a_store_are_told_apart():
     storage = FaultyStorage()
     found = []
     for name in ("a", "b", "a"):
-        folder = StoragePath(storage, ROOT) / name
+        folder = Location(storage, ROOT) / name
         with (folder / "iter_0000001" / "cordee.json").write() as file:
             file.write(name.encode())
         found.append(fingerprint_files(folder))
     assert found[0] == found[2] != found[1]
     with pytest.raises(AssertionError):
-        fingerprint_files(StoragePath(storage, ROOT) / "nothing")
+        fingerprint_files(Location(storage, ROOT) / "nothing")
 
 
 @pytest.mark.parametrize("content", ['[{"text": "a b"}, {"text": "c"}', '[{"text": "a b"} {"text": "c"}]'])

@@ -12,6 +12,7 @@ import torch
 
 from cordee.checkpoint import directory
 from cordee.checkpoint.files import read_metadata, read_tensor, tensors
+from cordee.checkpoint.storage import location_of
 from cordee.checkpoint.store import CheckpointStore, restore
 from cordee.model.config import LowRankConfig, ModelConfig
 from cordee.model.gpt import GPTModel
@@ -115,7 +116,7 @@ def save(root: Path | None, iteration: int, model: GPTModel, optimizer: torch.op
     if root is None:
         return
     for path, origins in ((root, {"base", "adapter"}), (root / "adapters", {"adapter"})):
-        with CheckpointStore(path, group=layout.background, origins=origins) as store:
+        with CheckpointStore(location_of(path), group=layout.background, origins=origins) as store:
             store.save(iteration, model, optimizer, {}, background=False)
 
 
@@ -189,8 +190,9 @@ def test_each_expert_has_its_own_adapter(pool, layout: str, name: str):
 
 
 def stored(path: Path) -> dict[str, torch.Tensor]:
-    metadata = read_metadata(path)
-    return {name: read_tensor(path, metadata, name) for name in tensors(metadata)}
+    folder = location_of(path)
+    metadata = read_metadata(folder)
+    return {name: read_tensor(folder, metadata, name) for name in tensors(metadata)}
 
 
 @pytest.mark.parametrize(
@@ -220,7 +222,7 @@ def test_only_adapters_change_and_are_saved(tmp_path: Path, pool, name: str, ran
     # It goes over a base of any origin.
     model = GPTModel(config)
     initialise(model, 7, {"base"})
-    restore(tmp_path / "adapters" / directory.name_of(STEPS), model, origins={"adapter"})
+    restore(location_of(tmp_path / "adapters" / directory.name_of(STEPS)), model, origins={"adapter"})
     assert all(torch.equal(parameter, last[f"model.{name}"]) for name, parameter in model.named_parameters())
 
 

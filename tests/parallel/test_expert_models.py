@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cordee.checkpoint.storage import location_of
 from cordee.checkpoint.store import CheckpointStore, restore
 from cordee.model.balance import Balance
 from cordee.model.config import (
@@ -189,14 +190,14 @@ def test_bfloat16(pool, dispatcher: str):
 
 def save(rank: int, world_size: int, root: Path, given: dict) -> dict[str, Tensor]:
     _, _, (model, optimizer, layout) = train("softmax", world_size, given, steps=1)
-    with CheckpointStore(root, group=layout.background) as store:
+    with CheckpointStore(location_of(root), group=layout.background) as store:
         store.save(1, model, optimizer, {})
     return values(model, optimizer)
 
 
 def load(rank: int, world_size: int, root: Path, given: dict) -> dict[str, Tensor]:
     model, optimizer, layout, _ = build("softmax", world_size, given, seed=rank + 20)
-    restore(root / "iter_0000001", model, optimizer, group=layout.background)
+    restore(location_of(root / "iter_0000001"), model, optimizer, group=layout.background)
     return values(model, optimizer)
 
 

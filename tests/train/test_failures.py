@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import functools
 import math
 import os
 import shutil
@@ -14,19 +13,20 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 
 from cordee import device, lock
 from cordee.checkpoint import directory, source
-from cordee.checkpoint.store import CheckpointStore
+from cordee.checkpoint.storage import LocalStorage, location_of
 from cordee.data import order_cache
-from cordee.errors import ProblemError
+from cordee.errors import Problem, ProblemError
 from cordee.parallel.degrees import Degrees
 from cordee.parallel.layout import Layout
 from cordee.train import job, not_finite, objectives
 from cordee.train.exits import Exit
 from cordee.train.objectives.next_token import NextToken
+from cordee.train.options import TrainConfig
 from cordee.train.sinks import JsonSink, TensorBoardSink
+from tests.problems import facts
 from tests.train import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -49,59 +49,64 @@ class Explodes(NextToken):
         return total, metrics
 
 
-def explode(rank: int, world_size: int, given, after: int, how: str, bad_rank: int) -> str:
+def explode(rank: int, world_size: int, given, after: int, how: str, bad_rank: int) -> list[Problem]:
     objectives.registry()["explodes"] = Explodes(after if rank == bad_rank else 10**9, how)
     try:
         with pytest.raises(ProblemError) as caught:
             tiny.train_rank(rank, world_size, given)
-        return str(caught.value)
+        return caught.value.problems
     finally:
         del objectives.registry()["explodes"]
 
 
-@pytest.mark.parametrize(("how", "words"), [("loss", "not finite on rank 1"), ("gradient", "but not its gradient by")])
-def test_not_finite(tmp_path: Path, pool, how: str, words: str):
+@pytest.mark.parametrize("how", ["loss", "gradient"])
+def test_not_finite(tmp_path: Path, pool, how: str):
     given = tiny.config(tmp_path, stage="explodes", nproc_per_node=2)
     with pytest.raises(AssertionError):  # the objective is only known to the ranks
         pool.run(tiny.train_rank, 2, given)
     # Four micro-batches a rank and step: the last one of step 5 is the first that explodes.
-    for message in pool.run(explode, 2, given, 19, how, 1):
-        assert "step 5" in message
-        assert words in message
-        assert "samples 32 to 39" in message
-        assert "last good checkpoint: iteration 4" in message
-    assert directory.latest(Path(given.save)) == (4, [])
+    for (problem,) in pool.run(explode, 2, given, 19, how, 1):
+        assert (problem.option, problem.kind) == ("step 5", how)
+        assert problem.limit == ["1"] or how == "gradient"
+    assert directory.latest(location_of(given.save)) == (4, [])
     assert max(tiny.records(given)) == 4
 
 
 def test_overflow_that_no_scale_cures(tmp_path: Path, monkeypatch):
     given = tiny.config(tmp_path, stage="explodes", fp16=True, initial_loss_scale=4.0, hysteresis=1, train_iters=50)
     monkeypatch.setitem(objectives.registry(), "explodes", Explodes(0, "loss"))
-    with pytest.raises(ProblemError, match="step 3"):  # at 4, at 2, and at 1, which is the smallest
+    with pytest.raises(ProblemError) as caught:
         job.run(given)
+    assert options_of(caught) == ["step 3"]  # at 4, at 2, and at 1, which is the smallest
 
 
-class FullDisk(dcp.FileSystemWriter):
+def options_of(caught: pytest.ExceptionInfo[ProblemError]) -> list[str]:
+    return [problem.option for problem in caught.value.problems]
+
+
+WRITE = LocalStorage.write
+
+
+def on_full_disk(self: LocalStorage, url: str):
     """Holds one checkpoint."""
-
-    def write_data(self, plan, planner):
-        if "0000002" not in str(self.path):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return super().write_data(plan, planner)
+    if ".distcp" in url and "0000002" not in url:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return WRITE(self, url)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("background", [True, False])
 def test_full_disk_stops_the_run_and_keeps_what_is_good(tmp_path: Path, monkeypatch, background: bool):
-    monkeypatch.setattr(job, "CheckpointStore", functools.partial(CheckpointStore, writer=FullDisk))
-    given = tiny.config(tmp_path, async_save=background, keep_last=1, train_iters=40)
-    with pytest.raises(ProblemError, match=r"No space left on device.*last good checkpoint: iteration 2"):
+    monkeypatch.setattr(LocalStorage, "write", on_full_disk)
+    given = tiny.config(tmp_path, async_save=background, keep_last=1, train_iters=12)
+    with pytest.raises(ProblemError) as caught:
         job.run(given)
-    assert directory.iterations(Path(given.save)) == [2]
-    assert max(tiny.records(given)) < 40
+    assert facts(caught) == [("--save", f"{given.save}/iter_0000004", "unwritable")]
+    assert directory.iterations(location_of(given.save)) == [2]
+    assert max(tiny.records(given)) < 12
     monkeypatch.undo()
-    assert job.run(tiny.resumed(given, train_iters=40)) == 0
-    assert directory.iterations(Path(given.save)) == [40]
+    assert job.run(tiny.resumed(given)) == 0
+    assert directory.iterations(location_of(given.save)) == [12]
 
 
 def test_both_failures_are_told(tmp_path: Path, monkeypatch):
@@ -115,40 +120,53 @@ def test_both_failures_are_told(tmp_path: Path, monkeypatch):
                 exploded.set()
             return found
 
-    class Waits(FullDisk):
-        def write_data(self, plan, planner):
-            assert exploded.wait(60)
-            return super().write_data(plan, planner)
+    def waits(self: LocalStorage, url: str):
+        assert exploded.wait(60)
+        return on_full_disk(self, url)
 
-    monkeypatch.setattr(job, "CheckpointStore", functools.partial(CheckpointStore, writer=Waits))
+    monkeypatch.setattr(LocalStorage, "write", waits)
     monkeypatch.setitem(objectives.registry(), "explodes", Signals(4, "loss"))
     given = tiny.config(tmp_path, stage="explodes", save_interval=4, micro_batch_size=8, train_iters=5)
     with pytest.raises(ProblemError) as caught:
         job.run(given)
-    assert [problem.option for problem in caught.value.problems] == ["step 5", "--save"]
-    assert "there is no checkpoint yet" in caught.value.problems[0].why
+    assert options_of(caught) == ["step 5", "--save"]
 
 
-def run_on_full_disk(rank: int, world_size: int, given) -> str:
-    job.CheckpointStore = functools.partial(CheckpointStore, writer=FullDisk if rank == 1 else dcp.FileSystemWriter)
-    try:
-        with pytest.raises(ProblemError) as caught:
-            tiny.train_rank(rank, world_size, given)
-        return str(caught.value)
-    finally:
-        job.CheckpointStore = CheckpointStore
+def run_on_full_disk(rank: int, world_size: int, given) -> list[Problem]:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ProblemError) as caught:
+        if rank == 1:
+            patch.setattr(LocalStorage, "write", on_full_disk)
+        tiny.train_rank(rank, world_size, given)
+    return caught.value.problems
 
 
 def test_full_disk_of_one_rank_stops_all(tmp_path: Path, pool):
-    given = tiny.config(tmp_path, nproc_per_node=2, train_iters=40)
-    for message in pool.run(run_on_full_disk, 2, given):
-        assert "rank 1: OSError" in message and "last good checkpoint: iteration 2" in message
+    given = tiny.config(tmp_path, nproc_per_node=2, train_iters=8)
+    for problems in pool.run(run_on_full_disk, 2, given):
+        assert [(problem.option, problem.kind, problem.limit) for problem in problems] == [
+            ("--save", "unwritable", [1])
+        ]
+    assert directory.latest(location_of(given.save)) == (2, [])
 
 
 def test_retention(tmp_path: Path):
     given = tiny.config(tmp_path, save_interval=1, keep_last=2)
     job.run(given)
-    assert directory.iterations(Path(given.save)) == [6, 5]
+    assert directory.iterations(location_of(given.save)) == [6, 5]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    given = tiny.config(tmp_path_factory.mktemp("trained"))
+    job.run(given)
+    return given
+
+
+@pytest.fixture
+def copied(trained: TrainConfig, tmp_path: Path) -> TrainConfig:
+    """A run that has ended, to be spoilt."""
+    shutil.copytree(trained.save or "", tmp_path / "run")
+    return replace(trained, save=str(tmp_path / "run"))
 
 
 def shorten(path: Path):
@@ -170,36 +188,31 @@ def unfinished(path: Path):
     ("spoil", "says"),
     [(shorten, "instead of"), (flip, "checksum"), (unfinished, "removed what an interrupted save had left")],
 )
-def test_damaged_latest_is_passed_over(tmp_path: Path, capsys, spoil, says: str):
-    given = tiny.config(tmp_path)
-    job.run(given)
-    before = tiny.losses(given)
-    spoil(Path(given.save) / "iter_0000006")
-    capsys.readouterr()
-    job.run(tiny.resumed(given))
+def test_damaged_latest_is_passed_over(copied: TrainConfig, capsys, spoil, says: str):
+    before = tiny.losses(copied)
+    spoil(Path(copied.save) / "iter_0000006")
+    job.run(tiny.resumed(copied))
     said = capsys.readouterr().err
     assert says in said and "resuming from" in said and "iter_0000004" in said
-    assert tiny.losses(given) == before
-    assert directory.latest(Path(given.save)) == (6, [])
+    assert tiny.losses(copied) == before
+    assert directory.latest(location_of(copied.save)) == (6, [])
 
 
-def test_no_whole_checkpoint_is_no_silent_restart(tmp_path: Path):
-    given = tiny.config(tmp_path)
-    job.run(given)
+def test_no_whole_checkpoint_is_no_silent_restart(copied: TrainConfig):
     for iteration in (2, 4, 6):
-        shorten(Path(given.save) / f"iter_{iteration:07d}")
-    with pytest.raises(ProblemError, match="--load"):
-        job.run(tiny.resumed(given))
+        shorten(Path(copied.save) / f"iter_{iteration:07d}")
+    with pytest.raises(ProblemError) as caught:
+        job.run(tiny.resumed(copied))
+    assert facts(caught) == [("--load", copied.save, "corrupt")]
 
 
-def test_named_checkpoint_that_is_damaged_is_not_replaced(tmp_path: Path):
-    given = tiny.config(tmp_path)
-    job.run(given)
-    flip(Path(given.save) / "iter_0000004")
-    with pytest.raises(ProblemError, match="checksum"):
-        job.run(tiny.resumed(given, ckpt_step=4))
-    assert job.run(tiny.resumed(given, ckpt_step=2)) == 0
-    assert tiny.losses(given)[1] == tiny.records(given)[2]["loss"]
+def test_named_checkpoint_that_is_damaged_is_not_replaced(copied: TrainConfig):
+    flip(Path(copied.save) / "iter_0000004")
+    with pytest.raises(ProblemError) as caught:
+        job.run(tiny.resumed(copied, ckpt_step=4))
+    assert facts(caught) == [("--load", f"{copied.save}/iter_0000004", "corrupt")]
+    assert job.run(tiny.resumed(copied, ckpt_step=2)) == 0
+    assert tiny.losses(copied)[1] == tiny.records(copied)[2]["loss"]
 
 
 def test_token_outside_the_vocabulary(tmp_path: Path, pool):
@@ -210,17 +223,17 @@ def test_token_outside_the_vocabulary(tmp_path: Path, pool):
         assert "the vocabulary has only tokens 0 to 60" in ending
 
 
-def run_with_another_option(rank: int, world_size: int, given, name: str, value) -> str:
+def run_with_another_option(rank: int, world_size: int, given, name: str, value) -> list[Problem]:
     with pytest.raises(ProblemError) as caught:
         tiny.train_rank(rank, world_size, replace(given, **{name: value}) if rank else given)
-    return str(caught.value)
+    return caught.value.problems
 
 
 @pytest.mark.parametrize(("name", "value"), [("lr", 5e-3), ("seed", 7), ("clip_grad", 0.5)])
 def test_ranks_with_different_options_do_not_start(tmp_path: Path, pool, name: str, value):
     given = tiny.config(tmp_path, nproc_per_node=2)
-    for message in pool.run(run_with_another_option, 2, given, name, value):
-        assert f"rank 1 has this, rank 0 has {getattr(given, name)}" in message
+    for found in pool.run(run_with_another_option, 2, given, name, value):
+        assert (name, value, "differs") in [(problem.subject, problem.value, problem.kind) for problem in found]
     assert not Path(given.save).exists()
 
 
@@ -231,7 +244,7 @@ def test_metrics_that_cannot_be_written_do_not_stop_the_run(tmp_path: Path, monk
     monkeypatch.setattr(JsonSink, "_write", full)
     given = tiny.config(tmp_path)
     assert job.run(given) == 0
-    assert directory.latest(Path(given.save)) == (6, [])
+    assert directory.latest(location_of(given.save)) == (6, [])
     assert capsys.readouterr().err.count("metrics.jsonl takes no more figures") == 1
 
 
@@ -250,8 +263,9 @@ def test_places_of_metrics_that_are_full_from_the_start_do_not_stop_the_run(tmp_
 def test_steps_before_a_failure_are_reported(tmp_path: Path, monkeypatch):
     monkeypatch.setitem(objectives.registry(), "explodes", Explodes(3, "loss"))
     given = tiny.config(tmp_path, stage="explodes", micro_batch_size=8, log_interval=100)
-    with pytest.raises(ProblemError, match="step 4"):
+    with pytest.raises(ProblemError) as caught:
         job.run(given)
+    assert options_of(caught) == ["step 4"]
     assert list(tiny.records(given)) == [3]
 
 
@@ -269,12 +283,12 @@ def read_wrong_token(rank: int, world_size: int, given) -> str:
 def test_exits_save_first(tmp_path: Path):
     given = tiny.config(tmp_path, save_interval=100, exit_duration_in_mins=1e-9)
     assert job.run(given) == 0
-    assert not directory.iterations(Path(given.save))  # over before the first step: there is nothing to save
+    assert not directory.iterations(location_of(given.save))  # over before the first step: there is nothing to save
     shutil.rmtree(given.save)
     given = tiny.config(tmp_path, save_interval=100, exit_interval=3)
     ending = tiny.train_rank(0, 1, given)
     assert ending == Exit("--exit-interval 3")
-    assert directory.iterations(Path(given.save)) == [3]
+    assert directory.iterations(location_of(given.save)) == [3]
 
 
 def test_settings_of_the_process_are_put_back(tmp_path: Path):
@@ -297,15 +311,16 @@ def test_norm_of_the_weights_and_zero_gradients(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("gradient", "why"), [(1e30, "too large for its norm"), (math.inf, "its gradient by weight, bias")]
+    ("gradient", "expected"), [(1e30, ("norm", None)), (math.inf, ("gradient", ["weight", "bias"]))]
 )
-def test_gradient_that_is_not_finite_is_found(gradient: float, why: str):
+def test_gradient_that_is_not_finite_is_found(gradient: float, expected: tuple[str, object]):
     model = torch.nn.Linear(2, 2)
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, gradient)
     layout = Layout(Degrees())
     problem = not_finite.find(model, torch.tensor(1.0), layout, step=7, values="norm inf", samples=range(8, 16))
-    assert problem.option == "step 7" and why in problem.why and "samples 8 to 15" in problem.fix
+    assert problem.option == "step 7" and (problem.kind, problem.limit) == expected
+    assert "samples 8 to 15" in problem.fix  # which are nowhere else
 
 
 # ---- what ranks have to agree on -------------------------------------------------------------------------------------

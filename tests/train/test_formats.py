@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cordee.convert import job as convert_job
 from cordee.convert.options import ConvertConfig
+from cordee.errors import Problem
 from cordee.families.registry import spec_from_options
 from cordee.model.gpt import GPTModel
 from cordee.model.init import initialise
@@ -129,8 +130,8 @@ def test_a_file_of_the_gguf_library(given, tmp_path):
     assert losses_from(given, tmp_path / "by-hand.gguf") == losses_from(given, tmp_path / "hf")
 
 
-def problem_of(given, path: Path) -> str:
-    return "\n".join(map(str, check_run(replace(given, load=str(path)))))
+def problems_of(given, path: Path) -> list[Problem]:
+    return check_run(replace(given, load=str(path)))
 
 
 def test_files_that_are_none(given, tmp_path):
@@ -139,12 +140,13 @@ def test_files_that_are_none(given, tmp_path):
     whole = (tmp_path / "out" / "model.gguf").read_bytes()
     for length in (0, 20, len(whole) // 2):
         (tmp_path / "cut.gguf").write_bytes(whole[:length])
-        assert "empty" in (text := problem_of(given, tmp_path / "cut.gguf")) or "is cut off" in text
+        assert any("cut.gguf" in problem.option for problem in problems_of(given, tmp_path / "cut.gguf"))
     (tmp_path / "text.gguf").write_text("no model at all")
-    assert "no file of GGUF" in problem_of(given, tmp_path / "text.gguf")
-    assert "there is no checkpoint" in problem_of(given, tmp_path / "absent.gguf")
+    assert any("text.gguf" in problem.option for problem in problems_of(given, tmp_path / "text.gguf"))
     (tmp_path / "notes.txt").write_text("no model either")
-    assert "neither a checkpoint nor a model" in problem_of(given, tmp_path / "notes.txt")
+    for name, kind in (("absent.gguf", "missing"), ("notes.txt", "format")):
+        found = problems_of(given, tmp_path / name)
+        assert ("--load", str(tmp_path / name), kind) in [(each.option, each.value, each.kind) for each in found]
 
 
 def test_what_only_conversion_can_read_is_to_be_converted(given, tmp_path):
@@ -154,8 +156,8 @@ def test_what_only_conversion_can_read_is_to_be_converted(given, tmp_path):
         content = torch.load(file, weights_only=False)  # the test has written it
         content["model"]["extra"] = torch.ones(1)
         torch.save(content, file)
-    text = problem_of(given, tmp_path / "mg")
-    assert "--no-checking to leave them out (options of cordee convert: convert it, and load the result)" in text
+    found = problems_of(given, tmp_path / "mg")
+    assert any(problem.kind == "unclear" and "cordee convert" in problem.fix for problem in found)
 
 
 def test_other_problems_are_found_beside_broken_weights(given, tmp_path):

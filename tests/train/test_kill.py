@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from cordee.checkpoint import directory
+from cordee.checkpoint.storage import location_of
 from cordee.config.option import options_of
 from cordee.train import job
 from cordee.train.options import TrainConfig
@@ -58,7 +59,7 @@ def moments(given: TrainConfig) -> dict[str, Callable[[], bool]]:
     return {
         "early": lambda: metrics.is_file() and metrics.stat().st_size > 0,
         "while saving": lambda: any(root.glob(".iter_*.new")) if root.is_dir() else False,
-        "later": lambda: len(directory.iterations(root)) >= 3,
+        "later": lambda: len(directory.iterations(location_of(root))) >= 3,
     }
 
 
@@ -85,10 +86,10 @@ def test_one_process(tmp_path: Path, expected: list[float], number: int, moment:
         assert process.returncode == -number
     else:
         assert process.returncode == 128 + number, process.stderr.read()
-        assert directory.latest(Path(given.save))[0] == max(tiny.records(given)), "the last step was not saved"
+        assert directory.latest(location_of(given.save))[0] == max(tiny.records(given)), "the last step was not saved"
     assert job.run(tiny.resumed(given)) == 0
     assert tiny.losses(given) == expected
-    assert directory.latest(Path(given.save)) == (STEPS, [])
+    assert directory.latest(location_of(given.save)) == (STEPS, [])
     assert not list(Path(given.save).glob(".iter_*"))
 
 

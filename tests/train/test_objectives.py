@@ -15,12 +15,15 @@ import torch
 
 from cordee import GPTModel
 from cordee.checkpoint import directory
+from cordee.checkpoint.storage import location_of
 from cordee.model import gpt
 from cordee.model.init import initialise
+from cordee.model.options import ModelOptions
 from cordee.parallel.degrees import Degrees
 from cordee.parallel.execution import Criterion, Frozen, LocalExecutor, StepBatches
 from cordee.parallel.layout import Layout
-from cordee.train import objectives
+from cordee.train import job, objectives
+from cordee.train.objectives import FurtherModel, Run
 from cordee.train.options import TrainConfig
 from cordee.train.plan import check_run, plan_run
 from tests.train import tiny
@@ -140,7 +143,7 @@ def test_resumes_among_its_own_data(pool, alone: PairConfig, tmp_path: Path):
     config = replace(alone, save=save, load=save, context_parallel_size=2, context_parallel_algo="megatron_cp_algo")
     pool.run(train, 2, config)
     assert figures(config)["loss"] == pytest.approx(figures(alone)["loss"], rel=1e-5)
-    manifest = directory.read_manifest(Path(save) / "iter_0000004")
+    manifest = directory.read_manifest(location_of(Path(save) / "iter_0000004"))
     assert manifest["data"] == {"pairs": alone.num_pairs, "seed": alone.seed}
     assert manifest["trainer"]["consumed_tokens"] == 2 * STEPS * tiny.BATCH * tiny.LENGTH
 
@@ -149,3 +152,39 @@ def test_another_stage_starts_anew_from_the_weights(alone: PairConfig, tmp_path:
     other = tiny.config(tmp_path, load=alone.save, save=None, save_interval=None, train_iters=STEPS)
     assert [problem.option for problem in check_run(other)] == ["--stage"]
     assert check_run(replace(other, finetune=True)) == []
+
+
+class OfAnother(Preference):
+    """Its reference is another model than the one that is trained, with `changes`."""
+
+    def __init__(self, **changes: Any):
+        self.changes = changes
+
+    def models(self, run: Run) -> dict[str, FurtherModel]:
+        spec = super().models(run)["reference"].spec
+        return {"reference": FurtherModel(spec=spec.with_options(ModelOptions(**self.changes)))}
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "expected"),
+    [
+        ({"max_position_embeddings": 8}, {}, ["--seq-length"]),
+        ({"ffn_hidden_size": 49}, {"tensor_model_parallel_size": 2}, ["--tensor-model-parallel-size"]),
+        ({"num_layers": 3}, {"pipeline_model_parallel_size": 2, "num_layer_list": "1,1"}, ["--num-layer-list"]),
+        ({"ffn_hidden_size": 50}, {"tensor_model_parallel_size": 2}, []),
+    ],
+)
+def test_a_further_model_is_checked_as_the_trained_one(tmp_path: Path, monkeypatch, changes, options, expected):
+    monkeypatch.setitem(objectives.registry(), "pairs", OfAnother(**changes))
+    found = check_run(given(tmp_path, nproc_per_node=2, **options))
+    assert [problem.option for problem in found] == expected
+
+
+def test_ranks_have_the_same_further_models(tmp_path: Path):
+    def identity(**changes: Any) -> dict[str, Any]:
+        objectives.registry()["pairs"] = OfAnother(**changes)
+        return job._identity(plan_run(given(tmp_path), 1))
+
+    with registered():
+        one, other = identity(), identity(ffn_hidden_size=64)
+    assert [name for name in one if one[name] != other[name]] == ["further models"]

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from cordee.checkpoint import directory
+from cordee.checkpoint.storage import location_of
 from cordee.config.load import load_as_far_as_possible
 from cordee.data.build import build_datasets
 from cordee.errors import ProblemError
@@ -291,7 +292,7 @@ def test_schedule_of_the_checkpoint_or_of_the_options(run):
 
 
 def test_manifest_is_the_whole_story(run):
-    manifest = directory.read_manifest(Path(run.save) / "iter_0000006")
+    manifest = directory.read_manifest(location_of(Path(run.save) / "iter_0000006"))
     assert manifest["trainer"] == {
         "iteration": 6,
         "consumed_samples": 48,

@@ -112,13 +112,14 @@ def test_figures_add_up():
 
 
 def test_saving_is_no_training_time(tmp_path: Path, monkeypatch):
-    def slow(self, *args, **options):
-        time.sleep(0.3)
-
-    monkeypatch.setattr(CheckpointStore, "save", slow)
+    """By a clock that jumps while it is saved, by more than any machine is slow."""
+    saved, clock = [], time.perf_counter
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + 1e6 * len(saved))
+    monkeypatch.setattr(CheckpointStore, "save", lambda self, *args, **options: saved.append(args))
     given = tiny.config(tmp_path, save_interval=1, train_iters=4)
     job.run(given)
-    assert all(read["step_seconds"] < 0.25 for read in list(tiny.records(given).values())[1:])
+    assert len(saved) == 4
+    assert all(read["step_seconds"] < 1e5 for read in tiny.records(given).values())
 
 
 def test_all_steps_skipped():

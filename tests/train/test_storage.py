@@ -11,13 +11,15 @@ import pytest
 from fsspec import AbstractFileSystem
 
 from cordee.checkpoint import directory
-from cordee.checkpoint.storage import place_of
+from cordee.checkpoint.storage import Location, location_of
 from cordee.convert import job as convert
 from cordee.convert.options import ConvertConfig
 from cordee.errors import ProblemError
-from cordee.train import job, outputs
+from cordee.train import job, objectives, outputs
+from cordee.train.objectives.next_token import NextToken
 from cordee.train.options import TrainConfig
 from cordee.train.plan import check_run, plan_run
+from tests.problems import facts
 from tests.train import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -45,7 +47,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
 @pytest.mark.parametrize("scheme", ["memory", "file"])
 def test_one_process_stops_and_resumes(tmp_path: Path, expected: list[float], scheme: str):
     given = stored(tmp_path, scheme)
-    root = place_of(given.save or "")
+    root = location_of(given.save or "")
     job.run(replace(given, exit_interval=2))
     assert directory.latest(root) == (2, [])
     job.run(tiny.resumed(given))
@@ -54,7 +56,7 @@ def test_one_process_stops_and_resumes(tmp_path: Path, expected: list[float], sc
     exported = tmp_path / "hf"
     convert.run(ConvertConfig(load_dir=given.save or "", save_dir=str(exported), verify=True))
     assert (exported / "config.json").is_file()
-    root.storage.delete(str(root))  # type: ignore[union-attr]
+    root.delete()
 
 
 @pytest.mark.slow
@@ -63,7 +65,7 @@ def test_another_layout_resumes(tmp_path: Path, expected: list[float], pool):
     pool.run(tiny.train_rank, 2, replace(given, exit_interval=2))
     pool.run(tiny.train_rank, 2, tiny.resumed(given, tensor_model_parallel_size=1, zero_stage=2))
     assert losses(given) == pytest.approx(expected, rel=1e-5)
-    assert directory.iterations(place_of(given.save or "")) == [4]
+    assert directory.iterations(location_of(given.save or "")) == [4]
 
 
 def test_a_second_run_is_refused(tmp_path: Path):
@@ -71,6 +73,35 @@ def test_a_second_run_is_refused(tmp_path: Path):
     with outputs.held(given), pytest.raises(ProblemError) as caught, outputs.held(replace(given, metrics_file=None)):
         pass
     assert [(problem.option, problem.value) for problem in caught.value.problems] == [("--save", given.save)]
+
+
+class Loses(NextToken):
+    """In its third step, of one micro-batch each, another run takes the lock at `lock`."""
+
+    stage = "loses"
+
+    def __init__(self, lock: Location):
+        self.lock = lock
+        self.steps = 0
+
+    def loss(self, head, hidden, batch, reduce):
+        self.steps += 1
+        if self.steps == 3:
+            self.lock.write_text("another's")
+        return super().loss(head, hidden, batch, reduce)
+
+
+@pytest.mark.parametrize("scheme", [None, "memory"])
+def test_a_run_that_loses_its_lock_stops_at_the_next_save(tmp_path: Path, monkeypatch, scheme: str | None):
+    places = {"save": str(tmp_path / "run")} if scheme is None else {}
+    given = replace(stored(tmp_path, scheme or "file", stage="loses", micro_batch_size=8, async_save=False), **places)
+    root = location_of(given.save or "")
+    monkeypatch.setitem(objectives.registry(), "loses", Loses(root / outputs.LOCK))
+    with pytest.raises(ProblemError) as caught:
+        job.run(given)
+    assert facts(caught) == [("--save", given.save, "taken")]
+    assert directory.iterations(root) == [2] and directory.tidy(root) == []
+    root.delete()
 
 
 def test_what_is_not_written_is_said(tmp_path: Path):

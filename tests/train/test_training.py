@@ -6,6 +6,7 @@ import json
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from cordee.checkpoint import directory, source
+from cordee.checkpoint.storage import location_of
 from cordee.data.build import build_datasets
 from cordee.errors import ProblemError
 from cordee.families.registry import spec_from_options
@@ -24,9 +26,11 @@ from cordee.model.gpt import GPTModel
 from cordee.model.init import initialise
 from cordee.tokenizer import holds_tokenizer
 from cordee.train import job
+from cordee.train.options import TrainConfig
 from cordee.train.plan import plan_run
 from cordee.weights import hf
 from cordee.weights.load import save_from
+from tests.matrix import sampled
 from tests.train import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -67,39 +71,36 @@ def test_says_who_keeps_what(tmp_path: Path, capsys):
     assert "take 16 bytes per parameter on this rank (weights 4, gradients 4, optimizer 8)\n" in said
 
 
-def test_equals_a_plain_loop(tmp_path: Path):
-    given = tiny.config(tmp_path)
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """A run in one process, by which others are measured; its checkpoints are only read."""
+    given = tiny.config(tmp_path_factory.mktemp("alone"), eval_iters=2, eval_interval=3)
     assert job.run(given) == 0
-    assert tiny.losses(given) == pytest.approx(plain_loop(given, 6), rel=1e-5)
-    assert tiny.losses(given)[-1] < tiny.losses(given)[0] - 0.05
+    return given
+
+
+def test_equals_a_plain_loop(alone: TrainConfig):
+    losses = tiny.losses(alone)
+    assert losses == pytest.approx(plain_loop(alone, 6), rel=1e-5)
+    assert losses[-1] < losses[0] - 0.05
 
 
 @pytest.mark.parametrize("micro_batch_size", [2, 8])
-def test_micro_batches_make_no_difference(tmp_path: Path, micro_batch_size: int):
-    one, other = (
-        tiny.config(tmp_path),
-        tiny.config(tmp_path, micro_batch_size=micro_batch_size, save=str(tmp_path / "b")),
-    )
-    job.run(one)
+def test_micro_batches_make_no_difference(tmp_path: Path, alone: TrainConfig, micro_batch_size: int):
+    other = tiny.config(tmp_path, micro_batch_size=micro_batch_size)
     job.run(other)
-    assert tiny.losses(other) == pytest.approx(tiny.losses(one), rel=1e-5)
+    assert tiny.losses(other) == pytest.approx(tiny.losses(alone), rel=1e-5)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_make_no_difference(tmp_path: Path, pool, ranks: int, stage: int):
-    one = tiny.config(tmp_path, eval_iters=2, eval_interval=3)
-    job.run(one)
-    many = tiny.config(
-        tmp_path, eval_iters=2, eval_interval=3, save=str(tmp_path / "many"), nproc_per_node=ranks, zero_stage=stage
-    )
+@pytest.mark.parametrize(("ranks", "stage"), sampled([2, 4], [0, 1, 2, 3], whole=[2]))
+def test_ranks_make_no_difference(tmp_path: Path, pool, alone: TrainConfig, ranks: int, stage: int):
+    many = tiny.config(tmp_path, eval_iters=2, eval_interval=3, nproc_per_node=ranks, zero_stage=stage)
     assert {ending.code for ending in pool.run(tiny.train_rank, ranks, many)} == {0}
-    assert tiny.losses(many) == pytest.approx(tiny.losses(one), rel=1e-5)
-    for kind in ("validation",):
-        ours, theirs = tiny.records(many, kind), tiny.records(one, kind)
-        assert ours.keys() == theirs.keys() == {3, 6}
-        assert all(ours[i]["loss"] == pytest.approx(theirs[i]["loss"], rel=1e-5) for i in ours)
-    norms = [[record["grad_norm"] for record in tiny.records(run).values()] for run in (one, many)]
+    assert tiny.losses(many) == pytest.approx(tiny.losses(alone), rel=1e-5)
+    ours, theirs = tiny.records(many, "validation"), tiny.records(alone, "validation")
+    assert ours.keys() == theirs.keys() == {3, 6}
+    assert all(ours[i]["loss"] == pytest.approx(theirs[i]["loss"], rel=1e-5) for i in ours)
+    norms = [[record["grad_norm"] for record in tiny.records(run).values()] for run in (alone, many)]
     assert norms[1] == pytest.approx(norms[0], rel=1e-4)
 
 
@@ -107,15 +108,28 @@ DROPOUT = {"attention_dropout": 0.1, "hidden_dropout": 0.2}
 GROWING = {"train_iters": None, "train_samples": 48, "rampup_batch_size": (4, 4, 8), "lr_warmup_iters": 0}
 
 
+@pytest.fixture(scope="module")
+def whole_runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[dict], TrainConfig]:
+    """Runs that nothing interrupts, one for the same options."""
+    done: dict[str, TrainConfig] = {}
+
+    def run(options: dict) -> TrainConfig:
+        if (key := str(options)) not in done:
+            done[key] = tiny.config(tmp_path_factory.mktemp("whole"), **options)
+            job.run(done[key])
+        return done[key]
+
+    return run
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, DROPOUT, GROWING, {"optimizer": "sgd"}, {"optimizer": "foreach_adam"}])
 @pytest.mark.parametrize("stop", [1, 3, 4])
-def test_resumed_run_is_bit_for_bit_the_uninterrupted_one(tmp_path: Path, options: dict, stop: int):
-    whole = tiny.config(tmp_path, save=str(tmp_path / "whole"), **options)
-    job.run(whole)
+def test_resumed_run_is_bit_for_bit_the_uninterrupted_one(tmp_path: Path, whole_runs, options: dict, stop: int):
+    whole = whole_runs(options)
     parts = tiny.config(tmp_path, exit_interval=stop, **options)
     assert job.run(parts) == 0
-    assert directory.iterations(Path(parts.save))[0] == stop
+    assert directory.iterations(location_of(parts.save))[0] == stop
     assert job.run(tiny.resumed(parts)) == 0
     assert tiny.losses(parts) == tiny.losses(whole)
     last = len(tiny.losses(whole))
@@ -137,8 +151,8 @@ def test_a_run_that_has_become_longer_or_shorter_sees_the_samples_it_would_have_
     going_on = tiny.resumed(given, ckpt_step=2, train_iters=length, exit_interval=4, save=str(tmp_path / "again"))
     job.run(going_on)
     assert tiny.losses(going_on) == expected[2:]
-    blocks = directory.read_manifest(tmp_path / "again" / "iter_0000004")["data"]["blocks"]
-    assert blocks == directory.read_manifest(Path(given.save) / "iter_0000004")["data"]["blocks"]
+    blocks = directory.read_manifest(location_of(tmp_path / "again" / "iter_0000004"))["data"]["blocks"]
+    assert blocks == directory.read_manifest(location_of(Path(given.save) / "iter_0000004"))["data"]["blocks"]
 
 
 @pytest.mark.slow
@@ -159,15 +173,12 @@ sys.exit(job.run(pickle.load(sys.stdin.buffer)))
     assert len(tiny.losses(given)) == 4 and tiny.losses(again) == tiny.losses(given)[2:]
 
 
-def test_dropout_depends_on_the_seed_and_nothing_else(tmp_path: Path):
-    first = tiny.config(tmp_path, **DROPOUT)
-    again = tiny.config(tmp_path, save=str(tmp_path / "again"), **DROPOUT)
-    none = tiny.config(tmp_path, save=str(tmp_path / "none"))
-    for given in (first, again, none):
-        torch.rand(3)  # whatever was drawn before
-        job.run(given)
+def test_dropout_depends_on_the_seed_and_nothing_else(tmp_path: Path, alone: TrainConfig, whole_runs):
+    first, again = whole_runs(DROPOUT), tiny.config(tmp_path, **DROPOUT)
+    torch.rand(3)  # whatever was drawn before
+    job.run(again)
     assert tiny.losses(first) == tiny.losses(again)
-    assert tiny.losses(first) != tiny.losses(none)
+    assert tiny.losses(first) != tiny.losses(alone)
 
 
 @pytest.mark.slow
@@ -180,34 +191,28 @@ def test_dropout_depends_on_the_seed_and_nothing_else(tmp_path: Path):
         {"nproc_per_node": 4, "tensor_model_parallel_size": 2, "sequence_parallel": True},
     ],
 )
-def test_dropout_is_the_same_on_every_layout(tmp_path: Path, pool, changes: dict):
-    one = tiny.config(tmp_path, save=str(tmp_path / "one"), **DROPOUT)
-    job.run(one)
+def test_dropout_is_the_same_on_every_layout(tmp_path: Path, pool, whole_runs, changes: dict):
     other = tiny.config(tmp_path, **DROPOUT, **changes)
     pool.run(tiny.train_rank, other.nproc_per_node, other)
-    assert tiny.losses(other) == pytest.approx(tiny.losses(one), rel=1e-5)
+    assert tiny.losses(other) == pytest.approx(tiny.losses(whole_runs(DROPOUT)), rel=1e-5)
 
 
-def test_ranks_go_on_from_each_other(tmp_path: Path, pool):
-    whole = tiny.config(tmp_path, save=str(tmp_path / "whole"))
-    job.run(whole)
+def test_ranks_go_on_from_each_other(tmp_path: Path, pool, alone: TrainConfig):
     parts = tiny.config(tmp_path, exit_interval=2, zero_stage=3)
     job.run(parts)
     for ranks, stop, stage in ((2, 4, 3), (4, 5, 0), (2, None, 1)):
         going_on = tiny.resumed(parts, exit_interval=stop, nproc_per_node=ranks, zero_stage=stage)
         pool.run(tiny.train_rank, ranks, going_on)
-    assert tiny.losses(parts) == pytest.approx(tiny.losses(whole), rel=1e-5)
+    assert tiny.losses(parts) == pytest.approx(tiny.losses(alone), rel=1e-5)
     consumed = [record["consumed_samples"] for record in tiny.records(parts).values()]
     assert consumed == [8, 16, 24, 32, 40, 48]
 
 
-def test_one_rank_goes_on_from_four(tmp_path: Path, pool):
-    whole = tiny.config(tmp_path, save=str(tmp_path / "whole"))
-    job.run(whole)
+def test_one_rank_goes_on_from_four(tmp_path: Path, pool, alone: TrainConfig):
     parts = tiny.config(tmp_path, exit_interval=3, nproc_per_node=4)
     pool.run(tiny.train_rank, 4, parts)
     job.run(tiny.resumed(parts))
-    assert tiny.losses(parts) == pytest.approx(tiny.losses(whole), rel=1e-5)
+    assert tiny.losses(parts) == pytest.approx(tiny.losses(alone), rel=1e-5)
 
 
 def test_batch_that_grows(tmp_path: Path):
@@ -297,13 +302,11 @@ def test_starts_from_hugging_face_weights(tmp_path: Path):
     assert tiny.losses(given)[0] == pytest.approx(loss.item(), rel=1e-5)
 
 
-def test_finetune_takes_the_weights_only(tmp_path: Path):
-    first = tiny.config(tmp_path)
-    job.run(first)
-    second = tiny.config(tmp_path, load=first.save, finetune=True, save=str(tmp_path / "second"))
+def test_finetune_takes_the_weights_only(tmp_path: Path, alone: TrainConfig):
+    second = tiny.config(tmp_path, load=alone.save, finetune=True)
     job.run(second)
     assert min(tiny.records(second)) == 1
-    assert tiny.losses(second)[0] < tiny.losses(first)[0] - 0.05
+    assert tiny.losses(second)[0] < tiny.losses(alone)[0] - 0.05
 
 
 def test_without_optimizer_state(tmp_path: Path):
@@ -313,12 +316,11 @@ def test_without_optimizer_state(tmp_path: Path):
     assert sorted(tiny.records(given)) == [1, 2, 3, 4, 5, 6]
 
 
-def test_only_validation(tmp_path: Path):
-    first = tiny.config(tmp_path)
-    job.run(first)
+def test_only_validation(tmp_path: Path, alone: TrainConfig):
     second = tiny.config(
         tmp_path,
-        load=first.save,
+        load=alone.save,
+        data_path=alone.data_path,
         save=None,
         save_interval=None,
         skip_train=True,
@@ -331,11 +333,10 @@ def test_only_validation(tmp_path: Path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("extent", ["blocks", "model"])
-def test_compiled(tmp_path: Path, extent: str):
-    plain, compiled = tiny.config(tmp_path), tiny.config(tmp_path, compile=extent, save=str(tmp_path / "compiled"))
-    job.run(plain)
+def test_compiled(tmp_path: Path, alone: TrainConfig, extent: str):
+    compiled = tiny.config(tmp_path, compile=extent)
     job.run(compiled)
-    assert tiny.losses(compiled) == pytest.approx(tiny.losses(plain), rel=1e-5)
+    assert tiny.losses(compiled) == pytest.approx(tiny.losses(alone), rel=1e-5)
 
 
 def test_tokenizer_lies_beside_the_checkpoints(tmp_path: Path):
@@ -359,5 +360,6 @@ def test_samples_that_make_no_step_are_told(tmp_path: Path):
     plan = plan_run(given, 1)
     assert plan.iterations == 2
     assert any("the last 5 of --train-samples 21" in note for note in plan.notes)
-    with pytest.raises(ProblemError, match="--train-samples"):
+    with pytest.raises(ProblemError) as caught:
         plan_run(replace(given, train_samples=7), 1)
+    assert [(problem.option, problem.limit) for problem in caught.value.problems] == [("--train-samples", 8)]

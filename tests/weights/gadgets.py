@@ -91,9 +91,10 @@ def stream(pickled: bytes) -> bytes:
 
 def _metadata(folder: Path, pickled: bytes) -> None:
     from cordee.checkpoint.files import read_metadata
+    from cordee.checkpoint.storage import location_of
 
     (folder / ".metadata").write_bytes(pickled)
-    read_metadata(folder)
+    read_metadata(location_of(folder))
 
 
 def _resumed(folder: Path, content: bytes, described: str) -> None:
@@ -105,6 +106,7 @@ def _resumed(folder: Path, content: bytes, described: str) -> None:
 
     from cordee import sealed
     from cordee.checkpoint import directory
+    from cordee.checkpoint.storage import location_of
     from cordee.checkpoint.store import restore
 
     none, size = torch.Size([0]), torch.Size([4])
@@ -119,12 +121,13 @@ def _resumed(folder: Path, content: bytes, described: str) -> None:
     (folder / "__0_0.distcp").write_bytes(content)
     places = {index: _StorageInfo("__0_0.distcp", 0, len(content))}
     (folder / ".metadata").write_bytes(pickle.dumps(Metadata({"model.bias": kept}, storage_data=places)))
-    files = {name: directory.file_entry(folder / name) for name in (".metadata", "__0_0.distcp")}
+    written = {name: location_of(folder / name) for name in (".metadata", "__0_0.distcp")}
+    files = {name: {"bytes": file.size(), "crc32": directory.checksum(file)} for name, file in written.items()}
     manifest = sealed.seal({"format": directory.FORMAT, "iteration": 1, "files": files})
     (folder / directory.MANIFEST).write_text(manifest)
     model = torch.nn.Module()
     model.bias = torch.nn.Parameter(torch.zeros(4))
-    restore(folder, model)
+    restore(location_of(folder), model)
 
 
 def _file(form: Callable[[bytes], bytes]) -> Callable[[Path, bytes], None]:

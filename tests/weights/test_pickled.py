@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cordee.checkpoint.files import read_metadata
+from cordee.checkpoint.storage import location_of
 from cordee.weights.pickled import Call, Name, load
 from cordee.weights.torch_file import UNREADABLE, TorchFile, resolve, tensor_in
 from tests.weights import gadgets
@@ -308,7 +309,7 @@ def test_content_that_harms_where_it_is_used(tmp_path, pickled):
         TorchFile(tmp_path / "x.pt")
     (tmp_path / ".metadata").write_bytes(pickled)
     with pytest.raises(ValueError):
-        read_metadata(tmp_path)
+        read_metadata(location_of(tmp_path))
 
 
 def test_memory_of_sizes_that_are_made_of_one_another(tmp_path):

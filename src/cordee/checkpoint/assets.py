@@ -8,64 +8,49 @@ from __future__ import annotations
 
 import atexit
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory, mkdtemp
 
-from cordee.checkpoint.directory import TRACKER, discard
-from cordee.checkpoint.storage import Place, StoragePath, size_of
+from cordee.checkpoint.directory import TRACKER
+from cordee.checkpoint.storage import Location
 from cordee.files import LARGEST
-from cordee.tokenizer import VOCABULARIES, holds_tokenizer, is_vocabulary
+from cordee.tokenizer import VOCABULARIES, is_vocabulary
 
 
-def beside(checkpoint: Place) -> Path | None:
+def beside(checkpoint: Location) -> Path | None:
     """A local directory with the assets of a checkpoint; None if there is no tokenizer. OSError if they cannot be read.
 
     One that they were brought to is there until the process ends.
     """
     root = checkpoint.parent
-    if not are_in(root):
-        return None
-    return root if isinstance(root, Path) else _fetched(root)
+    return (root.local or _fetched(root)) if are_in(root) else None
 
 
-def are_in(root: Place) -> bool:
+def are_in(root: Location) -> bool:
     """Whether a tokenizer lies beside the checkpoints in `root`."""
-    return (
-        holds_tokenizer(root) if isinstance(root, Path) else any(is_vocabulary(place.name) for place in root.iterdir())
-    )
+    return any(is_vocabulary(file.name) and file.is_file() for file in root.iterdir())
 
 
-def _fetched(root: StoragePath) -> Path:
-    directory = Path(tempfile.mkdtemp(prefix="cordee-assets-"))
+def _fetched(root: Location) -> Path:
+    directory = Path(mkdtemp(prefix="cordee-assets-"))
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
-    for place in root.iterdir():
-        size = None if place.name.startswith(".") or place.name == TRACKER else size_of(place)
+    for file in root.iterdir():
+        size = None if file.name.startswith(".") or file.name == TRACKER else file.size()
         if size is not None and size <= LARGEST:
-            (directory / place.name).write_bytes(place.read_bytes())
+            (directory / file.name).write_bytes(file.read_bytes())
     return directory
 
 
 @contextmanager
-def put_into(root: Place) -> Iterator[Path]:
+def put_into(root: Location) -> Iterator[Path]:
     """A directory to make assets in; what is there at the end is put into `root`.
 
     What makes them a tokenizer comes last: a process that is killed in between does it again the next time.
     """
-    if isinstance(root, Path):
-        scratch = root / ".tokenizer.new"
-        discard(scratch)
-        scratch.mkdir(parents=True)
-    else:
-        scratch = Path(tempfile.mkdtemp(prefix="cordee-assets-"))
-    try:
-        yield scratch
-        for file in sorted(scratch.iterdir(), key=lambda file: (file.name in VOCABULARIES, file.name)):
-            if isinstance(root, Path):
-                file.rename(root / file.name)
-            else:
-                with (root / file.name).write() as target:
-                    target.write(file.read_bytes())
-    finally:
-        discard(scratch)
+    with TemporaryDirectory(prefix="cordee-assets-") as scratch:
+        yield Path(scratch)
+        for file in sorted(Path(scratch).iterdir(), key=lambda file: (file.name in VOCABULARIES, file.name)):
+            with (root / file.name).write() as target:
+                target.write(file.read_bytes())

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from cordee.checkpoint.files import METADATA, read_metadata, read_tensor, tensors
+from cordee.checkpoint.storage import location_of
 from cordee.errors import Problem, ProblemError
 from cordee.families.registry import ModelSpec, spec_from_directory
 from cordee.tensors.views import Index, Leaf, Shape, View
@@ -50,13 +51,14 @@ class DistributedFile:
 
     def __init__(self, path: Path, metadata: Metadata, prefix: str):
         self.path = path
+        self._folder = location_of(path)
         self._metadata = metadata
         self._prefix = prefix
         kept = {name.removeprefix(prefix): t for name, t in tensors(metadata).items() if name.startswith(prefix)}
         self.tensors = {name: Stored(tuple(t.size), t.properties.dtype) for name, t in kept.items()}
 
     def read(self, name: str, index: Index) -> Tensor:
-        return read_tensor(self.path, self._metadata, self._prefix + name, index)
+        return read_tensor(self._folder, self._metadata, self._prefix + name, index)
 
 
 def read(path: str | Path) -> Source:
@@ -64,7 +66,7 @@ def read(path: str | Path) -> Source:
     path = Path(path)
     spec = spec_from_directory(path)
     try:
-        metadata = read_metadata(path)
+        metadata = read_metadata(location_of(path))
     except ValueError as error:
         problem = Problem(str(path / METADATA), None, str(error), "copy the checkpoint again", "unreadable")
         raise ProblemError([problem]) from error

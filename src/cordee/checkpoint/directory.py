@@ -6,12 +6,13 @@ two of them. Knows neither torch nor what a checkpoint holds.
     <root>/iter_0000010/             a whole checkpoint: its data files and cordee.json, the manifest
     <root>/latest_checkpointed_iteration.txt
 
-On a file system a checkpoint gets its name, and loses it, by renaming its directory, which is atomic:
+Where the storage renames (`storage.py`), as a file system does, a checkpoint gets its name, and loses it, by renaming
+its directory, which is atomic:
 
     <root>/.iter_0000020.new         being written; never read
     <root>/.iter_0000020.old         being replaced or removed
 
-A store of objects (`storage.py`) renames nothing. There every attempt to save writes to a folder that nobody has used,
+A store of objects renames nothing. There every attempt to save writes to a folder that nobody has used,
 
     <root>/iter_0000020.<generation>/
 
@@ -29,12 +30,11 @@ import time
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from cordee import sealed
-from cordee.checkpoint.storage import Place, StoragePath, size_of
-from cordee.files import parse_json, read_json, remove_tree, sync_directory, write_durably
+from cordee.checkpoint.storage import Location
+from cordee.files import load_json
 from cordee.log import logger
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -56,37 +56,35 @@ def name_of(iteration: int) -> str:
     return f"iter_{iteration:07d}"
 
 
-def iterations(root: Place) -> list[int]:
+def iterations(root: Location) -> list[int]:
     """Iterations of all checkpoints under `root`, whole or not, the newest first."""
     return list(folders(root))
 
 
-def folders(root: Place) -> dict[int, Place]:
+def folders(root: Location) -> dict[int, Location]:
     """The folder of every checkpoint under `root`, whole or not, by its iteration, the newest first.
 
     Of several generations that is the newest whole one, or the newest, if none is; one without a manifest is none yet.
     """
     found = {}
     for iteration, generations in _generations(root).items():
-        kept = [place for number, place in generations.items() if not number or (place / MANIFEST).is_file()]
+        kept = [folder for number, folder in generations.items() if not number or (folder / MANIFEST).is_file()]
         if kept:
             found[iteration] = kept[0] if len(kept) == 1 else next((p for p in kept if damage(p) is None), kept[0])
     return found
 
 
-def folder_of(root: Place, iteration: int) -> Place:
+def folder_of(root: Location, iteration: int) -> Location:
     """The folder of the checkpoint of an iteration, which need not be there."""
     return folders(root).get(iteration, root / name_of(iteration))
 
 
-def _generations(root: Place) -> dict[int, dict[int, Place]]:
+def _generations(root: Location) -> dict[int, dict[int, Location]]:
     """All folders with names of checkpoints, by iteration and generation, the newest first in both."""
-    places = [] if isinstance(root, Path) and not root.is_dir() else root.iterdir()
-    named = [(name, place) for place in places if (name := _named(place.name)) is not None]
-    found: dict[int, dict[int, Place]] = {}
-    for (iteration, number), place in sorted(named, key=lambda pair: pair[0], reverse=True):
-        if isinstance(place, StoragePath) or place.is_dir():
-            found.setdefault(iteration, {})[number] = place
+    named = [(name, folder) for folder in root.iterdir() if (name := _named(folder.name)) is not None]
+    found: dict[int, dict[int, Location]] = {}
+    for (iteration, number), folder in sorted(named, key=lambda pair: pair[0], reverse=True):
+        found.setdefault(iteration, {})[number] = folder
     return found
 
 
@@ -98,12 +96,12 @@ def _named(name: str) -> tuple[int, int] | None:
     return int(match[1]), int(match[2] or 0)
 
 
-def is_root(path: Place) -> bool:
+def is_root(path: Location) -> bool:
     """Whether `path` is a directory that checkpoints were saved to."""
     return (path / TRACKER).is_file() or bool(iterations(path))
 
 
-def damage(directory: Place, *, contents: Collection[str] = ()) -> str | None:
+def damage(directory: Location, *, contents: Collection[str] = ()) -> str | None:
     """What is wrong with the checkpoint in `directory`, None if nothing is: a manifest that was changed, missing or
     short files, and changed bytes in the files named in `contents`, which are read for that.
     """
@@ -113,7 +111,7 @@ def damage(directory: Place, *, contents: Collection[str] = ()) -> str | None:
         return str(error)
 
 
-def _damage(directory: Place, manifest: dict[str, Any], contents: Collection[str]) -> str | None:
+def _damage(directory: Location, manifest: dict[str, Any], contents: Collection[str]) -> str | None:
     named = _named(directory.name)
     if named is not None and manifest["iteration"] != named[0]:
         return f"it is the checkpoint of iteration {manifest['iteration']}, which its name is not"
@@ -121,13 +119,13 @@ def _damage(directory: Place, manifest: dict[str, Any], contents: Collection[str
     return next((why for why in sizes if why), None) or changed(directory, manifest, contents)
 
 
-def _misfit(path: Place, expected: dict[str, int]) -> str | None:
-    if (size := size_of(path)) is None:
+def _misfit(path: Location, expected: dict[str, int]) -> str | None:
+    if (size := path.size()) is None:
         return f"{path.name} is missing"
     return None if size == expected["bytes"] else f"{path.name} has {size} bytes instead of {expected['bytes']}"
 
 
-def changed(directory: Place, manifest: dict[str, Any], names: Iterable[str]) -> str | None:
+def changed(directory: Location, manifest: dict[str, Any], names: Iterable[str]) -> str | None:
     """Which of the files `names` of a checkpoint has other bytes than were saved, in words; None if none has.
 
     They are read, several at a time, in blocks. A file that the manifest does not know counts as changed.
@@ -147,7 +145,7 @@ def changed(directory: Place, manifest: dict[str, Any], names: Iterable[str]) ->
         return next((why for why in threads.map(fault, sorted(set(names))) if why), None)
 
 
-def read_manifest(directory: Place, form: sealed.Form | None = None) -> dict[str, Any]:
+def read_manifest(directory: Location, form: sealed.Form | None = None) -> dict[str, Any]:
     """The manifest of a checkpoint, what is in it besides files of `form`; ValueError if it is not to be believed."""
     try:
         manifest = sealed.opened(_json(directory / MANIFEST), _MANIFEST, FORMAT)
@@ -160,41 +158,35 @@ def read_manifest(directory: Place, form: sealed.Form | None = None) -> dict[str
     return manifest
 
 
-def _json(place: Place) -> Any:
-    return read_json(place) if isinstance(place, Path) else parse_json(place.read_bytes())
+def _json(file: Location) -> Any:
+    with file.open() as opened:
+        return load_json(opened)
 
 
-def file_entry(path: Path) -> dict[str, int]:
-    """What the manifest keeps of a data file."""
-    return {"bytes": path.stat().st_size, "crc32": checksum(path)}
-
-
-def checksum(path: Place) -> int:
+def checksum(path: Location) -> int:
     value = 0
-    with path.open("rb") as file:
+    with path.open() as file:
         while block := file.read(1 << 22):
             value = zlib.crc32(block, value)
     return value
 
 
-def tracked(root: Place) -> int | None:
+def tracked(root: Location) -> int | None:
     """The iteration that the tracker file names, None without that file; ValueError if it names none."""
-    if not (root / TRACKER).exists():
-        return None
     try:
-        if not (root / TRACKER).is_file():
-            raise OSError("it is no file")  # opening a named pipe would wait for its writer
-        with (root / TRACKER).open("rb") as file:
+        with (root / TRACKER).open() as file:
             text = file.read(64)
-    except OSError as error:
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
         raise ValueError(f"{root / TRACKER} cannot be read: {error}") from error
-    whole = text if isinstance(root, Path) or text.endswith(b"\n") else b""  # in a store its end may be missing
-    if not re.fullmatch(rb"[0-9]{1,18}", whole.strip()):
+    is_whole = root.storage.renames or text.endswith(b"\n")
+    if not is_whole or not re.fullmatch(rb"[0-9]{1,18}", text.strip()):
         raise ValueError(f"{root / TRACKER} names no iteration")
     return int(text)
 
 
-def latest(root: Place, avoid: Mapping[int, str] | None = None) -> tuple[int | None, list[str]]:
+def latest(root: Location, avoid: Mapping[int, str] | None = None) -> tuple[int | None, list[str]]:
     """The newest whole checkpoint, and what had to be skipped to find it, in words.
 
     `avoid` are iterations that are known to be damaged, and how.
@@ -223,47 +215,35 @@ def latest(root: Place, avoid: Mapping[int, str] | None = None) -> tuple[int | N
 # ---- saving and removing ---------------------------------------------------------------------------------------------
 
 
-def temporary(root: Place, iteration: int) -> Place:
+def temporary(root: Location, iteration: int) -> Location:
     """Where checkpoint `iteration` is written until it is whole. In a store that is another folder at each call."""
-    if isinstance(root, Path):
+    if root.storage.renames:
         return root / f".{name_of(iteration)}.new"
     newest = max(_generations(root).get(iteration, {}), default=0)
     return root / f"{name_of(iteration)}.{max(newest + 1, time.time_ns())}"
 
 
-def publish(new: Place, manifest: dict[str, Any]) -> None:
+def publish(new: Location, manifest: dict[str, Any]) -> None:
     """Make the folder `new`, which has all data, the only checkpoint of its iteration; then the tracker names it."""
-    iteration, text, root = manifest["iteration"], sealed.seal(manifest), new.parent
+    iteration, root = manifest["iteration"], new.parent
     others = _generations(root).get(iteration, {})
-    if isinstance(new, Path) and isinstance(root, Path):
-        final = root / name_of(iteration)
-        write_durably(new / MANIFEST, text)
-        sync_directory(new)
-        replaced = [place for number, place in others.items() if number]
-        replaced += [_set_aside(final)] if final.exists() else []
-        new.rename(final)
-        sync_directory(root)
-        write_durably(root / TRACKER, str(iteration))
-    elif isinstance(new, StoragePath) and isinstance(root, StoragePath):
-        _write(new / MANIFEST, text)
+    (new / MANIFEST).write_text(sealed.seal(manifest))
+    if root.storage.renames:
+        replaced = [_set_aside(folder) if number == 0 else folder for number, folder in others.items()]
+        new.rename(root / name_of(iteration))
+        (root / TRACKER).write_text(str(iteration))
+    else:
         if (why := damage(new)) is not None:  # another process may have removed what it took for left over
             raise OSError(f"{new} is not complete: {why}")
-        _write(root / TRACKER, f"{iteration}\n")
+        (root / TRACKER).write_text(f"{iteration}\n")  # without its end it is torn
         # What is not committed another process may be writing; `tidy` removes it, once no run holds the folder.
         own = (_named(new.name) or (0, 0))[1]
-        replaced = [place for number, place in others.items() if number < own and _is_committed(place)]
-    else:
-        raise AssertionError(f"{new} is in no place that checkpoints are kept in")
-    for place in replaced:
-        discard(place)
+        replaced = [folder for number, folder in others.items() if number < own and _is_committed(folder)]
+    for folder in replaced:
+        discard(folder)
 
 
-def _write(place: StoragePath, text: str) -> None:
-    with place.write() as file:
-        file.write(text.encode())
-
-
-def retain(root: Place, newest: int, keep: int) -> list[int]:
+def retain(root: Location, newest: int, keep: int) -> list[int]:
     """Remove the oldest whole checkpoints up to iteration `newest` until `keep` of them are left; those removed.
 
     Later iterations belong to a run that was rewound. They and damaged checkpoints are left to the user.
@@ -273,47 +253,50 @@ def retain(root: Place, newest: int, keep: int) -> list[int]:
     removed = list(whole)[keep:]
     for iteration in removed:
         folder = whole[iteration]
-        discard(_set_aside(folder) if isinstance(folder, Path) else folder)
+        discard(_set_aside(folder) if root.storage.renames else folder)
     return removed
 
 
-def _set_aside(directory: Path) -> Path:
+def _set_aside(folder: Location) -> Location:
     """Rename a checkpoint so that nobody reads it any more: removing it takes time, and a kill may come between."""
-    old = directory.with_name(f".{directory.name}.old")
+    old = folder.parent / f".{folder.name}.old"
     discard(old)
-    return directory.rename(old)
+    folder.rename(old)
+    return old
 
 
-def tidy(root: Place) -> list[str]:
+def tidy(root: Location) -> list[str]:
     """Finish what a killed process left behind; names of what was removed."""
-    if isinstance(root, StoragePath):
-        left = [place for generations in _generations(root).values() for place in _left_over(generations)]
+    if root.storage.renames:
+        left = [folder for folder in root.iterdir() if _is_left(folder)]
     else:
-        left = [path for path in sorted(root.iterdir()) if _is_left(path)] if root.is_dir() else []
-    for place in left:
-        discard(place)
-    return [place.name for place in left]
+        left = [folder for generations in _generations(root).values() for folder in _left_over(generations)]
+    for folder in left:
+        discard(folder)
+    return [folder.name for folder in left]
 
 
-def _is_left(path: Path) -> bool:
-    """Whether a killed process left a directory that is none of a checkpoint; what is one gets its name back."""
-    match = _UNFINISHED.fullmatch(path.name)
-    if match is not None and match[2] == "old" and not (path.with_name(match[1])).exists() and damage(path) is None:
-        path.rename(path.with_name(match[1]))  # killed between the two renames of `publish`
+def _is_left(folder: Location) -> bool:
+    """Whether a killed process left a folder that is none of a checkpoint; what is one gets its name back."""
+    if (match := _UNFINISHED.fullmatch(folder.name)) is None:
         return False
-    return match is not None
+    final = folder.parent / match[1]
+    if match[2] == "old" and not final.is_dir() and damage(folder) is None:
+        folder.rename(final)  # killed between the two renames of `publish`
+        return False
+    return True
 
 
-def _left_over(generations: dict[int, Place]) -> Iterator[Place]:
+def _left_over(generations: dict[int, Location]) -> Iterator[Location]:
     """Of the folders of one iteration, the newest first, those that did not become a checkpoint or have a successor."""
     succeeded = False
-    for number, place in generations.items():
-        if succeeded or (number and not _is_committed(place)):
-            yield place
-        succeeded = succeeded or damage(place) is None
+    for number, folder in generations.items():
+        if succeeded or (number and not _is_committed(folder)):
+            yield folder
+        succeeded = succeeded or damage(folder) is None
 
 
-def _is_committed(folder: Place) -> bool:
+def _is_committed(folder: Location) -> bool:
     """Whether its manifest was written to the end."""
     try:
         _json(folder / MANIFEST)
@@ -322,13 +305,10 @@ def _is_committed(folder: Place) -> bool:
     return True
 
 
-def discard(place: Place) -> None:
-    """Remove a directory if it is there. What cannot be removed is in nobody's way, but takes room: a warning."""
+def discard(folder: Location) -> None:
+    """Remove a folder if it is there. What cannot be removed is in nobody's way, but takes room: a warning."""
     try:
-        if isinstance(place, Path):
-            remove_tree(place)
-        else:
-            (place / MANIFEST).delete()  # without it the rest is no checkpoint
-            place.delete()
+        (folder / MANIFEST).delete()  # without it the rest is no checkpoint
+        folder.delete()
     except OSError as error:
-        logger.warning("%s could not be removed: %s", place, error)
+        logger.warning("%s could not be removed: %s", folder, error)

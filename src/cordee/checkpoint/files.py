@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.futures import Future
 
-from cordee.checkpoint.storage import Place, StoragePath, size_of
+from cordee.checkpoint.storage import Location
 from cordee.errors import Problem, ProblemError
 from cordee.weights.pickled import Call, Name, load
 from cordee.weights.regions import Region
@@ -43,7 +43,7 @@ Shape = tuple[int, ...]
 # ---- metadata --------------------------------------------------------------------------------------------------------
 
 
-def read_metadata(directory: Place) -> Metadata:
+def read_metadata(directory: Location) -> Metadata:
     """What the data files of a checkpoint hold and where; of the objects beside tensors only the names are kept.
 
     ValueError if it cannot be read, or the files do not have all that it says is in them.
@@ -158,13 +158,13 @@ def _described(metadata: Metadata, name: str) -> TensorStorageMetadata:
     return kept
 
 
-def missing_bytes(directory: Place, metadata: Metadata) -> str | None:
+def missing_bytes(directory: Location, metadata: Metadata) -> str | None:
     """What the data files lack of what `metadata` says is in them; None if nothing."""
     needed: dict[str, int] = {}
     for place in metadata.storage_data.values():
         needed[place.relative_path] = max(needed.get(place.relative_path, 0), place.offset + place.length)
     for name, size in needed.items():
-        if (found := size_of(directory / name) or 0) < size:
+        if (found := (directory / name).size() or 0) < size:
             return f"{name} has {found} bytes of {size}"
     for name, kept in tensors(metadata).items():
         if not _tile(kept.size, kept.chunks):
@@ -189,7 +189,7 @@ def _tile(size: Sequence[int], chunks: Sequence[ChunkStorageMetadata]) -> bool:
     return bool((covered == 1).all())
 
 
-def read_tensor(directory: Place, metadata: Metadata, name: str, index: tuple[slice, ...] | None = None) -> Tensor:
+def read_tensor(directory: Location, metadata: Metadata, name: str, index: tuple[slice, ...] | None = None) -> Tensor:
     """The tensor `name`, or the part of it at `index` (slices with step 1), assembled from its chunks.
 
     ProblemError if what a chunk's place holds is another tensor, or none. Memory: the result.
@@ -217,7 +217,7 @@ def _box(shape: tuple[int, ...], index: tuple[slice, ...] | None) -> list[tuple[
 
 
 def _read_chunk(
-    directory: Place, metadata: Metadata, name: str, chunk: ChunkStorageMetadata, index: tuple[slice, ...]
+    directory: Location, metadata: Metadata, name: str, chunk: ChunkStorageMetadata, index: tuple[slice, ...]
 ) -> Tensor:
     """A slice of a chunk, which may share memory with the file."""
     place, expected = metadata.storage_data[MetadataIndex(name, chunk.offsets)], _described(metadata, name).properties
@@ -226,13 +226,15 @@ def _read_chunk(
         region = tensor_in(path, place.offset, place.length)
         if (region.shape, region.dtype) != (tuple(chunk.sizes), expected.dtype):
             raise ValueError(f"there is one of {list(region.shape)} and {region.dtype}")
-        return region.read(path, index) if isinstance(path, Path) else _read_ranges(path, region, index)
+        if (local := path.local) is not None:  # mapped, which takes a tenth of the time of ranges
+            return region.read(local, index)
+        return _read_ranges(path, region, index)
     except UNREADABLE as error:
         why = f"{list(chunk.sizes)} of {name} cannot be read at byte {place.offset}: {error}"
-        raise ProblemError([Problem("checkpoint", path, why, "take another checkpoint", "corrupt")]) from error
+        raise ProblemError([Problem("checkpoint", str(path), why, "take another checkpoint", "corrupt")]) from error
 
 
-def _read_ranges(path: StoragePath, region: Region, index: tuple[slice, ...]) -> Tensor:
+def _read_ranges(path: Location, region: Region, index: tuple[slice, ...]) -> Tensor:
     """A slice of a tensor in an object, by requests of at most `RANGE` bytes. Memory: the slice, and that."""
     bounds = [part.indices(size)[:2] for part, size in zip(index, region.shape, strict=True)]
     result = torch.empty([max(0, stop - start) for start, stop in bounds], dtype=region.dtype)
@@ -241,7 +243,7 @@ def _read_ranges(path: StoragePath, region: Region, index: tuple[slice, ...]) ->
     return result
 
 
-def _fill(target: Tensor, path: StoragePath, offset: int, strides: Shape) -> None:
+def _fill(target: Tensor, path: Location, offset: int, strides: Shape) -> None:
     """Fill `target` with the elements that follow one another by `strides` from byte `offset` of an object on.
 
     What lies between them is read with them, where all of it fits in one request: that is less than another request.
@@ -265,7 +267,7 @@ def _fill(target: Tensor, path: StoragePath, offset: int, strides: Shape) -> Non
 class SafeReader(FileSystemReader):
     """torch's reader of a checkpoint directory, for metadata that `read_metadata` has read, and tensors alone."""
 
-    def __init__(self, directory: Place, metadata: Metadata):
+    def __init__(self, directory: Location, metadata: Metadata):
         super().__init__(str(directory))
         self._directory = directory
         self._metadata = metadata

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cordee.checkpoint import directory
-from cordee.checkpoint.storage import Place, StoragePath, place_of, reached
+from cordee.checkpoint.storage import Location, location_of, reached
 from cordee.errors import Problem, ProblemError
 from cordee.weights import mindformers
 from cordee.weights.gguf.header import is_gguf
@@ -27,14 +27,23 @@ if TYPE_CHECKING:
 class Format:
     """One format: its name, whether a directory (or file) holds it, and its reader, which alone imports torch.
 
-    The second argument of `read` sets how a Megatron checkpoint is read; other formats ignore it. Both functions take a
-    local path; those of the checkpoint of a run also one in a store.
+    The second argument of `reader` sets how a Megatron checkpoint is read; other formats ignore it. Both functions take
+    a path, or, where the format need not be `local`, a location.
     """
 
     name: str
     title: str
-    recognises: Callable[[Any], bool]
-    read: Callable[[Any, Reading | None], Source]
+    holds: Callable[[Any], bool]
+    reader: Callable[[Any, Reading | None], Source]
+    local: bool = True
+
+    def recognises(self, location: Location) -> bool:
+        given = location.local if self.local else location
+        return given is not None and self.holds(given)
+
+    def read(self, location: Location, reading: Reading | None = None) -> Source:
+        """The weights there, which it recognises. ProblemError with what is wrong with them."""
+        return self.reader(location.local if self.local else location, reading)
 
 
 def _read_hf(path: Path, reading: Reading | None) -> Source:
@@ -53,15 +62,15 @@ def _read_mindformers(path: Path, reading: Reading | None) -> Source:
     return hf.read(path, mindformers.renamed)
 
 
-def _read_checkpoint(path: Place, reading: Reading | None) -> Source:
+def _read_checkpoint(location: Location, reading: Reading | None) -> Source:
     from cordee.checkpoint import source
 
-    with reached("model directory", str(path)):
-        return source.read(path)
+    with reached("model directory", str(location)):
+        return source.read(location)
 
 
-def _is_checkpoint(path: Place) -> bool:
-    return (path / directory.MANIFEST).is_file() or directory.is_root(path)
+def _is_checkpoint(location: Location) -> bool:
+    return (location / directory.MANIFEST).is_file() or directory.is_root(location)
 
 
 def _read_distributed(path: Path, reading: Reading | None) -> Source:
@@ -88,7 +97,7 @@ def _read_gguf(path: Path, reading: Reading | None) -> Source:
 
 FORMATS = (  # the first that recognises a directory reads it
     Format("mg", "Megatron checkpoint", is_megatron, _read_megatron),
-    Format("cordee", "checkpoint of a run", _is_checkpoint, _read_checkpoint),
+    Format("cordee", "checkpoint of a run", _is_checkpoint, _read_checkpoint, local=False),
     Format("dcp", "distributed checkpoint with a config.json", _is_distributed, _read_distributed),
     Format("mindformers", "directory with MindFormers' names", mindformers.recognises, _read_mindformers),
     Format("gguf", "file of GGUF", is_gguf, _read_gguf),
@@ -96,26 +105,23 @@ FORMATS = (  # the first that recognises a directory reads it
 )
 
 
-def find(path: Place) -> Format | None:
-    """The format of what is at `path`; None if it is none that is known."""
-    known = [form for form in FORMATS if isinstance(path, Path) or form.name == "cordee"]
-    return next((form for form in known if form.recognises(path)), None)
+def find(location: Location) -> Format | None:
+    """The format of what is there; None if it is none that is known."""
+    return next((form for form in FORMATS if form.recognises(location)), None)
 
 
 def format_of(given: str | Path) -> Format:
     """The format of what is at `given`. ProblemError if it is none that is known."""
-    path = place_of(given, "model directory")
-    if isinstance(path, StoragePath):
-        with reached("model directory", str(path)):
-            form = find(path)
-        if form is None:
-            fix = "give a directory that --save has written, or copy it to a local one"
-            raise ProblemError([Problem("model directory", str(path), "it holds no checkpoint of a run", fix)])
+    location = location_of(given, "model directory")
+    with reached("model directory", str(location)):
+        form = find(location)
+    if form is not None:
         return form
+    if (path := location.local) is None:
+        fix = "give a directory that --save has written, or copy it to a local one"
+        raise ProblemError([Problem("model directory", str(location), "it holds no checkpoint of a run", fix)])
     if not path.exists():
         raise ProblemError([Problem("model directory", path, "there is no such directory", "give one that exists")])
-    if (form := find(path)) is not None:
-        return form
     from cordee.weights import peft
 
     if peft.is_adapter(path):
@@ -129,7 +135,7 @@ def read(path: str | Path, reading: Reading | None = None) -> Source:
     """The weights at `path`, whatever their format. ProblemError if there are none or something is wrong with them."""
     form = format_of(path)
     try:
-        return form.read(place_of(path), reading)
+        return form.read(location_of(path), reading)
     except ProblemError as error:
         raise ProblemError([_by_converting(problem) for problem in error.problems], error.everywhere) from error
 

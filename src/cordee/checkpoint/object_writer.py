@@ -1,4 +1,4 @@
-"""Writing a checkpoint's data to a store of objects.
+"""Writing a checkpoint's data.
 
 Owns torch's distributed checkpoint as objects of a folder that is not a checkpoint yet, in the form that torch's own
 writer gives its files, and what the manifest keeps of them, which is found while they are written: reading them back
@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from cordee.checkpoint.files import METADATA
-from cordee.checkpoint.storage import StoragePath
+from cordee.checkpoint.storage import Location
 
 
 class ObjectWriter(StorageWriter):
@@ -31,7 +31,7 @@ class ObjectWriter(StorageWriter):
     entries: bytes and CRC-32 of the objects that are written, by name.
     """
 
-    def __init__(self, folder: StoragePath):
+    def __init__(self, folder: Location):
         self.folder = folder
         self.entries: dict[str, dict[str, int]] = {}
 
@@ -53,7 +53,7 @@ class ObjectWriter(StorageWriter):
             for item in plan.items:
                 start, tensor = file.tell(), planner.resolve_data(item)
                 assert isinstance(tensor, torch.Tensor), f"{item.index.fqn} is no tensor"
-                torch.save(tensor.detach().cpu().clone(), file)  # a view would bring all that it is a view of
+                torch.save(_alone(tensor.detach().cpu()), file)
                 place = _StorageInfo(plan.storage_data, start, file.tell() - start)
                 results.append(WriteResult(item.index, place.length, place))
         done: Future[list[WriteResult]] = Future()
@@ -68,7 +68,7 @@ class ObjectWriter(StorageWriter):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        return isinstance(checkpoint_id, StoragePath)
+        return isinstance(checkpoint_id, Location)
 
     @contextmanager
     def _create(self, name: str) -> Iterator[Any]:
@@ -76,6 +76,11 @@ class ObjectWriter(StorageWriter):
             file = _Counted(stream)
             yield file
         self.entries[name] = {"bytes": file.bytes, "crc32": file.crc32}
+
+
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` without what it is a view of, which `torch.save` would write too."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 class _Counted:

@@ -7,6 +7,7 @@ other format, in one process, a tensor or a part of one at a time.
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from cordee import sealed
 from cordee.checkpoint import assets, directory
 from cordee.checkpoint.files import METADATA, read_metadata, read_tensor, tensors
-from cordee.checkpoint.storage import Place, place_of
+from cordee.checkpoint.storage import Location, location_of
 from cordee.errors import Problem, ProblemError, Problems, raise_all
 from cordee.families.registry import STORED_SPEC, ModelSpec
 from cordee.tensors.views import Index, Leaf, View
@@ -24,11 +25,11 @@ from cordee.weights.codec import Source
 _FORM = sealed.record({"model": STORED_SPEC})
 
 
-def read(path: str | Place, iteration: int | None = None) -> CheckpointSource:
+def read(path: str | Path | Location, iteration: int | None = None) -> CheckpointSource:
     """The weights of the checkpoint in `path`, or, of a directory of checkpoints, that of `iteration`, else the newest
     whole one. ProblemError if there is none or it is damaged.
     """
-    path = place_of(path)
+    path = location_of(path)
     notes: list[str] = []  # what was skipped
     if not (path / directory.MANIFEST).is_file():
         if iteration is None:
@@ -36,7 +37,7 @@ def read(path: str | Place, iteration: int | None = None) -> CheckpointSource:
         if iteration is None:
             why = "; ".join(["there is no good checkpoint", *notes])
             fix = "give a directory that --save has written"
-            raise ProblemError([Problem("checkpoint", path, why, fix, "missing")])
+            raise ProblemError([Problem("checkpoint", str(path), why, fix, "missing")])
         path = directory.folder_of(path, iteration)
     if (why := directory.damage(path)) is not None:
         raise _corrupt(path, why)
@@ -46,7 +47,7 @@ def read(path: str | Place, iteration: int | None = None) -> CheckpointSource:
 class CheckpointSource(Source):
     """The float32 master weights of a checkpoint. Files are checked against their checksums when first read from."""
 
-    def __init__(self, path: Place, notes: tuple[str, ...] = ()):
+    def __init__(self, path: Location, notes: tuple[str, ...] = ()):
         self.path = path
         self.notes = notes
         self._checked = {METADATA}
@@ -92,9 +93,9 @@ class CheckpointSource(Source):
             if kept is None or list(kept.size) != list(shape):
                 found = "missing" if kept is None else f"of shape {list(kept.size)}"
                 why = f"{name} is {found}, the model of the checkpoint has {list(shape)}"
-                yield Problem("checkpoint", self.path, why, "take another checkpoint", "shape", limit=name)
+                yield Problem("checkpoint", str(self.path), why, "take another checkpoint", "shape", limit=name)
 
 
-def _corrupt(path: Place, why: str) -> ProblemError:
+def _corrupt(path: Location, why: str) -> ProblemError:
     fix = "take another checkpoint, or copy this one again"
-    return ProblemError([Problem("checkpoint", path, why, fix, "corrupt")])
+    return ProblemError([Problem("checkpoint", str(path), why, fix, "corrupt")])

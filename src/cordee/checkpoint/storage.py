@@ -1,88 +1,158 @@
 """Where checkpoints are kept: the local file system, or a store of objects behind a URL.
 
-Owns what is asked of such a store (`Storage`), the stores that `fsspec` knows (s3, gs, abfs, hdfs, memory, ...), and a
-path in a store, which is read like one of pathlib. Knows neither torch nor checkpoints: how one is committed is in
-`directory.py`.
+Owns what is asked of either (`Storage`), the local one, the stores that `fsspec` knows (s3, gs, abfs, hdfs, memory,
+...), and a location in one, which is read like a path of pathlib. Knows neither torch nor checkpoints: how one is
+committed is in `directory.py`.
 
 What is assumed of a store: who reads an object after its `write` has ended sees all of it, and after `delete` nothing.
-Not assumed: renaming, appending, an atomic overwrite, that an object whose `write` did not end is absent or whole, or
-that `list` shows what was written a moment ago.
+Not assumed, but had by the local file system (`renames`): renaming, an atomic overwrite, that an object whose `write`
+did not end is absent, and that `list` shows what was written a moment ago.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import io
+import os
 import re
+import stat
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Protocol, cast
+from typing import Any, BinaryIO, ClassVar, Literal, cast
 
 from cordee.errors import Problem, ProblemError
-from cordee.files import RangeFile
+from cordee.files import RangeFile, durable, open_regular, remove_tree, sync_directory
 
 _URL = re.compile(r"([a-z][a-z0-9+.-]+)://.*", re.DOTALL)
 BUFFER = 1 << 16  # bytes that are read at least, from where one is looking for something
 
 
-class Storage(Protocol):
-    """Objects by their URL. OSError, FileNotFoundError where that is the reason, if an operation fails."""
+class Storage(ABC):
+    """Objects by their URL. OSError, FileNotFoundError where that is the reason, if an operation fails.
 
+    renames: it has `rename`, and an overwrite is atomic.
+    """
+
+    renames: ClassVar[bool] = False
+
+    @abstractmethod
     def list(self, folder: str) -> list[str]:
         """Names of the objects and folders directly in a folder; none if there is no such folder."""
-        ...
 
+    @abstractmethod
     def size(self, url: str) -> int | None:
         """Bytes of an object; None if there is none (a folder is none)."""
-        ...
 
+    @abstractmethod
     def read(self, url: str, start: int, length: int) -> bytes:
         """Bytes `start` to `start + length` of an object, fewer where it ends before."""
-        ...
 
+    @abstractmethod
     def write(self, url: str) -> AbstractContextManager[BinaryIO]:
         """A stream to an object, which is there in place of an older one once the context has been left."""
-        ...
 
+    @abstractmethod
     def delete(self, url: str) -> None:
         """Remove an object, or a folder with all that is in it, if it is there."""
-        ...
+
+    def open(self, url: str) -> BinaryIO:
+        """An object as a file to read; only what is asked for is transferred, `BUFFER` bytes at least."""
+        if (size := self.size(url)) is None:
+            raise FileNotFoundError(f"{url} is missing")
+        return cast(BinaryIO, io.BufferedReader(RangeFile(size, partial(self.read, url)), BUFFER))
+
+    def rename(self, url: str, new: str) -> None:
+        """Give a folder another URL, at which nothing is."""
+        raise NotImplementedError(f"{type(self).__name__} renames nothing")
+
+    def path(self, url: str) -> Path | None:
+        """Where an object or folder lies on this machine; None if it does not."""
+        return None
 
 
 @dataclass(frozen=True)
-class StoragePath:
-    """A URL in a store, without a slash at its end. It has what reading checkpoints takes of `pathlib.Path`."""
+class LocalStorage(Storage):
+    """The local file system; URLs are paths. What was written, renamed or removed is so after a power cut too."""
+
+    renames: ClassVar[bool] = True
+
+    def list(self, folder: str) -> list[str]:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            return sorted(os.listdir(folder))
+        return []
+
+    def size(self, url: str) -> int | None:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            found = os.stat(url)
+            return found.st_size if stat.S_ISREG(found.st_mode) else None
+        return None
+
+    def read(self, url: str, start: int, length: int) -> bytes:
+        with self.open(url) as file:
+            file.seek(start)
+            return file.read(length)
+
+    def write(self, url: str) -> AbstractContextManager[BinaryIO]:
+        path = Path(url)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return durable(path)
+
+    def delete(self, url: str) -> None:
+        remove_tree(Path(url))
+
+    def open(self, url: str) -> BinaryIO:
+        return open_regular(Path(url))
+
+    def rename(self, url: str, new: str) -> None:
+        os.rename(url, new)
+        sync_directory(Path(new).parent)
+
+    def path(self, url: str) -> Path | None:
+        return Path(url)
+
+
+@dataclass(frozen=True)
+class Location:
+    """An object or folder in a storage, by its URL without a slash at its end, with what reading takes of `Path`."""
 
     storage: Storage
     url: str
 
-    def __truediv__(self, name: str) -> StoragePath:
-        return StoragePath(self.storage, f"{self.url}/{name}")
+    def __truediv__(self, name: str) -> Location:
+        return Location(self.storage, os.path.join(self.url, name))
 
     def __str__(self) -> str:
         return self.url
 
     @property
     def name(self) -> str:
-        return self.url.rpartition("/")[2]
+        return os.path.basename(self.url)
 
     @property
-    def parent(self) -> StoragePath:
-        return StoragePath(self.storage, self.url.rpartition("/")[0])
+    def parent(self) -> Location:
+        return Location(self.storage, os.path.dirname(self.url) or ".")
+
+    @property
+    def local(self) -> Path | None:
+        """The path of what is on this machine, for what takes nothing else; None in a store."""
+        return self.storage.path(self.url)
+
+    def size(self) -> int | None:
+        """Bytes of an object; None if there is none."""
+        return self.storage.size(self.url)
 
     def is_file(self) -> bool:
-        return self.storage.size(self.url) is not None
-
-    def exists(self) -> bool:
-        return self.is_file() or self.is_dir()
+        return self.size() is not None
 
     def is_dir(self) -> bool:
+        """Whether it is a folder that something is in."""
         return bool(self.storage.list(self.url))
 
-    def iterdir(self) -> Iterator[StoragePath]:
+    def iterdir(self) -> Iterator[Location]:
         return (self / name for name in self.storage.list(self.url))
 
     def read_bytes(self) -> bytes:
@@ -90,24 +160,28 @@ class StoragePath:
             return file.read()
 
     def open(self, mode: Literal["rb"] = "rb") -> BinaryIO:
-        """The object as a file to read; only what is asked for is transferred, `BUFFER` bytes at least."""
-        if (size := self.storage.size(self.url)) is None:
-            raise FileNotFoundError(f"{self} is missing")
-        read = partial(self.storage.read, self.url)
-        return cast(BinaryIO, io.BufferedReader(RangeFile(size, read), BUFFER))
+        return self.storage.open(self.url)
 
     def write(self) -> AbstractContextManager[BinaryIO]:
         return self.storage.write(self.url)
 
+    def write_text(self, text: str) -> None:
+        with self.write() as file:
+            file.write(text.encode())
+
     def delete(self) -> None:
         self.storage.delete(self.url)
 
+    def rename(self, new: Location) -> None:
+        self.storage.rename(self.url, new.url)
 
-Place = Path | StoragePath
+    def resolve(self) -> Location:
+        """The same place by the one name that it has without links."""
+        return self if self.local is None else Location(self.storage, os.path.realpath(self.url))
 
 
 @dataclass(frozen=True)
-class FsspecStorage:
+class FsspecStorage(Storage):
     """What fsspec's file system for the URLs that begin as `root` does. Credentials are where its package looks for
     them, or in fsspec's own configuration (~/.config/fsspec, FSSPEC_S3_KEY and the like).
     """
@@ -169,17 +243,19 @@ def _as_os_errors() -> Iterator[None]:
 
 
 def is_url(given: str) -> bool:
-    """Whether a place is one in a store: a URL with a scheme."""
+    """Whether something is a URL with a scheme, so that it is in a store."""
     return _URL.fullmatch(given) is not None
 
 
-def place_of(given: str | Path | StoragePath, option: str = "--load") -> Place:
-    """The place that `given` names: a URL with a scheme one in a store, anything else a local path.
+def location_of(given: str | Path | Location, option: str = "--load") -> Location:
+    """What `given` names: a URL with a scheme something in a store, anything else a local path.
 
     ProblemError, about `option`, if a package that such a store needs is missing, or nobody knows the scheme.
     """
-    if isinstance(given, StoragePath) or (match := _URL.fullmatch(str(given))) is None:
-        return given if isinstance(given, StoragePath) else Path(given)
+    if isinstance(given, Location):
+        return given
+    if (match := _URL.fullmatch(str(given))) is None:
+        return Location(LocalStorage(), str(Path(given)))
     why, fix = None, 'pip install "cordee[storage]"'
     if importlib.util.find_spec("fsspec") is None:
         why = f"the package fsspec, which reads and writes {match[1]}, is not installed"
@@ -195,28 +271,14 @@ def place_of(given: str | Path | StoragePath, option: str = "--load") -> Place:
     if why is not None:
         raise ProblemError([Problem(option, str(given), why, fix)])
     url = str(given).rstrip("/")
-    return StoragePath(FsspecStorage(url), url)
+    return Location(FsspecStorage(url), url)
 
 
 @contextmanager
 def reached(option: str, given: str) -> Iterator[None]:
-    """ProblemError, about `option`, where a place cannot be reached or refuses."""
+    """ProblemError, about `option`, where a location cannot be reached or refuses."""
     try:
         yield
     except OSError as error:
-        fix = "check the address, the network and the credentials, or give another place"
+        fix = "check the address, the network and the credentials, or give another"
         raise ProblemError([Problem(option, given, f"it cannot be read or written: {error}", fix)]) from error
-
-
-def same(one: Place, other: Place) -> bool:
-    """Whether two places are one; those that are not there are compared by name."""
-    if isinstance(one, StoragePath) or isinstance(other, StoragePath):
-        return str(one) == str(other)
-    return one.absolute() == other.absolute() or (one.exists() and other.exists() and one.samefile(other))
-
-
-def size_of(place: Place) -> int | None:
-    """Bytes of a file or object; None if there is none."""
-    if isinstance(place, StoragePath):
-        return place.storage.size(place.url)
-    return place.stat().st_size if place.is_file() else None

@@ -3,7 +3,8 @@
 Owns an object that names who writes there, and whose holder changes it every `heartbeat` seconds. Who finds one waits
 for three heartbeats whether it changes, and takes the place of a holder that is dead. There is no atomic exchange: of
 two runs that begin at the same moment the later to write has the lock, the other notices when it reads its own record
-back, at the latest at its next heartbeat, and says so. What both have saved stays whole: no two saves share a folder.
+back, at the latest at its next heartbeat or save, and stops. What both have saved stays whole: no two saves share a
+folder.
 """
 
 from __future__ import annotations
@@ -13,9 +14,15 @@ import time
 from contextlib import suppress
 from dataclasses import asdict
 
-from cordee.checkpoint.storage import StoragePath
+from cordee import lock
+from cordee.checkpoint.storage import Location
 from cordee.lock import HEARTBEAT_SECONDS, HeldError, Holder, Lock
 from cordee.log import logger
+
+
+def acquire(path: Location) -> Lock:
+    """The lock at `path`: of the kernel where it is on this machine, else a `StorageLock`. As these raise."""
+    return StorageLock(path) if path.local is None else lock.acquire(path.local)
 
 
 class StorageLock(Lock):
@@ -24,9 +31,9 @@ class StorageLock(Lock):
     HeldError if another process has it; OSError if the store cannot be read or written.
     """
 
-    path: StoragePath
+    path: Location
 
-    def __init__(self, path: StoragePath, heartbeat: float = HEARTBEAT_SECONDS):
+    def __init__(self, path: Location, heartbeat: float = HEARTBEAT_SECONDS):
         self.path, self._heartbeat = path, heartbeat
         self._mine = Holder.new()
         self._beats = 0

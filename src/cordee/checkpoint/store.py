@@ -13,7 +13,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from pathlib import Path
 from traceback import StackSummary
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -24,14 +23,14 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.storage import StorageWriter
 from torch.optim import Optimizer
 
 from cordee.checkpoint import directory
-from cordee.checkpoint.files import METADATA, SafeReader, missing_bytes, read_metadata, tensors
+from cordee.checkpoint.files import SafeReader, missing_bytes, read_metadata, tensors
 from cordee.checkpoint.object_writer import ObjectWriter
-from cordee.checkpoint.storage import Place
+from cordee.checkpoint.storage import Location
 from cordee.errors import Problem, ProblemError, Problems, RankLostError, raise_all
+from cordee.lock import HeldError, Lock
 from cordee.log import logger
 from cordee.model.parameter import ORIGINS, Origin, of_origins
 from cordee.parallel import collectives
@@ -50,27 +49,26 @@ class CheckpointStore:
     `group` is a gloo group that nothing else uses, or None alone in one process: checkpoints are written by a thread
     of their own, whose collectives must not mix with those of training. `keep_last` bounds how many checkpoints are
     kept; None keeps all. Parameters of `origins` are saved, with their state. `on_lost` is called in that thread when
-    a checkpoint in the background has lost other ranks: training may hang then, and would never see it.
+    a checkpoint in the background has lost other ranks: training may hang then, and would never see it. With `lock`,
+    of the first rank, nothing is changed under `root` once another process has taken it.
     """
 
     def __init__(
         self,
-        root: Place,
+        root: Location,
         *,
         group: ProcessGroup | None = None,
         keep_last: int | None = None,
         origins: Collection[Origin] = ORIGINS,
-        writer: Callable[[Any], StorageWriter] | None = None,
         on_lost: Callable[[RankLostError], None] | None = None,
+        lock: Lock | None = None,
     ):
         self.root = root
         self._group = group
         self._keep_last = keep_last
         self._origins = origins
-        self._writer: Callable[[Any], StorageWriter] = writer or (
-            dcp.FileSystemWriter if isinstance(root, Path) else ObjectWriter
-        )
         self._on_lost = on_lost
+        self._lock = lock
         self._first = group is None or dist.get_rank(group) == 0
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
@@ -159,12 +157,15 @@ class CheckpointStore:
         try:
             with collectives.contact(f"while writing the checkpoint of iteration {iteration}"):
                 new = self.root / _from_all(lambda: self._prepare(iteration), group)[0]
-                writer = self._writer(new)
+                writer = ObjectWriter(new)
                 written = dcp.save(staged, storage_writer=writer, process_group=group, no_dist=group is None)
-                entries = _from_all(lambda: self._own_files(new, writer), group)
+                entries = _from_all(lambda: writer.entries, group)
                 files = {name: entry for part in entries for name, entry in part.items()}
                 _from_all(lambda: self._publish(new, iteration, written, files, state), group)
         except dcp.CheckpointException as error:
+            taken = next((cause for _, cause in _causes(error) if isinstance(cause, HeldError)), None)
+            if taken is not None:
+                raise ProblemError([self._taken(taken)], everywhere=True) from error
             # A whole one stays: then it was retention that failed.
             if self._first and new is not None and directory.damage(new) is not None:
                 directory.discard(new)
@@ -174,39 +175,39 @@ class CheckpointStore:
         """The name of the folder to write to, empty as it is; of the first rank that counts."""
         if not self._first:
             return ""
+        self._require_held()
         new = directory.temporary(self.root, iteration)
-        if isinstance(new, Path):
-            directory.discard(new)
-            new.mkdir(parents=True)
+        directory.discard(new)
         return new.name
 
-    def _own_files(self, new: Place, writer: StorageWriter) -> dict[str, dict[str, int]]:
-        """Manifest entries of the files this rank wrote; from a file system they are read back."""
-        if isinstance(writer, ObjectWriter):
-            return writer.entries
-        rank = 0 if self._group is None else dist.get_rank(self._group)
-        assert isinstance(new, Path), "in a store nothing but an ObjectWriter writes"
-        own = [*new.glob(f"__{rank}_*"), *([new / METADATA] if rank == 0 else [])]
-        return {path.name: directory.file_entry(path) for path in own}
-
     def _publish(
-        self, new: Place, iteration: int, written: dcp.Metadata, files: dict[str, dict[str, int]], state: State
+        self, new: Location, iteration: int, written: dcp.Metadata, files: dict[str, dict[str, int]], state: State
     ) -> None:
         if not self._first:
             return
         if (lack := missing_bytes(new, written)) is not None:
             raise OSError(f"what was written is not what was saved: {lack}")
+        self._require_held()
         manifest = {"format": directory.FORMAT, "iteration": iteration, "files": files, **state}
         directory.publish(new, manifest)
         if self._keep_last is not None and (removed := directory.retain(self.root, iteration, self._keep_last)):
             logger.info("removed checkpoints of iterations %s", ", ".join(map(str, sorted(removed))))
 
+    def _require_held(self) -> None:
+        if self._lock is not None:
+            self._lock.require_held()
+
+    def _taken(self, by: HeldError) -> Problem:
+        fix = "stop one of the two runs; to continue this one elsewhere, resume it with --load here and another --save"
+        why = f"another run has taken it from this one, which changes nothing there now: {by}; {self._last_good()}"
+        return Problem("--save", str(self.root), why, fix, "taken")
+
     def _problem(self, iteration: int, error: dcp.CheckpointException) -> Problem:
         why = "; ".join(f"rank {rank}: {_short(cause)}" for rank, cause in _causes(error))
-        place = self.root / directory.name_of(iteration)
+        place = str(self.root / directory.name_of(iteration))
         fix = "free space or fix the disk, then start the same command with --load pointing at --save"
         why = f"the checkpoint could not be written ({why}); {self._last_good()}"
-        return Problem("--save", place, why, fix, "unwritable")
+        return Problem("--save", place, why, fix, "unwritable", limit=[rank for rank, _ in _causes(error)])
 
 
 def _from_all(part: Callable[[], T], group: ProcessGroup | None) -> list[T]:
@@ -214,7 +215,7 @@ def _from_all(part: Callable[[], T], group: ProcessGroup | None) -> list[T]:
     result, failure = None, None
     try:
         result = part()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HeldError) as error:
         failure = error, StackSummary()
     results, failures = zip(*collectives.gather_in(group, (result, failure)), strict=True)
     if failed := {rank: failure for rank, failure in enumerate(failures) if failure is not None}:
@@ -256,22 +257,25 @@ def _stage(found: Tensors) -> Tensors:
 
 
 def restore(
-    directory_: Place,
+    directory_: Location,
     model: nn.Module,
     optimizer: Optimizer | None = None,
     *,
     group: ProcessGroup | None = None,
     origins: Collection[Origin] = ORIGINS,
-) -> None:
+    optional: Collection[Origin] = (),
+) -> set[Origin]:
     """Fill `model`, and `optimizer` unless None, from the checkpoint in `directory_`, whatever layout wrote it.
 
-    Parameters of other `origins` stay as they are, and the checkpoint need not have them.
+    Parameters of other `origins` stay as they are, and the checkpoint need not have them. So do those of `optional`
+    origins of which it has none at all, which are returned.
     An optimizer that had no state when it was saved (every step was skipped) has none afterwards. All ranks of
     `group` call it together. ProblemError names every parameter that does not fit.
     """
     metadata = collectives.together(lambda: _metadata(directory_), group)
     kept = tensors(metadata)
-    parameters = of_origins(model, origins)
+    absent: set[Origin] = {origin for origin in optional if not _has_any(kept, of_origins(model, {origin}), group)}
+    parameters = of_origins(model, set(origins) - absent)
     wanted = {f"model.{name}": parameter.detach() for name, parameter in parameters.items()}
     raise_all(_misfits(directory_, kept, wanted))
     if optimizer is not None:
@@ -281,9 +285,15 @@ def restore(
         dcp.load(wanted, storage_reader=reader, process_group=group, no_dist=group is None)
     except dcp.CheckpointException as error:  # of all ranks, to all of them
         raise ProblemError(dict.fromkeys(_unread(directory_, error)), everywhere=True) from error
+    return absent
 
 
-def _metadata(path: Place) -> dcp.Metadata:
+def _has_any(kept: Collection[str], parameters: Collection[str], group: ProcessGroup | None) -> bool:
+    """Whether any of `parameters` of any rank is in a checkpoint."""
+    return any(collectives.gather_in(group, any(f"model.{name}" in kept for name in parameters)))
+
+
+def _metadata(path: Location) -> dcp.Metadata:
     """ProblemError if it cannot be read, or has tensors in files that the manifest does not vouch for."""
     try:
         metadata = read_metadata(path)
@@ -292,26 +302,28 @@ def _metadata(path: Place) -> dcp.Metadata:
         if unknown:
             raise ValueError(f"its tensors are in {', '.join(sorted(unknown))}, which is none of its files")
     except ValueError as error:
-        raise ProblemError([Problem("--load", path, str(error), "take another checkpoint", "corrupt")]) from error
+        raise ProblemError([Problem("--load", str(path), str(error), "take another checkpoint", "corrupt")]) from error
     return metadata
 
 
-def _unread(path: Place, error: dcp.CheckpointException) -> Problems:
+def _unread(path: Location, error: dcp.CheckpointException) -> Problems:
     """What kept ranks from reading their parts."""
     for rank, cause in _causes(error):
         if isinstance(cause, ProblemError):
             yield from cause.problems
         else:
             why = f"rank {rank} cannot read it: {_short(cause)}"
-            yield Problem("--load", path, why, "take another checkpoint", "corrupt")
+            yield Problem("--load", str(path), why, "take another checkpoint", "corrupt")
 
 
-def _misfits(path: Place, kept: dict[str, Any], wanted: Tensors) -> Problems:
+def _misfits(path: Location, kept: dict[str, Any], wanted: Tensors) -> Problems:
     for name, tensor in wanted.items():
         found = list(kept[name].size) if name in kept else None
         if found != list(tensor.shape):
             why = f"parameter {name} has shape {list(tensor.shape)} in the model, {found or 'none'} in the checkpoint"
-            yield Problem("--load", path, why, "load it into the model that it was saved from", "shape", limit=name)
+            yield Problem(
+                "--load", str(path), why, "load it into the model that it was saved from", "shape", limit=name
+            )
 
 
 def _optimizer_slots(kept: dict[str, Any], parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> Tensors:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cordee.checkpoint.formats import Format, format_of
-from cordee.checkpoint.storage import place_of
+from cordee.checkpoint.storage import location_of
 from cordee.config import laws
 from cordee.convert.check import check_dialect, check_format, check_model, check_options, target_type
 from cordee.convert.options import ConvertConfig
@@ -49,7 +49,7 @@ def run(options: ConvertConfig) -> int:
     if options.verify:
         from cordee.convert.verify import verify, verify_tokenizer
 
-        written = format_of(output).read(output, None)
+        written = format_of(output).read(location_of(output))
         for note in verify(prepared.expected or source, written, prepared.dtypes):
             logger.info(note)
         if (compare := prepared.compare_tokenizers) is not None:
@@ -123,7 +123,7 @@ def _model(form: Format, options: ConvertConfig) -> ModelSpec | None:
 
 def _read(form: Format, model: ModelSpec | None, options: ConvertConfig) -> Source:
     if form.name != "mg":
-        return form.read(place_of(options.load_dir, "--load-dir"), None)
+        return form.read(location_of(options.load_dir, "--load-dir"))
     from cordee.weights.megatron.source import MegatronSource, Reading
 
     reading = Reading(
@@ -131,7 +131,7 @@ def _read(form: Format, model: ModelSpec | None, options: ConvertConfig) -> Sour
         vocab_size=options.true_vocab_size or _count_tokens(options.vocab_file),
         strict=options.checking,
     )
-    source = form.read(place_of(options.load_dir, "--load-dir"), reading)
+    source = form.read(location_of(options.load_dir, "--load-dir"), reading)
     assert isinstance(source, MegatronSource)
     raise_all(check_dialect(source, options))
     if model is not None and (original := Path(options.model or options.save_dir)).is_dir():

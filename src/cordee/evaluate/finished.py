@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cordee.checkpoint.directory import MANIFEST
-from cordee.checkpoint.storage import Place, StoragePath, size_of
+from cordee.checkpoint.storage import Location
 from cordee.errors import Problem, ProblemError
 from cordee.evaluate.requests import digest
 from cordee.files import append_durably, end_last_line
@@ -60,22 +60,22 @@ class Finished:
         return ProblemError([Problem("--output", self._path, why, "remove that file, or give --output another name")])
 
 
-def fingerprint_files(place: Place) -> str:
+def fingerprint_files(location: Location) -> str:
     """Identifies what is in a file, or in all files of a directory: names, sizes and times of the last change; in a
     store, names, sizes and the manifests of checkpoints, which have checksums."""
-    if isinstance(place, StoragePath):
-        states: list[tuple[object, ...]] = list(_objects(place))
+    if (path := location.local) is None:
+        states: list[tuple[object, ...]] = list(_objects(location))
     else:
-        files = sorted(place.rglob("*")) if place.is_dir() else [place]
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
         stats = [(str(file), file.stat()) for file in files if file.is_file()]
         states = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-    assert states, f"nothing is in {place}, of which a model was read"
+    assert states, f"nothing is in {location}, of which a model was read"
     return digest(json.dumps(states).encode())
 
 
-def _objects(place: StoragePath) -> Iterator[tuple[object, ...]]:
-    if (size := size_of(place)) is not None:
-        yield place.url, size, place.read_bytes().hex() if place.name == MANIFEST else ""
+def _objects(location: Location) -> Iterator[tuple[object, ...]]:
+    if (size := location.size()) is not None:
+        yield location.url, size, location.read_bytes().hex() if location.name == MANIFEST else ""
     else:
-        for child in place.iterdir():
+        for child in location.iterdir():
             yield from _objects(child)

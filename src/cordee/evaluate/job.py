@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cordee import launch, log
 from cordee.checkpoint import formats
-from cordee.checkpoint.storage import place_of
+from cordee.checkpoint.storage import location_of
 from cordee.config import laws
 from cordee.errors import Findings, Problem, Problems, divisible, raise_all
 from cordee.evaluate.finished import Finished, fingerprint_files
@@ -80,7 +80,7 @@ def _finished(config: EvaluateConfig, subject: Subject) -> Finished:
         return Finished(None)
     dtype = next(subject.model.parameters()).dtype
     path = Path(config.output)
-    return Finished(path.with_name(f"{path.name}.partial"), f"{fingerprint_files(place_of(config.load))} {dtype}")
+    return Finished(path.with_name(f"{path.name}.partial"), f"{fingerprint_files(location_of(config.load))} {dtype}")
 
 
 def _processes(config: EvaluateConfig) -> int:

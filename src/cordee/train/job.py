@@ -10,7 +10,7 @@ import gc
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 
 from cordee import device, launch, lock, log
 from cordee.checkpoint import assets, directory
-from cordee.checkpoint.storage import Place, place_of, reached, same
+from cordee.checkpoint.storage import Location, location_of, reached
 from cordee.checkpoint.store import CheckpointStore, restore
 from cordee.config.option import options_of, to_flag
 from cordee.data.gpt_dataset import Dataset
@@ -31,6 +31,8 @@ from cordee.files import copy_files
 from cordee.log import logger
 from cordee.model.gpt import GPTModel
 from cordee.model.init import initialise
+from cordee.model.parameter import train_only
+from cordee.model.specs import Origin
 from cordee.optim.build import build_optimizer
 from cordee.optim.precision import build_scaler
 from cordee.parallel import apply, collectives, cost, data, sharding
@@ -41,13 +43,14 @@ from cordee.parallel.execution import Criterion, Executor, Frozen, LocalExecutor
 from cordee.parallel.layout import Layout, process_group
 from cordee.parallel.pipeline.executor import PipelineExecutor
 from cordee.parallel.pipeline.split import StagePartition, partition_layers
-from cordee.train import objectives, outputs
+from cordee.train import objectives, outputs, techniques
 from cordee.train.exits import COMPLETE, Exit, ExitRule, watch
 from cordee.train.metrics import Meter, measure_peak_flops
 from cordee.train.options import PerformanceOptions, TrainConfig
 from cordee.train.plan import plan_run
 from cordee.train.reports import Reports, build_reports
 from cordee.train.run_plan import RunPlan, TrainState
+from cordee.train.techniques import Technique
 from cordee.train.trainer import Parts, Trainer
 from cordee.weights.load import load_into
 
@@ -86,10 +89,10 @@ def train(config: TrainConfig, layout: Layout, on: torch.device, exits: ExitRule
     with ExitStack() as stack, exits.bounded_after_loss():
         with collectives.contact("while planning the run"):
             first = layout.rank == 0
-            together(lambda: stack.enter_context(outputs.held(config)) if first else None, layout.control)
+            locks = together(lambda: stack.enter_context(outputs.held(config)) if first else {}, layout.control)
             plan = _plan(config, layout)
         with collectives.contact("while building the model and opening the data"):
-            parts, state = _build(plan, layout, on, exits, stack)
+            parts, state = _build(plan, layout, on, exits, locks, stack)
         trainer = Trainer(plan, parts, state)
         ending = COMPLETE if config.skip_train else trainer.train()
         if ending is COMPLETE:
@@ -135,8 +138,9 @@ def _plan(config: TrainConfig, layout: Layout) -> RunPlan:
             break
         assert plan.origin.checkpoint is not None
         path = plan.origin.checkpoint.path
-        if config.ckpt_step is not None or same(path, place_of(config.load or "")):
-            raise ProblemError([Problem("--load", path, why, "choose another checkpoint by --ckpt-step")])
+        if config.ckpt_step is not None or path.resolve() == location_of(config.load or "").resolve():
+            fix = "choose another checkpoint by --ckpt-step"
+            raise ProblemError([Problem("--load", str(path), why, fix, "corrupt")])
         avoid[plan.origin.checkpoint.manifest["iteration"]] = why
     for note in plan.notes:
         logger.info("%s", note)
@@ -174,13 +178,14 @@ def _identity(plan: RunPlan) -> dict[str, Any]:
         "length of the run": plan.iterations,
         "checkpoint": None if checkpoint is None else (checkpoint.manifest["iteration"], checkpoint.resume),
         "weights of a model": plan.origin.weights is not None,
+        "further models": str({name: (m.spec.to_dict(), m.source is not None) for name, m in plan.models.items()}),
     }
 
 
 def _tidy(config: TrainConfig) -> None:
     if config.save is not None:
         with reached("--save", config.save):
-            for name in directory.tidy(place_of(config.save, "--save")):
+            for name in directory.tidy(location_of(config.save, "--save")):
                 logger.info("removed what an interrupted save had left: %s", name)
 
 
@@ -213,12 +218,17 @@ def _damage(plan: RunPlan, layout: Layout) -> str | None:
 
 
 def _build(
-    plan: RunPlan, layout: Layout, on: torch.device, exits: ExitRule, stack: ExitStack
+    plan: RunPlan,
+    layout: Layout,
+    on: torch.device,
+    exits: ExitRule,
+    locks: Mapping[str, lock.Lock],
+    stack: ExitStack,
 ) -> tuple[Parts, TrainState]:
     """Everything the loop works with, closed when `stack` is, and where the run is."""
     config, objective = plan.config, plan.objective
     criterion = Criterion(objective, layout)
-    model, executor = _model(plan.spec, plan.partition, config, layout, on, criterion)
+    model, executor = _model(plan.spec, plan.partition, config, layout, on, criterion, techniques.TECHNIQUES)
     fused = device.kind().fused_optimizer
     optimizer = build_optimizer(config, model.named_parameters(), model.parameter_specs(), fused=fused)
     scaler, state = build_scaler(config), TrainState()
@@ -230,8 +240,14 @@ def _build(
     loaders = _loaders(plan, layout, stack)
     store = None
     if config.save is not None:
-        root = place_of(config.save, "--save")
-        store = CheckpointStore(root, group=layout.background, keep_last=config.keep_last, on_lost=exits.rank_lost)
+        root = location_of(config.save, "--save")
+        store = CheckpointStore(
+            root,
+            group=layout.background,
+            keep_last=config.keep_last,
+            lock=locks.get("--save"),
+            on_lost=exits.rank_lost,
+        )
         stack.enter_context(store)
         together(lambda: _save_assets(plan, root) if layout.rank == 0 else None, layout.control)
     reports = _reports(plan, layout, on, objective.loss_name)
@@ -264,10 +280,15 @@ def _model(
     layout: Layout,
     on: torch.device,
     criterion: Criterion,
+    put_on: Sequence[Technique] = (),
 ) -> tuple[GPTModel, Executor]:
     """This rank's part of a model, its values still to be filled, and what runs it."""
     spans = partition.spans_of(layout.axis_rank("pp")) if partition is not None else ()
-    model = apply.apply(GPTModel(spec.config, spans=spans, device="meta"), layout, config, on)
+    model = GPTModel(spec.config, spans=spans, device="meta")
+    for technique in put_on:
+        train_only(model, technique.trains(config))
+    wrappers = [wrapper for technique in put_on for wrapper in technique.wrappers(config)]
+    apply.apply(model, layout, config, on, wrappers)
     if partition is None:
         return model, LocalExecutor(model, config, on, criterion)
     return model, PipelineExecutor(model, partition, layout, config, on, criterion)
@@ -290,9 +311,11 @@ def _further(
 def _fill(plan: RunPlan, model: GPTModel, optimizer: torch.optim.Optimizer, layout: Layout) -> None:
     """Values of the parameters and, where the run resumes, the state of the optimizer."""
     origin = plan.origin
-    if origin.checkpoint is not None:
-        takes_state = origin.checkpoint.resume and plan.config.load_optim
-        restore(origin.checkpoint.path, model, optimizer if takes_state else None, group=layout.background)
+    if (checkpoint := origin.checkpoint) is not None:
+        state = optimizer if checkpoint.resume and plan.config.load_optim else None
+        optional: tuple[Origin, ...] = () if checkpoint.resume else ("adapter", "head")
+        absent = restore(checkpoint.path, model, state, group=layout.background, optional=optional)
+        initialise(model, plan.config.seed, absent)
     elif (source := origin.source) is not None:
         report = together(lambda: load_into(model, source, origins={"base"}), layout.control)
         logger.info("%s: %s", origin.weights, report)
@@ -301,7 +324,7 @@ def _fill(plan: RunPlan, model: GPTModel, optimizer: torch.optim.Optimizer, layo
         initialise(model, plan.config.seed)
 
 
-def _save_assets(plan: RunPlan, root: Place) -> None:
+def _save_assets(plan: RunPlan, root: Location) -> None:
     """Put the tokenizer beside the checkpoints, so that they can be talked to and exported without the options."""
     if plan.tokenizer is None:
         return

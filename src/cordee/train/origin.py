@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 from cordee.checkpoint import assets, directory, formats
-from cordee.checkpoint.storage import Place, place_of, reached, same
+from cordee.checkpoint.storage import Location, location_of, reached
 from cordee.errors import Findings, Problem, ProblemError
 from cordee.families.registry import spec_from_directory, spec_named
 from cordee.train import resume
@@ -41,19 +40,19 @@ def choose(config: TrainConfig, avoid: Mapping[int, str] | None, notes: list[str
     if config.load is None:
         return Origin()
     with reached("--load", config.load):
-        return _choose(config, place_of(config.load), avoid, notes)
+        return _choose(config, location_of(config.load), avoid, notes)
 
 
-def _choose(config: TrainConfig, path: Place, avoid: Mapping[int, str] | None, notes: list[str]) -> Origin:
-    form = formats.find(path) if path.exists() else None
-    if form is not None and form.name != "cordee" and isinstance(path, Path):
-        return Origin(weights=path)
+def _choose(config: TrainConfig, path: Location, avoid: Mapping[int, str] | None, notes: list[str]) -> Origin:
+    form = formats.find(path)
+    if form is not None and form.local:
+        return Origin(weights=path.local)
     if (path / directory.MANIFEST).is_file():
         return _of_checkpoint(config, path)
     if directory.is_root(path):
         return _of_checkpoint(config, directory.folder_of(path, _iteration(config, path, avoid, notes)))
-    is_own = config.save is not None and same(place_of(config.save, "--save"), path)
-    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not is_own):
+    is_own = config.save is not None and location_of(config.save, "--save").resolve() == path.resolve()
+    if path.is_file() or (path.is_dir() and not is_own):
         fix = "give a directory that --save has written, one with config.json and weights, or a GGUF file"
         raise _unfit(path, "it holds neither a checkpoint nor a model", fix, "format")
     if config.exit_on_missing_checkpoint or not is_own:
@@ -63,7 +62,7 @@ def _choose(config: TrainConfig, path: Place, avoid: Mapping[int, str] | None, n
     return Origin()
 
 
-def _iteration(config: TrainConfig, root: Place, avoid: Mapping[int, str] | None, notes: list[str]) -> int:
+def _iteration(config: TrainConfig, root: Location, avoid: Mapping[int, str] | None, notes: list[str]) -> int:
     """The checkpoint to load: that of --ckpt-step, else the last good one."""
     if config.ckpt_step is not None:
         return config.ckpt_step
@@ -75,7 +74,7 @@ def _iteration(config: TrainConfig, root: Place, avoid: Mapping[int, str] | None
     return iteration
 
 
-def _of_checkpoint(config: TrainConfig, path: Place) -> Origin:
+def _of_checkpoint(config: TrainConfig, path: Location) -> Origin:
     try:
         if (why := directory.damage(path)) is not None:
             raise ValueError(why)
@@ -87,5 +86,5 @@ def _of_checkpoint(config: TrainConfig, path: Place) -> Origin:
     return Origin(Checkpoint(path, manifest, resume=not config.finetune), assets=assets.beside(path))
 
 
-def _unfit(path: Place, why: str, fix: str, kind: str, limit: object = None) -> ProblemError:
-    return ProblemError([Problem("--load", path, why, fix, kind, limit=limit)])
+def _unfit(path: Location, why: str, fix: str, kind: str, limit: object = None) -> ProblemError:
+    return ProblemError([Problem("--load", str(path), why, fix, kind, limit=limit)])

@@ -5,15 +5,14 @@ Owns which places of a run's options are locked, and what is said of one that an
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from cordee import lock
-from cordee.checkpoint.storage import Place, is_url, place_of
-from cordee.checkpoint.storage_lock import StorageLock
+from cordee.checkpoint import storage_lock
+from cordee.checkpoint.storage import Location, is_url, location_of
 from cordee.errors import Problem, raise_all
 from cordee.train.options import TrainConfig
 
@@ -23,20 +22,21 @@ LOCK, METRICS = ".lock", "metrics.jsonl"
 def check_free(config: TrainConfig) -> list[Problem]:
     """The places that another run has now, as far as the kernel of this machine knows. ProblemError for one that is
     none."""
-    found = _all_at_once(lambda file: lock.holder(file) if isinstance(file, Path) else None, config)
+    found = _all_at_once(lambda file: lock.holder(file.local) if file.local is not None else None, config)
     return [_taken(*place, who) for place, who in found if isinstance(who, lock.HeldError)]
 
 
 @contextmanager
-def held(config: TrainConfig) -> Iterator[None]:
+def held(config: TrainConfig) -> Iterator[dict[str, lock.Lock]]:
     """Have all places that a run with these options writes to, as its rank 0; ProblemError with those that it cannot
-    have.
+    have. Yields the locks by option.
     """
     with ExitStack() as stack:
+        locks: dict[Location, lock.Lock] = {}  # filled by threads
 
-        def acquire(file: Place) -> Exception | None:
+        def acquire(file: Location) -> Exception | None:
             try:
-                stack.enter_context(lock.acquire(file) if isinstance(file, Path) else StorageLock(file))
+                locks[file] = stack.enter_context(storage_lock.acquire(file))
             except (lock.HeldError, OSError) as error:
                 return error
             return None
@@ -49,11 +49,11 @@ def held(config: TrainConfig) -> Iterator[None]:
                 fix = "give a place that can be written to"
                 problems.append(Problem(option, given, f"it cannot be written to: {error}", fix))
         raise_all(problems)
-        yield
+        yield {option: locks[file] for file, (option, _) in _locks(config).items()}
 
 
 def _all_at_once(
-    look: Callable[[Place], Exception | None], config: TrainConfig
+    look: Callable[[Location], Exception | None], config: TrainConfig
 ) -> list[tuple[tuple[str, str], Exception | None]]:
     """What stands against each place, by threads: waiting for a lease, or for a run that is dying, is waiting once."""
     locks = _locks(config)
@@ -61,20 +61,18 @@ def _all_at_once(
         return list(zip(locks.values(), threads.map(look, locks), strict=True))
 
 
-def _locks(config: TrainConfig) -> dict[Place, tuple[str, str]]:
+def _locks(config: TrainConfig) -> dict[Location, tuple[str, str]]:
     """The files to lock, with the option and the place they stand for; each once, however it is written."""
-    files: dict[Place, tuple[str, str]] = {}
-    if config.save is not None:
-        root = place_of(config.save, "--save")
-        files[(Path(os.path.realpath(root)) if isinstance(root, Path) else root) / LOCK] = ("--save", config.save)
-    if config.tensorboard_dir is not None:
-        given = config.tensorboard_dir
-        files[Path(os.path.realpath(given)) / LOCK] = ("--tensorboard-dir", given)
+    files: dict[Location, tuple[str, str]] = {}
+    if (given := config.save) is not None:
+        files[location_of(given, "--save").resolve() / LOCK] = ("--save", given)
+    if (given := config.tensorboard_dir) is not None:
+        files.setdefault(location_of(Path(given)).resolve() / LOCK, ("--tensorboard-dir", given))
     if (given := config.metrics_file) is not None:
-        path = Path(os.path.realpath(given))
+        path = location_of(Path(given)).resolve()
         beside_checkpoints = path.name == METRICS  # as those are of a run that has its --save there
-        file = path.with_name(LOCK if beside_checkpoints else f".{path.name}{LOCK}")
-        files.setdefault(file, ("--metrics-file", given))
+        name = LOCK if beside_checkpoints else f".{path.name}{LOCK}"
+        files.setdefault(path.parent / name, ("--metrics-file", given))
     return files
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from cordee import launch
 from cordee.checkpoint import directory
-from cordee.checkpoint.storage import place_of, reached, same
+from cordee.checkpoint.storage import location_of, reached
 from cordee.config import laws
 from cordee.config.option import options_of
 from cordee.errors import Findings, Problem, ProblemError, Problems, at_most, divides, raise_all, unique
@@ -34,10 +34,10 @@ from cordee.parallel.degrees import problems as degree_problems
 from cordee.parallel.laws import PlacedRun
 from cordee.parallel.laws import check as layout_problems
 from cordee.parallel.pipeline import check as pipeline_check
-from cordee.parallel.pipeline.split import noop_layers
+from cordee.parallel.pipeline.split import StagePartition, noop_layers
 from cordee.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
 from cordee.tokenizer.options import TokenizerOptions
-from cordee.train import batch_schedule, experts, objectives, outputs, resume
+from cordee.train import batch_schedule, experts, objectives, outputs, resume, techniques
 from cordee.train.batch_schedule import BatchSchedule, build_batch_schedule
 from cordee.train.options import TrainConfig
 from cordee.train.origin import choose, opened
@@ -107,13 +107,12 @@ def plan_run(
     if spec is not None:
         found.notes += experts.ignored(spec, config)
         trained = found.attempt(partial(experts.with_training, spec, config), involves=("num_experts", "model", "load"))
-        spec = trained or spec
-        found.problems += _fit_problems(config, spec, tokenizer)
+        spec = _adapted(trained or spec, config, found)
     counts = sorted({size // batches.slice_size for size in batches.batch_sizes()})
     placed = PlacedRun(model=spec.config if spec else None, degrees=shape, options=config, micro_batches=counts)
-    for each in (placed, *(replace(placed, model=further.spec.config) for further in (models or {}).values())):
-        found.problems += layout_problems(each) if shape.world_size > 1 else ()
-    partition = found.attempt(lambda: pipeline_check.partition(placed))
+    partition = _place(placed, tokenizer, found)
+    for further in (models or {}).values():
+        _place(replace(placed, model=further.spec.config), tokenizer, found)
     found.notes += pipeline_check.notes(partition, counts)
     checkpoint = origin.checkpoint if origin is not None else None
     if checkpoint is not None and checkpoint.resume:
@@ -147,6 +146,22 @@ def option_problems(config: TrainConfig) -> Problems:
     yield from batch_schedule.problems(config, fitting(config, launch.world_size(config.nproc_per_node)).data)
     yield from optim_schedule.problems(config, config.train_iters, config.train_samples)
     yield from launch.problems(config.nproc_per_node)
+
+
+def _adapted(spec: ModelSpec, config: TrainConfig, found: Findings) -> ModelSpec:
+    """The model that is trained, with what techniques add to it."""
+    for technique in techniques.TECHNIQUES:
+        adapted = found.attempt(partial(technique.adapt, spec.config, config))
+        spec = replace(spec, config=adapted or spec.config)
+    return spec
+
+
+def _place(run: PlacedRun, tokenizer: Tokenizer | None, found: Findings) -> StagePartition | None:
+    """How a pipeline shards a model; all that keeps the run from using it is added to `found`."""
+    if run.model is not None:
+        found.problems += _fit_problems(run.options.seq_length, run.model, tokenizer)
+    found.problems += layout_problems(run) if run.degrees.world_size > 1 else ()
+    return found.attempt(lambda: pipeline_check.partition(run))
 
 
 def _name_problems(config: TrainConfig) -> Problems:
@@ -257,12 +272,10 @@ def _vocabulary_problems(config: TrainConfig, rows: int) -> Problems:
         )
 
 
-def _fit_problems(config: TrainConfig, spec: ModelSpec, tokenizer: Tokenizer | None) -> Problems:
-    longest, vocab_size = spec.config.max_position_embeddings, spec.config.vocab_size
+def _fit_problems(seq_length: int, model: ModelConfig, tokenizer: Tokenizer | None) -> Problems:
+    longest, vocab_size = model.max_position_embeddings, model.vocab_size
     positions = f"the {longest} positions that the model holds"
-    yield from at_most(
-        "--seq-length", config.seq_length, longest, positions, "max_position_embeddings", "model", "load"
-    )
+    yield from at_most("--seq-length", seq_length, longest, positions, "max_position_embeddings", "model", "load")
     if tokenizer is not None:
         why, involved = f"the {vocab_size} tokens of the model", (*_TOKENIZER, *_MODEL)
         yield from at_most("tokenizer", tokenizer.vocab_size, vocab_size, why, *involved)
@@ -274,18 +287,18 @@ def _fit_problems(config: TrainConfig, spec: ModelSpec, tokenizer: Tokenizer | N
 def _save_problems(config: TrainConfig, origin: Origin | None) -> Problems:
     if config.save is None:
         return
-    root = place_of(config.save, "--save")
-    if isinstance(root, Path):
-        yield from _unwritable("--save", root)
+    root = location_of(config.save, "--save")
+    if root.local is not None:
+        yield from _unwritable("--save", root.local)
     with reached("--save", config.save):
         holds_run, newest = directory.is_root(root), max(directory.iterations(root), default=0)
     if origin is not None and holds_run:
         checkpoint = origin.checkpoint
-        resumes = checkpoint is not None and checkpoint.resume and same(checkpoint.path.parent, root)
+        resumes = checkpoint is not None and checkpoint.resume and checkpoint.path.parent.resolve() == root.resolve()
         if not resumes:
             why = f"it holds the checkpoints of another run, up to iteration {newest}"
             fix = f"resume that run: --load {root}; or give another directory"
-            yield Problem("--save", root, why, fix, "taken", ("load", "finetune"))
+            yield Problem("--save", config.save, why, fix, "taken", ("load", "finetune"))
 
 
 def _report_problems(config: TrainConfig) -> Problems:

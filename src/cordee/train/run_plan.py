@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cordee.checkpoint.storage import Place
+from cordee.checkpoint.storage import Location
 from cordee.families.registry import ModelSpec
 from cordee.optim.schedule import Schedule
 from cordee.parallel.degrees import Degrees
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class Checkpoint:
     """A checkpoint to load and its manifest. `resume`: the run resumes from it, instead of taking the weights only."""
 
-    path: Place
+    path: Location
     manifest: dict[str, Any]
     resume: bool
 
