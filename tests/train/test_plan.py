@@ -82,6 +82,19 @@ def test_options_model_data_and_places_in_one_round(tmp_path: Path):
     assert "absent" in said and "num-query-groups" in said
 
 
+def test_a_load_that_is_not_there_hides_nothing_of_a_model_in_flags(tmp_path: Path):
+    absent = str(tmp_path / "absent")
+    of_layout = {"tensor_model_parallel_size": 3, "seq_length": 999}
+    alone, with_load = (
+        {(problem.option, problem.value, problem.limit) for problem in check_run(tiny.config(tmp_path, **given))}
+        for given in (of_layout, {**of_layout, "load": absent})
+    )
+    assert {"--tensor-model-parallel-size", "--seq-length"} <= {option for option, *_ in alone}
+    assert with_load - alone == {("--load", absent, None)} and alone < with_load
+    shapeless = tiny.config(tmp_path, **dict.fromkeys(tiny.MODEL), load=absent)  # the shape would come from there
+    assert options_of(check_run(shapeless)) == ["--load"]
+
+
 def test_a_problem_with_a_list_is_shown_like_any_other(tmp_path: Path):
     listed = {**spec_from_preset("qwen3-30b-a3b").hf_config, "mlp_only_layers": [999]}
     (tmp_path / "config.json").write_text(json.dumps(listed))

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from cordee.errors import Problem, ProblemError
+from cordee import launch
+from cordee.errors import Problem, ProblemError, raise_all
+from cordee.files import unwritable
 
 
 def check_new(path: str | None) -> None:
-    """ProblemError if `--output` names a file that exists; None is no file."""
-    if path is not None and Path(path).exists():
+    """ProblemError if `--output` names a file that exists, or that this process has to write and cannot; None is no
+    file.
+    """
+    if path is None:
+        return
+    if os.path.lexists(path):
         raise ProblemError(
             [Problem("--output", path, "there is such a file already", "give the name of a new one", "taken")]
         )
+    if launch.rank_info().rank == 0:  # the machines of others need not have the folder
+        raise_all(unwritable("--output", path, Path(path).parent, made=False))
 
 
 class NewFile:

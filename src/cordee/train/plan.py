@@ -6,7 +6,6 @@ problems are found together, so `cordee check` and the start of a job are the sa
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -22,6 +21,7 @@ from cordee.errors import Findings, Problem, ProblemError, Problems, at_most, di
 from cordee.families.lenses import differences, words_of
 from cordee.families.options import ignored
 from cordee.families.registry import ModelSpec, spec_from_options, spec_named
+from cordee.files import unwritable
 from cordee.model.compare import canonical
 from cordee.model.config import ModelConfig
 from cordee.model.options import ModelOptions
@@ -203,9 +203,12 @@ def _start(
         origin = opened(config, chosen, found)
     before = len(found.problems)
     tokenizer = found.attempt(lambda: _tokenizer(config, origin or Origin()), involves=_TOKENIZER)
-    if origin is None:
-        return None, tokenizer, None
     tokens = _MANY_TOKENS if len(found.problems) > before else tokenizer and tokenizer.vocab_size
+    if origin is None:  # the options may have the whole shape, too
+        alone = Findings()
+        spec = alone.attempt(lambda: _spec(config, Origin(), tokenizer, tokens or _MANY_TOKENS, []), involves=_MODEL)
+        found.problems += () if any(problem.kind == "missing" for problem in alone.problems) else alone.problems
+        return None, tokenizer, spec
     spec = found.attempt(lambda: _spec(config, origin, tokenizer, tokens, found.notes), involves=(*_MODEL, *_TOKENIZER))
     if spec is not None:
         found.notes += ignored(config, words_of(spec.config))
@@ -289,7 +292,7 @@ def _save_problems(config: TrainConfig, origin: Origin | None) -> Problems:
         return
     root = location_of(config.save, "--save")
     if root.local is not None:
-        yield from _unwritable("--save", root.local)
+        yield from unwritable("--save", config.save, root.local)
     with reached("--save", config.save):
         holds_run, newest = directory.is_root(root), max(directory.iterations(root), default=0)
     if origin is not None and holds_run:
@@ -304,20 +307,10 @@ def _save_problems(config: TrainConfig, origin: Origin | None) -> Problems:
 def _report_problems(config: TrainConfig) -> Problems:
     """Where the run reports to, beside its checkpoints."""
     if config.tensorboard_dir is not None:
-        yield from _unwritable("--tensorboard-dir", Path(config.tensorboard_dir))
+        yield from unwritable("--tensorboard-dir", config.tensorboard_dir, Path(config.tensorboard_dir))
     if config.metrics_file is not None:
         file = Path(config.metrics_file)
         if file.is_dir():
             yield Problem("--metrics-file", file, "it is a directory", "give the name of a file in it")
         else:
-            yield from _unwritable("--metrics-file", file, file.parent)
-
-
-def _unwritable(option: str, given: Path, folder: Path | None = None) -> Problems:
-    """Why nothing can be put in `folder`, `given` itself if None, which need not be there yet."""
-    folder = folder or given
-    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not place.is_dir():
-        yield Problem(option, given, f"{place} is not a directory", "give another place")
-    elif not os.access(place, os.W_OK | os.X_OK):
-        yield Problem(option, given, f"{place} cannot be written to", "give a place that can be written to")
+            yield from unwritable("--metrics-file", file, file.parent)
