@@ -23,6 +23,11 @@ def setup(rank: int = 0, level: int = logging.INFO) -> None:
     logger.propagate = False
 
 
+def counted(number: int, what: str) -> str:
+    """`1 document`, `2 documents`."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 @contextmanager
 def progress_bar(
     text: str = "", total: float = 1.0, *, nbytes: bool = False, shown: bool = True

@@ -7,7 +7,6 @@ readers read, `encode` tokenizes, `indexed` has the byte format.
 from __future__ import annotations
 
 import dataclasses
-import os
 import signal
 import sys
 import threading
@@ -26,9 +25,10 @@ from cordee.data.indexed import IndexedDataset, IndexedDatasetBuilder, bin_path,
 from cordee.data.manifest import Manifest, TokenizerNote, manifest_path, merged, read_manifest
 from cordee.data.options import PreprocessConfig
 from cordee.data.process_map import process_map
-from cordee.data.readers import hub, input_files, read_file
+from cordee.data.readers import hub, input_files, read_file, reading
 from cordee.data.readers.chunk import Chunk, Invalid
 from cordee.errors import Findings, Problem, ProblemError, raise_all
+from cordee.files import unwritable
 from cordee.log import logger, progress_bar
 from cordee.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
 
@@ -123,11 +123,8 @@ def _own(config: PreprocessConfig, prefixes: Iterable[str]) -> Iterator[None]:
 
 def _output_problems(config: PreprocessConfig, prefixes: Iterable[str]) -> Iterator[Problem]:
     parent = Path(config.output_prefix).absolute().parent
-    if not parent.is_dir():
-        yield Problem("--output-prefix", config.output_prefix, f"there is no directory {parent}", "make it first")
-    elif not os.access(parent, os.W_OK | os.X_OK):
-        yield Problem("--output-prefix", config.output_prefix, f"{parent} cannot be written to", "give another place")
-    elif not config.overwrite:
+    yield from unwritable("--output-prefix", config.output_prefix, parent, made=False)
+    if not config.overwrite:
         for prefix in prefixes:
             if there := [path.name for path in (bin_path(prefix), idx_path(prefix)) if path.exists()]:
                 why = f"there is already {' and '.join(there)}"
@@ -146,7 +143,7 @@ def _sources(config: PreprocessConfig, keys: Sequence[str]) -> list[Source]:
     if not config.input:
         why = "there is nothing to read"
         raise ProblemError([Problem("--input", None, why, "give a file or a directory, or --hf-datasets-params")])
-    files = input_files(Path(config.input))
+    files = input_files(Path(config.input), "give a dataset of a hub by --hf-datasets-params")
     return [Source(str(path), path.stat().st_size, lambda path=path: read_file(path, keys)) for path in files]
 
 
@@ -164,13 +161,9 @@ def _chunks(sources: Sequence[Source]) -> Iterator[Chunk]:
     before = 0
     for source in sources:
         size = source.size or 0
-        try:
+        with reading("--input", source.name):
             for chunk in source.read():
                 yield dataclasses.replace(chunk, done=(before + chunk.done * size) / total if total else 0.0)
-        except OSError as error:
-            raise ProblemError(
-                [Problem("--input", source.name, f"it cannot be read: {error}", "copy it again")]
-            ) from error
         before += size
 
 

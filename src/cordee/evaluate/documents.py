@@ -6,7 +6,7 @@ Owns how both become token ids with the bytes of text behind them, and what is r
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +15,12 @@ import numpy.typing as npt
 from cordee.data.gpt_check import token_problems
 from cordee.data.indexed import IndexedDataset, idx_path
 from cordee.data.manifest import read_manifest
-from cordee.data.readers import input_files, read_file
+from cordee.data.readers import input_files, read_file, reading
 from cordee.data.readers.chunk import MAX_RECORD_BYTES, Invalid, too_large
 from cordee.data.readers.stream import open_stream
 from cordee.errors import Problem, ProblemError, raise_all
 from cordee.evaluate.options import EvaluateOptions
-from cordee.log import logger
+from cordee.log import counted, logger
 from cordee.tokenizer import Tokenizer
 
 SHOWN = 5  # broken records that are named
@@ -48,11 +48,12 @@ def is_indexed(path: str) -> bool:
 def check_path(path: str) -> list[Problem]:
     """What is wrong with a path, without reading what is in it."""
     try:
-        if is_indexed(path):
-            return IndexedDataset(path).problems()
-        input_files(Path(path))
+        with reading("--task-data-path", path):
+            if is_indexed(path):
+                return IndexedDataset(path).problems()
+            input_files(Path(path))
     except ProblemError as error:
-        return [_renamed(problem) for problem in error.problems]
+        return error.problems
     return []
 
 
@@ -110,12 +111,12 @@ def _text_documents(path: str, tokenizer: Tokenizer, options: EvaluateOptions, b
 
 def _texts(file: Path, options: EvaluateOptions) -> Iterator[tuple[list[str], float]]:
     """Texts in portions, each with the share of the file read."""
-    if options.whole_files and file.name.endswith((".txt", ".txt.gz")):
-        yield [_whole_text(file)], 1.0
-        return
     broken: list[Invalid] = []
     count = 0
-    try:
+    with reading("--task-data-path", file):
+        if options.whole_files and file.name.endswith((".txt", ".txt.gz")):
+            yield [_whole_text(file)], 1.0
+            return
         for chunk in read_file(file, options.json_keys):
             rows, invalid = chunk.rows(options.json_keys)
             broken += invalid[: SHOWN - len(broken)]
@@ -124,11 +125,9 @@ def _texts(file: Path, options: EvaluateOptions) -> Iterator[tuple[list[str], fl
                 fix = "fix it, or leave such records out: --skip-invalid"
                 raise_all(Problem("--task-data-path", record.place, record.why, fix, "records") for record in broken)
             yield [text for row in rows for text in row], chunk.done
-    except ProblemError as error:
-        raise ProblemError([_renamed(problem) for problem in error.problems]) from error
     if broken:
         shown = "; ".join(f"{record.place}: {record.why}" for record in broken)
-        logger.warning("%d records left out that could not be read: %s", count, shown)
+        logger.warning("%s left out that could not be read: %s", counted(count, "record"), shown)
 
 
 def _whole_text(file: Path) -> str:
@@ -140,9 +139,6 @@ def _whole_text(file: Path) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ProblemError([Problem("--task-data-path", file, f"it is not UTF-8: {error}", "convert it")]) from error
-
-
-def _renamed(problem: Problem) -> Problem:
-    """A reader's problem is about --input, the option of preprocessing."""
-    return replace(problem, option="--task-data-path") if problem.option == "--input" else problem
+        line = error.object.count(b"\n", 0, error.start) + 1
+        place = f"{file}: line {line}"
+        raise ProblemError([Problem("--task-data-path", place, "it is not UTF-8", "convert it", "records")]) from error

@@ -10,11 +10,13 @@ import importlib
 import pkgutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 from cordee.data.readers.chunk import Chunk
-from cordee.errors import Problem, ProblemError
+from cordee.errors import Problem, ProblemError, either
 from cordee.log import logger
 
 Reader = Callable[[Path, Sequence[str]], Iterator[Chunk]]
@@ -34,14 +36,32 @@ def read_file(path: Path, keys: Sequence[str]) -> Iterator[Chunk]:
     return readers()[ending](path, keys)
 
 
+@contextmanager
+def reading(option: str, given: object) -> Iterator[None]:
+    """While a source is read that `option` names by `given`: ProblemError for files that cannot be read, and problems
+    of readers, which know --input only, are about `option`.
+    """
+    try:
+        yield
+    except ProblemError as error:
+        named = (
+            replace(problem, option=option) if problem.option == "--input" else problem for problem in error.problems
+        )
+        raise ProblemError(named) from error
+    except OSError as error:
+        kind = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
+        why, fix = f"it cannot be read: {error.strerror or error}", "check that it is there, whole, and may be read"
+        raise ProblemError([Problem(option, given, why, fix, kind)]) from error
+
+
 def extension(path: Path) -> str | None:
     """The extension that names the format, such as `.jsonl.gz`; None if it is unknown."""
     return next((ending for ending in sorted(readers(), key=len, reverse=True) if path.name.endswith(ending)), None)
 
 
-def input_files(path: Path) -> list[Path]:
+def input_files(path: Path, instead: str = "") -> list[Path]:
     """The files to read: `path`, or those in the directory `path` that have its most frequent known extension, by
-    name. Raises `ProblemError` if there are none."""
+    name. Raises `ProblemError` if there are none; `instead` is what else could be given."""
     known = ", ".join(ending for ending in readers() if not ending.endswith(".gz"))
     if path.is_file():
         if extension(path) is None:
@@ -50,8 +70,8 @@ def input_files(path: Path) -> list[Path]:
             raise ProblemError([Problem("--input", path, why, fix, "format")])
         return [path]
     if not path.is_dir():
-        fix = "check the path; datasets of a hub are given by --hf-datasets-params"
-        raise ProblemError([Problem("--input", path, "there is no such file or directory", fix, "missing")])
+        why, fix = "there is no such file or directory", either("check the path", instead)
+        raise ProblemError([Problem("--input", path, why, fix, "missing")])
     files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
     counts = Counter(ending for file in files if (ending := extension(file)))
     if not counts:

@@ -90,7 +90,7 @@ def _why_invalid(keys: Sequence[str], values: Sequence[object]) -> str | None:
             size = len(value.encode())
         except UnicodeEncodeError as error:
             # Lone surrogates, from JSON or from bytes that are no UTF-8, are no characters: no tokenizer takes them.
-            return f"its {key!r} is not valid Unicode text: {error}"
+            return f"its {key!r} is not valid UTF-8 from character {error.start + 1} on"
         if size > MAX_RECORD_BYTES:
             return too_large(f"its {key!r}")
     return None
