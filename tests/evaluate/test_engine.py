@@ -352,7 +352,7 @@ def test_a_task_of_choices(llama, caplog):
     metrics = dict(result.metrics)
     assert 0 < metrics.pop("truncated") <= 18
     assert metrics == {"right": 6, "count": 6}
-    assert "cut at their left" in caplog.text
+    assert "cut at the left" in caplog.text
 
 
 # ---- killed ----------------------------------------------------------------------------------------------------------

@@ -15,10 +15,12 @@ from cordee.convert import job as convert
 from cordee.convert.options import ConvertConfig
 from cordee.errors import ProblemError
 from cordee.evaluate import documents, job
-from cordee.evaluate.finished import fingerprint_files
+from cordee.evaluate.documents import Document
+from cordee.evaluate.finished import Finished, fingerprint_files
 from cordee.evaluate.options import EvaluateConfig
 from cordee.evaluate.requests import windows
-from cordee.evaluate.task import all_tasks
+from cordee.evaluate.runner import run_tasks
+from cordee.evaluate.task import Result, Subject, all_tasks
 from cordee.tokenizer import load_tokenizer
 from cordee.tokenizer.options import TokenizerOptions
 from tests.checkpoint.stores import ROOT, FaultyStorage
@@ -61,6 +63,57 @@ def test_an_interrupted_evaluation_resumes(llama, tmp_path):
     (result,) = json.loads(output.read_text(encoding="utf-8"))["results"]
     assert result["metrics"]["loss"] == pytest.approx(6.0 / (len(ids) - 1))
     assert not partial.exists()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *('["{model}", "{key}", null]', '["{model}", "{key}", [1, 2]]', '["{model}", "{key}", [-1.5]]'),
+        *('["{model}", "{key}", [-Infinity, false]]', '["{model}", ["{key}"], [-1.5, false]]', "[1, 2]", "{{}}", "7"),
+        *('["{model}", "{key}", {{"a": 1.5}}]', '["another", "{key}", [NaN, true]]', "[" * 10**5),
+    ],
+)
+def test_what_holds_no_results_is_a_problem(tmp_path, line):
+    partial = tmp_path / "out.json.partial"
+    content = line.format(model="ours", key="0" * 32)
+    partial.write_text(f"{content}\n")
+    with pytest.raises(ProblemError) as caught:
+        Finished(partial, "ours")
+    assert facts(caught) == [("--output", partial, "corrupt")]
+    assert partial.read_text() == f"{content}\n"
+
+
+def test_a_text_is_no_result_of_a_window(llama, tmp_path):
+    text, output, partial = (tmp_path / name for name in ("a.txt", "out.json", "out.json.partial"))
+    text.write_text("Lily")
+    ids = load_tokenizer(TokenizerOptions(), str(llama.directory)).encode("Lily")
+    (window,) = windows(np.array(ids), 64, 64)
+    model = f"{fingerprint_files(location_of(llama.directory))} torch.float32"
+    partial.write_text(json.dumps([model, window.key, "ab"]) + "\n")
+    assert run(llama, text, output=output) == 0
+
+
+def test_a_document_without_a_token_to_score_is_named(llama, tmp_path):
+    class Ends:
+        """Continuations, by the number of the document."""
+
+        name = "ends"
+
+        def docs(self, subject, options):
+            yield from (Document(np.array([1]), None, 0.5), Document(np.array([]), None, 1.0))
+
+        def requests(self, doc, encoder, options):
+            return [encoder.loglikelihood("Once", " upon" * len(doc.tokens))]
+
+        def score(self, answered, options):
+            return Result(self.name, {"documents": len(list(answered))}, {})
+
+    config = config_from_dict(EvaluateConfig, {"load": llama.directory, "task_data_path": ["x"]})
+    subject = Subject(llama.model(), load_tokenizer(TokenizerOptions(), str(llama.directory)))
+    with pytest.raises(ProblemError) as caught:
+        run_tasks([Ends()], subject, config)
+    assert facts(caught) == [("continuation", "''", "empty")]
+    assert caught.value.problems[0].place == "document 2 of ends"
 
 
 def test_checkpoints_in_a_store_are_told_apart():
@@ -107,6 +160,44 @@ def test_a_total_stands_below_several_files(llama, text, tmp_path, capsys):
 def test_tasks_are_found_by_their_files():
     assert all_tasks().keys() == {"perplexity"}
     assert all(name == task.name for name, task in all_tasks().items())
+
+
+def test_a_file_that_is_one_document_is_utf8(llama, tmp_path):
+    file = tmp_path / "x.txt"
+    file.write_bytes(b"a\nb\xe9\n")
+    for whole in (True, False):
+        with pytest.raises(ProblemError) as caught:
+            run(llama, file, whole_files=whole)
+        assert facts(caught) == [("--task-data-path", f"{file}: line 2", "records")]
+
+
+def test_a_text_that_cannot_be_decompressed_is_named(llama, tmp_path):
+    file = tmp_path / "x.txt.gz"
+    file.write_bytes(b"no gzip")
+    for whole in (True, False):
+        with pytest.raises(ProblemError) as caught:
+            run(llama, file, whole_files=whole)
+        assert facts(caught) == [("--task-data-path", file, "corrupt")]
+
+
+def test_an_output_that_cannot_be_written_is_found_before_the_model_is_loaded(llama, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(job, "load_part", None)
+    output = str(tmp_path / "nowhere" / "out.json")
+    with pytest.raises(ProblemError) as caught:
+        run(llama, text, output=output)
+    assert facts(caught) == [("--output", output, "unwritable")]
+
+
+def test_without_a_model_what_does_not_need_it_is_found(tmp_path):
+    nothing = str(tmp_path / "nothing")
+    values = {"load": nothing, "task_data_path": [nothing], "tokenizer_name_or_path": nothing, "task": ["perplexity"]}
+    problems = job.check_run(config_from_dict(EvaluateConfig, values))
+    options = ["model directory", "--task-data-path", "--tokenizer-name-or-path"]
+    assert [problem.option for problem in problems] == options
+    assert "--hf-datasets-params" not in problems[1].fix  # an option that evaluation does not have
+    del values["tokenizer_name_or_path"]
+    problems = job.check_run(config_from_dict(EvaluateConfig, values))
+    assert [problem.option for problem in problems] == options[:2]
 
 
 def test_every_problem_is_reported(llama, tmp_path):

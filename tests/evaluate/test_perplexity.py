@@ -17,6 +17,7 @@ from cordee.data.indexed import IndexedDatasetBuilder
 from cordee.errors import ProblemError
 from cordee.evaluate.documents import Document
 from cordee.evaluate.engine import Engine
+from cordee.evaluate.job import option_problems
 from cordee.evaluate.options import EvaluateConfig
 from cordee.evaluate.requests import RollingLoglikelihood, windows
 from cordee.evaluate.runner import run_tasks
@@ -286,24 +287,32 @@ def test_broken_records(llama, tmp_path, caplog):
         evaluate(llama, [file])
     assert facts(caught) == [("--task-data-path", f"{file}: line 6", "records")]
     result = evaluate(llama, [file], skip_invalid=True)
-    assert "1 records left out" in caplog.text
+    assert "1 record left out" in caplog.text
     assert result.metrics["documents"] == len(TEXTS)
 
 
 @pytest.mark.parametrize(
-    "options, wrong", [({"seq_length": 65}, "--seq-length"), ({"stride": 65}, "--stride"), ({"seq_length": 64}, None)]
+    "options, wrong",
+    [
+        ({"seq_length": 65}, ["--seq-length"]),
+        ({"stride": 65}, ["--stride"]),
+        ({"seq_length": 66, "stride": 65}, ["--seq-length", "--stride"]),
+        ({"seq_length": 66, "stride": 67}, ["--stride", "--seq-length"]),
+        ({"seq_length": 64}, []),
+    ],
 )
 def test_windows_that_do_not_fit(llama, options, wrong):
-    config = config_from_dict(EvaluateConfig, {"load": llama.directory, **options})
-    found = TASK.check(config, llama.model().config)
-    assert [problem.option for problem in found] == ([] if wrong is None else [wrong])
+    config = config_from_dict(EvaluateConfig, {"load": llama.directory, "task_data_path": ["x"], **options})
+    windows = replace(config, task_data_path=())
+    found = [*option_problems(config), *TASK.check(windows, llama.model().config)]
+    assert [problem.option for problem in found] == wrong
 
 
 def test_nothing_to_score(llama, tmp_path, caplog):
-    file = write_jsonl(tmp_path / "a.jsonl", ["", ""])
+    files = [write_jsonl(tmp_path / name, ["", ""]) for name in ("a.jsonl", "b.jsonl")]
     with pytest.raises(ProblemError) as caught:
-        evaluate(llama, [file])
-    assert facts(caught) == [("--task-data-path", str(file), "empty")]
+        evaluate(llama, files)
+    assert facts(caught) == [("--task-data-path", str(file), "empty") for file in files]
     assert "2 documents without a token to predict" in caplog.text
 
 

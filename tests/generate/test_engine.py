@@ -183,7 +183,7 @@ def test_every_problem_is_reported(model):
     with pytest.raises(ProblemError) as caught:
         generate(model, prompts, options(20))
     problems = caught.value.problems
-    assert [problem.option for problem in problems] == [f"prompt {n}" for n in range(5)]
+    assert [problem.option for problem in problems] == [f"prompt {n}" for n in range(1, 6)]
     assert "token id 99" in problems[1].why and "token id -1" in problems[4].why
     assert [(p.value, p.kind, p.limit) for p in problems[2:4]] == [(140, "at most", 128), (160, "at most", 128)]
 

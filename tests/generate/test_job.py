@@ -67,7 +67,7 @@ def test_prompts_of_a_file(llama, tmp_path, caplog):
     file.write_text("Once\n\nShe loved\n", encoding="utf-8")
     with caplog.at_level(logging.WARNING, "cordee"):
         run(llama, prompts_file=file, output=tmp_path / "out")
-    assert "1 blank lines" in caplog.text
+    assert "1 blank line " in caplog.text
     records = [json.loads(line) for line in (tmp_path / "out").read_text(encoding="utf-8").splitlines()]
     assert [record["prompt"] for record in records] == ["Once", "She loved"]
 
@@ -80,7 +80,8 @@ def test_prompts_are_the_lines_that_python_reads(tmp_path):
     with open(file, encoding="utf-8-sig") as lines:
         expected = [line.removesuffix("\n") for line in lines]
     assert len(expected) == 3
-    assert job._prompts(GenerateConfig(load="", prompts_file=str(file))) == expected
+    lines = {f"{file}: line {number}": line for number, line in enumerate(expected, 1)}
+    assert job._prompts(GenerateConfig(load="", prompts_file=str(file))) == lines
 
 
 def test_prompts_that_are_no_utf8_are_named(llama, tmp_path):
@@ -118,8 +119,17 @@ def test_results_are_never_replaced(llama, tmp_path):
     (problem,) = problems_of(llama, prompt=["Once"], output=output)
     assert (problem.option, problem.kind) == ("--output", "taken")
     assert output.read_text() == "precious"
-    (problem,) = problems_of(llama, prompt=["Once"], output=tmp_path / "nowhere" / "out")
-    assert (problem.option, problem.kind) == ("--output", "unwritable")
+
+
+def test_an_output_that_cannot_be_written_is_found_before_the_model_is_loaded(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(job, "load_part", None)
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nothing")
+    for name, kind in (("nowhere/out", "unwritable"), ("file/out", "unwritable"), ("link", "taken")):
+        given = str(tmp_path / name)
+        first, *more = problems_of(llama, prompt=["Once"], output=given, pipeline_model_parallel_size=90)
+        assert (first.option, first.value, first.kind) == ("--output", given, kind)
+        assert [problem.option for problem in more] == ["--pipeline-model-parallel-size"]
 
 
 def test_a_disk_that_is_full_is_a_problem(llama, tmp_path, capsys):
@@ -133,9 +143,13 @@ def test_a_disk_that_is_full_is_a_problem(llama, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("Once")
 
 
-def test_a_prompt_that_is_too_long_is_a_problem(llama):
+def test_a_prompt_that_is_too_long_is_a_problem(llama, tmp_path):
     (problem,) = problems_of(llama, prompt=["Once"], max_new_tokens=64)
-    assert (problem.option, problem.kind, problem.limit) == ("prompt 0", "at most", 64)
+    assert (problem.option, problem.kind, problem.limit) == ("prompt 1", "at most", 64)
+    file = tmp_path / "prompts.txt"
+    file.write_text("\nOnce\n")
+    (problem,) = problems_of(llama, prompts_file=file, max_new_tokens=64)
+    assert (problem.option, problem.kind, problem.limit) == (f"{file}: line 2", "at most", 64)
 
 
 def test_a_tokenizer_of_another_model_is_a_problem(tmp_path):
@@ -265,13 +279,24 @@ def test_a_file_of_gguf_says_the_same(llama, tmp_path):
     assert first.count("tokens") == 2 and all(other == first for other in others)
 
 
-@pytest.mark.parametrize(
-    ("content", "expected"), [(b"GGUF", "is cut off"), (b"no model", "no file of GGUF"), (b"", "empty")]
-)
-def test_a_file_that_is_no_gguf_is_a_problem(llama, tmp_path, content, expected):
+@pytest.mark.parametrize("content", [b"GGUF", b"no model", b""])
+def test_a_file_that_is_no_gguf_is_a_problem(llama, tmp_path, content):
     (tmp_path / "x.gguf").write_bytes(content)
-    with pytest.raises(ProblemError, match=expected):
-        run(llama, load=tmp_path / "x.gguf", prompt=["Once"])
+    (problem,) = problems_of(llama, load=tmp_path / "x.gguf", prompt=["Once"])
+    assert (problem.option, problem.kind) == (str(tmp_path / "x.gguf"), "unreadable")
+
+
+def test_without_a_model_what_does_not_need_it_is_found(tmp_path):
+    nothing = str(tmp_path / "nothing")
+    values = {"load": nothing, "prompts_file": f"{nothing}.gz", "device": "nowhere"}
+    for named in ({}, {"tokenizer_name_or_path": nothing}):
+        problems = job.check_run(config_from_dict(GenerateConfig, {**values, **named}))
+        options = ["--prompts-file", "model directory", "--device", *(["--tokenizer-name-or-path"] if named else [])]
+        assert [problem.option for problem in problems] == options
+    assert (problems[0].value, problems[0].kind) == (f"{nothing}.gz", "missing")
+    (tmp_path / "nothing.gz").write_bytes(b"no gzip")
+    (problem, *_) = job.check_run(config_from_dict(GenerateConfig, values))
+    assert (problem.option, problem.kind) == ("--prompts-file", "corrupt")
 
 
 def test_all_that_is_wrong_is_told_together(llama, tmp_path):
@@ -283,7 +308,7 @@ def test_all_that_is_wrong_is_told_together(llama, tmp_path):
     assert "--device" in [problem.option for problem in job.check_run(alone)]
     assert [problem.option for problem in problems] == [
         *("--top-k", "--output"),
-        *("--tensor-model-parallel-size", "--pipeline-model-parallel-size", "prompt 0"),
+        *("--tensor-model-parallel-size", "--pipeline-model-parallel-size", "prompt 1"),
     ]
     fine = {"load": llama.directory, "prompt": ["Once"], "max_new_tokens": 6}
     assert job.check_run(config_from_dict(GenerateConfig, fine)) == []

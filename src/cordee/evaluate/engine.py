@@ -61,7 +61,7 @@ class Engine:
         before = 0.0
         for portion in _portions(asked):
             pieces = {piece.key: piece for _, requests in portion for _, parts in requests for piece in parts}
-            results = {key: self._known[key] for key in pieces if key in self._known}
+            results = {key: self._known[key] for key, piece in pieces.items() if piece.is_result(self._known.get(key))}
             missing = [piece for key, piece in pieces.items() if key not in results]
             reached = portion[-1][0].done
             for found, share in self._computed(missing):

@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from cordee.checkpoint.directory import MANIFEST
 from cordee.checkpoint.storage import Location
 from cordee.errors import Problem, ProblemError
-from cordee.evaluate.requests import digest
+from cordee.evaluate.requests import Piece, digest
 from cordee.files import append_durably, end_last_line
 
 
@@ -39,7 +39,8 @@ class Finished:
         try:
             append_durably(self._path, lines)
         except OSError as error:
-            raise self._problem(f"it cannot be written: {error}") from error
+            why, fix = f"it cannot be written: {error}", "make room or allow it, or give --output another name"
+            raise ProblemError([Problem("--output", self._path, why, fix, "unwritable")]) from error
 
     def remove(self) -> None:
         """Remove the file: there is nothing left to resume."""
@@ -51,13 +52,14 @@ class Finished:
             end_last_line(path)
             for line in path.read_text(encoding="utf-8").splitlines():
                 model, key, result = json.loads(line)
+                if not (isinstance(key, str) and any(kind.is_result(result) for kind in get_args(Piece))):
+                    raise ValueError(f"{line[:80]} is no result")
                 if model == self._model:
                     self.results[key] = result
-        except (OSError, ValueError, TypeError) as error:
-            raise self._problem(f"it does not hold the results of an interrupted evaluation: {error}") from error
-
-    def _problem(self, why: str) -> ProblemError:
-        return ProblemError([Problem("--output", self._path, why, "remove that file, or give --output another name")])
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            why = f"it does not hold the results of an interrupted evaluation: {error}"
+            fix = "remove that file, or give --output another name"
+            raise ProblemError([Problem("--output", path, why, fix, "corrupt")]) from error
 
 
 def fingerprint_files(location: Location) -> str:

@@ -19,12 +19,11 @@ from cordee.evaluate.finished import Finished, fingerprint_files
 from cordee.evaluate.options import EvaluateConfig
 from cordee.evaluate.runner import run_tasks, show, tasks_of, write
 from cordee.evaluate.task import Subject, Task
-from cordee.generate.loading import check_part, check_vocabulary, load_part, stop_ids
+from cordee.generate.loading import check_part, check_vocabulary, load_part, stop_ids, tokenizer_of
 from cordee.generate.results import check_new
 from cordee.parallel import inference
 from cordee.parallel.degrees import RANKS, Degrees, model_processes
-from cordee.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
-from cordee.tokenizer.options import TokenizerOptions
+from cordee.tokenizer import Tokenizer, holds_tokenizer, names_tokenizer
 from cordee.weights.codec import Source
 
 
@@ -97,11 +96,10 @@ def _prepare(config: EvaluateConfig) -> _Prepared:
     found = Findings([*option_problems(config)])
     found.attempt(lambda: check_new(config.output))
     source = found.attempt(lambda: formats.read(config.load))
-    tasks, tokenizer, stop = None, None, None
-    if source is not None:
-        found.problems += check_part(source, config, _degrees(config))
-        tasks = found.attempt(lambda: tasks_of(config, source.spec.config))
-        tokenizer = found.attempt(lambda: _tokenizer(config, tasks or [], source.assets))
+    found.problems += check_part(source, config, _degrees(config))
+    tasks = found.attempt(lambda: tasks_of(config, source and source.spec.config))
+    tokenizer = found.attempt(lambda: _tokenizer(config, tasks or [], source))
+    stop = None
     if source is not None and tokenizer is not None:
         found.problems += check_vocabulary(tokenizer, source.spec.config)
         stop = found.attempt(lambda: stop_ids(source.spec, source.assets, tokenizer))
@@ -110,10 +108,8 @@ def _prepare(config: EvaluateConfig) -> _Prepared:
     return _Prepared(source, tokenizer, tasks, stop or frozenset())
 
 
-def _tokenizer(config: EvaluateConfig, tasks: Sequence[Task], assets: Path | None) -> Tokenizer | None:
+def _tokenizer(config: EvaluateConfig, tasks: Sequence[Task], source: Source | None) -> Tokenizer | None:
     """The tokenizer that the options name, else that beside the model, else None if no task needs one."""
-    named = any(getattr(config, name) != getattr(TokenizerOptions(), name) for name in vars(TokenizerOptions()))
     needed = any(task.needs_tokenizer(config) for task in tasks)
-    if named or needed or (assets is not None and holds_tokenizer(assets)):
-        return load_tokenizer(config, assets and str(assets))
-    return None
+    beside = source is not None and source.assets is not None and holds_tokenizer(source.assets)
+    return tokenizer_of(config, source) if needed or beside or names_tokenizer(config) else None

@@ -64,6 +64,14 @@ class Window:
     def key(self) -> str:
         return digest(f"{self.row} {self.tokens[-1]} {self.first} {self.greedy}".encode())
 
+    @staticmethod
+    def is_result(value: Any) -> bool:
+        """Whether a value of JSON has the form of a result."""
+        if not isinstance(value, list) or len(value) != 2:
+            return False
+        logprob, greedy = value
+        return isinstance(logprob, float) and math.isfinite(logprob) and isinstance(greedy, bool)
+
 
 @dataclass(frozen=True, eq=False)
 class Loglikelihood:
@@ -129,6 +137,11 @@ class GenerateUntil:
     def row(self) -> str:
         return self.key
 
+    @staticmethod
+    def is_result(value: Any) -> bool:
+        """Whether a value of JSON has the form of a result."""
+        return isinstance(value, str)
+
     def pieces(self) -> Iterator[GenerateUntil]:
         yield self
 
@@ -180,14 +193,16 @@ class Encoder:
 
         Spaces at the end of the context belong to the continuation. The two are tokenized as one text and cut where the
         context ends when tokenized alone (as lm-evaluation-harness does). ProblemError if the continuation alone is too
-        long.
+        long, or has no token.
         """
         stripped = context.rstrip()
         alone, joint = self._ids(stripped, context + continuation)
         before, after = joint[: len(alone)], joint[len(alone) :]
         if not after:  # the texts have grown together to no more tokens
             before, (after,) = alone, self._ids(context[len(stripped) :] + continuation)
-        assert after, "a continuation has a token"
+        if not after:
+            why, fix = "what is to be scored has no token", "leave out documents that end in no text"
+            raise ProblemError([Problem("continuation", repr(continuation), why, fix, "empty")])
         before = self._fitted(before, self.window + 1 - len(after))
         return Loglikelihood(np.array(before + after, np.int64), len(before))
 

@@ -6,26 +6,27 @@ Owns their order, the progress shown and the two forms of the results: a table a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from cordee.config.spelling import unknown
-from cordee.errors import raise_all
+from cordee.errors import ProblemError, raise_all
 from cordee.evaluate.engine import Engine
 from cordee.evaluate.finished import Finished
 from cordee.evaluate.options import EvaluateOptions
-from cordee.evaluate.requests import Encoder
+from cordee.evaluate.requests import Encoder, Request
 from cordee.evaluate.task import Result, Subject, Task, all_tasks
 from cordee.generate.results import NewFile
-from cordee.log import logger, progress_bar
+from cordee.log import counted, logger, progress_bar
 from cordee.model.config import ModelConfig
 
 
-def tasks_of(options: EvaluateOptions, model: ModelConfig) -> list[Task]:
+def tasks_of(options: EvaluateOptions, model: ModelConfig | None) -> list[Task]:
     """The tasks of --task. ProblemError for unknown names, and for all that the tasks find wrong."""
     known = all_tasks()
     wrong = [unknown("--task", name, known, "there is no such task") for name in options.task if name not in known]
@@ -54,12 +55,25 @@ def _run(
 ) -> Result:
     window = options.seq_length or subject.model.config.max_position_embeddings
     encoder = Encoder(subject.tokenizer, window, prepend_bos=options.prepend_bos)
-    asked = ((doc, task.requests(doc, encoder, options)) for doc in task.docs(subject, options))
-    result = task.score(engine.answers(asked, progress), options)
+    result = task.score(engine.answers(_asked(task, subject, encoder, options), progress), options)
     if not encoder.truncated:
         return result
-    logger.warning("%s: %d requests cut at their left to %d tokens", task.name, encoder.truncated, window)
+    cut = counted(encoder.truncated, "request")
+    logger.warning("%s: %s cut at the left to %d tokens", task.name, cut, window)
     return replace(result, metrics={**result.metrics, "truncated": encoder.truncated})
+
+
+def _asked(
+    task: Task, subject: Subject, encoder: Encoder, options: EvaluateOptions
+) -> Iterator[tuple[Any, Sequence[Request]]]:
+    """The documents with what is asked about each, whose number is in the problems that it has."""
+    for number, doc in enumerate(task.docs(subject, options), 1):
+        try:
+            requests = task.requests(doc, encoder, options)
+        except ProblemError as error:
+            place = f"document {number} of {task.name}"
+            raise ProblemError(replace(problem, place=place) for problem in error.problems) from error
+        yield doc, requests
 
 
 def table(result: Result) -> Table:

@@ -67,8 +67,9 @@ class Task(Protocol):
 
     name: str
 
-    def check(self, options: EvaluateOptions, model: ModelConfig) -> list[Problem]:
-        """What is wrong with the options for such a model, or with the data, as far as it shows without reading it."""
+    def check(self, options: EvaluateOptions, model: ModelConfig | None) -> list[Problem]:
+        """What is wrong with the options for such a model, if it is known, or with the data, as far as it shows without
+        reading it."""
         ...
 
     def needs_tokenizer(self, options: EvaluateOptions) -> bool: ...

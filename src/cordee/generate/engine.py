@@ -7,8 +7,9 @@ Owns the loop over steps, batches, when a sample ends, and the checks of a reque
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from cordee.errors import Problem, ProblemError, raise_all
 from cordee.generate.decoder import CachedDecoder, Decoder, FusedDecoder, PlainDecoder, unsupported_reason
 from cordee.generate.options import DecodingOptions
 from cordee.generate.sampling import choose
-from cordee.log import logger
+from cordee.log import counted, logger
 from cordee.model.config import ModelConfig
 from cordee.model.gpt import GPTModel
 from cordee.parallel.inference import InferenceStage
@@ -123,12 +124,13 @@ def _stream(
         model.train(training)
 
 
-def check(model: ModelConfig, prompts: Prompts, options: DecodingOptions) -> list[Problem]:
-    """What keeps a model from continuing these prompts."""
+def check(
+    model: ModelConfig, prompts: Prompts, options: DecodingOptions, places: Iterable[str] | None = None
+) -> list[Problem]:
+    """What keeps a model from continuing these prompts. `places`: where each was given, "prompt 1" if not said."""
     room, vocab_size = model.max_position_embeddings, model.vocab_size
     problems = []
-    for number, prompt in enumerate(prompts):
-        option = f"prompt {number}"
+    for option, prompt in zip(places or (f"prompt {number}" for number in count(1)), prompts, strict=False):
         if not prompt:
             problems.append(Problem(option, None, "it has no tokens", "begin with at least one, such as bos"))
         elif min(prompt) < 0 or max(prompt) >= vocab_size:
@@ -136,7 +138,8 @@ def check(model: ModelConfig, prompts: Prompts, options: DecodingOptions) -> lis
             why = f"token id {wrong} is none of the model's {vocab_size}"
             problems.append(Problem(option, None, why, "use the tokenizer that the model was trained with"))
         elif (length := len(prompt) + options.max_new_tokens) > room:
-            why = f"{len(prompt)} tokens and {options.max_new_tokens} new ones are {length}; the model holds {room}"
+            given = counted(len(prompt), "token")
+            why = f"{given} and {options.max_new_tokens} new ones are {length}; the model holds {room}"
             fix = f"shorten the prompt by {len(prompt) - room + 1} tokens or more"
             if len(prompt) < room:
                 fix = f"set --max-new-tokens to at most {room - len(prompt)}, or shorten the prompt"

@@ -17,20 +17,20 @@ from pathlib import Path
 from cordee import launch, log
 from cordee.checkpoint import formats
 from cordee.config import laws
-from cordee.data.readers import text_files
+from cordee.data.readers import reading, text_files
 from cordee.data.readers.chunk import Invalid
 from cordee.errors import Findings, Problem, ProblemError, Problems, raise_all
 from cordee.generate.engine import check, stream
-from cordee.generate.loading import check_part, check_vocabulary, load_part, stop_ids
+from cordee.generate.loading import check_part, check_vocabulary, load_part, stop_ids, tokenizer_of
 from cordee.generate.options import GenerateConfig, GenerateOptions
 from cordee.generate.results import NewFile, check_new
 from cordee.generate.text import continuation, encode_prompts
-from cordee.log import logger
+from cordee.log import counted, logger
 from cordee.model.gpt import GPTModel
 from cordee.parallel import inference
 from cordee.parallel.degrees import DEGREES, model_processes
 from cordee.parallel.inference import InferenceStage
-from cordee.tokenizer import Tokenizer, load_tokenizer
+from cordee.tokenizer import Tokenizer
 from cordee.weights.codec import Source
 
 BOLD, PLAIN = "\033[1m", "\033[0m"
@@ -109,46 +109,43 @@ def run(config: GenerateConfig) -> int:
 
 def _prepare(config: GenerateConfig) -> _Prepared:
     found = Findings([*option_problems(config)])
-    texts = found.attempt(lambda: _prompts(config)) or []
+    texts = found.attempt(lambda: _prompts(config)) or {}
     found.attempt(lambda: check_new(config.output))
     source = found.attempt(lambda: formats.read(config.load))
-    tokenizer, prompts, stop = None, [], None
-    if source is not None:
-        found.problems += check_part(source, config, inference.degrees(config))
-        tokenizer = found.attempt(lambda: load_tokenizer(config, source.assets and str(source.assets)))
+    found.problems += check_part(source, config, inference.degrees(config))
+    tokenizer = found.attempt(lambda: tokenizer_of(config, source))
+    prompts, stop = [], None
     if source is not None and tokenizer is not None:
         found.problems += check_vocabulary(tokenizer, source.spec.config)
-        ids = encode_prompts(tokenizer, texts)
-        found.problems += check(source.spec.config, ids, config)
-        prompts = list(zip(texts, ids, strict=True))
+        ids = encode_prompts(tokenizer, list(texts.values()))
+        found.problems += check(source.spec.config, ids, config, texts)
+        prompts = list(zip(texts.values(), ids, strict=True))
         stop = found.attempt(lambda: stop_ids(source.spec, source.assets, tokenizer))
     raise_all(found.problems)
     assert source is not None and tokenizer is not None and stop is not None
     return _Prepared(source, tokenizer, prompts, stop)
 
 
-def _prompts(options: GenerateOptions) -> list[str]:
+def _prompts(options: GenerateOptions) -> dict[str, str]:
+    """The prompts by where each was given."""
     if options.prompts_file is None:
-        return list(options.prompt)
+        return {f"prompt {number}": prompt for number, prompt in enumerate(options.prompt, 1)}
+    option, file = "--prompts-file", options.prompts_file
     fix = "give a text file in UTF-8 with one prompt per line"
     # The reader of text files says what a line is.
     lines: list[str] = []
     broken: list[Invalid] = []
-    try:
-        for chunk in text_files.read(Path(options.prompts_file), (text_files.KEY,)):
+    with reading(option, file):
+        for chunk in text_files.read(Path(file), (text_files.KEY,)):
             rows, invalid = chunk.rows((text_files.KEY,))
             lines += [line for (line,) in rows]
             broken += invalid
-    except OSError as error:
-        raise ProblemError([Problem("--prompts-file", options.prompts_file, str(error), fix)]) from error
-    raise_all(Problem("--prompts-file", record.place, record.why, fix) for record in broken)
-    prompts = [line for line in lines if line.strip()]
+    raise_all(Problem(option, record.place, record.why, fix, "records") for record in broken)
+    prompts = {f"{file}: line {number}": line for number, line in enumerate(lines, 1) if line.strip()}
     if not prompts:
-        raise ProblemError(
-            [Problem("--prompts-file", options.prompts_file, "it holds no prompt", "write one per line")]
-        )
+        raise ProblemError([Problem(option, file, "it holds no prompt", "write one per line", "empty")])
     if len(prompts) < len(lines):
-        logger.warning("%s: %d blank lines left out", options.prompts_file, len(lines) - len(prompts))
+        logger.warning("%s: %s left out", file, counted(len(lines) - len(prompts), "blank line"))
     return prompts
 
 
@@ -185,6 +182,6 @@ def _summary(samples: list[_Sample], seconds: float) -> str:
     count, tokens = len(samples), sum(len(sample.tokens) for sample in samples)
     finish = Counter(sample.finish for sample in samples)
     return (
-        f"{count} continuation{'s' if count > 1 else ''}, {tokens} tokens in {seconds:.2f} s "
+        f"{counted(count, 'continuation')}, {tokens} tokens in {seconds:.2f} s "
         f"({tokens / seconds:.0f} tokens/s): {finish['stop']} ended with a stop token, {finish['length']} full length"
     )

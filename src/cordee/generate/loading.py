@@ -24,7 +24,7 @@ from cordee.parallel import collectives, inference
 from cordee.parallel.degrees import Degrees
 from cordee.parallel.inference import InferenceStage
 from cordee.parallel.layout import Layout, process_group
-from cordee.tokenizer import Tokenizer
+from cordee.tokenizer import Tokenizer, load_tokenizer, names_tokenizer
 from cordee.weights.codec import Source
 from cordee.weights.load import load_into
 
@@ -62,13 +62,14 @@ def load_part(
     return model, stage
 
 
-def check_part(source: Source, config: InferenceConfig, shape: Degrees) -> list[Problem]:
-    """What keeps `load_part` from loading, as far as it can be known before."""
+def check_part(source: Source | None, config: InferenceConfig, shape: Degrees) -> list[Problem]:
+    """What keeps `load_part` from loading, as far as it can be known before, and without a source that is not there."""
     found = Findings()
-    found.attempt(lambda: dtype_of(config.dtype, source))
+    if source is not None:
+        found.attempt(lambda: dtype_of(config.dtype, source))
     if shape.world_size == 1 and config.device is not None:
         found.attempt(lambda: device_of(config.device))
-    if shape.world_size > 1:
+    if shape.world_size > 1 and source is not None:
         found.problems += inference.check(source.spec.config, shape)
     return found.problems
 
@@ -100,6 +101,13 @@ def fill(model: GPTModel, source: Source) -> None:
     for note in load_into(model, source).notes:
         logger.info(note)
     model.eval()
+
+
+def tokenizer_of(config: InferenceConfig, source: Source | None) -> Tokenizer | None:
+    """The tokenizer of the options, else that beside the model; None if they name none and there is no model."""
+    if source is None and not names_tokenizer(config):
+        return None
+    return load_tokenizer(config, str(source.assets) if source and source.assets else None)
 
 
 def check_vocabulary(tokenizer: Tokenizer, model: ModelConfig) -> Problems:

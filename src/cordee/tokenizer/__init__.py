@@ -16,7 +16,15 @@ from cordee.tokenizer.base import Tokenizer
 from cordee.tokenizer.null import NullTokenizer
 from cordee.tokenizer.options import TokenizerOptions
 
-__all__ = ["VOCABULARIES", "Tokenizer", "check_tokenizer", "holds_tokenizer", "is_vocabulary", "load_tokenizer"]
+__all__ = [
+    "VOCABULARIES",
+    "Tokenizer",
+    "check_tokenizer",
+    "holds_tokenizer",
+    "is_vocabulary",
+    "load_tokenizer",
+    "names_tokenizer",
+]
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")  # of which a directory has one
 # The files each type cannot do without; PretrainedFromHF has a directory instead.
@@ -69,6 +77,12 @@ def check_tokenizer(options: TokenizerOptions, directory: str | None = None) -> 
     if kind == "NullTokenizer" and options.vocab_size is None:
         problems.append(Problem("--vocab-size", None, f"{kind} has no vocabulary of its own", "give it"))
     return problems
+
+
+def names_tokenizer(options: TokenizerOptions) -> bool:
+    """Whether the options say which tokenizer it is."""
+    defaults = TokenizerOptions()
+    return any(getattr(options, name) != value for name, value in vars(defaults).items())
 
 
 def holds_tokenizer(directory: str | Path) -> bool:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 
-from cordee.errors import Problem, ProblemError, Problems, at_most
+from cordee.errors import Problem, Problems, at_most, raise_all
 from cordee.evaluate.documents import Document, check_path, is_indexed, read_documents
 from cordee.evaluate.options import EvaluateOptions
 from cordee.evaluate.requests import Encoder, RollingLoglikelihood
 from cordee.evaluate.task import Metrics, Result, Subject
-from cordee.log import logger
+from cordee.log import counted, logger
 from cordee.model.config import ModelConfig
 
 
@@ -66,9 +66,9 @@ class Perplexity:
 
     name = "perplexity"
 
-    def check(self, options: EvaluateOptions, model: ModelConfig) -> list[Problem]:
+    def check(self, options: EvaluateOptions, model: ModelConfig | None) -> list[Problem]:
         of_paths = [problem for path in options.task_data_path for problem in check_path(path)]
-        return [*_window_problems(options, model.max_position_embeddings), *of_paths]
+        return [*(_window_problems(options, model.max_position_embeddings) if model else ()), *of_paths]
 
     def needs_tokenizer(self, options: EvaluateOptions) -> bool:
         return not all(is_indexed(path) for path in options.task_data_path)
@@ -87,24 +87,24 @@ class Perplexity:
         scores = [Score() for _ in options.task_data_path]
         for document, (logprob,) in answered:
             scores[document.part].count(document, logprob)
-        for score, path in zip(scores, options.task_data_path, strict=True):
-            _check_score(score, path)
+        raise_all(chain.from_iterable(map(_score_problems, scores, options.task_data_path)))
         parts = {path: score.metrics() for path, score in zip(options.task_data_path, scores, strict=True)}
         return Result(self.name, sum(scores, Score()).metrics(), parts)
 
 
-def _check_score(score: Score, path: str) -> None:
+def _score_problems(score: Score, path: str) -> Problems:
     if score.unscored:
-        logger.warning("%s: %d documents without a token to predict", path, score.unscored)
+        logger.warning("%s: %s without a token to predict", path, counted(score.unscored, "document"))
     if not score.tokens:
         why, fix = "it holds no token to predict", "give text, or tokens, of some length"
-        raise ProblemError([Problem("--task-data-path", path, why, fix, "empty")])
+        yield Problem("--task-data-path", path, why, fix, "empty")
 
 
 def _window_problems(options: EvaluateOptions, longest: int) -> Problems:
-    window = min(options.seq_length or longest, longest)
     yield from at_most("--seq-length", options.seq_length, longest, f"the {longest} positions that the model holds")
-    yield from at_most("--stride", options.stride, window, f"the {window} tokens of a window: some are not scored")
+    if options.seq_length is None or options.seq_length >= (options.stride or 0):  # less than the stride breaks a law
+        what = f"the {longest} tokens of the model's longest window: some are not scored"
+        yield from at_most("--stride", options.stride, longest, what)
 
 
 TASK = Perplexity()
