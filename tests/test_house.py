@@ -132,6 +132,15 @@ def test_the_task_scores_what_was_learned(followed):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("text", "wrong"), [("1 2\n\n", "document 2 of last_word"), ("", "--task-data-path")])
+def test_the_task_says_what_its_data_lacks(house, followed, text, wrong):
+    (followed / "few.txt").write_text(text)
+    command = "cordee evaluate --load counted --task last_word --task-data-path few.txt"
+    said = run(house, followed, f"{command} --tokenizer-type NullTokenizer --vocab-size 16 2>&1 || [ $? = 2 ]")
+    assert "1 problem:" in said and wrong in said
+
+
+@pytest.mark.slow
 def test_the_reader_reads(followed):
     indexed = IndexedDataset(str(followed / "numbers_text_document"))
     assert [indexed[number].tolist() for number in range(len(indexed))] == [[1, 2, 3, 4], [5, 6]]

@@ -92,7 +92,8 @@ class Staging:
             logger.warning("the tokenizer in %s is left out: without the file that is not copied it is another", source)
             found -= {file for file in tokenizer if left_out(file) is None}
         if copied := copy_files(sorted(found), self.scratch):
-            logger.info("copied from %s: %s", source, ", ".join(file.name for file in copied))
+            # `source` may be where a reader has put them for a while, of which nobody has heard.
+            logger.info("copied beside the weights: %s", ", ".join(file.name for file in copied))
 
     def publish(self) -> None:
         """Give the output its name."""
