@@ -24,6 +24,7 @@ from cordee.tokenizer import load_tokenizer
 from cordee.tokenizer.options import TokenizerOptions
 from cordee.weights import hf
 from tests.generate.folders import Folder, model_directory, write_tokenizer
+from tests.problems import facts
 
 
 def run(folder, **options):
@@ -265,13 +266,13 @@ def test_a_file_of_gguf_says_the_same(llama, tmp_path):
     assert first.count("tokens") == 2 and all(other == first for other in others)
 
 
-@pytest.mark.parametrize(
-    ("content", "expected"), [(b"GGUF", "is cut off"), (b"no model", "no file of GGUF"), (b"", "empty")]
-)
-def test_a_file_that_is_no_gguf_is_a_problem(llama, tmp_path, content, expected):
-    (tmp_path / "x.gguf").write_bytes(content)
-    with pytest.raises(ProblemError, match=expected):
-        run(llama, load=tmp_path / "x.gguf", prompt=["Once"])
+@pytest.mark.parametrize("content", [b"GGUF", b"no model", b""])
+def test_a_file_that_is_no_gguf_is_a_problem(llama, tmp_path, content):
+    file = tmp_path / "x.gguf"
+    file.write_bytes(content)
+    with pytest.raises(ProblemError) as caught:
+        run(llama, load=file, prompt=["Once"])
+    assert facts(caught) == [(str(file), None, "unreadable")]
 
 
 def test_all_that_is_wrong_is_told_together(llama, tmp_path):
