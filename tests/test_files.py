@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -14,6 +15,7 @@ import pytest
 
 from cordee import files, lock
 from cordee.checkpoint import directory as checkpoint
+from cordee.checkpoint.storage import location_of
 from cordee.convert import job
 from cordee.convert.options import ConvertConfig
 from cordee.data import order_cache
@@ -89,12 +91,12 @@ def test_neither_does_a_tokenizer_nor_a_run(model, tmp_path, caplog):
     origin = SimpleNamespace(assets=model, weights=model)
     plan = cast(RunPlan, SimpleNamespace(tokenizer=tokenizer, origin=origin))
     (tmp_path / "run").mkdir()
-    _save_assets(plan, tmp_path / "run")
+    _save_assets(plan, location_of(tmp_path / "run"))
     assert str(model / "vocab.txt") in caplog.text and not list((tmp_path / "run").iterdir())
     assert not leaks(tmp_path / "saved")
     for name in ("chat_template.jinja", "vocab.txt"):
         (model / name).unlink()
-    _save_assets(plan, tmp_path / "run")
+    _save_assets(plan, location_of(tmp_path / "run"))
     assert str(model / "generation_config.json") in caplog.text and not leaks(tmp_path / "run")
     text = "some text, 123"
     assert load_tokenizer(TokenizerOptions(), str(tmp_path / "run")).encode(text) == tokenizer.encode(text)
@@ -205,16 +207,19 @@ def test_sample_orders_are_not_written_through_links(tmp_path, victim):
 
 
 def test_checkpoints_are_not_written_through_links(tmp_path, victim):
-    new = checkpoint.temporary(tmp_path, 10)
-    new.symlink_to(victim.parent)
+    root = location_of(tmp_path)
+    new = checkpoint.temporary(root, 10)
+    folder = tmp_path / new.name
+    folder.symlink_to(victim.parent)
     (tmp_path / f".{checkpoint.TRACKER}.new").symlink_to(victim)
     checkpoint.discard(new)
-    new.mkdir()
+    for name in ("data", checkpoint.MANIFEST):
+        folder.mkdir(exist_ok=True)
+        (folder / f".{name}.new").symlink_to(victim)
     (new / "data").write_text("x")
-    (new / f".{checkpoint.MANIFEST}.new").symlink_to(victim)
-    manifest = {"format": checkpoint.FORMAT, "iteration": 10, "files": {"data": checkpoint.file_entry(new / "data")}}
-    checkpoint.publish(new, manifest)
-    assert checkpoint.latest(tmp_path) == (10, [])
+    entry = {"bytes": 1, "crc32": zlib.crc32(b"x")}
+    checkpoint.publish(new, {"format": checkpoint.FORMAT, "iteration": 10, "files": {"data": entry}})
+    assert checkpoint.latest(root) == (10, [])
     assert not (tmp_path / checkpoint.TRACKER).is_symlink()
 
 

@@ -1,4 +1,4 @@
-"""A store of objects in memory that fails as told: what no store promises not to do."""
+"""A store of objects in memory that fails as told: what no store promises not to do. And one that processes share."""
 
 from __future__ import annotations
 
@@ -7,9 +7,25 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import BinaryIO
 
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
 from cordee.checkpoint.storage import Location, Storage
 
 ROOT = "toy://bucket/run"
+
+
+class Shared(LocalFileSystem):
+    """Files, spoken to as a store is: `shared://` before a path."""
+
+    protocol = "shared"
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return super()._strip_protocol(str(path).removeprefix("shared://"))
+
+
+fsspec.register_implementation("shared", Shared, clobber=True)
 
 
 class Killed(BaseException):

@@ -273,7 +273,7 @@ def test_no_read_is_larger_than_the_limit(monkeypatch: pytest.MonkeyPatch):
 # ---- fsspec ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["memory", "file"])
+@pytest.fixture(params=["memory", "shared"])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
     place = location_of(f"{request.param}://{tmp_path}/run")
     assert isinstance(place, Location)
@@ -323,7 +323,7 @@ def load_sharded(rank: int, world_size: int, url: str, dim: int) -> dict[str, to
 
 
 def test_ranks_write_and_other_ranks_read(tmp_path: Path, pool):
-    url = f"file://{tmp_path}/run"
+    url = f"shared://{tmp_path}/run"
     saved = pool.run(save_sharded, 2, url, 0)[0]
     assert len(list(tmp_path.glob("run/iter_*"))) == 1
     for ranks in (2, 4):
@@ -349,6 +349,11 @@ def test_assets_are_brought(root: Location):
 @pytest.mark.parametrize("given", ["/tmp/run", "run", "./a:b", "C:/run", "iter_1"])
 def test_plain_paths_are_local(given: str):
     assert location_of(given).local == Path(given)
+
+
+@pytest.mark.parametrize("scheme", ["file", "local"])
+def test_a_path_behind_a_scheme_is_that_path(scheme: str):
+    assert location_of(f"{scheme}:///tmp/run/") == location_of("/tmp/run")
 
 
 def test_a_scheme_that_nobody_knows():

@@ -166,6 +166,7 @@ def found_kinds(option: str, load: Path, save: Path, *flags: object) -> set[tupl
         (GOOD, {"rank_pattern": {"q_proj": 3}}, (), ("lora_A.weight", "shape")),
         (GOOD, {"rank_pattern": {"q_proj": 2.5}}, (), ("rank_pattern: q_proj", "invalid")),
         (GOOD, {"r": True}, (), (": r", "invalid")),
+        *((GOOD, {key: "yes"}, (), (key, "invalid")) for key in ("fan_in_fan_out", "use_rslora")),
         *(
             (GOOD, {"lora_alpha": alpha}, (), ("lora_alpha", "invalid"))
             for alpha in (float("nan"), float("inf"), 10**400, True, "4")

@@ -133,7 +133,7 @@ def test_every_family_comes_back(made, tmp_path, kind, form):
     ),
 )
 def test_every_mixture_comes_back(made, tmp_path, kind_and_impl, experts):
-    (kind, impl), (expert, *grouped) = kind_and_impl.split(), experts.split()
+    (kind, impl), (expert, *grouped) = kind_and_impl.rsplit(maxsplit=1), experts.split()
     tensor = "1" if impl == "mindspeed" and kind.startswith("deepseek") else "2"
     stages = (PP, "2") if expert == "2" else (PP, "1")  # so that folders have two and three numbers
     flags = ("--transformer-impl", impl, TP, tensor, EP, expert, *stages, *grouped)
@@ -422,7 +422,7 @@ def test_parameters_that_have_no_place(made, tmp_path, kind, flags, named):
         ("llama", (*CORE, "--deepspeed"), "--deepspeed", "requires", "--save-model-type ascendspeed"),
         ("llama", (*CORE, "--model-type", "BERT"), "--model-type", "stated", "GPT"),
         ("llama", (*CORE, "--model-type-hf", "mixtral"), "--model-type-hf", "stated", None),
-        ("llama", (*CORE, "--model-type-hf", "lama2"), "--model-type-hf", "unknown", None),
+        ("llama", (*CORE, "--model-type-hf", "lama2"), "--model-type-hf", "unknown", ("llama2",)),
         ("qwen2", (*CORE, "--no-add-qkv-bias"), "--add-qkv-bias", "stated", True),
         ("llama", (*CORE, "--embed-layernorm"), "--embed-layernorm", "stated", False),
         ("llama", (*CORE, "--load-model-type", "mg"), "--load-model-type", "stated", "hf"),

@@ -24,6 +24,7 @@ from cordee.tokenizer import load_tokenizer
 from cordee.tokenizer.options import TokenizerOptions
 from cordee.weights import hf
 from tests.generate.folders import Folder, model_directory, write_tokenizer
+from tests.problems import facts
 
 
 def run(folder, **options):
@@ -281,9 +282,11 @@ def test_a_file_of_gguf_says_the_same(llama, tmp_path):
 
 @pytest.mark.parametrize("content", [b"GGUF", b"no model", b""])
 def test_a_file_that_is_no_gguf_is_a_problem(llama, tmp_path, content):
-    (tmp_path / "x.gguf").write_bytes(content)
-    (problem,) = problems_of(llama, load=tmp_path / "x.gguf", prompt=["Once"])
-    assert (problem.option, problem.kind) == (str(tmp_path / "x.gguf"), "unreadable")
+    file = tmp_path / "x.gguf"
+    file.write_bytes(content)
+    with pytest.raises(ProblemError) as caught:
+        run(llama, load=file, prompt=["Once"])
+    assert facts(caught) == [(str(file), None, "unreadable")]
 
 
 def test_without_a_model_what_does_not_need_it_is_found(tmp_path):

@@ -132,7 +132,7 @@ def test_survivors_within_tensor_parallel_collectives(tmp_path: Path, processes:
         nproc_per_node=processes,
         tensor_model_parallel_size=2,
         distributed_timeout_minutes=0.1,
-        exit_grace_seconds=1.0,
+        exit_grace_seconds=10.0,  # for all ranks to say what they know
     )
     process = start(given, tmp_path)
     wait_until(process, moments(given)["early"])

@@ -25,7 +25,7 @@ from tests.train import tiny
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
-def stored(folder: Path, scheme: str = "file", **options) -> TrainConfig:
+def stored(folder: Path, scheme: str = "shared", **options) -> TrainConfig:
     metrics = str(folder / "metrics.jsonl")
     return tiny.config(
         folder, save=f"{scheme}://{folder}/store", metrics_file=metrics, train_iters=4, keep_last=1, **options
@@ -44,7 +44,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     return tiny.losses(given)
 
 
-@pytest.mark.parametrize("scheme", ["memory", "file"])
+@pytest.mark.parametrize("scheme", ["memory", "shared"])
 def test_one_process_stops_and_resumes(tmp_path: Path, expected: list[float], scheme: str):
     given = stored(tmp_path, scheme)
     root = location_of(given.save or "")
@@ -68,11 +68,21 @@ def test_another_layout_resumes(tmp_path: Path, expected: list[float], pool):
     assert directory.iterations(location_of(given.save or "")) == [4]
 
 
-def test_a_second_run_is_refused(tmp_path: Path):
-    given = stored(tmp_path)
+@pytest.mark.parametrize("scheme", ["shared", "file"])
+def test_a_second_run_is_refused(tmp_path: Path, scheme: str):
+    given = stored(tmp_path, scheme)
     with outputs.held(given), pytest.raises(ProblemError) as caught, outputs.held(replace(given, metrics_file=None)):
         pass
     assert [(problem.option, problem.value) for problem in caught.value.problems] == [("--save", given.save)]
+
+
+def test_a_path_and_its_url_are_one(tmp_path: Path):
+    given = replace(stored(tmp_path, "file"), metrics_file=None)
+    assert outputs.metrics_path(given) == tmp_path / "store" / outputs.METRICS
+    by_path = replace(given, save=str(tmp_path / "store"))
+    with outputs.held(given), pytest.raises(ProblemError) as caught, outputs.held(by_path):
+        pass
+    assert [(problem.option, problem.value) for problem in caught.value.problems] == [("--save", by_path.save)]
 
 
 class Loses(NextToken):
@@ -94,7 +104,7 @@ class Loses(NextToken):
 @pytest.mark.parametrize("scheme", [None, "memory"])
 def test_a_run_that_loses_its_lock_stops_at_the_next_save(tmp_path: Path, monkeypatch, scheme: str | None):
     places = {"save": str(tmp_path / "run")} if scheme is None else {}
-    given = replace(stored(tmp_path, scheme or "file", stage="loses", micro_batch_size=8, async_save=False), **places)
+    given = replace(stored(tmp_path, scheme or "shared", stage="loses", micro_batch_size=8, async_save=False), **places)
     root = location_of(given.save or "")
     monkeypatch.setitem(objectives.registry(), "loses", Loses(root / outputs.LOCK))
     with pytest.raises(ProblemError) as caught:

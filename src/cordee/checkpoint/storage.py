@@ -27,7 +27,8 @@ from typing import Any, BinaryIO, ClassVar, Literal, cast
 from cordee.errors import Problem, ProblemError
 from cordee.files import RangeFile, durable, open_regular, remove_tree, sync_directory
 
-_URL = re.compile(r"([a-z][a-z0-9+.-]+)://.*", re.DOTALL)
+_URL = re.compile(r"([a-z][a-z0-9+.-]+)://(.*)", re.DOTALL)
+_HERE = ("file", "local")  # schemes of what is on this machine, as fsspec calls it
 BUFFER = 1 << 16  # bytes that are read at least, from where one is looking for something
 
 
@@ -243,31 +244,38 @@ def _as_os_errors() -> Iterator[None]:
 
 
 def is_url(given: str) -> bool:
-    """Whether something is a URL with a scheme, so that it is in a store."""
+    """Whether something is a URL with a scheme."""
     return _URL.fullmatch(given) is not None
 
 
+def local_path(given: str) -> Path | None:
+    """The path of what is on this machine, `file://` before it or not; None for a URL of a store."""
+    match = _URL.fullmatch(given)
+    return Path(match[2] if match else given) if match is None or match[1] in _HERE else None
+
+
 def location_of(given: str | Path | Location, option: str = "--load") -> Location:
-    """What `given` names: a URL with a scheme something in a store, anything else a local path.
+    """What `given` names: a URL something in a store, a plain path or one behind `file://` something on this machine.
 
     ProblemError, about `option`, if a package that such a store needs is missing, or nobody knows the scheme.
     """
     if isinstance(given, Location):
         return given
-    if (match := _URL.fullmatch(str(given))) is None:
-        return Location(LocalStorage(), str(Path(given)))
+    if (path := local_path(str(given))) is not None:
+        return Location(LocalStorage(), str(path))
+    scheme = str(given).partition("://")[0]
     why, fix = None, 'pip install "cordee[storage]"'
     if importlib.util.find_spec("fsspec") is None:
-        why = f"the package fsspec, which reads and writes {match[1]}, is not installed"
+        why = f"the package fsspec, which reads and writes {scheme}, is not installed"
     else:
         import fsspec
 
         try:
-            fsspec.get_filesystem_class(match[1])
+            fsspec.get_filesystem_class(scheme)
         except ImportError as error:
             why, fix = f"a package is missing: {error}", "install the package that it names with pip"
         except ValueError:
-            why, fix = f"fsspec knows no {match[1]}", f"give one of {', '.join(fsspec.available_protocols())}"
+            why, fix = f"fsspec knows no {scheme}", f"give one of {', '.join(fsspec.available_protocols())}"
     if why is not None:
         raise ProblemError([Problem(option, str(given), why, fix)])
     url = str(given).rstrip("/")

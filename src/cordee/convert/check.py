@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cordee.checkpoint.formats import Format
-from cordee.checkpoint.storage import is_url
+from cordee.checkpoint.storage import is_url, local_path
 from cordee.config import laws
 from cordee.config.option import options_of, to_flag
 from cordee.config.spelling import unknown
@@ -59,7 +59,8 @@ def check_options(options: ConvertConfig) -> Problems:
         fix = "give a local directory, and copy it there"
         yield Problem("--save-dir", options.save_dir, "a conversion writes no URL", fix)
     yield from laws.problems(options)
-    if Path(options.load_dir).resolve() == Path(options.save_dir).resolve():
+    read = local_path(options.load_dir)
+    if read is not None and read.resolve() == Path(options.save_dir).resolve():
         why, fix = "it is the directory that is read", "give another directory"
         yield Problem("--save-dir", options.save_dir, why, fix, "excludes", ("load_dir",))
     yield from stated(options, {"model_type": "GPT"}, "every model here")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cordee import lock
 from cordee.checkpoint import storage_lock
-from cordee.checkpoint.storage import Location, is_url, location_of
+from cordee.checkpoint.storage import Location, local_path, location_of
 from cordee.errors import Problem, raise_all
 from cordee.train.options import TrainConfig
 
@@ -81,7 +81,8 @@ def metrics_path(config: TrainConfig) -> Path | None:
     not in a store, where nothing can be appended to."""
     if config.metrics_file is not None:
         return Path(config.metrics_file)
-    return None if config.save is None or is_url(config.save) else Path(config.save) / METRICS
+    root = None if config.save is None else local_path(config.save)
+    return None if root is None else root / METRICS
 
 
 def left_out(config: TrainConfig) -> Iterator[str]:

@@ -89,6 +89,9 @@ def _check_config(given: Given, config: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem(f"{where}: lora_alpha", config.get("lora_alpha"), "it must be a positive number", COPY_AGAIN)
     if not _is_rank(config.get("r")):
         yield Problem(f"{where}: r", config.get("r"), "it must be a whole positive number", COPY_AGAIN)
+    for key in ("fan_in_fan_out", "use_rslora"):
+        if not isinstance(config.get(key) or False, bool):
+            yield Problem(f"{where}: {key}", config[key], "it must be true or false", COPY_AGAIN)
     yield from _check_patterns(f"{where}: alpha_pattern", config.get("alpha_pattern"), _is_finite)
     yield from _check_patterns(f"{where}: rank_pattern", config.get("rank_pattern"), _is_rank)
     for flag, value, key in (("--lora-r", given.r, "r"), ("--lora-alpha", given.alpha, "lora_alpha")):
