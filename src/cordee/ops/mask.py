@@ -76,12 +76,11 @@ class AttentionMask:
         """
         key = (slopes, dtype, *self._reach(window, chunk))
         if key not in self._rendered:
-            hidden = ~self.dense(device, window, chunk)
-            term = torch.zeros_like(hidden, dtype=dtype)
+            term: Tensor | float = 0.0
             if slopes is not None:
                 distance = F.pad(self._distance(device).float(), (self.num_prefix, 0))
                 term = (distance * -torch.tensor(slopes, device=device)[:, None, None]).to(dtype)
-            self._rendered[key] = term.masked_fill(hidden, float("-inf"))
+            self._rendered[key] = torch.where(self.dense(device, window, chunk), term, float("-inf")).to(dtype)
         return self._rendered[key]
 
     def _reach(self, window: int | None, chunk: int | None) -> tuple[int | None, int | None]:
