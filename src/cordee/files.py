@@ -180,11 +180,14 @@ def create_new(path: Path, mode: int = 0o666) -> BinaryIO:
 
 
 @contextmanager
-def durable(path: Path) -> Iterator[BinaryIO]:
-    """A stream to a file that is afterwards either the old or the new one, also after a power cut. OSError if not."""
+def durable(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
+    """A stream to a file that is afterwards either the old or the new one, also after a power cut. OSError if not.
+
+    `mode`: as for `create_new`.
+    """
     scratch = path.with_name(f".{path.name}.new")
     try:
-        with create_new(scratch) as file:
+        with create_new(scratch, mode) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

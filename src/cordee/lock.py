@@ -153,8 +153,9 @@ class FileLock(Lock):
 
     def _renew(self) -> None:
         os.utime(self._descriptor)  # whose answer also tells an NFS client that the record has changed
-        if not os.fstat(self._descriptor).st_nlink or _read(self._descriptor) != self._record:
-            raise HeldError(self.path, _read(self._descriptor))
+        found = _read(self._descriptor)
+        if not os.fstat(self._descriptor).st_nlink or found != self._record:
+            raise HeldError(self.path, None if found == self._record else found)
 
     def _remove(self) -> None:
         """Also the directories that were made for the file alone."""

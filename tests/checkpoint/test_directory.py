@@ -167,3 +167,24 @@ def test_a_replacement_killed_at_any_step(tmp_path: Path, monkeypatch, step: int
             )
     assert (tmp_path / "iter_0000020" / "__0_0.distcp").read_bytes() in (b"first", b"second")
     assert not list(tmp_path.glob(".iter_*"))
+
+
+def test_a_checkpoint_behind_a_link_stays(tmp_path: Path):
+    archived = make(tmp_path / "archive", 10)
+    root = location_of(tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / archived.name).symlink_to(archived)
+    make(tmp_path / "run", 10)
+    assert directory.latest(root) == (10, []) and not (tmp_path / "run" / archived.name).is_symlink()
+    assert directory.damage(location_of(archived)) is None
+
+
+def test_a_file_with_the_name_of_a_checkpoint_is_none(tmp_path: Path):
+    (tmp_path / directory.name_of(10)).touch()
+    new = tmp_path / f".{directory.name_of(20)}.new"
+    new.touch()
+    root = location_of(tmp_path)
+    directory.discard(location_of(new))
+    assert not directory.is_root(root) and directory.iterations(root) == []
+    make(tmp_path, 20)
+    assert directory.latest(root) == (20, [])

@@ -17,7 +17,7 @@ from cordee.checkpoint import assets, directory, files, source, storage
 from cordee.checkpoint.storage import Location, location_of
 from cordee.checkpoint.storage_lock import StorageLock
 from cordee.checkpoint.store import CheckpointStore, restore
-from cordee.errors import ProblemError
+from cordee.errors import Problem, ProblemError
 from cordee.lock import HeldError
 from tests.checkpoint import toy
 from tests.checkpoint.stores import ROOT, FaultyStorage, Killed
@@ -354,6 +354,15 @@ def test_plain_paths_are_local(given: str):
 @pytest.mark.parametrize("scheme", ["file", "local"])
 def test_a_path_behind_a_scheme_is_that_path(scheme: str):
     assert location_of(f"{scheme}:///tmp/run/") == location_of("/tmp/run")
+
+
+def test_a_location_is_one_whatever_it_was_reached_by():
+    assert location_of("memory://bucket/run/iter_0000010").parent == location_of("memory://bucket/run")
+
+
+def test_an_error_of_who_writes_stays_what_it_is():
+    with pytest.raises(ProblemError), location_of("memory://bucket/x").write():
+        raise ProblemError([Problem("--save", None, "why", "fix")])
 
 
 def test_a_scheme_that_nobody_knows():

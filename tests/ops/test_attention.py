@@ -154,6 +154,14 @@ def test_alibi_is_that_of_bloom(heads):
     assert (bias[..., -1] == 0).all()
 
 
+def test_alibi_in_a_window_for_one_query():
+    q, k, v = torch.randn(2, HEADS, 1, 8), torch.randn(2, HEADS, 10, 8), torch.randn(2, HEADS, 10, 8)
+    scores = Scores(scale=SCALE, slopes=alibi_slopes(HEADS), window=6)
+    mask = AttentionMask(1, 10)
+    expected = reference_attention(q, k, v, mask, scores)
+    torch.testing.assert_close(sdpa_attention(q, k, v, mask, scores), expected)
+
+
 def test_alibi_slopes_by_hand():
     assert alibi_slopes(8) == tuple(2.0**-n for n in range(1, 9))
     assert alibi_slopes(3) == (2.0**-4, 2.0**-8, 2.0**-2)  # of 2 heads, then the first of 4

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from cordee.config.check import model_ranks
 from torch.distributed.tensor import DTensor
 
 from cordee.config.laws import ignored_options
@@ -18,7 +17,7 @@ from cordee.model.gpt import GPTModel
 from cordee.model.init import initialise
 from cordee.optim.clip import global_norm, gradients
 from cordee.parallel import apply, collectives, context, data, laws
-from cordee.parallel.degrees import Degrees, degrees, problems
+from cordee.parallel.degrees import Degrees, degrees, model_ranks, problems
 from cordee.parallel.layout import Layout
 from cordee.train import job
 from cordee.train.options import TrainConfig

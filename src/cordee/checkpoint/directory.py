@@ -82,6 +82,8 @@ def folder_of(root: Location, iteration: int) -> Location:
 def _generations(root: Location) -> dict[int, dict[int, Location]]:
     """All folders with names of checkpoints, by iteration and generation, the newest first in both."""
     named = [(name, folder) for folder in root.iterdir() if (name := _named(folder.name)) is not None]
+    if root.storage.renames:  # a store has objects with such names inside of folders only
+        named = [(name, folder) for name, folder in named if not folder.is_file()]
     found: dict[int, dict[int, Location]] = {}
     for (iteration, number), folder in sorted(named, key=lambda pair: pair[0], reverse=True):
         found.setdefault(iteration, {})[number] = folder
@@ -308,7 +310,8 @@ def _is_committed(folder: Location) -> bool:
 def discard(folder: Location) -> None:
     """Remove a folder if it is there. What cannot be removed is in nobody's way, but takes room: a warning."""
     try:
-        (folder / MANIFEST).delete()  # without it the rest is no checkpoint
+        if not folder.storage.renames:  # else it has been set aside, and may be a link to what stays
+            (folder / MANIFEST).delete()  # without it the rest is no checkpoint
         folder.delete()
     except OSError as error:
         logger.warning("%s could not be removed: %s", folder, error)

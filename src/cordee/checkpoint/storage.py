@@ -19,7 +19,7 @@ import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Literal, cast
@@ -187,7 +187,7 @@ class FsspecStorage(Storage):
     them, or in fsspec's own configuration (~/.config/fsspec, FSSPEC_S3_KEY and the like).
     """
 
-    root: str
+    root: str = field(compare=False)  # locations are compared by their own URLs
 
     @cached_property
     def _fs(self) -> Any:
@@ -237,7 +237,7 @@ def _as_os_errors() -> Iterator[None]:
     """Every package has errors of its own for a store that does not answer or refuses."""
     try:
         yield
-    except (OSError, ImportError, MemoryError):
+    except (OSError, ImportError, MemoryError, ProblemError):  # the last is of whoever is writing
         raise
     except Exception as error:
         raise OSError(f"{type(error).__name__}: {error}") from error
@@ -288,5 +288,5 @@ def reached(option: str, given: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        fix = "check the address, the network and the credentials, or give another"
+        fix = "check the address, the network and the credentials, or give another place"
         raise ProblemError([Problem(option, given, f"it cannot be read or written: {error}", fix)]) from error

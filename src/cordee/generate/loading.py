@@ -52,10 +52,11 @@ def load_part(
     if shape.world_size == 1:
         return load_model(source, config.dtype, config.device), None
     ranks = launch.rank_info()
-    on = device_of(config.device) if config.device else devices.local_device(ranks.local_rank)
+    kind = devices.kind().name if config.device is None else device_of(config.device).type
+    on = devices.local_device(ranks.local_rank) if kind == devices.kind().name else torch.device(kind)
     timeout = timedelta(minutes=config.distributed_timeout_minutes)
     stack.enter_context(collectives.contact(phase))
-    stack.enter_context(process_group(ranks, config.distributed_backend or devices.kind().backend, timeout))
+    stack.enter_context(process_group(ranks, config.distributed_backend or devices.KINDS[kind].backend, timeout))
     layout = Layout(shape, on.type, timeout)
     model, stage = inference.build(source.spec.config, layout, dtype_of(config.dtype, source), on)
     fill(model, source)
@@ -67,7 +68,7 @@ def check_part(source: Source | None, config: InferenceConfig, shape: Degrees) -
     found = Findings()
     if source is not None:
         found.attempt(lambda: dtype_of(config.dtype, source))
-    if shape.world_size == 1 and config.device is not None:
+    if config.device is not None:
         found.attempt(lambda: device_of(config.device))
     if shape.world_size > 1 and source is not None:
         found.problems += inference.check(source.spec.config, shape)

@@ -133,7 +133,8 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scores:
         return blockwise_attention(q, k, v, mask, scores)
     sinks = scores.sinks
     window = scores.window
-    if mask.num_queries == 1 and window is not None and mask.is_plain(None, scores.chunk):
+    ordered = mask.is_plain(None, scores.chunk) and scores.slopes is None
+    if mask.num_queries == 1 and window is not None and ordered:
         k, v, window = k[:, :, -window:], v[:, :, -window:], None  # one last query: its window is the last keys
     dense, causal = _rendered_mask(q, mask, scores, window)
     value_dim = v.shape[-1]

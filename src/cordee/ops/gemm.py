@@ -21,7 +21,6 @@ from cordee.log import logger
 
 WORTHWHILE = 1 << 20  # multiply-adds of a product below which the start of oneDNN's kernel costs more than it gains
 PART_BYTES = 1 << 24  # of a product that is added to a sum
-STREAMED = 1 << 17  # elements from which on a matrix is read from memory, which oneDNN does faster, for single rows too
 
 
 def linear(

@@ -107,4 +107,4 @@ def problems(options: OptimizerOptions, train_iters: int | None, train_samples: 
     warmup, length = getattr(options, f"lr_warmup_{unit}"), getattr(options, f"lr_decay_{unit}") or whole
     if warmup and length and warmup >= length and options.lr_warmup_fraction is None:
         why, involved = f"the learning rate schedule ends after {length} {unit}", (f"lr_decay_{unit}", f"train_{unit}")
-        yield Problem(f"--lr-warmup-{unit}", warmup, why, f"give less than {length}", "at most", involved)
+        yield Problem(f"--lr-warmup-{unit}", warmup, why, f"give less than {length}", "at most", involved, length)

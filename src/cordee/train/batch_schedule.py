@@ -1,6 +1,6 @@
 """How many samples a step takes, as a function of how many were consumed before it.
 
-Owns the global batch, its ramp-up and its division into micro-batches. Knows neither torch nor data.
+Owns the global batch, its ramp-up and its split into micro-batches. Knows neither torch nor data.
 """
 
 from __future__ import annotations

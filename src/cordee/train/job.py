@@ -162,7 +162,7 @@ def _require_equal(plan: RunPlan, layout: Layout) -> None:
 
 
 def _identity(plan: RunPlan) -> dict[str, Any]:
-    """What the result of a run depends on, by option. Paths are left out: they may differ between nodes."""
+    """What the result of a run depends on, by option. Free texts, such as paths, may differ between nodes."""
     config, checkpoint = plan.config, plan.origin.checkpoint
     options = [option for option in options_of(type(config)) if option.kind is not str or option.choices]
     found: dict[str, Any] = {
@@ -170,6 +170,7 @@ def _identity(plan: RunPlan) -> dict[str, Any]:
     }
     return {
         "--stage": config.stage,
+        "--optimizer": config.optimizer,
         **found,
         "model": str(plan.spec.to_dict()),
         "pipeline": str(plan.partition),

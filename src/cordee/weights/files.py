@@ -87,9 +87,9 @@ UNREADABLE = (SafetensorError, *torch_file.UNREADABLE)
 
 def opened(path: Path, opener: Callable[[Path], T], fix: str = COPY_AGAIN) -> T:
     """What `opener`, which raises one of `UNREADABLE`, makes of a file. ProblemError if it is missing or corrupt."""
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise ProblemError([Problem(str(path), None, "it is no regular file", fix, "unreadable")])
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ValueError("it is no regular file")
         return opener(path)
     except FileNotFoundError as error:
         raise ProblemError([Problem(str(path), None, "the file is missing", fix, "missing")]) from error

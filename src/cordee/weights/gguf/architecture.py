@@ -302,7 +302,7 @@ def choose(spec: ModelSpec, factors: Sequence[float] | None) -> tuple[Architectu
         if not differing:
             return row, values, notes
         tried.append((not readable, len(differing), row.name, differing))
-    *_, name, differing = min(tried)
+    *_, name, differing = min(tried, key=lambda row: row[:3])
     more = f"; and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
     why = f"family {spec.family.name}: none of the models of llama.cpp that are known here is such a one; the nearest, "
     why += f"{name}, differs: {'; '.join([*differing.values()][:_SHOWN])}{more}"
