@@ -110,7 +110,7 @@ def laws_of(schema: type) -> tuple[Law, ...]:
 
 def problems(config: Any) -> Problems:
     """The problems of all options of `config` that break a law of its class."""
-    given_ones = _given(config)
+    given_ones = changed_options(config)
     for law in laws_of(type(config)):
         for name in law.names:
             flag, value = to_flag(name), getattr(config, name)
@@ -140,7 +140,7 @@ class Ignored(NamedTuple):
 
 def ignored_options(config: Any) -> list[Ignored]:
     """All options that are given and change nothing, each once."""
-    left, found = _given(config), []
+    left, found = changed_options(config), []
     for law in laws_of(type(config)):
         if law.kind == "ignored" and not law.holds(config) and (names := [n for n in law.names if n in left]):
             left -= set(names)
@@ -148,6 +148,6 @@ def ignored_options(config: Any) -> list[Ignored]:
     return found
 
 
-def _given(config: Any) -> set[str]:
-    """The options that are not at their default."""
+def changed_options(config: Any) -> set[str]:
+    """The names of the options that are not at their default."""
     return {option.name for option in options_of(type(config)) if getattr(config, option.name) != option.default}

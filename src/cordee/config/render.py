@@ -12,6 +12,7 @@ from dataclasses import MISSING, replace
 from itertools import groupby
 from typing import Any
 
+from cordee.config.laws import changed_options
 from cordee.config.load import Loaded
 from cordee.config.option import options_of
 from cordee.errors import Problem
@@ -27,9 +28,9 @@ def to_yaml(loaded: Loaded[Any]) -> str:
 
 def changes(loaded: Loaded[Any]) -> str:
     """The options that are not at their default, each with the origin of its value."""
-    defaults = {option.name: option.default for option in options_of(type(loaded.config))}
-    changed = [name for name, default in defaults.items() if getattr(loaded.config, name) != default]
-    return _block(loaded, [name for name in changed if defaults[name] is not MISSING or name in loaded.origins])
+    options, changed = options_of(type(loaded.config)), changed_options(loaded.config)
+    said = [option.name for option in options if option.default is not MISSING or option.name in loaded.origins]
+    return _block(loaded, [name for name in said if name in changed])
 
 
 def with_origins(problems: Iterable[Problem], loaded: Loaded[Any]) -> list[Problem]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from cordee.checkpoint.formats import Format
 from cordee.checkpoint.storage import is_url, local_path
 from cordee.config import laws
-from cordee.config.option import options_of, to_flag
+from cordee.config.option import to_flag
 from cordee.config.spelling import unknown
 from cordee.convert.options import ConvertConfig
 from cordee.errors import Problem, Problems, requires
@@ -49,8 +49,8 @@ def target_type(options: ConvertConfig) -> str:
 
 def not_default(options: ConvertConfig, *names: str) -> dict[str, object]:
     """The values of the options of these names, by flag, that are not the defaults."""
-    defaults = {option.name: option.default for option in options_of(ConvertConfig)}
-    return {to_flag(name): value for name in names if (value := getattr(options, name)) != defaults[name]}
+    changed = laws.changed_options(options)
+    return {to_flag(name): getattr(options, name) for name in names if name in changed}
 
 
 def check_options(options: ConvertConfig) -> Problems:

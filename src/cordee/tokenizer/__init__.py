@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from cordee.config.option import to_flag
+from cordee.config.laws import changed_options
+from cordee.config.option import options_of, to_flag
 from cordee.errors import Problem, raise_all
 from cordee.tokenizer import hf, special, spm, tik
 from cordee.tokenizer.base import Tokenizer
@@ -81,8 +82,7 @@ def check_tokenizer(options: TokenizerOptions, directory: str | None = None) -> 
 
 def names_tokenizer(options: TokenizerOptions) -> bool:
     """Whether the options say which tokenizer it is."""
-    defaults = TokenizerOptions()
-    return any(getattr(options, name) != value for name, value in vars(defaults).items())
+    return any(option.name in changed_options(options) for option in options_of(TokenizerOptions))
 
 
 def holds_tokenizer(directory: str | Path) -> bool:
