@@ -82,6 +82,7 @@ class Lock(ABC):
         self.path = path
         self._heartbeat = heartbeat
         self._lost: HeldError | None = None
+        self._renewing = threading.Lock()  # by the heartbeat, or by who asks: a record half written is nobody's
         self._released = threading.Event()
         self._beating = threading.Thread(target=self._beat, name="lock", daemon=True)
         self._beating.start()
@@ -97,8 +98,7 @@ class Lock(ABC):
     def require_held(self) -> None:
         """HeldError if another process has the lock now, as it may where this one was stopped for longer than a lease.
         OSError if that cannot be found out."""
-        if self._lost is None:
-            self._try_to_renew()
+        self._try_to_renew()
         if self._lost is not None:
             raise self._lost
 
@@ -121,11 +121,13 @@ class Lock(ABC):
 
     def _try_to_renew(self) -> None:
         """Renew it, or note that it is lost."""
-        try:
-            self._renew()
-        except HeldError as error:
-            self._lost = error
-            self._report_loss()
+        with self._renewing:
+            try:
+                if self._lost is None:
+                    self._renew()
+            except HeldError as error:
+                self._lost = error
+                self._report_loss()
 
     def _report_loss(self) -> None:
         logger.error("%s: another process took this lock and may write to the same place", self.path)

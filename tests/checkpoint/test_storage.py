@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
 
@@ -380,6 +381,24 @@ def test_what_is_no_checkpoint_there(root: Location):
 # ---- the lock --------------------------------------------------------------------------------------------------------
 
 BEAT = 0.3
+
+
+def test_a_record_that_is_being_written_is_no_loss():
+    store, writing, gate = FaultyStorage(), threading.Event(), threading.Event()
+
+    def tear(operation: str, url: str) -> None:
+        if operation == "write" and not gate.is_set():
+            store.objects.pop(url)
+            writing.set()
+            assert gate.wait(30)
+
+    with StorageLock(store.root / ".lock", BEAT) as held, ThreadPoolExecutor(1) as threads:
+        store.before = tear
+        assert writing.wait(30)
+        asked = threads.submit(held.require_held)
+        wait([asked], timeout=BEAT)
+        gate.set()
+        assert asked.result(30) is None
 
 
 def test_a_second_run_is_refused_until_the_first_is_done():
