@@ -15,17 +15,20 @@ from cordee.checkpoint.storage import Location, Storage
 ROOT = "toy://bucket/run"
 
 
+SHARED = "shared"
+
+
 class Shared(LocalFileSystem):
     """Files, spoken to as a store is: `shared://` before a path."""
 
-    protocol = "shared"
+    protocol = SHARED
 
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
-        return super()._strip_protocol(str(path).removeprefix("shared://"))
+        return super()._strip_protocol(str(path).removeprefix(f"{SHARED}://"))
 
 
-fsspec.register_implementation("shared", Shared, clobber=True)
+fsspec.register_implementation(SHARED, Shared, clobber=True)
 
 
 class Killed(BaseException):
@@ -82,7 +85,7 @@ class FaultyStorage(Storage):
         return self.objects[url][start : start + length]
 
     @contextmanager
-    def write(self, url: str) -> Iterator[BinaryIO]:
+    def write(self, url: str, mode: int = 0o666) -> Iterator[BinaryIO]:
         stream, fails = io.BytesIO(), self._begin("write", url)
         yield stream
         data = stream.getvalue()

@@ -116,8 +116,8 @@ class Broken(LocalStorage):
     """A disk that fills up."""
 
     @contextmanager
-    def write(self, url: str):
-        with super().write(url) as file:
+    def write(self, url: str, mode: int = 0o666):
+        with super().write(url, mode) as file:
             yield file
             raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -127,9 +127,9 @@ class Slow(LocalStorage):
 
     gate = threading.Event()
 
-    def write(self, url: str):
+    def write(self, url: str, mode: int = 0o666):
         assert self.gate.wait(30)
-        return super().write(url)
+        return super().write(url, mode)
 
 
 def test_a_save_is_in_the_background_and_the_next_waits(tmp_path: Path):

@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory, mkdtemp
 
 from cordee.checkpoint.directory import TRACKER
 from cordee.checkpoint.storage import Location
-from cordee.files import LARGEST, durable
+from cordee.files import LARGEST
 from cordee.tokenizer import VOCABULARIES, is_vocabulary
 
 
@@ -53,7 +53,5 @@ def put_into(root: Location) -> Iterator[Path]:
         yield Path(scratch)
         for file in sorted(Path(scratch).iterdir(), key=lambda file: (file.name in VOCABULARIES, file.name)):
             mode = file.stat().st_mode & 0o666  # no one else may do what they may not with the original
-            if (folder := root.local) is not None:
-                folder.mkdir(parents=True, exist_ok=True)
-            with (root / file.name).write() if folder is None else durable(folder / file.name, mode) as stream:
-                stream.write(file.read_bytes())
+            with (root / file.name).write(mode) as target:
+                target.write(file.read_bytes())

@@ -53,8 +53,11 @@ class Storage(ABC):
         """Bytes `start` to `start + length` of an object, fewer where it ends before."""
 
     @abstractmethod
-    def write(self, url: str) -> AbstractContextManager[BinaryIO]:
-        """A stream to an object, which is there in place of an older one once the context has been left."""
+    def write(self, url: str, mode: int = 0o666) -> AbstractContextManager[BinaryIO]:
+        """A stream to an object, which is there in place of an older one once the context has been left.
+
+        `mode`: permissions, less those that the user's umask takes, where objects have any of their own.
+        """
 
     @abstractmethod
     def delete(self, url: str) -> None:
@@ -97,10 +100,10 @@ class LocalStorage(Storage):
             file.seek(start)
             return file.read(length)
 
-    def write(self, url: str) -> AbstractContextManager[BinaryIO]:
+    def write(self, url: str, mode: int = 0o666) -> AbstractContextManager[BinaryIO]:
         path = Path(url)
         path.parent.mkdir(parents=True, exist_ok=True)
-        return durable(path)
+        return durable(path, mode)
 
     def delete(self, url: str) -> None:
         remove_tree(Path(url))
@@ -163,8 +166,8 @@ class Location:
     def open(self, mode: Literal["rb"] = "rb") -> BinaryIO:
         return self.storage.open(self.url)
 
-    def write(self) -> AbstractContextManager[BinaryIO]:
-        return self.storage.write(self.url)
+    def write(self, mode: int = 0o666) -> AbstractContextManager[BinaryIO]:
+        return self.storage.write(self.url, mode)
 
     def write_text(self, text: str) -> None:
         with self.write() as file:
@@ -216,7 +219,7 @@ class FsspecStorage(Storage):
             return self._fs.cat_file(url, start=start, end=start + length)
 
     @contextmanager
-    def write(self, url: str) -> Iterator[BinaryIO]:
+    def write(self, url: str, mode: int = 0o666) -> Iterator[BinaryIO]:
         with _as_os_errors():
             try:
                 file = self._fs.open(url, "wb")
