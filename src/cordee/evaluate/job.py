@@ -84,8 +84,7 @@ def _finished(config: EvaluateConfig, subject: Subject) -> Finished:
 
 def _processes(config: EvaluateConfig) -> int:
     """Those of a launcher, or those that are asked for; else those of one copy of the model."""
-    here = launch.rank_info()
-    return here.world_size if here.launcher else config.nproc_per_node or model_processes(config)
+    return launch.world_size(config.nproc_per_node or model_processes(config))
 
 
 def _degrees(config: EvaluateConfig) -> Degrees:

@@ -72,7 +72,8 @@ def _asked(
             requests = task.requests(doc, encoder, options)
         except ProblemError as error:
             place = f"document {number} of {task.name}"
-            raise ProblemError(replace(problem, place=place) for problem in error.problems) from error
+            named = [replace(problem, place=place) for problem in error.problems]
+            raise ProblemError(named, error.everywhere) from error
         yield doc, requests
 
 

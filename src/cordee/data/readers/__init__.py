@@ -47,7 +47,7 @@ def reading(option: str, given: object) -> Iterator[None]:
         named = (
             replace(problem, option=option) if problem.option == "--input" else problem for problem in error.problems
         )
-        raise ProblemError(named) from error
+        raise ProblemError(named, error.everywhere) from error
     except OSError as error:
         kind = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
         why, fix = f"it cannot be read: {error.strerror or error}", "check that it is there, whole, and may be read"
