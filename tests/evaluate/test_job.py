@@ -52,17 +52,23 @@ def test_results_are_shown_and_written(llama, text, tmp_path, capsys):
     assert f"{result['metrics']['perplexity']:.6g}" in shown and f"{result['metrics']['tokens']:,}" in shown
 
 
-def test_an_interrupted_evaluation_resumes(llama, tmp_path):
-    text, output, partial = (tmp_path / name for name in ("a.txt", "out.json", "out.json.partial"))
+def resume_from(llama, folder, kept):
+    """Evaluate a text of one window, for which the file of an interrupted evaluation has `kept`; its file, and ids."""
+    text, output, partial = (folder / name for name in ("a.txt", "out.json", "out.json.partial"))
     text.write_text("Lily")
     ids = load_tokenizer(TokenizerOptions(), str(llama.directory)).encode("Lily")
     (window,) = windows(np.array(ids), 64, 64)
     model = f"{fingerprint_files(location_of(llama.directory))} torch.float32"
-    partial.write_text(json.dumps([model, window.key, [-6.0, False]]) + "\n")
+    partial.write_text(json.dumps([model, window.key, kept]) + "\n")
     assert run(llama, text, output=output) == 0
+    assert not partial.exists()
+    return output, ids
+
+
+def test_an_interrupted_evaluation_resumes(llama, tmp_path):
+    output, ids = resume_from(llama, tmp_path, [-6.0, False])
     (result,) = json.loads(output.read_text(encoding="utf-8"))["results"]
     assert result["metrics"]["loss"] == pytest.approx(6.0 / (len(ids) - 1))
-    assert not partial.exists()
 
 
 @pytest.mark.parametrize(
@@ -84,13 +90,7 @@ def test_what_holds_no_results_is_a_problem(tmp_path, line):
 
 
 def test_a_text_is_no_result_of_a_window(llama, tmp_path):
-    text, output, partial = (tmp_path / name for name in ("a.txt", "out.json", "out.json.partial"))
-    text.write_text("Lily")
-    ids = load_tokenizer(TokenizerOptions(), str(llama.directory)).encode("Lily")
-    (window,) = windows(np.array(ids), 64, 64)
-    model = f"{fingerprint_files(location_of(llama.directory))} torch.float32"
-    partial.write_text(json.dumps([model, window.key, "ab"]) + "\n")
-    assert run(llama, text, output=output) == 0
+    resume_from(llama, tmp_path, "ab")
 
 
 def test_a_document_without_a_token_to_score_is_named(llama, tmp_path):

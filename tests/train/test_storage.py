@@ -19,17 +19,23 @@ from cordee.train import job, objectives, outputs
 from cordee.train.objectives.next_token import NextToken
 from cordee.train.options import TrainConfig
 from cordee.train.plan import check_run, plan_run
+from tests.checkpoint.stores import SHARED
 from tests.problems import facts
 from tests.train import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
-def stored(folder: Path, scheme: str = "shared", **options) -> TrainConfig:
+def stored(folder: Path, scheme: str = SHARED, **options) -> TrainConfig:
     metrics = str(folder / "metrics.jsonl")
     return tiny.config(
         folder, save=f"{scheme}://{folder}/store", metrics_file=metrics, train_iters=4, keep_last=1, **options
     )
+
+
+def train_rank(rank: int, world_size: int, given: TrainConfig):
+    """As that of `tiny`, in a process that has read what makes `SHARED` known."""
+    return tiny.train_rank(rank, world_size, given)
 
 
 def losses(given: TrainConfig) -> list[float]:
@@ -44,7 +50,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     return tiny.losses(given)
 
 
-@pytest.mark.parametrize("scheme", ["memory", "shared"])
+@pytest.mark.parametrize("scheme", ["memory", SHARED])
 def test_one_process_stops_and_resumes(tmp_path: Path, expected: list[float], scheme: str):
     given = stored(tmp_path, scheme)
     root = location_of(given.save or "")
@@ -62,13 +68,13 @@ def test_one_process_stops_and_resumes(tmp_path: Path, expected: list[float], sc
 @pytest.mark.slow
 def test_another_layout_resumes(tmp_path: Path, expected: list[float], pool):
     given = stored(tmp_path, tensor_model_parallel_size=2, nproc_per_node=2)
-    pool.run(tiny.train_rank, 2, replace(given, exit_interval=2))
-    pool.run(tiny.train_rank, 2, tiny.resumed(given, tensor_model_parallel_size=1, zero_stage=2))
+    pool.run(train_rank, 2, replace(given, exit_interval=2))
+    pool.run(train_rank, 2, tiny.resumed(given, tensor_model_parallel_size=1, zero_stage=2))
     assert losses(given) == pytest.approx(expected, rel=1e-5)
     assert directory.iterations(location_of(given.save or "")) == [4]
 
 
-@pytest.mark.parametrize("scheme", ["shared", "file"])
+@pytest.mark.parametrize("scheme", [SHARED, "file"])
 def test_a_second_run_is_refused(tmp_path: Path, scheme: str):
     given = stored(tmp_path, scheme)
     with outputs.held(given), pytest.raises(ProblemError) as caught, outputs.held(replace(given, metrics_file=None)):
@@ -104,7 +110,7 @@ class Loses(NextToken):
 @pytest.mark.parametrize("scheme", [None, "memory"])
 def test_a_run_that_loses_its_lock_stops_at_the_next_save(tmp_path: Path, monkeypatch, scheme: str | None):
     places = {"save": str(tmp_path / "run")} if scheme is None else {}
-    given = replace(stored(tmp_path, scheme or "shared", stage="loses", micro_batch_size=8, async_save=False), **places)
+    given = replace(stored(tmp_path, scheme or SHARED, stage="loses", micro_batch_size=8, async_save=False), **places)
     root = location_of(given.save or "")
     monkeypatch.setitem(objectives.registry(), "loses", Loses(root / outputs.LOCK))
     with pytest.raises(ProblemError) as caught:

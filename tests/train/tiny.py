@@ -17,7 +17,6 @@ from cordee.parallel.layout import Layout
 from cordee.train import job
 from cordee.train.exits import Exit, ExitRule, Signals
 from cordee.train.options import TrainConfig
-from tests.checkpoint import stores  # noqa: F401  (registers the store that processes share)
 
 VOCAB, LENGTH, BATCH = 61, 16, 8
 MODEL: dict[str, Any] = {
