@@ -87,11 +87,11 @@ def options_of(caught: pytest.ExceptionInfo[ProblemError]) -> list[str]:
 WRITE = LocalStorage.write
 
 
-def on_full_disk(self: LocalStorage, url: str):
+def on_full_disk(self: LocalStorage, url: str, mode: int = 0o666):
     """Holds one checkpoint."""
     if ".distcp" in url and "0000002" not in url:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    return WRITE(self, url)
+    return WRITE(self, url, mode)
 
 
 @pytest.mark.slow
@@ -120,9 +120,9 @@ def test_both_failures_are_told(tmp_path: Path, monkeypatch):
                 exploded.set()
             return found
 
-    def waits(self: LocalStorage, url: str):
+    def waits(self: LocalStorage, url: str, mode: int = 0o666):
         assert exploded.wait(60)
-        return on_full_disk(self, url)
+        return on_full_disk(self, url, mode)
 
     monkeypatch.setattr(LocalStorage, "write", waits)
     monkeypatch.setitem(objectives.registry(), "explodes", Signals(4, "loss"))
