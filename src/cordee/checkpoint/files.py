@@ -8,7 +8,7 @@ checkpoint names is imported or called, and nothing is read but files of its own
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import add, gt
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.futures import Future
 
-from cordee.checkpoint.storage import Location
+from cordee.checkpoint.storage import Location, location_of
 from cordee.errors import Problem, ProblemError
 from cordee.weights.pickled import Call, Name, load
 from cordee.weights.regions import Region
@@ -37,20 +37,32 @@ from cordee.weights.torch_file import UNREADABLE, resolve, tensor_in
 METADATA = ".metadata"
 RANGE = 2**25  # bytes that one request to a store reads at most
 _CELLS = 2**22  # of the grid that a tensor's chunks make
+# Megatron's metadata, of core 0.15 alone: torch's with a further field.
+_OF_MEGATRON = Name("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata")
 Shape = tuple[int, ...]
 
 
 # ---- metadata --------------------------------------------------------------------------------------------------------
 
 
-def read_metadata(directory: Location) -> Metadata:
+def opened(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> Metadata:
+    """As `read_metadata`, of a folder of others. ProblemError if it cannot be read."""
+    try:
+        return read_metadata(location_of(path), wanted)
+    except ValueError as error:
+        problem = Problem(str(path / METADATA), None, str(error), "copy the checkpoint again", "unreadable")
+        raise ProblemError([problem]) from error
+
+
+def read_metadata(directory: Location, wanted: Callable[[str], bool] = lambda name: True) -> Metadata:
     """What the data files of a checkpoint hold and where; of the objects beside tensors only the names are kept.
 
+    wanted: of which names; nothing is known then of the others.
     ValueError if it cannot be read, or the files do not have all that it says is in them.
     """
     try:
         content, _ = load((directory / METADATA).read_bytes(), resolve=resolve)
-        metadata = _metadata(content)
+        metadata = _metadata(content, wanted)
         lack = missing_bytes(directory, metadata)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{directory / METADATA} cannot be read: {error}") from error
@@ -59,10 +71,12 @@ def read_metadata(directory: Location) -> Metadata:
     return metadata
 
 
-def _metadata(content: object) -> Metadata:
+def _metadata(content: object, wanted: Callable[[str], bool]) -> Metadata:
     fields = _fields(content, "Metadata")
-    kept = {name: _kept(name, described) for name, described in _pairs(fields["state_dict_metadata"])}
-    places = {_index(at): _place(place) for at, place in _pairs(fields["storage_data"])}
+    described = {_name(name): found for name, found in _pairs(fields["state_dict_metadata"])}
+    stored = ((_index(at), place) for at, place in _pairs(fields["storage_data"]))
+    kept = {name: _kept(name, found) for name, found in described.items() if wanted(name)}
+    places = {at: _place(place) for at, place in stored if wanted(at.fqn)}
     metadata = Metadata(kept, storage_data=places, storage_meta=StorageMeta())
     for name, tensor in tensors(metadata).items():
         for chunk in tensor.chunks:
@@ -72,9 +86,13 @@ def _metadata(content: object) -> Metadata:
     return metadata
 
 
-def _kept(name: object, described: object) -> TensorStorageMetadata | BytesStorageMetadata:
+def _name(name: object) -> str:
     if not isinstance(name, str):
         raise ValueError("a tensor has no name")
+    return name
+
+
+def _kept(name: str, described: object) -> TensorStorageMetadata | BytesStorageMetadata:
     if _kind(described) == "BytesStorageMetadata":
         return BytesStorageMetadata()
     fields = _fields(described, "TensorStorageMetadata")
@@ -95,9 +113,7 @@ def _kept(name: object, described: object) -> TensorStorageMetadata | BytesStora
 def _index(at: object) -> MetadataIndex:
     fields = _fields(at, "MetadataIndex")
     name, offset = fields["fqn"], fields.get("offset")
-    if not isinstance(name, str):
-        raise ValueError("the place of a tensor has no name")
-    return MetadataIndex(name, None if offset is None else torch.Size(_sizes(offset)))
+    return MetadataIndex(_name(name), None if offset is None else torch.Size(_sizes(offset)))
 
 
 def _place(place: object) -> _StorageInfo:
@@ -128,6 +144,8 @@ def _pairs(mapping: object) -> Iterable[tuple[Any, object]]:
 def _kind(found: object) -> str:
     """The name of the class of torch that Python would make an object of, whichever release had it where."""
     if isinstance(found, Call) and isinstance(made_by := found.function, Name):
+        if made_by == _OF_MEGATRON:
+            return "Metadata"
         return made_by.name if made_by.module.startswith("torch.distributed.") else ""
     return ""
 
@@ -189,15 +207,22 @@ def _tile(size: Sequence[int], chunks: Sequence[ChunkStorageMetadata]) -> bool:
     return bool((covered == 1).all())
 
 
-def read_tensor(directory: Location, metadata: Metadata, name: str, index: tuple[slice, ...] | None = None) -> Tensor:
+def read_tensor(
+    directory: Location,
+    metadata: Metadata,
+    name: str,
+    index: tuple[slice, ...] | None = None,
+    chunks: Sequence[ChunkStorageMetadata] | None = None,
+) -> Tensor:
     """The tensor `name`, or the part of it at `index` (slices with step 1), assembled from its chunks.
 
+    chunks: those of its own that the part is in; None: which these are is found.
     ProblemError if what a chunk's place holds is another tensor, or none. Memory: the result.
     """
     kept = _described(metadata, name)
     box = _box(tuple(kept.size), index)
     result = torch.empty([stop - start for start, stop in box], dtype=kept.properties.dtype)
-    for chunk in kept.chunks:
+    for chunk in kept.chunks if chunks is None else chunks:
         overlap = [
             (max(start, offset), min(stop, offset + size))
             for (start, stop), offset, size in zip(box, chunk.offsets, chunk.sizes, strict=True)

@@ -16,7 +16,7 @@ from cordee.checkpoint.storage import Location, location_of, reached
 from cordee.errors import Problem, ProblemError
 from cordee.weights import mindformers
 from cordee.weights.gguf.header import is_gguf
-from cordee.weights.megatron.layout import is_megatron
+from cordee.weights.megatron.layout import backend, folder_of, is_distributed, is_megatron
 
 if TYPE_CHECKING:
     from cordee.weights.codec import Source
@@ -86,7 +86,16 @@ def _is_distributed(path: Path) -> bool:
 def _read_megatron(path: Path, reading: Reading | None) -> Source:
     from cordee.weights.megatron import source
 
-    return source.read(path, reading or source.Reading())
+    reading = reading or source.Reading()
+    if backend(folder := folder_of(path, reading.iteration)) is None:
+        return source.read(path, reading)
+    from cordee.checkpoint import torch_dist
+
+    return torch_dist.read(path, folder, reading)
+
+
+def _is_megatron(path: Path) -> bool:
+    return is_megatron(path) or is_distributed(path)
 
 
 def _read_gguf(path: Path, reading: Reading | None) -> Source:
@@ -96,7 +105,7 @@ def _read_gguf(path: Path, reading: Reading | None) -> Source:
 
 
 FORMATS = (  # the first that recognises a directory reads it
-    Format("mg", "Megatron checkpoint", is_megatron, _read_megatron),
+    Format("mg", "Megatron checkpoint", _is_megatron, _read_megatron),
     Format("cordee", "checkpoint of a run", _is_checkpoint, _read_checkpoint, local=False),
     Format("dcp", "distributed checkpoint with a config.json", _is_distributed, _read_distributed),
     Format("mindformers", "directory with MindFormers' names", mindformers.recognises, _read_mindformers),

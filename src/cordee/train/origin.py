@@ -28,7 +28,8 @@ def opened(config: TrainConfig, origin: Origin, found: Findings) -> Origin | Non
         return origin
     from cordee.weights.megatron.source import Reading
 
-    source = found.attempt(lambda: formats.read(path, Reading(spec=spec_named(config.model) if config.model else None)))
+    spec = spec_named(config.model) if config.model else None
+    source = found.attempt(lambda: formats.read(path, Reading(spec=spec, iteration=config.ckpt_step)))
     if source is not None:
         return replace(origin, source=source, spec=source.spec, assets=source.assets)
     spec = found.attempt(lambda: spec_from_directory(path)) if (path / "config.json").is_file() else None
@@ -46,6 +47,9 @@ def choose(config: TrainConfig, avoid: Mapping[int, str] | None, notes: list[str
 def _choose(config: TrainConfig, path: Location, avoid: Mapping[int, str] | None, notes: list[str]) -> Origin:
     form = formats.find(path)
     if form is not None and form.local:
+        if config.ckpt_step is not None and form.name != "mg":
+            why, fix = f"{path}, a {form.title}, has no iterations", "leave it out"
+            raise ProblemError([Problem("--ckpt-step", config.ckpt_step, why, fix, "excludes", ("load",))])
         return Origin(weights=path.local)
     if (path / directory.MANIFEST).is_file():
         return _of_checkpoint(config, path)

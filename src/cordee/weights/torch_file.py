@@ -72,8 +72,17 @@ def tensor_in(path: Opens, start: int, size: int) -> Region:
         return _tensor_in(file, start, size)
 
 
+def content_in(path: Opens, start: int, size: int) -> tuple[object, list[str]]:
+    """What an archive of `size` bytes from `start` on in a file holds, as `content` and `not_read` of a `TorchFile`.
+
+    One of `UNREADABLE` if it is corrupt.
+    """
+    with path.open("rb") as file:
+        return _read_archive(_window(file, start, size))
+
+
 def _tensor_in(file: BinaryIO, start: int, size: int) -> Region:
-    view, _ = _read_archive(io.BufferedReader(_window(file, start, size)))
+    view, _ = _read_archive(_window(file, start, size))
     if not isinstance(view, _View):
         raise ValueError("it holds something else than a tensor")
     region = view.region()
@@ -213,9 +222,13 @@ def _unpickled(data: Bytes, start: int, persistent: Callable[[object], object]) 
         return resolve(module, name)
 
     content, end = load(data, start, resolve=noted, persistent=persistent)
-    if isinstance(content, dict):
-        content = {key: _settings(value) for key, value in content.items()}
-    return content, sorted(unknown), end
+    if isinstance(content, list):
+        return [_with_settings(item) for item in content], sorted(unknown), end
+    return _with_settings(content), sorted(unknown), end
+
+
+def _with_settings(content: object) -> object:
+    return {key: _settings(value) for key, value in content.items()} if isinstance(content, dict) else content
 
 
 def _settings(value: object) -> object:
@@ -309,14 +322,14 @@ def _described(persistent_id: Any) -> tuple[torch.dtype, str, int]:
     return dtype, key, max(count, 0) * dtype.itemsize
 
 
-def _window(file: BinaryIO, start: int, size: int) -> RangeFile:
+def _window(file: BinaryIO, start: int, size: int) -> BinaryIO:
     """`size` bytes of `file` from `start` on, as a file of its own."""
 
     def read(at: int, length: int) -> bytes:
         file.seek(start + at)
         return file.read(length)
 
-    return RangeFile(size, read)
+    return io.BufferedReader(RangeFile(size, read))
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------

@@ -15,14 +15,14 @@ from itertools import islice, product, starmap
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from cordee.errors import Findings, Problem, ProblemError, raise_all
-from cordee.tensors.views import Index
+from cordee.tensors.views import Index, Shape
 from cordee.weights.files import opened
 from cordee.weights.megatron.dialect import Dialect
-from cordee.weights.megatron.layout import MegatronLayout, Rank, chunks_of, current, layer_files, rank_files
-from cordee.weights.regions import Region
+from cordee.weights.megatron.layout import MegatronLayout, Rank, chunks_of, folder_of, rank_files
 from cordee.weights.torch_file import Keys, TorchFile
 
 K = TypeVar("K")
@@ -51,9 +51,17 @@ def open_checkpoint(path: Path) -> tuple[Path, dict[Rank, RankFile]]:
     return folder, by_rank(folder, open_ranks(folder))
 
 
-def folder_of(path: Path) -> Path:
-    """The folder with the files: of a checkpoint the iteration that its tracker file names, or `path` itself."""
-    return path if rank_files(path) or layer_files(path) else current(path) or path
+class Held(Protocol):
+    """What is known of a tensor before it is read."""
+
+    @property
+    def shape(self) -> Shape: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def nbytes(self) -> int: ...
 
 
 class Contents(Protocol):
@@ -61,7 +69,9 @@ class Contents(Protocol):
 
     content: Any
     not_read: list[str]
-    tensors: dict[Keys, Region]
+
+    @property
+    def tensors(self) -> Mapping[Keys, Held]: ...
 
     def read(self, keys: Keys, index: Index) -> Tensor: ...
 
@@ -92,7 +102,7 @@ class RankFile:
         args = self.file.content.get("args") if isinstance(self.file.content, dict) else None
         return args if isinstance(args, Namespace) else None
 
-    def region(self, virtual: int, name: str) -> Region:
+    def region(self, virtual: int, name: str) -> Held:
         return self.file.tensors[self.keys[virtual, name]]
 
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
 
-from cordee.errors import Problem, Problems, divides, excludes, raise_all, requires
+from cordee.errors import Problem, ProblemError, Problems, divides, excludes, raise_all, requires
+from cordee.files import read_json
 from cordee.model import shards
 from cordee.model.config import ModelConfig
 
@@ -22,6 +23,7 @@ PIPELINE = "--target-pipeline-parallel-size"
 TRACKER = "latest_checkpointed_iteration.txt"
 DEEPSPEED_TRACKER = "latest"
 FILE = "model_optim_rng.pt"
+DISTRIBUTED = "metadata.json"  # in a folder whose tensors are whole: says how they are stored
 RELEASE = "release"  # in place of an iteration: weights that no run of this checkpoint has trained
 _FOLDER = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?(?:_(\d{3}))?")
 _DEEPSPEED_FILE = re.compile(r"mp_rank_(\d{2,})_model_states\.pt")
@@ -100,14 +102,47 @@ class MegatronLayout:
 
 
 def is_megatron(path: Path) -> bool:
-    """Whether `path` is a checkpoint of Megatron, AscendSpeed, MindSpeed-LLM or DeepSpeed, or one of its iterations."""
+    """Whether `path` is a checkpoint of Megatron, AscendSpeed, MindSpeed-LLM or DeepSpeed, or one of its iterations, in
+    files of ranks or modules."""
     return any(rank_files(folder) or layer_files(folder) for folder in (path, current(path)) if folder is not None)
+
+
+def is_distributed(path: Path) -> bool:
+    """Whether `path` is a checkpoint of Megatron, or one of its iterations, in files that all ranks share."""
+    return any(backend(folder) is not None for folder in (path, current(path)) if folder is not None)
+
+
+def backend(folder: Path) -> object:
+    """How whole tensors are stored in a folder of Megatron: `torch_dist`, or another name; None if they are not."""
+    try:
+        stated = read_json(folder / DISTRIBUTED)
+    except (OSError, ValueError):
+        return None
+    return stated.get("sharded_backend") if isinstance(stated, dict) else None
+
+
+def folder_of(path: Path, iteration: int | None = None) -> Path:
+    """The folder with the files: of a checkpoint that of `iteration`, or that which its tracker file names, or `path`
+    itself. ProblemError if there is none of `iteration`.
+    """
+    if iteration is None:
+        is_one = rank_files(path) or layer_files(path) or backend(path) is not None
+        return path if is_one else current(path) or path
+    if not (folder := path / _name_of(iteration)).is_dir():
+        present = sorted(int(at.name[5:]) for at in path.glob("iter_*") if at.name[5:].isdecimal())
+        fix = f"choose one of those that are there: {', '.join(map(str, present)) or 'none'}"
+        raise ProblemError([Problem("--ckpt-step", iteration, f"there is no {folder}", fix, "missing", limit=present)])
+    return folder
+
+
+def _name_of(iteration: int) -> str:
+    return f"iter_{iteration:07d}"
 
 
 def current(root: Path) -> Path | None:
     """The folder that the tracker file of a checkpoint names, as far as it can be read."""
     if (text := _tracked(root / TRACKER)) is not None:
-        return root / (f"iter_{int(text):07d}" if text.isdecimal() else RELEASE)
+        return root / (_name_of(int(text)) if text.isdecimal() else RELEASE)
     if (text := _tracked(root / DEEPSPEED_TRACKER)) is not None:
         return root / text if text == Path(text).name else None  # such as global_step1000: a name, and no path
     return None

@@ -33,7 +33,6 @@ from cordee.weights.megatron.files import (
     RankFile,
     by_rank,
     disagreements,
-    folder_of,
     open_all,
     open_file,
     open_ranks,
@@ -52,15 +51,17 @@ _EARLY = "attention."  # as AscendSpeed's first models of LLaMA's form called wh
 _NORM = re.compile(r"(?:final_layernorm\.)?(weight|bias)")
 
 
-def open_checkpoint(path: Path) -> tuple[Path, dict[Rank, RankFile]]:
-    """As `files.open_checkpoint`, and checkpoints of a pipeline too, of which each tensor rank is one file."""
-    folder = folder_of(path)
+def open_folder(folder: Path) -> dict[Rank, RankFile]:
+    """The file of every rank in a folder of ranks or of a pipeline, of which each tensor rank is one file.
+
+    ProblemError with all that is wrong with them.
+    """
     if layers := layer_files(folder):
-        return folder, _of_layers(folder, layers)
+        return _of_layers(folder, layers)
     ranks = open_ranks(folder)
     if any(_NUMBERED.fullmatch(name) for file in ranks.values() for _, name in file.keys):
-        return folder, _of_stages(folder, ranks)
-    return folder, by_rank(folder, ranks)
+        return _of_stages(folder, ranks)
+    return by_rank(folder, ranks)
 
 
 class Gathered:

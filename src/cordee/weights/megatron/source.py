@@ -23,10 +23,9 @@ from cordee.weights.codec import Source, is_of_weights
 from cordee.weights.megatron import core, legacy, pipe
 from cordee.weights.megatron.arguments import GIVE_MODEL, spec_of_arguments, unclear
 from cordee.weights.megatron.dialect import Dialect
-from cordee.weights.megatron.files import COPY_AGAIN, ONE_CHECKPOINT, RankFile, layout_of, shown
-from cordee.weights.megatron.layout import MegatronLayout, Rank, indivisible
+from cordee.weights.megatron.files import COPY_AGAIN, ONE_CHECKPOINT, Held, RankFile, layout_of, shown
+from cordee.weights.megatron.layout import MegatronLayout, Rank, folder_of, indivisible
 from cordee.weights.megatron.placement import Placement, Slot, place, tensors_of
-from cordee.weights.regions import Region
 
 SMALL = 2**20  # bytes up to which copies of a tensor on several ranks are compared
 _IGNORED = re.compile(r".*(_extra_state|inv_freq|local_tokens_per_expert)")  # no weights
@@ -39,24 +38,30 @@ class Reading:
     spec: the model it holds; None: by the `config.json` beside it, else by the settings it carries.
     vocab_size: tokens, where the settings give only the number of padded rows.
     strict: refuse tensors that are not the model's.
+    iteration: which of a checkpoint; None: the one that its tracker file names.
     """
 
     spec: ModelSpec | None = None
     vocab_size: int | None = None
     strict: bool = True
+    iteration: int | None = None
 
 
 def read(path: str | Path, reading: Reading = Reading()) -> MegatronSource:
     """The weights of a checkpoint of Megatron-Core, of Megatron's legacy format, of AscendSpeed, or of a pipeline of
     DeepSpeed.
 
-    path: a checkpoint, of which the iteration is read that its tracker file names, or the folder of an iteration.
-    ProblemError with everything that is wrong.
+    path: a checkpoint, or the folder of an iteration. ProblemError with everything that is wrong.
     """
     path = Path(path)
-    folder, files = pipe.open_checkpoint(path)
+    folder = folder_of(path, reading.iteration)
+    return of_ranks(path, folder, pipe.open_folder(folder), reading)
+
+
+def of_ranks(root: Path, folder: Path, files: dict[Rank, RankFile], reading: Reading) -> MegatronSource:
+    """The weights in the files of all ranks of a folder, itself of the checkpoint `root`. As `read`."""
     dialect = _recognise(folder, files)
-    return MegatronSource(path, folder, files, dialect, layout_of(folder, files, dialect), reading)
+    return MegatronSource(root, folder, files, dialect, layout_of(folder, files, dialect), reading)
 
 
 class MegatronSource(Source):
@@ -107,7 +112,7 @@ class MegatronSource(Source):
         file = self.files[slot.rank]
         return file.file.read(file.keys[slot.virtual, slot.name], index)
 
-    def _region(self, slot: Slot) -> Region:
+    def _region(self, slot: Slot) -> Held:
         return self.files[slot.rank].region(slot.virtual, slot.name)
 
     def _compare_copies(self, shape: Shape, copies: tuple[Slot, ...]) -> None:
