@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import multiprocessing.dummy
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator
@@ -146,8 +147,19 @@ def loaded_logits(rank: int, world_size: int, path: Path, ids: Tensor) -> Tensor
         return logits(model, ids)
 
 
-def save(rank: int, world_size: int, path: Path, args: Namespace, ids: Tensor) -> Tensor:
-    """Write random weights as Megatron does; what it computes with them."""
+def save(
+    rank: int,
+    world_size: int,
+    path: Path,
+    args: Namespace,
+    ids: Tensor | None,
+    together: Path | None = None,
+    metadata: dict[str, object] | None = None,
+) -> Tensor | None:
+    """Write random weights as Megatron does; what it computes with them.
+
+    together: where all ranks write them as one checkpoint of `torch_dist` besides, in the form that `metadata` asks.
+    """
     with on_cpu(world_size):
         model = build(args, world_size)
         generator = torch.Generator().manual_seed(7 + rank)
@@ -167,4 +179,25 @@ def save(rank: int, world_size: int, path: Path, args: Namespace, ids: Tensor) -
         }
         torch.save(content, folder / "model_optim_rng.pt")
         (path / "latest_checkpointed_iteration.txt").write_text("5")
-        return logits(model, ids)
+        if together is not None:
+            _save_together(together, {**content, "model": model}, metadata or {})
+        return None if ids is None else logits(model, ids)
+
+
+def _save_together(path: Path, content: dict[str, object], metadata: dict[str, object]) -> None:
+    """Threads write, since workers of the pool may have no processes of their own."""
+    from megatron.core import dist_checkpointing, parallel_state
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    model = content["model"].sharded_state_dict(metadata={**metadata, "dp_cp_group": group})
+    folder = path / "iter_0000005"
+    folder.mkdir(parents=True, exist_ok=True)
+    (path / "latest_checkpointed_iteration.txt").write_text("5")
+    writer = "megatron.core.dist_checkpointing.strategies.filesystem_async.mp.get_context"
+    with (
+        mock.patch("torch.cuda.synchronize"),
+        mock.patch(writer, lambda kind: multiprocessing.dummy),
+    ):
+        strategy = TorchDistSaveShardedStrategy("torch_dist", 1)
+        dist_checkpointing.save({**content, "model": model}, str(folder), strategy)

@@ -160,6 +160,16 @@ def test_what_only_conversion_can_read_is_to_be_converted(given, tmp_path):
     assert any(problem.kind == "unclear" and "cordee convert" in problem.fix for problem in found)
 
 
+def test_an_iteration_is_chosen_where_there_are_some(given, tmp_path):
+    options = ConvertConfig(load_dir=given.load, save_dir=str(tmp_path / "mg"), **FORMATS["megatron"])
+    assert convert_job.run(options) == 0
+    megatron = replace(given, load=str(tmp_path / "mg"))
+    assert check_run(replace(megatron, ckpt_step=1)) == []
+    for config, kind in ((replace(megatron, ckpt_step=2), "missing"), (replace(given, ckpt_step=1), "excludes")):
+        found = [(problem.option, problem.value, problem.kind) for problem in check_run(config)]
+        assert found == [("--ckpt-step", config.ckpt_step, kind)]
+
+
 def test_other_problems_are_found_beside_broken_weights(given, tmp_path):
     (tmp_path / "hf" / "model.safetensors").write_bytes(b"not a header")
     found = check_run(replace(given, seq_length=128, load=str(tmp_path / "hf")))

@@ -27,7 +27,11 @@ class CheckpointOptions:
         "reads (Hugging Face, Megatron, GGUF, ...)",
         metavar="DIR|URL|FILE",
     )
-    ckpt_step: int | None = option(None, "iteration to load [the last good checkpoint]", at_least=0)
+    ckpt_step: int | None = option(
+        None,
+        "iteration to load, of a run or of Megatron [the last good checkpoint; Megatron's tracker file]",
+        at_least=0,
+    )
     finetune: bool = option(False, "load only the weights of --load, start at iteration 0")
     load_optim: bool = option(True, "resume the optimizer state of --load")
     load_rng: bool = option(True, "resume the random number generator (RNG) state of --load")

@@ -150,7 +150,7 @@ def _adapter(base: Source, path: Path, options: ConvertConfig) -> Adapter:
     if peft.is_adapter(path):
         return peft.read(given, base.spec)
     if not is_megatron(path):
-        why = "it is neither of PEFT (there is no adapter_config.json) nor a Megatron checkpoint"
+        why = "it is neither of PEFT (there is no adapter_config.json) nor a Megatron checkpoint in files of ranks"
         raise ProblemError([Problem("--lora-load", path, why, "give the directory of an adapter", "unknown")])
     if not isinstance(base, MegatronSource):
         why = "it has Megatron's names, and what it is to be merged into is no Megatron checkpoint"

@@ -26,8 +26,9 @@ class ConvertOptions:
     """Conversion."""
 
     load_dir: str = required(
-        "weights of any format: Hugging Face, Megatron (core, legacy, AscendSpeed, MindSpeed-LLM), DeepSpeed "
-        "pipelines, MindFormers, DCP, GGUF, checkpoint of a run (also s3://bucket/run); the layout is detected",
+        "weights of any format: Hugging Face, Megatron (core, torch_dist, legacy, AscendSpeed, MindSpeed-LLM), "
+        "DeepSpeed pipelines, MindFormers, DCP, GGUF, checkpoint of a run (also s3://bucket/run); the layout is "
+        "detected",
         aliases=("--input-model-dir",),
         metavar="DIR|URL",
     )
