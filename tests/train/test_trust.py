@@ -177,6 +177,8 @@ MEANT: dict[str, set[str]] = {
     "model.base_prefix": {"true"},
     # `test_counters_that_cannot_be` and the contents of the files refuse these when the run starts.
     **{f"trainer.{field.name}": {"2**62"} for field in fields(TrainState)},
+    **{f"trainer.best_{name}": {"null", "delete", "2**62"} for name in ("loss", "iteration")},
+    "trainer.stale_validations": {"delete", "2**62"},
     **{f"loss_scaler.{name}": {"2**62"} for name in ("scale", "good_steps", "overflows")},
     "files.__0_0.distcp": {"delete"},
     "files.__0_0.distcp.crc32": {"2**62"},

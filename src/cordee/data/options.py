@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from cordee.config.laws import GIVEN, excludes, ignored, needs, required_unless
+from cordee.config.laws import GIVEN, POSITIVE, excludes, ignored, needs, required_unless
 from cordee.config.option import option, required
 from cordee.tokenizer.options import TokenizerOptions
 
@@ -47,6 +47,9 @@ class DataOptions:
     train_data_path: tuple[str, ...] = option((), "as --data-path, for training only; --split is then ignored")
     valid_data_path: tuple[str, ...] = option((), "as --data-path, for validation only")
     test_data_path: tuple[str, ...] = option((), "as --data-path, for the final test only")
+    multiple_validation_sets: bool = option(
+        False, "report the validation loss of each dataset of the blend too; --valid-data-path may then have no weights"
+    )
     split: str = option("969, 30, 1", "proportions of --data-path for training, validation and test", metavar="A,B,C")
     data_cache_path: str | None = option(
         None, "cache directory of sample indices (shuffled orders) [beside the data]", metavar="DIR"
@@ -63,7 +66,7 @@ class DataOptions:
         False, "block-diagonal attention mask: documents packed into one sample do not attend to each other"
     )
 
-    laws = (ignored("split", data_path=GIVEN),)
+    laws = (ignored("split", data_path=GIVEN), needs("multiple_validation_sets", eval_iters=POSITIVE))
 
 
 @dataclass(frozen=True, kw_only=True)

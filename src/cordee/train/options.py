@@ -21,11 +21,12 @@ class ValidationOptions:
 
     eval_interval: int = option(1000, "iterations between validations", above=0)
     eval_iters: int = option(100, "global batches per validation; 0: no validation", at_least=0)
+    eval_on_start: bool = option(False, "validate before the first iteration too, which is only reported")
     skip_train: bool = option(False, "skip training, only validate and test")
 
     laws = (
         ignored("eval_interval", eval_iters=POSITIVE),
-        needs("skip_train", eval_iters=POSITIVE),
+        needs("eval_on_start", "skip_train", eval_iters=POSITIVE),
     )
 
 
@@ -35,8 +36,21 @@ class ExitOptions:
 
     exit_interval: int | None = option(None, "save and exit at an iteration that is divisible by this", above=0)
     exit_duration_in_mins: float | None = option(None, "save and exit after this many minutes", above=0)
+    early_stopping_patience: int | None = option(
+        None, "early stopping: exit after this many validations in a row without improvement of the loss", above=0
+    )
+    early_stopping_threshold: float = option(
+        0.0,
+        "early stopping: an improvement is a loss lower than the best before by more than this",
+        at_least=0,
+    )
     exit_signal_handler: bool = option(True, "on SIGTERM or Ctrl-C, finish the iteration, save a checkpoint and exit")
     exit_grace_seconds: float = option(120.0, "seconds from SIGTERM to SIGKILL of a rank's process", at_least=0)
+
+    laws = (
+        needs("early_stopping_patience", eval_iters=POSITIVE),
+        needs("early_stopping_threshold", early_stopping_patience=GIVEN),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ Owns which sinks a run has and how often each gets a record. Records are `metric
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from cordee.log import logger
@@ -55,11 +55,12 @@ class Reports:
             if state.iteration % report.interval == 0:
                 report.write(state)
 
-    def validation(self, state: TrainState, split: str, loss: float, seconds: float) -> None:
-        """Report a mean loss over `split`; its time is no training time."""
+    def validation(self, state: TrainState, losses: Mapping[str, float], seconds: float) -> None:
+        """Report mean losses by what they are over; their time is no training time."""
         self.pause(seconds)
-        for report in self._reports:
-            report.each(lambda sink: sink.validation(state.iteration, split, loss))
+        for split, loss in losses.items():
+            for report in self._reports:
+                report.each(lambda sink, split=split, loss=loss: sink.validation(state.iteration, split, loss))
 
     def pause(self, seconds: float) -> None:
         """Take time that was not training out of the rates."""

@@ -32,7 +32,7 @@ class Sink(ABC):
         """A record of the steps since the last one."""
 
     def validation(self, iteration: int, split: str, loss: float) -> None:  # noqa: B027 - not all sinks show it
-        """The mean loss over `split`, which is "validation" or "test"."""
+        """The mean loss over `split`: "validation", "validation-NAME" for a dataset of its blend, or "test"."""
 
     def close(self) -> None:  # noqa: B027 - not all sinks have something to close
         """Release what the sink writes to."""
