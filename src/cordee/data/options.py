@@ -112,3 +112,17 @@ class PreprocessOptions:
 @dataclass(frozen=True, kw_only=True)
 class PreprocessConfig(PreprocessOptions, TokenizerOptions):
     """Text to .bin/.idx."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowOptions:
+    """What is shown."""
+
+    prefix: str = required("prefix of a .bin/.idx pair", positional=True, metavar="PREFIX")
+    num: int = option(3, "sequences to show, decoded if a tokenizer is given", at_least=0)
+    start: int = option(0, "first sequence to show", at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowDataConfig(ShowOptions, TokenizerOptions):
+    """What is in a .bin/.idx pair."""
