@@ -85,6 +85,7 @@ class PreprocessOptions:
         metavar="PATH",
     )
     output_prefix: str = required("writes PREFIX_KEY_document.bin and .idx", metavar="PREFIX")
+    whole_files: bool = option(False, "take a .txt file as one document, not every line as one")
     hf_datasets_params: str | None = option(
         None, "JSON file with the arguments of datasets.load_dataset, instead of --input", metavar="FILE"
     )
@@ -105,7 +106,8 @@ class PreprocessOptions:
 
     laws = (
         required_unless("input", hf_datasets_params=GIVEN, merge_group_keys=GIVEN),
-        needs("merge_group_keys", input=GIVEN),
+        needs("merge_group_keys", "whole_files", input=GIVEN),
+        excludes("whole_files", "merge_group_keys", "hf_datasets_params"),
     )
 
 

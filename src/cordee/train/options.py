@@ -1,4 +1,7 @@
-"""The options of a training run."""
+"""The options of a training run.
+
+Owns those of no other package, and the class of all of them.
+"""
 
 from __future__ import annotations
 
