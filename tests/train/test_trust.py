@@ -184,6 +184,8 @@ MEANT: dict[str, set[str]] = {
     "files.__0_0.distcp.crc32": {"2**62"},
     "schedule.start_weight_decay": {"-1", "2**62"},  # of a weight decay that does not change
     "schedule.growth": {"2**62"},
+    "schedule.anneal": {"delete", "2**62"},  # of a schedule that is not WSD
+    "schedule.anneal_style": {"delete"},
     "data.blocks": {"null", "[]"},  # a run that trained on nothing has no order to keep
     "data.blocks.0": {"delete", "rename"},
     "data.blocks.0.0": {"2**62"},
