@@ -65,13 +65,21 @@ class LoggingOptions:
     log_params_norm: bool = option(False, "log the L2 norm of all parameters")
     log_num_zeros_in_grad: bool = option(False, "log the number of zeros in the gradients")
     tensorboard_dir: str | None = option(None, "write TensorBoard events to this directory", metavar="DIR")
-    tensorboard_log_interval: int = option(1, "iterations between TensorBoard values", above=0)
+    tensorboard_log_interval: int = option(1, "iterations between TensorBoard and W&B values", above=0)
+    wandb_project: str | None = option(None, 'log to this Weights & Biases (W&B) project; needs "cordee[wandb]"')
+    wandb_exp_name: str | None = option(None, "name of the W&B run [one that W&B makes up]")
+    wandb_save_dir: str | None = option(
+        None, "local directory of W&B, which makes wandb/ there [--save, or where the command runs]", metavar="DIR"
+    )
     metrics_file: str | None = option(None, "one JSON line per log line [metrics.jsonl in --save]", metavar="FILE")
     peak_tflops: float | None = option(
         None, "peak TFLOP/s of a device, for MFU [known for the device, or measured]", above=0
     )
 
-    laws = (ignored("tensorboard_log_interval", tensorboard_dir=GIVEN),)
+    laws = (
+        ignored("tensorboard_log_interval", tensorboard_dir=GIVEN, wandb_project=GIVEN),
+        ignored("wandb_exp_name", "wandb_save_dir", wandb_project=GIVEN),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

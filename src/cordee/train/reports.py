@@ -6,6 +6,7 @@ Owns which sinks a run has and how often each gets a record. Records are `metric
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from cordee.log import logger
@@ -13,7 +14,7 @@ from cordee.train import outputs
 from cordee.train.metrics import Meter, StepResult
 from cordee.train.options import TrainConfig
 from cordee.train.run_plan import TrainState
-from cordee.train.sinks import ConsoleSink, JsonSink, Live, Sink, TensorBoardSink
+from cordee.train.sinks import ConsoleSink, JsonSink, Live, Sink, TensorBoardSink, WandbSink
 
 
 class Report:
@@ -85,9 +86,14 @@ def build_reports(config: TrainConfig, make_meter: Callable[[], Meter], loss_nam
     if (path := outputs.metrics_path(config)) is not None:
         lines += _opened(str(path), lambda: JsonSink(path, loss_name))
     reports = [Report(config.log_interval, make_meter(), lines)]
+    scalars: list[Sink] = []
     if (folder := config.tensorboard_dir) is not None:
-        board = _opened(folder, lambda: TensorBoardSink(Path(folder), loss_name))
-        reports.append(Report(config.tensorboard_log_interval, make_meter(), board))
+        scalars += _opened(folder, lambda: TensorBoardSink(Path(folder), loss_name))
+    if project := config.wandb_project:
+        name, place = config.wandb_exp_name or None, outputs.wandb_path(config)
+        scalars += _opened("W&B", lambda: WandbSink(project, name, place, loss_name, asdict(config)))
+    if scalars:
+        reports.append(Report(config.tensorboard_log_interval, make_meter(), scalars))
     if live is not None:
         reports.append(Report(1, make_meter(), [live]))
     return Reports(reports)
