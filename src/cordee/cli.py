@@ -66,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(argv: list[str]) -> int:
-    name, rest = (argv[0], argv[1:]) if argv else ("--help", [])
+    words = 2 if " ".join(argv[:2]) in COMMANDS else 1
+    name, rest = " ".join(argv[:words]) or "--help", argv[words:]
     if name in ("-h", "--help", "help"):
         print(_overview())
         return 0
@@ -239,6 +240,13 @@ COMMANDS = {
         options="cordee.data.options:PreprocessConfig",
         job="cordee.data.preprocess:run",
         check="cordee.data.preprocess:check_run",
+    ),
+    "data show": Command(
+        about="Show what is in a .bin/.idx pair: counts, lengths, the first sequences as text.",
+        example="cordee data show data/texts_text_document --num 5 --tokenizer-name-or-path models/llama2",
+        options="cordee.data.options:ShowDataConfig",
+        job="cordee.data.show:run",
+        check="cordee.data.show:check_run",
     ),
     "convert": Command(
         about="Convert weights from any format and layout to another, merge LoRA adapters.",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
 from pathlib import Path
 from types import NoneType
@@ -147,12 +147,13 @@ def row(*forms: Form) -> Form:
     return fault
 
 
-def of(kind: type, **special: Form) -> Form:
-    """An object with the fields of a dataclass and no others, each as its type says, or `special`."""
+def of(kind: type, *, added: Collection[str] = (), **special: Form) -> Form:
+    """An object with the fields of a dataclass and no others, each as its type says, or `special`. Those in `added` may
+    be absent: what was written before the dataclass had them stands for their defaults."""
     types = get_type_hints(kind)
-    return record(
-        {field.name: special.get(field.name) or _of_type(types[field.name]) for field in fields(kind)}, exact=True
-    )
+    forms = {field.name: special.get(field.name) or _of_type(types[field.name]) for field in fields(kind)}
+    later = {name: forms.pop(name) for name in added}
+    return record(forms, later, exact=True)
 
 
 def _of_type(kind: Any) -> Form:

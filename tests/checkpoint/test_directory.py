@@ -133,6 +133,17 @@ def test_retention(tmp_path: Path):
     assert directory.iterations(location_of(tmp_path)) == [40, 30, 20]  # damaged and later ones are left to the user
 
 
+def test_retention_spares_the_best(tmp_path: Path):
+    root = location_of(tmp_path)
+    for iteration in (10, 20, 30, 40):
+        make(tmp_path, iteration)
+    directory.point_to_best(root, 20)
+    directory.point_to_best(root, 25)  # of which there is no checkpoint
+    assert directory.tracked(root, directory.BEST) == 20
+    assert directory.retain(root, 40, keep=1, best=20) == [30, 10]
+    assert directory.retain(root, 40, keep=2, best=40) == []
+
+
 class Killed(BaseException):
     """The process ends here."""
 

@@ -66,7 +66,7 @@ def test_help_teaches(command, capsys):
     assert COMMANDS[command].about in shown
     assert f"example:\n  cordee {command}" in shown
     for name in COMMANDS[command].schema.__dataclass_fields__:
-        assert "--" + name.replace("_", "-") in shown or name == "suite"
+        assert "--" + name.replace("_", "-") in shown or name in ("suite", "prefix")
 
 
 def test_examples_are_valid(jobs, monkeypatch, tmp_path):

@@ -181,6 +181,57 @@ def test_nothing_in_the_input(tmp_path, text, records, left_out):
     assert outputs(tmp_path) == []
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_whole_files_are_documents(tmp_path, workers):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    contents = {"a.txt": "1 2\n3\n", "b.txt": "4", "c.txt": ""}
+    for name, content in contents.items():
+        (folder / name).write_text(content)
+    dataset = run(tmp_path, input=str(folder), whole_files=True, workers=workers)
+    assert [s.tolist() for s in dataset[:]] == [[1, 2, 3], [4]]
+    assert read_manifest(dataset).left_out["empty text"] == 1
+    lines = run(tmp_path, input=str(folder), output_prefix=str(tmp_path / "lines"))
+    assert [s.tolist() for s in lines[:]] == [[1, 2], [3], [4]]
+
+
+def test_records_are_no_whole_files(tmp_path):
+    write_jsonl(tmp_path / "x.jsonl", ["1"])
+    with pytest.raises(ProblemError) as caught:
+        run(tmp_path, input=str(tmp_path / "x.jsonl"), whole_files=True)
+    assert (facts(caught), limits(caught)) == ([("--whole-files", True, "format")], [(".txt", ".txt.gz")])
+
+
+GSM8K = [{"question": f"{i} 1", "answer": "2", "level": i} for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("records", "keys", "there"),
+    [
+        (GSM8K, ("text",), ("question", "answer")),
+        ([{"a": "1"}, {"b": "2"}], ("text",), ("a", "b")),
+        ([{"messages": ["1"]}], ("text",), ("messages",)),
+        (GSM8K, ("question", "solution"), ("question", "answer")),
+    ],
+)
+def test_records_with_other_keys_are_told_which(tmp_path, records, keys, there):
+    """As columns of tables are, and what is named then works where it is text."""
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, records)))
+    with pytest.raises(ProblemError) as caught:
+        run(tmp_path, input=str(tmp_path / "x.jsonl"), json_keys=keys)
+    assert (facts(caught), limits(caught)) == ([("--json-keys", " ".join(keys), "missing")], [there])
+    if records is GSM8K:
+        assert len(run(tmp_path, input=str(tmp_path / "x.jsonl"), json_keys=there)) == len(records)
+
+
+@pytest.mark.parametrize("lines", [['{"text": "1"}', '{"no": "2"}'], ['{"no": "1"}', "{"], ["{}"]])
+def test_a_record_without_its_key_among_others_is_a_broken_record(tmp_path, lines):
+    (tmp_path / "x.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ProblemError) as caught:
+        run(tmp_path, input=str(tmp_path / "x.jsonl"))
+    assert facts(caught) == [("--input", None, "records")]
+
+
 def test_all_problems_before_any_work(tmp_path):
     with pytest.raises(ProblemError) as error:
         run(

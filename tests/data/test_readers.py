@@ -26,6 +26,7 @@ from cordee.data.readers import (
     read_file,
     readers,
     stream,
+    text_files,
 )
 from cordee.data.readers.chunk import Chunk
 from cordee.errors import ProblemError
@@ -205,6 +206,22 @@ def test_plain_text_of_an_old_mac_counts_its_lines(tmp_path):
     (tmp_path / "x.txt").write_bytes(b"a" * 100 + b"\rb\r" + b"c\xff\r")
     _, invalid = everything(read_file(tmp_path / "x.txt", ("text",)))
     assert ": line 3: " in invalid[0]
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.txt.gz"])
+@pytest.mark.parametrize("content", [b"", b"one\r\n\n two \xe4\xbd\xa0", b"\xef\xbb\xbfone\n"])
+def test_a_whole_file_is_one_record(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert everything(read_file(path, ("text",), whole=True)) == ([(content.decode("utf-8-sig"),)], [])
+
+
+def test_a_whole_file_that_is_no_text_is_named(tmp_path, small_records):
+    path = tmp_path / "x.txt"
+    for content, line in ((b"a\n\nb\xff\n", 3), (b"a" * (chunk.MAX_RECORD_BYTES + 1), 1)):
+        path.write_bytes(content)
+        rows, invalid = everything(read_file(path, ("text",), whole=True))
+        assert rows == [] and [named.startswith(f"{path}: line {line}: ") for named in invalid] == [True]
 
 
 def test_plain_text_has_no_other_key(tmp_path):
@@ -457,7 +474,7 @@ def test_a_table_that_is_cut_off(tmp_path, name, monkeypatch):
 
 @pytest.fixture
 def small_records(monkeypatch):
-    for module in (chunk, stream, json_files, csv_files):
+    for module in (chunk, stream, json_files, csv_files, text_files):
         monkeypatch.setattr(module, "MAX_RECORD_BYTES", 200)
 
 

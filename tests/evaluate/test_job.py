@@ -13,8 +13,9 @@ from cordee.checkpoint.storage import Location, location_of
 from cordee.config.load import config_from_dict
 from cordee.convert import job as convert
 from cordee.convert.options import ConvertConfig
+from cordee.data.readers import text_files
 from cordee.errors import ProblemError
-from cordee.evaluate import documents, job
+from cordee.evaluate import job
 from cordee.evaluate.documents import Document
 from cordee.evaluate.finished import Finished, fingerprint_files
 from cordee.evaluate.options import EvaluateConfig
@@ -140,14 +141,14 @@ def test_an_array_that_is_no_json_is_a_problem(llama, tmp_path, content):
 
 
 def test_a_file_that_is_one_document_has_a_largest_size(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, "MAX_RECORD_BYTES", 40)
+    monkeypatch.setattr(text_files, "MAX_RECORD_BYTES", 40)
     file = tmp_path / "x.txt"
     file.write_text(TEXT[:40])
     run(llama, file, whole_files=True)
     file.write_text(TEXT[:41])
     with pytest.raises(ProblemError) as caught:
         run(llama, file, whole_files=True)
-    assert facts(caught) == [("--task-data-path", file, "too large")]
+    assert facts(caught) == [("--task-data-path", f"{file}: line 1", "records")]
 
 
 def test_a_total_stands_below_several_files(llama, text, tmp_path, capsys):

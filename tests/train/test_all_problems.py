@@ -37,6 +37,9 @@ FAULTS = """
 --lr-warmup-samples 4
 --lr-decay-samples 8
 --lr-decay-style cosin
+--lr-decay-style WSD
+--lr-decay-style WSD --lr-wsd-decay-iters 7
+--lr-wsd-decay-samples 4
 --weight-decay -1
 --start-weight-decay 0.1
 --weight-decay-incr-style linear
@@ -109,6 +112,10 @@ FAULTS = """
 --eval-iters -1
 --skip-train --eval-iters 0
 --exit-interval 0
+--save-best --eval-iters 0
+--early-stopping-patience 0
+--early-stopping-threshold 0.1
+--multiple-validation-sets --eval-iters 0
 --log-interval 0
 --tensorboard-dir {file}
 --metrics-file {folder}

@@ -312,6 +312,9 @@ def test_manifest_is_the_whole_story(run):
         "consumed_tokens": 48 * tiny.LENGTH,
         "skipped_iterations": 0,
         "skipped_samples": 0,
+        "best_loss": None,
+        "best_iteration": None,
+        "stale_validations": 0,
     }
     assert ModelSpec.from_dict(manifest["model"]).config.hidden_size == 32
     assert manifest["config"]["seq_length"] == tiny.LENGTH

@@ -158,7 +158,7 @@ def test_reports_at_their_intervals(tmp_path: Path, capsys):
     for step in range(1, 6):
         state.advance(8, 128, skipped=False)
         reports.step(result(float(step)), state)
-    reports.validation(state, "validation", 1.5, 0.01)
+    reports.validation(state, {"validation": 1.5}, 0.01)
     reports.finish(state)
     reports.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -177,11 +177,15 @@ MEANT: dict[str, set[str]] = {
     "model.base_prefix": {"true"},
     # `test_counters_that_cannot_be` and the contents of the files refuse these when the run starts.
     **{f"trainer.{field.name}": {"2**62"} for field in fields(TrainState)},
+    **{f"trainer.best_{name}": {"null", "delete", "2**62"} for name in ("loss", "iteration")},
+    "trainer.stale_validations": {"delete", "2**62"},
     **{f"loss_scaler.{name}": {"2**62"} for name in ("scale", "good_steps", "overflows")},
     "files.__0_0.distcp": {"delete"},
     "files.__0_0.distcp.crc32": {"2**62"},
     "schedule.start_weight_decay": {"-1", "2**62"},  # of a weight decay that does not change
     "schedule.growth": {"2**62"},
+    "schedule.anneal": {"delete", "2**62"},  # of a schedule that is not WSD
+    "schedule.anneal_style": {"delete"},
     "data.blocks": {"null", "[]"},  # a run that trained on nothing has no order to keep
     "data.blocks.0": {"delete", "rename"},
     "data.blocks.0.0": {"2**62"},

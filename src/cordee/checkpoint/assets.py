@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 
-from cordee.checkpoint.directory import TRACKER
+from cordee.checkpoint.directory import BEST, TRACKER
 from cordee.checkpoint.storage import Location
 from cordee.files import LARGEST
 from cordee.tokenizer import VOCABULARIES, is_vocabulary
@@ -37,7 +37,7 @@ def _fetched(root: Location) -> Path:
     directory = Path(mkdtemp(prefix="cordee-assets-"))
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     for file in root.iterdir():
-        size = None if file.name.startswith(".") or file.name == TRACKER else file.size()
+        size = None if file.name.startswith(".") or file.name in (TRACKER, BEST) else file.size()
         if size is not None and size <= LARGEST:
             (directory / file.name).write_bytes(file.read_bytes())
     return directory

@@ -5,6 +5,7 @@ two of them. Knows neither torch nor what a checkpoint holds.
 
     <root>/iter_0000010/             a whole checkpoint: its data files and cordee.json, the manifest
     <root>/latest_checkpointed_iteration.txt
+    <root>/best_checkpointed_iteration.txt
 
 Where the storage renames (`storage.py`), as a file system does, a checkpoint gets its name, and loses it, by renaming
 its directory, which is atomic:
@@ -38,6 +39,7 @@ from cordee.files import load_json
 from cordee.log import logger
 
 TRACKER = "latest_checkpointed_iteration.txt"
+BEST = "best_checkpointed_iteration.txt"
 MANIFEST = "cordee.json"
 FORMAT = 2  # 1 had no checksum, so that changes in it, and its data, cannot be verified
 _FILE = sealed.record({"bytes": sealed.count(), "crc32": sealed.count()}, exact=True)
@@ -173,19 +175,23 @@ def checksum(path: Location) -> int:
     return value
 
 
-def tracked(root: Location) -> int | None:
-    """The iteration that the tracker file names, None without that file; ValueError if it names none."""
+def tracked(root: Location, tracker: str = TRACKER) -> int | None:
+    """The iteration that a tracker file names, None without that file; ValueError if it names none."""
     try:
-        with (root / TRACKER).open() as file:
+        with (root / tracker).open() as file:
             text = file.read(64)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise ValueError(f"{root / TRACKER} cannot be read: {error}") from error
+        raise ValueError(f"{root / tracker} cannot be read: {error}") from error
     is_whole = root.storage.renames or text.endswith(b"\n")
     if not is_whole or not re.fullmatch(rb"[0-9]{1,18}", text.strip()):
-        raise ValueError(f"{root / TRACKER} names no iteration")
+        raise ValueError(f"{root / tracker} names no iteration")
     return int(text)
+
+
+def _track(root: Location, tracker: str, iteration: int) -> None:
+    (root / tracker).write_text(str(iteration) if root.storage.renames else f"{iteration}\n")  # torn without its end
 
 
 def latest(root: Location, avoid: Mapping[int, str] | None = None) -> tuple[int | None, list[str]]:
@@ -233,26 +239,32 @@ def publish(new: Location, manifest: dict[str, Any]) -> None:
     if root.storage.renames:
         replaced = [_set_aside(folder) if number == 0 else folder for number, folder in others.items()]
         new.rename(root / name_of(iteration))
-        (root / TRACKER).write_text(str(iteration))
     else:
         if (why := damage(new)) is not None:  # another process may have removed what it took for left over
             raise OSError(f"{new} is not complete: {why}")
-        (root / TRACKER).write_text(f"{iteration}\n")  # without its end it is torn
         # What is not committed another process may be writing; `tidy` removes it, once no run holds the folder.
         own = (_named(new.name) or (0, 0))[1]
         replaced = [folder for number, folder in others.items() if number < own and _is_committed(folder)]
+    _track(root, TRACKER, iteration)
     for folder in replaced:
         discard(folder)
 
 
-def retain(root: Location, newest: int, keep: int) -> list[int]:
-    """Remove the oldest whole checkpoints up to iteration `newest` until `keep` of them are left; those removed.
+def point_to_best(root: Location, iteration: int) -> None:
+    """Name the best checkpoint in its tracker file, if it is there and whole."""
+    if damage(folder_of(root, iteration)) is None:
+        _track(root, BEST, iteration)
+
+
+def retain(root: Location, newest: int, keep: int, best: int | None = None) -> list[int]:
+    """Remove the oldest whole checkpoints up to iteration `newest` until `keep` of them are left, and the `best`; those
+    removed.
 
     Later iterations belong to a run that was rewound. They and damaged checkpoints are left to the user.
     """
     assert keep > 0
     whole = {i: folder for i, folder in folders(root).items() if i <= newest and damage(folder) is None}
-    removed = list(whole)[keep:]
+    removed = [iteration for iteration in list(whole)[keep:] if iteration != best]
     for iteration in removed:
         folder = whole[iteration]
         discard(_set_aside(folder) if root.storage.renames else folder)

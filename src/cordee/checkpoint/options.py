@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cordee.config.laws import GIVEN, NOT_GIVEN, needs, required_unless
+from cordee.config.laws import GIVEN, NOT_GIVEN, POSITIVE, needs, required_unless
 from cordee.config.option import option
 
 
@@ -19,6 +19,7 @@ class CheckpointOptions:
         None, "iterations between checkpoints, required with --save; the last iteration is always saved", above=0
     )
     keep_last: int | None = option(None, "keep only this many newest checkpoints [all]", above=0)
+    save_best: bool = option(False, "also save the best checkpoint by validation loss; --keep-last never removes it")
     async_save: bool = option(True, "asynchronous checkpoints: write in the background while training continues")
     save_optim: bool = option(True, "save optimizer state; a run cannot resume exactly without it")
     load: str | None = option(
@@ -41,6 +42,7 @@ class CheckpointOptions:
 
     laws = (
         required_unless("save_interval", save=NOT_GIVEN),
-        needs("save_interval", "keep_last", save=GIVEN),
+        needs("save_interval", "keep_last", "save_best", save=GIVEN),
+        needs("save_best", eval_iters=POSITIVE),
         needs("ckpt_step", "finetune", "exit_on_missing_checkpoint", load=GIVEN),
     )

@@ -81,8 +81,10 @@ class CheckpointStore:
         state: State,
         *,
         background: bool = True,
+        best: int | None = None,
     ) -> None:
-        """Save `model`, `optimizer` (None leaves it out) and `state`, which goes to the manifest as JSON.
+        """Save `model`, `optimizer` (None leaves it out) and `state`, which goes to the manifest as JSON. The
+        checkpoint of iteration `best` is named the best one, and kept.
 
         With `background` it returns as soon as the tensors are copied; parameters may then change. An earlier save
         that is still being written is waited for. ProblemError as `wait` has it.
@@ -90,9 +92,9 @@ class CheckpointStore:
         self.wait()
         staged = _stage(tensors_of(model, optimizer, self._origins))
         if background:
-            self._pending = self._thread.submit(self._write_beside, iteration, staged, state)
+            self._pending = self._thread.submit(self._write_beside, iteration, staged, state, best)
         else:
-            self._write(iteration, staged, state)
+            self._write(iteration, staged, state, best)
 
     @property
     def failed(self) -> bool:
@@ -143,15 +145,15 @@ class CheckpointStore:
             return f"which checkpoints there are cannot be read ({error})"
         return "there is no checkpoint yet" if last is None else f"last good checkpoint: iteration {last}"
 
-    def _write_beside(self, iteration: int, staged: Tensors, state: State) -> None:
+    def _write_beside(self, iteration: int, staged: Tensors, state: State, best: int | None) -> None:
         try:
-            self._write(iteration, staged, state)
+            self._write(iteration, staged, state, best)
         except RankLostError as error:
             if self._on_lost is not None:
                 self._on_lost(error)
             raise
 
-    def _write(self, iteration: int, staged: Tensors, state: State) -> None:
+    def _write(self, iteration: int, staged: Tensors, state: State, best: int | None) -> None:
         """Runs on every rank; all ranks end alike."""
         new, group = None, self._group
         try:
@@ -161,7 +163,7 @@ class CheckpointStore:
                 written = dcp.save(staged, storage_writer=writer, process_group=group, no_dist=group is None)
                 entries = _from_all(lambda: writer.entries, group)
                 files = {name: entry for part in entries for name, entry in part.items()}
-                _from_all(lambda: self._publish(new, iteration, written, files, state), group)
+                _from_all(lambda: self._publish(new, iteration, written, files, state, best), group)
         except dcp.CheckpointException as error:
             taken = next((cause for _, cause in _causes(error) if isinstance(cause, HeldError)), None)
             if taken is not None:
@@ -181,7 +183,13 @@ class CheckpointStore:
         return new.name
 
     def _publish(
-        self, new: Location, iteration: int, written: dcp.Metadata, files: dict[str, dict[str, int]], state: State
+        self,
+        new: Location,
+        iteration: int,
+        written: dcp.Metadata,
+        files: dict[str, dict[str, int]],
+        state: State,
+        best: int | None,
     ) -> None:
         if not self._first:
             return
@@ -190,7 +198,11 @@ class CheckpointStore:
         self._require_held()
         manifest = {"format": directory.FORMAT, "iteration": iteration, "files": files, **state}
         directory.publish(new, manifest)
-        if self._keep_last is not None and (removed := directory.retain(self.root, iteration, self._keep_last)):
+        if best is not None:
+            directory.point_to_best(self.root, best)
+        if self._keep_last is None:
+            return
+        if removed := directory.retain(self.root, iteration, self._keep_last, best):
             logger.info("removed checkpoints of iterations %s", ", ".join(map(str, sorted(removed))))
 
     def _require_held(self) -> None:

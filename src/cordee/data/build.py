@@ -8,8 +8,8 @@ orders in the cache that are kept there.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,6 +102,28 @@ def build_datasets(
     return Datasets(*built)
 
 
+def build_validation_sets(config: SampleOptions, samples: int, verified: bool = False) -> dict[str, Dataset]:
+    """The datasets of the validation blend, of so many samples each, by their names; raises as `build_datasets`."""
+    built = {}
+    for name, part in validation_sets(plan_parts(config)).items():
+        indexed = [IndexedDataset(prefix) for prefix in part.blend.prefixes]
+        order = plan_order(part, indexed, config.seq_length, samples)
+        built[name] = _build_part(part, indexed, config, order, verified)
+    return built
+
+
+def validation_sets(parts: Mapping[str, Part]) -> dict[str, Part]:
+    """Each dataset of the validation blend as a part of its own, by the name of its files, or by its whole prefix where
+    several have that name; none without a blend."""
+    if (part := parts.get("valid")) is None or len(prefixes := list(dict.fromkeys(part.blend.prefixes))) < 2:
+        return {}
+    names = [Path(prefix).name for prefix in prefixes]
+    return {
+        name if names.count(name) == 1 else prefix: replace(part, blend=Blend(part.blend.option, (prefix,), None))
+        for name, prefix in zip(names, prefixes, strict=True)
+    }
+
+
 def plan_order(
     part: Part,
     indexed: Sequence[IndexedDataset],
@@ -166,7 +188,10 @@ def read_parts(options: DataOptions) -> tuple[dict[str, Part], list[Problem]]:
         ends = _parse_split(options.split, problems) or (1.0,)
         bounds = zip(SPLITS, (0.0, *ends), ends, strict=False)
         parts = {name: Part(name, blend, begin, end) for name, begin, end in bounds if end > begin}
-    blends = {name: _parse_blend(option, value, problems) for name, (option, value) in given.items()}
+    blends = {
+        name: _parse_blend(option, value, problems, equal=name == "valid" and options.multiple_validation_sets)
+        for name, (option, value) in given.items()
+    }
     return parts | {name: Part(name, blend, 0.0, 1.0) for name, blend in blends.items() if blend}, problems
 
 
@@ -185,9 +210,12 @@ def share_problems(options: DataOptions) -> Problems:
         yield Problem("--split", options.split, "its first share, that of training, is zero", fix)
 
 
-def _parse_blend(option: str, values: Sequence[str], problems: list[Problem]) -> Blend | None:
+def _parse_blend(option: str, values: Sequence[str], problems: list[Problem], equal: bool = False) -> Blend | None:
+    """None, and why in `problems`, if it is none. `equal`: it may be prefixes alone, which then weigh the same."""
     if len(values) == 1:
         return Blend(option, (values[0].strip(),), None)
+    if equal and all(_number(text) is None for text in values):
+        values = [part for prefix in values for part in ("1", prefix)]
     weights, prefixes = [_number(text) for text in values[::2]], values[1::2]
     why = limit = None
     if len(values) % 2:

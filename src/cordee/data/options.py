@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from cordee.config.laws import GIVEN, excludes, ignored, needs, required_unless
+from cordee.config.laws import GIVEN, POSITIVE, excludes, ignored, needs, required_unless
 from cordee.config.option import option, required
 from cordee.tokenizer.options import TokenizerOptions
 
@@ -47,6 +47,9 @@ class DataOptions:
     train_data_path: tuple[str, ...] = option((), "as --data-path, for training only; --split is then ignored")
     valid_data_path: tuple[str, ...] = option((), "as --data-path, for validation only")
     test_data_path: tuple[str, ...] = option((), "as --data-path, for the final test only")
+    multiple_validation_sets: bool = option(
+        False, "report the validation loss of each dataset of the blend too; --valid-data-path may then have no weights"
+    )
     split: str = option("969, 30, 1", "proportions of --data-path for training, validation and test", metavar="A,B,C")
     data_cache_path: str | None = option(
         None, "cache directory of sample indices (shuffled orders) [beside the data]", metavar="DIR"
@@ -63,7 +66,7 @@ class DataOptions:
         False, "block-diagonal attention mask: documents packed into one sample do not attend to each other"
     )
 
-    laws = (ignored("split", data_path=GIVEN),)
+    laws = (ignored("split", data_path=GIVEN), needs("multiple_validation_sets", eval_iters=POSITIVE))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +85,7 @@ class PreprocessOptions:
         metavar="PATH",
     )
     output_prefix: str = required("writes PREFIX_KEY_document.bin and .idx", metavar="PREFIX")
+    whole_files: bool = option(False, "take a .txt file as one document, not every line as one")
     hf_datasets_params: str | None = option(
         None, "JSON file with the arguments of datasets.load_dataset, instead of --input", metavar="FILE"
     )
@@ -102,10 +106,25 @@ class PreprocessOptions:
 
     laws = (
         required_unless("input", hf_datasets_params=GIVEN, merge_group_keys=GIVEN),
-        needs("merge_group_keys", input=GIVEN),
+        needs("merge_group_keys", "whole_files", input=GIVEN),
+        excludes("whole_files", "merge_group_keys", "hf_datasets_params"),
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessConfig(PreprocessOptions, TokenizerOptions):
     """Text to .bin/.idx."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowOptions:
+    """What is shown."""
+
+    prefix: str = required("prefix of a .bin/.idx pair", positional=True, metavar="PREFIX")
+    num: int = option(3, "sequences to show, decoded if a tokenizer is given", at_least=0)
+    start: int = option(0, "first sequence to show", at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowDataConfig(ShowOptions, TokenizerOptions):
+    """What is in a .bin/.idx pair."""

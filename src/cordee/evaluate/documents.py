@@ -16,8 +16,7 @@ from cordee.data.gpt_check import token_problems
 from cordee.data.indexed import IndexedDataset, idx_path
 from cordee.data.manifest import read_manifest
 from cordee.data.readers import input_files, read_file, reading
-from cordee.data.readers.chunk import MAX_RECORD_BYTES, Invalid, too_large
-from cordee.data.readers.stream import open_stream
+from cordee.data.readers.chunk import Invalid
 from cordee.errors import Problem, ProblemError, raise_all
 from cordee.evaluate.options import EvaluateOptions
 from cordee.log import counted, logger
@@ -114,10 +113,7 @@ def _texts(file: Path, options: EvaluateOptions) -> Iterator[tuple[list[str], fl
     broken: list[Invalid] = []
     count = 0
     with reading("--task-data-path", file):
-        if options.whole_files and file.name.endswith((".txt", ".txt.gz")):
-            yield [_whole_text(file)], 1.0
-            return
-        for chunk in read_file(file, options.json_keys):
+        for chunk in read_file(file, options.json_keys, whole=options.whole_files):
             rows, invalid = chunk.rows(options.json_keys)
             broken += invalid[: SHOWN - len(broken)]
             count += len(invalid)
@@ -128,17 +124,3 @@ def _texts(file: Path, options: EvaluateOptions) -> Iterator[tuple[list[str], fl
     if broken:
         shown = "; ".join(f"{record.place}: {record.why}" for record in broken)
         logger.warning("%s left out that could not be read: %s", counted(count, "record"), shown)
-
-
-def _whole_text(file: Path) -> str:
-    with open_stream(file) as stream:
-        content = stream.file.read(MAX_RECORD_BYTES + 1)
-    if len(content) > MAX_RECORD_BYTES:
-        fix = "cut it into several files, or leave --whole-files out"
-        raise ProblemError([Problem("--task-data-path", file, too_large(), fix, "too large")])
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        place = f"{file}: line {line}"
-        raise ProblemError([Problem("--task-data-path", place, "it is not UTF-8", "convert it", "records")]) from error

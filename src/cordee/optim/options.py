@@ -1,4 +1,7 @@
-"""The options of optimizers, schedules and mixed precision."""
+"""The options of optimizers, schedules and mixed precision.
+
+Owns their names, types, defaults and help texts, and what each needs of others.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,16 @@ class OptimizerOptions:
     )
     lr: float = required("peak learning rate", above=0)
     min_lr: float = option(0.0, "learning rate at the end of the decay", at_least=0)
-    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root"] = option(
-        "linear", "learning rate schedule after warm-up"
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = option(
+        "linear", "learning rate schedule after warm-up; WSD: warm-up, stable, decay"
     )
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = option(
+        "exponential", "WSD: form of the decay phase"
+    )
+    lr_wsd_decay_iters: int | None = option(
+        None, "WSD: length of the decay phase, which is the end of --lr-decay-iters", above=0
+    )
+    lr_wsd_decay_samples: int | None = option(None, "WSD: as --lr-wsd-decay-iters, with --train-samples", above=0)
     lr_decay_iters: int | None = option(None, "decay length: iterations until --min-lr [the whole run]", above=0)
     lr_decay_samples: int | None = option(None, "decay length in samples, with --train-samples [whole run]", above=0)
     lr_warmup_fraction: float | None = option(None, "linear warm-up / decay length", at_least=0, at_most=1)
@@ -54,8 +64,12 @@ class OptimizerOptions:
 
     laws = (
         at_most("min_lr", "lr_warmup_init", other="lr"),
-        needs("lr_decay_samples", "lr_warmup_samples", train_samples=GIVEN),
+        needs("lr_decay_samples", "lr_wsd_decay_samples", "lr_warmup_samples", train_samples=GIVEN),
         excludes("lr_decay_iters", "train_samples"),
+        excludes("lr_wsd_decay_iters", "train_samples"),
+        required_unless("lr_wsd_decay_iters", lr_decay_style=but("WSD"), train_samples=GIVEN),
+        required_unless("lr_wsd_decay_samples", lr_decay_style=but("WSD"), train_samples=NOT_GIVEN),
+        ignored("lr_wsd_decay_style", "lr_wsd_decay_iters", "lr_wsd_decay_samples", lr_decay_style="WSD"),
         excludes("lr_warmup_iters", "train_samples", "lr_warmup_fraction"),
         excludes("lr_warmup_samples", "lr_warmup_fraction"),
         required_unless("start_weight_decay", "end_weight_decay", weight_decay_incr_style="constant"),

@@ -11,7 +11,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from cordee.errors import Problem, Problems
+from cordee.errors import Problem, Problems, at_most
 from cordee.optim.options import OptimizerOptions
 
 
@@ -20,7 +20,8 @@ class Schedule:
     """Linear warmup from `init_lr` to `max_lr`, then a decay to `min_lr` that ends at position `decay`.
 
     `warmup`, `decay` and `growth` are positions in samples; `warmup` may be a fraction of a sample. Styles are those
-    of Megatron: "constant", "linear", "cosine" and, for the rate, "inverse-square-root". The weight decay goes from
+    of Megatron: "constant", "linear", "cosine" and, for the rate, "inverse-square-root" and "WSD", which stays at
+    `max_lr` until the last `anneal` samples before `decay` and decays by `anneal_style`. The weight decay goes from
     `start_weight_decay` at 0 to `end_weight_decay` at `growth`.
     """
 
@@ -29,7 +30,9 @@ class Schedule:
     init_lr: float = 0.0
     warmup: float = 0
     decay: int
-    style: Literal["constant", "linear", "cosine", "inverse-square-root"] = "linear"
+    style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "linear"
+    anneal: int = 0
+    anneal_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
     start_weight_decay: float = 0.0
     end_weight_decay: float = 0.0
     growth: int
@@ -40,6 +43,8 @@ class Schedule:
         values = asdict(self)
         if self.style == "constant":
             del values["decay"], values["min_lr"]
+        if self.style != "WSD":
+            del values["anneal"], values["anneal_style"]
         if self.warmup <= 0:
             del values["init_lr"]
         if self.growth_style == "constant":
@@ -58,8 +63,9 @@ class Schedule:
             return low
         if self.style == "inverse-square-root":
             return max(low, high * math.sqrt(max(self.warmup, 1)) / math.sqrt(max(position, 1)))
-        done = (position - self.warmup) / (self.decay - self.warmup)
-        left = 1.0 - done if self.style == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+        wsd = self.style == "WSD"
+        begin, form = (self.decay - self.anneal, self.anneal_style) if wsd else (self.warmup, self.style)
+        left = 1.0 if position <= begin else _left(form, (position - begin) / (self.decay - begin))
         return low + left * (high - low)
 
     def weight_decay(self, position: int) -> float:
@@ -71,6 +77,18 @@ class Schedule:
         return self.start_weight_decay + part * (self.end_weight_decay - self.start_weight_decay)
 
 
+def _left(form: str, done: float) -> float:
+    """What is left of a decay of which the fraction `done` is over: from 1 to 0."""
+    match form:
+        case "linear":
+            return 1.0 - done
+        case "exponential":
+            return 2.0 * 0.5**done - 1.0
+        case "minus_sqrt":
+            return 1.0 - math.sqrt(done)
+    return 0.5 * (1.0 + math.cos(math.pi * done))
+
+
 def build_schedule(
     options: OptimizerOptions, train_iters: int | None, train_samples: int | None, global_batch_size: int
 ) -> Schedule:
@@ -78,11 +96,12 @@ def build_schedule(
     if train_samples is not None:
         length = train_samples
         decay = options.lr_decay_samples or length
-        warmup = options.lr_warmup_samples
+        warmup, anneal = options.lr_warmup_samples, options.lr_wsd_decay_samples or 0
     else:
         length = (train_iters or 1) * global_batch_size
         decay = (options.lr_decay_iters or train_iters or 1) * global_batch_size
         warmup = options.lr_warmup_iters * global_batch_size
+        anneal = (options.lr_wsd_decay_iters or 0) * global_batch_size
     if options.lr_warmup_fraction is not None:
         warmup = options.lr_warmup_fraction * decay
     constant = options.weight_decay_incr_style == "constant"
@@ -94,6 +113,8 @@ def build_schedule(
         warmup=warmup,
         decay=decay,
         style=options.lr_decay_style,
+        anneal=anneal,
+        anneal_style=options.lr_wsd_decay_style,
         start_weight_decay=options.weight_decay if constant or start is None else start,
         end_weight_decay=options.weight_decay if constant or end is None else end,
         growth=length,
@@ -102,9 +123,15 @@ def build_schedule(
 
 
 def problems(options: OptimizerOptions, train_iters: int | None, train_samples: int | None) -> Problems:
-    """A warm-up must end before the schedule does."""
+    """A warm-up must end before the schedule does, and before the decay phase of WSD begins."""
     unit, whole = ("iters", train_iters) if train_samples is None else ("samples", train_samples)
     warmup, length = getattr(options, f"lr_warmup_{unit}"), getattr(options, f"lr_decay_{unit}") or whole
     if warmup and length and warmup >= length and options.lr_warmup_fraction is None:
         why, involved = f"the learning rate schedule ends after {length} {unit}", (f"lr_decay_{unit}", f"train_{unit}")
         yield Problem(f"--lr-warmup-{unit}", warmup, why, f"give less than {length}", "at most", involved, length)
+    anneal = getattr(options, f"lr_wsd_decay_{unit}") if options.lr_decay_style == "WSD" else None
+    if anneal and length:
+        begins = warmup if options.lr_warmup_fraction is None else options.lr_warmup_fraction * length
+        involved = (f"lr_decay_{unit}", f"train_{unit}", f"lr_warmup_{unit}", "lr_warmup_fraction", "lr_decay_style")
+        what = f"the {length} {unit} of the learning rate schedule less its warm-up"
+        yield from at_most(f"--lr-wsd-decay-{unit}", anneal, max(0, int(length - begins)), what, *involved)

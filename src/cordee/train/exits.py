@@ -60,14 +60,16 @@ def watch(enabled: bool = True) -> Iterator[Signals]:
 
 @dataclass(frozen=True)
 class Exit:
-    """Why a run ends, in words, and the exit code of the process."""
+    """Why a run ends, in words, and the exit code of the process. `final`: there is nothing left to train, so the
+    last validation and the test follow."""
 
     reason: str
     code: int = 0
+    final: bool = False
 
 
 LOST_SECONDS = 10.0  # for a process that has lost other ranks to end in order, and to finish writing what it can
-COMPLETE = Exit("the run is complete")
+COMPLETE = Exit("the run is complete", final=True)
 
 
 class ExitRule:
@@ -97,6 +99,13 @@ class ExitRule:
         """Whether the step that made `iteration` is the last by --exit-interval."""
         interval = self._options.exit_interval
         return Exit(f"--exit-interval {interval}") if interval and iteration % interval == 0 else None
+
+    def early(self, validations: int) -> Exit | None:
+        """Whether so many validations in a row without improvement are enough by --early-stopping-patience."""
+        patience = self._options.early_stopping_patience
+        if patience is None or validations < patience:
+            return None
+        return Exit(f"--early-stopping-patience {patience}: no better validation loss", final=True)
 
     @contextmanager
     def bounded_after_loss(self) -> Iterator[None]:

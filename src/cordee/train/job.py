@@ -95,11 +95,13 @@ def train(config: TrainConfig, layout: Layout, on: torch.device, exits: ExitRule
             parts, state = _build(plan, layout, on, exits, locks, stack)
         trainer = Trainer(plan, parts, state)
         ending = COMPLETE if config.skip_train else trainer.train()
-        if ending is COMPLETE:
+        if ending.final:
             trainer.validate("validation")
             trainer.validate("test")
             ending = trainer.stop_requested or ending
     logger.info("stopped after iteration %d: %s", state.iteration, ending.reason)
+    if state.best_loss is not None:
+        logger.info("best validation loss: %.6f at iteration %s", state.best_loss, state.best_iteration)
     return ending
 
 
@@ -342,7 +344,7 @@ def _save_assets(plan: RunPlan, root: Location) -> None:
 
 
 def _loaders(plan: RunPlan, layout: Layout, stack: ExitStack) -> dict[str, Loader]:
-    """Loaders of those of "train", "validation" and "test" that the run has samples of."""
+    """Loaders of all datasets of the run, by their names."""
     config, collate = plan.config, plan.data.collate()
     loaders = {}
     for name, dataset in _datasets(plan, layout).items():

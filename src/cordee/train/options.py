@@ -1,4 +1,7 @@
-"""The options of a training run."""
+"""The options of a training run.
+
+Owns those of no other package, and the class of all of them.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +24,12 @@ class ValidationOptions:
 
     eval_interval: int = option(1000, "iterations between validations", above=0)
     eval_iters: int = option(100, "global batches per validation; 0: no validation", at_least=0)
+    eval_on_start: bool = option(False, "validate before the first iteration too, which is only reported")
     skip_train: bool = option(False, "skip training, only validate and test")
 
     laws = (
         ignored("eval_interval", eval_iters=POSITIVE),
-        needs("skip_train", eval_iters=POSITIVE),
+        needs("eval_on_start", "skip_train", eval_iters=POSITIVE),
     )
 
 
@@ -35,8 +39,21 @@ class ExitOptions:
 
     exit_interval: int | None = option(None, "save and exit at an iteration that is divisible by this", above=0)
     exit_duration_in_mins: float | None = option(None, "save and exit after this many minutes", above=0)
+    early_stopping_patience: int | None = option(
+        None, "early stopping: exit after this many validations in a row without improvement of the loss", above=0
+    )
+    early_stopping_threshold: float = option(
+        0.0,
+        "early stopping: an improvement is a loss lower than the best before by more than this",
+        at_least=0,
+    )
     exit_signal_handler: bool = option(True, "on SIGTERM or Ctrl-C, finish the iteration, save a checkpoint and exit")
     exit_grace_seconds: float = option(120.0, "seconds from SIGTERM to SIGKILL of a rank's process", at_least=0)
+
+    laws = (
+        needs("early_stopping_patience", eval_iters=POSITIVE),
+        needs("early_stopping_threshold", early_stopping_patience=GIVEN),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,13 +65,21 @@ class LoggingOptions:
     log_params_norm: bool = option(False, "log the L2 norm of all parameters")
     log_num_zeros_in_grad: bool = option(False, "log the number of zeros in the gradients")
     tensorboard_dir: str | None = option(None, "write TensorBoard events to this directory", metavar="DIR")
-    tensorboard_log_interval: int = option(1, "iterations between TensorBoard values", above=0)
+    tensorboard_log_interval: int = option(1, "iterations between TensorBoard and W&B values", above=0)
+    wandb_project: str | None = option(None, 'log to this Weights & Biases (W&B) project; needs "cordee[wandb]"')
+    wandb_exp_name: str | None = option(None, "name of the W&B run [one that W&B makes up]")
+    wandb_save_dir: str | None = option(
+        None, "local directory of W&B, which makes wandb/ there [--save, or where the command runs]", metavar="DIR"
+    )
     metrics_file: str | None = option(None, "one JSON line per log line [metrics.jsonl in --save]", metavar="FILE")
     peak_tflops: float | None = option(
         None, "peak TFLOP/s of a device, for MFU [known for the device, or measured]", above=0
     )
 
-    laws = (ignored("tensorboard_log_interval", tensorboard_dir=GIVEN),)
+    laws = (
+        ignored("tensorboard_log_interval", tensorboard_dir=GIVEN, wandb_project=GIVEN),
+        ignored("wandb_exp_name", "wandb_save_dir", wandb_project=GIVEN),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

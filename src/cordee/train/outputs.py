@@ -85,6 +85,14 @@ def metrics_path(config: TrainConfig) -> Path | None:
     return None if root is None else root / METRICS
 
 
+def wandb_path(config: TrainConfig) -> Path | None:
+    """Where W&B keeps its files: with the checkpoints, if no other place is given and these are not in a store. None
+    leaves it to W&B."""
+    if config.wandb_save_dir:
+        return Path(config.wandb_save_dir)
+    return None if config.save is None else local_path(config.save)
+
+
 def left_out(config: TrainConfig) -> Iterator[str]:
     """What a run does not write that others do."""
     if config.save is not None and metrics_path(config) is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -308,6 +309,13 @@ def _report_problems(config: TrainConfig) -> Problems:
     """Where the run reports to, beside its checkpoints."""
     if config.tensorboard_dir is not None:
         yield from unwritable("--tensorboard-dir", config.tensorboard_dir, Path(config.tensorboard_dir))
+    if config.wandb_project:
+        found = find_spec("wandb")
+        if found is None or found.origin is None:  # a directory that W&B has made here is no package
+            why, fix = "the package wandb is not installed", 'pip install "cordee[wandb]"'
+            yield Problem("--wandb-project", config.wandb_project, why, fix, "missing", limit="wandb")
+        if config.wandb_save_dir:
+            yield from unwritable("--wandb-save-dir", config.wandb_save_dir, Path(config.wandb_save_dir))
     if config.metrics_file is not None:
         file = Path(config.metrics_file)
         if file.is_dir():

@@ -5,7 +5,8 @@ Owns which sinks a run has and how often each gets a record. Records are `metric
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from cordee.log import logger
@@ -13,7 +14,7 @@ from cordee.train import outputs
 from cordee.train.metrics import Meter, StepResult
 from cordee.train.options import TrainConfig
 from cordee.train.run_plan import TrainState
-from cordee.train.sinks import ConsoleSink, JsonSink, Live, Sink, TensorBoardSink
+from cordee.train.sinks import ConsoleSink, JsonSink, Live, Sink, TensorBoardSink, WandbSink
 
 
 class Report:
@@ -55,11 +56,12 @@ class Reports:
             if state.iteration % report.interval == 0:
                 report.write(state)
 
-    def validation(self, state: TrainState, split: str, loss: float, seconds: float) -> None:
-        """Report a mean loss over `split`; its time is no training time."""
+    def validation(self, state: TrainState, losses: Mapping[str, float], seconds: float) -> None:
+        """Report mean losses by what they are over; their time is no training time."""
         self.pause(seconds)
-        for report in self._reports:
-            report.each(lambda sink: sink.validation(state.iteration, split, loss))
+        for split, loss in losses.items():
+            for report in self._reports:
+                report.each(lambda sink, split=split, loss=loss: sink.validation(state.iteration, split, loss))
 
     def pause(self, seconds: float) -> None:
         """Take time that was not training out of the rates."""
@@ -84,9 +86,14 @@ def build_reports(config: TrainConfig, make_meter: Callable[[], Meter], loss_nam
     if (path := outputs.metrics_path(config)) is not None:
         lines += _opened(str(path), lambda: JsonSink(path, loss_name))
     reports = [Report(config.log_interval, make_meter(), lines)]
+    scalars: list[Sink] = []
     if (folder := config.tensorboard_dir) is not None:
-        board = _opened(folder, lambda: TensorBoardSink(Path(folder), loss_name))
-        reports.append(Report(config.tensorboard_log_interval, make_meter(), board))
+        scalars += _opened(folder, lambda: TensorBoardSink(Path(folder), loss_name))
+    if project := config.wandb_project:
+        name, place = config.wandb_exp_name or None, outputs.wandb_path(config)
+        scalars += _opened("W&B", lambda: WandbSink(project, name, place, loss_name, asdict(config)))
+    if scalars:
+        reports.append(Report(config.tensorboard_log_interval, make_meter(), scalars))
     if live is not None:
         reports.append(Report(1, make_meter(), [live]))
     return Reports(reports)

@@ -29,11 +29,13 @@ if TYPE_CHECKING:
 _FORM = sealed.record(
     {
         "model": STORED_SPEC,
-        "trainer": sealed.of(TrainState),
+        "trainer": sealed.of(TrainState, added=("best_loss", "best_iteration", "stale_validations")),
         "loss_scaler": sealed.record(
             {"scale": sealed.number(0), "good_steps": sealed.count(), "overflows": sealed.count()}
         ),
-        "schedule": sealed.of(Schedule, decay=sealed.count(1), growth=sealed.count(1)),
+        "schedule": sealed.of(
+            Schedule, added=("anneal", "anneal_style"), decay=sealed.count(1), growth=sealed.count(1)
+        ),
         "optimizer": sealed.maybe(sealed.text()),
         "data": sealed.record({}),
         "config": sealed.record({}),

@@ -5,6 +5,7 @@ Owns these records. How they are worked out is `plan.py`'s, `origin.py`'s and th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,10 +82,11 @@ class RunPlan:
 @dataclass(kw_only=True)
 class TrainState:
     """Where a run is: totals since it began, of which all else that changes (rates, batch sizes, random numbers, the
-    position in the data) is a function.
+    position in the data) is a function; and the best validation.
 
     `consumed_samples` is the position in the data. Steps skipped for an overflow consume samples as well, but do not
-    move the schedule.
+    move the schedule. `best_loss` and `best_iteration` are of the best validation so far, None before one;
+    `stale_validations` counts those since the last improvement.
     """
 
     iteration: int = 0
@@ -92,6 +94,9 @@ class TrainState:
     consumed_tokens: int = 0
     skipped_iterations: int = 0
     skipped_samples: int = 0
+    best_loss: float | None = None
+    best_iteration: int | None = None
+    stale_validations: int = 0
 
     @property
     def schedule_position(self) -> int:
@@ -106,3 +111,12 @@ class TrainState:
         if skipped:
             self.skipped_iterations += 1
             self.skipped_samples += samples
+
+    def validated(self, loss: float, threshold: float) -> bool:
+        """Count a validation of this iteration; whether it is the best so far. It is an improvement if it is better by
+        more than `threshold`; a loss that is not finite is neither."""
+        gain = -math.inf if not math.isfinite(loss) else math.inf if self.best_loss is None else self.best_loss - loss
+        self.stale_validations = 0 if gain > threshold else self.stale_validations + 1
+        if gain > 0:
+            self.best_loss, self.best_iteration = loss, self.iteration
+        return gain > 0

@@ -1,4 +1,4 @@
-"""Where records of a run go: log lines, a live progress line, and files: TensorBoard, metrics.jsonl.
+"""Where records of a run go: log lines, a live progress line, files (TensorBoard, metrics.jsonl), and W&B.
 
 Owns the form of each; the figures are `metrics.py`'s. Only rank 0 has sinks: it knows every figure, for losses and
 norms are of all ranks. (Megatron prints on the last rank, the only one that knows its loss.)
@@ -7,15 +7,18 @@ norms are of all ranks. (Megatron prints on the last rank, the only one that kno
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import math
+import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from cordee.files import end_last_line
 from cordee.train.metrics import Record
@@ -32,7 +35,7 @@ class Sink(ABC):
         """A record of the steps since the last one."""
 
     def validation(self, iteration: int, split: str, loss: float) -> None:  # noqa: B027 - not all sinks show it
-        """The mean loss over `split`, which is "validation" or "test"."""
+        """The mean loss over `split`: "validation", "validation-NAME" for a dataset of its blend, or "test"."""
 
     def close(self) -> None:  # noqa: B027 - not all sinks have something to close
         """Release what the sink writes to."""
@@ -190,15 +193,15 @@ class JsonSink(Sink):
         self._file.flush()
 
 
-class TensorBoardSink(Sink):
+class ScalarSink(Sink):
     """Scalars by iteration, named as Megatron names them."""
 
-    def __init__(self, path: Path, loss_name: str):
-        from torch.utils.tensorboard import SummaryWriter
-
+    def __init__(self, loss_name: str):
         self._loss_name = loss_name
-        self._path = path
-        self._writer = SummaryWriter(str(path))
+
+    @abstractmethod
+    def write(self, values: Mapping[str, float], iteration: int) -> None:
+        """Write scalars by their names; iterations never go back."""
 
     def step(self, record: Record) -> None:
         values = {
@@ -216,16 +219,67 @@ class TensorBoardSink(Sink):
             "num-zeros": record.zeros_in_grad,
             "params-norm": record.params_norm,
         }
-        for name, value in values.items():
-            if value is not None:
-                self._writer.add_scalar(name, value, record.iteration)
+        self.write({name: value for name, value in values.items() if value is not None}, record.iteration)
 
     def validation(self, iteration: int, split: str, loss: float) -> None:
-        self._writer.add_scalar(f"{self._loss_name} {split}", loss, iteration)
-        self._writer.add_scalar(f"{self._loss_name} {split} ppl", perplexity(loss), iteration)
+        name = f"{self._loss_name} {split}"
+        self.write({name: loss, f"{name} ppl": perplexity(loss)}, iteration)
+
+
+class TensorBoardSink(ScalarSink):
+    """Event files in a directory."""
+
+    def __init__(self, path: Path, loss_name: str):
+        from torch.utils.tensorboard import SummaryWriter
+
+        super().__init__(loss_name)
+        self._path = path
+        self._writer = SummaryWriter(str(path))
+
+    def write(self, values: Mapping[str, float], iteration: int) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, iteration)
 
     def close(self) -> None:
         self._writer.close()
 
     def __str__(self) -> str:
         return str(self._path)
+
+
+class WandbSink(ScalarSink):
+    """A run of Weights & Biases, which has the `options` of this one. Where and as whom it logs in, and whether at all
+    (WANDB_MODE=offline), is W&B's own configuration. What it cannot do is an OSError, which never says the API key.
+    """
+
+    def __init__(self, project: str, name: str | None, folder: Path | None, loss_name: str, options: Mapping[str, Any]):
+        super().__init__(loss_name)
+        self._project = project
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)  # W&B takes a temporary one otherwise
+        with _wandb() as wandb:
+            self._run = wandb.init(
+                project=project, name=name, dir=None if folder is None else str(folder), config=options
+            )
+
+    def write(self, values: Mapping[str, float], iteration: int) -> None:
+        with _wandb():
+            self._run.log(dict(values), step=iteration)
+
+    def close(self) -> None:
+        with _wandb():
+            self._run.finish()
+
+    def __str__(self) -> str:
+        return f"W&B project {self._project}"
+
+
+@contextmanager
+def _wandb() -> Iterator[Any]:
+    """The library, whose errors are OSErrors within."""
+    wandb, errors = map(importlib.import_module, ("wandb", "wandb.errors"))
+    try:
+        yield wandb
+    except errors.Error as error:
+        key = os.environ.get("WANDB_API_KEY") or None
+        raise OSError(str(error) if key is None else str(error).replace(key, "***")) from None

@@ -99,6 +99,8 @@ class Trainer:
 
     def train(self) -> Exit:
         """Steps until the run is complete or has to stop. The last state is saved either way."""
+        if self.config.eval_on_start and self.state.iteration == 0:
+            self.validate("validation")
         try:
             ending = self._take_steps()
         finally:
@@ -107,7 +109,7 @@ class Trainer:
         return ending
 
     def _take_steps(self) -> Exit:
-        ending = COMPLETE if self._complete else None
+        ending = self._nothing_left()
         while ending is None:
             with collectives.contact(f"in step {self.state.iteration + 1}"):
                 consumed = self.state.consumed_samples
@@ -120,37 +122,51 @@ class Trainer:
             self.parts.reports.step(result, self.state)
             if self.config.manual_gc and self._is_time(self.config.manual_gc_interval):
                 gc.collect()
+            if self._is_time(self.config.eval_interval) or self._complete:
+                self._compare()
             if self._is_time(self.config.save_interval):
                 self.save()
-            if self._is_time(self.config.eval_interval):
-                self.validate("validation")
-            ending = COMPLETE if self._complete else self.parts.exits.after(self.state.iteration)
+            ending = self._nothing_left() or self.parts.exits.after(self.state.iteration)
         assert ending is not None
         return ending
 
+    def _compare(self) -> None:
+        """Validate, and compare with the best validation so far. Before the step is saved, so that a run that resumes
+        there knows of it."""
+        loss = self.validate("validation")
+        is_best = loss is not None and self.state.validated(loss, self.config.early_stopping_threshold)
+        if is_best and self.config.save_best:
+            self.save()
+
     def validate(self, split: str) -> float | None:
         """Mean loss over the first --eval-iters global batches of `split`, the same ones every time; None if it has no
-        data, was done after this very step, or a stop was requested meanwhile.
+        data, was done after this very step, or a stop was requested meanwhile. Loaders "`split`-..." are reported too.
         """
         iteration = self.state.iteration
         if split not in self.parts.loaders or self._validated_at.get(split) == iteration:
             return None
         self._validated_at[split] = iteration
         start = time.perf_counter()
+        losses: dict[str, float] = {}
+        names = [name for name in self.parts.loaders if name == split or name.startswith(f"{split}-")]
         self.parts.model.eval()
         try:
             with collectives.contact(f"in the {split} after step {iteration}"):
-                loss = self._mean_loss(split)
+                for name in names:
+                    if (loss := self._mean_loss(name)) is None:
+                        break
+                    losses[name] = loss
+                losses = collectives.from_first(losses, self.parts.layout)  # so that all ranks decide alike
         finally:
             data.release(self.parts.model)
             self.parts.model.train()
-        if loss is None:
+        if len(losses) < len(names):
             logger.info("the %s after iteration %d was aborted: stop requested", split, iteration)
             return None
-        self.parts.reports.validation(self.state, split, loss, time.perf_counter() - start)
+        self.parts.reports.validation(self.state, losses, time.perf_counter() - start)
         if self.config.manual_gc:
             gc.collect()
-        return loss
+        return losses[split]
 
     def save(self) -> None:
         """Save this step, once; the files are written in the background unless the options say otherwise."""
@@ -160,9 +176,13 @@ class Trainer:
         start = time.perf_counter()
         optimizer = self.parts.optimizer if self.config.save_optim else None
         manifest = describe(self.plan, self.state, self.parts.scaler)
-        store.save(iteration, self.parts.model, optimizer, manifest, background=self.config.async_save)
+        best = self.state.best_iteration if self.config.save_best else None
+        store.save(iteration, self.parts.model, optimizer, manifest, background=self.config.async_save, best=best)
         self._saved_at = iteration
         self.parts.reports.pause(time.perf_counter() - start)
+
+    def _nothing_left(self) -> Exit | None:
+        return COMPLETE if self._complete else self.parts.exits.early(self.state.stale_validations)
 
     @property
     def _complete(self) -> bool:

@@ -1,7 +1,8 @@
 """Readers: files of text as streams of records.
 
 Owns which reader reads which file, and what is read of a directory. A module in this package that has `EXTENSIONS` and
-`read(path, keys)` is a reader; adding one adds its format.
+`read(path, keys)` is a reader; adding one adds its format. With `read_whole(path, keys)` it can also take a
+file as one document.
 """
 
 from __future__ import annotations
@@ -23,16 +24,19 @@ Reader = Callable[[Path, Sequence[str]], Iterator[Chunk]]
 
 
 @cache
-def readers() -> dict[str, Reader]:
-    """The reader of every file name extension."""
-    modules = (importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__))
-    return {ending: module.read for module in modules for ending in getattr(module, "EXTENSIONS", ())}
+def readers(function: str = "read") -> dict[str, Reader]:
+    """The reader of every file name extension that has such a function."""
+    modules = [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
+    known = [module for module in modules if hasattr(module, function)]
+    return {ending: getattr(module, function) for module in known for ending in getattr(module, "EXTENSIONS", ())}
 
 
-def read_file(path: Path, keys: Sequence[str]) -> Iterator[Chunk]:
-    """The records of one file, whose extension must be known."""
+def read_file(path: Path, keys: Sequence[str], *, whole: bool = False) -> Iterator[Chunk]:
+    """The records of one file, whose extension must be known. `whole`: it is one, if its format has no others."""
     ending = extension(path)
     assert ending is not None
+    if whole and ending in readers("read_whole"):
+        return readers("read_whole")[ending](path, keys)
     return readers()[ending](path, keys)
 
 

@@ -21,17 +21,19 @@ Row = tuple[str, ...]  # one text per key
 
 @dataclass(frozen=True)
 class Invalid:
-    """A record that cannot be used: where it is, and why."""
+    """A record that cannot be used: where it is, and why. `has`: the keys of one that only lacks what was asked for."""
 
     place: str
     why: str
+    has: tuple[str, ...] | None = None
 
 
 class Broken:
     """In the place of a record: it could not be parsed."""
 
-    def __init__(self, why: str):
+    def __init__(self, why: str, has: tuple[str, ...] | None = None):
         self.why = why
+        self.has = has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,9 @@ class Chunk(ABC):
         rows: list[Row] = []
         invalid: list[Invalid] = []
         for place, values in self.records(keys):
-            if why := values.why if isinstance(values, Broken) else _why_invalid(keys, values):
+            if isinstance(values, Broken):
+                invalid.append(Invalid(f"{self.source}: {place}", values.why, values.has))
+            elif why := _why_invalid(keys, values):
                 invalid.append(Invalid(f"{self.source}: {place}", why))
             else:
                 rows.append(tuple(values))  # type: ignore[arg-type]  # every value is a str
@@ -80,10 +84,15 @@ def too_large(what: str = "it") -> str:
     return f"{what} is larger than {MAX_RECORD_BYTES >> 20} MiB, the most that one document may have: cut it"
 
 
+def lacks(key: str) -> str:
+    """Why a record without `key` is invalid."""
+    return f"it has no {key!r}"
+
+
 def _why_invalid(keys: Sequence[str], values: Sequence[object]) -> str | None:
     for key, value in zip(keys, values, strict=True):
         if value is MISSING:
-            return f"it has no {key!r}"
+            return lacks(key)
         if not isinstance(value, str):
             return f"its {key!r} is {'null' if value is None else type(value).__name__}, not text"
         try:

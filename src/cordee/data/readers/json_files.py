@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from cordee.data.readers.chunk import CHUNK_BYTES, MAX_RECORD_BYTES, MISSING, Broken, Chunk, large_line, too_large
+from cordee.data.readers.chunk import CHUNK_BYTES, MAX_RECORD_BYTES, Broken, Chunk, lacks, large_line, too_large
 from cordee.data.readers.stream import BOM, line_blocks, open_stream
 from cordee.errors import Problem, ProblemError
 
@@ -87,7 +87,10 @@ def _values(text: bytes | None, keys: Sequence[str]) -> Sequence[object] | Broke
         return Broken(f"it is not JSON: {error}")
     if not isinstance(record, dict):
         return Broken(f"it is a JSON {type(record).__name__}, not an object")
-    return [record.get(key, MISSING) for key in keys]
+    if missing := [key for key in keys if key not in record]:
+        texts = tuple(key for key, value in record.items() if isinstance(value, str))
+        return Broken(lacks(missing[0]), texts or tuple(record))
+    return [record[key] for key in keys]
 
 
 def _inside(depth: int) -> bytes:

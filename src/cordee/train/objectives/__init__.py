@@ -76,8 +76,9 @@ class DataPlan(Protocol):
         ...
 
     def open(self, *, verified: bool) -> Mapping[str, Dataset]:
-        """Those of "train", "validation" and "test" that the run has samples of. `verified`: another process of this
-        machine has just opened them. ProblemError if they cannot be read."""
+        """Those of "train", "validation" and "test" that the run has samples of, and "validation-NAME" for what is
+        validated on its own besides. `verified`: another process of this machine has just opened them. ProblemError if
+        they cannot be read."""
         ...
 
     def collate(self) -> Collate:

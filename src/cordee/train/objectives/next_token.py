@@ -13,9 +13,19 @@ from typing import TYPE_CHECKING, Any
 from cordee import sealed
 from cordee.config.option import to_flag
 from cordee.data import gpt_check
-from cordee.data.build import SPLITS, Part, build_datasets, plan_order, plan_parts, read_parts, training_part
+from cordee.data.build import (
+    SPLITS,
+    Part,
+    build_datasets,
+    build_validation_sets,
+    plan_order,
+    plan_parts,
+    read_parts,
+    training_part,
+    validation_sets,
+)
 from cordee.data.indexed import IndexedDataset, bin_path, fingerprint, idx_path
-from cordee.errors import Findings, Problem, ProblemError, Problems
+from cordee.errors import Findings, Problem, ProblemError, Problems, requires
 from cordee.train.batch_schedule import BatchSchedule
 from cordee.train.objectives import Objective, Run
 from cordee.train.options import TrainConfig
@@ -32,6 +42,7 @@ if TYPE_CHECKING:
 READ_OF_DATA = 1 << 30  # bytes, over all .bin and over all .idx, that tell whether the data changed: some seconds
 CONTENTS = ("bin", "idx")  # fingerprints of the files of a dataset
 PARTS = ("train", "validation", "test")  # as `SPLITS`, in the words of a run
+_OF_VALIDATION = ("eval_on_start", "save_best", "early_stopping_patience", "multiple_validation_sets")
 Fingerprints = tuple[dict[str, int], ...]  # of the .bin and .idx of every dataset to train on
 
 IDENTITY = sealed.record(
@@ -68,6 +79,7 @@ class NextToken(Objective["Batch"]):
         config, tokenizer = run.config, run.tokenizer
         found.problems += _too_many(config, run.batches, run.iterations)
         samples = _samples(config, run.batches, run.iterations, found.notes)
+        found.problems += _not_validated(config, samples, found.notes)
         asked = {f"{name}_samples": count for name, count in samples.items()}
         found.problems += gpt_check.check(config, **asked, vocab_size=run.vocab_size, tokenizer=tokenizer)
         identity = found.attempt(lambda: _identity(config, samples, run.fingerprint))
@@ -115,7 +127,11 @@ class GPTData:
         """Sample orders that are kept in the cache are built if they are missing."""
         counts = [self.samples[name] for name in SPLITS]
         built = build_datasets(self.config, *counts, train_blocks=self.identity["blocks"], verified=verified)
-        return {name: dataset for name, dataset in zip(PARTS, built, strict=True) if dataset is not None}
+        found = {name: dataset for name, dataset in zip(PARTS, built, strict=True) if dataset is not None}
+        if self.config.multiple_validation_sets:
+            sets = build_validation_sets(self.config, self.samples["valid"], verified)
+            found |= {f"validation-{name}": dataset for name, dataset in sets.items()}
+        return found
 
     def collate(self) -> Collate:
         from cordee.data.gpt_collate import GPTCollate
@@ -155,6 +171,18 @@ def _samples(config: TrainConfig, batches: BatchSchedule, iterations: int, notes
         notes.append(f"no test at the end: --split {config.split} leaves it no sequence")
         samples["test"] = 0
     return samples
+
+
+def _not_validated(config: TrainConfig, samples: dict[str, int], notes: list[str]) -> Problems:
+    """Options of the validation, of a run that has no data for one."""
+    parts, unread = read_parts(config)
+    if unread or not config.eval_iters:
+        return
+    for name in _OF_VALIDATION if not samples["valid"] else ():
+        why, involved = "there is no data to validate on", ("split", "data_path", "valid_data_path")
+        yield from requires(to_flag(name), getattr(config, name), "--valid-data-path", why, *involved)
+    if config.multiple_validation_sets and samples["valid"] and not validation_sets(parts):
+        notes.append("ignored: --multiple-validation-sets (the validation data is one dataset)")
 
 
 def _has_sequences(part: Part) -> bool:
