@@ -122,17 +122,19 @@ class Trainer:
             self.parts.reports.step(result, self.state)
             if self.config.manual_gc and self._is_time(self.config.manual_gc_interval):
                 gc.collect()
+            saves = self._is_time(self.config.save_interval)
+            if saves and not self._validation_decides:
+                self.save()  # first: a kill in a long validation shall not cost it
             if self._is_time(self.config.eval_interval) or self._complete:
                 self._compare()
-            if self._is_time(self.config.save_interval):
+            if saves:
                 self.save()
             ending = self._nothing_left() or self.parts.exits.after(self.state.iteration)
         assert ending is not None
         return ending
 
     def _compare(self) -> None:
-        """Validate, and compare with the best validation so far. Before the step is saved, so that a run that resumes
-        there knows of it."""
+        """Validate, and compare with the best validation so far."""
         loss = self.validate("validation")
         is_best = loss is not None and self.state.validated(loss, self.config.early_stopping_threshold)
         if is_best and self.config.save_best:
@@ -183,6 +185,11 @@ class Trainer:
 
     def _nothing_left(self) -> Exit | None:
         return COMPLETE if self._complete else self.parts.exits.early(self.state.stale_validations)
+
+    @property
+    def _validation_decides(self) -> bool:
+        """Whether a run that resumes from a step has to know of the validation after it."""
+        return self.config.save_best or self.config.early_stopping_patience is not None
 
     @property
     def _complete(self) -> bool:
