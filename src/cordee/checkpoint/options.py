@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cordee.config.laws import GIVEN, NOT_GIVEN, needs, required_unless
+from cordee.config.laws import GIVEN, needs
 from cordee.config.option import option
 
 
@@ -16,7 +16,7 @@ class CheckpointOptions:
         None, "checkpoint directory to write, or a URL that fsspec knows (s3://bucket/run)", metavar="DIR|URL"
     )
     save_interval: int | None = option(
-        None, "iterations between checkpoints, required with --save; the last iteration is always saved", above=0
+        None, "iterations between checkpoints; the last iteration is always saved [only the last one]", above=0
     )
     keep_last: int | None = option(None, "keep only this many newest checkpoints [all]", above=0)
     async_save: bool = option(True, "asynchronous checkpoints: write in the background while training continues")
@@ -36,7 +36,6 @@ class CheckpointOptions:
     )
 
     laws = (
-        required_unless("save_interval", save=NOT_GIVEN),
         needs("save_interval", "keep_last", save=GIVEN),
         needs("ckpt_step", "finetune", "exit_on_missing_checkpoint", load=GIVEN),
     )

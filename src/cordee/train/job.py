@@ -44,6 +44,7 @@ from cordee.parallel.layout import Layout, process_group
 from cordee.parallel.pipeline.executor import PipelineExecutor
 from cordee.parallel.pipeline.split import StagePartition, partition_layers
 from cordee.train import objectives, outputs, techniques
+from cordee.train.ending import describe_end
 from cordee.train.exits import COMPLETE, Exit, ExitRule, watch
 from cordee.train.metrics import Meter, measure_peak_flops
 from cordee.train.options import PerformanceOptions, TrainConfig
@@ -100,6 +101,8 @@ def train(config: TrainConfig, layout: Layout, on: torch.device, exits: ExitRule
             trainer.validate("test")
             ending = trainer.stop_requested or ending
     logger.info("stopped after iteration %d: %s", state.iteration, ending.reason)
+    for line in describe_end(plan, state.iteration) if layout.rank == 0 else ():
+        logger.info("%s", line)
     return ending
 
 

@@ -123,6 +123,11 @@ class Objective(ABC, Generic[B]):
         """Further models, such as the reference of a preference objective, by name; ProblemError if there is none."""
         return {}
 
+    def evaluated(self, config: TrainConfig) -> str | None:
+        """What of the run's data `cordee evaluate` takes as --task-data-path, held out if there is such; None without
+        any."""
+        return None
+
     def prepare(self, batches: list[B], models: Mapping[str, Frozen]) -> list[B]:
         """`batches`, this rank's parts of the micro-batches of a step, with what `models` say of them in their fields.
         Called before they are trained on or evaluated."""

@@ -76,6 +76,11 @@ class NextToken(Objective["Batch"]):
         eod = tokenizer.eod if tokenizer else None
         return GPTData(config=config, vocab_size=run.vocab_size, eod=eod, samples=samples, identity=identity)
 
+    def evaluated(self, config: TrainConfig) -> str:
+        """The first dataset for tests, else for validation, else for training."""
+        parts = plan_parts(config)
+        return next(parts[name] for name in reversed(SPLITS) if name in parts).blend.prefixes[0]
+
     def weight(self, batch: Batch) -> int:
         """Number of trained tokens."""
         return batch.num_trained

@@ -1,0 +1,37 @@
+"""What is said at the end of a run: where its checkpoint is, and the commands that take it further.
+
+Owns these lines, of which every command works as it stands. Knows no torch.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+
+from cordee.checkpoint import directory
+from cordee.checkpoint.storage import location_of, reached
+from cordee.train.run_plan import RunPlan
+
+DOCUMENTS = 100  # that are evaluated: an answer within minutes, of data of any size
+
+
+def describe_end(plan: RunPlan, iteration: int) -> Iterator[str]:
+    """The lines for a run that ended after `iteration`; none where that left no checkpoint under --save."""
+    if (save := plan.config.save) is None:
+        return
+    root = location_of(save, "--save")
+    with reached("--save", save):
+        folder = directory.folder_of(root, iteration)
+        if not folder.is_dir():
+            return
+    given = shlex.quote(save)
+    yield f"checkpoint: {folder}"
+    if iteration < plan.iterations:
+        yield f"{plan.iterations - iteration} of {plan.iterations} iterations are left: add --load {given} to resume"
+    yield "what to do with the model:"
+    if plan.tokenizer is not None:
+        yield f'  cordee generate --load {given} --prompt "Once upon a time"'
+    if (data := plan.objective.evaluated(plan.config)) is not None:
+        yield f"  cordee evaluate --load {given} --max-eval-samples {DOCUMENTS} \\"
+        yield f"      --task-data-path {shlex.quote(data)}"
+    yield f"  cordee convert --load-dir {given} --save-dir {shlex.quote(f'{root.name}-hf')}"
