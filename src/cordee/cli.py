@@ -56,9 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except ProblemError as error:
-        count = len(error.problems)
         if not (error.everywhere and launch.rank_0_speaks()):
-            print(f"{count} problem{'s' if count > 1 else ''}:\n{error}", file=sys.stderr)
+            print(f"{log.counted(len(error.problems), 'problem')}:\n{error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -183,7 +182,9 @@ def _models(argv: Sequence[str]) -> int:
         rows = _load("cordee.families.catalogue:describe")()
         print(f"{'preset':<20} {'family':<10} {'parameters':>10} {'context':>8}  licence of the weights")
         for row in rows:
-            print(f"{row.preset:<20} {row.family:<10} {_short(row.parameters):>10} {row.context:>8}  {row.licence}")
+            print(
+                f"{row.preset:<20} {row.family:<10} {log.shortened(row.parameters):>10} {row.context:>8}  {row.licence}"
+            )
     elif len(argv) == 2 and argv[0] == "show":
         for label, value in _load("cordee.families.catalogue:show")(argv[1]):
             print(f"{label:<26} {value}")
@@ -192,14 +193,6 @@ def _models(argv: Sequence[str]) -> int:
     else:
         raise ProblemError([Problem("cordee models", " ".join(argv), "no such form", "`cordee models show NAME`")])
     return 0
-
-
-def _short(number: int) -> str:
-    """1234567890 -> 1.23B"""
-    for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
-        if number >= 0.9995 * size:  # 999,950 rounds to 1M, not to 1000K
-            return f"{number / size:.3g}{letter}"
-    return str(number)
 
 
 def _raise_all(problems: Sequence[Problem], loaded: Loaded[Any]) -> None:

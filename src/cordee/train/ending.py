@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from cordee.checkpoint import directory
 from cordee.checkpoint.storage import location_of, reached
+from cordee.log import counted
 from cordee.train.run_plan import RunPlan
 
 DOCUMENTS = 100  # that are evaluated: an answer within minutes, of data of any size
@@ -27,7 +28,7 @@ def describe_end(plan: RunPlan, iteration: int) -> Iterator[str]:
     given = shlex.quote(save)
     yield f"checkpoint: {folder}"
     if iteration < plan.iterations:
-        yield f"{plan.iterations - iteration} of {plan.iterations} iterations are left: add --load {given} to resume"
+        yield f"{iteration} of {counted(plan.iterations, 'iteration')} are done; to resume, add --load {given}"
     yield "what to do with the model:"
     if plan.tokenizer is not None:
         yield f'  cordee generate --load {given} --prompt "Once upon a time"'

@@ -28,7 +28,7 @@ from cordee.errors import Findings, Problem, ProblemError
 from cordee.families.count import count_parameters, training_flops_per_token
 from cordee.families.registry import ModelSpec
 from cordee.files import copy_files
-from cordee.log import logger
+from cordee.log import counted, logger
 from cordee.model.gpt import GPTModel
 from cordee.model.init import initialise
 from cordee.model.parameter import train_only
@@ -410,7 +410,8 @@ def _log_layout(plan: RunPlan, layout: Layout, model: GPTModel) -> None:
 
 def _summary(plan: RunPlan) -> str:
     size, batches = count_parameters(plan.spec.config), plan.batches
+    steps, processes = counted(plan.iterations, "step"), counted(plan.degrees.world_size, "process", "processes")
     return (
-        f"{plan.spec.family.name} with {size:,} parameters; {plan.iterations} steps of {batches.global_batch_size} x "
-        f"{plan.config.seq_length} tokens; {plan.degrees.world_size} processes, ZeRO stage {plan.config.zero_stage}"
+        f"{plan.spec.family.name} with {size:,} parameters; {steps} of {batches.global_batch_size} x "
+        f"{plan.config.seq_length} tokens; {processes}, ZeRO stage {plan.config.zero_stage}"
     )
