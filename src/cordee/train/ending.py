@@ -13,6 +13,7 @@ from cordee.checkpoint.storage import location_of, reached
 from cordee.log import counted
 from cordee.train.run_plan import RunPlan
 
+TOKENS = 64  # that are generated, and half the context at most: a prompt needs the rest
 DOCUMENTS = 100  # that are evaluated: an answer within minutes, of data of any size
 
 
@@ -31,7 +32,8 @@ def describe_end(plan: RunPlan, iteration: int) -> Iterator[str]:
         yield f"{iteration} of {counted(plan.iterations, 'iteration')} are done; to resume, add --load {given}"
     yield "what to do with the model:"
     if plan.tokenizer is not None:
-        yield f'  cordee generate --load {given} --prompt "Once upon a time"'
+        room = plan.spec.config.max_position_embeddings // 2
+        yield f'  cordee generate --load {given} --prompt "Once upon a time" --max-new-tokens {min(room, TOKENS)}'
     if (data := plan.objective.evaluated(plan.config)) is not None:
         yield f"  cordee evaluate --load {given} --max-eval-samples {DOCUMENTS} \\"
         yield f"      --task-data-path {shlex.quote(data)}"
