@@ -41,6 +41,12 @@ def shortened(number: float) -> str:
     return f"{number:.3g}"
 
 
+def in_bytes(number: float) -> str:
+    """1.5 GiB, 12 MiB"""
+    unit, name = (2**30, "GiB") if number >= 2**30 else (2**20, "MiB")
+    return f"{number / unit:,.3g} {name}" if number < 1000 * unit else f"{number / unit:,.0f} {name}"
+
+
 @contextmanager
 def progress_bar(
     text: str = "", total: float = 1.0, *, nbytes: bool = False, shown: bool = True

@@ -75,7 +75,7 @@ def run(config: TrainConfig) -> int:
         device.keep_freed_memory()
         on = device.local_device(ranks.local_rank)
         timeout = timedelta(minutes=config.distributed_timeout_minutes)
-        if data.needs_sharding(config, ranks.world_size):
+        if cost.needs_sharding(config, ranks.world_size):
             backend = config.distributed_backend or device.kind().backend
             stack.enter_context(collectives.contact("between two phases"))
             with collectives.contact("while joining them"):
@@ -398,14 +398,15 @@ def _log_layout(plan: RunPlan, layout: Layout, model: GPTModel) -> None:
     """Log which rank holds which shard, and its memory and communication."""
     config, batches = plan.config, plan.batches
     logger.info("%s", describe_layout(layout.degrees, collectives.gather(sharding.kept(model), layout)))
+    share = sharding.count(model, model.layers.values())
     costs = cost.cost(
         config,
         layout.degrees,
-        sharding.count(model, model.layers.values()),
-        wrapped=data.needs_sharding(config, layout.world_size),
+        share,
+        wrapped=cost.needs_sharding(config, layout.world_size),
         accumulates=batches.global_batch_size > config.micro_batch_size * layout.data_size,
     )
-    logger.info("%s", costs)
+    logger.info("%s", costs.describe("rank 0", share.parameters))
 
 
 def _summary(plan: RunPlan) -> str:
