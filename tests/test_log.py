@@ -19,7 +19,7 @@ def test_counted(number: int, words: str):
     assert counted(number, "copy", "copies") == words.replace("pairs", "copies").replace("pair", "copy")
 
 
-@pytest.mark.parametrize(("number", "text"), [(999, "999"), (999_950, "1M"), (1234, "1.23K"), (7 * 10**9, "7B")])
+@pytest.mark.parametrize(("number", "text"), [(999, "999"), (1500, "1.5K"), (999_950, "1M"), (6_738_415_616, "6.74B")])
 def test_shortened(number: int, text: str):
     assert shortened(number) == text
 

@@ -99,6 +99,8 @@ def problems(command: Command, loaded: Loaded[Any]) -> list[Problem]:
 
 def further(command: Command, loaded: Loaded[Any]) -> list[Problem]:
     """Problems besides those of single options, without those that may follow from them."""
+    if getattr(loaded.config, "world_size", None):
+        loaded = _with_processes(loaded)
     config = loaded.config
     if command.start in (_train, _check) and not config.nproc_per_node and not launch.rank_info().launcher:
         fewest = _load("cordee.parallel.degrees:fewest_processes")(config)  # without torch, which counts devices
@@ -144,36 +146,22 @@ def _infer(command: Command, loaded: Loaded[Any], argv: Sequence[str]) -> int:
 
 
 def _check(command: Command, loaded: Loaded[Any], argv: Sequence[str]) -> int:
-    """Check as `train` does, and the contents of the data as its ranks do at the start; print a summary of the run."""
+    """Show what `train` would do, as far as it is known; then the problems that it would have, at its start too."""
     loaded = _with_processes(loaded)
-    _raise_all(problems(command, loaded), loaded)
-    print(f"ok\n\n{_summary(loaded.config)}\n\n# options that are not at their default\n{render.changes(loaded)}")
+    described, found = _load("cordee.train.check:examine")(loaded.config)
+    print(f"{described}\n\n# options that are not at their default\n{render.changes(loaded)}", flush=True)
+    _raise_all(found, loaded)
+    print("\nok")
     return 0
 
 
 def _with_processes(loaded: Loaded[Any]) -> Loaded[Any]:
     """One process per local device, if neither a launcher nor the user sets the number."""
+    if (planned := getattr(loaded.config, "world_size", None)) is not None:
+        return loaded.derive(nproc_per_node=planned)
     if launch.rank_info().launcher or loaded.config.nproc_per_node:
         return loaded
     return loaded.derive(nproc_per_node=_load("cordee.device:count")())
-
-
-def _summary(config: Any) -> str:
-    shape = _load("cordee.parallel.degrees:degrees")(config, launch.world_size(config.nproc_per_node))
-    at_once = config.micro_batch_size * shape.data
-    batch = config.global_batch_size or at_once
-    passes = batch // at_once
-    steps = config.train_iters or -(-(config.train_samples or 0) // batch)
-    who = f"{shape.data} data-parallel rank{'s' if shape.data > 1 else ''}"
-    return "\n".join(
-        [
-            f"one step   {batch} samples = {config.micro_batch_size} a pass x {passes} passes x {who}",
-            f"           {batch * config.seq_length:,} tokens = {batch} samples x {config.seq_length} tokens",
-            f"the run    {steps:,} steps, {steps * batch * config.seq_length:,} tokens",
-            "",
-            _load("cordee.parallel.describe:describe_layout")(shape),
-        ]
-    )
 
 
 def _models(argv: Sequence[str]) -> int:
@@ -213,10 +201,10 @@ COMMANDS = {
         job="cordee.quickstart.job:run",
     ),
     "check": Command(
-        about="Find all problems of `cordee train` with the same options; starts nothing.",
-        example="cordee check --config run.yaml --nproc-per-node 8",
-        options="cordee.train.options:TrainConfig",
-        check="cordee.train.plan:check_with_contents",
+        about="Show what `cordee train` would do with the same options, and all problems; starts nothing.",
+        example="cordee check --config run.yaml --world-size 64",
+        options="cordee.train.options:CheckConfig",
+        check="cordee.train.check:check_with_contents",
         start=_check,
     ),
     "plan": Command(

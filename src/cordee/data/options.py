@@ -27,11 +27,15 @@ class BatchOptions:
     )
     train_iters: int | None = option(None, "length of the run in iterations (optimizer steps)", above=0)
     train_samples: int | None = option(None, "length of the run in samples", above=0)
+    num_epochs: float | None = option(
+        None, "length of the run in passes over the data, rounded up to whole iterations", above=0
+    )
     seed: int = option(1234, "random seed of initial weights, shuffling and dropout", at_least=0, below=2**32)
 
     laws = (
         excludes("train_samples", "train_iters"),
-        required_unless("train_iters", train_samples=GIVEN, skip_train=True),
+        excludes("num_epochs", "train_iters", "train_samples"),
+        required_unless("train_iters", train_samples=GIVEN, num_epochs=GIVEN, skip_train=True),
         needs("rampup_batch_size", train_samples=GIVEN),
         needs("rampup_batch_size", global_batch_size=GIVEN),
     )

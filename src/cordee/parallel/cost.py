@@ -48,7 +48,7 @@ class MemoryCost:
     def describe(self, rank: str, parameters: int) -> str:
         """For people: what `rank`, in words, needs for its `parameters`, by category."""
         rows = (
-            ("weights", self.weights, "at rest, and the copy that computes"),
+            ("weights", self.weights, "at rest, and any copy that computes"),
             ("gradients", self.gradients, ""),
             ("optimizer", self.optimizer, "its state, such as Adam's two moments"),
         )

@@ -94,3 +94,12 @@ class TrainConfig(
     """A training run."""
 
     laws = (at_most("seq_length", other="max_position_embeddings"),)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckConfig(TrainConfig):
+    """A training run that is only checked."""
+
+    world_size: int | None = option(
+        None, "processes of all nodes, for a run on other machines than this [as train would start here]", above=0
+    )

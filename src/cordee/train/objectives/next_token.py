@@ -13,11 +13,21 @@ from typing import TYPE_CHECKING, Any
 from cordee import sealed
 from cordee.config.option import to_flag
 from cordee.data import gpt_check
-from cordee.data.build import SPLITS, Part, build_datasets, plan_order, plan_parts, read_parts, training_part
+from cordee.data.build import (
+    SPLITS,
+    Part,
+    build_datasets,
+    part_problems,
+    plan_order,
+    plan_parts,
+    read_parts,
+    training_part,
+)
 from cordee.data.indexed import IndexedDataset, bin_path, fingerprint, idx_path
-from cordee.errors import Findings, Problem, ProblemError, Problems
+from cordee.data.order import normalise
+from cordee.errors import Findings, Problem, ProblemError, Problems, raise_all
 from cordee.train.batch_schedule import BatchSchedule
-from cordee.train.objectives import Objective, Run
+from cordee.train.objectives import DataSize, Objective, Run
 from cordee.train.options import TrainConfig
 
 if TYPE_CHECKING:
@@ -80,6 +90,16 @@ class NextToken(Objective["Batch"]):
         """The first dataset for tests, else for validation, else for training."""
         parts = plan_parts(config)
         return next(parts[name] for name in reversed(SPLITS) if name in parts).blend.prefixes[0]
+
+    def size(self, config: TrainConfig) -> DataSize:
+        blend = (part := training_part(config)).blend
+        opened = {prefix: IndexedDataset(prefix) for prefix in blend.prefixes}
+        raise_all(problem for each in opened.values() for problem in part_problems(part, each))
+        tokens = {prefix: each.tokens_between(*part.sequences(each)) for prefix, each in opened.items()}
+        shares = dict.fromkeys(tokens, 0.0)
+        for prefix, share in zip(blend.prefixes, normalise(blend.weights or (1.0,)).tolist(), strict=True):
+            shares[prefix] += share  # a prefix may be there twice
+        return DataSize(tokens=tokens, shares=shares, seq_length=config.seq_length)
 
     def weight(self, batch: Batch) -> int:
         """Number of trained tokens."""
