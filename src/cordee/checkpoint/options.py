@@ -13,12 +13,20 @@ class CheckpointOptions:
     """Checkpoints."""
 
     save: str | None = option(
-        None, "checkpoint directory to write, or a URL that fsspec knows (s3://bucket/run)", metavar="DIR|URL"
+        None,
+        "checkpoint directory to write, or a URL that fsspec knows (s3://bucket/run)",
+        metavar="DIR|URL",
+        elsewhere=("output_dir",),
     )
     save_interval: int | None = option(
-        None, "iterations between checkpoints; the last iteration is always saved [only the last one]", above=0
+        None,
+        "iterations between checkpoints; the last iteration is always saved [only the last one]",
+        above=0,
+        elsewhere=("save_steps",),
     )
-    keep_last: int | None = option(None, "keep only this many newest checkpoints [all]", above=0)
+    keep_last: int | None = option(
+        None, "keep only this many newest checkpoints [all]", above=0, elsewhere=("save_total_limit",)
+    )
     async_save: bool = option(True, "asynchronous checkpoints: write in the background while training continues")
     save_optim: bool = option(True, "save optimizer state; a run cannot resume exactly without it")
     load: str | None = option(
@@ -26,6 +34,7 @@ class CheckpointOptions:
         "checkpoint directory or URL to resume from, or weights to start from, of any format that cordee convert "
         "reads (Hugging Face, Megatron, GGUF, ...)",
         metavar="DIR|URL|FILE",
+        elsewhere=("model_name_or_path", "resume_from_checkpoint"),
     )
     ckpt_step: int | None = option(None, "iteration to load [the last good checkpoint]", at_least=0)
     finetune: bool = option(False, "load only the weights of --load, start at iteration 0")

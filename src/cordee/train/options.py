@@ -19,7 +19,7 @@ from cordee.train.objectives import ObjectiveOptions
 class ValidationOptions:
     """Validation."""
 
-    eval_interval: int = option(1000, "iterations between validations", above=0)
+    eval_interval: int = option(1000, "iterations between validations", above=0, elsewhere=("eval_steps",))
     eval_iters: int = option(100, "global batches per validation; 0: no validation", at_least=0)
     skip_train: bool = option(False, "skip training, only validate and test")
 
@@ -43,11 +43,13 @@ class ExitOptions:
 class LoggingOptions:
     """Logging."""
 
-    log_interval: int = option(10, "iterations between log lines", above=0)
+    log_interval: int = option(10, "iterations between log lines", above=0, elsewhere=("logging_steps",))
     log_throughput: bool = option(True, "log TFLOP/s per device (model FLOPs: recompute does not count)")
     log_params_norm: bool = option(False, "log the L2 norm of all parameters")
     log_num_zeros_in_grad: bool = option(False, "log the number of zeros in the gradients")
-    tensorboard_dir: str | None = option(None, "write TensorBoard events to this directory", metavar="DIR")
+    tensorboard_dir: str | None = option(
+        None, "write TensorBoard events to this directory", metavar="DIR", elsewhere=("logging_dir",)
+    )
     tensorboard_log_interval: int = option(1, "iterations between TensorBoard values", above=0)
     metrics_file: str | None = option(None, "one JSON line per log line [metrics.jsonl in --save]", metavar="FILE")
     peak_tflops: float | None = option(
