@@ -175,7 +175,7 @@ def _models(argv: Sequence[str]) -> int:
             )
     elif len(argv) == 2 and argv[0] == "show":
         for label, value in _load("cordee.families.catalogue:show")(argv[1]):
-            print(f"{label:<26} {value}")
+            print(f"{label:<34} {value}")
     elif argv[0] in ("-h", "--help"):
         print("usage: cordee models              list the presets\n       cordee models show NAME    show one of them")
     else:
