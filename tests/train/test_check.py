@@ -42,7 +42,7 @@ def test_shows_what_the_run_is(given):
         counted(tokens, "token"),
         "8 samples = 1 a pass x 8 passes x 1 data-parallel rank",
         f"6 steps, {6 * 8 * 16} tokens",
-        f"{6 * 8 * 16 / tokens:.3g} epochs",
+        f"epochs of {given.data_path[0]}: {6 * 8 * 16 / tokens:.3g}\n",
         "16 bytes for each of the 17,472 parameters",
         "ignored: --sgd-momentum",
         "--save",
@@ -60,7 +60,7 @@ def test_shares_of_a_blend(tmp_path: Path):
     assert found == []
     for prefix, samples in zip(prefixes, (24, 72), strict=True):
         tokens = sum(len(each) for each in IndexedDataset(prefix))
-        assert f"{samples * 16 / tokens:.3g} epochs of {prefix}" in shown
+        assert f"epochs of {prefix}: {samples * 16 / tokens:.3g}\n" in shown
 
 
 def test_without_data_and_machines(tmp_path: Path, capsys):

@@ -91,7 +91,7 @@ def _run(draft: Draft) -> Iterator[str]:
     samples = config.train_samples or draft.iterations * batches.global_batch_size
     yield f"{counted(draft.iterations, 'step')}, {counted(samples * config.seq_length, 'token')}"
     if (data := draft.size) is not None:
-        yield from (f"{data.epochs(name, samples):.3g} epochs of {name}" for name in data.tokens)
+        yield from (f"epochs of {name}: {data.epochs(name, samples):.3g}" for name in data.tokens)
 
 
 def _recipe(draft: Draft) -> Iterator[str]:

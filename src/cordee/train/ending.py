@@ -14,6 +14,7 @@ from cordee.log import counted
 from cordee.train.run_plan import RunPlan
 
 TOKENS = 64  # that are generated, and half the context at most: a prompt needs the rest
+COLUMNS = 80  # of a terminal
 DOCUMENTS = 100  # that are evaluated: an answer within minutes, of data of any size
 
 
@@ -32,9 +33,20 @@ def describe_end(plan: RunPlan, iteration: int) -> Iterator[str]:
         yield f"{iteration} of {counted(plan.iterations, 'iteration')} are done; to resume, add --load {given}"
     yield "what to do with the model:"
     if plan.tokenizer is not None:
-        room = plan.spec.config.max_position_embeddings // 2
-        yield f'  cordee generate --load {given} --prompt "Once upon a time" --max-new-tokens {min(room, TOKENS)}'
+        room = min(plan.spec.config.max_position_embeddings // 2, TOKENS)
+        yield from _command(f"generate --load {given}", '--prompt "Once upon a time"', f"--max-new-tokens {room}")
     if (data := plan.objective.evaluated(plan.config)) is not None:
-        yield f"  cordee evaluate --load {given} --max-eval-samples {DOCUMENTS} \\"
-        yield f"      --task-data-path {shlex.quote(data)}"
-    yield f"  cordee convert --load-dir {given} --save-dir {shlex.quote(f'{root.name}-hf')}"
+        texts = f"--task-data-path {shlex.quote(data)}"
+        yield from _command(f"evaluate --load {given}", texts, f"--max-eval-samples {DOCUMENTS}")
+    yield from _command(f"convert --load-dir {given}", f"--save-dir {shlex.quote(f'{root.name}-hf')}")
+
+
+def _command(*parts: str) -> Iterator[str]:
+    """The lines of a command, at most 80 columns each where its parts are no longer."""
+    line = "  cordee"
+    for part in parts:
+        if len(f"{line} {part} \\") > COLUMNS:
+            yield f"{line} \\"
+            line = "     "
+        line = f"{line} {part}"
+    yield line

@@ -411,8 +411,8 @@ def _log_layout(plan: RunPlan, layout: Layout, model: GPTModel) -> None:
 
 def _summary(plan: RunPlan) -> str:
     size, batches = count_parameters(plan.spec.config), plan.batches
-    steps, processes = counted(plan.iterations, "step"), counted(plan.degrees.world_size, "process", "processes")
+    steps = counted(plan.iterations, "step")
     return (
         f"{plan.spec.family.name} with {size:,} parameters; {steps} of {batches.global_batch_size} x "
-        f"{plan.config.seq_length} tokens; {processes}, ZeRO stage {plan.config.zero_stage}"
+        f"{plan.config.seq_length} tokens; ZeRO stage {plan.config.zero_stage}"
     )
