@@ -1,4 +1,7 @@
-"""The options of optimizers, schedules and mixed precision."""
+"""The options of optimizers, schedules and mixed precision.
+
+Owns their names, types, defaults and help texts, and what each needs of others.
+"""
 
 from __future__ import annotations
 

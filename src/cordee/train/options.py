@@ -1,4 +1,7 @@
-"""The options of a training run."""
+"""The options of a training run, and of its check.
+
+Owns how they are made of those of its parts, and those that belong to none.
+"""
 
 from __future__ import annotations
 
