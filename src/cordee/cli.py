@@ -56,9 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except ProblemError as error:
-        count = len(error.problems)
         if not (error.everywhere and launch.rank_0_speaks()):
-            print(f"{count} problem{'s' if count > 1 else ''}:\n{error}", file=sys.stderr)
+            print(f"{log.counted(len(error.problems), 'problem')}:\n{error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -101,6 +100,8 @@ def problems(command: Command, loaded: Loaded[Any]) -> list[Problem]:
 
 def further(command: Command, loaded: Loaded[Any]) -> list[Problem]:
     """Problems besides those of single options, without those that may follow from them."""
+    if getattr(loaded.config, "world_size", None):
+        loaded = _with_processes(loaded)
     config = loaded.config
     if command.start in (_train, _check) and not config.nproc_per_node and not launch.rank_info().launcher:
         fewest = _load("cordee.parallel.degrees:fewest_processes")(config)  # without torch, which counts devices
@@ -146,36 +147,22 @@ def _infer(command: Command, loaded: Loaded[Any], argv: Sequence[str]) -> int:
 
 
 def _check(command: Command, loaded: Loaded[Any], argv: Sequence[str]) -> int:
-    """Check as `train` does, and the contents of the data as its ranks do at the start; print a summary of the run."""
+    """Show what `train` would do, as far as it is known; then the problems that it would have, at its start too."""
     loaded = _with_processes(loaded)
-    _raise_all(problems(command, loaded), loaded)
-    print(f"ok\n\n{_summary(loaded.config)}\n\n# options that are not at their default\n{render.changes(loaded)}")
+    described, found = _load("cordee.train.check:examine")(loaded.config)
+    print(f"{described}\n\n# options that are not at their default\n{render.changes(loaded)}", flush=True)
+    _raise_all(found, loaded)
+    print("\nok")
     return 0
 
 
 def _with_processes(loaded: Loaded[Any]) -> Loaded[Any]:
     """One process per local device, if neither a launcher nor the user sets the number."""
+    if (planned := getattr(loaded.config, "world_size", None)) is not None:
+        return loaded.derive(nproc_per_node=planned)
     if launch.rank_info().launcher or loaded.config.nproc_per_node:
         return loaded
     return loaded.derive(nproc_per_node=_load("cordee.device:count")())
-
-
-def _summary(config: Any) -> str:
-    shape = _load("cordee.parallel.degrees:degrees")(config, launch.world_size(config.nproc_per_node))
-    at_once = config.micro_batch_size * shape.data
-    batch = config.global_batch_size or at_once
-    passes = batch // at_once
-    steps = config.train_iters or -(-(config.train_samples or 0) // batch)
-    who = f"{shape.data} data-parallel rank{'s' if shape.data > 1 else ''}"
-    return "\n".join(
-        [
-            f"one step   {batch} samples = {config.micro_batch_size} a pass x {passes} passes x {who}",
-            f"           {batch * config.seq_length:,} tokens = {batch} samples x {config.seq_length} tokens",
-            f"the run    {steps:,} steps, {steps * batch * config.seq_length:,} tokens",
-            "",
-            _load("cordee.parallel.describe:describe_layout")(shape),
-        ]
-    )
 
 
 def _models(argv: Sequence[str]) -> int:
@@ -184,23 +171,17 @@ def _models(argv: Sequence[str]) -> int:
         rows = _load("cordee.families.catalogue:describe")()
         print(f"{'preset':<20} {'family':<10} {'parameters':>10} {'context':>8}  licence of the weights")
         for row in rows:
-            print(f"{row.preset:<20} {row.family:<10} {_short(row.parameters):>10} {row.context:>8}  {row.licence}")
+            print(
+                f"{row.preset:<20} {row.family:<10} {log.shortened(row.parameters):>10} {row.context:>8}  {row.licence}"
+            )
     elif len(argv) == 2 and argv[0] == "show":
         for label, value in _load("cordee.families.catalogue:show")(argv[1]):
-            print(f"{label:<26} {value}")
+            print(f"{label:<34} {value}")
     elif argv[0] in ("-h", "--help"):
         print("usage: cordee models              list the presets\n       cordee models show NAME    show one of them")
     else:
         raise ProblemError([Problem("cordee models", " ".join(argv), "no such form", "`cordee models show NAME`")])
     return 0
-
-
-def _short(number: int) -> str:
-    """1234567890 -> 1.23B"""
-    for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
-        if number >= 0.9995 * size:  # 999,950 rounds to 1M, not to 1000K
-            return f"{number / size:.3g}{letter}"
-    return str(number)
 
 
 def _raise_all(problems: Sequence[Problem], loaded: Loaded[Any]) -> None:
@@ -221,10 +202,10 @@ COMMANDS = {
         job="cordee.quickstart.job:run",
     ),
     "check": Command(
-        about="Find all problems of `cordee train` with the same options; starts nothing.",
-        example="cordee check --config run.yaml --nproc-per-node 8",
-        options="cordee.train.options:TrainConfig",
-        check="cordee.train.plan:check_with_contents",
+        about="Show what `cordee train` would do with the same options, and all problems; starts nothing.",
+        example="cordee check --config run.yaml --world-size 64",
+        options="cordee.train.options:CheckConfig",
+        check="cordee.train.check:check_with_contents",
         start=_check,
     ),
     "plan": Command(

@@ -1,14 +1,19 @@
 """Where messages for people go.
 
-Owns how the logger "cordee" prints, and the progress bar. Knows nothing of ranks but the one given to `setup`.
+Owns how the logger "cordee" prints, how numbers read, and progress bars. Knows nothing of ranks but the one given to
+`setup`.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+
+SILENCE = 10.0  # seconds between two lines of progress, where each step takes less
 
 logger = logging.getLogger("cordee")
 
@@ -23,18 +28,37 @@ def setup(rank: int = 0, level: int = logging.INFO) -> None:
     logger.propagate = False
 
 
-def counted(number: int, what: str) -> str:
-    """`1 document`, `2 documents`."""
-    return f"{number} {what}{'' if number == 1 else 's'}"
+def counted(number: int, what: str, several: str = "") -> str:
+    """`1 document`, `2,000 documents`; `several` is the plural where it is not made by an s."""
+    return f"{number:,} {what if number == 1 else several or f'{what}s'}"
+
+
+def shortened(number: float) -> str:
+    """1234567890 -> 1.23B"""
+    for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if number >= 0.9995 * size:  # 999,950 rounds to 1M, not to 1000K
+            return f"{number / size:.3g}{letter}"
+    return f"{number:.3g}"
+
+
+def in_bytes(number: float) -> str:
+    """1.5 GiB, 12 MiB"""
+    unit, name = (2**30, "GiB") if number >= 2**30 else (2**20, "MiB")
+    return f"{number / unit:,.3g} {name}" if number < 1000 * unit else f"{number / unit:,.0f} {name}"
 
 
 @contextmanager
 def progress_bar(
     text: str = "", total: float = 1.0, *, nbytes: bool = False, shown: bool = True
 ) -> Iterator[Callable[..., None]]:
-    """A bar on standard error, removed at the end. Yields a function of what is completed of `total`, and of anything
-    else that `rich.progress.Progress.update` takes. `nbytes`: these are bytes, of which amount and rate are shown.
+    """A bar on standard error, removed at the end; where that is no terminal, a log line every `SILENCE` seconds.
+
+    Yields a function of what is completed of `total`, and of what else `rich.progress.Progress.update` takes, for the
+    bar. `nbytes`: these are bytes, of which amount and rate are shown.
     """
+    if not sys.stderr.isatty():
+        yield _progress_lines(text, total) if shown else lambda completed, **more: None
+        return
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -51,3 +75,17 @@ def progress_bar(
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown) as progress:
         task = progress.add_task(text, total=total)
         yield lambda completed, **more: progress.update(task, completed=completed, **more)
+
+
+def _progress_lines(text: str, total: float) -> Callable[..., None]:
+    start = last = time.monotonic()
+
+    def show(completed: float, **more: object) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if completed and now - last >= SILENCE:
+            left = timedelta(seconds=round((now - start) * (total - completed) / completed))
+            logger.info("%s: %.0f %%, %s left", text, 100 * completed / total, left)
+            last = now
+
+    return show

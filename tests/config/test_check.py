@@ -100,7 +100,7 @@ def test_sound_run_in_samples():
         ({"fp16": True, "bf16": True}, ["--fp16"]),
         ({"loss_scale": 8.0}, ["--loss-scale"]),
         ({"fp16": True, "min_loss_scale": 2.0**40}, ["--min-loss-scale"]),
-        ({"save_interval": None}, ["--save-interval"]),
+        ({"save_interval": None}, []),
         ({"save": None, "keep_last": 3}, ["--save-interval", "--keep-last"]),
         ({"finetune": True}, ["--finetune"]),
         ({"ckpt_step": 3, "exit_on_missing_checkpoint": True}, ["--ckpt-step", "--exit-on-missing-checkpoint"]),

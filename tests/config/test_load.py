@@ -10,7 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cordee.bench.options import BenchConfig
+from cordee.cli import COMMANDS
 from cordee.config.load import config_from_dict, load_config
+from cordee.config.option import options_of, to_flag
+from cordee.config.spelling import spellings
 from cordee.data.options import PreprocessConfig
 from cordee.errors import ProblemError
 from cordee.generate.options import GenerateConfig
@@ -305,6 +308,59 @@ def test_a_prompt_may_look_like_anything():
     argv = ["--load", "x", "--prompt", "- a list", "--prompts-file=--odd"]
     config: Any = load(*argv, schema=GenerateConfig).config
     assert (config.prompt, config.prompts_file) == (("- a list",), "--odd")
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("learning_rate", "lr"),
+        ("per_device_train_batch_size", "micro_batch_size"),
+        ("per_device_eval_batch_size", "micro_batch_size"),
+        ("gradient_accumulation_steps", "global_batch_size"),
+        ("warmup_ratio", "lr_warmup_fraction"),
+        ("warmup_steps", "lr_warmup_iters"),
+        ("num_train_epochs", "num_epochs"),
+        ("epochs", "num_epochs"),
+        ("max_steps", "train_iters"),
+        ("logging_steps", "log_interval"),
+        ("save_steps", "save_interval"),
+        ("eval_steps", "eval_interval"),
+    ],
+)
+def test_names_of_other_programs_are_answered_with_ours(write, theirs, ours):
+    """As a flag, with either kind of dashes, and as a key; the option that is meant is not missing besides."""
+    given = [word for name in ("lr", "seq_length") if name != ours for word in (to_flag(name), "1")]
+    ways = [[to_flag(theirs), "3"], [f"--{theirs}", "3"], ["--config", write(f"{theirs}: 3\n")]]
+    for argv in ways:
+        with pytest.raises(ProblemError) as caught:
+            load_config(TrainConfig, [*given, *argv])
+        (problem,) = caught.value.problems
+        assert (problem.subject, problem.value, problem.kind, problem.limit) == (theirs, "3", "unknown", ours)
+        assert ours in problem.names
+
+
+def test_every_name_of_other_programs_means_one_option_and_is_none_of_ours():
+    for command in COMMANDS.values():
+        named = [name for option in options_of(command.schema) for name in option.declared.elsewhere]
+        assert len(named) == len(set(named)) and not set(named) & spellings(command.schema).keys()
+
+
+@pytest.mark.parametrize(
+    ("words", "shown", "hidden"),
+    [
+        (["zero"], ["--zero-stage"], ["--lr", "--seq-length"]),
+        (["learning_rate"], ["--lr"], ["--seq-length"]),
+        (["lr_warmup", "fraction"], ["--lr-warmup-fraction"], ["--lr-warmup-iters", "--zero-stage"]),
+        (["nothing-like-it"], [], ["--lr", "--zero-stage"]),
+        ([], ["--lr", "--zero-stage"], []),
+    ],
+)
+def test_help_about_words(capsys, words, shown, hidden):
+    with pytest.raises(SystemExit) as ended:
+        load("--help", *words)
+    assert ended.value.code == 0
+    flags = {line.split()[0].rstrip(",") for line in capsys.readouterr().out.splitlines() if line.startswith("  --")}
+    assert flags >= {"--config", *shown} and not flags & set(hidden)
 
 
 def test_words_that_are_no_options():

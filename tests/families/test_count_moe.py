@@ -96,6 +96,7 @@ def test_canonical_shapes_are_those_of_the_model(preset):
 
 def test_the_page_of_a_mixture_tells_of_its_experts():
     page = dict(show("deepseek-v3"))
+    assert (page["q_lora_rank"], page["kv_lora_rank"], page["qk_rope_head_dim"]) == ("1536", "512", "64")
     names = ("layers with experts", "num_experts", "moe_router_topk", "moe_ffn_hidden_size")
     assert [page[name] for name in names] == ["58", "256", "8", "2048"]
     assert page["ffn_hidden_size of shared experts"] == "2048" and page["matmul weights a token meets"][:2] == "36"

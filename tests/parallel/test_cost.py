@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from torch.distributed.tensor import DTensor
 
+from cordee.families.registry import spec_from_options
 from cordee.model.gpt import GPTModel
+from cordee.model.span import Span
 from cordee.optim.build import build_optimizer
 from cordee.parallel import data, sharding
-from cordee.parallel.cost import MemoryCost, ParameterCount, cost
+from cordee.parallel.cost import MemoryCost, ParameterCount, cost, count, needs_sharding
 from cordee.parallel.degrees import Degrees
 from cordee.train.options import TrainConfig
 from tests.matrix import sampled
 from tests.parallel.test_data import LENGTH, build, samples
+from tests.train import tiny
 
 
 def bytes_of(tensors) -> int:
@@ -35,8 +40,10 @@ def backward(model: GPTModel, config: TrainConfig, *, last: bool) -> int:
 def measured(rank: int, world_size: int, given: dict) -> tuple[MemoryCost, MemoryCost]:
     """What the arithmetic says, and what the tensors take."""
     model, layout, config = build(world_size, **given)
-    wrapped = data.needs_sharding(config, world_size)
+    wrapped = needs_sharding(config, world_size)
     share = sharding.count(model, model.layers.values())
+    if not layout.rank:
+        assert count(model.config, layout.degrees) == share, "worked out without the model"
     predicted = cost(config, layout.degrees, share, wrapped=wrapped, accumulates=True)
     parameters = list(model.parameters())
     optimizer = build_optimizer(config, model.named_parameters(), model.parameter_specs(), fused=False)
@@ -109,6 +116,37 @@ def test_experts_have_fewer_shards():
 
 
 def test_in_words():
-    assert str(MemoryCost(weights=3, gradients=4, optimizer=8 / 3)) == (
-        "parameters and optimizer take 9.667 bytes per parameter on this rank (weights 3, gradients 4, optimizer 2.667)"
-    )
+    said = MemoryCost(weights=3, gradients=4, optimizer=8 / 3).describe("rank 0", 3 << 20)
+    assert max(map(len, said.splitlines())) <= 80
+    for figure in ("29 MiB", "9.667 bytes", "3,145,728", "9 MiB", "12 MiB", "2.667", "8 MiB"):
+        assert figure in said
+
+
+PIPELINE = (Span(0, 1, head=False), Span(1, 2, embedding=False))
+
+
+@pytest.mark.parametrize("spans", [(), PIPELINE[:1], PIPELINE[1:]])
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_of_a_stage_are_those_of_a_model_of_it(spans, tied: bool):
+    config = spec_from_options(TrainConfig(**tiny.MODEL, seq_length=8, lr=1.0)).config
+    config = replace(config, tie_word_embeddings=tied)
+    model = GPTModel(config, spans=spans, device="meta")
+    assert count(config, Degrees(), spans) == sharding.count(model, model.layers.values())
+
+
+def test_parameters_of_a_shard():
+    """By hand: what tensor and expert parallelism shard, and what they replicate."""
+    sizes = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 4, "ffn_hidden_size": 16, "vocab_size": 10}
+    options = tiny.MODEL | sizes | {"num_query_groups": 2, "num_experts": 4, "moe_router_topk": 2}
+    config = spec_from_options(TrainConfig(**options, seq_length=8, lr=1.0)).config
+    expert, router, norms = 3 * 8 * 16, 4 * 8, 3 * 8
+    attention = (4 + 2 * 2) * 2 * 8 + 4 * 2 * 8
+    table = 10 * 8 * (1 if config.tie_word_embeddings else 2)
+    for tp, ep in ((1, 1), (2, 1), (4, 1), (2, 4)):
+        # Two groups of keys and values are replicated over four ranks, and their queries with them.
+        sharded = attention // tp if tp <= 2 else (4 + 2 * 2) * 2 * 8 + 4 * 2 * 8 // 4
+        rows = -(-10 // tp) * table // 10
+        found = count(config, Degrees(tp=tp, ep=ep, shard=ep))
+        assert found.parameters == sharded + rows + router + norms + 4 // ep * expert // tp
+        assert found.experts == (expert // tp if ep > 1 else 0)
+        assert found.outside == rows + 8

@@ -18,6 +18,7 @@ from cordee.model.config import AttentionConfig, LayerConfig, MLPConfig, ModelCo
 from cordee.model.gpt import GPTModel
 from cordee.model.init import initialise
 from cordee.parallel import apply, collectives, data
+from cordee.parallel.cost import needs_sharding
 from cordee.parallel.degrees import degrees
 from cordee.parallel.layout import Layout, process_group
 from cordee.train.options import TrainConfig
@@ -151,9 +152,9 @@ def test_one_process_in_float32_is_not_wrapped():
     assert not any(isinstance(module, FSDPModule) for module in model.modules())
     assert layout.mesh is None and layout.data_mesh is None
     assert (layout.rank, layout.world_size, layout.data_rank, layout.data_size) == (0, 1, 0, 1)
-    assert not data.needs_sharding(options(), 1)
-    assert data.needs_sharding(options(bf16=True), 1)
-    assert data.needs_sharding(options(), 2)
+    assert not needs_sharding(options(), 1)
+    assert needs_sharding(options(bf16=True), 1)
+    assert needs_sharding(options(), 2)
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,15 @@ def test_both_failures_are_told(tmp_path: Path, monkeypatch):
     assert options_of(caught) == ["step 5", "--save"]
 
 
+def test_where_the_first_checkpoint_finds_no_space_there_is_nothing_to_resume(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(LocalStorage, "write", on_full_disk)
+    given = tiny.config(tmp_path, save_interval=None, train_iters=3)
+    with pytest.raises(ProblemError) as caught:
+        job.run(given)
+    (problem,) = caught.value.problems
+    assert (problem.subject, problem.kind) == ("save", "unwritable") and "load" not in problem.names
+
+
 def run_on_full_disk(rank: int, world_size: int, given) -> list[Problem]:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ProblemError) as caught:
         if rank == 1:
@@ -146,6 +155,7 @@ def test_full_disk_of_one_rank_stops_all(tmp_path: Path, pool):
         assert [(problem.option, problem.kind, problem.limit) for problem in problems] == [
             ("--save", "unwritable", [1])
         ]
+        assert "load" in problems[0].names, "there is one to resume from"
     assert directory.latest(location_of(given.save)) == (2, [])
 
 

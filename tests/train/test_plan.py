@@ -20,8 +20,9 @@ from cordee.families.registry import ModelSpec, spec_from_options, spec_from_pre
 from cordee.model.config import LayerConfig
 from cordee.model.options import ModelOptions
 from cordee.train import job
+from cordee.train.check import check_with_contents
 from cordee.train.options import TrainConfig
-from cordee.train.plan import check_run, check_with_contents, plan_run
+from cordee.train.plan import check_run, plan_run
 from tests.train import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

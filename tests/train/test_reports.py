@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import time
@@ -15,6 +14,7 @@ import torch
 from cordee.checkpoint.store import CheckpointStore
 from cordee.families.count import training_flops_per_token
 from cordee.families.registry import spec_from_options
+from cordee.log import SILENCE, shortened
 from cordee.train import job
 from cordee.train.metrics import Meter, StepResult, measure_peak_flops
 from cordee.train.options import TrainConfig
@@ -22,11 +22,10 @@ from cordee.train.reports import build_reports
 from cordee.train.run_plan import TrainState
 from cordee.train.sinks import (
     JsonSink,
-    Live,
+    TerminalSink,
     log_line,
     memory_line,
     perplexity,
-    progress_text,
     rate,
     validation_lines,
 )
@@ -65,6 +64,7 @@ def test_log_line():
     assert LINE.fullmatch(line), line
     assert re.search(THROUGHPUT, line).group(2) == "2.500000E+00"
     assert "throughput" not in log_line(record(result(2.0)), "lm loss", throughput=False)
+    assert "GPU" not in log_line(record(result(2.0)), "lm loss", unit="device")
 
 
 @pytest.mark.parametrize(
@@ -168,6 +168,7 @@ def test_reports_at_their_intervals(tmp_path: Path, capsys):
         ("train", 5, 4.5),
     ]
     out = capsys.readouterr().out
+    assert "GPU" not in out or torch.accelerator.is_available()
     assert out.count("| lm loss: ") == 2 and out.count("memory (MB)") == 1 and out.count("validation loss") == 1
     board = EventAccumulator(str(tmp_path / "board"))
     board.Reload()
@@ -176,21 +177,35 @@ def test_reports_at_their_intervals(tmp_path: Path, capsys):
     assert {"learning-rate", "grad-norm", "tokens-per-second", "mfu"} <= set(board.Tags()["scalars"])
 
 
-@pytest.mark.parametrize("width", [80, 160])
-def test_progress_line(monkeypatch, width: int):
-    monkeypatch.setenv("COLUMNS", str(width))
-    text = progress_text(record(result(2.0)))
-    figures = r"[0-9,]+ tokens/s/device  MFU [0-9]+%  [0-9.]+ TFLOP/s  [0-9.]+ GiB"
-    assert re.fullmatch(r"7/100  loss 2\.0000  [0-9:]+ left  " + figures, text)
-    out = io.StringIO()
-    live = Live(out)
-    live.print("a [line] above")
-    live.step(record(result(2.0)))
-    live.close()
-    first, *shown = out.getvalue().splitlines()
-    assert first == "a [line] above"
-    assert "7/100  loss 2.0000" in shown[-1] and len(shown[-1]) <= width
-    assert ("GiB" in shown[-1]) == (width == 160)
+@pytest.mark.parametrize("length", [100, 10**6])
+def test_short_lines_fit_a_terminal_of_80_columns(capsys, length: int):
+    read = record(result(12.0), train_iterations=length)
+    days, left = (123, "123 days") if length > 100 else (0, "1:01:01")
+    sink = TerminalSink(num_devices=2)
+    for _ in range(2):
+        sink.step(replace(read, iteration=length // 2, seconds_left=days * 86400.0 + 3661.0))
+    sink.validation(7, "validation", 2.0)
+    *lines, validation = capsys.readouterr().out.splitlines()
+    steps = [line for line in lines if f"{length // 2}/{length}" in line]
+    assert len(steps) == 2 and len(lines) == 3, "figures of the device are shown once"
+    assert max(map(len, lines)) <= 80
+    assert all(figure in steps[0] for figure in ("loss 12.0000", "lr 1.00e-03", left))
+    both = float(re.search(r"([0-9.]+)([KMB]?) tokens/s", steps[0])[1])
+    assert both == pytest.approx(float(shortened(2 * read.tokens_per_second).rstrip("KMB")))
+    assert "loss 2.0000" in validation and "7.3891" in validation
+
+
+def test_a_terminal_is_never_silent_for_long(monkeypatch, capsys):
+    """Steps that take long are shown one by one, by a clock that jumps with each."""
+    steps, clock = [], time.perf_counter
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + 2 * SILENCE * len(steps))
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    reports, state = build_reports(TrainConfig(seq_length=16, lr=1.0, log_interval=100), meter, "lm loss"), TrainState()
+    for _ in range(3):
+        steps.append(state.advance(8, 128, skipped=False))
+        reports.step(result(1.0), state)
+    shown = capsys.readouterr().out
+    assert [f"{step}/100" in shown for step in (1, 2, 3)] == [True] * 3 and "elapsed time" not in shown
 
 
 def test_rate_of_matrix_products():

@@ -38,9 +38,10 @@ from cordee.evaluate.options import EvaluateConfig
 from cordee.generate import job as generate
 from cordee.generate.options import GenerateConfig
 from cordee.train import job, outputs
+from cordee.train.check import check_with_contents
 from cordee.train.objectives import next_token
 from cordee.train.options import TrainConfig
-from cordee.train.plan import check_run, check_with_contents
+from cordee.train.plan import check_run
 from cordee.train.run_plan import TrainState
 from tests.problems import facts
 from tests.train import tiny

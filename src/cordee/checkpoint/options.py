@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cordee.config.laws import GIVEN, NOT_GIVEN, POSITIVE, needs, required_unless
+from cordee.config.laws import GIVEN, POSITIVE, needs
 from cordee.config.option import option
 
 
@@ -13,12 +13,20 @@ class CheckpointOptions:
     """Checkpoints."""
 
     save: str | None = option(
-        None, "checkpoint directory to write, or a URL that fsspec knows (s3://bucket/run)", metavar="DIR|URL"
+        None,
+        "checkpoint directory to write, or a URL that fsspec knows (s3://bucket/run)",
+        metavar="DIR|URL",
+        elsewhere=("output_dir",),
     )
     save_interval: int | None = option(
-        None, "iterations between checkpoints, required with --save; the last iteration is always saved", above=0
+        None,
+        "iterations between checkpoints; the last iteration is always saved [only the last one]",
+        above=0,
+        elsewhere=("save_steps",),
     )
-    keep_last: int | None = option(None, "keep only this many newest checkpoints [all]", above=0)
+    keep_last: int | None = option(
+        None, "keep only this many newest checkpoints [all]", above=0, elsewhere=("save_total_limit",)
+    )
     save_best: bool = option(False, "also save the best checkpoint by validation loss; --keep-last never removes it")
     async_save: bool = option(True, "asynchronous checkpoints: write in the background while training continues")
     save_optim: bool = option(True, "save optimizer state; a run cannot resume exactly without it")
@@ -27,6 +35,7 @@ class CheckpointOptions:
         "checkpoint directory or URL to resume from, or weights to start from, of any format that cordee convert "
         "reads (Hugging Face, Megatron, GGUF, ...)",
         metavar="DIR|URL|FILE",
+        elsewhere=("model_name_or_path", "resume_from_checkpoint"),
     )
     ckpt_step: int | None = option(
         None,
@@ -41,7 +50,6 @@ class CheckpointOptions:
     )
 
     laws = (
-        required_unless("save_interval", save=NOT_GIVEN),
         needs("save_interval", "keep_last", "save_best", save=GIVEN),
         needs("save_best", eval_iters=POSITIVE),
         needs("ckpt_step", "finetune", "exit_on_missing_checkpoint", load=GIVEN),

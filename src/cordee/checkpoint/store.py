@@ -10,6 +10,7 @@ of a run means is the trainer's.
 
 from __future__ import annotations
 
+import errno
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -37,6 +38,8 @@ from cordee.parallel import collectives
 
 # torch warns on every save and load in one process, which is meant here.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 T = TypeVar("T")
 Tensors = dict[str, Tensor]
@@ -139,11 +142,15 @@ class CheckpointStore:
             logger.error("%s", unsaved)  # and the error propagates as it is
 
     def _last_good(self) -> str:
+        return self._newest()[1]
+
+    def _newest(self) -> tuple[int | None, str]:
+        """The iteration of the last good checkpoint, None if none is known, and what there is, in words."""
         try:
             last, _ = directory.latest(self.root)
         except OSError as error:
-            return f"which checkpoints there are cannot be read ({error})"
-        return "there is no checkpoint yet" if last is None else f"last good checkpoint: iteration {last}"
+            return None, f"which checkpoints there are cannot be read ({error})"
+        return last, "there is no checkpoint yet" if last is None else f"last good checkpoint: iteration {last}"
 
     def _write_beside(self, iteration: int, staged: Tensors, state: State, best: int | None) -> None:
         try:
@@ -217,9 +224,15 @@ class CheckpointStore:
     def _problem(self, iteration: int, error: dcp.CheckpointException) -> Problem:
         why = "; ".join(f"rank {rank}: {_short(cause)}" for rank, cause in _causes(error))
         place = str(self.root / directory.name_of(iteration))
-        fix = "free space or fix the disk, then start the same command with --load pointing at --save"
-        why = f"the checkpoint could not be written ({why}); {self._last_good()}"
-        return Problem("--save", place, why, fix, "unwritable", limit=[rank for rank, _ in _causes(error)])
+        full = any(isinstance(cause, OSError) and cause.errno in NO_SPACE for _, cause in _causes(error))
+        if full:
+            why = f"no space left: {why}"
+        last, found = self._newest()
+        again = "again, or with another --save" if last is None else f"with --load {self.root}"
+        fix = f"{'free space' if full else 'fix the disk'}, then start the same command {again}"
+        why = f"the checkpoint could not be written ({why}); {found}"
+        involves = () if last is None else ("load",)
+        return Problem("--save", place, why, fix, "unwritable", involves, [rank for rank, _ in _causes(error)])
 
 
 def _from_all(part: Callable[[], T], group: ProcessGroup | None) -> list[T]:

@@ -42,14 +42,19 @@ class Teaching:
 
 
 def parse(schema: type, argv: Sequence[str], teaching: Teaching | None = None) -> CommandLine:
-    """Split `argv` by the options of `schema`. `--help` prints and raises SystemExit(0)."""
-    given = argparse.Namespace(options=[], config=[], print_config=False)
+    """Split `argv` by the options of `schema`. `--help` prints and raises SystemExit(0): all options, or those that
+    words after it are about."""
+    given = argparse.Namespace(options=[], config=[], print_config=False, help=None)
+    teaching = teaching or Teaching()
     try:
-        given, rest = _parser(schema, teaching or Teaching()).parse_known_args(list(argv), given)
+        given, rest = _parser(options_of(schema), teaching).parse_known_args(list(argv), given)
         problems = []
     except argparse.ArgumentError as error:
         rest = []
         problems = [Problem(error.argument_name or "command line", None, error.message, "see --help", "syntax")]
+    if given.help is not None:
+        _parser([option for option in options_of(schema) if _is_about(option, given.help)], teaching).print_help()
+        raise SystemExit(0)
     return CommandLine(given.options, list(_unknown(rest)), tuple(given.config), given.print_config, problems)
 
 
@@ -82,8 +87,14 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         return action.metavar
 
 
-def _parser(schema: type, teaching: Teaching) -> argparse.ArgumentParser:
-    options = options_of(schema)
+def _is_about(option: Option, words: Sequence[str]) -> bool:
+    """Whether each of `words` is part of its names, here or in other programs, of its help or of its group."""
+    names = (*option.value_flags, *option.negations, *option.declared.shorthands, *option.declared.elsewhere)
+    text = " ".join((option.group, option.declared.help, *names)).lower().replace("_", "-")
+    return all(word.lower().lstrip("-").replace("_", "-") in text for word in words)
+
+
+def _parser(options: Sequence[Option], teaching: Teaching) -> argparse.ArgumentParser:
     positionals = [option for option in options if option.declared.positional]
     parser = argparse.ArgumentParser(
         prog=teaching.prog,
@@ -106,7 +117,9 @@ def _parser(schema: type, teaching: Teaching) -> argparse.ArgumentParser:
 
 def _add_general(parser: argparse.ArgumentParser) -> None:
     section = parser.add_argument_group("General", "[...] in a help text: what holds where the option is not given")
-    section.add_argument("-h", "--help", action="help", help="show this text")
+    section.add_argument(
+        "-h", "--help", nargs="*", metavar="[WORD ...]", help="show this text, or the options about it"
+    )
     section.add_argument(
         "--config", nargs="+", action="extend", metavar="FILE ...", help="YAML of the options below; later files win"
     )

@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 
 from cordee.config.argv import CommandLine, Teaching, parse
 from cordee.config.option import options_of, to_flag
-from cordee.config.spelling import Spelling, nearest, spellings
+from cordee.config.spelling import Spelling, elsewhere, nearest, spellings
 from cordee.config.values import Raw, Unfit, convert, describe, to_boolean, to_raw
 from cordee.errors import Problem, name_of, raise_all
 
@@ -105,6 +105,7 @@ class _Collected:
     def __init__(self, schema: type):
         self.options = options_of(schema)
         self.table = spellings(schema)
+        self.elsewhere = elsewhere(schema)
         self.values: dict[str, object] = {o.name: o.default for o in self.options if not o.required}
         self.origins = dict.fromkeys((o.name for o in self.options), "default")
         self.problems: list[Problem] = []
@@ -223,6 +224,10 @@ class _Collected:
 
     def _unknown(self, label: str, shown: str | None, key: str, write: Callable[[str], str] = str) -> Problem:
         """A problem that names the options that `key` may mean."""
+        if (option := self.elsewhere.get(name_of(key))) is not None:
+            self._failed.add(option.name)  # and is not missing
+            why, fix = "another program's name", f"give {write(option.name)}: {option.declared.help}"
+            return Problem(label, shown, why, fix, "unknown", [option.name], option.name)
         meant = nearest(name_of(key), self.table)
         fix = (
             f"did you mean {' or '.join(map(write, meant))}?" if meant else "--help lists all options; remove this one"

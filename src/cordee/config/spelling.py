@@ -1,7 +1,8 @@
 """Every spelling of an option, and the nearest ones to an unknown word.
 
 Owns the table from a spelling (`norm_epsilon`, `layernorm_epsilon`, `no_swiglu`, `use_distributed_optimizer`) to the
-option that it sets, and how. Flags and YAML keys share the table: a flag is its key with dashes.
+option that it sets, and how, and that from a name of other programs to the option that it means. Flags and YAML keys
+share the tables: a flag is its key with dashes.
 """
 
 from __future__ import annotations
@@ -34,6 +35,12 @@ def spellings(schema: type) -> dict[str, Spelling]:
             known = table.setdefault(name_of(spelling.flag), spelling)
             assert known.option is option, f"{spelling.flag} means {option.name} and {known.option.name}"
     return table
+
+
+@functools.cache
+def elsewhere(schema: type) -> dict[str, Option]:
+    """The option of `schema` that is meant by a name which only other programs have, such as transformers."""
+    return {name: option for option in options_of(schema) for name in option.declared.elsewhere}
 
 
 def _spellings_of(option: Option) -> Iterable[Spelling]:

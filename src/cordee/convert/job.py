@@ -18,7 +18,7 @@ from cordee.convert.check import check_dialect, check_format, check_model, check
 from cordee.convert.options import ConvertConfig
 from cordee.errors import Findings, Problem, ProblemError, raise_all
 from cordee.files import read_json
-from cordee.log import logger, progress_bar
+from cordee.log import counted, logger, progress_bar
 from cordee.weights.megatron.layout import is_megatron
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def run(options: ConvertConfig) -> int:
         copy(source, sink)
     for note in source.notes:
         logger.info(note)
-    logger.info("%d tensors written to %s", len(source.names()), output)
+    logger.info("%s written to %s", counted(len(source.names()), "tensor"), output)
     if options.verify:
         from cordee.convert.verify import verify, verify_tokenizer
 

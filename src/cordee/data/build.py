@@ -18,7 +18,7 @@ from cordee.data.indexed import IndexedDataset
 from cordee.data.options import DataOptions, SampleOptions
 from cordee.data.order import Order, blend_period, blend_sizes, normalise, periodic_sizes
 from cordee.errors import Problem, Problems, raise_all
-from cordee.log import logger
+from cordee.log import counted, logger
 
 SPLITS = ("train", "valid", "test")
 
@@ -277,8 +277,8 @@ def _build_one(part: Part, indexed: IndexedDataset, config: SampleOptions, order
     first, last = part.sequences(indexed)
     cache_dir = _cache_dir(config, indexed.prefix)
     dataset = GPTDataset(indexed, first, last, order, config.seq_length, config.seed, cache_dir, verified)
-    numbers = (last - first, len(dataset), order.epochs)
-    logger.info("%s data %s: %d sequences, %d samples in %d epochs", part.name, indexed.prefix, *numbers)
+    numbers = (counted(last - first, "sequence"), counted(len(dataset), "sample"), counted(order.epochs, "epoch"))
+    logger.info("%s data %s: %s, %s in %s", part.name, indexed.prefix, *numbers)
     if order.blocks > 1:
         text = "%s data %s: every %d epochs are shuffled on their own; Megatron shuffles all together, in %.1f GiB"
         logger.info(text, part.name, indexed.prefix, order.block.epochs, order.bytes_of_one_block / 2**30)

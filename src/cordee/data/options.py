@@ -17,21 +17,40 @@ from cordee.tokenizer.options import TokenizerOptions
 class BatchOptions:
     """Batch, gradient accumulation and length of the run."""
 
-    seq_length: int = required("sequence length: tokens per sample", above=0)
-    micro_batch_size: int = option(1, "samples of one forward and backward on a data-parallel rank", above=0)
+    seq_length: int = required(
+        "sequence length: tokens per sample", above=0, elsewhere=("max_seq_length", "block_size", "cutoff_len")
+    )
+    micro_batch_size: int = option(
+        1,
+        "samples of one forward and backward on a data-parallel rank",
+        above=0,
+        elsewhere=("per_device_train_batch_size", "per_device_eval_batch_size"),
+    )
     global_batch_size: int | None = option(
-        None, "samples per step: micro-batch x data-parallel ranks x gradient accumulation steps [x 1]", above=0
+        None,
+        "samples per step: micro-batch x data-parallel ranks x gradient accumulation steps [x 1]",
+        above=0,
+        elsewhere=("gradient_accumulation_steps", "train_batch_size"),
     )
     rampup_batch_size: tuple[int, int, int] | None = option(
         None, "batch size ramp-up, START INCREMENT SAMPLES: over so many samples up to --global-batch-size", above=0
     )
-    train_iters: int | None = option(None, "length of the run in iterations (optimizer steps)", above=0)
+    train_iters: int | None = option(
+        None, "length of the run in iterations (optimizer steps)", above=0, elsewhere=("max_steps",)
+    )
     train_samples: int | None = option(None, "length of the run in samples", above=0)
+    num_epochs: float | None = option(
+        None,
+        "length of the run in passes over the data, rounded up to whole iterations",
+        above=0,
+        elsewhere=("epochs", "num_train_epochs"),
+    )
     seed: int = option(1234, "random seed of initial weights, shuffling and dropout", at_least=0, below=2**32)
 
     laws = (
         excludes("train_samples", "train_iters"),
-        required_unless("train_iters", train_samples=GIVEN, skip_train=True),
+        excludes("num_epochs", "train_iters", "train_samples"),
+        required_unless("train_iters", train_samples=GIVEN, num_epochs=GIVEN, skip_train=True),
         needs("rampup_batch_size", train_samples=GIVEN),
         needs("rampup_batch_size", global_batch_size=GIVEN),
     )
@@ -58,7 +77,10 @@ class DataOptions:
         "single", "sampler: single: sequential over the dataset's own shuffled index; cyclic: reshuffled every epoch"
     )
     num_workers: int = option(
-        0, "dataloader threads that prefetch batches per training process; 0 loads in the main thread", at_least=0
+        0,
+        "dataloader threads that prefetch batches per training process; 0 loads in the main thread",
+        at_least=0,
+        elsewhere=("dataloader_num_workers",),
     )
     eod_mask_loss: bool = option(False, "loss mask: no loss on the token after an end-of-document (EOD) token")
     reset_position_ids: bool = option(False, "restart position ids at every document of a sample")

@@ -30,7 +30,7 @@ from cordee.data.readers import extension, hub, input_files, read_file, readers,
 from cordee.data.readers.chunk import Chunk, Invalid
 from cordee.errors import Findings, Problem, ProblemError, raise_all
 from cordee.files import unwritable
-from cordee.log import logger, progress_bar
+from cordee.log import counted, logger, progress_bar
 from cordee.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
 
 _SHOWN = 10  # invalid records named one by one
@@ -99,7 +99,8 @@ def _tokenize(config: PreprocessConfig) -> int:
         for key, prefix in prefixes.items():
             manifest = tally.manifest(key, builders[key], tokenizer, config.append_eod, sources)
             manifest.write(prefix)
-            logger.info("%s: %d documents, %d tokens", prefix, manifest.documents, manifest.tokens)
+            found = counted(manifest.documents, "document"), counted(manifest.tokens, "token")
+            logger.info("%s: %s, %s", prefix, *found)
     tally.report()
     return 0
 
@@ -202,7 +203,7 @@ class _Tally:
             if (keys := self._other_keys(result)) is not None:
                 raise ProblemError([keys])
             count = len(result.invalid)
-            why = f"{count} of the first {self.records} records cannot be used:{self._places(count)}"
+            why = f"{count} of the first {counted(self.records, 'record')} cannot be used:{self._places(count)}"
             fix = "fix them, or skip all such records: --skip-invalid"
             raise ProblemError([Problem("--input", None, why, fix, "records", limit=self.records)])
 
@@ -219,7 +220,9 @@ class _Tally:
 
     def require_documents(self, builders: dict[str, IndexedDatasetBuilder]) -> None:
         """Raises `ProblemError` if there are none: an empty dataset is of no use to anyone."""
-        records = f"the input has {self.records} records" + (f" ({self._counts()})" if self._counts() else "")
+        records = f"the input has {counted(self.records, 'record')}" + (
+            f" ({self._counts()})" if self._counts() else ""
+        )
         fix = "give text, or other --json-keys"
         raise_all(
             Problem("--input", None, f"{records} and no text in {key!r}", fix, "empty", limit=self.records)
@@ -230,7 +233,7 @@ class _Tally:
     def line(self) -> str:
         seconds = max(time.perf_counter() - self._start, 1e-9)
         rate, megabytes = self.records / seconds, self.text_bytes / seconds / 1024 / 1024
-        return f"Processed {self.records} documents ({rate:.1f} docs/s, {megabytes:.2f} MB/s)."
+        return f"Processed {counted(self.records, 'document')} ({rate:.1f} docs/s, {megabytes:.2f} MB/s)."
 
     def manifest(
         self,
@@ -259,7 +262,7 @@ class _Tally:
     def report(self) -> None:
         """Log what was left out."""
         if counts := self._counts():
-            logger.warning("Left out of %d records: %s", self.records, counts)
+            logger.warning("Left out of %s: %s", counted(self.records, "record"), counts)
         if self._invalid:
             logger.warning("Invalid records:%s", self._places(self.left_out["invalid"]))
 
@@ -337,7 +340,8 @@ def _merge_group(prefixes: Sequence[str], output: str) -> None:
         whole.write(output)
     else:
         logger.warning("%s gets no manifest, because %s has none: no tokenizer can be checked", output, unknown[0])
-    logger.info("%s: %d pairs, %d sequences, %d tokens", output, len(prefixes), builder.sequences, builder.tokens)
+    numbers = counted(len(prefixes), "pair"), counted(builder.sequences, "sequence"), counted(builder.tokens, "token")
+    logger.info("%s: %s, %s, %s", output, *numbers)
 
 
 @contextmanager

@@ -22,7 +22,9 @@ class EvaluateOptions:
     seq_length: int | None = option(None, "context window in tokens [the model's max-position-embeddings]", above=0)
     stride: int | None = option(None, "sliding window perplexity: tokens between windows [the window]", above=0)
     prepend_bos: bool = option(True, "prepend the tokenizer's BOS token to every document, if it has one")
-    evaluation_batch_size: int = option(8, "sequences scored in one batch", above=0)
+    evaluation_batch_size: int = option(
+        8, "sequences scored in one batch", above=0, elsewhere=("per_device_eval_batch_size", "eval_batch_size")
+    )
     max_eval_samples: int | None = option(None, "evaluate only the first documents [all]", above=0)
     skip_invalid: bool = option(False, "count and skip records that cannot be read, instead of aborting")
     output: str | None = option(

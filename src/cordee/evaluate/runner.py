@@ -59,7 +59,7 @@ def _run(
     if not encoder.truncated:
         return result
     cut = counted(encoder.truncated, "request")
-    logger.warning("%s: %s cut at the left to %d tokens", task.name, cut, window)
+    logger.warning("%s: %s cut at the left to %s", task.name, cut, counted(window, "token"))
     return replace(result, metrics={**result.metrics, "truncated": encoder.truncated})
 
 

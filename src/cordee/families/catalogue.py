@@ -11,7 +11,7 @@ from cordee.families.count import (
     matmul_parameters,
     training_flops_per_token,
 )
-from cordee.families.lenses import FORM
+from cordee.families.lenses import FORM, features_of
 from cordee.families.registry import families, spec_from_preset
 from cordee.model.config import ModelConfig, MoEConfig
 
@@ -43,13 +43,16 @@ def show(name: str) -> list[tuple[str, str]]:
     spec = spec_from_preset(name)
     config = spec.config
     seq_length = config.max_position_embeddings
+    moe = dict(_moe(config))
+    features = {name: str(value) for name, value in features_of(config).items() if name not in moe}
     flops = training_flops_per_token(config, seq_length)
     return [
         ("family", spec.family.name),
         ("architecture", spec.hf_config["architectures"][0]),
         ("licence", spec.family.presets[name].licence),
         *((name, str(lens.get(config))) for name, lens in FORM.items()),
-        *_moe(config),
+        *features.items(),
+        *moe.items(),
         ("tensors", str(len(canonical_shapes(config)))),
         ("parameters", f"{count_parameters(config):,}"),
         ("training FLOPs per token", f"{flops:,} at {seq_length} tokens a sample = {FLOPS_FORMULA}"),

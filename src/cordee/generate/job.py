@@ -9,7 +9,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +25,7 @@ from cordee.generate.loading import check_part, check_vocabulary, load_part, sto
 from cordee.generate.options import GenerateConfig, GenerateOptions
 from cordee.generate.results import NewFile, check_new
 from cordee.generate.text import continuation, encode_prompts
-from cordee.log import counted, logger
+from cordee.log import counted, logger, progress_bar
 from cordee.model.gpt import GPTModel
 from cordee.parallel import inference
 from cordee.parallel.degrees import DEGREES, model_processes
@@ -98,7 +98,10 @@ def run(config: GenerateConfig) -> int:
         start = time.perf_counter()
         speaks = stage is None or stage.layout.rank == 0
         file = stack.enter_context(closing(NewFile(config.output))) if config.output and speaks else None
-        for number, sample in enumerate(_written(samples, model, stage, tokenizer, stop, config), 1):
+        # On a terminal the continuations themselves show how far it is.
+        shown = speaks and not sys.stdout.isatty()
+        show = stack.enter_context(progress_bar("generating", len(samples) * config.max_new_tokens, shown=shown))
+        for number, sample in enumerate(_written(samples, model, stage, tokenizer, stop, config, show), 1):
             if speaks:
                 _show(sample, f"--- {number} of {len(samples)}" if len(samples) > 1 else None)
             if file is not None:
@@ -156,13 +159,17 @@ def _written(
     tokenizer: Tokenizer,
     stop: frozenset[int],
     options: GenerateOptions,
+    progress: Callable[[int], None],
 ) -> Iterator[_Sample]:
-    """The samples in their order, each as soon as it and all before it have ended."""
+    """The samples in their order, each as soon as it and all before it have ended. `progress` gets the number of tokens
+    that are written or will not be."""
     prompts = [sample.prompt_tokens for sample in samples]
-    given = 0
+    given = done = 0
     for token in stream(model, prompts, options, stop_ids=stop, vocab_size=tokenizer.vocab_size, stage=stage):
         sample = samples[token.sample]
         sample.tokens.append(token.id)
+        done += 1 + (options.max_new_tokens - len(sample.tokens) if token.last else 0)
+        progress(done)
         if token.last:
             sample.end(tokenizer, stop)
         while given < len(samples) and samples[given].finish:
@@ -182,6 +189,6 @@ def _summary(samples: list[_Sample], seconds: float) -> str:
     count, tokens = len(samples), sum(len(sample.tokens) for sample in samples)
     finish = Counter(sample.finish for sample in samples)
     return (
-        f"{counted(count, 'continuation')}, {tokens} tokens in {seconds:.2f} s "
+        f"{counted(count, 'continuation')}, {counted(tokens, 'token')} in {seconds:.2f} s "
         f"({tokens / seconds:.0f} tokens/s): {finish['stop']} ended with a stop token, {finish['length']} full length"
     )

@@ -19,11 +19,14 @@ class OptimizerOptions:
     optimizer: str = option(
         "adam",
         "adam: AdamW, fused where the device has a fused kernel; fused_adam, foreach_adam: that implementation; sgd",
+        elsewhere=("optim",),
     )
-    lr: float = required("peak learning rate", above=0)
+    lr: float = required("peak learning rate", above=0, elsewhere=("learning_rate",))
     min_lr: float = option(0.0, "learning rate at the end of the decay", at_least=0)
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = option(
-        "linear", "learning rate schedule after warm-up; WSD: warm-up, stable, decay"
+        "linear",
+        "learning rate schedule after warm-up; WSD: warm-up, stable, decay",
+        elsewhere=("lr_scheduler_type",),
     )
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = option(
         "exponential", "WSD: form of the decay phase"
@@ -34,8 +37,10 @@ class OptimizerOptions:
     lr_wsd_decay_samples: int | None = option(None, "WSD: as --lr-wsd-decay-iters, with --train-samples", above=0)
     lr_decay_iters: int | None = option(None, "decay length: iterations until --min-lr [the whole run]", above=0)
     lr_decay_samples: int | None = option(None, "decay length in samples, with --train-samples [whole run]", above=0)
-    lr_warmup_fraction: float | None = option(None, "linear warm-up / decay length", at_least=0, at_most=1)
-    lr_warmup_iters: int = option(0, "linear warm-up in iterations", at_least=0)
+    lr_warmup_fraction: float | None = option(
+        None, "linear warm-up / decay length", at_least=0, at_most=1, elsewhere=("warmup_ratio",)
+    )
+    lr_warmup_iters: int = option(0, "linear warm-up in iterations", at_least=0, elsewhere=("warmup_steps",))
     lr_warmup_samples: int = option(0, "linear warm-up in samples, for runs with --train-samples", at_least=0)
     lr_warmup_init: float = option(0.0, "learning rate at the start of warm-up", at_least=0)
     weight_decay: float = option(0.01, "decoupled weight decay; biases and norm weights are not decayed", at_least=0)
@@ -46,10 +51,15 @@ class OptimizerOptions:
         None, "weight decay at the end of the run, if --weight-decay-incr-style is not constant", at_least=0
     )
     weight_decay_incr_style: Literal["constant", "linear", "cosine"] = option("constant", "weight decay schedule")
-    clip_grad: float = option(1.0, "gradient clipping: maximum global L2 norm of gradients; 0: no clipping", at_least=0)
+    clip_grad: float = option(
+        1.0,
+        "gradient clipping: maximum global L2 norm of gradients; 0: no clipping",
+        at_least=0,
+        elsewhere=("max_grad_norm",),
+    )
     adam_beta1: float = option(0.9, "first-moment decay (Adam beta1), of the mean of gradients", at_least=0, below=1)
     adam_beta2: float = option(0.999, "second-moment decay (Adam beta2), of squared gradients", at_least=0, below=1)
-    adam_eps: float = option(1e-8, "Adam epsilon, added to the denominator", above=0)
+    adam_eps: float = option(1e-8, "Adam epsilon, added to the denominator", above=0, elsewhere=("adam_epsilon",))
     sgd_momentum: float = option(0.9, "SGD momentum factor", at_least=0)
     override_opt_param_scheduler: bool = option(
         False,

@@ -1,12 +1,20 @@
 """Memory of parameters, gradients and optimizer state, worked out without torch.
 
-Owns the arithmetic of the ZeRO stages, as `data.py` has them. Knows no activations.
+Owns the arithmetic of the ZeRO stages, as `data.py` has them, and which parameters a rank computes with, as
+`sharding.py` has them. Knows no activations.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cordee.log import in_bytes
+from cordee.model.config import ModelConfig
+from cordee.model.shards import ALONG, part_of
+from cordee.model.span import Span
+from cordee.model.specs import ParameterSpec, model_specs
+from cordee.optim.options import PrecisionOptions
 from cordee.parallel.degrees import Degrees
 from cordee.parallel.options import LayoutOptions
 
@@ -37,9 +45,17 @@ class MemoryCost:
     def total(self) -> float:
         return self.weights + self.gradients + self.optimizer
 
-    def __str__(self) -> str:
-        parts = f"weights {self.weights:.4g}, gradients {self.gradients:.4g}, optimizer {self.optimizer:.4g}"
-        return f"parameters and optimizer take {self.total:.4g} bytes per parameter on this rank ({parts})"
+    def describe(self, rank: str, parameters: int) -> str:
+        """For people: what `rank`, in words, needs for its `parameters`, by category."""
+        rows = (
+            ("weights", self.weights, "at rest, and any copy that computes"),
+            ("gradients", self.gradients, ""),
+            ("optimizer", self.optimizer, "its state, such as Adam's two moments"),
+        )
+        whole = f"memory of {rank}: {in_bytes(self.total * parameters)} and its activations"
+        each = f"  {self.total:.4g} bytes for each of the {parameters:,} parameters it computes with:"
+        parts = (f"  {name:<9} {size:>6.4g}  {in_bytes(size * parameters):>9}  {what}" for name, size, what in rows)
+        return "\n".join(line.rstrip() for line in (whole, each, *parts))
 
 
 def cost(
@@ -47,7 +63,7 @@ def cost(
 ) -> MemoryCost:
     """What a rank needs for its `count` of a model's parameters.
 
-    wrapped: whether FSDP2 keeps the model, as `data.needs_sharding` says. accumulates: a step has several
+    wrapped: whether FSDP2 keeps the model, as `needs_sharding` says. accumulates: a step has several
     micro-batches. Weights are those at rest and the copy that is computed with; of stage 3, which gathers layers one
     by one, only the copy of what is outside of layers is counted. Gradients are whole while they are summed over
     micro-batches at stages below 2, else at most one layer's are whole at a time, which is not counted.
@@ -62,6 +78,41 @@ def cost(
     if accumulates and config.zero_stage < 2:
         whole = _MASTER if config.accumulate_allreduce_grads_in_fp32 else compute
     return MemoryCost(weights=kept + gathered, gradients=max(kept, whole) * trained, optimizer=state)
+
+
+def count(model: ModelConfig, degrees: Degrees, spans: Sequence[Span] = ()) -> ParameterCount:
+    """The parameters of the rank that has the largest shards of `spans` (empty: the whole model)."""
+    spans = spans or (Span(0, model.num_layers),)
+    layers = {layer for span in spans for layer in span.layers}
+    ends = {"embedding": any(span.embedding for span in spans), "head": any(span.head for span in spans)}
+    total = experts = outside = frozen = 0
+    for name, spec in model_specs(model).items():
+        part, _, rest = name.partition(".")
+        in_layer = part == "layers"
+        at = "head" if part in ("final_norm", "head") else "embedding"
+        tied = part == "embedding" and model.tie_word_embeddings and ends["head"]
+        if not (int(rest.partition(".")[0]) in layers if in_layer else ends[at] or tied):
+            continue
+        size = _shard_size(spec, degrees)
+        total += size
+        experts += size if degrees.ep > 1 and "expert" in spec.axes else 0
+        outside += 0 if in_layer else size
+        frozen += 0 if spec.trained else size
+    return ParameterCount(parameters=total, experts=experts, outside=outside, frozen=frozen)
+
+
+def _shard_size(spec: ParameterSpec, degrees: Degrees) -> int:
+    size = 1
+    for length, axis in zip(spec.shape, spec.axes, strict=True):
+        ranks = getattr(degrees, ALONG[axis]) if axis in ALONG else 1
+        begin, end = part_of(length, 0, ranks) if length % ranks == 0 or axis == "vocab" else (0, length)
+        size *= end - begin
+    return size
+
+
+def needs_sharding(options: PrecisionOptions, world_size: int) -> bool:
+    """Whether FSDP2 wraps a model: in float32 on one rank it runs as it is."""
+    return world_size > 1 or options.bf16 or options.fp16
 
 
 def _shard(degrees: Degrees, count: ParameterCount) -> float:

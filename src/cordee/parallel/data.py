@@ -35,6 +35,7 @@ from cordee.log import logger
 from cordee.model.gpt import GPTModel
 from cordee.model.moe import Experts
 from cordee.optim.options import PrecisionOptions
+from cordee.parallel.cost import needs_sharding
 from cordee.parallel.layout import Layout
 from cordee.parallel.options import LayoutOptions, ParallelOptions
 
@@ -44,11 +45,6 @@ def compute_dtype(options: PrecisionOptions) -> torch.dtype:
     if options.bf16:
         return torch.bfloat16
     return torch.float16 if options.fp16 else torch.float32
-
-
-def needs_sharding(options: PrecisionOptions, world_size: int) -> bool:
-    """Whether FSDP2 wraps a model: in float32 on one rank it runs as it is."""
-    return world_size > 1 or compute_dtype(options) != torch.float32
 
 
 def apply(model: GPTModel, layout: Layout, options: LayoutOptions) -> None:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from itertools import groupby
 
+from cordee.log import counted
 from cordee.parallel.degrees import AXES, Degrees
 
 _SHARED = {
@@ -29,7 +30,7 @@ def describe_layout(degrees: Degrees, held: Sequence[int] = ()) -> str:
         return "\n".join(["1 process", *_kept(held)])
     data = f"dp {d.data}" + (f" (replicate {d.replicate} x shard {d.shard})" if d.replicate > 1 and d.shard > 1 else "")
     experts = f", ep {d.ep}" if d.ep > 1 else ""
-    lines = [f"{d.world_size} processes = pp {d.pp} x {data} x cp {d.cp} x tp {d.tp}{experts}"]
+    lines = [f"{counted(d.world_size, 'process', 'processes')} = pp {d.pp} x {data} x cp {d.cp} x tp {d.tp}{experts}"]
     axes = [axis for axis in (*AXES[:-1], "ep", "tp") if getattr(d, axis) > 1]
     names = max(map(len, axes))
     shared = max(len(_SHARED[axis]) for axis in axes)
@@ -51,7 +52,7 @@ def groups(degrees: Degrees, axis: str) -> list[list[int]]:
 
 
 def _storage(copies: int, shards: int) -> str:
-    return f"{shards} {'shard' if shards == 1 else 'shards'} x {copies} {'copy' if copies == 1 else 'copies'}"
+    return f"{counted(shards, 'shard')} x {counted(copies, 'copy', 'copies')}"
 
 
 def _kept(held: Sequence[int]) -> list[str]:

@@ -32,6 +32,7 @@ from cordee.families.count import count_parameters, training_flops_per_token
 from cordee.families.registry import spec_from_options
 from cordee.generate import job as generate
 from cordee.generate.options import GenerateConfig
+from cordee.log import counted
 from cordee.quickstart import corpus, report, tokenizer
 from cordee.quickstart.options import QuickstartConfig
 from cordee.train.options import TrainConfig
@@ -166,16 +167,16 @@ def _collect(job: Run, source: Path | None) -> corpus.Corpus:
     with job.phase("collect text"):
         text = corpus.collect(source, job.folder)
     characters = f"{text.num_characters / 1e6:.1f} M characters"
-    job.say(f"{text.num_documents} documents to train on, {text.num_held_out} held out, {characters}")
+    job.say(f"{counted(text.num_documents, 'document')} to train on, {text.num_held_out} held out, {characters}")
     if text.num_skipped:
-        job.say(f"{text.num_skipped} files cannot be read as UTF-8 text and were left out")
+        job.say(f"left out, as not readable as UTF-8 text: {counted(text.num_skipped, 'file')}")
     return text
 
 
 def _learn_tokenizer(job: Run, text: corpus.Corpus) -> int:
     with job.phase("learn a tokenizer"):
         size = tokenizer.train(text.train, job.folder / "tokenizer", VOCAB_SIZE, TOKENIZER_CHARACTERS)
-    job.say(f"{size} tokens")
+    job.say(counted(size, "token"))
     return size
 
 
@@ -238,7 +239,9 @@ def _steps_within(seconds: float, values: dict[str, Any]) -> int:
 
 def _train(job: Run, values: dict[str, Any]) -> int:
     processes = job.config.nproc_per_node
-    with job.phase(f"pretrain on {processes} processes, {values['train_iters']} steps"):
+    with job.phase(
+        f"pretrain on {counted(processes, 'process', 'processes')}, {counted(values['train_iters'], 'step')}"
+    ):
         path = job.folder / "train.yaml"
         path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
         return supervisor.spawn_local(["train", "--config", str(path)], processes)
@@ -304,7 +307,8 @@ def _report(job: Run, values: dict[str, Any], text: corpus.Corpus, samples: list
     report.write(
         report.Report(
             title="A small language model, trained here",
-            summary=f"{values['train_iters']} steps on {processes} processes, {last['consumed_tokens']:,} tokens seen.",
+            summary=f"{counted(values['train_iters'], 'step')} on {counted(processes, 'process', 'processes')}, "
+            f"{last['consumed_tokens']:,} tokens seen.",
             steps=steps,
             validation=[(line["iteration"], line["loss"]) for line in lines if line["kind"] == "validation"],
             untrained_perplexity=scores[0],

@@ -6,6 +6,7 @@ Owns the global batch, its ramp-up and its split into micro-batches. Knows neith
 from __future__ import annotations
 
 import bisect
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -58,6 +59,10 @@ class BatchSchedule:
             return [self.global_batch_size]
         start, increment, _ = self.rampup
         return [*range(start, self.global_batch_size, increment), self.global_batch_size]
+
+    def steps_of(self, samples: float) -> int:
+        """The fewest steps of the whole batch that take so many samples, one at least."""
+        return max(1, math.ceil(samples / self.global_batch_size))
 
     def whole_steps(self, samples: int) -> tuple[int, int]:
         """How many whole steps fit in the first `samples` samples, and how many samples those are."""

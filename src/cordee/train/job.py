@@ -28,7 +28,7 @@ from cordee.errors import Findings, Problem, ProblemError
 from cordee.families.count import count_parameters, training_flops_per_token
 from cordee.families.registry import ModelSpec
 from cordee.files import copy_files
-from cordee.log import logger
+from cordee.log import counted, logger
 from cordee.model.gpt import GPTModel
 from cordee.model.init import initialise
 from cordee.model.parameter import train_only
@@ -44,6 +44,7 @@ from cordee.parallel.layout import Layout, process_group
 from cordee.parallel.pipeline.executor import PipelineExecutor
 from cordee.parallel.pipeline.split import StagePartition, partition_layers
 from cordee.train import objectives, outputs, techniques
+from cordee.train.ending import describe_end
 from cordee.train.exits import COMPLETE, Exit, ExitRule, watch
 from cordee.train.metrics import Meter, measure_peak_flops
 from cordee.train.options import PerformanceOptions, TrainConfig
@@ -74,7 +75,7 @@ def run(config: TrainConfig) -> int:
         device.keep_freed_memory()
         on = device.local_device(ranks.local_rank)
         timeout = timedelta(minutes=config.distributed_timeout_minutes)
-        if data.needs_sharding(config, ranks.world_size):
+        if cost.needs_sharding(config, ranks.world_size):
             backend = config.distributed_backend or device.kind().backend
             stack.enter_context(collectives.contact("between two phases"))
             with collectives.contact("while joining them"):
@@ -102,6 +103,8 @@ def train(config: TrainConfig, layout: Layout, on: torch.device, exits: ExitRule
     logger.info("stopped after iteration %d: %s", state.iteration, ending.reason)
     if state.best_loss is not None:
         logger.info("best validation loss: %.6f at iteration %s", state.best_loss, state.best_iteration)
+    for line in describe_end(plan, state.iteration) if layout.rank == 0 else ():
+        logger.info("%s", line)
     return ending
 
 
@@ -397,19 +400,21 @@ def _log_layout(plan: RunPlan, layout: Layout, model: GPTModel) -> None:
     """Log which rank holds which shard, and its memory and communication."""
     config, batches = plan.config, plan.batches
     logger.info("%s", describe_layout(layout.degrees, collectives.gather(sharding.kept(model), layout)))
+    share = sharding.count(model, model.layers.values())
     costs = cost.cost(
         config,
         layout.degrees,
-        sharding.count(model, model.layers.values()),
-        wrapped=data.needs_sharding(config, layout.world_size),
+        share,
+        wrapped=cost.needs_sharding(config, layout.world_size),
         accumulates=batches.global_batch_size > config.micro_batch_size * layout.data_size,
     )
-    logger.info("%s", costs)
+    logger.info("%s", costs.describe("rank 0", share.parameters))
 
 
 def _summary(plan: RunPlan) -> str:
     size, batches = count_parameters(plan.spec.config), plan.batches
+    steps = counted(plan.iterations, "step")
     return (
-        f"{plan.spec.family.name} with {size:,} parameters; {plan.iterations} steps of {batches.global_batch_size} x "
-        f"{plan.config.seq_length} tokens; {plan.degrees.world_size} processes, ZeRO stage {plan.config.zero_stage}"
+        f"{plan.spec.family.name} with {size:,} parameters; {steps} of {batches.global_batch_size} x "
+        f"{plan.config.seq_length} tokens; ZeRO stage {plan.config.zero_stage}"
     )

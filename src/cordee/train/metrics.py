@@ -86,6 +86,11 @@ class Meter:
         self._paused += seconds
 
     @property
+    def seconds(self) -> float:
+        """Since the last record."""
+        return time.perf_counter() - self._since
+
+    @property
     def pending(self) -> bool:
         """Whether there are steps that no record covers."""
         return bool(self._steps)

@@ -1,6 +1,6 @@
-"""The options of a training run.
+"""The options of a training run, and of its check.
 
-Owns those of no other package, and the class of all of them.
+Owns how they are made of those of its parts, and those that belong to none.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cordee.train.objectives import ObjectiveOptions
 class ValidationOptions:
     """Validation."""
 
-    eval_interval: int = option(1000, "iterations between validations", above=0)
+    eval_interval: int = option(1000, "iterations between validations", above=0, elsewhere=("eval_steps",))
     eval_iters: int = option(100, "global batches per validation; 0: no validation", at_least=0)
     eval_on_start: bool = option(False, "validate before the first iteration too, which is only reported")
     skip_train: bool = option(False, "skip training, only validate and test")
@@ -60,14 +60,16 @@ class ExitOptions:
 class LoggingOptions:
     """Logging."""
 
-    log_interval: int = option(10, "iterations between log lines", above=0)
+    log_interval: int = option(10, "iterations between log lines", above=0, elsewhere=("logging_steps",))
     log_throughput: bool = option(True, "log TFLOP/s per device (model FLOPs: recompute does not count)")
     log_params_norm: bool = option(False, "log the L2 norm of all parameters")
     log_num_zeros_in_grad: bool = option(False, "log the number of zeros in the gradients")
-    tensorboard_dir: str | None = option(None, "write TensorBoard events to this directory", metavar="DIR")
+    tensorboard_dir: str | None = option(
+        None, "write TensorBoard events to this directory", metavar="DIR", elsewhere=("logging_dir",)
+    )
     tensorboard_log_interval: int = option(1, "iterations between TensorBoard and W&B values", above=0)
     wandb_project: str | None = option(None, 'log to this Weights & Biases (W&B) project; needs "cordee[wandb]"')
-    wandb_exp_name: str | None = option(None, "name of the W&B run [one that W&B makes up]")
+    wandb_exp_name: str | None = option(None, "name of the W&B run [one that W&B makes up]", elsewhere=("run_name",))
     wandb_save_dir: str | None = option(
         None, "local directory of W&B, which makes wandb/ there [--save, or where the command runs]", metavar="DIR"
     )
@@ -119,3 +121,12 @@ class TrainConfig(
     """A training run."""
 
     laws = (at_most("seq_length", other="max_position_embeddings"),)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckConfig(TrainConfig):
+    """A training run that is only checked."""
+
+    world_size: int | None = option(
+        None, "processes of all nodes, for a run on other machines than this [as train would start here]", above=0
+    )

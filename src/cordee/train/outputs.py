@@ -95,6 +95,8 @@ def wandb_path(config: TrainConfig) -> Path | None:
 
 def left_out(config: TrainConfig) -> Iterator[str]:
     """What a run does not write that others do."""
+    if config.save is None and not config.skip_train:
+        yield "nothing of what this run trains is kept: give --save DIR for checkpoints"
     if config.save is not None and metrics_path(config) is None:
         yield f"{METRICS} is not written beside checkpoints in a store: give --metrics-file for one"
 

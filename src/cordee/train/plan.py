@@ -18,7 +18,7 @@ from cordee.checkpoint import directory
 from cordee.checkpoint.storage import location_of, reached
 from cordee.config import laws
 from cordee.config.option import options_of
-from cordee.errors import Findings, Problem, ProblemError, Problems, at_most, divides, raise_all, unique
+from cordee.errors import Findings, Problem, ProblemError, Problems, at_most, divides, raise_all
 from cordee.families.lenses import differences, words_of
 from cordee.families.options import ignored
 from cordee.families.registry import ModelSpec, spec_from_options, spec_named
@@ -40,9 +40,10 @@ from cordee.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
 from cordee.tokenizer.options import TokenizerOptions
 from cordee.train import batch_schedule, experts, objectives, outputs, resume, techniques
 from cordee.train.batch_schedule import BatchSchedule, build_batch_schedule
+from cordee.train.objectives import DataSize, Objective
 from cordee.train.options import TrainConfig
 from cordee.train.origin import choose, opened
-from cordee.train.run_plan import Origin, RunPlan
+from cordee.train.run_plan import Draft, Origin, RunPlan
 
 # What the model and the tokenizer of a run follow from, by names that problems have.
 _MODEL = (*(option.name for option in options_of(ModelOptions)), "load", "model_options")
@@ -62,13 +63,6 @@ def check_run(config: TrainConfig, fingerprint: Any = None) -> list[Problem]:
     return list(dict.fromkeys(found.problems))
 
 
-def check_with_contents(config: TrainConfig) -> list[Problem]:
-    """As `check_run`, with the contents of the data, of which up to some GiB are read."""
-    unread = Findings()
-    fingerprint = unread.attempt(lambda: objectives.named(config.stage).fingerprint(config))
-    return unique([*check_run(config, fingerprint), *unread.problems])
-
-
 def plan_run(
     config: TrainConfig,
     world_size: int,
@@ -81,6 +75,16 @@ def plan_run(
     is what `Objective.fingerprint` returned on this machine. With None, which is for plans that are not trained, the
     contents of the data are neither in the plan nor compared with those of a run to resume.
     """
+    return resume.join(draft_run(config, world_size, avoid, fingerprint).complete())
+
+
+def draft_run(
+    config: TrainConfig,
+    world_size: int,
+    avoid: Mapping[int, str] | None = None,
+    fingerprint: Any = None,
+) -> Draft:
+    """As `plan_run`, as far as the run is known with what is wrong with it."""
     shape = fitting(config, world_size)
     notes = [str(each) for each in laws.ignored_options(replace(config, nproc_per_node=world_size))]
     found = Findings(
@@ -95,6 +99,10 @@ def plan_run(
     objective = objectives.named(config.stage)
     sizes = found.attempt(lambda: pipeline_check.sizes(config))
     batches = build_batch_schedule(config, shape.data, sizes)
+    size = _size(objective, config, found)
+    if (counted_out := _with_length(config, size, batches)) is not config:
+        config = counted_out
+        found.problems += optim_schedule.problems(config, config.train_iters, None)
     length = found.attempt(lambda: _iterations(config, batches, found.notes))
     iterations = length or (0 if config.skip_train else 1)  # one step stands in for a length that is not known
     schedule = build_schedule(config, config.train_iters, config.train_samples, batches.global_batch_size)
@@ -109,7 +117,7 @@ def plan_run(
         found.notes += experts.ignored(spec, config)
         trained = found.attempt(partial(experts.with_training, spec, config), involves=("num_experts", "model", "load"))
         spec = _adapted(trained or spec, config, found)
-    counts = sorted({size // batches.slice_size for size in batches.batch_sizes()})
+    counts = sorted({each // batches.slice_size for each in batches.batch_sizes()})
     placed = PlacedRun(model=spec.config if spec else None, degrees=shape, options=config, micro_batches=counts)
     partition = _place(placed, tokenizer, found)
     for further in (models or {}).values():
@@ -120,24 +128,21 @@ def plan_run(
         # That the run had other options before matters only for options that agree with each other.
         resumed = resume.problems(config, schedule, data, checkpoint.manifest)
         found.problems += (problem for problem in resumed if not problem.names & contradictory)
-    raise_all(unique(found.problems))
-    assert origin is not None and spec is not None and data is not None and models is not None
-    return resume.join(
-        RunPlan(
-            config=config,
-            origin=origin,
-            spec=spec,
-            tokenizer=tokenizer,
-            degrees=shape,
-            partition=partition,
-            batches=batches,
-            iterations=iterations,
-            schedule=schedule,
-            objective=objective,
-            data=data,
-            models=models,
-            notes=tuple(found.notes),
-        )
+    return Draft(
+        config=config,
+        origin=origin,
+        spec=spec,
+        tokenizer=tokenizer,
+        degrees=shape,
+        partition=partition,
+        batches=batches,
+        iterations=length,
+        schedule=schedule,
+        objective=objective,
+        size=size,
+        data=data,
+        models=models,
+        found=found,
     )
 
 
@@ -173,6 +178,25 @@ def _name_problems(config: TrainConfig) -> Problems:
     for option, value, what, known in named:
         if value not in known:
             yield Problem(option, value, f"there is no such {what}", f"give one of {', '.join(sorted(known))}")
+
+
+def _size(objective: Objective[Any], config: TrainConfig, found: Findings) -> DataSize | None:
+    """What there is to train on; what keeps it from being read is found with all else of the data."""
+    if config.skip_train:
+        return None
+    unread = Findings()
+    size = unread.attempt(lambda: objective.size(config))
+    if config.num_epochs is not None and size is None and not unread.problems:
+        why = f"how long an epoch of --stage {config.stage} is, is not known before"
+        found.problems.append(Problem("--num-epochs", config.num_epochs, why, "give --train-iters", "length"))
+    return size
+
+
+def _with_length(config: TrainConfig, size: DataSize | None, batches: BatchSchedule) -> TrainConfig:
+    """--num-epochs as the iterations that it means here."""
+    if config.num_epochs is None or size is None or config.train_iters or config.train_samples:
+        return config
+    return replace(config, num_epochs=None, train_iters=batches.steps_of(config.num_epochs * size.samples))
 
 
 def _iterations(config: TrainConfig, batches: BatchSchedule, notes: list[str]) -> int:

@@ -5,25 +5,32 @@ Owns which sinks a run has and how often each gets a record. Records are `metric
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from cordee.log import logger
+from cordee import device
+from cordee.log import SILENCE, logger
 from cordee.train import outputs
 from cordee.train.metrics import Meter, StepResult
 from cordee.train.options import TrainConfig
 from cordee.train.run_plan import TrainState
-from cordee.train.sinks import ConsoleSink, JsonSink, Live, Sink, TensorBoardSink, WandbSink
+from cordee.train.sinks import ConsoleSink, JsonSink, Sink, TensorBoardSink, TerminalSink, WandbSink
 
 
 class Report:
-    """Sinks that get a record every `interval` steps, of those steps."""
+    """Sinks that get a record every `interval` steps, and after `patience` seconds, of the steps since the last."""
 
-    def __init__(self, interval: int, meter: Meter, sinks: Sequence[Sink]):
+    def __init__(self, interval: int, meter: Meter, sinks: Sequence[Sink], patience: float = math.inf):
         self.interval = interval
         self.meter = meter
         self.sinks = list(sinks)
+        self.patience = patience
+
+    def is_due(self, iteration: int) -> bool:
+        return iteration % self.interval == 0 or self.meter.seconds >= self.patience
 
     def write(self, state: TrainState) -> None:
         record = self.meter.read(
@@ -53,7 +60,7 @@ class Reports:
         """Count a step, and write the reports that are due."""
         for report in self._reports:
             report.meter.add(result)
-            if state.iteration % report.interval == 0:
+            if report.is_due(state.iteration):
                 report.write(state)
 
     def validation(self, state: TrainState, losses: Mapping[str, float], seconds: float) -> None:
@@ -81,11 +88,17 @@ class Reports:
 
 def build_reports(config: TrainConfig, make_meter: Callable[[], Meter], loss_name: str) -> Reports:
     """The reports of rank 0."""
-    live = Live() if Live.possible() else None
-    lines: list[Sink] = [ConsoleSink(loss_name, live.print if live else None, throughput=config.log_throughput)]
+    reports, lines = [], list[Sink]()
+    if sys.stdout.isatty():
+        meter = make_meter()
+        terminal = TerminalSink(meter.num_devices, throughput=config.log_throughput)
+        reports.append(Report(config.log_interval, meter, [terminal], SILENCE))
+    else:
+        unit = "device" if device.kind().name == "cpu" else "GPU"  # Megatron's word, for any accelerator
+        lines.append(ConsoleSink(loss_name, throughput=config.log_throughput, unit=unit))
     if (path := outputs.metrics_path(config)) is not None:
         lines += _opened(str(path), lambda: JsonSink(path, loss_name))
-    reports = [Report(config.log_interval, make_meter(), lines)]
+    reports.append(Report(config.log_interval, make_meter(), lines))
     scalars: list[Sink] = []
     if (folder := config.tensorboard_dir) is not None:
         scalars += _opened(folder, lambda: TensorBoardSink(Path(folder), loss_name))
@@ -94,8 +107,6 @@ def build_reports(config: TrainConfig, make_meter: Callable[[], Meter], loss_nam
         scalars += _opened("W&B", lambda: WandbSink(project, name, place, loss_name, asdict(config)))
     if scalars:
         reports.append(Report(config.tensorboard_log_interval, make_meter(), scalars))
-    if live is not None:
-        reports.append(Report(1, make_meter(), [live]))
     return Reports(reports)
 
 

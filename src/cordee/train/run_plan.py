@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cordee.checkpoint.storage import Location
+from cordee.errors import Findings, raise_all, unique
 from cordee.families.registry import ModelSpec
 from cordee.optim.schedule import Schedule
 from cordee.parallel.degrees import Degrees
 from cordee.parallel.pipeline.split import StagePartition
 from cordee.tokenizer import Tokenizer
 from cordee.train.batch_schedule import BatchSchedule
-from cordee.train.objectives import DataPlan, FurtherModel, Objective
+from cordee.train.objectives import DataPlan, DataSize, FurtherModel, Objective
 from cordee.train.options import TrainConfig
 
 if TYPE_CHECKING:
@@ -77,6 +78,47 @@ class RunPlan:
         """The checkpoint that the run resumes from."""
         checkpoint = self.origin.checkpoint
         return checkpoint if checkpoint is not None and checkpoint.resume else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """A run as far as it is known, with all that is `found` wrong with it: None stands for what that leaves unknown.
+    The rest is as in the plan that it becomes where nothing is wrong."""
+
+    config: TrainConfig
+    origin: Origin | None
+    spec: ModelSpec | None
+    tokenizer: Tokenizer | None
+    degrees: Degrees
+    partition: StagePartition | None
+    batches: BatchSchedule
+    iterations: int | None
+    schedule: Schedule
+    objective: Objective[Any]
+    size: DataSize | None
+    data: DataPlan | None
+    models: Mapping[str, FurtherModel] | None
+    found: Findings
+
+    def complete(self) -> RunPlan:
+        """ProblemError with all that is wrong."""
+        raise_all(unique(self.found.problems))
+        assert self.origin is not None and self.spec is not None and self.data is not None and self.models is not None
+        return RunPlan(
+            config=self.config,
+            origin=self.origin,
+            spec=self.spec,
+            tokenizer=self.tokenizer,
+            degrees=self.degrees,
+            partition=self.partition,
+            batches=self.batches,
+            iterations=self.iterations or 0,
+            schedule=self.schedule,
+            objective=self.objective,
+            data=self.data,
+            models=self.models,
+            notes=tuple(self.found.notes),
+        )
 
 
 @dataclass(kw_only=True)

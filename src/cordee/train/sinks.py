@@ -1,4 +1,4 @@
-"""Where records of a run go: log lines, a live progress line, files (TensorBoard, metrics.jsonl), and W&B.
+"""Where records of a run go: lines on a terminal or in a log, files (TensorBoard, metrics.jsonl), and W&B.
 
 Owns the form of each; the figures are `metrics.py`'s. Only rank 0 has sinks: it knows every figure, for losses and
 norms are of all ranks. (Megatron prints on the last rank, the only one that knows its loss.)
@@ -6,25 +6,23 @@ norms are of all ranks. (Megatron prints on the last rank, the only one that kno
 
 from __future__ import annotations
 
-import functools
 import importlib
 import json
 import math
 import os
-import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from cordee.files import end_last_line
+from cordee.log import counted, shortened
 from cordee.train.metrics import Record
 
-MB = 1 << 20
-WIDE = 130  # columns of a terminal that has room for a bar beside the figures
+MB, GIB = 1 << 20, 1 << 30
 
 
 class Sink(ABC):
@@ -44,8 +42,9 @@ class Sink(ABC):
 # ---- for people ------------------------------------------------------------------------------------------------------
 
 
-def log_line(record: Record, loss_name: str, throughput: bool = True) -> str:
-    """Megatron's log line; parsers of its logs read it. The learning rate is the one the last step was taken with."""
+def log_line(record: Record, loss_name: str, throughput: bool = True, unit: str = "GPU") -> str:
+    """Megatron's log line; parsers of its logs read it. The learning rate is the one the last step was taken with.
+    `unit` is what a device is called."""
     parts = [
         f" [{datetime.fromtimestamp(record.time):%Y-%m-%d %H:%M:%S}] "
         f"iteration {record.iteration:8d}/{record.train_iterations:8d}",
@@ -53,7 +52,7 @@ def log_line(record: Record, loss_name: str, throughput: bool = True) -> str:
         f"elapsed time per iteration (ms): {record.step_seconds * 1000:.1f}",
     ]
     if throughput:
-        parts.append(f"throughput per GPU (TFLOP/s/GPU): {rate(record.tflops)}")
+        parts.append(f"throughput per {unit} (TFLOP/s/{unit}): {rate(record.tflops)}")
     parts += [
         f"learning rate: {record.learning_rate:.6E}",
         f"global batch size: {record.global_batch_size:5d}",
@@ -92,15 +91,25 @@ def perplexity(loss: float) -> float:
     return math.exp(min(20.0, loss))
 
 
-def progress_text(record: Record) -> str:
-    """The figures of the live line, the most wanted first: a narrow terminal cuts off the last ones."""
-    share = "" if record.mfu is None else f"  MFU {record.mfu:.0%}"
-    left = timedelta(seconds=round(record.seconds_left))
-    return (
-        f"{record.iteration}/{record.train_iterations}  loss {record.loss:.4f}  {left} left  "
-        f"{record.tokens_per_second:,.0f} tokens/s/device{share}  {rate(record.tflops)} TFLOP/s  "
-        f"{record.memory / 2**30:.2f} GiB"
-    )
+def short_line(record: Record, num_devices: int) -> str:
+    """The figures that a person follows a run by, in at most 80 columns."""
+    days, seconds = divmod(round(record.seconds_left), 24 * 60 * 60)
+    left = timedelta(seconds=seconds)
+    parts = [
+        f"iter {record.iteration:{len(str(record.train_iterations))}}/{record.train_iterations}",
+        f"loss {record.loss:.4f}",
+        f"lr {record.learning_rate:.2e}",
+        f"{shortened(record.tokens_per_second * num_devices)} tokens/s",
+        f"{counted(days, 'day')} left" if days else f"{left} left",
+    ]
+    return "  ".join([*parts, f"{record.skipped_iterations} skipped"] if record.skipped_iterations else parts)
+
+
+def usage_line(record: Record, throughput: bool = True) -> str:
+    """What a run makes of its devices."""
+    share = "" if record.mfu is None else f" (MFU {record.mfu:.0%})"
+    speed = f"{rate(record.tflops)} TFLOP/s per device{share}, " if throughput else ""
+    return f"  {speed}{record.memory / GIB:.2f} GiB on rank 0, peak {record.peak_memory / GIB:.2f} GiB"
 
 
 def rate(tflops: float) -> str:
@@ -112,52 +121,40 @@ def rate(tflops: float) -> str:
 
 
 class ConsoleSink(Sink):
-    """Log lines, by `write`: standard output unless something else keeps a line there."""
+    """Megatron's log lines, on standard output."""
 
-    def __init__(self, loss_name: str, write: Callable[[str], None] | None = None, *, throughput: bool = True):
+    def __init__(self, loss_name: str, *, throughput: bool = True, unit: str = "GPU"):
         self._loss_name = loss_name
-        self._write = write or functools.partial(print, flush=True)
         self._throughput = throughput
+        self._unit = unit
         self._memory_shown = False
 
     def step(self, record: Record) -> None:
-        self._write(log_line(record, self._loss_name, self._throughput))
+        print(log_line(record, self._loss_name, self._throughput, self._unit), flush=True)
         if not self._memory_shown:
-            self._write(memory_line(record))
+            print(memory_line(record), flush=True)
             self._memory_shown = True
 
     def validation(self, iteration: int, split: str, loss: float) -> None:
-        self._write(validation_lines(iteration, split, self._loss_name, loss))
+        print(validation_lines(iteration, split, self._loss_name, loss), flush=True)
 
 
-class Live(Sink):
-    """A progress bar at the bottom of a terminal, above which other lines scroll."""
+class TerminalSink(Sink):
+    """Short lines, for a terminal of 80 columns."""
 
-    def __init__(self, out: TextIO | None = None):
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn
-
-        self._console = Console(file=out, highlight=False, soft_wrap=True)
-        bar = (BarColumn(bar_width=20),) if self._console.width >= WIDE else ()
-        columns = (*bar, TextColumn("{task.fields[text]}"))
-        self._progress = Progress(*columns, console=self._console)
-        self._task = self._progress.add_task("train", total=None, text="")
-        self._progress.start()
-
-    @staticmethod
-    def possible() -> bool:
-        return sys.stdout.isatty()
-
-    def print(self, text: str) -> None:
-        self._console.print(text, markup=False)
+    def __init__(self, num_devices: int, *, throughput: bool = True):
+        self._num_devices = num_devices
+        self._throughput = throughput
+        self._usage_shown = False
 
     def step(self, record: Record) -> None:
-        self._progress.update(
-            self._task, total=record.train_iterations, completed=record.iteration, text=progress_text(record)
-        )
+        print(short_line(record, self._num_devices), flush=True)
+        if not self._usage_shown:
+            print(usage_line(record, self._throughput), flush=True)
+            self._usage_shown = True
 
-    def close(self) -> None:
-        self._progress.stop()
+    def validation(self, iteration: int, split: str, loss: float) -> None:
+        print(f"{split} after iteration {iteration}: loss {loss:.4f}, perplexity {perplexity(loss):.5g}", flush=True)
 
 
 # ---- for programs ----------------------------------------------------------------------------------------------------

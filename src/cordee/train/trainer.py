@@ -21,7 +21,7 @@ from cordee.checkpoint.store import CheckpointStore
 from cordee.data.batch import Batch
 from cordee.data.loader import Loader
 from cordee.errors import Findings, ProblemError
-from cordee.log import logger
+from cordee.log import logger, progress_bar
 from cordee.model.gpt import GPTModel
 from cordee.optim.build import set_rates
 from cordee.optim.clip import clip_factor, gradients, scale_
@@ -293,12 +293,14 @@ class Trainer:
     def _mean_loss(self, split: str) -> float | None:
         size = self.plan.batches.global_batch_size
         loss, weight = 0.0, 0.0
-        for index in range(self.config.eval_iters):
-            if (step := self._fetch(split, index * size, size, self.config.micro_batch_size)) is None:
-                return None
-            total = self.parts.executor.evaluate(self._own_parts(step.batches))
-            loss += collectives.sum_over(total, self.parts.layout).item()
-            weight += step.weight
+        with progress_bar(split, self.config.eval_iters, shown=self.parts.layout.rank == 0) as progress:
+            for index in range(self.config.eval_iters):
+                if (step := self._fetch(split, index * size, size, self.config.micro_batch_size)) is None:
+                    return None
+                total = self.parts.executor.evaluate(self._own_parts(step.batches))
+                loss += collectives.sum_over(total, self.parts.layout).item()
+                weight += step.weight
+                progress(index + 1)
         return loss / (weight or 1)
 
     def _require_curable(self, losses: Losses, norm: float) -> None:

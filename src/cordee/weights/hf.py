@@ -17,6 +17,7 @@ import torch
 
 from cordee.errors import Problem, raise_all
 from cordee.families.registry import ModelSpec, spec_from_directory
+from cordee.log import counted
 from cordee.tensors.rules import Rule
 from cordee.tensors.views import Shape, whole
 from cordee.weights.codec import PlannedFile
@@ -72,7 +73,7 @@ class HFSource(RuledSource):
         if count := len(self.files) - len(kept):
             self.files = kept
             self.spec = replace(self.spec, hf_config=self.spec.hf_config | part.config)
-            self.notes = (*self.notes, f"{part.what} are not built and left out: {count} tensors")
+            self.notes = (*self.notes, f"{part.what} are not built and left out: {counted(count, 'tensor')}")
 
     def _take_head_for_embedding(self) -> None:
         """Of a tied pair some files hold only the head: transformers 4 kept whichever came first."""
@@ -86,7 +87,7 @@ class HFSource(RuledSource):
         found = self.files.keys()
         ignored = {name for name in found - needed if _is_ignored(name, self.spec)}
         if ignored:
-            self.notes = (*self.notes, f"{len(ignored)} tensors that hold no weights ignored: {_listed(ignored)}")
+            self.notes = (*self.notes, f"{counted(len(ignored), 'tensor')} without weights ignored: {_listed(ignored)}")
         unknown = found - needed - ignored
         if self.spec.config.tie_word_embeddings and (head := unknown & _head_names(self.spec)):
             unknown -= head

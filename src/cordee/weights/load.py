@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from cordee.errors import Problem, raise_all
+from cordee.log import counted
 from cordee.model.parameter import ORIGINS, Origin, local_shard, of_origins
 from cordee.weights.codec import Sink, Source
 
@@ -31,7 +32,9 @@ class LoadReport:
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
-        return "; ".join((f"{self.parameters} tensors, {self.elements:,} parameters loaded", *self.notes))
+        return "; ".join(
+            (f"{counted(self.parameters, 'tensor')}, {counted(self.elements, 'parameter')} loaded", *self.notes)
+        )
 
 
 @torch.no_grad()

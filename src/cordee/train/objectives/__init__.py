@@ -63,6 +63,24 @@ class Run:
         return self.spec.config.vocab_size if self.spec else None
 
 
+@dataclass(frozen=True, kw_only=True)
+class DataSize:
+    """What there is to train on: of each dataset, by its name, the tokens and its share of the samples of a run."""
+
+    tokens: Mapping[str, int]
+    shares: Mapping[str, float]
+    seq_length: int
+
+    @property
+    def samples(self) -> float:
+        """As many as have all tokens once."""
+        return sum(self.tokens.values()) / self.seq_length
+
+    def epochs(self, name: str, samples: int) -> float:
+        """How often a run of `samples` passes over a dataset."""
+        return samples * self.shares[name] * self.seq_length / self.tokens[name]
+
+
 class DataPlan(Protocol):
     """The data of a run that nothing is known to be wrong with."""
 
@@ -120,9 +138,18 @@ class Objective(ABC, Generic[B]):
     def data(self, run: Run, found: Findings) -> DataPlan | None:
         """The data of `run`, with what is wrong with it and worth a note added to `found`; needs no torch."""
 
+    def size(self, config: TrainConfig) -> DataSize | None:
+        """What there is to train on, None if that is not known before; ProblemError if it cannot be read."""
+        return None
+
     def models(self, run: Run) -> Mapping[str, FurtherModel]:
         """Further models, such as the reference of a preference objective, by name; ProblemError if there is none."""
         return {}
+
+    def evaluated(self, config: TrainConfig) -> str | None:
+        """What of the run's data `cordee evaluate` takes as --task-data-path, held out if there is such; None without
+        any."""
+        return None
 
     def prepare(self, batches: list[B], models: Mapping[str, Frozen]) -> list[B]:
         """`batches`, this rank's parts of the micro-batches of a step, with what `models` say of them in their fields.

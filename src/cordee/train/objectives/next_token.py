@@ -18,6 +18,7 @@ from cordee.data.build import (
     Part,
     build_datasets,
     build_validation_sets,
+    part_problems,
     plan_order,
     plan_parts,
     read_parts,
@@ -25,9 +26,10 @@ from cordee.data.build import (
     validation_sets,
 )
 from cordee.data.indexed import IndexedDataset, bin_path, fingerprint, idx_path
-from cordee.errors import Findings, Problem, ProblemError, Problems, requires
+from cordee.data.order import normalise
+from cordee.errors import Findings, Problem, ProblemError, Problems, raise_all, requires
 from cordee.train.batch_schedule import BatchSchedule
-from cordee.train.objectives import Objective, Run
+from cordee.train.objectives import DataSize, Objective, Run
 from cordee.train.options import TrainConfig
 
 if TYPE_CHECKING:
@@ -87,6 +89,21 @@ class NextToken(Objective["Batch"]):
             return None
         eod = tokenizer.eod if tokenizer else None
         return GPTData(config=config, vocab_size=run.vocab_size, eod=eod, samples=samples, identity=identity)
+
+    def evaluated(self, config: TrainConfig) -> str:
+        """The first dataset for tests, else for validation, else for training."""
+        parts = plan_parts(config)
+        return next(parts[name] for name in reversed(SPLITS) if name in parts).blend.prefixes[0]
+
+    def size(self, config: TrainConfig) -> DataSize:
+        blend = (part := training_part(config)).blend
+        opened = {prefix: IndexedDataset(prefix) for prefix in blend.prefixes}
+        raise_all(problem for each in opened.values() for problem in part_problems(part, each))
+        tokens = {prefix: each.tokens_between(*part.sequences(each)) for prefix, each in opened.items()}
+        shares = dict.fromkeys(tokens, 0.0)
+        for prefix, share in zip(blend.prefixes, normalise(blend.weights or (1.0,)).tolist(), strict=True):
+            shares[prefix] += share  # a prefix may be there twice
+        return DataSize(tokens=tokens, shares=shares, seq_length=config.seq_length)
 
     def weight(self, batch: Batch) -> int:
         """Number of trained tokens."""

@@ -1,0 +1,121 @@
+"""`cordee check`: what a run would be, and all that is wrong with it, before anything is started.
+
+Owns what of a run is shown, as far as it is known: where data or weights are missing, the rest is shown all the same.
+Knows no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from cordee import launch
+from cordee.errors import Findings, Problem, unique
+from cordee.families.count import count_parameters
+from cordee.log import counted
+from cordee.parallel import cost
+from cordee.parallel.describe import describe_layout
+from cordee.train import objectives, outputs
+from cordee.train.options import TrainConfig
+from cordee.train.plan import draft_run
+from cordee.train.run_plan import Draft
+
+
+def examine(config: TrainConfig) -> tuple[str, list[Problem]]:
+    """What the run would be, in words, and its problems: as `check_run` has them, with the contents of the data, of
+    which up to some GiB are read."""
+    found, unread = Findings(), Findings()
+    fingerprint = unread.attempt(lambda: objectives.named(config.stage).fingerprint(config))
+    found.problems += found.attempt(lambda: outputs.check_free(config)) or []
+    world_size = launch.world_size(config.nproc_per_node)
+    draft = found.attempt(lambda: draft_run(config, world_size, fingerprint=fingerprint))
+    problems = unique([*found.problems, *(draft.found.problems if draft else ()), *unread.problems])
+    return "\n".join(_describe(draft)) if draft else "", problems
+
+
+def check_with_contents(config: TrainConfig) -> list[Problem]:
+    """The problems alone."""
+    return examine(config)[1]
+
+
+def _describe(draft: Draft) -> Iterator[str]:
+    for label, lines in (
+        ("model", _model(draft)),
+        ("data", _data(draft)),
+        ("one step", _step(draft)),
+        ("the run", _run(draft)),
+        ("training", _recipe(draft)),
+    ):
+        for number, line in enumerate(lines):
+            yield f"{'' if number else label:<9} {line}".rstrip()
+    yield ""
+    yield describe_layout(draft.degrees)
+    if draft.partition is not None:
+        yield f"pipeline: {draft.partition}"
+    yield from _memory(draft)
+    if notes := draft.found.notes:
+        yield ""
+        yield from (f"note: {note}" for note in notes)
+
+
+def _model(draft: Draft) -> Iterator[str]:
+    if draft.spec is None:
+        yield "unknown"
+    else:
+        yield f"{draft.spec.family.name}, {counted(count_parameters(draft.spec.config), 'parameter')}"
+
+
+def _data(draft: Draft) -> Iterator[str]:
+    if draft.size is None:
+        yield "unknown"
+        return
+    for name, tokens in draft.size.tokens.items():
+        yield f"{counted(tokens, 'token')} to train on in {name}"
+
+
+def _step(draft: Draft) -> Iterator[str]:
+    config, batches = draft.config, draft.batches
+    size, micro = batches.global_batch_size, batches.micro_batch_size
+    passes = counted(size // batches.slice_size, "pass", "passes")
+    ranks = counted(batches.data_size, "data-parallel rank")
+    yield f"{counted(size, 'sample')} = {micro} a pass x {passes} x {ranks}"
+    yield f"{counted(size * config.seq_length, 'token')} = {counted(size, 'sample')} x {config.seq_length} tokens"
+    if batches.rampup is not None:
+        yield f"after a ramp-up from {counted(batches.rampup[0], 'sample')}"
+
+
+def _run(draft: Draft) -> Iterator[str]:
+    config, batches = draft.config, draft.batches
+    if not draft.iterations:
+        yield "nothing is trained" if config.skip_train else "of unknown length"
+        return
+    samples = config.train_samples or draft.iterations * batches.global_batch_size
+    yield f"{counted(draft.iterations, 'step')}, {counted(samples * config.seq_length, 'token')}"
+    if (data := draft.size) is not None:
+        yield from (f"epochs of {name}: {data.epochs(name, samples):.3g}" for name in data.tokens)
+
+
+def _recipe(draft: Draft) -> Iterator[str]:
+    config, schedule = draft.config, draft.schedule
+    size = draft.batches.global_batch_size
+    decay = "constant" if schedule.style == "constant" else f"{schedule.style} decay to {schedule.min_lr:g}"
+    yield f"learning rate {schedule.max_lr:g}, {decay}, warm-up of {schedule.warmup / size:.4g} steps"
+    betas = "" if config.optimizer == "sgd" else f", beta2 {config.adam_beta2:g}"
+    precision = "bf16" if config.bf16 else "fp16" if config.fp16 else "float32"
+    yield f"{config.optimizer}{betas}, weight decay {config.weight_decay:g}, clipping {config.clip_grad:g}, {precision}"
+
+
+def _memory(draft: Draft) -> Iterator[str]:
+    """Of the rank that needs the most."""
+    if draft.spec is None:
+        return
+    config, degrees, partition = draft.config, draft.degrees, draft.partition
+    spans = [()] if partition is None else [partition.spans_of(rank) for rank in range(partition.num_ranks)]
+    needs = []
+    for share in (cost.count(draft.spec.config, degrees, of_rank) for of_rank in spans):
+        wrapped = cost.needs_sharding(config, degrees.world_size)
+        accumulates = draft.batches.global_batch_size > draft.batches.slice_size
+        need = cost.cost(config, degrees, share, wrapped=wrapped, accumulates=accumulates)
+        needs.append((need.total * share.parameters, need, share.parameters))
+    _, need, parameters = max(needs, key=lambda each: each[0])
+    rank = "the process" if degrees.world_size == 1 else "a rank" if len(spans) == 1 else "the rank with the most"
+    yield need.describe(rank, parameters)
