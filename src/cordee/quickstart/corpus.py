@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -75,9 +76,11 @@ def _documents(source: Path | None) -> Iterator[tuple[str, str | None]]:
         for start in range(0, len(text or ""), PASSAGE):
             yield f"{root.name}:{start}", text[start : start + PASSAGE] if text else None
         return
-    for path in sorted(root.rglob("*")):
-        if path.is_file() and path.suffix in TEXT_ENDINGS and "site-packages" not in path.relative_to(root).parts:
-            yield path.relative_to(root).as_posix(), _text(path)
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if name not in ("site-packages", "__pycache__"))
+        for name in sorted(names):
+            if (path := Path(folder, name)).suffix in TEXT_ENDINGS and path.is_file():
+                yield path.relative_to(root).as_posix(), _text(path)
 
 
 def _text(path: Path) -> str | None:
