@@ -61,7 +61,7 @@ def test_tokenizer_gives_the_text_back(tmp_path):
     from tokenizers import Tokenizer
 
     found = corpus.collect(write_texts(tmp_path / "texts"), tmp_path)
-    size = tokenizer.train(found.train, tmp_path / "tokenizer", 400, 10**6)
+    size = tokenizer.train(tokenizer.texts_of(found.train, 10**6), tmp_path / "tokenizer", 400)
     loaded = Tokenizer.from_file(str(tmp_path / "tokenizer" / "tokenizer.json"))
     assert size == loaded.get_vocab_size() <= 400
     for text in ("the lazy dog\n    runs", "unseen: ñ漢\t"):

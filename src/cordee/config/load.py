@@ -145,13 +145,14 @@ class _Collected:
         self._add(key, raw, _Source(key, "python", "python"))
 
     def add_referenced(self) -> None:
-        """Options that files set which other options name; whatever else sets them wins."""
+        """Options that others set by their value, such as a file; whatever else sets them wins."""
         for option in self.options:
             path = self.values.get(option.name)
             if option.declared.reads is None or not isinstance(path, str):
                 continue
             module, _, function = option.declared.reads.partition(":")
-            entries, problems = getattr(import_module(module), function)(path)
+            given = [name for name, origin in self.origins.items() if origin != "default"]
+            entries, problems = getattr(import_module(module), function)(path, self.values, given)
             self.problems += problems
             for field, name, value in entries:
                 if self.origins[name] == "default" and name not in self._failed:

@@ -50,7 +50,8 @@ def option(default: Any, help: str, **details: Any) -> Any:
         at_least, above, at_most, below: the range of a number, or of each number of a list.
         positional: the value also stands without its flag: `cordee bench train`.
         elsewhere: what other programs call it: a name that is answered with ours, as its values may have another unit.
-        reads: the value is a file that sets further options, by what this function, `module:function`, reads of it.
+        reads: the value, such as a file, sets further options that are not given: those that a function,
+            `module:function`, returns as entries, with problems, for it, the values so far and the options given.
     """
     declaration = _Declaration(help=help, **details)
     if isinstance(default, dict):

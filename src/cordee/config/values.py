@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from typing import NamedTuple
 
 from cordee.config.option import Option
 from cordee.errors import name_of
@@ -26,6 +27,14 @@ class Unfit(Exception):
     def __init__(self, why: str, fix: str, kind: str = "type"):
         super().__init__(why)
         self.why, self.fix, self.kind = why, fix, kind
+
+
+class Entry(NamedTuple):
+    """The value that `field` of a file, such as fp16.enabled, sets `option` to, or why there is none."""
+
+    field: str
+    option: str
+    value: Raw | Unfit
 
 
 def convert(option: Option, raw: Raw) -> object:

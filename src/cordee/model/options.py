@@ -82,8 +82,10 @@ class ModelOptions(FeatureOptions, VocabularyOptions):
 
     model: str | None = option(
         None,
-        "preset (`cordee models` lists them), or directory with the config.json of any family",
+        "preset (`cordee models` lists them), or directory with the config.json of any family; defaults of the "
+        "optimizer are then those that pretrain well: cosine to lr / 10, warm-up of 1%, weight decay 0.1, beta2 0.95",
         metavar="PRESET|DIR",
+        reads="cordee.optim.recipe:entries",
     )
     num_layers: int | None = option(
         None, "transformer layers", aliases=("--encoder-num-layers",), above=0, at_most=10_000

@@ -10,10 +10,10 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from cordee.config.option import options_of, to_flag
-from cordee.config.values import Raw, Unfit, convert, to_raw
+from cordee.config.values import Entry, Raw, Unfit, convert, to_raw
 from cordee.errors import Problem, Problems
 from cordee.files import read_json
 from cordee.parallel.degrees import RANKS
@@ -22,14 +22,6 @@ from cordee.parallel.options import LayoutOptions
 FLAG = "--deepspeed-config"
 ACCUMULATION = "gradient_accumulation_steps"
 AUTO = "auto"  # a value that other programs fill in before DeepSpeed reads the file: not given
-
-
-class Entry(NamedTuple):
-    """The value that `field` of the file, such as fp16.enabled, sets `option` to, or why there is none."""
-
-    field: str
-    option: str
-    value: Raw | Unfit
 
 
 def _fixed_scale(value: object) -> Raw:
@@ -102,7 +94,7 @@ def read(path: str) -> Settings:
     return Settings(path, dict(_flat(root)))
 
 
-def entries(path: str) -> tuple[list[Entry], Sequence[Problem]]:
+def entries(path: str, *_: object) -> tuple[list[Entry], Sequence[Problem]]:
     """The options that a file sets, and the problems of reading it."""
     settings = read(path)
     return settings.entries(), settings.problems

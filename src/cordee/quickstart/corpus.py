@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from pathlib import Path
 from cordee.errors import Problem, ProblemError
 
 TEXT_ENDINGS = (".py", ".txt", ".md", ".rst", ".html", ".c", ".h", ".cpp", ".js", ".ts", ".java", ".go", ".rs", ".tex")
+NOT_OWN = {"site-packages", "__pycache__"}
+NOT_PROGRAMS = {"test", "tests", "idle_test", "encodings", "pydoc_data"}  # two thirds of Python's library: calls of
+# assertEqual and tables, which are all that a small model would learn to write
 HELD_OUT = 33  # one file in so many is kept for the evaluation
 PASSAGE = 20_000  # characters: a file that stands alone is cut, so that there is something to hold out
 MAX_CHARACTERS = 40_000_000  # more text would not make a run of two minutes better
@@ -56,7 +60,7 @@ def collect(source: Path | None, folder: Path) -> Corpus:
 def _read(source: Path | None) -> tuple[list[tuple[str, str]], int]:
     """Name and text of the documents, and how many files are not text."""
     documents, characters, skipped = [], 0, 0
-    for name, text in _documents(source):
+    for name, text in texts(source):
         if text is None:
             skipped += 1
         elif text.strip():
@@ -67,7 +71,7 @@ def _read(source: Path | None) -> tuple[list[tuple[str, str]], int]:
     return documents, skipped
 
 
-def _documents(source: Path | None) -> Iterator[tuple[str, str | None]]:
+def texts(source: Path | None) -> Iterator[tuple[str, str | None]]:
     """Name and text of every file, or of every passage of a single one; None for what cannot be read as UTF-8."""
     root = Path(sysconfig.get_paths()["stdlib"]) if source is None else source
     if root.is_file():
@@ -75,9 +79,12 @@ def _documents(source: Path | None) -> Iterator[tuple[str, str | None]]:
         for start in range(0, len(text or ""), PASSAGE):
             yield f"{root.name}:{start}", text[start : start + PASSAGE] if text else None
         return
-    for path in sorted(root.rglob("*")):
-        if path.is_file() and path.suffix in TEXT_ENDINGS and "site-packages" not in path.relative_to(root).parts:
-            yield path.relative_to(root).as_posix(), _text(path)
+    left_out = NOT_OWN if source is not None else NOT_OWN | NOT_PROGRAMS
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(set(folders) - left_out)
+        for name in sorted(names):
+            if (path := Path(folder, name)).suffix in TEXT_ENDINGS and path.is_file():
+                yield path.relative_to(root).as_posix(), _text(path)
 
 
 def _text(path: Path) -> str | None:

@@ -175,7 +175,8 @@ def _collect(job: Run, source: Path | None) -> corpus.Corpus:
 
 def _learn_tokenizer(job: Run, text: corpus.Corpus) -> int:
     with job.phase("learn a tokenizer"):
-        size = tokenizer.train(text.train, job.folder / "tokenizer", VOCAB_SIZE, TOKENIZER_CHARACTERS)
+        texts = tokenizer.texts_of(text.train, TOKENIZER_CHARACTERS)
+        size = tokenizer.train(texts, job.folder / "tokenizer", VOCAB_SIZE)
     job.say(counted(size, "token"))
     return size
 

@@ -1,4 +1,4 @@
-"""A small byte-level BPE tokenizer learned from the corpus, saved as a Hugging Face tokenizer."""
+"""A small byte-level BPE tokenizer learned from text, saved as a Hugging Face tokenizer."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 END_OF_TEXT = "<|endoftext|>"
 
 
-def train(corpus: Path, folder: Path, vocab_size: int, max_characters: int) -> int:
-    """Learn at most `vocab_size` tokens from the first `max_characters` of a JSON-lines file; the number learned."""
+def train(texts: Iterator[str], folder: Path, vocab_size: int) -> int:
+    """Learn at most `vocab_size` tokens; the number learned."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -22,7 +22,7 @@ def train(corpus: Path, folder: Path, vocab_size: int, max_characters: int) -> i
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_texts(corpus, max_characters), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, "model_max_length": 10**9}
@@ -30,7 +30,8 @@ def train(corpus: Path, folder: Path, vocab_size: int, max_characters: int) -> i
     return tokenizer.get_vocab_size()
 
 
-def _texts(corpus: Path, max_characters: int) -> Iterator[str]:
+def texts_of(corpus: Path, max_characters: int) -> Iterator[str]:
+    """The texts of a JSON-lines file until there are so many characters."""
     with open(corpus, encoding="utf-8") as file:
         seen = 0
         for line in file:

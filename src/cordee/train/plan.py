@@ -26,7 +26,7 @@ from cordee.files import unwritable
 from cordee.model.compare import canonical
 from cordee.model.config import ModelConfig
 from cordee.model.options import ModelOptions
-from cordee.optim import algorithms
+from cordee.optim import algorithms, recipe
 from cordee.optim import schedule as optim_schedule
 from cordee.optim.schedule import build_schedule
 from cordee.parallel import deepspeed
@@ -89,7 +89,7 @@ def draft_run(
     notes = [str(each) for each in laws.ignored_options(replace(config, nproc_per_node=world_size))]
     found = Findings(
         [*option_problems(config), *_name_problems(config), *_report_problems(config)],
-        [*notes, *outputs.left_out(config)],
+        [*notes, *outputs.left_out(config), *recipe.notes(config)],
     )
     if config.deepspeed_config is not None:
         settings = deepspeed.read(config.deepspeed_config)
