@@ -10,6 +10,7 @@ from typing import Any, TypedDict, TypeVar
 
 from cordee.families.reader import ConfigReader
 from cordee.model.config import (
+    Activation,
     AttentionConfig,
     LayerConfig,
     MLPConfig,
@@ -20,6 +21,20 @@ from cordee.tensors.rules import IDENTITY, Rule, module, rotary_halves, separate
 from cordee.tensors.views import Chain, Each, Op
 
 T = TypeVar("T")
+
+# What transformers calls the activations that there are, those first that are written.
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "relu": "relu",
+}
 
 FULL, SLIDING = "full_attention", "sliding_attention"  # types of layers
 
@@ -39,10 +54,13 @@ class Heads(TypedDict):
 
 
 def read_heads(hf: ConfigReader, head_dim: int | None = None) -> Heads:
-    """Query heads, KV heads and head_dim, by default `head_dim` or, for None, hidden size / heads."""
+    """Query heads, KV heads and head_dim: of a missing key the family's `head_dim`, of null or for None hidden size /
+    heads."""
     hidden, heads = hf.integer("hidden_size"), hf.integer("num_attention_heads")
     groups = hf.integer("num_key_value_heads", heads)
     hf.divides("num_key_value_heads", groups, "num_attention_heads", heads)
+    if "head_dim" in hf.hf:
+        head_dim = None
     if head_dim is None and hf.value("head_dim", None) is None:
         hf.divides("num_attention_heads", heads, "hidden_size", hidden)
     return Heads(
@@ -68,10 +86,15 @@ def read_swiglu(hf: ConfigReader, bias: bool = False, key: str = "intermediate_s
     """A gated MLP with SiLU; `key` is its FFN hidden size."""
     return MLPConfig(
         ffn_hidden_size=hf.integer(key),
-        activation=hf.choice("hidden_act", {"silu": "silu"}, "silu"),
+        activation=hf.choice("hidden_act", names_of("silu"), "silu"),
         gated=True,
         bias=bias,
     )
+
+
+def names_of(activation: Activation) -> dict[str, Activation]:
+    """Those of `ACTIVATIONS` that compute this one."""
+    return {name: computed for name, computed in ACTIVATIONS.items() if computed == activation}
 
 
 def read_window(hf: ConfigReader, default: int | None = None) -> int | None:

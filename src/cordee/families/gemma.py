@@ -15,9 +15,9 @@ from cordee.families import common
 from cordee.families.family import Family
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import read_rope
-from cordee.model.config import Activation, AttentionConfig, LayerConfig, MLPConfig, ModelConfig, NormConfig
+from cordee.model.config import AttentionConfig, LayerConfig, MLPConfig, ModelConfig, NormConfig
 
-TANH: dict[str, Activation] = {"gelu_pytorch_tanh": "gelu_tanh"}
+TANH = common.names_of("gelu_tanh")
 
 
 def read(hf: ConfigReader) -> ModelConfig:
