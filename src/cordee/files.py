@@ -46,6 +46,11 @@ def load_json(file: BinaryIO) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
+def holds_weights(folder: Path) -> bool:
+    """Whether a folder holds weights as Hugging Face's libraries save them, whole or in part."""
+    return any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin", "*.index.json"))
+
+
 def copy_files(files: Iterable[Path], target: Path) -> list[Path]:
     """Copy `files` of a model directory into the directory `target`, those that `left_out` has nothing against; which.
 
