@@ -87,7 +87,7 @@ def test_a_tokenizer_may_have_more_tokens_than_the_model(tmp_path, caplog):
     model = cordee.GPTModel.from_pretrained(folder.directory)
     assert isinstance(model.generate("Xyz", 3), str) and "290 to 299" in caplog.text
     with pytest.raises(ProblemError) as caught:
-        model.generate([[5], [5, 290]])
+        model.generate([[5], [5, 290]], 3)
     assert [(problem.option, problem.kind, problem.limit) for problem in caught.value.problems] == [
         ("prompt 2", "range", 290)
     ]

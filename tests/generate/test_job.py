@@ -126,11 +126,16 @@ def test_an_output_that_cannot_be_written_is_found_before_the_model_is_loaded(ll
     monkeypatch.setattr(job, "load_part", None)
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to("nothing")
-    for name, kind in (("nowhere/out", "unwritable"), ("file/out", "unwritable"), ("link", "taken")):
+    for name, kind in (("file/folder/out", "unwritable"), ("file/out", "unwritable"), ("link", "taken")):
         given = str(tmp_path / name)
         first, *more = problems_of(llama, prompt=["Once"], output=given, pipeline_model_parallel_size=90)
         assert (first.option, first.value, first.kind) == ("--output", given, kind)
         assert [problem.option for problem in more] == ["--pipeline-model-parallel-size"]
+
+
+def test_the_folder_of_the_output_is_made(llama, tmp_path):
+    run(llama, prompt=["Once"], output=tmp_path / "new" / "folder" / "out.jsonl")
+    assert (tmp_path / "new" / "folder" / "out.jsonl").read_text()
 
 
 def test_a_disk_that_is_full_is_a_problem(llama, tmp_path, capsys):

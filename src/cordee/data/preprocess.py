@@ -122,8 +122,7 @@ def _own(config: PreprocessConfig, prefixes: Iterable[str]) -> Iterator[None]:
 
 
 def _output_problems(config: PreprocessConfig, prefixes: Iterable[str]) -> Iterator[Problem]:
-    parent = Path(config.output_prefix).absolute().parent
-    yield from unwritable("--output-prefix", config.output_prefix, parent, made=False)
+    yield from unwritable("--output-prefix", config.output_prefix, Path(f"{config.output_prefix}_").parent)
     if not config.overwrite:
         for prefix in prefixes:
             if there := [path.name for path in (bin_path(prefix), idx_path(prefix)) if path.exists()]:
@@ -143,8 +142,9 @@ def _sources(config: PreprocessConfig, keys: Sequence[str]) -> list[Source]:
     if not config.input:
         why = "there is nothing to read"
         raise ProblemError([Problem("--input", None, why, "give a file or a directory, or --hf-datasets-params")])
-    files = input_files(Path(config.input), "give a dataset of a hub by --hf-datasets-params")
-    return [Source(str(path), path.stat().st_size, lambda path=path: read_file(path, keys)) for path in files]
+    with reading("--input", config.input):
+        files = input_files(Path(config.input), "give a dataset of a hub by --hf-datasets-params")
+        return [Source(str(path), path.stat().st_size, lambda path=path: read_file(path, keys)) for path in files]
 
 
 def _eod(config: PreprocessConfig, tokenizer: Tokenizer) -> int | None:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from cordee.data.gpt_check import token_problems
 from cordee.data.indexed import IndexedDataset, idx_path
 from cordee.data.manifest import read_manifest
-from cordee.data.readers import input_files, read_file, reading
+from cordee.data.readers import extension, input_files, read_file, reading, text_files
 from cordee.data.readers.chunk import MAX_RECORD_BYTES, Invalid, too_large
 from cordee.data.readers.stream import open_stream
 from cordee.errors import Problem, ProblemError, raise_all
@@ -116,7 +116,7 @@ def _texts(file: Path, options: EvaluateOptions) -> Iterator[tuple[list[str], fl
     broken: list[Invalid] = []
     count = 0
     with reading("--task-data-path", file):
-        if options.whole_files and file.name.endswith((".txt", ".txt.gz")):
+        if options.whole_files and extension(file) in text_files.EXTENSIONS:
             yield [_whole_text(file)], 1.0
             return
         for chunk in read_file(file, options.json_keys):
