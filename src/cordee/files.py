@@ -161,8 +161,8 @@ class RangeFile(io.RawIOBase):
 
 
 def unwritable(option: str, given: object, folder: Path) -> Problems:
-    """Why nothing can be put in `folder`, which `option` asks for by `given`; it need not be there yet: who writes to it
-    makes it.
+    """Why nothing can be put in `folder`, which `option` asks for by `given`; it need not be there yet: who writes to
+    it makes it.
     """
     folder = folder.absolute()
     place = next(path for path in (folder, *folder.parents) if os.path.exists(path))

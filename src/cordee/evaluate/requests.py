@@ -180,8 +180,8 @@ class Encoder:
     """Texts as requests to a model of `vocab_size` tokens that sees at most `window`.
 
     Every text begins with bos if `prepend_bos` and the tokenizer has one. What is too long is cut at its left, behind
-    bos; `truncated` counts the requests to which that happened. ProblemError for a text with a token that the model does
-    not have.
+    bos; `truncated` counts the requests to which that happened. ProblemError for a text with a token that the model
+    does not have.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, window: int, *, vocab_size: int, prepend_bos: bool):

@@ -1,8 +1,8 @@
 """GPT-2, and GPT-3 as far as dense attention goes.
 
 Layer norm before each half of a layer, learned positions, GELU, biases everywhere, tied head (Radford et al. 2019;
-Brown et al. 2020). Scores may be divided by the number of the layer besides (Karamcheti et al. 2021). Linear weights are
-stored `[in, out]`, the layout of the original's convolutions of width one.
+Brown et al. 2020). Scores may be divided by the number of the layer besides (Karamcheti et al. 2021). Linear weights
+are stored `[in, out]`, the layout of the original's convolutions of width one.
 """
 
 from __future__ import annotations

@@ -25,7 +25,6 @@ from cordee.model.config import (
 )
 from cordee.tensors.rules import Rule, module
 
-
 CLAMPED: dict[str, Activation] = {name: "swiglu_clamped" for name in common.names_of("silu")}
 
 

@@ -27,8 +27,8 @@ def check_new(path: str | None) -> None:
 
 
 class NewFile:
-    """A file that was not there before, written line by line; its folder is made if need be. ProblemError for what keeps
-    it from being written.
+    """A file that was not there before, written line by line; its folder is made if need be. ProblemError for what
+    keeps it from being written.
     """
 
     def __init__(self, path: str):

@@ -119,8 +119,7 @@ class _Directory(Findings):
         self.problems.append(Problem(str(self.path / file), None, why, fix, kind, limit=limit))
 
     def open_all(self) -> Iterator[TensorFile]:
-        """The files with weights: as transformers takes them, safetensors before `.bin`, and a whole file before shards.
-        """
+        """The files with weights; as in transformers safetensors come before `.bin`, and a whole file before shards."""
         for single, index, kind in ((SAFETENSORS, SAFETENSORS_INDEX, SafetensorsFile), (BIN, BIN_INDEX, BinFile)):
             if (self.path / single).is_file():
                 if (self.path / index).is_file():
