@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from cordee.errors import ProblemError
 from cordee.families import common
 from cordee.families.registry import families, spec_from_directory, spec_from_preset
 from cordee.model.compare import canonical
@@ -113,24 +114,29 @@ def test_activations_are_those_of_transformers():
         assert found == ({common.ACTIVATIONS[name]} if name in common.ACTIVATIONS else set()), name
 
 
-@pytest.mark.parametrize("kind", sorted((MODELS | MIXTURES).keys() - {"Bloom", "DeepseekV2", "DeepseekV3", "GPT2"}))
-def test_heads_without_a_size_are_as_in_transformers(kind):
+@pytest.mark.parametrize("kind", sorted(MODELS | MIXTURES))
+def test_keys_that_are_left_out_or_null_mean_what_they_mean_in_transformers(kind):
+    """What transformers makes of such a file, written out, is the same model; or it is asked for."""
     import huggingface_hub
     import transformers
 
     make = getattr(transformers, f"{kind}Config")
     family = next(family for family in families().values() if make.model_type in family.model_types)
     preset = next(iter(family.presets.values())).config
-    hf = {key: value for key, value in preset.items() if key not in ("head_dim", "rope_scaling")}
-    hf["num_attention_heads"] *= 2
-    rope = {"rope_parameters": preset.get("rope_scaling") or {"rope_type": "default"}}
-    for size in ({}, {"head_dim": None}):
-        try:
-            peer = make(**hf, **size)
-        except huggingface_hub.errors.StrictDataclassFieldValidationError:
-            continue  # null means nothing to this class
-        attention = family.config(family.skeleton({**hf, **size, **rope})).layers[0].attention
-        assert attention.key_dim == (getattr(peer, "head_dim", None) or peer.hidden_size // peer.num_attention_heads)
+    hf = {key: 4 if key in ("n_layer", "num_hidden_layers") else value for key, value in preset.items()}
+    for key in make(**hf).to_dict().keys() - {"rope_parameters"}:
+        without = {name: value for name, value in hf.items() if name != key}
+        for file in (without, {**without, key: None}):
+            try:
+                value = make(**file).to_dict().get(key)
+            except (huggingface_hub.errors.StrictDataclassError, TypeError, AttributeError):
+                continue  # transformers has no such model
+            try:
+                models = [family.config(family.skeleton(each)) for each in (file, {**file, key: value})]
+            except ProblemError as error:
+                assert f"config.json: {key}" in {problem.option for problem in error.problems}
+            else:
+                assert value is None or canonical(models[0]) == canonical(models[1]), key
 
 
 @pytest.mark.parametrize(

@@ -53,19 +53,17 @@ class Heads(TypedDict):
     head_dim: int
 
 
-def read_heads(hf: ConfigReader, head_dim: int | None = None) -> Heads:
-    """Query heads, KV heads and head_dim: of a missing key the family's `head_dim`, of null or for None hidden size /
-    heads."""
+def read_heads(hf: ConfigReader, head_dim: int | None = None, groups: int | None = None) -> Heads:
+    """Query heads, KV heads and head_dim. A missing key has the family's value, `groups` or `head_dim`; null, and a
+    missing key where the family has None, gives as many KV heads as query heads, and hidden size / heads.
+    """
     hidden, heads = hf.integer("hidden_size"), hf.integer("num_attention_heads")
-    groups = hf.integer("num_key_value_heads", heads)
+    groups = hf.nullable("num_key_value_heads", groups) or heads
     hf.divides("num_key_value_heads", groups, "num_attention_heads", heads)
-    if "head_dim" in hf.hf:
-        head_dim = None
-    if head_dim is None and hf.value("head_dim", None) is None:
+    head_dim = hf.nullable("head_dim", head_dim)
+    if head_dim is None:
         hf.divides("num_attention_heads", heads, "hidden_size", hidden)
-    return Heads(
-        num_heads=heads, num_kv_heads=groups, head_dim=hf.integer("head_dim", head_dim or max(1, hidden // heads))
-    )
+    return Heads(num_heads=heads, num_kv_heads=groups, head_dim=head_dim or max(1, hidden // heads))
 
 
 def read_plain_heads(hf: ConfigReader, grouped: bool = True) -> Heads:
@@ -99,7 +97,7 @@ def names_of(activation: Activation) -> dict[str, Activation]:
 
 def read_window(hf: ConfigReader, default: int | None = None) -> int | None:
     """Tokens of the sliding window: null is None, a missing key the family's `default`."""
-    return hf.integer("sliding_window", None if "sliding_window" in hf.hf else default)
+    return hf.nullable("sliding_window", default)
 
 
 def read_windows(

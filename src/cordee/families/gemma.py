@@ -21,7 +21,7 @@ TANH = common.names_of("gelu_tanh")
 
 
 def read(hf: ConfigReader) -> ModelConfig:
-    heads, bias = common.read_heads(hf, head_dim=256), hf.flag("attention_bias", False)
+    heads, bias = common.read_heads(hf, head_dim=256, groups=16), hf.flag("attention_bias", False)
     attention = AttentionConfig(**heads, qkv_bias=bias, out_bias=bias, rope=read_rope(hf, heads["head_dim"]))
     layer = LayerConfig(attention=attention, mlp=read_mlp(hf), norm=read_norm(hf))
     return read_model(hf, [layer] * hf.integer("num_hidden_layers"))
