@@ -33,11 +33,8 @@ def read(hf: ConfigReader) -> ModelConfig:
     hf.value("initial_context_length", None)  # said again among the rotary positions
     if hf.value("rope_parameters", None) is None:
         hf.value("rope_scaling")  # where neither is given, transformers stretches positions as the published models do
-    heads, norm, bias = (
-        common.read_heads(hf, head_dim=64, groups=8),
-        common.read_norm(hf),
-        hf.flag("attention_bias", True),
-    )
+    heads, norm = common.read_heads(hf, head_dim=64, groups=8), common.read_norm(hf)
+    bias = hf.flag("attention_bias", True)
     attention = AttentionConfig(
         **heads,
         qkv_bias=bias,
