@@ -19,9 +19,10 @@ from cordee.config.load import config_from_dict
 from cordee.errors import raise_all
 from cordee.families.registry import ModelSpec
 from cordee.generate import engine
-from cordee.generate.loading import check_vocabulary, device_of, dtype_of, fill, stop_ids
+from cordee.generate.loading import device_of, dtype_of, fill, stop_ids
 from cordee.generate.options import DecodingOptions
 from cordee.generate.text import continuation, encode_prompts
+from cordee.log import logger
 from cordee.model import gpt
 from cordee.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
 from cordee.tokenizer.options import TokenizerOptions
@@ -74,7 +75,8 @@ class GPTModel(gpt.GPTModel):
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer; another can be assigned. ProblemError if there is none."""
         tokenizer = load_tokenizer(TokenizerOptions(), self.assets and str(self.assets))
-        raise_all(check_vocabulary(tokenizer, self.config))
+        if note := tokenizer.beyond(self.config.vocab_size):
+            logger.warning(note)
         return tokenizer
 
     @overload

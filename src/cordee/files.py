@@ -46,6 +46,11 @@ def load_json(file: BinaryIO) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
+def holds_weights(folder: Path) -> bool:
+    """Whether a folder holds weights as Hugging Face's libraries save them, whole or in part."""
+    return any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin", "*.index.json"))
+
+
 def copy_files(files: Iterable[Path], target: Path) -> list[Path]:
     """Copy `files` of a model directory into the directory `target`, those that `left_out` has nothing against; which.
 
@@ -155,16 +160,14 @@ class RangeFile(io.RawIOBase):
 # ---- own files -------------------------------------------------------------------------------------------------------
 
 
-def unwritable(option: str, given: object, folder: Path, *, made: bool = True) -> Problems:
-    """Why nothing can be put in `folder`, which `option` asks for by `given`; it need not be there yet if it is `made`
-    by who writes to it.
+def unwritable(option: str, given: object, folder: Path) -> Problems:
+    """Why nothing can be put in `folder`, which `option` asks for by `given`; it need not be there yet: who writes to
+    it makes it.
     """
     folder = folder.absolute()
     place = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     if not place.is_dir():
         yield Problem(option, given, f"{place} is not a directory", "give another place", "unwritable")
-    elif not made and place != folder:
-        yield Problem(option, given, f"there is no directory {folder}", "make it first", "unwritable")
     elif not os.access(place, os.W_OK | os.X_OK):
         fix = "give a place that can be written to"
         yield Problem(option, given, f"{place} cannot be written to", fix, "unwritable")

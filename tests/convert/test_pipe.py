@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cordee.checkpoint import formats
-from cordee.errors import Problem
+from cordee.errors import Problem, ProblemError
 from cordee.families.registry import spec_from_hf
 from tests.convert.test_megatron import ASCEND, CORE, TP, convert, found_in
 from tests.weights import models, tiny
@@ -124,6 +124,27 @@ def test_bloom_in_files_of_layers(made, tmp_path, gap):
     (tmp_path / "ds" / "latest").write_text("global_step1000")
     check_back(tmp_path / "ds", tmp_path / "a", tensors, "--model", str(hf))
     check_back(tmp_path / "ds" / "global_step1000", tmp_path / "b", tensors, "--model", str(hf))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "adapter_model.safetensors"])
+def test_what_a_trainer_saves_for_deepspeed_beside_a_model_is_no_model(made, tmp_path, name):
+    """Folders of Hugging Face's Trainer and of LLaMA-Factory; that of DeepSpeed itself is still read as such."""
+    hf, tensors = made(LLAMA)
+    save_layers(hf / "global_step1000", llama(tensors))
+    (hf / "latest").write_text("global_step1000")
+    (hf / "model.safetensors").rename(hf / name)
+    if name == "pytorch_model.bin":
+        torch.save(tensors, hf / name)
+    assert formats.format_of(hf / "global_step1000").name == "mg"
+    if name.startswith("adapter"):
+        (hf / "config.json").rename(hf / "adapter_config.json")
+        with pytest.raises(ProblemError) as caught:
+            formats.format_of(hf)
+        assert [problem.kind for problem in caught.value.problems] == ["adapter"]
+    else:
+        assert formats.format_of(hf).name == "hf"
+        convert(hf, tmp_path / "out")
+        assert load_file(tmp_path / "out" / "model.safetensors").keys() == tensors.keys()
 
 
 def test_bloom_in_files_of_stages(made, tmp_path):

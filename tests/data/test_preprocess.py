@@ -321,6 +321,31 @@ def test_disk_full(tmp_path, monkeypatch):
     assert outputs(tmp_path) == []
 
 
+def test_folders_of_input_and_output(tmp_path):
+    """Text of subfolders is read in the order of paths, and the folder of the output is made, unless nothing comes."""
+    for name, text in (("b/2.JSONL", "2"), ("a.jsonl", "1"), ("b/c/3.jsonl", "3")):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(tmp_path / "in" / name, [text])
+    prefix = str(tmp_path / "in" / "deep" / "out") + "/"
+    with pytest.raises(ProblemError):
+        run(tmp_path, input=str(tmp_path / "in"), output_prefix=prefix, vocab_size=3)
+    assert not (tmp_path / "in" / "deep").exists()
+    for _ in range(2):
+        dataset = run(tmp_path, input=str(tmp_path / "in"), output_prefix=prefix, overwrite=True)
+        assert [s.tolist() for s in dataset[:]] == [[1], [2], [3]]
+
+
+def test_an_input_folder_that_cannot_be_read(tmp_path, monkeypatch):
+    def refused(folder):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "in").mkdir()
+    monkeypatch.setattr(Path, "iterdir", refused)
+    config = PreprocessConfig(input=str(tmp_path / "in"), output_prefix=str(tmp_path / "out"), vocab_size=9)
+    found = [(problem.option, problem.kind) for problem in preprocess.check_run(config)]
+    assert ("--input", "unreadable") in found
+
+
 # ---- merging ---------------------------------------------------------------------------------------------------------
 
 

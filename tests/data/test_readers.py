@@ -603,7 +603,16 @@ def test_memory_does_not_grow_with_the_file(tmp_path, name, monkeypatch):
 def test_known_extensions():
     assert set(readers()) >= {".json", ".jsonl", ".csv", ".txt", ".parquet", ".arrow", ".jsonl.gz"}
     assert extension(Path("a.jsonl.gz")) == ".jsonl.gz" and extension(Path("a.b.csv")) == ".csv"
-    assert extension(Path("a.md")) is None
+    assert extension(Path("A.JSONL.GZ")) == ".jsonl.gz" and extension(Path("a.md")) is None
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_extensions_in_capitals_are_the_same(tmp_path, name):
+    file, write = FORMATS[name]
+    write(tmp_path / file)
+    (tmp_path / file).rename(tmp_path / file.upper())
+    (path,) = input_files(tmp_path)
+    assert everything(read_file(path, ("text",))) == ([(text,) for text in TEXTS], [])
 
 
 def test_of_a_directory_the_most_frequent_format_is_read(tmp_path, monkeypatch):
@@ -611,9 +620,16 @@ def test_of_a_directory_the_most_frequent_format_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(logger, "warning", lambda text, *values: said.append(text % values))
     for name in ("b.jsonl", "a.jsonl", "c.csv", "README.md", ".hidden.csv", ".hidden2.csv"):
         (tmp_path / name).write_text("")
-    (tmp_path / "sub.csv").mkdir()
-    assert [path.name for path in input_files(tmp_path)] == ["a.jsonl", "b.jsonl"]
-    assert said == [f"Of {tmp_path} only the files ending in .jsonl are read; 2 are not: README.md, c.csv"]
+    (tmp_path / "sub.csv" / "deeper").mkdir(parents=True)
+    for name in ("deeper/z.JSONL", "data.json", "data.idx", "d.csv"):
+        (tmp_path / "sub.csv" / name).write_text("")
+    (tmp_path / "sub.csv" / "up").symlink_to(tmp_path)  # round in a circle
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "e.csv").write_text("")
+    names = ["a.jsonl", "b.jsonl", "sub.csv/deeper/z.JSONL"]
+    assert [str(path.relative_to(tmp_path)) for path in input_files(tmp_path)] == names
+    others = "README.md, c.csv, sub.csv/d.csv, sub.csv/data.idx"
+    assert said == [f"Of {tmp_path} only the files ending in .jsonl are read; 4 are not: {others}"]
 
 
 @pytest.mark.parametrize(("name", "kind"), [("absent", "missing"), ("x.md", "format"), ("", "empty")])

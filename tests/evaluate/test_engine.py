@@ -36,6 +36,7 @@ from cordee.tokenizer.options import TokenizerOptions
 from tests.generate.folders import ROWS, TEXT, VOCAB_SIZE, Folder
 from tests.matrix import sampled
 from tests.parallel import models
+from tests.problems import facts, limits
 
 WINDOW = 64  # tokens that the models of the folders hold
 
@@ -139,7 +140,7 @@ def test_the_longest_come_first_and_what_is_alike_once(llama):
 
 
 def prompts_of(folder: Folder, until: Sequence[str], **options: Any) -> list[GenerateUntil]:
-    encoder = Encoder(tokenizer_of(folder), WINDOW, prepend_bos=True)
+    encoder = Encoder(tokenizer_of(folder), WINDOW, vocab_size=ROWS, prepend_bos=True)
     decoding = DecodingOptions(**{"max_new_tokens": 12, **options})
     contexts = [TEXT[:30], "Lily", TEXT[40:60], "", "She"]
     return [encoder.generate_until(context, until, decoding) for context in contexts]
@@ -246,7 +247,7 @@ def test_several_processes_answer_as_one_does(pool, layout, name):
 @given(context=st.text(alphabet="ab caLily ,\n", max_size=30), continuation=st.text(alphabet="xy dog.", min_size=1))
 def test_a_pair_is_tokenized_as_one_text(llama, context, continuation):
     tokenizer = tokenizer_of(llama)
-    found = Encoder(tokenizer, 1000, prepend_bos=True).loglikelihood(context, continuation)
+    found = Encoder(tokenizer, 1000, vocab_size=ROWS, prepend_bos=True).loglikelihood(context, continuation)
     joint = tokenizer.encode(context + continuation, add_special_tokens=False)
     assert found.tokens[0] == tokenizer.bos and 0 < found.start < len(found.tokens)
     alone = tokenizer.encode(context.rstrip(), add_special_tokens=False)
@@ -258,7 +259,7 @@ def test_a_pair_is_tokenized_as_one_text(llama, context, continuation):
 
 def test_a_space_between_belongs_to_the_continuation(llama):
     tokenizer = tokenizer_of(llama)
-    encoder = Encoder(tokenizer, WINDOW, prepend_bos=False)
+    encoder = Encoder(tokenizer, WINDOW, vocab_size=ROWS, prepend_bos=False)
     one, other = encoder.loglikelihood("One day, ", "she saw"), encoder.loglikelihood("One day,", " she saw")
     assert one.tokens.tolist() == other.tokens.tolist() and one.start == other.start
     assert tokenizer.decode(one.tokens[one.start :]) == " she saw"
@@ -267,7 +268,7 @@ def test_a_space_between_belongs_to_the_continuation(llama):
 @pytest.mark.parametrize(("name", "bos", "first"), [("llama", True, 0), ("llama", False, 0), ("gpt2", False, 1)])
 def test_an_empty_context_begins_as_documents_do(name, bos, first, request):
     tokenizer = tokenizer_of(request.getfixturevalue(name))
-    found = Encoder(tokenizer, WINDOW, prepend_bos=bos).loglikelihood("", "Lily")
+    found = Encoder(tokenizer, WINDOW, vocab_size=ROWS, prepend_bos=bos).loglikelihood("", "Lily")
     assert found.tokens.tolist() == [first, *tokenizer.encode("Lily", add_special_tokens=False)] and found.start == 1
 
 
@@ -278,7 +279,7 @@ def test_what_is_too_long_is_cut_at_its_left_and_counted(llama, bos):
     after = tokenizer.encode(TEXT[:60] + " Lily", add_special_tokens=False)[len(ids) :]
     begin = [0] if bos else []
     for window in range(len(after) + len(begin), len(ids) + len(after) + 4):
-        encoder = Encoder(tokenizer, window, prepend_bos=bos)
+        encoder = Encoder(tokenizer, window, vocab_size=ROWS, prepend_bos=bos)
         found = encoder.loglikelihood(TEXT[:60], " Lily")
         kept = found.tokens[len(begin) : found.start].tolist()
         assert found.tokens[found.start :].tolist() == after
@@ -290,7 +291,7 @@ def test_what_is_too_long_is_cut_at_its_left_and_counted(llama, bos):
 
 
 def test_what_leaves_no_room_for_a_context_is_a_problem(llama):
-    encoder = Encoder(tokenizer_of(llama), 4, prepend_bos=True)
+    encoder = Encoder(tokenizer_of(llama), 4, vocab_size=ROWS, prepend_bos=True)
     for ask in (
         lambda: encoder.loglikelihood("a", "b c d e f g h i"),
         lambda: encoder.generate_until("a", (), DecodingOptions(max_new_tokens=4)),
@@ -301,6 +302,22 @@ def test_what_leaves_no_room_for_a_context_is_a_problem(llama):
         assert (problem.option, problem.value) == ("--seq-length", 4)
     found = encoder.generate_until("a b c d", (), DecodingOptions(max_new_tokens=2))
     assert len(found.prompt) == 2 and found.prompt[0] == 0 and encoder.truncated == 1
+
+
+def test_what_has_tokens_that_the_model_does_not_have_is_a_problem(llama):
+    tokenizer = tokenizer_of(llama)
+    last = tokenizer.vocab_size - 1
+    word = tokenizer.vocabulary()[last].replace("\u0120", " ")
+    assert last in tokenizer.encode(word, add_special_tokens=False)
+    encoder = Encoder(tokenizer, WINDOW, vocab_size=last, prepend_bos=True)
+    assert encoder.loglikelihood("Xyz", " zyx").tokens.max() < last
+    for ask in (
+        lambda: encoder.loglikelihood("Xyz", word),
+        lambda: encoder.generate_until(word, (), DecodingOptions(max_new_tokens=4)),
+    ):
+        with pytest.raises(ProblemError) as caught:
+            ask()
+        assert facts(caught) == [("tokenizer", tokenizer.type, "range")] and limits(caught) == [last]
 
 
 # ---- tasks -----------------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ def run(folder, *paths, **options):
 
 
 def test_results_are_shown_and_written(llama, text, tmp_path, capsys):
-    output = tmp_path / "results.json"
+    output = tmp_path / "made" / "results.json"
     assert run(llama, text, output=output) == 0
     content = json.loads(output.read_text(encoding="utf-8"))
     assert content["model"] == str(llama.directory)
@@ -183,7 +183,8 @@ def test_a_text_that_cannot_be_decompressed_is_named(llama, tmp_path):
 
 def test_an_output_that_cannot_be_written_is_found_before_the_model_is_loaded(llama, text, tmp_path, monkeypatch):
     monkeypatch.setattr(job, "load_part", None)
-    output = str(tmp_path / "nowhere" / "out.json")
+    (tmp_path / "file").touch()
+    output = str(tmp_path / "file" / "out.json")
     with pytest.raises(ProblemError) as caught:
         run(llama, text, output=output)
     assert facts(caught) == [("--output", output, "unwritable")]

@@ -31,7 +31,7 @@ from cordee.parallel.layout import Layout
 from cordee.tokenizer import load_tokenizer
 from cordee.tokenizer.options import TokenizerOptions
 from tests.evaluate.test_engine import LAYOUTS
-from tests.generate.folders import TEXT, Folder
+from tests.generate.folders import TEXT, Folder, model_directory
 from tests.matrix import sampled
 from tests.parallel import models
 from tests.problems import facts, limits
@@ -324,6 +324,18 @@ def test_ids_that_the_model_does_not_have(llama, tmp_path):
         evaluate(llama, [tmp_path / "data"])
     assert facts(caught) == [("--task-data-path", str(tmp_path / "data"), "range")]
     assert limits(caught) == [400]
+
+
+def test_texts_with_tokens_that_the_model_does_not_have(tmp_path):
+    """The rows of the embedding may be fewer than the tokens, as long as none of the others occurs."""
+    small = model_directory("Llama", tmp_path / "small", vocab_size=290)
+    words = sorted(text for i, text in tokenizer_of(small).vocabulary().items() if i >= 290 and text.isalpha())
+    fine = write_jsonl(tmp_path / "fine.jsonl", ["Xyz, zyx!"])
+    assert evaluate(small, [fine]).metrics["documents"] == 1
+    wrong = write_jsonl(tmp_path / "wrong.jsonl", ["Xyz, zyx!", words[0]])
+    with pytest.raises(ProblemError) as caught:
+        evaluate(small, [fine, wrong])
+    assert facts(caught) == [("--task-data-path", str(wrong), "range")] and limits(caught)[0] >= 290
 
 
 def test_a_model_without_numbers_is_a_problem(llama, tmp_path):

@@ -56,7 +56,7 @@ def qwen2_moe(draw) -> Config:
 @st.composite
 def qwen3_moe(draw) -> Config:
     config = draw(qwen_moe())
-    return {**config, "head_dim": head_dim(config), "attention_bias": draw(st.booleans())}
+    return {**config, "attention_bias": draw(st.booleans())}
 
 
 @st.composite

@@ -9,6 +9,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from cordee.families.common import ACTIVATIONS
+
 Config = dict[str, Any]
 
 VOCAB = 61
@@ -109,7 +111,8 @@ def with_rope(draw, configs: st.SearchStrategy[Config], kinds: tuple[str, ...] =
 @st.composite
 def llama(draw) -> Config:
     config = draw(with_rope(decoders()))
-    return {**config, "attention_bias": draw(st.booleans()), "mlp_bias": draw(st.booleans())}
+    act = draw(st.sampled_from(["silu", "swish"]))
+    return {**config, "hidden_act": act, "attention_bias": draw(st.booleans()), "mlp_bias": draw(st.booleans())}
 
 
 @st.composite
@@ -122,7 +125,10 @@ def gpt2(draw) -> Config:
         "n_layer": draw(st.integers(1, 3)),
         "n_positions": 32,
         "n_inner": draw(st.sampled_from([None, 30])),
-        "activation_function": draw(st.sampled_from(["gelu_new", "gelu", "relu"])),
+        "activation_function": draw(st.sampled_from(sorted(ACTIVATIONS))),
+        "scale_attn_weights": draw(st.booleans()),
+        "scale_attn_by_inverse_layer_idx": draw(st.booleans()),
+        "reorder_and_upcast_attn": draw(st.booleans()),
         "tie_word_embeddings": draw(st.booleans()),
     }
 
@@ -198,7 +204,7 @@ def glm(draw) -> Config:
 @st.composite
 def gemma(draw) -> Config:
     config = draw(with_rope(decoders()))
-    act = draw(st.sampled_from(["gelu", "gelu_pytorch_tanh"]))
+    act = draw(st.sampled_from(["gelu", "gelu_new", "gelu_pytorch_tanh"]))
     return {**config, "head_dim": head_dim(config), "hidden_act": act, "attention_bias": draw(st.booleans())}
 
 

@@ -142,7 +142,9 @@ def test_which_layers_have_experts():
 
 def test_shared_experts():
     assert mixture("deepseek-v2").shared.ffn_hidden_size == 2 * 1536
-    assert mixture("deepseek-v2", n_shared_experts=None).shared is None
+    assert mixture("deepseek-v2", n_shared_experts=None).shared.ffn_hidden_size == 2 * 1536  # left out
+    null = spec_from_hf({**config_of("deepseek-v2"), "n_shared_experts": None}).config
+    assert null.layers[-1].mlp.shared is None
     qwen = mixture("qwen1.5-moe-a2.7b")
     assert qwen.shared.ffn_hidden_size == 5632 and qwen.shared_gate
     llama = mixture("llama4-maverick")

@@ -12,9 +12,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from cordee.families.registry import spec_from_preset
+from cordee.errors import ProblemError
+from cordee.families import common
+from cordee.families.registry import families, spec_from_directory, spec_from_preset
+from cordee.model.compare import canonical
 from cordee.model.gpt import GPTModel
 from cordee.model.init import initialise
+from cordee.ops import activation
 from cordee.weights import hf
 from cordee.weights.load import save_from
 from tests.families import oracle
@@ -83,6 +87,56 @@ def test_gpt2_without_its_prefix(tmp_path):
     with hf.write(tmp_path / "out", source.spec) as sink:
         save_from(model, sink)
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == bare.keys()
+
+
+@pytest.mark.parametrize("by_layer", [False, True])
+@pytest.mark.parametrize("plain", [False, True])
+def test_scores_of_gpt2_are_scaled_in_other_ways(plain, by_layer, tmp_path):
+    keys = {"scale_attn_weights": plain, "scale_attn_by_inverse_layer_idx": by_layer, "reorder_and_upcast_attn": True}
+    made = oracle.transformers_oracle("GPT2", tmp_path / "model", **{**GPT2, "n_layer": 3}, **keys)
+    oracle.check_mathematics(made)
+    oracle.check_cache(made)
+    oracle.check_round_trip(made, tmp_path / "out")
+    spec = spec_from_directory(made.directory)
+    written = spec.family.to_hf(spec.config)
+    assert (written["scale_attn_weights"], written["scale_attn_by_inverse_layer_idx"]) == (plain, by_layer)
+    assert canonical(spec.family.config(written)) == canonical(spec.config)
+
+
+def test_activations_are_those_of_transformers():
+    """Every name that computes one of ours is known, and no other."""
+    from transformers.activations import ACT2FN
+
+    x = torch.linspace(-12, 12, 101)
+    ours = {name: function(x) for name, function in activation.ACTIVATIONS.items()}
+    for name in ACT2FN.keys() - {"xielu"}:  # which has parameters of its own
+        found = {mine for mine, y in ours.items() if torch.allclose(y, ACT2FN[name](x).detach(), atol=1e-6)}
+        assert found == ({common.ACTIVATIONS[name]} if name in common.ACTIVATIONS else set()), name
+
+
+@pytest.mark.parametrize("kind", sorted(MODELS | MIXTURES))
+def test_keys_that_are_left_out_or_null_mean_what_they_mean_in_transformers(kind):
+    """What transformers makes of such a file, written out, is the same model; or it is asked for."""
+    import huggingface_hub
+    import transformers
+
+    make = getattr(transformers, f"{kind}Config")
+    family = next(family for family in families().values() if make.model_type in family.model_types)
+    preset = next(iter(family.presets.values())).config
+    hf = {key: 4 if key in ("n_layer", "num_hidden_layers") else value for key, value in preset.items()}
+    for key in make(**hf).to_dict().keys() - {"rope_parameters"}:
+        without = {name: value for name, value in hf.items() if name != key}
+        for file in (without, {**without, key: None}):
+            try:
+                value = make(**file).to_dict().get(key)
+            except (huggingface_hub.errors.StrictDataclassError, TypeError, AttributeError):
+                continue  # transformers has no such model
+            try:
+                models = [family.config(family.skeleton(each)) for each in (file, {**file, key: value})]
+            except ProblemError as error:
+                assert f"config.json: {key}" in {problem.option for problem in error.problems}
+            else:
+                assert value is None or canonical(models[0]) == canonical(models[1]), key
 
 
 @pytest.mark.parametrize(

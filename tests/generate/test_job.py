@@ -126,11 +126,16 @@ def test_an_output_that_cannot_be_written_is_found_before_the_model_is_loaded(ll
     monkeypatch.setattr(job, "load_part", None)
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to("nothing")
-    for name, kind in (("nowhere/out", "unwritable"), ("file/out", "unwritable"), ("link", "taken")):
+    for name, kind in (("file/folder/out", "unwritable"), ("file/out", "unwritable"), ("link", "taken")):
         given = str(tmp_path / name)
         first, *more = problems_of(llama, prompt=["Once"], output=given, pipeline_model_parallel_size=90)
         assert (first.option, first.value, first.kind) == ("--output", given, kind)
         assert [problem.option for problem in more] == ["--pipeline-model-parallel-size"]
+
+
+def test_the_folder_of_the_output_is_made(llama, tmp_path):
+    run(llama, prompt=["Once"], output=tmp_path / "new" / "folder" / "out.jsonl")
+    assert (tmp_path / "new" / "folder" / "out.jsonl").read_text()
 
 
 def test_a_disk_that_is_full_is_a_problem(llama, tmp_path, capsys):
@@ -153,10 +158,17 @@ def test_a_prompt_that_is_too_long_is_a_problem(llama, tmp_path):
     assert (problem.option, problem.kind, problem.limit) == (f"{file}: line 2", "at most", 64)
 
 
-def test_a_tokenizer_of_another_model_is_a_problem(tmp_path):
+def test_tokens_beyond_the_embedding_matter_where_they_occur(tmp_path, capsys, caplog):
+    """As long as no text has one, the rows of the embedding may be fewer than the tokens."""
     folder = model_directory("Llama", tmp_path / "small", vocab_size=290)
-    problems = problems_of(folder, prompt=["Once"])
-    assert ("tokenizer", 300, 290) in [(problem.option, problem.value, problem.limit) for problem in problems]
+    tokenizer = load_tokenizer(TokenizerOptions(), str(folder.directory))
+    assert tokenizer.vocab_size == 300
+    run(folder, prompt=["Xyz"], max_new_tokens=20)
+    assert capsys.readouterr().out and "290 to 299" in caplog.text
+    word = next(text for i, text in tokenizer.vocabulary().items() if i >= 290 and text.isalpha())
+    wrong = max(tokenizer.encode(word))
+    (problem,) = problems_of(folder, prompt=["Xyz", word])
+    assert (problem.option, problem.kind, problem.limit) == ("prompt 2", "range", wrong) and wrong >= 290
 
 
 def test_the_tokenizer_can_be_elsewhere(llama, tmp_path, capsys):

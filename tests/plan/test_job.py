@@ -81,8 +81,8 @@ def test_svg_tells_all(tmp_path):
 
 
 def test_png_is_a_picture(tmp_path):
-    assert main(["plan", "--output", str(tmp_path / "one.png")]) == 0
-    picture = imread(tmp_path / "one.png")
+    assert main(["plan", "--output", str(tmp_path / "made" / "one.png")]) == 0
+    picture = imread(tmp_path / "made" / "one.png")
     assert picture.shape[1] == 2100
     colours = {tuple(round(255 * channel) for channel in pixel[:3]) for pixel in picture[::7, ::7].reshape(-1, 4)}
     assert {(0x2F, 0x6F, 0xAE), (0xD9, 0x77, 0x2B), (0xEC, 0xEC, 0xEC)} <= colours, "forward, backward, idle"
@@ -175,7 +175,7 @@ def test_all_problems_at_once():
         ({"timeline": "x.json", "schedule": ("gpipe", "1f1b")}, "--timeline", "requires"),
         ({"timeline": "absent.json"}, "--timeline", "format"),
         ({"output": "x.jpg"}, "--output", "format"),
-        ({"output": "no/such/x.svg"}, "--output", "missing"),
+        ({"output": "/dev/null/x.svg"}, "--output", "unwritable"),
         ({"schedule": ()}, "--schedule", "missing"),
     ],
 )

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from cordee.checkpoint import directory
 from cordee.checkpoint.storage import location_of
@@ -165,9 +167,18 @@ def test_sequence_longer_than_the_loaded_model(tmp_path: Path):
     assert options_of(check_run(longer)) == ["--seq-length"]
 
 
-def test_tokenizer_that_has_more_tokens_than_the_model(tmp_path: Path):
+def test_fewer_rows_than_tokens_that_are_asked_for(tmp_path: Path):
     given = tiny.config(tmp_path, tokenizer_type="NullTokenizer", vocab_size=100, padded_vocab_size=61)
     assert "--padded-vocab-size" in options_of(check_run(given))
+
+
+def test_tokenizer_that_has_more_tokens_than_the_model(tmp_path: Path):
+    """Tokens that do not occur are no fault. Those that do are refused by the data's manifest, and as they are read."""
+    tokenizer = Tokenizer(WordLevel({str(i): i for i in range(70)}, unk_token="0"))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    given = tiny.config(tmp_path, tokenizer_name_or_path=str(tmp_path))
+    assert check_run(given) == []
+    assert [note for note in plan_run(given, 1).notes if "61 to 69" in note]
 
 
 def test_model_options_that_contradict_the_checkpoint(tmp_path: Path):

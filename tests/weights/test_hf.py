@@ -250,6 +250,25 @@ def test_an_index_that_does_not_fit_its_shards(llama):
     assert (str(index), "absent", [moved]) in found and (str(index), "unnamed", [moved]) in found
 
 
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+@pytest.mark.parametrize("whole", [False, True], ids=["stale", "with its shards"])
+def test_a_whole_file_is_read_before_an_index(suffix, whole, tmp_path):
+    """As transformers does; other values in the shards show which is read."""
+    import transformers
+
+    tensors = tiny.save(tmp_path, tiny.LLAMA)
+    if suffix == "bin":
+        (tmp_path / "model.safetensors").unlink()
+        store_bin(tmp_path, tensors)
+    for path in tiny.shard(tmp_path, {name: tensor + 1 for name, tensor in tensors.items()}, suffix=suffix):
+        if not whole:
+            path.unlink()
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).state_dict()
+    source = hf.read(tmp_path)
+    assert all(torch.equal(source.tensor(name), t) for name, t in tiny.canonical_of(source.spec, dict(peer)).items())
+    assert "index.json" in source.notes[0]
+
+
 INDICES = [
     *("{", "[]", "{}", "[" * 10**5),
     *('{"weight_map": {}}', '{"weight_map": {"x": "../elsewhere"}}', '{"weight_map": {"x": ".."}}'),
@@ -259,6 +278,7 @@ INDICES = [
 @pytest.mark.parametrize("content", INDICES, ids=lambda content: content[:40])
 def test_an_index_that_is_none(content, llama):
     directory, tensors = llama
+    (directory / "model.safetensors").unlink()
     tiny.shard(directory, tensors)
     (directory / "model.safetensors.index.json").write_text(content)
     assert all(problem.option.startswith(str(directory)) for problem in problems_of(hf.read, directory))
@@ -287,6 +307,7 @@ def test_configurations_that_are_nested_without_end(llama):
 
 def test_an_index_of_a_gigabyte_is_not_read(llama):
     directory, _ = llama
+    (directory / "model.safetensors").unlink()
     with (directory / "model.safetensors.index.json").open("wb") as file:
         file.truncate(2**30)
     tracemalloc.start()

@@ -16,6 +16,7 @@ from pathlib import Path
 from cordee.bench.contest import Turn
 from cordee.bench.options import BenchConfig, BenchOptions
 from cordee.errors import Problem, raise_all
+from cordee.files import unwritable
 
 EXTRA = "bench"  # what brings the peers
 
@@ -43,8 +44,8 @@ def _problems(config: BenchOptions, peers: Sequence[str]) -> list[Problem]:
         if find_spec(package) is None:
             fix = f"pip install 'cordee[{EXTRA}]'"
             problems.append(Problem(package, None, "the peers of this measurement need it", fix))
-    if config.output and not Path(config.output).absolute().parent.is_dir():
-        problems.append(Problem("--output", config.output, "there is no such directory", "make it first"))
+    if config.output:
+        problems += unwritable("--output", config.output, Path(config.output).parent)
     return problems
 
 

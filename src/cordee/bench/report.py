@@ -42,8 +42,9 @@ class Report:
         return "\n".join([*section, *(report.to_markdown() for report in self.further)])
 
     def write(self, path: Path) -> None:
-        """Write Markdown to a path that ends so, else JSON."""
+        """Write Markdown to a path that ends so, else JSON; its folder is made if need be."""
         text = self.to_markdown() if path.suffix == ".md" else json.dumps(asdict(self), indent=2) + "\n"
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
 
 

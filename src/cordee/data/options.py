@@ -102,8 +102,8 @@ class PreprocessOptions:
 
     input: str | None = option(
         None,
-        "file or directory: json, jsonl, csv, txt, parquet, arrow, documents of at most 16 MiB; to merge: "
-        "directory of .bin/.idx",
+        "file or directory with its subfolders: json, jsonl, csv, txt, parquet, arrow, documents of at most 16 MiB; "
+        "to merge: directory of .bin/.idx",
         metavar="PATH",
     )
     output_prefix: str = required("writes PREFIX_KEY_document.bin and .idx", metavar="PREFIX")

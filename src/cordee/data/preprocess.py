@@ -124,8 +124,7 @@ def _own(config: PreprocessConfig, prefixes: Iterable[str]) -> Iterator[None]:
 
 
 def _output_problems(config: PreprocessConfig, prefixes: Iterable[str]) -> Iterator[Problem]:
-    parent = Path(config.output_prefix).absolute().parent
-    yield from unwritable("--output-prefix", config.output_prefix, parent, made=False)
+    yield from unwritable("--output-prefix", config.output_prefix, Path(f"{config.output_prefix}_").parent)
     if not config.overwrite:
         for prefix in prefixes:
             if there := [path.name for path in (bin_path(prefix), idx_path(prefix)) if path.exists()]:
@@ -145,7 +144,9 @@ def _sources(config: PreprocessConfig, keys: Sequence[str]) -> list[Source]:
     if not config.input:
         why = "there is nothing to read"
         raise ProblemError([Problem("--input", None, why, "give a file or a directory, or --hf-datasets-params")])
-    files = input_files(Path(config.input), "give a dataset of a hub by --hf-datasets-params")
+    with reading("--input", config.input):
+        files = input_files(Path(config.input), "give a dataset of a hub by --hf-datasets-params")
+        sizes = [path.stat().st_size for path in files]
     whole = readers("read_whole")
     if config.whole_files and (ending := extension(files[0])) not in whole:
         why, fix = f"the documents of {ending} files are their records", f"give {', '.join(whole)}, or leave it out"
@@ -154,7 +155,7 @@ def _sources(config: PreprocessConfig, keys: Sequence[str]) -> list[Source]:
     def read(path: Path) -> Iterator[Chunk]:
         return read_file(path, keys, whole=config.whole_files)
 
-    return [Source(str(path), path.stat().st_size, partial(read, path)) for path in files]
+    return [Source(str(path), size, partial(read, path)) for path, size in zip(files, sizes, strict=True)]
 
 
 def _eod(config: PreprocessConfig, tokenizer: Tokenizer) -> int | None:

@@ -65,10 +65,17 @@ def read_documents(
     """
     bos = tokenizer.bos if tokenizer is not None and options.prepend_bos else None
     if is_indexed(path):
-        yield from _indexed_documents(path, tokenizer, vocab_size, bos)
+        documents = _indexed_documents(path, tokenizer, vocab_size, bos)
     else:
         assert tokenizer is not None, "text needs a tokenizer"
-        yield from _text_documents(path, tokenizer, options, bos)
+        documents = _text_documents(path, tokenizer, options, bos)
+    for number, document in enumerate(documents):
+        strange = document.tokens[(document.tokens < 0) | (document.tokens >= vocab_size)]
+        if len(strange):
+            why = f"document {number} holds token {strange[0]}, but the model has only {vocab_size} tokens"
+            fix = "give the model's own tokenizer, or data made with it"
+            raise ProblemError([Problem("--task-data-path", path, why, fix, "range", limit=int(strange[0]))])
+        yield document
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------------
@@ -84,11 +91,6 @@ def _indexed_documents(
     for number in range(count):
         sequences = dataset[int(dataset.document_indices[number]) : int(dataset.document_indices[number + 1])]
         tokens = np.concatenate([np.empty(0, np.int64), *sequences], dtype=np.int64, casting="unsafe")
-        if len(tokens) and (int(tokens.min()) < 0 or int(tokens.max()) >= vocab_size):
-            wrong = next(token for token in tokens.tolist() if not 0 <= token < vocab_size)
-            why = f"document {number} holds token {wrong}, but the model has only {vocab_size} tokens"
-            fix = "give data made with the model's tokenizer"
-            raise ProblemError([Problem("--task-data-path", prefix, why, fix, "range", limit=wrong)])
         if bos is not None and tokens[:1].tolist() != [bos]:
             tokens = np.concatenate(([bos], tokens))
         yield Document(tokens, None, (number + 1) / count)

@@ -37,6 +37,7 @@ class Finished:
             return
         lines = "".join(json.dumps([self._model, key, result]) + "\n" for key, result in results.items())
         try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
             append_durably(self._path, lines)
         except OSError as error:
             why, fix = f"it cannot be written: {error}", "make room or allow it, or give --output another name"

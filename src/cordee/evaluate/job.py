@@ -19,7 +19,7 @@ from cordee.evaluate.finished import Finished, fingerprint_files
 from cordee.evaluate.options import EvaluateConfig
 from cordee.evaluate.runner import run_tasks, show, tasks_of, write
 from cordee.evaluate.task import Subject, Task
-from cordee.generate.loading import check_part, check_vocabulary, load_part, stop_ids, tokenizer_of
+from cordee.generate.loading import check_part, load_part, stop_ids, tokenizer_of
 from cordee.generate.results import check_new
 from cordee.parallel import inference
 from cordee.parallel.degrees import RANKS, Degrees, model_processes
@@ -100,7 +100,6 @@ def _prepare(config: EvaluateConfig) -> _Prepared:
     tokenizer = found.attempt(lambda: _tokenizer(config, tasks or [], source))
     stop = None
     if source is not None and tokenizer is not None:
-        found.problems += check_vocabulary(tokenizer, source.spec.config)
         stop = found.attempt(lambda: stop_ids(source.spec, source.assets, tokenizer))
     raise_all(found.problems)
     assert source is not None and tasks is not None

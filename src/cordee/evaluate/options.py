@@ -14,7 +14,9 @@ class EvaluateOptions:
     """Evaluation."""
 
     task: tuple[str, ...] = option(("perplexity",), "benchmark tasks to run: perplexity")
-    task_data_path: tuple[str, ...] = option((), "text files or prefixes of .bin/.idx, or a directory of texts")
+    task_data_path: tuple[str, ...] = option(
+        (), "text files or prefixes of .bin/.idx, or a directory of texts with its subfolders"
+    )
     json_keys: tuple[str, ...] = option(
         ("text",), "fields of a record that hold text, each a document of its own", aliases=("--json-key",)
     )

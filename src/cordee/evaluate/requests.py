@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from cordee.errors import Problem, ProblemError
 from cordee.generate.options import DecodingOptions
+from cordee.tokenizer.base import outside
 
 if TYPE_CHECKING:
     from cordee.tokenizer import Tokenizer
@@ -176,15 +177,17 @@ def digest(content: bytes) -> str:
 
 
 class Encoder:
-    """Texts as requests to a model that sees at most `window` tokens.
+    """Texts as requests to a model of `vocab_size` tokens that sees at most `window`.
 
     Every text begins with bos if `prepend_bos` and the tokenizer has one. What is too long is cut at its left, behind
-    bos; `truncated` counts the requests to which that happened.
+    bos; `truncated` counts the requests to which that happened. ProblemError for a text with a token that the model
+    does not have.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, window: int, *, prepend_bos: bool):
+    def __init__(self, tokenizer: Tokenizer | None, window: int, *, vocab_size: int, prepend_bos: bool):
         self._tokenizer = tokenizer
         self.window = window
+        self._vocab_size = vocab_size
         self._prepend_bos = prepend_bos
         self.truncated = 0
 
@@ -204,7 +207,7 @@ class Encoder:
             why, fix = "what is to be scored has no token", "leave out documents that end in no text"
             raise ProblemError([Problem("continuation", repr(continuation), why, fix, "empty")])
         before = self._fitted(before, self.window + 1 - len(after))
-        return Loglikelihood(np.array(before + after, np.int64), len(before))
+        return Loglikelihood(np.array(self._known(before + after), np.int64), len(before))
 
     def generate_until(
         self, context: str, until: Sequence[str], options: DecodingOptions, number: int = 0
@@ -212,11 +215,19 @@ class Encoder:
         """ProblemError if `options` leave no room for a context."""
         (ids,) = self._ids(context)
         prompt = self._fitted(ids, self.window - options.max_new_tokens)
-        return GenerateUntil(tuple(prompt), tuple(until), options, number)
+        return GenerateUntil(tuple(self._known(prompt)), tuple(until), options, number)
 
     def _ids(self, *texts: str) -> list[list[int]]:
         assert self._tokenizer is not None, "text needs a tokenizer"
         return self._tokenizer.encode_batch(texts, add_special_tokens=False)
+
+    def _known(self, ids: list[int]) -> list[int]:
+        assert self._tokenizer is not None
+        if (wrong := outside(ids, self._vocab_size)) is not None:
+            why = f"token id {wrong} of a text is none of the model's {self._vocab_size}"
+            fix = "use the tokenizer that the model was trained with"
+            raise ProblemError([Problem("tokenizer", self._tokenizer.type, why, fix, "range", limit=wrong)])
+        return ids
 
     def _fitted(self, ids: list[int], room: int) -> list[int]:
         """`ids` with what a text begins with, at least one token and at most `room`."""

@@ -54,7 +54,9 @@ def _run(
     task: Task, subject: Subject, engine: Engine, options: EvaluateOptions, progress: Callable[[float], None]
 ) -> Result:
     window = options.seq_length or subject.model.config.max_position_embeddings
-    encoder = Encoder(subject.tokenizer, window, prepend_bos=options.prepend_bos)
+    encoder = Encoder(
+        subject.tokenizer, window, vocab_size=subject.model.config.vocab_size, prepend_bos=options.prepend_bos
+    )
     result = task.score(engine.answers(_asked(task, subject, encoder, options), progress), options)
     if not encoder.truncated:
         return result

@@ -10,6 +10,7 @@ from typing import Any, TypedDict, TypeVar
 
 from cordee.families.reader import ConfigReader
 from cordee.model.config import (
+    Activation,
     AttentionConfig,
     LayerConfig,
     MLPConfig,
@@ -20,6 +21,20 @@ from cordee.tensors.rules import IDENTITY, Rule, module, rotary_halves, separate
 from cordee.tensors.views import Chain, Each, Op
 
 T = TypeVar("T")
+
+# What transformers calls the activations that there are, those first that are written.
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "relu": "relu",
+}
 
 FULL, SLIDING = "full_attention", "sliding_attention"  # types of layers
 
@@ -38,16 +53,17 @@ class Heads(TypedDict):
     head_dim: int
 
 
-def read_heads(hf: ConfigReader, head_dim: int | None = None) -> Heads:
-    """Query heads, KV heads and head_dim, by default `head_dim` or, for None, hidden size / heads."""
+def read_heads(hf: ConfigReader, head_dim: int | None = None, groups: int | None = None) -> Heads:
+    """Query heads, KV heads and head_dim. A missing key has the family's value, `groups` or `head_dim`; null, and a
+    missing key where the family has None, gives as many KV heads as query heads, and hidden size / heads.
+    """
     hidden, heads = hf.integer("hidden_size"), hf.integer("num_attention_heads")
-    groups = hf.integer("num_key_value_heads", heads)
+    groups = hf.nullable("num_key_value_heads", groups) or heads
     hf.divides("num_key_value_heads", groups, "num_attention_heads", heads)
-    if head_dim is None and hf.value("head_dim", None) is None:
+    head_dim = hf.nullable("head_dim", head_dim)
+    if head_dim is None:
         hf.divides("num_attention_heads", heads, "hidden_size", hidden)
-    return Heads(
-        num_heads=heads, num_kv_heads=groups, head_dim=hf.integer("head_dim", head_dim or max(1, hidden // heads))
-    )
+    return Heads(num_heads=heads, num_kv_heads=groups, head_dim=head_dim or max(1, hidden // heads))
 
 
 def read_plain_heads(hf: ConfigReader, grouped: bool = True) -> Heads:
@@ -68,15 +84,20 @@ def read_swiglu(hf: ConfigReader, bias: bool = False, key: str = "intermediate_s
     """A gated MLP with SiLU; `key` is its FFN hidden size."""
     return MLPConfig(
         ffn_hidden_size=hf.integer(key),
-        activation=hf.choice("hidden_act", {"silu": "silu"}, "silu"),
+        activation=hf.choice("hidden_act", names_of("silu"), "silu"),
         gated=True,
         bias=bias,
     )
 
 
+def names_of(activation: Activation) -> dict[str, Activation]:
+    """Those of `ACTIVATIONS` that compute this one."""
+    return {name: computed for name, computed in ACTIVATIONS.items() if computed == activation}
+
+
 def read_window(hf: ConfigReader, default: int | None = None) -> int | None:
     """Tokens of the sliding window: null is None, a missing key the family's `default`."""
-    return hf.integer("sliding_window", None if "sliding_window" in hf.hf else default)
+    return hf.nullable("sliding_window", default)
 
 
 def read_windows(

@@ -60,21 +60,25 @@ DERIVED = ("ep_size", "head_dim", "num_key_value_heads", "qk_head_dim")
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_model(hf: ConfigReader, router: RouterConfig, balance: BalanceConfig) -> ModelConfig:
-    """A model whose layers have experts from `first_k_dense_replace` on, every `moe_layer_freq`-th."""
+def read_model(
+    hf: ConfigReader, router: RouterConfig, balance: BalanceConfig, *, shared: int, dense_layers: int
+) -> ModelConfig:
+    """A model whose layers have experts from `first_k_dense_replace` on, every `moe_layer_freq`-th. `shared` experts
+    and so many `dense_layers` are the family's, where the keys are missing.
+    """
     for key in DERIVED:
         hf.value(key, None)
     norm, dense = common.read_norm(hf), common.read_swiglu(hf)
     expert = common.read_swiglu(hf, key="moe_intermediate_size")
-    shared = hf.integer("n_shared_experts", None) and hf.integer("n_shared_experts") * expert.ffn_hidden_size
+    width = (hf.nullable("n_shared_experts", shared) or 0) * expert.ffn_hidden_size
     moe = MoEConfig(
         router=router,
         expert=expert,
-        shared=replace(expert, ffn_hidden_size=shared) if shared else None,
+        shared=replace(expert, ffn_hidden_size=width) if width else None,
         balance=balance,
     )
     attention = read_latent_attention(hf)
-    first, every = hf.number("first_k_dense_replace", 0), hf.integer("moe_layer_freq", 1)
+    first, every = hf.number("first_k_dense_replace", dense_layers), hf.integer("moe_layer_freq", 1)
     layers = [
         LayerConfig(attention=attention, mlp=moe if i >= first and i % every == 0 else dense, norm=norm)
         for i in range(hf.integer("num_hidden_layers"))
@@ -97,7 +101,7 @@ def read_latent_attention(hf: ConfigReader) -> LatentAttentionConfig:
     rope = read_rope(hf, rope_dim)
     return LatentAttentionConfig(
         num_heads=hf.integer("num_attention_heads"),
-        q_lora_rank=hf.integer("q_lora_rank", None),
+        q_lora_rank=hf.nullable("q_lora_rank", 1536),
         kv_lora_rank=hf.integer("kv_lora_rank"),
         nope_head_dim=nope_dim,
         rope_head_dim=rope_dim,

@@ -24,7 +24,7 @@ def read(hf: ConfigReader) -> ModelConfig:
         num_devices=router.num_groups,
         top_devices=router.top_groups,
     )
-    return deepseek.read_model(hf, router, balance)
+    return deepseek.read_model(hf, router, balance, shared=2, dense_layers=0)
 
 
 def read_router(hf: ConfigReader) -> RouterConfig:

@@ -19,7 +19,7 @@ def read(hf: ConfigReader) -> ModelConfig:
         hf.integer("num_nextn_predict_layers")
     # Coefficient of the paper where the configuration has none: the published one leaves it out.
     balance = BalanceConfig(expert=hf.number("aux_loss_alpha", 0.0001), per_sequence=hf.flag("seq_aux", True))
-    return deepseek.read_model(hf, read_router(hf), balance)
+    return deepseek.read_model(hf, read_router(hf), balance, shared=1, dense_layers=3)
 
 
 def read_router(hf: ConfigReader) -> RouterConfig:

@@ -15,13 +15,13 @@ from cordee.families import common
 from cordee.families.family import Family
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import read_rope
-from cordee.model.config import Activation, AttentionConfig, LayerConfig, MLPConfig, ModelConfig, NormConfig
+from cordee.model.config import AttentionConfig, LayerConfig, MLPConfig, ModelConfig, NormConfig
 
-TANH: dict[str, Activation] = {"gelu_pytorch_tanh": "gelu_tanh"}
+TANH = common.names_of("gelu_tanh")
 
 
 def read(hf: ConfigReader) -> ModelConfig:
-    heads, bias = common.read_heads(hf, head_dim=256), hf.flag("attention_bias", False)
+    heads, bias = common.read_heads(hf, head_dim=256, groups=16), hf.flag("attention_bias", False)
     attention = AttentionConfig(**heads, qkv_bias=bias, out_bias=bias, rope=read_rope(hf, heads["head_dim"]))
     layer = LayerConfig(attention=attention, mlp=read_mlp(hf), norm=read_norm(hf))
     return read_model(hf, [layer] * hf.integer("num_hidden_layers"))

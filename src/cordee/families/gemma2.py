@@ -16,7 +16,7 @@ from cordee.tensors.rules import Rule, module
 
 
 def read(hf: ConfigReader) -> ModelConfig:
-    heads, bias = common.read_heads(hf, head_dim=256), hf.flag("attention_bias", False)
+    heads, bias = common.read_heads(hf, head_dim=256, groups=4), hf.flag("attention_bias", False)
     norm, mlp, rope = read_norm(hf), read_mlp(hf), read_rope(hf, heads["head_dim"])
     scale = hf.positive("query_pre_attn_scalar", 256) ** -0.5
     window = hf.integer(hf.alias("sliding_window", "sliding_window_size"), 4096)

@@ -17,7 +17,7 @@ from cordee.model.config import AttentionConfig, LayerConfig, ModelConfig, QKNor
 
 
 def read(hf: ConfigReader) -> ModelConfig:
-    heads, bias = common.read_heads(hf, head_dim=256), hf.flag("attention_bias", False)
+    heads, bias = common.read_heads(hf, head_dim=256, groups=4), hf.flag("attention_bias", False)
     norm, mlp = read_norm(hf), read_mlp(hf)
     far = read_rope(hf, heads["head_dim"], theta=1e6, layer_type="full_attention")
     near = read_rope(

@@ -21,7 +21,7 @@ def read(hf: ConfigReader) -> ModelConfig:
 
 
 def read_attention(hf: ConfigReader) -> AttentionConfig:
-    heads = common.read_heads(hf)
+    heads = common.read_heads(hf, head_dim=128, groups=2)
     rope = read_rope(hf, heads["head_dim"], partial=0.5)
     return AttentionConfig(**heads, qkv_bias=hf.flag("attention_bias", True), rope=rope)
 

@@ -1,46 +1,45 @@
 """GPT-2, and GPT-3 as far as dense attention goes.
 
 Layer norm before each half of a layer, learned positions, GELU, biases everywhere, tied head (Radford et al. 2019;
-Brown et al. 2020). Linear weights are stored `[in, out]`, the layout of the original's convolutions of width one.
+Brown et al. 2020). Scores may be divided by the number of the layer besides (Karamcheti et al. 2021). Linear weights
+are stored `[in, out]`, the layout of the original's convolutions of width one.
 """
 
 from __future__ import annotations
 
+import math
+
 from cordee.families import common
 from cordee.families.family import Family
-from cordee.families.lenses import Words
+from cordee.families.lenses import MODEL, Words
 from cordee.families.reader import ConfigReader
-from cordee.model.config import Activation, AttentionConfig, LayerConfig, MLPConfig, ModelConfig, NormConfig
+from cordee.model.config import AttentionConfig, LayerConfig, MLPConfig, ModelConfig, NormConfig
 from cordee.tensors.rules import TRANSPOSE, Rule, module, packed_qkv
 from cordee.tensors.views import Chain, Op
-
-ACTIVATIONS: dict[str, Activation] = {
-    "gelu_new": "gelu_tanh",
-    "gelu": "gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "relu": "relu",
-}
 
 
 def read(hf: ConfigReader) -> ModelConfig:
     hidden, heads = hf.integer("n_embd"), hf.integer("n_head")
     hf.divides("n_head", heads, "n_embd", hidden)
     norm = NormConfig(kind="layer", eps=hf.number("layer_norm_epsilon"))
-    attention = AttentionConfig(
-        num_heads=heads, num_kv_heads=heads, head_dim=max(1, hidden // heads), qkv_bias=True, out_bias=True
-    )
     mlp = MLPConfig(
         ffn_hidden_size=hf.integer("n_inner", 4 * hidden),
-        activation=hf.choice("activation_function", ACTIVATIONS, "gelu_new"),
+        activation=hf.choice("activation_function", common.ACTIVATIONS, "gelu_new"),
         gated=False,
         bias=True,
     )
+    head_dim, count = max(1, hidden // heads), hf.integer("n_layer")
+    attentions = [
+        AttentionConfig(
+            num_heads=heads, num_kv_heads=heads, head_dim=head_dim, qkv_bias=True, out_bias=True, scale=scale
+        )
+        for scale in read_scales(hf, head_dim, count)
+    ]
     return ModelConfig(
         vocab_size=hf.integer("vocab_size"),
         hidden_size=hidden,
         max_position_embeddings=hf.integer("n_positions"),
-        layers=(LayerConfig(attention=attention, mlp=mlp, norm=norm),) * hf.integer("n_layer"),
+        layers=tuple(LayerConfig(attention=attention, mlp=mlp, norm=norm) for attention in attentions),
         final_norm=norm,
         learned_positions=True,
         tie_word_embeddings=hf.flag("tie_word_embeddings", True),
@@ -49,6 +48,13 @@ def read(hf: ConfigReader) -> ModelConfig:
         hidden_dropout=hf.probability("resid_pdrop", 0.1),
         init_std=hf.number("initializer_range", 0.02),
     )
+
+
+def read_scales(hf: ConfigReader, head_dim: int, count: int) -> list[float | None]:
+    """What attention scores are multiplied by in each layer; None: by head_dim ** -0.5."""
+    plain, by_layer = hf.flag("scale_attn_weights", True), hf.flag("scale_attn_by_inverse_layer_idx", False)
+    first = head_dim**-0.5 if plain else 1.0
+    return [None if plain and not (by_layer and i) else first / (i + 1 if by_layer else 1) for i in range(count)]
 
 
 def layer_weights(layer: LayerConfig) -> list[Rule]:
@@ -72,7 +78,21 @@ def transposed(canonical: str, foreign: str, op: Op | None = None) -> list[Rule]
 
 
 def write_activation(words: Words) -> str | None:
-    return {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu"}.get(words["activation"])
+    names = (name for name, computed in common.ACTIVATIONS.items() if computed == words["activation"])
+    return next(names, None)
+
+
+def write_plain(words: Words) -> bool:
+    """Whether the scores of the first layer are multiplied by head_dim ** -0.5."""
+    attention = words[MODEL].layers[0].attention
+    return attention.scale is None or math.isclose(attention.scale, attention.key_dim**-0.5)
+
+
+def write_by_layer(words: Words) -> bool:
+    """Whether the scores of each layer are divided by its number, from 1."""
+    layers = words[MODEL].layers
+    first, last = (layer.attention.scale or layer.attention.key_dim**-0.5 for layer in (layers[0], layers[-1]))
+    return len(layers) > 1 and math.isclose(first, last * len(layers))
 
 
 FAMILY = Family(
@@ -104,6 +124,8 @@ FAMILY = Family(
         "resid_pdrop": "hidden_dropout",
         "initializer_range": "init_method_std",
         "layer_norm_epsilon": "norm_epsilon",
+        "scale_attn_by_inverse_layer_idx": write_by_layer,
+        "scale_attn_weights": write_plain,
         "tie_word_embeddings": "tied",
     },
 )

@@ -18,7 +18,7 @@ from typing import Literal
 from cordee.families import common
 from cordee.families.experts import expert_keys, expert_list_weights, read_balance, read_choice
 from cordee.families.family import Family, keys
-from cordee.families.gpt2 import ACTIVATIONS, write_activation
+from cordee.families.gpt2 import write_activation
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import read_rope
 from cordee.model.config import (
@@ -40,7 +40,7 @@ def read(hf: ConfigReader) -> ModelConfig:
     attention = AttentionConfig(**heads, qkv_bias=bias, out_bias=bias, rope=read_rope(hf, heads["head_dim"]))
     expert = MLPConfig(
         ffn_hidden_size=hf.integer("intermediate_size"),
-        activation=hf.choice("hidden_act", ACTIVATIONS, "gelu"),
+        activation=hf.choice("hidden_act", common.ACTIVATIONS, "gelu"),
         gated=False,
         bias=hf.flag("mlp_bias", True),
     )

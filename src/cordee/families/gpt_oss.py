@@ -14,6 +14,7 @@ from cordee.families.family import Family, keys
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import read_rope
 from cordee.model.config import (
+    Activation,
     AttentionConfig,
     BalanceConfig,
     LayerConfig,
@@ -24,13 +25,16 @@ from cordee.model.config import (
 )
 from cordee.tensors.rules import Rule, module
 
+CLAMPED: dict[str, Activation] = {name: "swiglu_clamped" for name in common.names_of("silu")}
+
 
 def read(hf: ConfigReader) -> ModelConfig:
     refuse_quantised(hf)
     hf.value("initial_context_length", None)  # said again among the rotary positions
     if hf.value("rope_parameters", None) is None:
         hf.value("rope_scaling")  # where neither is given, transformers stretches positions as the published models do
-    heads, norm, bias = common.read_heads(hf), common.read_norm(hf), hf.flag("attention_bias", True)
+    heads, norm = common.read_heads(hf, head_dim=64, groups=8), common.read_norm(hf)
+    bias = hf.flag("attention_bias", True)
     attention = AttentionConfig(
         **heads,
         qkv_bias=bias,
@@ -68,7 +72,7 @@ def refuse_quantised(hf: ConfigReader) -> None:
 def read_expert(hf: ConfigReader) -> MLPConfig:
     return MLPConfig(
         ffn_hidden_size=hf.integer("intermediate_size"),
-        activation=hf.choice("hidden_act", {"silu": "swiglu_clamped"}, "silu"),
+        activation=hf.choice("hidden_act", CLAMPED, "silu"),
         gated=True,
         bias=True,
         limit=hf.positive("swiglu_limit", 7.0),

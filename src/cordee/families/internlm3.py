@@ -10,7 +10,7 @@ from cordee.model.config import AttentionConfig, LayerConfig, ModelConfig
 
 
 def read(hf: ConfigReader) -> ModelConfig:
-    heads, norm = common.read_heads(hf), common.read_norm(hf)
+    heads, norm = common.read_heads(hf, head_dim=128, groups=2), common.read_norm(hf)
     qkv_bias = hf.flag(hf.alias("qkv_bias", "attention_bias"), False)
     bias = hf.flag(hf.alias("bias", "mlp_bias"), False)  # of all other matrices
     attention = AttentionConfig(**heads, qkv_bias=qkv_bias, out_bias=bias, rope=read_rope(hf, heads["head_dim"]))

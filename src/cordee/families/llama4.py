@@ -51,7 +51,7 @@ def read(hf: ConfigReader) -> ModelConfig:
 
 def read_attention(hf: ConfigReader) -> list[AttentionConfig]:
     """Attention of every layer."""
-    heads, bias = common.read_heads(hf), hf.flag("attention_bias", False)
+    heads, bias = common.read_heads(hf, head_dim=128, groups=8), hf.flag("attention_bias", False)
     plain = AttentionConfig(**heads, qkv_bias=bias, out_bias=bias)
     growth = TemperatureScaling(scale=hf.number("attn_scale", 0.1), floor_scale=hf.positive("floor_scale", 8192))
     without_rope = replace(plain, query_scaling=growth if hf.value("attn_temperature_tuning", True) else None)

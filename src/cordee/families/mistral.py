@@ -10,7 +10,7 @@ from cordee.model.config import AttentionConfig, LayerConfig, ModelConfig
 
 
 def read(hf: ConfigReader) -> ModelConfig:
-    heads, norm = common.read_heads(hf), common.read_norm(hf)
+    heads, norm = common.read_heads(hf, groups=8), common.read_norm(hf)
     attention = AttentionConfig(**heads, rope=read_rope(hf, heads["head_dim"]), window=common.read_window(hf, 4096))
     layer = LayerConfig(attention=attention, mlp=common.read_swiglu(hf), norm=norm)
     return common.read_model(hf, [layer] * hf.integer("num_hidden_layers"), norm)

@@ -16,7 +16,7 @@ from cordee.tensors.rules import Rule, module
 
 
 def read(hf: ConfigReader) -> ModelConfig:
-    heads, norm = common.read_heads(hf), common.read_norm(hf)
+    heads, norm = common.read_heads(hf, groups=8), common.read_norm(hf)
     rope = read_rope(hf, heads["head_dim"], theta=1e6)
     attention = AttentionConfig(**heads, rope=rope, window=hf.integer("sliding_window", None))
     moe = MoEConfig(

@@ -24,7 +24,7 @@ from cordee.tensors.rules import Rule, module
 
 
 def read(hf: ConfigReader) -> ModelConfig:
-    heads, norm = common.read_heads(hf), common.read_norm(hf)
+    heads, norm = common.read_heads(hf, groups=16), common.read_norm(hf)
     bias, rope = hf.flag("qkv_bias", True), read_rope(hf, heads["head_dim"])
     moe = MoEConfig(
         router=RouterConfig(**read_choice(hf, "num_experts"), normalise=hf.flag("norm_topk_prob", False)),

@@ -12,9 +12,9 @@ from cordee.families.rope import read_rope
 from cordee.model.config import AttentionConfig, LayerConfig, ModelConfig, QKNormConfig
 
 
-def read_attention(hf: ConfigReader) -> AttentionConfig:
-    """Attention of Qwen3, with or without experts, windows left out."""
-    heads, bias = common.read_heads(hf, head_dim=128), hf.flag("attention_bias", False)
+def read_attention(hf: ConfigReader, **defaults: int) -> AttentionConfig:
+    """Attention of Qwen3, with or without experts, windows left out; `defaults` as for `read_heads`."""
+    heads, bias = common.read_heads(hf, **defaults), hf.flag("attention_bias", False)
     return AttentionConfig(
         **heads,
         qkv_bias=bias,
@@ -25,7 +25,7 @@ def read_attention(hf: ConfigReader) -> AttentionConfig:
 
 
 def read(hf: ConfigReader) -> ModelConfig:
-    attention, norm, mlp = read_attention(hf), common.read_norm(hf), common.read_swiglu(hf)
+    attention, norm, mlp = read_attention(hf, head_dim=128, groups=32), common.read_norm(hf), common.read_swiglu(hf)
     layers = [
         LayerConfig(attention=replace(attention, window=window), mlp=mlp, norm=norm) for window in read_windows(hf)
     ]

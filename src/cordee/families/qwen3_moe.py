@@ -35,7 +35,7 @@ def read(hf: ConfigReader) -> ModelConfig:
         expert=common.read_swiglu(hf, key="moe_intermediate_size"),
         balance=read_balance(hf),
     )
-    attention, norm, dense = read_attention(hf), common.read_norm(hf), common.read_swiglu(hf)
+    attention, norm, dense = read_attention(hf, groups=4), common.read_norm(hf), common.read_swiglu(hf)
     attention = replace(attention, window=read_window(hf))
     layers = [LayerConfig(attention=attention, mlp=moe if s else dense, norm=norm) for s in read_sparse_layers(hf)]
     return common.read_model(hf, layers, norm)

@@ -143,6 +143,10 @@ class ConfigReader:
         fits = isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
         return value if value is default or fits else self._wrong(key, value, "a positive whole number", 1)
 
+    def nullable(self, key: str, default: int | None) -> Any:
+        """As `integer`, where null has a meaning of its own: None, and a missing key the `default`."""
+        return self.integer(key, None if key in self.hf else default)
+
     def number(self, key: str, default: Any = REQUIRED) -> Any:
         """A number that is not negative."""
         return self._number(key, default, lambda value: 0 <= value < _MANY, "a number of at least 0", 1.0)

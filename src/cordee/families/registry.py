@@ -145,7 +145,8 @@ class ModelSpec:
         known = self.hf_config.get("eos_token_id")
         if known is None or eos in (known if isinstance(known, list) else [known]):
             return self
-        return replace(self, hf_config=self.hf_config | {"bos_token_id": bos, "eos_token_id": eos})
+        named = self.hf_config | {"bos_token_id": bos, "eos_token_id": eos}
+        return replace(self, hf_config=named)._with_fitting_tokens()
 
     def with_vocab_size(self, vocab_size: int) -> ModelSpec:
         """The same model with `vocab_size` rows in its embedding and head."""

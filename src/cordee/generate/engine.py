@@ -22,6 +22,7 @@ from cordee.log import counted, logger
 from cordee.model.config import ModelConfig
 from cordee.model.gpt import GPTModel
 from cordee.parallel.inference import InferenceStage
+from cordee.tokenizer.base import outside
 
 Prompts = Sequence[Sequence[int]]
 Ended = Callable[[int, Sequence[int]], bool]  # whether sample `number`, of which these tokens are there, is complete
@@ -133,10 +134,10 @@ def check(
     for option, prompt in zip(places or (f"prompt {number}" for number in count(1)), prompts, strict=False):
         if not prompt:
             problems.append(Problem(option, None, "it has no tokens", "begin with at least one, such as bos"))
-        elif min(prompt) < 0 or max(prompt) >= vocab_size:
-            wrong = next(token for token in prompt if not 0 <= token < vocab_size)
+        elif (wrong := outside(prompt, vocab_size)) is not None:
             why = f"token id {wrong} is none of the model's {vocab_size}"
-            problems.append(Problem(option, None, why, "use the tokenizer that the model was trained with"))
+            fix = "use the tokenizer that the model was trained with"
+            problems.append(Problem(option, None, why, fix, "range", limit=wrong))
         elif (length := len(prompt) + options.max_new_tokens) > room:
             given = counted(len(prompt), "token")
             why = f"{given} and {options.max_new_tokens} new ones are {length}; the model holds {room}"

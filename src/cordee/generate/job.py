@@ -21,7 +21,7 @@ from cordee.data.readers import reading, text_files
 from cordee.data.readers.chunk import Invalid
 from cordee.errors import Findings, Problem, ProblemError, Problems, raise_all
 from cordee.generate.engine import check, stream
-from cordee.generate.loading import check_part, check_vocabulary, load_part, stop_ids, tokenizer_of
+from cordee.generate.loading import check_part, load_part, stop_ids, tokenizer_of
 from cordee.generate.options import GenerateConfig, GenerateOptions
 from cordee.generate.results import NewFile, check_new
 from cordee.generate.text import continuation, encode_prompts
@@ -119,7 +119,6 @@ def _prepare(config: GenerateConfig) -> _Prepared:
     tokenizer = found.attempt(lambda: tokenizer_of(config, source))
     prompts, stop = [], None
     if source is not None and tokenizer is not None:
-        found.problems += check_vocabulary(tokenizer, source.spec.config)
         ids = encode_prompts(tokenizer, list(texts.values()))
         found.problems += check(source.spec.config, ids, config, texts)
         prompts = list(zip(texts.values(), ids, strict=True))

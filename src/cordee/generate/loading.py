@@ -13,12 +13,11 @@ import torch
 
 from cordee import device as devices
 from cordee import launch
-from cordee.errors import Findings, Problem, ProblemError, Problems, at_most
+from cordee.errors import Findings, Problem, ProblemError
 from cordee.families.reader import read_object
 from cordee.families.registry import ModelSpec
 from cordee.generate.options import InferenceConfig
 from cordee.log import logger
-from cordee.model.config import ModelConfig
 from cordee.model.gpt import GPTModel
 from cordee.parallel import collectives, inference
 from cordee.parallel.degrees import Degrees
@@ -108,14 +107,10 @@ def tokenizer_of(config: InferenceConfig, source: Source | None) -> Tokenizer | 
     """The tokenizer of the options, else that beside the model; None if they name none and there is no model."""
     if source is None and not names_tokenizer(config):
         return None
-    return load_tokenizer(config, str(source.assets) if source and source.assets else None)
-
-
-def check_vocabulary(tokenizer: Tokenizer, model: ModelConfig) -> Problems:
-    """A tokenizer may have fewer tokens than the model has rows, which are often padded, but not more."""
-    rows = f"the {model.vocab_size} rows of the model's embedding"
-    instead = "the tokenizer that the model was trained with"
-    return at_most("tokenizer", tokenizer.vocab_size, model.vocab_size, rows, instead=instead)
+    tokenizer = load_tokenizer(config, str(source.assets) if source and source.assets else None)
+    if source is not None and (note := tokenizer.beyond(source.spec.config.vocab_size)):
+        logger.warning(note)
+    return tokenizer
 
 
 def stop_ids(spec: ModelSpec, assets: Path | None, tokenizer: Tokenizer | None) -> frozenset[int]:

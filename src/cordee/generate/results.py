@@ -23,15 +23,18 @@ def check_new(path: str | None) -> None:
             [Problem("--output", path, "there is such a file already", "give the name of a new one", "taken")]
         )
     if launch.rank_info().rank == 0:  # the machines of others need not have the folder
-        raise_all(unwritable("--output", path, Path(path).parent, made=False))
+        raise_all(unwritable("--output", path, Path(path).parent))
 
 
 class NewFile:
-    """A file that was not there before, written line by line. ProblemError for what keeps it from being written."""
+    """A file that was not there before, written line by line; its folder is made if need be. ProblemError for what
+    keeps it from being written.
+    """
 
     def __init__(self, path: str):
         self._path = path
         with self._as_problems():
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "x", encoding="utf-8")  # noqa: SIM115 - closed by `close`
 
     def write(self, line: str) -> None:

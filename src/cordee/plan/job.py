@@ -13,6 +13,7 @@ from pathlib import Path
 from cordee.config import laws
 from cordee.config.values import whole_numbers
 from cordee.errors import Problem, ProblemError, Problems, at_most, divisible, raise_all
+from cordee.files import unwritable
 from cordee.parallel.pipeline import micro_batches
 from cordee.parallel.pipeline.schedules import REDUCING, STAGES_PER_RANK, problems, rank_actions, with_reduction
 from cordee.plan.options import PlanConfig
@@ -156,8 +157,7 @@ def _output(path: Path) -> Problems:
         yield Problem(
             "--output", path, "a picture is drawn as SVG or PNG", "let the name end in .svg or .png", "format"
         )
-    if not path.absolute().parent.is_dir():
-        yield Problem("--output", path, "there is no such directory", "make it first", "missing")
+    yield from unwritable("--output", path, path.parent)
 
 
 def _fit(config: PlanConfig, cases: Sequence[Case]) -> Problems:

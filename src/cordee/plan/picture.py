@@ -50,6 +50,7 @@ def draw(timelines: Sequence[Timeline], path: Path) -> None:
     handles.append(Patch(color=IDLE, label="idle"))
     figure.legend(handles=handles, loc="lower center", ncols=len(handles), frameon=False, fontsize=LINE)
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "cordee"}):
+        path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
 
 

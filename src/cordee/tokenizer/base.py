@@ -36,6 +36,11 @@ class Roles:
     eod: int | None = None
 
 
+def outside(ids: Iterable[int], vocab_size: int) -> int | None:
+    """The first of `ids` that is not one of so many; None if all are."""
+    return next((i for i in ids if not 0 <= i < vocab_size), None)
+
+
 class Tokenizer(ABC):
     """Text to ids and back. Ids are `0 <= id < vocab_size`; a special token that does not exist is None.
 
@@ -79,6 +84,16 @@ class Tokenizer(ABC):
     @abstractmethod
     def save(self, directory: str | Path) -> None:
         """Write the files of a Hugging Face tokenizer that gives the same ids."""
+
+    def beyond(self, rows: int) -> str | None:
+        """A note if there are more tokens than a model has rows, which is no fault before such a token occurs."""
+        if self.vocab_size <= rows:
+            return None
+        ids = f"id {rows} is" if self.vocab_size == rows + 1 else f"ids {rows} to {self.vocab_size - 1} are"
+        return (
+            f"the tokenizer has {self.vocab_size} tokens, the model's embedding {rows} rows: "
+            f"{ids} refused where a text has such a token"
+        )
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return self.encode_batch([text], add_special_tokens=add_special_tokens)[0]

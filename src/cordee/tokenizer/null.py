@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 
 from cordee.errors import Problem, ProblemError
-from cordee.tokenizer.base import Roles, Tokenizer
+from cordee.tokenizer.base import Roles, Tokenizer, outside
 
 
 class NullTokenizer(Tokenizer):
@@ -25,7 +26,7 @@ class NullTokenizer(Tokenizer):
         except ValueError as error:
             fix = "give text that is numbers with spaces between them, or another tokenizer"
             raise ProblemError([Problem("--tokenizer-type", self.type, f"the text is not: {error}", fix)]) from error
-        wrong = next((i for ids in batch for i in ids if not 0 <= i < self.vocab_size), None)
+        wrong = outside(chain.from_iterable(batch), self.vocab_size)
         if wrong is not None:
             why = f"the text holds {wrong}, which is not among 0 to {self.vocab_size - 1}"
             raise ProblemError(

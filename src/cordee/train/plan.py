@@ -165,7 +165,12 @@ def _adapted(spec: ModelSpec, config: TrainConfig, found: Findings) -> ModelSpec
 def _place(run: PlacedRun, tokenizer: Tokenizer | None, found: Findings) -> StagePartition | None:
     """How a pipeline shards a model; all that keeps the run from using it is added to `found`."""
     if run.model is not None:
-        found.problems += _fit_problems(run.options.seq_length, run.model, tokenizer)
+        longest = run.model.max_position_embeddings
+        positions = f"the {longest} positions that the model holds"
+        involved = ("max_position_embeddings", "model", "load")
+        found.problems += at_most("--seq-length", run.options.seq_length, longest, positions, *involved)
+        if tokenizer is not None and (note := tokenizer.beyond(run.model.vocab_size)):
+            found.notes.append(note)
     found.problems += layout_problems(run) if run.degrees.world_size > 1 else ()
     return found.attempt(lambda: pipeline_check.partition(run))
 
@@ -298,15 +303,6 @@ def _vocabulary_problems(config: TrainConfig, rows: int) -> Problems:
         yield from divides(
             "--make-vocab-size-divisible-by", config.make_vocab_size_divisible_by, rows, "tokens of the model", "load"
         )
-
-
-def _fit_problems(seq_length: int, model: ModelConfig, tokenizer: Tokenizer | None) -> Problems:
-    longest, vocab_size = model.max_position_embeddings, model.vocab_size
-    positions = f"the {longest} positions that the model holds"
-    yield from at_most("--seq-length", seq_length, longest, positions, "max_position_embeddings", "model", "load")
-    if tokenizer is not None:
-        why, involved = f"the {vocab_size} tokens of the model", (*_TOKENIZER, *_MODEL)
-        yield from at_most("tokenizer", tokenizer.vocab_size, vocab_size, why, *involved)
 
 
 # ---- output --------------------------------------------------------------------------------------------------------

@@ -119,14 +119,16 @@ class _Directory(Findings):
         self.problems.append(Problem(str(self.path / file), None, why, fix, kind, limit=limit))
 
     def open_all(self) -> Iterator[TensorFile]:
-        """The files with weights, safetensors before `.bin`."""
+        """The files with weights; as in transformers safetensors come before `.bin`, and a whole file before shards."""
         for single, index, kind in ((SAFETENSORS, SAFETENSORS_INDEX, SafetensorsFile), (BIN, BIN_INDEX, BinFile)):
-            if (self.path / index).is_file():
-                yield from self._open_sharded(index, kind)
-                return
             if (self.path / single).is_file():
+                if (self.path / index).is_file():
+                    self.notes.append(f"{index} ignored: {single} is there, which transformers reads too")
                 if (file := self._open(single, kind)) is not None:
                     yield file
+                return
+            if (self.path / index).is_file():
+                yield from self._open_sharded(index, kind)
                 return
         if loose := sorted(path.name for path in self.path.glob("*-of-*") if path.suffix in (".safetensors", ".bin")):
             why = f"there are shards ({', '.join(loose)}), but no {SAFETENSORS_INDEX} or {BIN_INDEX}"
@@ -169,9 +171,11 @@ class _Directory(Findings):
             self.problem(index, "unnamed", why, "copy index and shards from the same checkpoint", extra)
 
 
-def open_files(path: Path) -> dict[str, TensorFile]:
-    """The file that holds each tensor of a Hugging Face directory. ProblemError with all that is wrong with them."""
+def open_files(path: Path) -> tuple[dict[str, TensorFile], tuple[str, ...]]:
+    """The file that holds each tensor of a Hugging Face directory, and notes of what is not read in it. ProblemError
+    with all that is wrong with them.
+    """
     directory = _Directory(path=path)
     holders = {name: file for file in directory.open_all() for name in file.tensors}
     raise_all(directory.problems)
-    return holders
+    return holders, tuple(directory.notes)

@@ -45,16 +45,27 @@ def read(path: str | Path, rename: Rename = str) -> HFSource:
     """
     path = Path(path)
     spec = spec_from_directory(path)
-    return HFSource(path, spec, open_files(path), rename)
+    files, notes = open_files(path)
+    return HFSource(path, spec, files, rename, notes)
 
 
 class HFSource(RuledSource):
-    """Weights in a Hugging Face directory. `files` maps each foreign name to the file that holds it."""
+    """Weights in a Hugging Face directory. `files` maps each foreign name to the file that holds it; `notes` are of
+    what is not read.
+    """
 
-    def __init__(self, path: Path, spec: ModelSpec, files: dict[str, TensorFile], rename: Rename = str):
+    def __init__(
+        self,
+        path: Path,
+        spec: ModelSpec,
+        files: dict[str, TensorFile],
+        rename: Rename = str,
+        notes: tuple[str, ...] = (),
+    ):
         self.path = path
         self.assets = path
         self.files = files
+        self.notes = notes
         self.spec = _with_prefix_of(spec, files)
         self._leave_out()
         self._rules = _renamed(self.spec.rules(), rename)

@@ -64,11 +64,11 @@ def recognises(path: Path) -> bool:
     try:
         if not (path / "config.json").is_file():
             return False
-        if index.is_file():
+        if not single.is_file():
+            if not index.is_file():
+                return False
             with index.open(encoding="utf-8", errors="replace") as file:
                 return f'"{EMBEDDING}"' in file.read(_LARGEST)
-        if not single.is_file():
-            return False
         with single.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = file.read(min(length, _LARGEST))

@@ -59,13 +59,15 @@ def reading(option: str, given: object) -> Iterator[None]:
 
 
 def extension(path: Path) -> str | None:
-    """The extension that names the format, such as `.jsonl.gz`; None if it is unknown."""
-    return next((ending for ending in sorted(readers(), key=len, reverse=True) if path.name.endswith(ending)), None)
+    """The extension that names the format, such as `.jsonl.gz`, in whatever case; None if it is unknown."""
+    name = path.name.lower()
+    return next((ending for ending in sorted(readers(), key=len, reverse=True) if name.endswith(ending)), None)
 
 
 def input_files(path: Path, instead: str = "") -> list[Path]:
-    """The files to read: `path`, or those in the directory `path` that have its most frequent known extension, by
-    name. Raises `ProblemError` if there are none; `instead` is what else could be given."""
+    """The files to read: `path`, or those in the directory `path` and its subfolders that have the most frequent known
+    extension, in the order of their paths. Raises `ProblemError` if there are none; `instead` is what else could be
+    given. OSError if a folder cannot be read."""
     known = ", ".join(ending for ending in readers() if not ending.endswith(".gz"))
     if path.is_file():
         if extension(path) is None:
@@ -76,14 +78,30 @@ def input_files(path: Path, instead: str = "") -> list[Path]:
     if not path.is_dir():
         why, fix = "there is no such file or directory", either("check the path", instead)
         raise ProblemError([Problem("--input", path, why, fix, "missing")])
-    files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+    files = sorted(_files(path))
     counts = Counter(ending for file in files if (ending := extension(file)))
     if not counts:
         why = f"it holds no file that ends in {known}"
         raise ProblemError([Problem("--input", path, why, "check the path", "empty")])
     chosen = counts.most_common(1)[0][0]
-    others = [file.name for file in files if extension(file) != chosen]
+    others = [str(file.relative_to(path)) for file in files if extension(file) != chosen]
     if others:
         shown = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
         logger.warning("Of %s only the files ending in %s are read; %d are not: %s", path, chosen, len(others), shown)
     return [file for file in files if extension(file) == chosen]
+
+
+def _files(path: Path) -> Iterator[Path]:
+    """All files below a directory, hidden ones left out; links are followed, but not into a folder that they are in."""
+    waiting: list[tuple[Path, frozenset[Path]]] = [(path, frozenset())]
+    while waiting:
+        folder, around = waiting.pop()
+        if (real := folder.resolve()) in around:
+            continue
+        for entry in folder.iterdir():
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                waiting.append((entry, around | {real}))
+            elif entry.is_file() and not (entry.suffix == ".json" and entry.with_suffix(".idx").exists()):
+                yield entry  # the others are manifests of preprocessed data

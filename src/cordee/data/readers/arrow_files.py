@@ -26,7 +26,7 @@ def read(path: Path, keys: Sequence[str]) -> Iterator[Chunk]:
     """The chunks of one file. Raises `ProblemError` if it is damaged, or has no such columns of text."""
     import pyarrow
 
-    rows = _parquet_rows if path.suffix == ".parquet" else _arrow_rows
+    rows = _parquet_rows if path.suffix.lower() == ".parquet" else _arrow_rows
     try:
         yield from table_chunks(str(path), numbered(rows(path, list(keys))))
     except (pyarrow.ArrowInvalid, OSError) as error:

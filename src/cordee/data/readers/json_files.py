@@ -41,7 +41,8 @@ def read(path: Path, keys: Sequence[str]) -> Iterator[Chunk]:
     """The chunks of one file. Raises `ProblemError` if it ends too early or its values are not separated as they must
     be; what is wrong inside a value makes that an invalid record."""
     start = _start(path)
-    if ".jsonl" in path.suffixes or (not start.startswith(b"[") and start.split(b"\n", 1)[0].strip() != b"{"):
+    by_name = "jsonl" in path.name.lower().split(".")
+    if by_name or (not start.startswith(b"[") and start.split(b"\n", 1)[0].strip() != b"{"):
         yield from _lines(path)
         return
     group: list[bytes | None] = []

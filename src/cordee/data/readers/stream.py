@@ -43,7 +43,7 @@ class ByteStream:
 def open_stream(path: Path) -> Iterator[ByteStream]:
     """Raises `ProblemError` if the file is no gzip file although its name says so, or is cut off."""
     with open(path, "rb") as raw:
-        file: IO[bytes] = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw  # type: ignore[assignment]
+        file: IO[bytes] = gzip.GzipFile(fileobj=raw) if path.suffix.lower() == ".gz" else raw  # type: ignore[assignment]
         try:
             if file is not raw and not raw.peek(1):
                 raise EOFError("it is empty, which no gzip file is")

@@ -68,6 +68,7 @@ class Recorder:
     def _write(self, spans: list[dict[str, object]]) -> None:
         assert self._path is not None
         try:
+            Path(self._path).parent.mkdir(parents=True, exist_ok=True)
             Path(self._path).write_text(json.dumps(spans), encoding="utf-8")
         except OSError as error:  # the run is worth more than its picture
             logger.warning("--pipeline-timeline %s could not be written: %s", self._path, error)

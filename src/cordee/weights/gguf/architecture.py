@@ -181,6 +181,7 @@ def hf_config(row: Architecture, values: Values, names: Collection[str], factors
     sizes = [hf.get(name) for name in ("num_attention_heads", "hidden_size")]
     if all(isinstance(size, int) and size > 0 for size in sizes):  # else reading the config reports them
         hf |= {"head_dim": _head(get), **row.derive(get)}
+        hf.setdefault("num_key_value_heads", hf["num_attention_heads"])
     if hf.get("head_dim") and (rotated := get("rope.dimension_count")) not in (None, hf["head_dim"]):
         hf["partial_rotary_factor"] = rotated / hf["head_dim"]
     if (layers := hf.get("num_hidden_layers", 0)) > len(names):

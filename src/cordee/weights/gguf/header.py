@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from cordee.files import holds_weights
+
 MAGIC = b"GGUF"
 SUFFIX = ".gguf"
 VERSIONS = (2, 3)
@@ -53,8 +55,7 @@ def is_gguf(path: Path) -> bool:
     if path.is_file():
         with path.open("rb") as file:
             return path.suffix == SUFFIX or file.read(len(MAGIC)) == MAGIC
-    others = any(any(path.glob(pattern)) for pattern in ("*.safetensors", "*.bin", "*.index.json"))
-    return not others and any(path.glob(f"*{SUFFIX}"))
+    return not holds_weights(path) and any(path.glob(f"*{SUFFIX}"))
 
 
 def read_header(path: Path, sizes: Sizes) -> Header:

@@ -15,7 +15,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 
 from cordee.errors import Problem, ProblemError, Problems, divides, excludes, raise_all, requires
-from cordee.files import read_json
+from cordee.files import holds_weights, read_json
 from cordee.model import shards
 from cordee.model.config import ModelConfig
 
@@ -140,10 +140,13 @@ def _name_of(iteration: int) -> str:
 
 
 def current(root: Path) -> Path | None:
-    """The folder that the tracker file of a checkpoint names, as far as it can be read."""
+    """The folder that the tracker file of a checkpoint names, as far as it can be read.
+
+    Beside weights of Hugging Face's form DeepSpeed's names what a trainer resumes from, and no checkpoint of a model.
+    """
     if (text := _tracked(root / TRACKER)) is not None:
         return root / (_name_of(int(text)) if text.isdecimal() else RELEASE)
-    if (text := _tracked(root / DEEPSPEED_TRACKER)) is not None:
+    if not holds_weights(root) and (text := _tracked(root / DEEPSPEED_TRACKER)) is not None:
         return root / text if text == Path(text).name else None  # such as global_step1000: a name, and no path
     return None
 
