@@ -32,6 +32,7 @@ class _Declaration:
     below: float | None = None
     positional: bool = False
     reads: str | None = None
+    empty: bool = False
 
 
 def option(default: Any, help: str, **details: Any) -> Any:
@@ -48,6 +49,7 @@ def option(default: Any, help: str, **details: Any) -> Any:
         metavar: how the help names the value.
         at_least, above, at_most, below: the range of a number, or of each number of a list.
         positional: the value also stands without its flag: `cordee bench train`.
+        empty: a text may have no characters, which is else what a variable that is not set leaves.
         reads: the value is a file that sets further options, by what this function, `module:function`, reads of it.
     """
     declaration = _Declaration(help=help, **details)

@@ -6,7 +6,6 @@ schedule.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from cordee.errors import Problem, ProblemError
+from cordee.files import read_json
 from cordee.parallel.pipeline.schedules import Action, Kind
 
 
@@ -93,7 +93,7 @@ def read_timeline(path: Path, *, layers: Sequence[float], sizes: Sequence[float]
     ProblemError if it is none, or has other stages and micro-batches than `layers` and `sizes`.
     """
     try:
-        spans = [_span(record) for record in json.loads(path.read_text(encoding="utf-8"))]
+        spans = [_span(record) for record in read_json(path)]
     except (OSError, ValueError, KeyError, TypeError) as error:
         fix = "give the file that a run wrote: a list of {rank, kind, stage, micro_batch, start, end}"
         raise ProblemError([Problem("--timeline", path, f"it is no timeline: {error!r}", fix, "format")]) from error
