@@ -213,9 +213,8 @@ class ConfigReader:
             if value is not None and value not in MATHEMATICAL[key]:
                 found.append(_unimplemented(f"{self.where}: {key}", value))
         layer_types = self.hf.get("layer_types") if "layer_types" not in self._read else None
-        if layer_types and not (
-            isinstance(layer_types, list) and all(kind == "full_attention" for kind in layer_types)
-        ):
+        plain = isinstance(layer_types, list) and all(kind == "full_attention" for kind in layer_types)
+        if layer_types and not plain:
             found.append(_unimplemented(f"{self.where}: layer_types", layer_types))
         return sorted(found, key=lambda problem: problem.option)
 
