@@ -31,7 +31,8 @@ from cordee.convert import job as convert
 from cordee.convert.options import ConvertConfig
 from cordee.data.indexed import IndexedDataset
 from cordee.data.readers import read_file, reading
-from cordee.errors import ProblemError, raise_all
+from cordee.device import KINDS
+from cordee.errors import OUTSIDE, Problem, ProblemError, problem_of, raise_all
 from cordee.generate.loading import stop_ids
 from cordee.plan.timeline import read_timeline
 from cordee.tensors.views import whole
@@ -39,6 +40,7 @@ from cordee.tokenizer import load_tokenizer
 from cordee.tokenizer.options import TokenizerOptions
 from cordee.train import job as train
 from tests.generate.folders import write_tokenizer
+from tests.problems import facts, limits
 from tests.train import tiny as run
 from tests.weights import tiny
 
@@ -139,10 +141,10 @@ def _runs(root: Path) -> Iterator[tuple[str, Subject]]:
     for name in ("cordee.json", ".metadata"):
         (file,) = Path(config.save or "").rglob(name)
         yield f"checkpoint {name}", Subject(file, lambda folder=file.parent: weights(folder))
+    prefix = config.data_path[0]
     for ending in ("bin", "idx"):
-        prefix = config.data_path[0]
         yield ending, Subject(Path(f"{prefix}.{ending}"), lambda: documents(prefix))
-    wanted = {**run.MODEL, "data_path": [config.data_path[0]], "lr": 1e-3, "train_iters": 2, "seq_length": 16}
+    wanted = {**run.MODEL, "data_path": [prefix], "lr": 1e-3, "train_iters": 2, "seq_length": 16}
     settings = {"train_micro_batch_size_per_gpu": 1, "fp16": {"enabled": False}, "zero_optimization": {"stage": 1}}
     for name, content in {"run.yaml": wanted, "deepspeed.json": settings}.items():
         (root / name).write_text(json.dumps(content))
@@ -274,6 +276,8 @@ def bound(read: Callable[[], object], size: int) -> None:
         read()
     except ProblemError as error:
         assert str(error)
+    except OUTSIDE as error:
+        assert str(problem_of(error))
     if before is not None:
         assert resident("VmHWM") - before <= 2 * size + CONSTANT
 
@@ -309,40 +313,9 @@ def test_any_file_is_read_or_refused(subjects, name, cases):
         subject.file.write_bytes(content)
 
 
-TEXTS = [
-    "",
-    "0",
-    "-1",
-    "1",
-    "3",
-    "1e300",
-    "-1e300",
-    "1e20",
-    "1e18",
-    "nan",
-    "inf",
-    "9" * 5000,
-    "\udcff",
-    "a\0b",
-    "🙂",
-    "x",
-]
-TEXTS += [
-    "1,2",
-    "0,0,0",
-    "9" * 30,
-    "a,b,c",
-    "[]",
-    "{}",
-    "null",
-    "true",
-    "-0.0",
-    "1e-320",
-    "2147483648",
-    "/proc/x",
-    "１２",
-]
-TEXTS += ["x" * 5000, "y/" * 5000, "a=b", "/dev/null", "/dev/zero", "file://host/x", "s3://", "zz://x", ".", "~x"]
+TEXTS = ["", "0", "-1", "1", "3", "1e300", "-1e300", "1e20", "1e18", "nan", "inf", "9" * 5000, "\udcff", "a\0b", "🙂"]
+TEXTS += ["1,2", "0,0,0", "9" * 30, "a,b,c", "[]", "{}", "null", "true", "-0.0", "1e-320", "2147483648", "１２", "x"]
+TEXTS += ["x" * 5000, "y/" * 5000, "a=b", "/dev/null", "/dev/zero", "/proc/x", "file://host/x", "s3://", "zz://x", "."]
 COMMANDS = ("train", "convert", "generate", "evaluate", "preprocess")
 
 
@@ -372,8 +345,112 @@ def test_any_option_is_taken_or_refused(subjects, cases, monkeypatch, tmp_path):
     assert not os.listdir(tmp_path), "a check makes nothing"
 
 
-def test_the_smallest_of_each_kind():
-    """Pipes, links to themselves and names of hosts, which no change of a file makes."""
+# ---- what no change of a file makes ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def strange(tmp_path, monkeypatch) -> dict[str, str]:
+    """Names of places that are none."""
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    os.symlink("nowhere/x", "dangling")
+    os.symlink("loop", "loop")
+    Path("file").write_text("x")
+    return {name: name for name in ("pipe", "dangling", "loop")} | {
+        "inside": "file/x",
+        "proc": "/proc/x",
+        "long": "x" * 5000,
+        "deep": "/".join(["y" * 200] * 50),
+    }
+
+
+LINES = """
+train {run} --save {place} --save-interval 1
+train {run} --load {place}
+train {run} --tensorboard-dir {place}
+train {run} --metrics-file {place}
+train {run} --deepspeed-config {place}
+train {run} --model {place}
+train --config {place}
+convert --load-dir {place} --save-dir out
+convert --load-dir {model} --save-dir {place}
+convert --load-dir {model} --save-dir out --lora-load {place}
+convert --load-dir {model} --save-dir out --save-model-type mg --tokenizer-model {place}/x
+generate --load {model} --prompts-file {place}
+generate --load {model} --prompt Once --output {place}
+generate --load {model} --prompt Once --tokenizer-name-or-path {place}
+evaluate --load {model} --task-data-path {place}
+preprocess --input {place} --output-prefix out --tokenizer-name-or-path {model}
+preprocess --input {text} --output-prefix {place}/x --tokenizer-name-or-path {model}
+""".strip().splitlines()
+
+
+def line(subjects: dict[str, Subject], text: str, **more: str) -> list[str]:
+    """A command line, with the places of sound files in it."""
+    model, run_file = subjects["config.json"].file.parent, subjects["run.yaml"].file
+    known = {"model": model, "text": subjects["a.txt"].file, "run": f"--config {run_file} --nproc-per-node 1"}
+    return text.format(**known, **more).split()
+
+
+@pytest.mark.parametrize("place", ["pipe", "dangling", "loop", "inside", "proc", "long", "deep"])
+def test_places_that_are_none(subjects, strange, place, capsys):
+    codes = {text: told(line(subjects, text, place=strange[place])) for text in LINES}
+    assert [text for text, problems in codes.items() if not problems] == []
+
+
+def told(argv: list[str]) -> list[Problem]:
+    """The problems of a command line, as `cordee` would tell them."""
+    try:
+        options(argv[0], argv[1:])
+    except ProblemError as error:
+        return error.problems
+    except OUTSIDE as error:
+        return [problem_of(error)]
+    return []
+
+
+@pytest.mark.parametrize(
+    ("text", "option", "kind"),
+    [
+        ("train {run} --save=", "--save", "empty"),
+        ("preprocess --input {text} --output-prefix= --tokenizer-name-or-path {model}", "--output-prefix", "empty"),
+        ("train {run} --global-batch-size 1e20", "--global-batch-size", "range"),
+        ("train {run} --distributed-timeout-minutes 1e300", "--distributed-timeout-minutes", "range"),
+        ("train {run} --noop-layers 0,1,2", "--noop-layers", "at most"),
+        ("train {run} --load {model} --ckpt-step 4", "--ckpt-step", "requires"),
+        ("train {run} --load {model} --save {model}/run --save-interval 1", "--save", "excludes"),
+        ("train {run} --load file://host/x", "--load", "host"),
+        ("convert --load-dir {model} --save-dir {model}/out", "--save-dir", "excludes"),
+        ("convert --load-dir {model} --save-dir out --saver megatron --save-model-type hf", "--saver", "excludes"),
+        (
+            "convert --load-dir {model} --save-dir out --save-model-type mg --tokenizer-model x",
+            "--tokenizer-model",
+            "missing",
+        ),
+        ("preprocess --input {model} --output-prefix {model}/x", "--output-prefix", "excludes"),
+    ],
+)
+def test_nonsense_is_refused(subjects, text, option, kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert (option, kind) in [(problem.option, problem.kind) for problem in told(line(subjects, text))]
+
+
+def test_a_pipe_is_no_object_of_a_storage(strange):
+    with pytest.raises(OSError, match="pipe"):
+        location_of("pipe").open()
+
+
+def test_errors_from_outside_are_text_and_exit_code_2(strange, monkeypatch, capsys):
+    def fails(*_: object) -> None:
+        os.listdir("inside/x")
+
+    monkeypatch.setattr(cli, "_dispatch", fails)
+    assert cli.main([]) == 2
+    assert "inside/x" in capsys.readouterr().err
+
+
+def test_a_backend_of_no_device_here():
     with pytest.raises(ProblemError) as caught:
-        location_of("file://host/x", "--load")
-    assert [(p.option, p.value, p.kind) for p in caught.value.problems] == [("--load", "file://host/x", "host")]
+        KINDS["cpu"].collective_backend("nccl")
+    assert facts(caught) == [("--distributed-backend", "nccl", "device")] and limits(caught) == ["gloo"]
+    assert [KINDS["cuda"].collective_backend(given) for given in (None, "nccl", "gloo")] == ["nccl", "nccl", "gloo"]
