@@ -268,6 +268,14 @@ def resident(field: str) -> int:
 
 def bound(read: Callable[[], object], size: int) -> None:
     """`read` ends well or with problems that can be told, in memory in proportion to the `size` of its input."""
+    taken = _taken_by(read)
+    if taken > 2 * size + CONSTANT:  # the first to come somewhere imports what is needed there
+        taken = _taken_by(read)
+    assert taken <= 2 * size + CONSTANT
+
+
+def _taken_by(read: Callable[[], object]) -> int:
+    """Bytes of memory that the process needs at most beside those that it has; 0 where the system does not tell."""
     before = None
     with suppress(OSError):
         CLEAR.write_text("5")
@@ -278,8 +286,7 @@ def bound(read: Callable[[], object], size: int) -> None:
         assert str(error)
     except OUTSIDE as error:
         assert str(problem_of(error))
-    if before is not None:
-        assert resident("VmHWM") - before <= 2 * size + CONSTANT
+    return 0 if before is None else resident("VmHWM") - before
 
 
 def drawn(cases: int) -> settings:
@@ -326,10 +333,12 @@ def test_any_option_is_taken_or_refused(subjects, cases, monkeypatch, tmp_path):
     base = {
         "train": ["--config", str(subjects["run.yaml"].file), "--nproc-per-node", "1"],
         "convert": ["--load-dir", model, "--save-dir", "out"],
-        "generate": ["--load", model, "--prompt", "Once"],
+        "generate": ["--load", model, "--prompt", "Once", "--max-new-tokens", "2"],
         "evaluate": ["--load", model, "--task-data-path", text],
         "preprocess": ["--input", text, "--output-prefix", "out", "--tokenizer-name-or-path", model],
     }
+    for command, argv in base.items():  # which are sound, and import what they need
+        options(command, argv)
     given_to = {name: options_of(cli.COMMANDS[name].schema) for name in COMMANDS}
 
     @drawn(cases)
