@@ -20,7 +20,7 @@ from cordee.config import render
 from cordee.config.argv import Teaching
 from cordee.config.load import Loaded, load_as_far_as_possible
 from cordee.config.spelling import nearest
-from cordee.errors import Problem, ProblemError, raise_all
+from cordee.errors import OUTSIDE, Problem, ProblemError, problem_of, raise_all
 
 INFERENCE_GRACE = 10.0  # seconds: processes that write or score have nothing to save
 
@@ -56,12 +56,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except ProblemError as error:
-        if not (error.everywhere and launch.rank_0_speaks()):
-            print(f"{log.counted(len(error.problems), 'problem')}:\n{error}", file=sys.stderr)
-        return error.exit_code
+        return _report(error)
+    except OUTSIDE as error:
+        return _report(ProblemError([problem_of(error)]))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _report(error: ProblemError) -> int:
+    """Show problems, unless another rank does, and return the exit code that they mean."""
+    if not (error.everywhere and launch.rank_0_speaks()):
+        print(f"{log.counted(len(error.problems), 'problem')}:\n{error}", file=sys.stderr)
+    return error.exit_code
 
 
 def _dispatch(argv: list[str]) -> int:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+from cordee.errors import Problem, ProblemError
 from cordee.log import logger
 
 if TYPE_CHECKING:
@@ -41,6 +42,13 @@ class DeviceKind:
     grouped_matmul: tuple[str, ...] = ()
     flash_parts: bool = False
     peak_flops: tuple[tuple[str, float], ...] = ()
+
+    def collective_backend(self, given: str | None) -> str:
+        """The backend that is `given`, else the own one. ProblemError if it serves no devices of this kind."""
+        if given in (None, self.backend, KINDS["cpu"].backend):
+            return given or self.backend
+        why, fix = f"it moves no tensors of {self.name}, which computes here", f"give {self.backend}, or leave it out"
+        raise ProblemError([Problem("--distributed-backend", given, why, fix, "device", limit=self.backend)], True)
 
 
 KINDS = {

@@ -1,7 +1,7 @@
 """Problems that a user can fix: what is wrong, where, why, and what to do.
 
-Owns the one error type that reaches a user as text instead of a traceback, and the laws between numbers that most
-checks are made of. Knows no option and no job.
+Owns the one error type that reaches a user as text instead of a traceback, what becomes of an error that the world
+outside caused, and the laws between numbers that most checks are made of. Knows no option and no job.
 """
 
 from __future__ import annotations
@@ -84,6 +84,20 @@ class ProblemError(ValueError):
         return type(self), (self.problems, self.everywhere)
 
 
+# What files, places and texts can cause wherever they are touched, whatever was checked before.
+OUTSIDE = (OSError, UnicodeError)
+
+
+def problem_of(error: OSError | UnicodeError) -> Problem:
+    """What the world outside caused, about the file that the error names, if it names one."""
+    if isinstance(error, OSError):
+        fix = "check that it is there, that its name is valid and that it may be used as meant"
+        named = error.filename is not None
+        name, why = (str(error.filename), error.strerror or str(error)) if named else ("system", str(error))
+        return Problem(name, None, why or type(error).__name__, fix, "outside")
+    return Problem("text", None, str(error), "give text in UTF-8", "outside")
+
+
 class RankLostError(ProblemError):
     """Other ranks are gone or do not answer. The cause is theirs, so its exit code differs from that of a failure."""
 
@@ -92,7 +106,8 @@ class RankLostError(ProblemError):
 
 @dataclass
 class Findings:
-    """What is wrong, and what a person should know, as far as checks have come: they go on after a problem."""
+    """What is wrong, and what a person should know, as far as checks have come: they go on after a problem, and after
+    what was caused from `OUTSIDE`."""
 
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -102,8 +117,11 @@ class Findings:
         try:
             return function()
         except ProblemError as error:
-            self.problems += [problem.involving(*involves) for problem in error.problems]
-            return None
+            found = error.problems
+        except OUTSIDE as error:
+            found = [problem_of(error)]
+        self.problems += [problem.involving(*involves) for problem in found]
+        return None
 
 
 def raise_all(problems: Iterable[Problem]) -> None:

@@ -6,11 +6,14 @@ Files are copied only from inside a model directory, and own files are made new,
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
+import re
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,15 +24,31 @@ from cordee.log import logger
 
 LARGEST = 2**30  # bytes of a file that is copied: tokenizers and licences have far fewer
 LARGEST_JSON = 2**26  # bytes of a JSON file: twice the largest that belongs to a model
+LARGEST_TEXT = 2**20  # bytes of a text that people write, such as a run file
+LEVELS = 100  # of arrays and objects in a JSON file: what walks over its value need not fear for the stack
+_NESTED = "it is nested too deeply"
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _BLOCK = 1 << 16  # bytes read at a time from a file's end
 
 
 # ---- files of others -------------------------------------------------------------------------------------------------
 
 
+def read_text(path: Path) -> str:
+    """A text of some lines, in UTF-8. ValueError if it is something else or has more than `LARGEST_TEXT` bytes; OSError
+    if it cannot be read.
+    """
+    from_shell = path == Path("/dev/stdin") or path.parent == Path("/dev/fd")  # `--config <(...)`: has a writer
+    with open(path, "rb") if from_shell else open_regular(path) as file:
+        content = file.read(LARGEST_TEXT + 1)
+    if len(content) > LARGEST_TEXT:
+        raise ValueError(f"it has more than {LARGEST_TEXT:,} bytes")
+    return content.decode("utf-8")
+
+
 def read_json(path: Path) -> Any:
-    """The value in a JSON file. ValueError if it holds something else, or more than `LARGEST_JSON` bytes; OSError if it
-    cannot be read.
+    """The value in a JSON file. ValueError if it holds something else, text that is none, more than `LEVELS` levels or
+    more than `LARGEST_JSON` bytes; OSError if it cannot be read.
     """
     with open_regular(path) as file:
         return load_json(file)
@@ -40,10 +59,26 @@ def load_json(file: BinaryIO) -> Any:
     if (size := file.seek(0, io.SEEK_END)) > LARGEST_JSON:
         raise ValueError(f"it has {size:,} bytes, more than {LARGEST_JSON:,}")
     file.seek(0)
+    text = file.read(size).decode("utf-8")
     try:
-        return json.loads(file.read(size).decode("utf-8"))
+        value = json.loads(text)
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise ValueError(_NESTED) from None
+    if _deeper(value, LEVELS):
+        raise ValueError(_NESTED)
+    if _SURROGATE.search(text):  # two of them may be a character
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    return value
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    """Whether arrays and objects are in more than `levels` of their kind."""
+    layer = [value] if isinstance(value, dict | list) else []
+    for _ in range(levels):
+        items = (item for each in layer for item in (each.values() if isinstance(each, dict) else each))
+        if not (layer := [item for item in items if isinstance(item, dict | list)]):
+            return False
+    return True
 
 
 def holds_weights(folder: Path) -> bool:
@@ -105,13 +140,14 @@ def _open_inside(file: Path) -> BinaryIO:
     return given
 
 
-def open_regular(file: Path) -> BinaryIO:
-    """A regular file, opened. ValueError for others: a pipe would keep its reader until someone writes."""
+def open_regular(file: Path) -> io.BufferedReader:
+    """A regular file, opened. OSError for others too: a pipe would keep its reader until someone writes, and a device
+    may have no end."""
     descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise ValueError("it is no regular file")
-    return cast(BinaryIO, open(descriptor, "rb"))
+        raise OSError(errno.EINVAL, "it is no regular file", str(file))
+    return open(descriptor, "rb")
 
 
 def _blobs(directory: Path) -> Iterable[Path]:
@@ -160,17 +196,29 @@ class RangeFile(io.RawIOBase):
 # ---- own files -------------------------------------------------------------------------------------------------------
 
 
+def is_within(path: str | Path | None, folder: str | Path) -> bool:
+    """Whether `path` is `folder` or in it, by whatever links; None is nowhere."""
+    return path is not None and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+
+
 def unwritable(option: str, given: object, folder: Path) -> Problems:
     """Why nothing can be put in `folder`, which `option` asks for by `given`; it need not be there yet: who writes to
     it makes it.
     """
     folder = folder.absolute()
-    place = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+    place = next(path for path in (folder, *folder.parents) if os.path.lexists(path))  # a link may lead nowhere
     if not place.is_dir():
         yield Problem(option, given, f"{place} is not a directory", "give another place", "unwritable")
-    elif not os.access(place, os.W_OK | os.X_OK):
-        fix = "give a place that can be written to"
-        yield Problem(option, given, f"{place} cannot be written to", fix, "unwritable")
+    else:
+        try:
+            longest = os.pathconf(place, "PC_PATH_MAX"), os.pathconf(place, "PC_NAME_MAX")
+            if len(os.fsencode(folder)) >= longest[0] or any(len(os.fsencode(p)) > longest[1] for p in folder.parts):
+                raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+            with tempfile.TemporaryFile(dir=place):  # permissions tell neither of /proc nor of what is read-only
+                pass
+        except OSError as error:
+            why, fix = f"{place} cannot be written to: {error.strerror}", "give a place that can be written to"
+            yield Problem(option, given, why, fix, "unwritable")
 
 
 def create_new(path: Path, mode: int = 0o666) -> BinaryIO:

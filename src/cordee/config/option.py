@@ -33,6 +33,7 @@ class _Declaration:
     positional: bool = False
     reads: str | None = None
     elsewhere: tuple[str, ...] = ()
+    empty: bool = False
 
 
 def option(default: Any, help: str, **details: Any) -> Any:
@@ -50,6 +51,7 @@ def option(default: Any, help: str, **details: Any) -> Any:
         at_least, above, at_most, below: the range of a number, or of each number of a list.
         positional: the value also stands without its flag: `cordee bench train`.
         elsewhere: what other programs call it: a name that is answered with ours, as its values may have another unit.
+        empty: a text may have no characters, which is else what a variable that is not set leaves.
         reads: the value, such as a file, sets further options that are not given: those that a function,
             `module:function`, returns as entries, with problems, for it, the values so far and the options given.
     """

@@ -17,6 +17,7 @@ from cordee.errors import name_of
 
 Raw = None | str | tuple[str, ...] | Mapping[str, str]
 
+LARGEST = 2**63 - 1  # of whole numbers, here and in what calculates with them
 _TRUE = ("true", "yes", "on", "1")
 _FALSE = ("false", "no", "off", "0")
 
@@ -82,7 +83,7 @@ _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 def whole_numbers(text: str) -> tuple[int, ...] | None:
     """The numbers of "7,8,8,9"; None if it is something else."""
     parts = [part.strip() for part in text.split(",")]
-    return tuple(map(int, parts)) if all(part.isdecimal() for part in parts) else None
+    return tuple(map(int, parts)) if all(part.isdecimal() and len(part) < 20 for part in parts) else None
 
 
 def _text(value: object) -> str:
@@ -103,7 +104,7 @@ def _many(option: Option, raw: Raw) -> tuple[object, ...]:
 def _map(option: Option, raw: Raw) -> dict[str, str | int | bool]:
     """Pairs from a mapping, from `key value key value` or from `key=value key=value`."""
     if isinstance(raw, Mapping):
-        return {key: _loose(value) for key, value in raw.items()}
+        return {_proper(key): _loose(value) for key, value in raw.items()}
     items = (raw,) if isinstance(raw, str) else tuple(raw or ())
     if items and all("=" in item for item in items):
         items = tuple(part for item in items for part in item.split("=", 1))
@@ -112,20 +113,20 @@ def _map(option: Option, raw: Raw) -> dict[str, str | int | bool]:
     keys = items[::2]
     if repeated := sorted({key for key in keys if keys.count(key) > 1}):
         raise Unfit(f"{', '.join(repeated)} is given twice", "give every key once", "repeated")
-    return {key: _loose(value) for key, value in zip(keys, items[1::2], strict=True)}
+    return {_proper(key): _loose(value) for key, value in zip(keys, items[1::2], strict=True)}
 
 
 def _loose(text: str) -> str | int | bool:
     """A value without a declared type: true, false, a whole number, else text."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
-    return int(text) if text.isascii() and text.isdigit() else text
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else _proper(text)
 
 
 def _scalar(option: Option, text: str) -> object:
     text = option.declared.synonyms.get(text, text)
     if option.kind is str:
-        value: object = text
+        value: object = _proper(text, option.declared.empty)
     elif option.kind is bool:
         value = to_boolean(text)
     else:
@@ -134,6 +135,15 @@ def _scalar(option: Option, text: str) -> object:
     if option.choices and value not in option.choices:
         raise Unfit(f"the value must be {describe(option)}", _nearest_choice(option, text), "choice")
     return value
+
+
+def _proper(text: str, empty: bool = True) -> str:
+    """`text`, which names of files and tokenizers can take."""
+    if not (text or empty):
+        raise Unfit("the text is empty", "give one, or leave the option out", "empty")
+    if "\0" in text or (not text.isascii() and text != text.encode("utf-8", "ignore").decode()):
+        raise Unfit("it holds a zero, or bytes that are no UTF-8 text", "give text in UTF-8", "text")
+    return text
 
 
 def to_boolean(raw: Raw) -> bool:
@@ -157,12 +167,17 @@ def _number(text: str) -> float:
 
 
 def _integer(text: str) -> int:
+    value = None
     with suppress(ValueError):
-        return int(text)
+        value = int(text)
     with suppress(ValueError):
-        if (value := float(text)).is_integer():  # 1e3
-            return int(value)
-    raise Unfit("the value is not a whole number", "give a whole number such as 8")
+        if value is None and (number := float(text)).is_integer():  # 1e3
+            value = int(number)
+    if value is None:
+        raise Unfit("the value is not a whole number", "give a whole number such as 8")
+    if abs(value) > LARGEST:
+        raise Unfit("the value does not fit in 64 bits", f"give a number up to {LARGEST}", "range")
+    return value
 
 
 def _in_range(option: Option, value: float) -> None:

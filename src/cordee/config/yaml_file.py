@@ -14,6 +14,7 @@ import yaml
 
 from cordee.config.values import Raw, Unfit
 from cordee.errors import Problem
+from cordee.files import read_text
 
 _NULLS = ("", "~", "null", "Null", "NULL")
 
@@ -29,15 +30,18 @@ class Entry(NamedTuple):
 def read(path: str) -> tuple[list[Entry], list[Problem]]:
     """Entries of the file in order, and what is wrong with the file as such."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "no UTF-8 text"
+        text = read_text(Path(path))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         why = f"the file cannot be read: {reason}"
         return [], [Problem("--config", path, why, "give a readable YAML file", "unreadable")]
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         return [], [_syntax_problem(path, error)]
+    except RecursionError:
+        why = "the file is nested too deeply, but options are flat"
+        return [], [Problem("--config", path, why, "write one option per line", "nested")]
     if root is None:
         return [], []
     if not isinstance(root, yaml.MappingNode):

@@ -6,8 +6,8 @@ restate files or model are compared with them here.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cordee.checkpoint.formats import Format
@@ -16,7 +16,8 @@ from cordee.config import laws
 from cordee.config.option import to_flag
 from cordee.config.spelling import unknown
 from cordee.convert.options import ConvertConfig
-from cordee.errors import Problem, Problems, requires
+from cordee.errors import Problem, Problems, excludes, requires
+from cordee.files import is_within
 from cordee.model.config import AttentionConfig
 
 if TYPE_CHECKING:
@@ -60,9 +61,13 @@ def check_options(options: ConvertConfig) -> Problems:
         yield Problem("--save-dir", options.save_dir, "a conversion writes no URL", fix)
     yield from laws.problems(options)
     read = local_path(options.load_dir)
-    if read is not None and read.resolve() == Path(options.save_dir).resolve():
-        why, fix = "it is the directory that is read", "give another directory"
+    if read is not None and is_within(options.save_dir, read):
+        why, fix = "it is the directory that is read, or in it", "give another directory"
         yield Problem("--save-dir", options.save_dir, why, fix, "excludes", ("load_dir",))
+    if options.save_model_type not in (None, "mg"):
+        yield from excludes("--saver", options.saver, "--save-model-type", options.save_model_type)
+    if (file := options.tokenizer_model) not in (None, "None") and not os.path.exists(file):  # as scripts write it
+        yield Problem("--tokenizer-model", file, "there is no such file", "check the path", "missing")
     yield from stated(options, {"model_type": "GPT"}, "every model here")
 
 

@@ -7,6 +7,7 @@ orders in the cache that are kept there.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -183,9 +184,8 @@ def read_parts(options: DataOptions) -> tuple[dict[str, Part], list[Problem]]:
     if not options.data_path and "train" not in given:
         why = "there is nothing to train on"
         problems.append(Problem("--data-path", None, why, "give the prefix of a .bin/.idx pair, or --train-data-path"))
-    parts = {}
+    parts, ends = {}, _parse_split(options.split, problems) or (1.0,)
     if options.data_path and (blend := _parse_blend("--data-path", options.data_path, problems)):
-        ends = _parse_split(options.split, problems) or (1.0,)
         bounds = zip(SPLITS, (0.0, *ends), ends, strict=False)
         parts = {name: Part(name, blend, begin, end) for name, begin, end in bounds if end > begin}
     blends = {
@@ -245,7 +245,7 @@ def _parse_split(split: str, problems: list[Problem]) -> tuple[float, ...]:
     texts = [text.strip() for text in split.split(",")]
     plain = all(re.fullmatch(r"\d+\.?\d*|\.\d+", text) for text in texts)
     numbers = [float(text) for text in texts] if plain else []
-    if not plain or len(numbers) > len(SPLITS) or sum(numbers) <= 0:
+    if not plain or len(numbers) > len(SPLITS) or not 0 < sum(numbers) < math.inf:
         fix = "write up to three numbers for training, validation and test, for example 969,30,1"
         problems.append(Problem("--split", split, "it is not a list of parts", fix))
         return ()

@@ -29,7 +29,7 @@ from cordee.data.process_map import process_map
 from cordee.data.readers import extension, hub, input_files, read_file, readers, reading
 from cordee.data.readers.chunk import Chunk, Invalid
 from cordee.errors import Findings, Problem, ProblemError, raise_all
-from cordee.files import unwritable
+from cordee.files import is_within, unwritable
 from cordee.log import counted, logger, progress_bar
 from cordee.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
 
@@ -75,6 +75,9 @@ def _prepare(config: PreprocessConfig) -> tuple[dict[str, str], list[Source]]:
     prefixes = {key: f"{config.output_prefix}_{key}_document" for key in keys}
     found = Findings([*_output_problems(config, prefixes.values()), *check_tokenizer(config)])
     sources = found.attempt(lambda: _sources(config, keys))
+    if config.input and Path(config.input).is_dir() and is_within(Path(config.output_prefix).parent, config.input):
+        why, fix = "it is in the directory that is read, where a later run would find it", "give another place"
+        found.problems.append(Problem("--output-prefix", config.output_prefix, why, fix, "excludes", ("input",)))
     raise_all(found.problems)
     return prefixes, sources or []
 

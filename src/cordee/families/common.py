@@ -58,12 +58,12 @@ def read_heads(hf: ConfigReader, head_dim: int | None = None, groups: int | None
     missing key where the family has None, gives as many KV heads as query heads, and hidden size / heads.
     """
     hidden, heads = hf.integer("hidden_size"), hf.integer("num_attention_heads")
-    groups = hf.nullable("num_key_value_heads", groups) or heads
-    hf.divides("num_key_value_heads", groups, "num_attention_heads", heads)
+    num_groups = hf.nullable("num_key_value_heads", groups) or heads
+    hf.divides("num_key_value_heads", num_groups, "num_attention_heads", heads)
     head_dim = hf.nullable("head_dim", head_dim)
     if head_dim is None:
         hf.divides("num_attention_heads", heads, "hidden_size", hidden)
-    return Heads(num_heads=heads, num_kv_heads=groups, head_dim=head_dim or max(1, hidden // heads))
+    return Heads(num_heads=heads, num_kv_heads=num_groups, head_dim=head_dim or max(1, hidden // heads))
 
 
 def read_plain_heads(hf: ConfigReader, grouped: bool = True) -> Heads:

@@ -216,9 +216,10 @@ class ConfigReader:
             value = self.hf[key]
             if value is not None and value not in MATHEMATICAL[key]:
                 found.append(_unimplemented(f"{self.where}: {key}", value))
-        layer_types = self.hf.get("layer_types", ()) if "layer_types" not in self._read else ()
-        if kinds := set(layer_types or ()) - {"full_attention"}:
-            found.append(_unimplemented(f"{self.where}: layer_types", ", ".join(sorted(kinds))))
+        layer_types = self.hf.get("layer_types") if "layer_types" not in self._read else None
+        plain = isinstance(layer_types, list) and all(kind == "full_attention" for kind in layer_types)
+        if layer_types and not plain:
+            found.append(_unimplemented(f"{self.where}: layer_types", layer_types))
         return sorted(found, key=lambda problem: problem.option)
 
     def not_understood(self) -> list[Problem]:

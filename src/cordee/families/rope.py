@@ -107,7 +107,7 @@ def _scaling(section: ConfigReader, hf: ConfigReader, rotary_dim: int) -> RopeSc
     kind = section.value("rope_type", older)
     if kind == "default":
         return None
-    if kind not in _SCALINGS:
+    if not isinstance(kind, str) or kind not in _SCALINGS:
         section.problem("rope_type", f"unknown type {kind!r}", f"known are default, {', '.join(_SCALINGS)}")
         section.accept_all()  # its keys mean nothing without its type
         return None

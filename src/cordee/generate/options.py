@@ -55,7 +55,9 @@ class InferenceConfig(InferenceOptions, InferenceLayoutOptions, TokenizerOptions
 class GenerateOptions(DecodingOptions):
     """Generation."""
 
-    prompt: tuple[str, ...] = option((), "prompt text; several prompts are one batch", aliases=("--prompts",))
+    prompt: tuple[str, ...] = option(
+        (), "prompt text; several prompts are one batch", aliases=("--prompts",), empty=True
+    )
     prompts_file: str | None = option(None, "file with one prompt per line", metavar="FILE")
     num_return_sequences: int = option(1, "sequences per prompt, with --do-sample", aliases=("--num-samples",), above=0)
     output: str | None = option(None, "also write one JSON line per generated sequence", metavar="FILE")

@@ -19,6 +19,8 @@ PipelineSchedule = Literal[
 ]
 
 
+LONGEST = 365 * 24 * 60  # minutes of a time-out, a year: clocks of libraries overflow somewhere above
+
 _PARALLELISM = "Parallelism: processes, sharding, ZeRO and communication overlap"
 
 
@@ -220,7 +222,9 @@ class CollectiveOptions:
     distributed_backend: Literal["gloo", "nccl", "hccl"] | None = option(
         None, "collective communication library [the device's]"
     )
-    distributed_timeout_minutes: float = option(45.0, "minutes until a collective or rendezvous times out", above=0)
+    distributed_timeout_minutes: float = option(
+        45.0, "minutes until a collective or rendezvous times out", above=0, at_most=LONGEST
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,4 +266,4 @@ class InferenceLayoutOptions:
     distributed_backend: Literal["gloo", "nccl", "hccl"] | None = option(
         None, "collective communication library [the device's]"
     )
-    distributed_timeout_minutes: float = option(45, "minutes until a collective times out", above=0)
+    distributed_timeout_minutes: float = option(45, "minutes until a collective times out", above=0, at_most=LONGEST)

@@ -6,14 +6,14 @@ schedule.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import inf
 from pathlib import Path
 from typing import Any, get_args
 
+from cordee import sealed
 from cordee.errors import Problem, ProblemError
+from cordee.files import read_json
 from cordee.parallel.pipeline.schedules import Action, Kind
 
 
@@ -93,8 +93,10 @@ def read_timeline(path: Path, *, layers: Sequence[float], sizes: Sequence[float]
     ProblemError if it is none, or has other stages and micro-batches than `layers` and `sizes`.
     """
     try:
-        spans = [_span(record) for record in json.loads(path.read_text(encoding="utf-8"))]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if (why := _MEASURED(records := read_json(path))) is not None:
+            raise ValueError(why)
+        spans = [_span(record) for record in records]
+    except (OSError, ValueError) as error:
         fix = "give the file that a run wrote: a list of {rank, kind, stage, micro_batch, start, end}"
         raise ProblemError([Problem("--timeline", path, f"it is no timeline: {error!r}", fix, "format")]) from error
     stages = 1 + max((span.action.stage for span in spans), default=-1)
@@ -110,11 +112,19 @@ def read_timeline(path: Path, *, layers: Sequence[float], sizes: Sequence[float]
     return Timeline(name="measured", spans=shifted, layers=layers, sizes=sizes, measured=True)
 
 
+_MEASURED = sealed.listed(
+    sealed.record(
+        {
+            "kind": sealed.text(*get_args(Kind)),
+            **dict.fromkeys(("rank", "stage", "micro_batch"), sealed.count()),
+            **dict.fromkeys(("start", "end"), sealed.number()),
+        }
+    )
+)
+
+
 def _span(record: Mapping[str, Any]) -> Span:
-    if record["kind"] not in get_args(Kind):
-        raise ValueError(f"kind {record['kind']!r} is none of {', '.join(get_args(Kind))}")
-    action = Action(record["kind"], int(record["stage"]), int(record["micro_batch"]))
-    span = Span(int(record["rank"]), action, float(record["start"]), float(record["end"]))
-    if min(span.rank, action.stage, action.micro_batch) < 0 or not span.start <= span.end < inf:
-        raise ValueError(f"{action} on rank {span.rank} from {span.start} to {span.end}")
-    return span
+    action = Action(record["kind"], record["stage"], record["micro_batch"])
+    if record["end"] < record["start"]:
+        raise ValueError(f"{action} on rank {record['rank']} ends before it starts")
+    return Span(record["rank"], action, float(record["start"]), float(record["end"]))

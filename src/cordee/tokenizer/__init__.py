@@ -37,6 +37,7 @@ _NEEDED = {
     "TikTokenizer": ("tokenizer_model",),
     "NullTokenizer": (),
 }
+_FILES = ("vocab_file", "merge_file", "tokenizer_model")  # of which none may be missing, needed or not
 _DIRECTORY = "--tokenizer-name-or-path"
 T = TypeVar("T")
 
@@ -67,13 +68,15 @@ def check_tokenizer(options: TokenizerOptions, directory: str | None = None) -> 
     """What is missing for the options' tokenizer, without reading the files."""
     kind = _type(options)
     if kind == "PretrainedFromHF":
-        return list(_directory_problems(options, directory))
-    problems = []
-    for name in _NEEDED[kind]:
-        path = getattr(options, name)
-        if path is None:
-            problems.append(Problem(to_flag(name), None, f"{kind} needs this file", "give it"))
-        elif not Path(path).is_file():
+        problems = list(_directory_problems(options, directory))
+    else:
+        problems = [
+            Problem(to_flag(name), None, f"{kind} needs this file", "give it")
+            for name in _NEEDED[kind]
+            if getattr(options, name) is None
+        ]
+    for name in _FILES:
+        if (path := getattr(options, name)) is not None and not Path(path).is_file():
             problems.append(Problem(to_flag(name), path, "there is no such file", "check the path"))
     if kind == "NullTokenizer" and options.vocab_size is None:
         problems.append(Problem("--vocab-size", None, f"{kind} has no vocabulary of its own", "give it"))

@@ -76,7 +76,7 @@ def run(config: TrainConfig) -> int:
         on = device.local_device(ranks.local_rank)
         timeout = timedelta(minutes=config.distributed_timeout_minutes)
         if cost.needs_sharding(config, ranks.world_size):
-            backend = config.distributed_backend or device.kind().backend
+            backend = device.kind().collective_backend(config.distributed_backend)
             stack.enter_context(collectives.contact("between two phases"))
             with collectives.contact("while joining them"):
                 stack.enter_context(process_group(ranks, backend, timeout))

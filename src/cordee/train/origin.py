@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from cordee.checkpoint import assets, directory, formats
 from cordee.checkpoint.storage import Location, location_of, reached
-from cordee.errors import Findings, Problem, ProblemError
+from cordee.errors import Findings, Problem, ProblemError, raise_all, requires
 from cordee.families.registry import spec_from_directory, spec_named
 from cordee.train import resume
 from cordee.train.options import TrainConfig
@@ -47,11 +47,11 @@ def choose(config: TrainConfig, avoid: Mapping[int, str] | None, notes: list[str
 def _choose(config: TrainConfig, path: Location, avoid: Mapping[int, str] | None, notes: list[str]) -> Origin:
     form = formats.find(path)
     if form is not None and form.local:
-        if config.ckpt_step is not None and form.name != "mg":
-            why, fix = f"{path}, a {form.title}, has no iterations", "leave it out"
-            raise ProblemError([Problem("--ckpt-step", config.ckpt_step, why, fix, "excludes", ("load",))])
+        if form.name != "mg":
+            raise_all(requires("--ckpt-step", config.ckpt_step, "--load of a run", f"{path} is a {form.title}", "load"))
         return Origin(weights=path.local)
     if (path / directory.MANIFEST).is_file():
+        raise_all(requires("--ckpt-step", config.ckpt_step, "--load of a run", f"{path} is one checkpoint", "load"))
         return _of_checkpoint(config, path)
     if directory.is_root(path):
         return _of_checkpoint(config, directory.folder_of(path, _iteration(config, path, avoid, notes)))

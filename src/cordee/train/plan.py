@@ -6,6 +6,7 @@ problems are found together, so `cordee check` and the start of a job are the sa
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -22,7 +23,7 @@ from cordee.errors import Findings, Problem, ProblemError, Problems, at_most, di
 from cordee.families.lenses import differences, words_of
 from cordee.families.options import ignored
 from cordee.families.registry import ModelSpec, spec_from_options, spec_named
-from cordee.files import unwritable
+from cordee.files import is_within, unwritable
 from cordee.model.compare import canonical
 from cordee.model.config import ModelConfig
 from cordee.model.options import ModelOptions
@@ -261,6 +262,8 @@ def _spec(
 ) -> ModelSpec:
     """The model of the run; `tokens` is how many the tokenizer has, for a model that is given by options."""
     if config.num_layers is not None and (placeholders := noop_layers(config)):  # which --num-layers counts
+        layers, involved = f"the layers before the last of {config.num_layers}", ("num_layers",)
+        raise_all(at_most("--noop-layers", len(placeholders), config.num_layers - 1, layers, *involved))
         config = replace(config, num_layers=config.num_layers - len(placeholders))
     if origin.checkpoint is not None:
         loaded = ModelSpec.from_dict(origin.checkpoint.manifest["model"])
@@ -316,6 +319,9 @@ def _save_problems(config: TrainConfig, origin: Origin | None) -> Problems:
         yield from unwritable("--save", config.save, root.local)
     with reached("--save", config.save):
         holds_run, newest = directory.is_root(root), max(directory.iterations(root), default=0)
+    if origin is not None and origin.weights is not None and is_within(root.local, origin.weights):
+        why, fix = "it is the model directory that is read, or in it", "give another directory"
+        yield Problem("--save", config.save, why, fix, "excludes", ("load",), "--load")
     if origin is not None and holds_run:
         checkpoint = origin.checkpoint
         resumes = checkpoint is not None and checkpoint.resume and checkpoint.path.parent.resolve() == root.resolve()
@@ -338,7 +344,7 @@ def _report_problems(config: TrainConfig) -> Problems:
             yield from unwritable("--wandb-save-dir", config.wandb_save_dir, Path(config.wandb_save_dir))
     if config.metrics_file is not None:
         file = Path(config.metrics_file)
-        if file.is_dir():
-            yield Problem("--metrics-file", file, "it is a directory", "give the name of a file in it")
+        if not file.is_file() and os.path.lexists(file):
+            yield Problem("--metrics-file", file, "it is no regular file", "give the name of a file")
         else:
             yield from unwritable("--metrics-file", file, file.parent)

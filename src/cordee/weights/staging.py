@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from cordee import lock
-from cordee.errors import Problem, ProblemError
-from cordee.files import copy_files, create_new, left_out, remove_tree
+from cordee.errors import Problem, ProblemError, raise_all
+from cordee.files import copy_files, create_new, left_out, remove_tree, unwritable
 from cordee.tokenizer.special import FILES as TOKENIZER_FILES
 
 logger = logging.getLogger("cordee")
@@ -139,6 +139,7 @@ def check_output(path: Path, *, overwrite: bool = False) -> None:
     if os.path.lexists(path) and not path.is_dir():
         why, fix = "there is a file of this name", "give another directory"
         raise ProblemError([Problem("output directory", path, why, fix, "file")])
+    raise_all(unwritable("output directory", path, path.parent))
     if path.is_dir() and any(path.iterdir()):
         if not overwrite:
             fix = "give another directory, or --overwrite"

@@ -29,7 +29,7 @@ def read(path: Path, keys: Sequence[str]) -> Iterator[Chunk]:
     rows = _parquet_rows if path.suffix.lower() == ".parquet" else _arrow_rows
     try:
         yield from table_chunks(str(path), numbered(rows(path, list(keys))))
-    except (pyarrow.ArrowInvalid, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         why = f"it is damaged or no {path.suffix[1:]} file: {error}"
         raise ProblemError([Problem("--input", path, why, "copy it again", "corrupt")]) from error
 
@@ -54,6 +54,7 @@ def _arrow_rows(path: Path, keys: list[str]) -> Iterator[tuple[tuple[object, ...
         size = max(file.size(), 1)
         for batch in _record_batches(ipc, file, path, keys):
             done = file.tell() / size
+            batch.select(keys).validate(full=True)  # else places that lie outside of the file end the process
             for start in range(0, batch.num_rows, _ROWS):
                 yield from ((row, done) for row in _rows(batch.slice(start, _ROWS), keys))
 

@@ -15,6 +15,7 @@ from typing import IO, Any, AnyStr
 
 from cordee.data.readers.chunk import CHUNK_BYTES, MAX_RECORD_BYTES
 from cordee.errors import Problem, ProblemError
+from cordee.files import open_regular
 
 BOM = b"\xef\xbb\xbf"
 
@@ -42,7 +43,7 @@ class ByteStream:
 @contextmanager
 def open_stream(path: Path) -> Iterator[ByteStream]:
     """Raises `ProblemError` if the file is no gzip file although its name says so, or is cut off."""
-    with open(path, "rb") as raw:
+    with open_regular(path) as raw:
         file: IO[bytes] = gzip.GzipFile(fileobj=raw) if path.suffix.lower() == ".gz" else raw  # type: ignore[assignment]
         try:
             if file is not raw and not raw.peek(1):
