@@ -430,7 +430,6 @@ def told(argv: list[str]) -> list[Problem]:
         ("train {run} --load {model} --save {model}/run --save-interval 1", "--save", "excludes"),
         ("train {run} --load file://host/x", "--load", "host"),
         ("convert --load-dir {model} --save-dir {model}/out", "--save-dir", "excludes"),
-        ("convert --load-dir {model} --save-dir out --saver megatron --save-model-type hf", "--saver", "excludes"),
         (
             "convert --load-dir {model} --save-dir out --save-model-type mg --tokenizer-model x",
             "--tokenizer-model",

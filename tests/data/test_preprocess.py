@@ -233,11 +233,12 @@ def test_a_record_without_its_key_among_others_is_a_broken_record(tmp_path, line
 
 
 def test_all_problems_before_any_work(tmp_path):
+    (tmp_path / "file").touch()
     with pytest.raises(ProblemError) as error:
         run(
             tmp_path,
             input=str(tmp_path / "absent"),
-            output_prefix=str(tmp_path / "no" / "out"),
+            output_prefix=str(tmp_path / "file" / "out"),
             tokenizer_type="Llama2Tokenizer",
         )
     assert [problem.option for problem in error.value.problems] == ["--output-prefix", "--tokenizer-model", "--input"]
@@ -326,10 +327,10 @@ def test_folders_of_input_and_output(tmp_path):
     for name, text in (("b/2.JSONL", "2"), ("a.jsonl", "1"), ("b/c/3.jsonl", "3")):
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         write_jsonl(tmp_path / "in" / name, [text])
-    prefix = str(tmp_path / "in" / "deep" / "out") + "/"
+    prefix = str(tmp_path / "deep" / "out") + "/"
     with pytest.raises(ProblemError):
         run(tmp_path, input=str(tmp_path / "in"), output_prefix=prefix, vocab_size=3)
-    assert not (tmp_path / "in" / "deep").exists()
+    assert not (tmp_path / "deep").exists()
     for _ in range(2):
         dataset = run(tmp_path, input=str(tmp_path / "in"), output_prefix=prefix, overwrite=True)
         assert [s.tolist() for s in dataset[:]] == [[1], [2], [3]]

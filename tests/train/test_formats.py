@@ -165,7 +165,7 @@ def test_an_iteration_is_chosen_where_there_are_some(given, tmp_path):
     assert convert_job.run(options) == 0
     megatron = replace(given, load=str(tmp_path / "mg"))
     assert check_run(replace(megatron, ckpt_step=1)) == []
-    for config, kind in ((replace(megatron, ckpt_step=2), "missing"), (replace(given, ckpt_step=1), "excludes")):
+    for config, kind in ((replace(megatron, ckpt_step=2), "missing"), (replace(given, ckpt_step=1), "requires")):
         found = [(problem.option, problem.value, problem.kind) for problem in check_run(config)]
         assert found == [("--ckpt-step", config.ckpt_step, kind)]
 

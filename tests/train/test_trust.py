@@ -162,10 +162,10 @@ CONFIG_READ = ("moe_aux_loss_coeff",)
 # What a manifest may say as well: places that nobody reads, and values that mean what they say, so that those who read
 # them go by them: the default in other words, a large number, another model of the same tensors.
 ABSENT, LARGE, EMPTY = {"null", "delete", "rename"}, {"2**62", "2**70"}, {"{}", "{'': 0}"}
-TEXT = {"text", "path", "surrogates"}
+TEXT = {"text", "path"}
 MEANT: dict[str, set[str]] = {
-    "written_by": set(KINDS),
-    "model.hf_config.model_type": set(KINDS),  # the family is named beside it
+    "written_by": set(KINDS) - {"surrogates"},
+    "model.hf_config.model_type": set(KINDS) - {"surrogates"},  # the family is named beside it
     "model.hf_config.architectures": ABSENT | {"[]", "{}"},
     "model.hf_config.architectures.0": {"delete", "rename"},
     "model.hf_config.attention_dropout": ABSENT,

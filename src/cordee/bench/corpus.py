@@ -1,4 +1,4 @@
-"""The text of the quickstart, as often as it takes, and a tokenizer learned from it."""
+"""The text of the quickstart, written as often as it takes, and a tokenizer learned from it."""
 
 from __future__ import annotations
 

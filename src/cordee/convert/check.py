@@ -16,7 +16,7 @@ from cordee.config import laws
 from cordee.config.option import to_flag
 from cordee.config.spelling import unknown
 from cordee.convert.options import ConvertConfig
-from cordee.errors import Problem, Problems, excludes, requires
+from cordee.errors import Problem, Problems, requires
 from cordee.files import is_within
 from cordee.model.config import AttentionConfig
 
@@ -64,8 +64,6 @@ def check_options(options: ConvertConfig) -> Problems:
     if read is not None and is_within(options.save_dir, read):
         why, fix = "it is the directory that is read, or in it", "give another directory"
         yield Problem("--save-dir", options.save_dir, why, fix, "excludes", ("load_dir",))
-    if options.save_model_type not in (None, "mg"):
-        yield from excludes("--saver", options.saver, "--save-model-type", options.save_model_type)
     if (file := options.tokenizer_model) not in (None, "None") and not os.path.exists(file):  # as scripts write it
         yield Problem("--tokenizer-model", file, "there is no such file", "check the path", "missing")
     yield from stated(options, {"model_type": "GPT"}, "every model here")

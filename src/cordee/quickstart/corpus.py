@@ -79,11 +79,11 @@ def texts(source: Path | None) -> Iterator[tuple[str, str | None]]:
         for start in range(0, len(text or ""), PASSAGE):
             yield f"{root.name}:{start}", text[start : start + PASSAGE] if text else None
         return
-    left_out = NOT_OWN if source is not None else NOT_OWN | NOT_PROGRAMS
+    left_out, endings = (NOT_OWN | NOT_PROGRAMS, (".py",)) if source is None else (NOT_OWN, TEXT_ENDINGS)
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(set(folders) - left_out)
         for name in sorted(names):
-            if (path := Path(folder, name)).suffix in TEXT_ENDINGS and path.is_file():
+            if (path := Path(folder, name)).suffix in endings and path.is_file():
                 yield path.relative_to(root).as_posix(), _text(path)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from cordee.data.options import PreprocessConfig
 from cordee.errors import Problem, ProblemError
 from cordee.evaluate.options import EvaluateConfig
 from cordee.evaluate.task import Subject
-from cordee.families.count import count_parameters, training_flops_per_token
+from cordee.families.count import count_parameters
 from cordee.families.registry import spec_from_options
 from cordee.generate import job as generate
 from cordee.generate.options import GenerateConfig
@@ -37,20 +38,22 @@ from cordee.quickstart import corpus, report, tokenizer
 from cordee.quickstart.options import QuickstartConfig
 from cordee.train.options import TrainConfig
 
-VOCAB_SIZE = 4096
+# In two minutes a small model that sees much text in small batches learns most; so it is with few tokens.
+VOCAB_SIZE = 2048
 TOKENIZER_CHARACTERS = 8_000_000  # enough text for this many tokens; more only takes time
 HELD_OUT_DOCUMENTS = 12
 TEMPERATURE = 0.7
 MARKER = ".cordee-quickstart"
-BATCH_SIZE = 8  # samples of one process and step
-EXPECTED_MFU = 0.45  # of a small model on a CPU, all overhead included: decides how many steps fit in the time
+BATCH_SIZE = 2  # samples of one process and step
+TRIAL_STEPS = 12  # which tell how many fit in the time
 MIN_STEPS = 50
 LONGER = 5000
+NUM_PHASES = 8  # one less where the number of steps is given
 PROMPTS = ("def ", "import os\n", "class Node:\n    def __init__(self", '    """Return ')
 MODEL = {
     "num_layers": 4,
-    "hidden_size": 256,
-    "ffn_hidden_size": 704,
+    "hidden_size": 128,
+    "ffn_hidden_size": 352,
     "num_attention_heads": 4,
     "max_position_embeddings": 256,
     "position_embedding_type": "rope",
@@ -63,7 +66,8 @@ MODEL = {
 }
 RECIPE = {
     "seq_length": 256,
-    "micro_batch_size": 8,
+    "micro_batch_size": BATCH_SIZE,
+    "zero_stage": 0,  # there is little to share out, and one all-reduce takes less time than collectives of every layer
     "lr": 3e-3,
     "min_lr": 3e-4,
     "lr_decay_style": "cosine",
@@ -85,7 +89,7 @@ class Run:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        self.console.print(f"[bold]{len(self.phases) + 1}/7[/bold] {name}")
+        self.console.print(f"[bold]{len(self.phases) + 1}/{NUM_PHASES - bool(self.config.train_iters)}[/bold] {name}")
         start = time.perf_counter()
         yield
         self.phases.append((name, time.perf_counter() - start))
@@ -106,7 +110,7 @@ def _phases(job: Run, source: Path | None) -> int:
     size = _learn_tokenizer(job, text)
     _preprocess(job, text)
     values = _train_values(job, size)
-    if code := _train(job, values):
+    if code := _fit(job, values) or _train(job, values):
         return code
     _export(job)
     samples = _generate(job)
@@ -197,9 +201,9 @@ def _preprocess(job: Run, text: corpus.Corpus) -> None:
 
 
 def _train_values(job: Run, vocab_size: int) -> dict[str, Any]:
-    """The recipe of this run; written as train.yaml, so that it can be read, changed and run again."""
+    """The recipe of this run, but for its length; written as train.yaml, so that it can be changed and run again."""
     config, folder = job.config, job.folder
-    values = {
+    return {
         **MODEL,
         **RECIPE,
         "vocab_size": vocab_size,
@@ -214,28 +218,43 @@ def _train_values(job: Run, vocab_size: int) -> dict[str, Any]:
         "tensorboard_dir": str(folder / "tensorboard"),
         "metrics_file": str(folder / "metrics.jsonl"),
     }
-    steps = config.train_iters or _steps_within(config.train_seconds, values)
-    return values | {
+
+
+def _fit(job: Run, values: dict[str, Any]) -> int:
+    """Set how many steps are taken, and what depends on it; the exit code of the trial that tells."""
+    if not (steps := job.config.train_iters):
+        with job.phase("measure how fast this machine trains"):
+            code, step_seconds = _trial(job, values)
+        if code:
+            return code
+        steps = max(MIN_STEPS, int(job.config.train_seconds / step_seconds))
+        job.say(f"{step_seconds * 1000:.0f} ms a step: {steps} steps in {job.config.train_seconds:.0f} s")
+    values |= {
         "train_iters": steps,
         "save_interval": max(1, steps // 3),
         "eval_interval": max(1, steps // 5),
         "eval_iters": 4,
         "log_interval": max(1, steps // 100),
     }
+    return 0
 
 
-def _steps_within(seconds: float, values: dict[str, Any]) -> int:
-    """How many steps fit in so many seconds, by the rate of matrix products of this machine."""
-    import torch
+def _trial(job: Run, values: dict[str, Any]) -> tuple[int, float]:
+    """Take a few steps as the run will; the exit code, and how long the median step took."""
+    file = job.folder / "trial.jsonl"
+    left_out = ("save", "keep_last", "tensorboard_dir", "valid_data_path")
+    trial = {name: value for name, value in values.items() if name not in left_out}
+    trial |= {"train_iters": TRIAL_STEPS, "eval_iters": 0, "log_interval": 1, "metrics_file": str(file)}
+    if code := _launch(job, "trial.yaml", trial):
+        return code, 0.0
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return 0, statistics.median(line["step_seconds"] for line in lines[TRIAL_STEPS // 3 :])
 
-    from cordee import device
-    from cordee.train.metrics import measure_peak_flops
 
-    model = spec_from_options(config_from_dict(TrainConfig, values | {"train_iters": 1})).config
-    tokens = values["global_batch_size"] * values["seq_length"]
-    flops = tokens * training_flops_per_token(model, values["seq_length"])
-    rate = measure_peak_flops(torch.float32, device.local_device(0)) * EXPECTED_MFU
-    return max(MIN_STEPS, int(seconds * rate / flops))
+def _launch(job: Run, name: str, values: dict[str, Any]) -> int:
+    path = job.folder / name
+    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    return supervisor.spawn_local(["train", "--config", str(path)], job.config.nproc_per_node)
 
 
 def _train(job: Run, values: dict[str, Any]) -> int:
@@ -243,9 +262,7 @@ def _train(job: Run, values: dict[str, Any]) -> int:
     with job.phase(
         f"pretrain on {counted(processes, 'process', 'processes')}, {counted(values['train_iters'], 'step')}"
     ):
-        path = job.folder / "train.yaml"
-        path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-        return supervisor.spawn_local(["train", "--config", str(path)], processes)
+        return _launch(job, "train.yaml", values)
 
 
 def _export(job: Run) -> None:
