@@ -195,6 +195,14 @@ def test_whole_files_are_documents(tmp_path, workers):
     assert [s.tolist() for s in lines[:]] == [[1, 2], [3], [4]]
 
 
+def test_whole_files_among_others(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("a.jsonl", "b.jsonl"):
+        write_jsonl(tmp_path / "in" / name, ["1"])
+    (tmp_path / "in" / "c.TXT").write_text("2\n3")
+    assert [s.tolist() for s in run(tmp_path, input=str(tmp_path / "in"), whole_files=True)[:]] == [[2, 3]]
+
+
 def test_records_are_no_whole_files(tmp_path):
     write_jsonl(tmp_path / "x.jsonl", ["1"])
     with pytest.raises(ProblemError) as caught:

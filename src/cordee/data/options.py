@@ -43,6 +43,7 @@ class BatchOptions:
         None,
         "length of the run in passes over the data, rounded up to whole iterations",
         above=0,
+        at_most=1_000_000,
         elsewhere=("epochs", "num_train_epochs"),
     )
     seed: int = option(1234, "random seed of initial weights, shuffling and dropout", at_least=0, below=2**32)

@@ -147,10 +147,10 @@ def _sources(config: PreprocessConfig, keys: Sequence[str]) -> list[Source]:
     if not config.input:
         why = "there is nothing to read"
         raise ProblemError([Problem("--input", None, why, "give a file or a directory, or --hf-datasets-params")])
+    whole = readers("read_whole") if config.whole_files else {}
     with reading("--input", config.input):
-        files = input_files(Path(config.input), "give a dataset of a hub by --hf-datasets-params")
+        files = input_files(Path(config.input), "give a dataset of a hub by --hf-datasets-params", whole)
         sizes = [path.stat().st_size for path in files]
-    whole = readers("read_whole")
     if config.whole_files and (ending := extension(files[0])) not in whole:
         why, fix = f"the documents of {ending} files are their records", f"give {', '.join(whole)}, or leave it out"
         raise ProblemError([Problem("--whole-files", True, why, fix, "format", limit=tuple(whole))])

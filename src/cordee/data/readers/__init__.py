@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from cordee.data.readers.chunk import Chunk
 from cordee.errors import Problem, ProblemError, either
-from cordee.log import logger
+from cordee.log import counted, logger
 
 Reader = Callable[[Path, Sequence[str]], Iterator[Chunk]]
 
@@ -64,10 +64,10 @@ def extension(path: Path) -> str | None:
     return next((ending for ending in sorted(readers(), key=len, reverse=True) if name.endswith(ending)), None)
 
 
-def input_files(path: Path, instead: str = "") -> list[Path]:
+def input_files(path: Path, instead: str = "", preferred: Collection[str] = ()) -> list[Path]:
     """The files to read: `path`, or those in the directory `path` and its subfolders that have the most frequent known
-    extension, in the order of their paths. Raises `ProblemError` if there are none; `instead` is what else could be
-    given. OSError if a folder cannot be read."""
+    extension, if there are any of those `preferred`, in the order of their paths. Raises `ProblemError` if there are
+    none; `instead` is what else could be given. OSError if a folder cannot be read."""
     known = ", ".join(ending for ending in readers() if not ending.endswith(".gz"))
     if path.is_file():
         if extension(path) is None:
@@ -83,11 +83,12 @@ def input_files(path: Path, instead: str = "") -> list[Path]:
     if not counts:
         why = f"it holds no file that ends in {known}"
         raise ProblemError([Problem("--input", path, why, "check the path", "empty")])
-    chosen = counts.most_common(1)[0][0]
+    chosen = max(counts, key=lambda ending: (ending in preferred, counts[ending]))
     others = [str(file.relative_to(path)) for file in files if extension(file) != chosen]
     if others:
         shown = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
-        logger.warning("Of %s only the files ending in %s are read; %d are not: %s", path, chosen, len(others), shown)
+        left = counted(len(others), "other file")
+        logger.warning("Of %s only the files ending in %s are read; %s left out: %s", path, chosen, left, shown)
     return [file for file in files if extension(file) == chosen]
 
 
