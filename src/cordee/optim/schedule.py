@@ -132,6 +132,7 @@ def problems(options: OptimizerOptions, train_iters: int | None, train_samples: 
     anneal = getattr(options, f"lr_wsd_decay_{unit}") if options.lr_decay_style == "WSD" else None
     if anneal and length:
         begins = warmup if options.lr_warmup_fraction is None else options.lr_warmup_fraction * length
-        involved = (f"lr_decay_{unit}", f"train_{unit}", f"lr_warmup_{unit}", "lr_warmup_fraction", "lr_decay_style")
+        warm_up = (f"lr_warmup_{unit}", "lr_warmup_fraction", "model")  # a preset's recipe sets the fraction
+        involved = (f"lr_decay_{unit}", f"train_{unit}", *warm_up, "lr_decay_style")
         what = f"the {length} {unit} of the learning rate schedule less its warm-up"
         yield from at_most(f"--lr-wsd-decay-{unit}", anneal, max(0, int(length - begins)), what, *involved)
