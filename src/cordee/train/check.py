@@ -8,28 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from cordee import launch
 from cordee.errors import Findings, Problem, unique
 from cordee.families.count import count_parameters
 from cordee.log import counted
 from cordee.parallel import cost
 from cordee.parallel.describe import describe_layout
-from cordee.train import objectives, outputs
+from cordee.train import objectives
+from cordee.train.objectives import DataSize
 from cordee.train.options import TrainConfig
-from cordee.train.plan import draft_run
+from cordee.train.plan import examined
 from cordee.train.run_plan import Draft
 
 
 def examine(config: TrainConfig) -> tuple[str, list[Problem]]:
     """What the run would be, in words, and its problems: as `check_run` has them, with the contents of the data, of
     which up to some GiB are read."""
-    found, unread = Findings(), Findings()
+    unread = Findings()
     fingerprint = unread.attempt(lambda: objectives.named(config.stage).fingerprint(config))
-    found.problems += found.attempt(lambda: outputs.check_free(config)) or []
-    world_size = launch.world_size(config.nproc_per_node)
-    draft = found.attempt(lambda: draft_run(config, world_size, fingerprint=fingerprint))
-    problems = unique([*found.problems, *(draft.found.problems if draft else ()), *unread.problems])
-    return "\n".join(_describe(draft)) if draft else "", problems
+    draft, problems = examined(config, fingerprint)
+    return "\n".join(_describe(draft)) if draft else "", unique([*problems, *unread.problems])
 
 
 def check_with_contents(config: TrainConfig) -> list[Problem]:
@@ -38,11 +35,13 @@ def check_with_contents(config: TrainConfig) -> list[Problem]:
 
 
 def _describe(draft: Draft) -> Iterator[str]:
+    config = draft.config  # what keeps the data from being read is among the problems
+    size = None if config.skip_train else Findings().attempt(lambda: draft.objective.size(config))
     for label, lines in (
         ("model", _model(draft)),
-        ("data", _data(draft)),
+        ("data", _data(size)),
         ("one step", _step(draft)),
-        ("the run", _run(draft)),
+        ("the run", _run(draft, size)),
         ("training", _recipe(draft)),
     ):
         for number, line in enumerate(lines):
@@ -64,11 +63,11 @@ def _model(draft: Draft) -> Iterator[str]:
         yield f"{draft.spec.family.name}, {counted(count_parameters(draft.spec.config), 'parameter')}"
 
 
-def _data(draft: Draft) -> Iterator[str]:
-    if draft.size is None:
+def _data(size: DataSize | None) -> Iterator[str]:
+    if size is None:
         yield "unknown"
         return
-    for name, tokens in draft.size.tokens.items():
+    for name, tokens in size.tokens.items():
         yield f"{counted(tokens, 'token')} to train on in {name}"
 
 
@@ -83,15 +82,15 @@ def _step(draft: Draft) -> Iterator[str]:
         yield f"after a ramp-up from {counted(batches.rampup[0], 'sample')}"
 
 
-def _run(draft: Draft) -> Iterator[str]:
+def _run(draft: Draft, size: DataSize | None) -> Iterator[str]:
     config, batches = draft.config, draft.batches
     if not draft.iterations:
         yield "nothing is trained" if config.skip_train else "of unknown length"
         return
     samples = config.train_samples or draft.iterations * batches.global_batch_size
     yield f"{counted(draft.iterations, 'step')}, {counted(samples * config.seq_length, 'token')}"
-    if (data := draft.size) is not None:
-        yield from (f"epochs of {name}: {data.epochs(name, samples):.3g}" for name in data.tokens)
+    if size is not None:
+        yield from (f"epochs of {name}: {size.epochs(name, samples):.3g}" for name in size.tokens)
 
 
 def _recipe(draft: Draft) -> Iterator[str]:

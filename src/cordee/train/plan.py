@@ -19,7 +19,7 @@ from cordee.checkpoint import directory
 from cordee.checkpoint.storage import location_of, reached
 from cordee.config import laws
 from cordee.config.option import options_of
-from cordee.errors import Findings, Problem, ProblemError, Problems, at_most, divides, raise_all
+from cordee.errors import Findings, Problem, ProblemError, Problems, at_most, divides, raise_all, unique
 from cordee.families.lenses import differences, words_of
 from cordee.families.options import ignored
 from cordee.families.registry import ModelSpec, spec_from_options, spec_named
@@ -41,7 +41,7 @@ from cordee.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
 from cordee.tokenizer.options import TokenizerOptions
 from cordee.train import batch_schedule, experts, objectives, outputs, resume, techniques
 from cordee.train.batch_schedule import BatchSchedule, build_batch_schedule
-from cordee.train.objectives import DataSize, Objective
+from cordee.train.objectives import Objective
 from cordee.train.options import TrainConfig
 from cordee.train.origin import choose, opened
 from cordee.train.run_plan import Draft, Origin, RunPlan
@@ -58,10 +58,15 @@ def check_run(config: TrainConfig, fingerprint: Any = None) -> list[Problem]:
     The number of processes is the launcher's, or --nproc-per-node. Without `fingerprint` of the data, its contents are
     not compared with those of a run to resume: the run itself does that when it starts.
     """
+    return examined(config, fingerprint)[1]
+
+
+def examined(config: TrainConfig, fingerprint: Any = None) -> tuple[Draft | None, list[Problem]]:
+    """The run as far as it is known, and its problems as of `check_run`."""
     found = Findings()
     found.problems += found.attempt(lambda: outputs.check_free(config)) or []
-    found.attempt(lambda: plan_run(config, launch.world_size(config.nproc_per_node), fingerprint=fingerprint))
-    return list(dict.fromkeys(found.problems))
+    draft = found.attempt(lambda: draft_run(config, launch.world_size(config.nproc_per_node), fingerprint=fingerprint))
+    return draft, unique([*found.problems, *(draft.found.problems if draft else ())])
 
 
 def plan_run(
@@ -100,8 +105,7 @@ def draft_run(
     objective = objectives.named(config.stage)
     sizes = found.attempt(lambda: pipeline_check.sizes(config))
     batches = build_batch_schedule(config, shape.data, sizes)
-    size = _size(objective, config, found)
-    if (counted_out := _with_length(config, size, batches)) is not config:
+    if (counted_out := _with_length(config, objective, batches, found)) is not config:
         config = counted_out
         found.problems += optim_schedule.problems(config, config.train_iters, None)
     length = found.attempt(lambda: _iterations(config, batches, found.notes))
@@ -140,7 +144,6 @@ def draft_run(
         iterations=length,
         schedule=schedule,
         objective=objective,
-        size=size,
         data=data,
         models=models,
         found=found,
@@ -186,21 +189,19 @@ def _name_problems(config: TrainConfig) -> Problems:
             yield Problem(option, value, f"there is no such {what}", f"give one of {', '.join(sorted(known))}")
 
 
-def _size(objective: Objective[Any], config: TrainConfig, found: Findings) -> DataSize | None:
-    """What there is to train on; what keeps it from being read is found with all else of the data."""
-    if config.skip_train:
-        return None
+def _with_length(
+    config: TrainConfig, objective: Objective[Any], batches: BatchSchedule, found: Findings
+) -> TrainConfig:
+    """--num-epochs as the iterations that it means here; what keeps the data from being read is found with all else of
+    it."""
+    if config.num_epochs is None or config.skip_train:
+        return config
     unread = Findings()
     size = unread.attempt(lambda: objective.size(config))
-    if config.num_epochs is not None and size is None and not unread.problems:
+    if size is None and not unread.problems:
         why = f"how long an epoch of --stage {config.stage} is, is not known before"
         found.problems.append(Problem("--num-epochs", config.num_epochs, why, "give --train-iters", "length"))
-    return size
-
-
-def _with_length(config: TrainConfig, size: DataSize | None, batches: BatchSchedule) -> TrainConfig:
-    """--num-epochs as the iterations that it means here."""
-    if config.num_epochs is None or size is None or config.train_iters or config.train_samples:
+    if size is None or config.train_iters or config.train_samples:
         return config
     return replace(config, num_epochs=None, train_iters=batches.steps_of(config.num_epochs * size.samples))
 

@@ -19,7 +19,7 @@ from cordee.parallel.degrees import Degrees
 from cordee.parallel.pipeline.split import StagePartition
 from cordee.tokenizer import Tokenizer
 from cordee.train.batch_schedule import BatchSchedule
-from cordee.train.objectives import DataPlan, DataSize, FurtherModel, Objective
+from cordee.train.objectives import DataPlan, FurtherModel, Objective
 from cordee.train.options import TrainConfig
 
 if TYPE_CHECKING:
@@ -95,7 +95,6 @@ class Draft:
     iterations: int | None
     schedule: Schedule
     objective: Objective[Any]
-    size: DataSize | None
     data: DataPlan | None
     models: Mapping[str, FurtherModel] | None
     found: Findings
