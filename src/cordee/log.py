@@ -26,6 +26,8 @@ def setup(rank: int = 0, level: int = logging.INFO) -> None:
     logger.addHandler(handler)
     logger.setLevel(level if rank == 0 else logging.WARNING)
     logger.propagate = False
+    # It warns that norms over several mesh axes are reduced over one after the other: these are a few scalars.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
 
 def counted(number: int, what: str, several: str = "") -> str:

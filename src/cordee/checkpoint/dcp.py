@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from cordee.checkpoint.files import METADATA, opened, read_tensor, tensors
+from cordee.checkpoint.files import METADATA, metadata_in, read_tensor, tensors
 from cordee.checkpoint.storage import location_of
 from cordee.errors import Problem, ProblemError
 from cordee.families.registry import ModelSpec, spec_from_directory
@@ -65,7 +65,7 @@ def read(path: str | Path) -> Source:
     """The weights of a distributed checkpoint. ProblemError with what is wrong with it."""
     path = Path(path)
     spec = spec_from_directory(path)
-    metadata = opened(path)
+    metadata = metadata_in(path)
     foreign = {name for rule in spec.rules().values() for name in rule.foreign}
     if spec.config.tie_word_embeddings:
         foreign.discard("lm_head.weight")

@@ -45,7 +45,7 @@ Shape = tuple[int, ...]
 # ---- metadata --------------------------------------------------------------------------------------------------------
 
 
-def opened(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> Metadata:
+def metadata_in(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> Metadata:
     """As `read_metadata`, of a folder of others. ProblemError if it cannot be read."""
     try:
         return read_metadata(location_of(path), wanted)

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint import Metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
-from cordee.checkpoint.files import opened, read_tensor, tensors
+from cordee.checkpoint.files import metadata_in, read_tensor, tensors
 from cordee.checkpoint.storage import location_of
 from cordee.errors import Problem, ProblemError
 from cordee.tensors.views import Index, Shape
@@ -47,7 +47,7 @@ def read(root: Path, folder: Path, reading: Reading) -> MegatronSource:
     if (found := backend(folder)) != BACKEND:
         why, fix = f"its tensors are stored by {shown(found)}", f"save it with --ckpt-format {BACKEND} in Megatron"
         raise ProblemError([Problem(str(folder / DISTRIBUTED), None, why, fix, "unknown", limit=BACKEND)])
-    metadata = opened(folder, lambda name: not _OF_OPTIMIZERS.match(name))
+    metadata = metadata_in(folder, lambda name: not _OF_OPTIMIZERS.match(name))
     content, not_read = _common(folder, metadata)
     try:
         file = _Whole(folder, metadata, content, not_read)

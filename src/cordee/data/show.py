@@ -17,7 +17,9 @@ from cordee.data.manifest import Manifest, read_manifest
 from cordee.data.options import ShowDataConfig
 from cordee.data.readers import reading
 from cordee.errors import Findings, Problem, Problems, at_most, raise_all
+from cordee.log import counted
 from cordee.tokenizer import Tokenizer, load_tokenizer, names_tokenizer
+from cordee.tokenizer.base import outside
 
 _TOKENS = 64  # of a sequence that are shown
 
@@ -88,8 +90,8 @@ def _request_problems(
         return
     for index in range(config.start, min(config.start + config.num, len(dataset))):
         tokens = dataset.get(index, length=_TOKENS)
-        if wrong := [token for token in tokens.tolist() if token not in range(tokenizer.vocab_size)]:
-            why = f"sequence {index} holds token {wrong[0]}, and the tokenizer has {tokenizer.vocab_size} tokens"
+        if (wrong := outside(tokens.tolist(), tokenizer.vocab_size)) is not None:
+            why = f"sequence {index} holds token {wrong}, and the tokenizer has {tokenizer.vocab_size} tokens"
             fix = "give the tokenizer that it was made with"
             yield Problem("dataset", config.prefix, why, fix, "tokenizer", limit=tokenizer.vocab_size)
             return
@@ -98,7 +100,7 @@ def _request_problems(
 def _sequence_lines(dataset: IndexedDataset, index: int, tokenizer: Tokenizer | None) -> Iterator[str]:
     length, tokens = int(dataset.sequence_lengths[index]), dataset.get(index, length=_TOKENS).tolist()
     left = " ..." if length > len(tokens) else ""
-    yield f"sequence {index}: {length:,} token{'' if length == 1 else 's'}"
+    yield f"sequence {index}: {counted(length, 'token')}"
     yield f"  ids   {' '.join(map(str, tokens))}{left}"
     if tokenizer is not None:  # as JSON: on one line, and nothing that a terminal obeys
         yield f"  text  {json.dumps(tokenizer.decode(map(int, tokens)), ensure_ascii=False)}{left}"

@@ -6,16 +6,12 @@ counted once however often it is replicated. Knows no optimizer and no schedule.
 
 from __future__ import annotations
 
-import logging
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-
-# torch warns that the norm of what several mesh axes shard is reduced over one after the other: that is a few scalars.
-logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
 
 def gradients(parameters: Iterable[Tensor]) -> list[Tensor]:

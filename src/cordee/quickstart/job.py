@@ -67,7 +67,7 @@ MODEL = {
 RECIPE = {
     "seq_length": 256,
     "micro_batch_size": BATCH_SIZE,
-    "zero_stage": 0,  # there is little to share out, and one all-reduce takes less time than collectives of every layer
+    "zero_stage": 0,  # there is little to shard, and one all-reduce is faster than an all-gather of every layer
     "lr": 3e-3,
     "min_lr": 3e-4,
     "lr_decay_style": "cosine",
