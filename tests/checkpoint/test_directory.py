@@ -140,8 +140,12 @@ def test_retention_spares_the_best(tmp_path: Path):
     directory.point_to_best(root, 20)
     directory.point_to_best(root, 25)  # of which there is no checkpoint
     assert directory.tracked(root, directory.BEST) == 20
-    assert directory.retain(root, 40, keep=1, best=20) == [30, 10]
-    assert directory.retain(root, 40, keep=2, best=40) == []
+    (tmp_path / directory.BEST).write_text("torn")
+    assert directory.retain(root, 40, keep=1) == [], "which one it is cannot be read"
+    directory.point_to_best(root, 20)
+    assert directory.retain(root, 40, keep=1) == [30, 10]
+    directory.point_to_best(root, 40)
+    assert directory.retain(root, 40, keep=2) == []
 
 
 class Killed(BaseException):

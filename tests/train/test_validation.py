@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,35 @@ def test_the_best_is_kept_beside_the_newest(tmp_path: Path, losses, steps: int, 
     assert (iterations(each), best(each)) == (kept, wanted)
     assert state(each, steps) == state(given, steps)
     assert (state(each, steps)["best_loss"], state(each, steps)["best_iteration"]) == (losses[wanted], wanted)
+
+
+def test_the_best_stays_when_the_option_is_dropped(tmp_path: Path, losses):
+    given = config(tmp_path, exit_interval=2)
+    job.run(given)
+    job.run(tiny.resumed(given, save_best=False, save_interval=1))
+    assert (iterations(given), best(given)) == ([6, 2], 2)
+
+
+@pytest.mark.parametrize("at", [2, 3, 6])
+def test_a_validation_that_a_stop_aborts_is_done_when_the_run_resumes(tmp_path: Path, losses, monkeypatch, at: int):
+    """Also the last one, after which nothing is left to train."""
+    options = {"early_stopping_patience": 3, "save_interval": 1}
+    whole = config(tmp_path, **options, save=str(tmp_path / "whole"))
+    job.run(whole)
+
+    def stopped(self: Trainer, split: str) -> float | None:
+        if self.state.iteration < at:
+            return losses[self.state.iteration]
+        signal.raise_signal(signal.SIGTERM)
+        return self._fetch(split, 0, 8, 8) and 0.0
+
+    given = config(tmp_path, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_mean_loss", stopped)
+        assert job.run(given) == 128 + signal.SIGTERM
+    assert state(given, at)["validation_due"]
+    job.run(tiny.resumed(given))
+    assert (state(given, 6), best(given)) == (state(whole, 6), best(whole))
 
 
 def test_without_the_option_the_best_is_known_but_not_kept(tmp_path: Path, losses):

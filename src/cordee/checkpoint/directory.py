@@ -256,13 +256,18 @@ def point_to_best(root: Location, iteration: int) -> None:
         _track(root, BEST, iteration)
 
 
-def retain(root: Location, newest: int, keep: int, best: int | None = None) -> list[int]:
-    """Remove the oldest whole checkpoints up to iteration `newest` until `keep` of them are left, and the `best`; those
-    removed.
+def retain(root: Location, newest: int, keep: int) -> list[int]:
+    """Remove the oldest whole checkpoints up to iteration `newest` until `keep` of them are left, and the best, as its
+    tracker file names it; those removed.
 
     Later iterations belong to a run that was rewound. They and damaged checkpoints are left to the user.
     """
     assert keep > 0
+    try:
+        best = tracked(root, BEST)
+    except ValueError as error:
+        logger.warning("no checkpoint is removed: %s", error)
+        return []
     whole = {i: folder for i, folder in folders(root).items() if i <= newest and damage(folder) is None}
     removed = [iteration for iteration in list(whole)[keep:] if iteration != best]
     for iteration in removed:

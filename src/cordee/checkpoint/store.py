@@ -209,7 +209,7 @@ class CheckpointStore:
             directory.point_to_best(self.root, best)
         if self._keep_last is None:
             return
-        if removed := directory.retain(self.root, iteration, self._keep_last, best):
+        if removed := directory.retain(self.root, iteration, self._keep_last):
             logger.info("removed checkpoints of iterations %s", ", ".join(map(str, sorted(removed))))
 
     def _require_held(self) -> None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _FORM = sealed.record(
     {
         "model": STORED_SPEC,
-        "trainer": sealed.of(TrainState, added=("best_loss", "best_iteration", "stale_validations")),
+        "trainer": sealed.of(TrainState, added=("best_loss", "best_iteration", "stale_validations", "validation_due")),
         "loss_scaler": sealed.record(
             {"scale": sealed.number(0), "good_steps": sealed.count(), "overflows": sealed.count()}
         ),

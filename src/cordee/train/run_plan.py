@@ -127,7 +127,7 @@ class TrainState:
 
     `consumed_samples` is the position in the data. Steps skipped for an overflow consume samples as well, but do not
     move the schedule. `best_loss` and `best_iteration` are of the best validation so far, None before one;
-    `stale_validations` counts those since the last improvement.
+    `stale_validations` counts those since the last improvement; `validation_due`: this iteration lacks its own.
     """
 
     iteration: int = 0
@@ -138,6 +138,7 @@ class TrainState:
     best_loss: float | None = None
     best_iteration: int | None = None
     stale_validations: int = 0
+    validation_due: bool = False
 
     @property
     def schedule_position(self) -> int:
@@ -157,6 +158,7 @@ class TrainState:
         """Count a validation of this iteration; whether it is the best so far. It is an improvement if it is better by
         more than `threshold`; a loss that is not finite is neither."""
         gain = -math.inf if not math.isfinite(loss) else math.inf if self.best_loss is None else self.best_loss - loss
+        self.validation_due = False
         self.stale_validations = 0 if gain > threshold else self.stale_validations + 1
         if gain > 0:
             self.best_loss, self.best_iteration = loss, self.iteration

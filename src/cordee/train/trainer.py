@@ -90,7 +90,8 @@ class Trainer:
         self.config: TrainConfig = plan.config
         self.parts = parts
         self.state = state
-        self._saved_at = state.iteration  # nothing is new until the first step
+        self._overdue = state.validation_due and self._validation_decides
+        self._saved_at = -1 if self._overdue else state.iteration  # then nothing is new until the first step
         self._validated_at: dict[str, int] = {}
         self.stop_requested: Exit | None = None
         self._own = own_parameters(parts.model)
@@ -109,6 +110,8 @@ class Trainer:
         return ending
 
     def _take_steps(self) -> Exit:
+        if self._overdue:
+            self._compare()
         ending = self._nothing_left()
         while ending is None:
             with collectives.contact(f"in step {self.state.iteration + 1}"):
@@ -123,9 +126,10 @@ class Trainer:
             if self.config.manual_gc and self._is_time(self.config.manual_gc_interval):
                 gc.collect()
             saves = self._is_time(self.config.save_interval)
+            self.state.validation_due = self._is_time(self.config.eval_interval) or self._complete
             if saves and not self._validation_decides:
                 self.save()  # first: a kill in a long validation shall not cost it
-            if self._is_time(self.config.eval_interval) or self._complete:
+            if self.state.validation_due:
                 self._compare()
             if saves:
                 self.save()
