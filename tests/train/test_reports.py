@@ -153,7 +153,7 @@ def test_reports_at_their_intervals(tmp_path: Path, capsys):
         tensorboard_dir=str(tmp_path / "board"),
         tensorboard_log_interval=2,
     )
-    reports = build_reports(given, meter, "lm loss")
+    reports = build_reports(given, meter, "lm loss", TrainState())
     state = TrainState()
     for step in range(1, 6):
         state.advance(8, 128, skipped=False)
@@ -200,7 +200,7 @@ def test_a_terminal_is_never_silent_for_long(monkeypatch, capsys):
     steps, clock = [], time.perf_counter
     monkeypatch.setattr(time, "perf_counter", lambda: clock() + 2 * SILENCE * len(steps))
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    reports, state = build_reports(TrainConfig(seq_length=16, lr=1.0, log_interval=100), meter, "lm loss"), TrainState()
+    reports, state = build_reports(TrainConfig(seq_length=16, lr=1.0, log_interval=100), meter, "lm loss", TrainState()), TrainState()
     for _ in range(3):
         steps.append(state.advance(8, 128, skipped=False))
         reports.step(result(1.0), state)

@@ -22,8 +22,11 @@ from wandb.errors import Error
 class Run:
     def __init__(self, told, mode):
         self.file = Path(told["dir"]) / "wandb" / f"{mode}-run.jsonl"
-        self.file.parent.mkdir()
-        self.tell("init", told)
+        self.file.parent.mkdir(exist_ok=True)
+        runs = self.file.read_text().count('"init"') if self.file.exists() else 0
+        self.id = told["id"] or os.environ.get("WANDB_RUN_ID") or f"run{runs}"
+        self.starting_step = int(os.environ.get("FAKE_HAS", -1)) + 1
+        self.tell("init", told | {"id": self.id})
 
     def tell(self, what, told):
         with self.file.open("a") as file:
@@ -37,11 +40,11 @@ class Run:
     def finish(self):
         self.tell("finish", None)
 
-def init(*, project, name, dir, config):
+def init(*, project, name, dir, config, id, resume):
     mode = os.environ.get("WANDB_MODE", "online")
     if mode == "online" and "WANDB_API_KEY" not in os.environ:
         raise Error("not logged in")
-    return Run({"project": project, "name": name, "dir": dir, "config": config}, mode)
+    return Run({"project": project, "name": name, "dir": dir, "config": config, "id": id, "resume": resume}, mode)
 """
 
 
@@ -53,7 +56,7 @@ def wandb(tmp_path: Path, monkeypatch):
     (package / "__init__.py").write_text(FAKE)
     (package / "errors.py").write_text("class Error(Exception):\n    pass\n")
     monkeypatch.syspath_prepend(package.parent)
-    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     forget()
     yield
@@ -100,6 +103,30 @@ def test_beside_tensorboard_at_its_interval(tmp_path: Path, wandb, monkeypatch):
     assert job.run(given) == 0
     assert [step for what, values in told(Path(given.save or "")) if what == "log" for step in values[:1]] == [2, 4]
     assert list((tmp_path / "board").glob("events*"))
+
+
+def test_a_run_that_resumes_continues_its_wandb_run(tmp_path: Path, wandb, monkeypatch):
+    """Which has the third step already, of which no checkpoint is left."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    given = config(tmp_path, exit_interval=2, eval_iters=0)
+    job.run(given)
+    monkeypatch.setenv("FAKE_HAS", "3")
+    job.run(tiny.resumed(given))
+    found = told(Path(given.save or ""))
+    assert [(values["id"], values["resume"]) for what, values in found if what == "init"] == [("run0", "allow")] * 2
+    assert [values[0] for what, values in found if what == "log"] == [1, 2, 4]
+
+
+def test_other_runs_of_wandb(tmp_path: Path, wandb, monkeypatch):
+    """Where only the weights are taken, and where the user names one."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    given = config(tmp_path, exit_interval=2, eval_iters=0, wandb_save_dir=str(tmp_path / "wandb"))
+    job.run(given)
+    job.run(tiny.resumed(given, finetune=True, save=str(tmp_path / "tuned"), exit_interval=2))
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    job.run(tiny.resumed(given))
+    ids = [values["id"] for what, values in told(tmp_path / "wandb") if what == "init"]
+    assert ids == ["run0", "run1", "mine"]
 
 
 def test_without_a_login_the_run_trains_and_says_so(tmp_path: Path, wandb, capsys):

@@ -256,7 +256,7 @@ def _build(
         )
         stack.enter_context(store)
         together(lambda: _save_assets(plan, root) if layout.rank == 0 else None, layout.control)
-    reports = _reports(plan, layout, on, objective.loss_name)
+    reports = _reports(plan, layout, on, state)
     stack.callback(reports.close)
     logger.info("%s", _summary(plan))
     if plan.partition is not None:
@@ -376,7 +376,7 @@ def _datasets(plan: RunPlan, layout: Layout) -> Mapping[str, Dataset]:
     return [together(function, layout.control) for function in turns][turn]  # each after those before
 
 
-def _reports(plan: RunPlan, layout: Layout, on: torch.device, loss_name: str) -> Reports:
+def _reports(plan: RunPlan, layout: Layout, on: torch.device, state: TrainState) -> Reports:
     """The reports of this rank; ranks other than 0 have none, but measure the peak with it."""
     config = plan.config
     peak = config.peak_tflops * 1e12 if config.peak_tflops else device.peak_flops()
@@ -393,7 +393,7 @@ def _reports(plan: RunPlan, layout: Layout, on: torch.device, loss_name: str) ->
             peak_flops=peak,
         )
 
-    return build_reports(config, meter, loss_name)
+    return build_reports(config, meter, plan.objective.loss_name, state)
 
 
 def _log_layout(plan: RunPlan, layout: Layout, model: GPTModel) -> None:

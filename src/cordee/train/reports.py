@@ -86,8 +86,8 @@ class Reports:
             report.each(lambda sink: sink.close())
 
 
-def build_reports(config: TrainConfig, make_meter: Callable[[], Meter], loss_name: str) -> Reports:
-    """The reports of rank 0."""
+def build_reports(config: TrainConfig, make_meter: Callable[[], Meter], loss_name: str, state: TrainState) -> Reports:
+    """The reports of rank 0. `state` keeps the W&B run, which a run that resumes continues."""
     reports, lines = [], list[Sink]()
     if sys.stdout.isatty():
         meter = make_meter()
@@ -104,7 +104,13 @@ def build_reports(config: TrainConfig, make_meter: Callable[[], Meter], loss_nam
         scalars += _opened(folder, lambda: TensorBoardSink(Path(folder), loss_name))
     if project := config.wandb_project:
         name, place = config.wandb_exp_name or None, outputs.wandb_path(config)
-        scalars += _opened("W&B", lambda: WandbSink(project, name, place, loss_name, asdict(config)))
+
+        def open_wandb() -> Sink:
+            sink = WandbSink(project, name, place, loss_name, asdict(config), state.wandb_run)
+            state.wandb_run = sink.id
+            return sink
+
+        scalars += _opened("W&B", open_wandb)
     if scalars:
         reports.append(Report(config.tensorboard_log_interval, make_meter(), scalars))
     return Reports(reports)

@@ -25,11 +25,12 @@ from cordee.train.run_plan import RunPlan, TrainState
 if TYPE_CHECKING:
     from cordee.optim.precision import LossScaler
 
+_LATER = ("best_loss", "best_iteration", "stale_validations", "validation_due", "wandb_run")  # of a run's state
 # What is read of a manifest, but for the data of the run.
 _FORM = sealed.record(
     {
         "model": STORED_SPEC,
-        "trainer": sealed.of(TrainState, added=("best_loss", "best_iteration", "stale_validations", "validation_due")),
+        "trainer": sealed.of(TrainState, added=_LATER),
         "loss_scaler": sealed.record(
             {"scale": sealed.number(0), "good_steps": sealed.count(), "overflows": sealed.count()}
         ),

@@ -123,7 +123,7 @@ class Draft:
 @dataclass(kw_only=True)
 class TrainState:
     """Where a run is: totals since it began, of which all else that changes (rates, batch sizes, random numbers, the
-    position in the data) is a function; and the best validation.
+    position in the data) is a function; the best validation; and the W&B run that rank 0 reports to, by its id.
 
     `consumed_samples` is the position in the data. Steps skipped for an overflow consume samples as well, but do not
     move the schedule. `best_loss` and `best_iteration` are of the best validation so far, None before one;
@@ -139,6 +139,7 @@ class TrainState:
     best_iteration: int | None = None
     stale_validations: int = 0
     validation_due: bool = False
+    wandb_run: str | None = None
 
     @property
     def schedule_position(self) -> int:

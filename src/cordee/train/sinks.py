@@ -245,21 +245,42 @@ class TensorBoardSink(ScalarSink):
 
 
 class WandbSink(ScalarSink):
-    """A run of Weights & Biases, which has the `options` of this one. Where and as whom it logs in, and whether at all
-    (WANDB_MODE=offline), is W&B's own configuration. What it cannot do is an OSError, which never says the API key.
+    """A run of Weights & Biases, which has the `options` of this one: that of `id`, if there is one, unless
+    WANDB_RUN_ID names another. Where and as whom it logs in, and whether at all (WANDB_MODE=offline), is W&B's own
+    configuration. What it cannot do is an OSError, which never says the API key.
     """
 
-    def __init__(self, project: str, name: str | None, folder: Path | None, loss_name: str, options: Mapping[str, Any]):
+    def __init__(
+        self,
+        project: str,
+        name: str | None,
+        folder: Path | None,
+        loss_name: str,
+        options: Mapping[str, Any],
+        id: str | None = None,
+    ):
         super().__init__(loss_name)
         self._project = project
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)  # W&B takes a temporary one otherwise
         with _wandb() as wandb:
             self._run = wandb.init(
-                project=project, name=name, dir=None if folder is None else str(folder), config=options
+                project=project,
+                name=name,
+                dir=None if folder is None else str(folder),
+                config=options,
+                id=os.environ.get("WANDB_RUN_ID") or id,
+                resume="allow",
             )
 
+    @property
+    def id(self) -> str:
+        """By which W&B knows the run."""
+        return self._run.id
+
     def write(self, values: Mapping[str, float], iteration: int) -> None:
+        if iteration < self._run.starting_step:  # W&B has it from before the run resumed, and takes no step twice
+            return
         with _wandb():
             self._run.log(dict(values), step=iteration)
 
