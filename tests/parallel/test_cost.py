@@ -12,7 +12,7 @@ from cordee.model.gpt import GPTModel
 from cordee.model.span import Span
 from cordee.optim.build import build_optimizer
 from cordee.parallel import data, sharding
-from cordee.parallel.cost import MemoryCost, ParameterCount, cost, count, needs_sharding
+from cordee.parallel.cost import MemoryCost, ParameterCount, cost, count
 from cordee.parallel.degrees import Degrees
 from cordee.train.options import TrainConfig
 from tests.matrix import sampled
@@ -39,12 +39,8 @@ def backward(model: GPTModel, config: TrainConfig, *, last: bool) -> int:
 
 def measured(rank: int, world_size: int, given: dict) -> tuple[MemoryCost, MemoryCost]:
     """What the arithmetic says, and what the tensors take."""
-    model, layout, config = build(world_size, **given)
-    wrapped = needs_sharding(config, world_size)
-    share = sharding.count(model, model.layers.values())
-    if not layout.rank:
-        assert count(model.config, layout.degrees) == share, "worked out without the model"
-    predicted = cost(config, layout.degrees, share, wrapped=wrapped, accumulates=True)
+    model, layout, config = build(world_size, **given, global_batch_size=64)
+    predicted = cost(config, layout.degrees, count(model.config, layout.degrees))
     parameters = list(model.parameters())
     optimizer = build_optimizer(config, model.named_parameters(), model.parameter_specs(), fused=False)
     weights = bytes_of(parameters)
@@ -57,8 +53,9 @@ def measured(rank: int, world_size: int, given: dict) -> tuple[MemoryCost, Memor
         group["lr"] = 0.0
     optimizer.step()
     state = bytes_of(value for slots in optimizer.state.values() for value in slots.values() if value.ndim)
-    size = share.parameters
-    return predicted, MemoryCost(weights=weights / size, gradients=gradients / size, optimizer=state / size)
+    size = predicted.parameters
+    found = MemoryCost(parameters=size, weights=weights / size, gradients=gradients / size, optimizer=state / size)
+    return predicted, found
 
 
 PRECISIONS = {
@@ -84,7 +81,7 @@ def test_equals_the_tensors(pool, stage: int, shape: str, precision: str):
 def test_alone(optimizer: str):
     predicted, found = measured(0, 1, {"optimizer": optimizer})
     assert found == predicted
-    assert predicted.total == (16 if optimizer == "adam" else 12)
+    assert predicted.each == (16 if optimizer == "adam" else 12)
 
 
 @pytest.mark.parametrize(
@@ -100,23 +97,19 @@ def test_alone(optimizer: str):
     ],
 )
 def test_by_hand(given: dict, shards: int, total: float):
-    config = TrainConfig(seq_length=8, lr=1.0, **given)
+    config = TrainConfig(seq_length=8, lr=1.0, global_batch_size=64, **given)
     shape = Degrees(shard=shards, unsharded=config.zero_stage == 0)
-    assert cost(config, shape, ParameterCount(parameters=100), wrapped=True, accumulates=True).total == pytest.approx(
-        total
-    )
+    assert cost(config, shape, ParameterCount(parameters=100)).each == pytest.approx(total)
 
 
 def test_experts_have_fewer_shards():
     config = TrainConfig(seq_length=8, lr=1.0, zero_stage=3)
-    found = cost(
-        config, Degrees(shard=8, ep=4), ParameterCount(parameters=100, experts=60), wrapped=True, accumulates=True
-    )
+    found = cost(config, Degrees(shard=8, ep=4), ParameterCount(parameters=100, experts=60))
     assert found.optimizer == pytest.approx(8 * (0.4 / 8 + 0.6 / 2))
 
 
 def test_in_words():
-    said = MemoryCost(weights=3, gradients=4, optimizer=8 / 3).describe("rank 0", 3 << 20)
+    said = MemoryCost(parameters=3 << 20, weights=3, gradients=4, optimizer=8 / 3).describe("rank 0")
     assert max(map(len, said.splitlines())) <= 80
     for figure in ("29 MiB", "9.667 bytes", "3,145,728", "9 MiB", "12 MiB", "2.667", "8 MiB"):
         assert figure in said
@@ -131,7 +124,10 @@ def test_parameters_of_a_stage_are_those_of_a_model_of_it(spans, tied: bool):
     config = spec_from_options(TrainConfig(**tiny.MODEL, seq_length=8, lr=1.0)).config
     config = replace(config, tie_word_embeddings=tied)
     model = GPTModel(config, spans=spans, device="meta")
-    assert count(config, Degrees(), spans) == sharding.count(model, model.layers.values())
+    found = count(config, Degrees(), spans)
+    assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert found.outside == found.parameters - sum(p.numel() for p in model.layers.parameters())
+    assert count(config, Degrees(), spans, trained={"adapter"}).frozen == found.parameters
 
 
 def test_parameters_of_a_shard():

@@ -200,7 +200,8 @@ def test_a_terminal_is_never_silent_for_long(monkeypatch, capsys):
     steps, clock = [], time.perf_counter
     monkeypatch.setattr(time, "perf_counter", lambda: clock() + 2 * SILENCE * len(steps))
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    reports, state = build_reports(TrainConfig(seq_length=16, lr=1.0, log_interval=100), meter, "lm loss", TrainState()), TrainState()
+    state = TrainState()
+    reports = build_reports(TrainConfig(seq_length=16, lr=1.0, log_interval=100), meter, "lm loss", state)
     for _ in range(3):
         steps.append(state.advance(8, 128, skipped=False))
         reports.step(result(1.0), state)

@@ -6,14 +6,15 @@ Owns the arithmetic of the ZeRO stages, as `data.py` has them, and which paramet
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 from cordee.log import in_bytes
 from cordee.model.config import ModelConfig
 from cordee.model.shards import ALONG, part_of
 from cordee.model.span import Span
-from cordee.model.specs import ParameterSpec, model_specs
+from cordee.model.specs import Origin, ParameterSpec, model_specs
 from cordee.optim.options import PrecisionOptions
 from cordee.parallel.degrees import Degrees
 from cordee.parallel.options import LayoutOptions
@@ -35,53 +36,65 @@ class ParameterCount:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryCost:
-    """Bytes per parameter that a rank computes with, at the height of a step."""
+    """Bytes for each of the `parameters` that a rank computes with, at the height of a step."""
 
+    parameters: int
     weights: float
     gradients: float
     optimizer: float
 
     @property
-    def total(self) -> float:
+    def each(self) -> float:
         return self.weights + self.gradients + self.optimizer
 
-    def describe(self, rank: str, parameters: int) -> str:
-        """For people: what `rank`, in words, needs for its `parameters`, by category."""
+    @property
+    def total(self) -> float:
+        return self.each * self.parameters
+
+    def describe(self, rank: str) -> str:
+        """For people: what `rank`, in words, needs by category."""
         rows = (
             ("weights", self.weights, "at rest, and any copy that computes"),
             ("gradients", self.gradients, ""),
             ("optimizer", self.optimizer, "its state, such as Adam's two moments"),
         )
-        whole = f"memory of {rank}: {in_bytes(self.total * parameters)} and its activations"
-        each = f"  {self.total:.4g} bytes for each of the {parameters:,} parameters it computes with:"
-        parts = (f"  {name:<9} {size:>6.4g}  {in_bytes(size * parameters):>9}  {what}" for name, size, what in rows)
+        whole = f"memory of {rank}: {in_bytes(self.total)} and its activations"
+        each = f"  {self.each:.4g} bytes for each of the {self.parameters:,} parameters it computes with:"
+        parts = (
+            f"  {name:<9} {size:>6.4g}  {in_bytes(size * self.parameters):>9}  {what}" for name, size, what in rows
+        )
         return "\n".join(line.rstrip() for line in (whole, each, *parts))
 
 
-def cost(
-    config: LayoutOptions, degrees: Degrees, count: ParameterCount, *, wrapped: bool, accumulates: bool
-) -> MemoryCost:
+def cost(config: LayoutOptions, degrees: Degrees, count: ParameterCount) -> MemoryCost:
     """What a rank needs for its `count` of a model's parameters.
 
-    wrapped: whether FSDP2 keeps the model, as `needs_sharding` says. accumulates: a step has several
-    micro-batches. Weights are those at rest and the copy that is computed with; of stage 3, which gathers layers one
-    by one, only the copy of what is outside of layers is counted. Gradients are whole while they are summed over
-    micro-batches at stages below 2, else at most one layer's are whole at a time, which is not counted.
+    Weights are those at rest and the copy that is computed with; of stage 3, which gathers layers one by one, only the
+    copy of what is outside of layers is counted. Gradients are whole while they are summed over micro-batches at stages
+    below 2, else at most one layer's are whole at a time, which is not counted.
     """
     kept, trained = _MASTER * _shard(degrees, count), 1 - count.frozen / count.parameters
-    state = kept * _slots(config) * trained
-    if not wrapped:
-        return MemoryCost(weights=_MASTER, gradients=_MASTER * trained, optimizer=_MASTER * _slots(config) * trained)
-    compute = 2 if config.bf16 or config.fp16 else 4
-    gathered = compute * (count.outside / count.parameters if config.zero_stage == 3 else 1.0)
-    whole = 0
+    compute, whole = 2 if config.bf16 or config.fp16 else 4, 0
+    copied = count.outside / count.parameters if config.zero_stage == 3 else 1.0
+    accumulates = (config.global_batch_size or 0) > config.micro_batch_size * degrees.data
     if accumulates and config.zero_stage < 2:
         whole = _MASTER if config.accumulate_allreduce_grads_in_fp32 else compute
-    return MemoryCost(weights=kept + gathered, gradients=max(kept, whole) * trained, optimizer=state)
+    return MemoryCost(
+        parameters=count.parameters,
+        weights=kept + (compute * copied if needs_sharding(config, degrees.world_size) else 0),
+        gradients=max(kept, whole) * trained,
+        optimizer=kept * _slots(config) * trained,
+    )
 
 
-def count(model: ModelConfig, degrees: Degrees, spans: Sequence[Span] = ()) -> ParameterCount:
-    """The parameters of the rank that has the largest shards of `spans` (empty: the whole model)."""
+def count(
+    model: ModelConfig,
+    degrees: Degrees,
+    spans: Sequence[Span] = (),
+    trained: Collection[Origin] = get_args(Origin),
+) -> ParameterCount:
+    """The parameters of the rank that has the largest shards of `spans` (empty: the whole model), of which those of
+    other origins than `trained` are frozen."""
     spans = spans or (Span(0, model.num_layers),)
     layers = {layer for span in spans for layer in span.layers}
     ends = {"embedding": any(span.embedding for span in spans), "head": any(span.head for span in spans)}
@@ -97,7 +110,7 @@ def count(model: ModelConfig, degrees: Degrees, spans: Sequence[Span] = ()) -> P
         total += size
         experts += size if degrees.ep > 1 and "expert" in spec.axes else 0
         outside += 0 if in_layer else size
-        frozen += 0 if spec.trained else size
+        frozen += 0 if spec.trained and spec.origin in trained else size
     return ParameterCount(parameters=total, experts=experts, outside=outside, frozen=frozen)
 
 

@@ -1,12 +1,11 @@
 """Which dim of a parameter is sharded along which axis of the ranks that compute.
 
-Owns turning whole parameters into DTensors by the table from logical axes to mesh axes (`shards.ALONG`), and counting
-the shards. `tensor.py` and `expert.py` compute with them, `data.py` keeps them between steps.
+Owns turning whole parameters into DTensors by the table from logical axes to mesh axes (`shards.ALONG`). `tensor.py`
+and `expert.py` compute with them, `data.py` keeps them between steps.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 import torch
@@ -19,7 +18,6 @@ from cordee.model.parameter import SpecifiedModule
 from cordee.model.placement import after
 from cordee.model.shards import ALONG, part_of
 from cordee.model.specs import ParameterSpec
-from cordee.parallel.cost import ParameterCount
 from cordee.parallel.layout import Layout
 from cordee.parallel.options import ParallelOptions
 
@@ -77,33 +75,9 @@ def _distributed(parameter: nn.Parameter, mesh: DeviceMesh, placed: list[DTensor
     return nn.Parameter(tensor, requires_grad=parameter.requires_grad)
 
 
-def count(model: nn.Module, layers: Iterable[nn.Module]) -> ParameterCount:
-    """How many parameters this rank computes with; `layers` are those of `model`."""
-    inside = {parameter for layer in layers for parameter in layer.parameters()}
-    total = experts = outside = frozen = 0
-    for parameter in model.parameters():
-        size = _own_size(parameter)
-        total += size
-        experts += size if _is_along("ep", parameter) else 0
-        outside += size if parameter not in inside else 0
-        frozen += size if not parameter.requires_grad else 0
-    return ParameterCount(parameters=total, experts=experts, outside=outside, frozen=frozen)
-
-
 def kept(model: nn.Module) -> int:
     """How many parameters this rank keeps between steps."""
     return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in model.parameters())
-
-
-def _is_along(axis: str, parameter: Tensor) -> bool:
-    return isinstance(parameter, DTensor) and axis in (parameter.device_mesh.mesh_dim_names or ())
-
-
-def _own_size(parameter: Tensor) -> int:
-    """Numbers of a parameter that this rank computes with: its shard along tensor and expert axes."""
-    if not isinstance(parameter, DTensor):
-        return parameter.numel()
-    return math.prod(_local_shape(parameter, parameter.device_mesh, parameter.placements))
 
 
 def _local_shape(parameter: Tensor, mesh: DeviceMesh, placed: Iterable[DTensorPlacement]) -> list[int]:

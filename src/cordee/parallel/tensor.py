@@ -1,8 +1,8 @@
 """Tensor and sequence parallelism: matrices sharded over the ranks of an axis (Shoeybi et al. 2019; Korthikanti et al.
 2022).
 
-Options: `--tensor-model-parallel-size`, `--sequence-parallel` (options.py). Law: `laws.tensor`. Cost: `cost.py`,
-by the shards that `sharding.count` finds. Owns the collectives at the borders of blocks, and the views through which
+Options: `--tensor-model-parallel-size`, `--sequence-parallel` (options.py). Law: `laws.tensor`. Cost: `cost.py`.
+Owns the collectives at the borders of blocks, and the views through which
 the mathematics runs on local shards of parameters that `sharding.py` has made.
 
 Between its borders a block computes another part of the work on every rank, from the same tokens: gradients of what

@@ -13,7 +13,7 @@ from cordee.families.count import count_parameters
 from cordee.log import counted
 from cordee.parallel import cost
 from cordee.parallel.describe import describe_layout
-from cordee.train import objectives
+from cordee.train import objectives, techniques
 from cordee.train.objectives import DataSize
 from cordee.train.options import TrainConfig
 from cordee.train.plan import examined
@@ -109,12 +109,9 @@ def _memory(draft: Draft) -> Iterator[str]:
         return
     config, degrees, partition = draft.config, draft.degrees, draft.partition
     spans = [()] if partition is None else [partition.spans_of(rank) for rank in range(partition.num_ranks)]
-    needs = []
-    for share in (cost.count(draft.spec.config, degrees, of_rank) for of_rank in spans):
-        wrapped = cost.needs_sharding(config, degrees.world_size)
-        accumulates = draft.batches.global_batch_size > draft.batches.slice_size
-        need = cost.cost(config, degrees, share, wrapped=wrapped, accumulates=accumulates)
-        needs.append((need.total * share.parameters, need, share.parameters))
-    _, need, parameters = max(needs, key=lambda each: each[0])
-    rank = "the process" if degrees.world_size == 1 else "a rank" if len(spans) == 1 else "the rank with the most"
-    yield need.describe(rank, parameters)
+    trained = techniques.trained(config)
+    counts = [cost.count(draft.spec.config, degrees, of_rank, trained) for of_rank in spans]
+    most = max((cost.cost(config, degrees, count) for count in counts), key=lambda each: each.total)
+    yield most.describe(
+        "the process" if degrees.world_size == 1 else "a rank" if len(spans) == 1 else "the rank with the most"
+    )

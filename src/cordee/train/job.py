@@ -398,17 +398,10 @@ def _reports(plan: RunPlan, layout: Layout, on: torch.device, state: TrainState)
 
 def _log_layout(plan: RunPlan, layout: Layout, model: GPTModel) -> None:
     """Log which rank holds which shard, and its memory and communication."""
-    config, batches = plan.config, plan.batches
     logger.info("%s", describe_layout(layout.degrees, collectives.gather(sharding.kept(model), layout)))
-    share = sharding.count(model, model.layers.values())
-    costs = cost.cost(
-        config,
-        layout.degrees,
-        share,
-        wrapped=cost.needs_sharding(config, layout.world_size),
-        accumulates=batches.global_batch_size > config.micro_batch_size * layout.data_size,
-    )
-    logger.info("%s", costs.describe("rank 0", share.parameters))
+    spans = () if plan.partition is None else plan.partition.spans_of(0)
+    count = cost.count(plan.spec.config, layout.degrees, spans, techniques.trained(plan.config))
+    logger.info("%s", cost.cost(plan.config, layout.degrees, count).describe("rank 0"))
 
 
 def _summary(plan: RunPlan) -> str:

@@ -33,3 +33,8 @@ class Technique:
 
 
 TECHNIQUES: tuple[Technique, ...] = ()  # in the order in which they are put on
+
+
+def trained(options: TrainConfig) -> frozenset[Origin]:
+    """Origins of the parameters that are trained under all of them."""
+    return frozenset(get_args(Origin)).intersection(*(technique.trains(options) for technique in TECHNIQUES))
