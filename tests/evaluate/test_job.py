@@ -26,7 +26,7 @@ from cordee.tokenizer import load_tokenizer
 from cordee.tokenizer.options import TokenizerOptions
 from tests.checkpoint.stores import ROOT, FaultyStorage
 from tests.generate.folders import TEXT, write_tokenizer
-from tests.problems import facts
+from tests.problems import facts, limits
 
 
 @pytest.fixture
@@ -149,6 +149,27 @@ def test_a_file_that_is_one_document_has_a_largest_size(llama, tmp_path, monkeyp
     with pytest.raises(ProblemError) as caught:
         run(llama, file, whole_files=True)
     assert facts(caught) == [("--task-data-path", f"{file}: line 1", "records")]
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "data.idx"])
+def test_records_are_no_whole_files(llama, tmp_path, name):
+    file = tmp_path / name
+    file.write_text('{"text": "a b"}\n')
+    with pytest.raises(ProblemError) as caught:
+        run(llama, file.with_suffix("") if name == "data.idx" else file, whole_files=True)
+    assert ("--whole-files", True, "format") in facts(caught)
+
+
+def test_the_keys_that_records_have_are_named(llama, tmp_path):
+    file = tmp_path / "x.jsonl"
+    file.write_text('{"question": "a", "answer": "b"}\n' * 3)
+    with pytest.raises(ProblemError) as caught:
+        run(llama, file)
+    assert (facts(caught), limits(caught)) == ([("--json-keys", "text", "missing")], [("question", "answer")])
+    file.write_text('{"text": "a"}\n{"question": "a"}\n')
+    with pytest.raises(ProblemError) as caught:
+        run(llama, file)
+    assert facts(caught) == [("--task-data-path", f"{file}: line 2", "records")], "others have it"
 
 
 def test_a_total_stands_below_several_files(llama, text, tmp_path, capsys):

@@ -7,7 +7,6 @@ readers read, `encode` tokenizes, `indexed` has the byte format.
 from __future__ import annotations
 
 import dataclasses
-import shlex
 import signal
 import sys
 import threading
@@ -26,8 +25,8 @@ from cordee.data.indexed import IndexedDataset, IndexedDatasetBuilder, bin_path,
 from cordee.data.manifest import Manifest, TokenizerNote, manifest_path, merged, read_manifest
 from cordee.data.options import PreprocessConfig
 from cordee.data.process_map import process_map
-from cordee.data.readers import extension, hub, input_files, read_file, readers, reading
-from cordee.data.readers.chunk import Chunk, Invalid
+from cordee.data.readers import hub, input_files, read_file, reading
+from cordee.data.readers.chunk import Chunk, Invalid, other_keys
 from cordee.errors import Findings, Problem, ProblemError, raise_all
 from cordee.files import is_within, unwritable
 from cordee.log import counted, logger, progress_bar
@@ -147,13 +146,10 @@ def _sources(config: PreprocessConfig, keys: Sequence[str]) -> list[Source]:
     if not config.input:
         why = "there is nothing to read"
         raise ProblemError([Problem("--input", None, why, "give a file or a directory, or --hf-datasets-params")])
-    whole = readers("read_whole") if config.whole_files else {}
     with reading("--input", config.input):
-        files = input_files(Path(config.input), "give a dataset of a hub by --hf-datasets-params", whole)
+        instead = "give a dataset of a hub by --hf-datasets-params"
+        files = input_files(Path(config.input), instead, whole=config.whole_files)
         sizes = [path.stat().st_size for path in files]
-    if config.whole_files and (ending := extension(files[0])) not in whole:
-        why, fix = f"the documents of {ending} files are their records", f"give {', '.join(whole)}, or leave it out"
-        raise ProblemError([Problem("--whole-files", True, why, fix, "format", limit=tuple(whole))])
 
     def read(path: Path) -> Iterator[Chunk]:
         return read_file(path, keys, whole=config.whole_files)
@@ -204,23 +200,12 @@ class _Tally:
         for key, column in result.columns.items():
             self._max_token[key] = max(self._max_token[key], column.max_token)
         if result.invalid and not self._skip_invalid:
-            if (keys := self._other_keys(result)) is not None:
-                raise ProblemError([keys])
             count = len(result.invalid)
+            if count == self.records:
+                raise_all(other_keys(tuple(self._max_token), result.invalid))
             why = f"{count} of the first {counted(self.records, 'record')} cannot be used:{self._places(count)}"
             fix = "fix them, or skip all such records: --skip-invalid"
             raise ProblemError([Problem("--input", None, why, fix, "records", limit=self.records)])
-
-    def _other_keys(self, result: Encoded) -> Problem | None:
-        """That no record has the keys which were asked for, if so, with those that there are."""
-        has = [invalid.has for invalid in result.invalid]
-        there = tuple(dict.fromkeys(key for keys in has for key in keys or ()))
-        if self.records > len(has) or None in has or not there:
-            return None
-        asked = " ".join(self._max_token)
-        why = f"none of the first {self.records} records has all of them; they have {', '.join(there)}"
-        fix = f"name those to tokenize: --json-keys {shlex.join(there)}"
-        return Problem("--json-keys", asked, why, fix, "missing", limit=there)
 
     def require_documents(self, builders: dict[str, IndexedDatasetBuilder]) -> None:
         """Raises `ProblemError` if there are none: an empty dataset is of no use to anyone."""

@@ -15,8 +15,8 @@ import numpy.typing as npt
 from cordee.data.gpt_check import token_problems
 from cordee.data.indexed import IndexedDataset, idx_path
 from cordee.data.manifest import read_manifest
-from cordee.data.readers import input_files, read_file, reading
-from cordee.data.readers.chunk import Invalid
+from cordee.data.readers import input_files, no_whole_files, read_file, reading
+from cordee.data.readers.chunk import Invalid, other_keys
 from cordee.errors import Problem, ProblemError, raise_all
 from cordee.evaluate.options import EvaluateOptions
 from cordee.log import counted, logger
@@ -44,13 +44,13 @@ def is_indexed(path: str) -> bool:
     return idx_path(path).is_file()
 
 
-def check_path(path: str) -> list[Problem]:
+def check_path(path: str, options: EvaluateOptions) -> list[Problem]:
     """What is wrong with a path, without reading what is in it."""
     try:
         with reading("--task-data-path", path):
             if is_indexed(path):
-                return IndexedDataset(path).problems()
-            input_files(Path(path))
+                return [no_whole_files(".bin/.idx files")] if options.whole_files else IndexedDataset(path).problems()
+            input_files(Path(path), whole=options.whole_files)
     except ProblemError as error:
         return error.problems
     return []
@@ -100,7 +100,7 @@ def _indexed_documents(
 
 
 def _text_documents(path: str, tokenizer: Tokenizer, options: EvaluateOptions, bos: int | None) -> Iterator[Document]:
-    files = input_files(Path(path))
+    files = input_files(Path(path), whole=options.whole_files)
     before = [] if bos is None else [bos]
     for number, file in enumerate(files):
         for texts, done in _texts(file, options):
@@ -120,6 +120,7 @@ def _texts(file: Path, options: EvaluateOptions) -> Iterator[tuple[list[str], fl
             broken += invalid[: SHOWN - len(broken)]
             count += len(invalid)
             if broken and not options.skip_invalid:
+                raise_all(() if rows else other_keys(options.json_keys, invalid))
                 fix = "fix it, or leave such records out: --skip-invalid"
                 raise_all(Problem("--task-data-path", record.place, record.why, fix, "records") for record in broken)
             yield [text for row in rows for text in row], chunk.done

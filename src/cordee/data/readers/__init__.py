@@ -32,12 +32,10 @@ def readers(function: str = "read") -> dict[str, Reader]:
 
 
 def read_file(path: Path, keys: Sequence[str], *, whole: bool = False) -> Iterator[Chunk]:
-    """The records of one file, whose extension must be known. `whole`: it is one, if its format has no others."""
+    """The records of one file, whose extension must be known. `whole`: it is one."""
     ending = extension(path)
     assert ending is not None
-    if whole and ending in readers("read_whole"):
-        return readers("read_whole")[ending](path, keys)
-    return readers()[ending](path, keys)
+    return readers("read_whole" if whole else "read")[ending](path, keys)
 
 
 @contextmanager
@@ -64,10 +62,24 @@ def extension(path: Path) -> str | None:
     return next((ending for ending in sorted(readers(), key=len, reverse=True) if name.endswith(ending)), None)
 
 
-def input_files(path: Path, instead: str = "", preferred: Collection[str] = ()) -> list[Path]:
-    """The files to read: `path`, or those in the directory `path` and its subfolders that have the most frequent known
-    extension, if there are any of those `preferred`, in the order of their paths. Raises `ProblemError` if there are
-    none; `instead` is what else could be given. OSError if a folder cannot be read."""
+def input_files(path: Path, instead: str = "", *, whole: bool = False) -> list[Path]:
+    """The files to read, in the order of their paths: `path`, or those in the directory `path` and its subfolders that
+    have the most frequent known extension, `whole` the most frequent of those of which a file is one document. Raises
+    `ProblemError` if there are none; `instead` is what else could be given. OSError if a folder cannot be read."""
+    files = _known_files(path, instead, preferred := readers("read_whole") if whole else {})
+    if whole and (ending := extension(files[0])) not in preferred:
+        raise ProblemError([no_whole_files(f"{ending} files")])
+    return files
+
+
+def no_whole_files(what: str) -> Problem:
+    """That `what` is read holds documents, however it is cut in files."""
+    why, formats = f"the documents of {what} are their records", tuple(readers("read_whole"))
+    fix = f"give files that end in {' or '.join(formats)}, or leave it out: --json-keys names the fields that hold text"
+    return Problem("--whole-files", True, why, fix, "format", limit=formats)
+
+
+def _known_files(path: Path, instead: str, preferred: Collection[str]) -> list[Path]:
     known = ", ".join(ending for ending in readers() if not ending.endswith(".gz"))
     if path.is_file():
         if extension(path) is None:

@@ -5,11 +5,12 @@ Owns the common part of all formats: what makes a record valid. Knows no format.
 
 from __future__ import annotations
 
+import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from cordee.errors import Problem
+from cordee.errors import Problem, Problems
 
 CHUNK_BYTES = 1 << 18  # about a tenth of a second of tokenizing
 # What a record, as it is stored, and each of its texts may have at most. Tokenizers take one text whole: measured, up
@@ -87,6 +88,15 @@ def too_large(what: str = "it") -> str:
 def lacks(key: str) -> str:
     """Why a record without `key` is invalid."""
     return f"it has no {key!r}"
+
+
+def other_keys(asked: Sequence[str], invalid: Sequence[Invalid]) -> Problems:
+    """That records lack what was `asked` for, with the keys that there are, if that is all that is wrong with them."""
+    there = tuple(dict.fromkeys(key for record in invalid for key in record.has or ()))
+    if there and all(record.has is not None for record in invalid):
+        why = f"no record so far has all of them; they have {', '.join(there)}"
+        fix = f"name those that hold the text: --json-keys {shlex.join(there)}"
+        yield Problem("--json-keys", " ".join(asked), why, fix, "missing", limit=there)
 
 
 def _why_invalid(keys: Sequence[str], values: Sequence[object]) -> str | None:

@@ -67,7 +67,7 @@ class Perplexity:
     name = "perplexity"
 
     def check(self, options: EvaluateOptions, model: ModelConfig | None) -> list[Problem]:
-        of_paths = [problem for path in options.task_data_path for problem in check_path(path)]
+        of_paths = [problem for path in options.task_data_path for problem in check_path(path, options)]
         return [*(_window_problems(options, model.max_position_embeddings) if model else ()), *of_paths]
 
     def needs_tokenizer(self, options: EvaluateOptions) -> bool:
