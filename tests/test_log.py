@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from cordee.log import SILENCE, counted, progress_bar, shortened
+from cordee.log import SILENCE, console, counted, progress_bar, shortened
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,17 @@ def test_counted(number: int, words: str):
 @pytest.mark.parametrize(("number", "text"), [(999, "999"), (1500, "1.5K"), (999_950, "1M"), (6_738_415_616, "6.74B")])
 def test_shortened(number: int, text: str):
     assert shortened(number) == text
+
+
+def test_tables_are_whole_where_there_is_no_terminal(capsys):
+    from rich.table import Table
+
+    words = ["runs/[v2]/" + "a" * 100, "b" * 100]
+    table = Table(*words, title="[bold]")
+    table.add_row(*words)
+    console().print(table)
+    said = capsys.readouterr().out
+    assert all(said.count(word) == 2 for word in words) and "[bold]" in said
 
 
 @pytest.mark.parametrize("shown", [True, False])

@@ -1,7 +1,7 @@
 """Where messages for people go.
 
-Owns how the logger "cordee" prints, how numbers read, and progress bars. Knows nothing of ranks but the one given to
-`setup`.
+Owns how the logger "cordee" prints, how numbers read, the console of tables, and progress bars. Knows nothing of ranks
+but the one given to `setup`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 SILENCE = 10.0  # seconds between two lines of progress, where each step takes less
+
+_UNBOUNDED = 1 << 20  # columns
 
 logger = logging.getLogger("cordee")
 
@@ -47,6 +53,14 @@ def in_bytes(number: float) -> str:
     """1.5 GiB, 12 MiB"""
     unit, name = (2**30, "GiB") if number >= 2**30 else (2**20, "MiB")
     return f"{number / unit:,.3g} {name}" if number < 1000 * unit else f"{number / unit:,.0f} {name}"
+
+
+def console() -> Console:
+    """Standard output for tables and styles, `[` being a character like others; where that is no terminal, nothing is
+    wrapped or cut."""
+    from rich.console import Console
+
+    return Console(markup=False, width=None if sys.stdout.isatty() else _UNBOUNDED)
 
 
 @contextmanager

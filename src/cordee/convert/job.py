@@ -18,7 +18,7 @@ from cordee.convert.check import check_dialect, check_format, check_model, check
 from cordee.convert.options import ConvertConfig
 from cordee.errors import Findings, Problem, ProblemError, raise_all
 from cordee.files import read_json
-from cordee.log import counted, logger, progress_bar
+from cordee.log import console, counted, logger, progress_bar
 from cordee.weights.megatron.layout import is_megatron
 
 if TYPE_CHECKING:
@@ -172,7 +172,6 @@ def _count_tokens(file: str | None) -> int | None:
 
 def _show(source: Source, prepared: Prepared, output: Path, options: ConvertConfig) -> None:
     """Print which files would be written, and the memory that takes."""
-    from rich.console import Console
     from rich.table import Table
 
     from cordee.weights.codec import SLICE
@@ -185,8 +184,8 @@ def _show(source: Source, prepared: Prepared, output: Path, options: ConvertConf
     table.add_row("sum", f"{sum(file.nbytes for file in prepared.files):,}")
     largest = max(math.prod(source.shape(name)) * dtype.itemsize for name, dtype in prepared.dtypes.items())
     memory = (1 + options.workers) * min(largest, SLICES_HELD * SLICE)
-    Console().print(table)
-    Console().print(f"memory: about {-(-memory // 2**20):,} MiB beside the program; nothing is written (--dry-run)")
+    console().print(table)
+    print(f"memory: about {-(-memory // 2**20):,} MiB beside the program; nothing is written (--dry-run)")
 
 
 # ---- the loop --------------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from cordee.config.spelling import unknown
@@ -22,7 +21,7 @@ from cordee.evaluate.options import EvaluateOptions
 from cordee.evaluate.requests import Encoder, Request
 from cordee.evaluate.task import Result, Subject, Task, all_tasks
 from cordee.generate.results import NewFile
-from cordee.log import counted, logger, progress_bar
+from cordee.log import console, counted, logger, progress_bar
 from cordee.model.config import ModelConfig
 
 
@@ -93,9 +92,8 @@ def table(result: Result) -> Table:
 
 
 def show(results: Sequence[Result]) -> None:
-    console = Console()
     for result in results:
-        console.print(table(result))
+        console().print(table(result))
 
 
 def write(path: str, model: str, results: Sequence[Result]) -> None:

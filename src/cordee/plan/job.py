@@ -14,6 +14,7 @@ from cordee.config import laws
 from cordee.config.values import whole_numbers
 from cordee.errors import Problem, ProblemError, Problems, at_most, divisible, raise_all
 from cordee.files import unwritable
+from cordee.log import console
 from cordee.parallel.pipeline import micro_batches
 from cordee.parallel.pipeline.schedules import REDUCING, STAGES_PER_RANK, problems, rank_actions, with_reduction
 from cordee.plan.options import PlanConfig
@@ -196,7 +197,6 @@ def _uneven(config: PlanConfig, case: Case) -> Problems:
 
 def _show(timelines: Sequence[Timeline]) -> None:
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("schedule", "step", "of first", "bubble", "worst", "peak", box=SIMPLE_HEAD)
@@ -215,7 +215,7 @@ def _show(timelines: Sequence[Timeline]) -> None:
             f"{max(timeline.peak_activations()):g}",
         ]
         table.add_row(*cells, *([f"{timeline.exposed_reduction:.4g}"] if reduces else []))
-    Console().print(table)
+    console().print(table)
     print("step: time of one step in the unit of the times given (measured: seconds), and its ratio to the first one's")
     print("bubble: share of the step in which a rank does not compute, mean over ranks and on the worst one")
     print("peak: most samples x layers whose activations a rank holds, on the rank that holds most")

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Console
 
 from cordee import lock, supervisor
 from cordee.checkpoint import formats
@@ -33,7 +32,7 @@ from cordee.families.count import count_parameters
 from cordee.families.registry import spec_from_options
 from cordee.generate import job as generate
 from cordee.generate.options import GenerateConfig
-from cordee.log import counted
+from cordee.log import console, counted
 from cordee.quickstart import corpus, report, tokenizer
 from cordee.quickstart.options import QuickstartConfig
 from cordee.train.options import TrainConfig
@@ -84,25 +83,25 @@ class Run:
 
     config: QuickstartConfig
     folder: Path
-    console: Console
     phases: list[tuple[str, float]] = field(default_factory=list)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        self.console.print(f"[bold]{len(self.phases) + 1}/{NUM_PHASES - bool(self.config.train_iters)}[/bold] {name}")
+        number = f"[bold]{len(self.phases) + 1}/{NUM_PHASES - bool(self.config.train_iters)}[/bold]"
+        console().print(f"{number} {name}", markup=True)
         start = time.perf_counter()
         yield
         self.phases.append((name, time.perf_counter() - start))
 
     def say(self, text: str) -> None:
-        self.console.print(f"    {text}", style="dim", highlight=False)
+        console().print(f"    {text}", style="dim", highlight=False)
 
 
 def run(config: QuickstartConfig) -> int:
     """Run every phase; 0 if the report was written."""
     source = _source(config)
     with _own_folder(config) as folder:
-        return _phases(Run(config, folder, Console()), source)
+        return _phases(Run(config, folder), source)
 
 
 def _phases(job: Run, source: Path | None) -> int:
@@ -117,9 +116,10 @@ def _phases(job: Run, source: Path | None) -> int:
     untrained, trained = scores = _evaluate(job, values)
     page = _report(job, values, text, samples, scores)
     seconds = sum(seconds for _, seconds in job.phases)
-    job.console.print(
+    console().print(
         f"perplexity on held-out files: [bold]{trained:.1f}[/bold], before training {untrained:.0f}\n"
-        f"report: [bold]{page}[/bold] ({seconds:.0f} s)"
+        f"report: [bold]{page}[/bold] ({seconds:.0f} s)",
+        markup=True,
     )
     return 0
 
