@@ -165,18 +165,26 @@ def peak_flops() -> float | None:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes in use now and at most so far: of the accelerator, or resident in RAM on a CPU."""
+    """Bytes in use now and at most so far, and those that the accelerator's allocator holds for them; on a CPU, where
+    nothing is reserved, twice those resident in RAM."""
 
     allocated: int
     peak: int
+    reserved: int
+    peak_reserved: int
 
 
 def memory() -> Memory:
-    import torch
+    from torch import accelerator
 
     if kind().name != "cpu":
-        return Memory(torch.accelerator.memory_allocated(), torch.accelerator.max_memory_allocated())
-    return Memory(resident_bytes(), peak_resident_bytes())
+        return Memory(
+            accelerator.memory_allocated(),
+            accelerator.max_memory_allocated(),
+            accelerator.memory_reserved(),
+            accelerator.max_memory_reserved(),
+        )
+    return Memory(*(resident_bytes(), peak_resident_bytes()) * 2)
 
 
 def resident_bytes() -> int:

@@ -6,6 +6,7 @@ import pytest
 
 from cordee.config import laws
 from cordee.config.load import load_config
+from cordee.optim import recipe
 from cordee.train.options import TrainConfig
 
 SCHEDULE = ("lr_decay_style", "lr_warmup_fraction", "lr_warmup_iters", "min_lr", "weight_decay", "adam_beta2")
@@ -30,6 +31,11 @@ def test_whatever_is_given_goes_before_the_recipe(flags: str, expected: tuple):
     loaded = load_config(TrainConfig, f"--lr 1e-4 --train-iters 5 --seq-length 8 {flags}".split())
     assert tuple(getattr(loaded.config, name) for name in SCHEDULE) == pytest.approx(expected)
     assert not laws.ignored_options(loaded.config)
+    if "--model" in flags:
+        told = "".join(recipe.notes(loaded.config))
+        assert [f"--{name.replace('_', '-')} " in told for name in SCHEDULE] == [
+            loaded.origins[name] == "llama2-7b: recipe" for name in SCHEDULE
+        ]
     by_recipe = {name for name in SCHEDULE if loaded.origins[name] == "llama2-7b: recipe"}
     assert by_recipe == {
         name

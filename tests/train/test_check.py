@@ -40,7 +40,7 @@ def test_shows_what_the_run_is(given):
     for part in (
         "17,472 parameters",
         counted(tokens, "token"),
-        "8 samples = 1 a pass x 8 passes x 1 data-parallel rank",
+        "8 samples = 1 per micro-batch x 8 micro-batches x 1 data-parallel rank",
         f"6 steps, {6 * 8 * 16} tokens",
         f"epochs of {given.data_path[0]}: {6 * 8 * 16 / tokens:.3g}\n",
         "16 bytes for each of the 17,472 parameters",

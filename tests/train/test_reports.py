@@ -158,13 +158,15 @@ def test_reports_at_their_intervals(tmp_path: Path, capsys):
     for step in range(1, 6):
         state.advance(8, 128, skipped=False)
         reports.step(result(float(step)), state)
-    reports.validation(state, {"validation": 1.5}, 0.01)
+    reports.validation(state, {"validation": 1.5, "validation-b": float("nan")}, 0.01)
     reports.finish(state)
     reports.close()
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    said = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in said]
     assert [(line["kind"], line["iteration"], line["loss"]) for line in lines] == [
         ("train", 3, 2.0),
         ("validation", 5, 1.5),
+        ("validation-b", 5, None),
         ("train", 5, 4.5),
     ]
     out = capsys.readouterr().out

@@ -77,8 +77,6 @@ class OptimizerOptions:
         needs("lr_decay_samples", "lr_wsd_decay_samples", "lr_warmup_samples", train_samples=GIVEN),
         excludes("lr_decay_iters", "train_samples"),
         excludes("lr_wsd_decay_iters", "train_samples"),
-        required_unless("lr_wsd_decay_iters", lr_decay_style=but("WSD"), train_samples=GIVEN),
-        required_unless("lr_wsd_decay_samples", lr_decay_style=but("WSD"), train_samples=NOT_GIVEN),
         ignored("lr_wsd_decay_style", "lr_wsd_decay_iters", "lr_wsd_decay_samples", lr_decay_style="WSD"),
         excludes("lr_warmup_iters", "train_samples", "lr_warmup_fraction"),
         excludes("lr_warmup_samples", "lr_warmup_fraction"),

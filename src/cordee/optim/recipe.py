@@ -32,6 +32,7 @@ def entries(model: str, values: Mapping[str, Any], given: Collection[str]) -> tu
 
 def notes(config: Any) -> Iterator[str]:
     """Which options of a run are as the recipe has them."""
-    kept = [f"{to_flag(name)} {value}" for name, value in _RECIPE.items() if getattr(config, name) == value]
+    recipe = {**_RECIPE, "min_lr": config.lr * _MIN_LR}
+    kept = [f"{to_flag(name)} {value}" for name, value in recipe.items() if getattr(config, name) == value]
     if config.model is not None and kept:
-        yield f"defaults of --model: {', '.join(kept)}, --min-lr {config.min_lr:g}"
+        yield f"defaults of --model: {', '.join(kept)}"

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from cordee.errors import Problem, Problems, at_most
+from cordee.log import counted
 from cordee.optim.options import OptimizerOptions
 
 
@@ -123,16 +124,24 @@ def build_schedule(
 
 
 def problems(options: OptimizerOptions, train_iters: int | None, train_samples: int | None) -> Problems:
-    """A warm-up must end before the schedule does, and before the decay phase of WSD begins."""
-    unit, whole = ("iters", train_iters) if train_samples is None else ("samples", train_samples)
+    """A warm-up must end before the schedule does, and before the decay phase of WSD begins, which has to be given."""
+    unit, what, whole = "iters", "iteration", train_iters
+    if train_samples is not None:
+        unit, what, whole = "samples", "sample", train_samples
     warmup, length = getattr(options, f"lr_warmup_{unit}"), getattr(options, f"lr_decay_{unit}") or whole
     if warmup and length and warmup >= length and options.lr_warmup_fraction is None:
-        why, involved = f"the learning rate schedule ends after {length} {unit}", (f"lr_decay_{unit}", f"train_{unit}")
+        why = f"the learning rate schedule ends after {counted(length, what)}"
+        involved = (f"lr_decay_{unit}", f"train_{unit}")
         yield Problem(f"--lr-warmup-{unit}", warmup, why, f"give less than {length}", "at most", involved, length)
-    anneal = getattr(options, f"lr_wsd_decay_{unit}") if options.lr_decay_style == "WSD" else None
-    if anneal and length:
+    if options.lr_decay_style != "WSD":
+        return
+    option, anneal = f"--lr-wsd-decay-{unit}", getattr(options, f"lr_wsd_decay_{unit}")
+    if anneal is None:
+        why, fix = "WSD has no default for the length of its decay phase", "give it, or another --lr-decay-style"
+        yield Problem(option, None, why, fix, "missing", ("lr_decay_style", "train_samples"))
+    elif length:
         begins = warmup if options.lr_warmup_fraction is None else options.lr_warmup_fraction * length
         warm_up = (f"lr_warmup_{unit}", "lr_warmup_fraction", "model")  # a preset's recipe sets the fraction
         involved = (f"lr_decay_{unit}", f"train_{unit}", *warm_up, "lr_decay_style")
-        what = f"the {length} {unit} of the learning rate schedule less its warm-up"
-        yield from at_most(f"--lr-wsd-decay-{unit}", anneal, max(0, int(length - begins)), what, *involved)
+        rest = f"the {counted(length, what)} of the learning rate schedule less its warm-up"
+        yield from at_most(option, anneal, max(0, int(length - begins)), rest, *involved)

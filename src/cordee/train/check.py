@@ -74,9 +74,9 @@ def _data(size: DataSize | None) -> Iterator[str]:
 def _step(draft: Draft) -> Iterator[str]:
     config, batches = draft.config, draft.batches
     size, micro = batches.global_batch_size, batches.micro_batch_size
-    passes = counted(size // batches.slice_size, "pass", "passes")
+    accumulated = counted(size // batches.slice_size, "micro-batch", "micro-batches")
     ranks = counted(batches.data_size, "data-parallel rank")
-    yield f"{counted(size, 'sample')} = {micro} a pass x {passes} x {ranks}"
+    yield f"{counted(size, 'sample')} = {micro} per micro-batch x {accumulated} x {ranks}"
     yield f"{counted(size * config.seq_length, 'token')} = {counted(size, 'sample')} x {config.seq_length} tokens"
     if batches.rampup is not None:
         yield f"after a ramp-up from {counted(batches.rampup[0], 'sample')}"

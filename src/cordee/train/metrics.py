@@ -34,8 +34,8 @@ class StepResult:
 class Record:
     """One line of a log. `loss` and `metrics` are means over the steps since the last line that were not skipped.
 
-    Rates are over all of them: tokens are positions the model computed, `tflops` and `mfu` are per device, `mfu` is a
-    fraction of the peak and None where none is known. `memory` and `peak_memory` are bytes on rank 0.
+    Rates are over all of them and per device: tokens are positions the model computed, `mfu` is a fraction of the peak
+    and None where none is known. Memory is bytes on rank 0, reserved that which the allocator holds.
     """
 
     iteration: int
@@ -58,6 +58,8 @@ class Record:
     mfu: float | None
     memory: int
     peak_memory: int
+    reserved_memory: int
+    peak_reserved_memory: int
     seconds_left: float
     time: float
 
@@ -128,6 +130,8 @@ class Meter:
             mfu=flops / self.peak_flops if self.peak_flops else None,
             memory=memory.allocated,
             peak_memory=max(memory.peak, memory.allocated),
+            reserved_memory=memory.reserved,
+            peak_reserved_memory=max(memory.peak_reserved, memory.reserved),
             seconds_left=max(self.train_iterations - iteration, 0) * seconds / len(steps),
             time=time.time(),
         )

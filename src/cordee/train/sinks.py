@@ -71,11 +71,11 @@ def log_line(record: Record, loss_name: str, throughput: bool = True, unit: str 
 
 
 def memory_line(record: Record) -> str:
-    """Megatron's memory report of rank 0, in MiB. On a CPU, which reserves nothing, what is in RAM."""
-    now, peak = record.memory / MB, record.peak_memory / MB
+    """Megatron's memory report of rank 0, in MiB."""
     return (
-        f"[Rank 0] (after {record.iteration} iterations) memory (MB) | allocated: {now:.1f} | "
-        f"max allocated: {peak:.1f} | reserved: {now:.1f} | max reserved: {peak:.1f}"
+        f"[Rank 0] (after {record.iteration} iterations) memory (MB) | allocated: {record.memory / MB:.1f} | "
+        f"max allocated: {record.peak_memory / MB:.1f} | reserved: {record.reserved_memory / MB:.1f} | "
+        f"max reserved: {record.peak_reserved_memory / MB:.1f}"
     )
 
 
@@ -162,7 +162,7 @@ class TerminalSink(Sink):
 
 class JsonSink(Sink):
     """One JSON object a line. A resumed run appends: of lines with the same iteration the last one counts. What a
-    killed run has left of a line is cut off first."""
+    killed run has left of a line is cut off first. Numbers that are not finite, which JSON has none for, are null."""
 
     def __init__(self, path: Path, loss_name: str):
         self._loss_name = loss_name
@@ -186,8 +186,14 @@ class JsonSink(Sink):
         return str(self._path)
 
     def _write(self, values: dict) -> None:
-        self._file.write(json.dumps(values) + "\n")
+        self._file.write(json.dumps(_finite(values)) + "\n")
         self._file.flush()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class ScalarSink(Sink):
