@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,14 @@ def test_a_run_that_stops_early_says_how_to_resume(given):
     folder.mkdir(parents=True)
     (folder / "manifest.json").touch()
     assert any("--load 'my run'" in line for line in describe_end(plan, 4) if not line.startswith("  "))
+
+
+def test_a_command_is_on_the_line_of_its_name(given):
+    folder = "r" * 90
+    Path(folder, "iter_0000006").mkdir(parents=True)
+    Path(folder, "iter_0000006", "manifest.json").touch()
+    lines = list(describe_end(replace(plan := plan_run(given, 1), config=replace(plan.config, save=folder)), 6))
+    assert [line.split()[1] for line in lines if line.startswith("  cordee")] == ["generate", "evaluate", "convert"]
 
 
 def test_a_run_that_keeps_nothing_says_so_before(tmp_path: Path):

@@ -44,6 +44,21 @@ def test_a_good_run(tmp_path: Path):
     assert plan.resumed is None and plan.origin.weights is None
 
 
+def test_records_of_another_run_are_noted(tmp_path: Path):
+    """Not where the run resumes, and not where there is nothing yet."""
+    places = {"metrics_file": str(tmp_path / "m.jsonl"), "tensorboard_dir": str(tmp_path / "board")}
+    first = tiny.config(tmp_path, **places, exit_interval=2)
+
+    def noted(given: TrainConfig) -> list[bool]:
+        notes = plan_run(given, 1).notes
+        return [any(place in note for note in notes) for place in places.values()]
+
+    assert noted(first) == [False, False]
+    job.run(first)
+    assert noted(tiny.resumed(first)) == [False, False]
+    assert noted(replace(first, save=str(tmp_path / "second"))) == [True, True]
+
+
 def test_check_needs_no_torch(tmp_path: Path):
     given = tiny.config(tmp_path)
     script = f"""

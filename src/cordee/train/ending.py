@@ -41,9 +41,9 @@ def describe_end(plan: RunPlan, iteration: int) -> Iterator[str]:
     yield from _command(f"convert --load-dir {given}", f"--save-dir {shlex.quote(f'{root.name}-hf')}")
 
 
-def _command(*parts: str) -> Iterator[str]:
+def _command(first: str, *parts: str) -> Iterator[str]:
     """The lines of a command, at most 80 columns each where its parts are no longer."""
-    line = "  cordee"
+    line = f"  cordee {first}"
     for part in parts:
         if len(f"{line} {part} \\") > COLUMNS:
             yield f"{line} \\"

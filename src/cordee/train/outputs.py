@@ -101,5 +101,13 @@ def left_out(config: TrainConfig) -> Iterator[str]:
         yield f"{METRICS} is not written beside checkpoints in a store: give --metrics-file for one"
 
 
+def written_before(config: TrainConfig) -> Iterator[str]:
+    """What a run that starts anew adds its records to, though it holds those of another."""
+    if (path := metrics_path(config)) is not None and path.is_file() and path.stat().st_size:
+        yield f"{path} holds the records of another run: those of this run are appended"
+    if (folder := config.tensorboard_dir) is not None and any(Path(folder).glob("events.out.tfevents.*")):
+        yield f"--tensorboard-dir {folder} holds the events of another run: TensorBoard shows both runs as one"
+
+
 def _taken(option: str, given: str, who: lock.HeldError) -> Problem:
     return Problem(option, given, f"another run writes to it: {who}", "wait for that run or stop it, or give another")
