@@ -175,15 +175,10 @@ class Memory:
 
 
 def memory() -> Memory:
-    from torch import accelerator
+    from torch import accelerator as a
 
     if kind().name != "cpu":
-        return Memory(
-            accelerator.memory_allocated(),
-            accelerator.max_memory_allocated(),
-            accelerator.memory_reserved(),
-            accelerator.max_memory_reserved(),
-        )
+        return Memory(a.memory_allocated(), a.max_memory_allocated(), a.memory_reserved(), a.max_memory_reserved())
     return Memory(*(resident_bytes(), peak_resident_bytes()) * 2)
 
 

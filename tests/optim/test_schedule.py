@@ -113,12 +113,6 @@ def test_equals_megatron(case: str):
         peer.step(GBS)
 
 
-def test_own_limits_of_a_group():
-    schedule = scheduled(config())
-    assert schedule.learning_rate(0, max_lr=1.0, min_lr=0.5) == 1.0
-    assert schedule.learning_rate(10**6, max_lr=1.0, min_lr=0.5) == 0.5
-
-
 # ---- warm-up, stable, decay ------------------------------------------------------------------------------------------
 
 # What is left between peak and minimum after no, a quarter, half, three quarters and all of the decay phase.

@@ -255,7 +255,7 @@ def test_metrics_that_cannot_be_written_do_not_stop_the_run(tmp_path: Path, monk
     given = tiny.config(tmp_path)
     assert job.run(given) == 0
     assert directory.latest(location_of(given.save)) == (6, [])
-    assert capsys.readouterr().err.count("metrics.jsonl takes no more figures") == 1
+    assert capsys.readouterr().err.count("metrics.jsonl gets no more metrics") == 1
 
 
 def test_places_of_metrics_that_are_full_from_the_start_do_not_stop_the_run(tmp_path: Path, monkeypatch, capsys):
@@ -267,7 +267,7 @@ def test_places_of_metrics_that_are_full_from_the_start_do_not_stop_the_run(tmp_
     given = tiny.config(tmp_path, tensorboard_dir=str(tmp_path / "board"))
     assert job.run(given) == 0
     told = capsys.readouterr().err
-    assert told.count("metrics.jsonl takes no more figures") == told.count("board takes no more figures") == 1
+    assert told.count("metrics.jsonl gets no more metrics") == told.count("board gets no more metrics") == 1
 
 
 def test_steps_before_a_failure_are_reported(tmp_path: Path, monkeypatch):

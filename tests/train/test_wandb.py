@@ -132,7 +132,7 @@ def test_other_runs_of_wandb(tmp_path: Path, wandb, monkeypatch):
 def test_without_a_login_the_run_trains_and_says_so(tmp_path: Path, wandb, capsys):
     given = config(tmp_path)
     assert job.run(given) == 0
-    assert capsys.readouterr().err.count("W&B takes no more figures") == 1
+    assert capsys.readouterr().err.count("W&B gets no more metrics") == 1
     assert len(tiny.losses(given)) == 4
 
 
@@ -142,7 +142,7 @@ def test_a_lost_connection_ends_no_run_and_tells_no_key(tmp_path: Path, wandb, m
     given = config(tmp_path)
     assert job.run(given) == 0
     said = "".join(capsys.readouterr())
-    assert said.count("W&B project climbs takes no more figures") == 1 and KEY not in said
+    assert said.count("W&B project climbs gets no more metrics") == 1 and KEY not in said
     assert [values[0] for what, values in told(Path(given.save or ""), "online") if what == "log"] == [1]
     kept = [file for file in Path(given.save or "").rglob("*") if file.is_file()]
     assert kept and not [file for file in kept if KEY.encode() in file.read_bytes()]

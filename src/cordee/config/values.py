@@ -109,7 +109,7 @@ def _map(option: Option, raw: Raw) -> dict[str, str | int | bool]:
     if items and all("=" in item for item in items):
         items = tuple(part for item in items for part in item.split("=", 1))
     if len(items) % 2:
-        raise Unfit(f"{len(items)} values are not pairs", f"give an even number: {describe(option)}", "count")
+        raise Unfit(f"{len(items)} is an odd number of values", f"give an even number: {describe(option)}", "count")
     keys = items[::2]
     if repeated := sorted({key for key in keys if keys.count(key) > 1}):
         raise Unfit(f"{', '.join(repeated)} is given twice", "give every key once", "repeated")

@@ -52,10 +52,9 @@ class Schedule:
             del values["growth"], values["start_weight_decay"]
         return values
 
-    def learning_rate(self, position: int, *, max_lr: float | None = None, min_lr: float | None = None) -> float:
-        """Rate of the step taken at `position`; `max_lr` and `min_lr` stand in for those of the schedule."""
-        high = self.max_lr if max_lr is None else max_lr
-        low = self.min_lr if min_lr is None else min_lr
+    def learning_rate(self, position: int) -> float:
+        """Rate of the step taken at `position`."""
+        high, low = self.max_lr, self.min_lr
         if self.warmup > 0 and position <= self.warmup:
             return self.init_lr + (high - self.init_lr) * position / self.warmup
         if self.style == "constant":

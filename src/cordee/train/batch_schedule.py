@@ -45,13 +45,9 @@ class BatchSchedule:
             return self.global_batch_size
         return start + int(consumed * stages / samples) * increment
 
-    def num_micro_batches(self, consumed: int) -> int:
-        """Micro-batches of every rank in the step that begins once `consumed` were seen."""
-        return self.batch_size(consumed) // self.slice_size
-
     def micro_batches(self, consumed: int) -> tuple[int, ...]:
         """Samples of each micro-batch of a rank in the step that begins once `consumed` were seen."""
-        return self.sizes or (self.micro_batch_size,) * self.num_micro_batches(consumed)
+        return self.sizes or (self.micro_batch_size,) * (self.batch_size(consumed) // self.slice_size)
 
     def batch_sizes(self) -> list[int]:
         """Every size that a step may have, in their order."""

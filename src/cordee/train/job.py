@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -384,15 +385,13 @@ def _reports(plan: RunPlan, layout: Layout, on: torch.device, state: TrainState)
         peak = measure_peak_flops(data.compute_dtype(config), on)
     if layout.rank != 0:
         return Reports([])
-
-    def meter() -> Meter:
-        return Meter(
-            train_iterations=plan.iterations,
-            flops_per_token=training_flops_per_token(plan.spec.config, config.seq_length),
-            num_devices=layout.world_size,
-            peak_flops=peak,
-        )
-
+    meter = partial(
+        Meter,
+        train_iterations=plan.iterations,
+        flops_per_token=training_flops_per_token(plan.spec.config, config.seq_length),
+        num_devices=layout.world_size,
+        peak_flops=peak,
+    )
     return build_reports(config, meter, plan.objective.loss_name, state)
 
 

@@ -24,6 +24,7 @@ from cordee.families.lenses import differences, words_of
 from cordee.families.options import ignored
 from cordee.families.registry import ModelSpec, spec_from_options, spec_named
 from cordee.files import is_within, unwritable
+from cordee.log import counted
 from cordee.model.compare import canonical
 from cordee.model.config import ModelConfig
 from cordee.model.options import ModelOptions
@@ -201,7 +202,7 @@ def _with_length(
     unread = Findings()
     size = unread.attempt(lambda: objective.size(config))
     if size is None and not unread.problems:
-        why = f"how long an epoch of --stage {config.stage} is, is not known before"
+        why = f"the length of an epoch of --stage {config.stage} is not known before the run"
         found.problems.append(Problem("--num-epochs", config.num_epochs, why, "give --train-iters", "length"))
     if size is None or config.train_iters or config.train_samples:
         return config
@@ -214,12 +215,12 @@ def _iterations(config: TrainConfig, batches: BatchSchedule, notes: list[str]) -
         return config.train_iters or 0
     steps, used = batches.whole_steps(config.train_samples)
     if not steps:
-        why = f"it is less than the first step of {batches.batch_size(0)} samples"
+        why = f"the first step takes {counted(batches.batch_size(0), 'sample')}"
         raise ProblemError(
             [Problem("--train-samples", config.train_samples, why, "give more", limit=batches.batch_size(0))]
         )
     if left := config.train_samples - used:
-        notes.append(f"the last {left} of --train-samples {config.train_samples} make no whole step and are left out")
+        notes.append(f"left out: {counted(left, 'sample')} of --train-samples after the last whole step")
     return steps
 
 

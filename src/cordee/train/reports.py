@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from cordee import device
@@ -87,7 +86,7 @@ class Reports:
 
 
 def build_reports(config: TrainConfig, make_meter: Callable[[], Meter], loss_name: str, state: TrainState) -> Reports:
-    """The reports of rank 0. `state` keeps the W&B run, which a run that resumes continues."""
+    """The reports of rank 0."""
     reports, lines = [], list[Sink]()
     if sys.stdout.isatty():
         meter = make_meter()
@@ -102,15 +101,8 @@ def build_reports(config: TrainConfig, make_meter: Callable[[], Meter], loss_nam
     scalars: list[Sink] = []
     if (folder := config.tensorboard_dir) is not None:
         scalars += _opened(folder, lambda: TensorBoardSink(Path(folder), loss_name))
-    if project := config.wandb_project:
-        name, place = config.wandb_exp_name or None, outputs.wandb_path(config)
-
-        def open_wandb() -> Sink:
-            sink = WandbSink(project, name, place, loss_name, asdict(config), state.wandb_run)
-            state.wandb_run = sink.id
-            return sink
-
-        scalars += _opened("W&B", open_wandb)
+    if config.wandb_project:
+        scalars += _opened("W&B", lambda: WandbSink(config, outputs.wandb_path(config), loss_name, state))
     if scalars:
         reports.append(Report(config.tensorboard_log_interval, make_meter(), scalars))
     return Reports(reports)
@@ -126,4 +118,4 @@ def _opened(name: str, open_sink: Callable[[], Sink]) -> list[Sink]:
 
 
 def _left_out(name: str, error: OSError) -> None:
-    logger.warning("%s takes no more figures of this run: %s", name, error)
+    logger.warning("%s gets no more metrics of this run: %s", name, error)

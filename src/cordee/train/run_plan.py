@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,21 +103,9 @@ class Draft:
         """ProblemError with all that is wrong."""
         raise_all(unique(self.found.problems))
         assert self.origin is not None and self.spec is not None and self.data is not None and self.models is not None
-        return RunPlan(
-            config=self.config,
-            origin=self.origin,
-            spec=self.spec,
-            tokenizer=self.tokenizer,
-            degrees=self.degrees,
-            partition=self.partition,
-            batches=self.batches,
-            iterations=self.iterations or 0,
-            schedule=self.schedule,
-            objective=self.objective,
-            data=self.data,
-            models=self.models,
-            notes=tuple(self.found.notes),
-        )
+        known: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "found"}
+        known["iterations"] = self.iterations or 0
+        return RunPlan(**known, notes=tuple(self.found.notes))
 
 
 @dataclass(kw_only=True)

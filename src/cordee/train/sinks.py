@@ -21,6 +21,8 @@ from typing import Any
 from cordee.files import end_last_line
 from cordee.log import counted, shortened
 from cordee.train.metrics import Record
+from cordee.train.options import TrainConfig
+from cordee.train.run_plan import TrainState
 
 MB, GIB = 1 << 20, 1 << 30
 
@@ -251,38 +253,26 @@ class TensorBoardSink(ScalarSink):
 
 
 class WandbSink(ScalarSink):
-    """A run of Weights & Biases, which has the `options` of this one: that of `id`, if there is one, unless
-    WANDB_RUN_ID names another. Where and as whom it logs in, and whether at all (WANDB_MODE=offline), is W&B's own
-    configuration. What it cannot do is an OSError, which never says the API key.
+    """A run of Weights & Biases, which has the options of this one. `state` keeps its id: a run that resumes continues
+    it, unless WANDB_RUN_ID names another. Where and as whom it logs in, and whether at all (WANDB_MODE=offline), is
+    W&B's own configuration. What it cannot do is an OSError, which never says the API key.
     """
 
-    def __init__(
-        self,
-        project: str,
-        name: str | None,
-        folder: Path | None,
-        loss_name: str,
-        options: Mapping[str, Any],
-        id: str | None = None,
-    ):
+    def __init__(self, config: TrainConfig, folder: Path | None, loss_name: str, state: TrainState):
         super().__init__(loss_name)
-        self._project = project
+        self._project = config.wandb_project
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)  # W&B takes a temporary one otherwise
         with _wandb() as wandb:
             self._run = wandb.init(
-                project=project,
-                name=name,
+                project=config.wandb_project,
+                name=config.wandb_exp_name or None,
                 dir=None if folder is None else str(folder),
-                config=options,
-                id=os.environ.get("WANDB_RUN_ID") or id,
+                config=asdict(config),
+                id=os.environ.get("WANDB_RUN_ID") or state.wandb_run,
                 resume="allow",
             )
-
-    @property
-    def id(self) -> str:
-        """By which W&B knows the run."""
-        return self._run.id
+        state.wandb_run = self._run.id
 
     def write(self, values: Mapping[str, float], iteration: int) -> None:
         if iteration < self._run.starting_step:  # W&B has it from before the run resumed, and takes no step twice
