@@ -41,7 +41,7 @@ def test_a_good_run(tmp_path: Path):
     assert plan.iterations == 6
     assert plan.data.samples == {"train": 48, "valid": 16, "test": 0}
     assert plan.degrees.data == 2
-    assert plan.resumed is None and plan.origin.weights is None
+    assert plan.resumed is None and plan.initial.weights is None
 
 
 def test_records_of_another_run_are_noted(tmp_path: Path):

@@ -124,9 +124,8 @@ def build_schedule(
 
 def problems(options: OptimizerOptions, train_iters: int | None, train_samples: int | None) -> Problems:
     """A warm-up must end before the schedule does, and before the decay phase of WSD begins, which has to be given."""
-    unit, what, whole = "iters", "iteration", train_iters
-    if train_samples is not None:
-        unit, what, whole = "samples", "sample", train_samples
+    of_iterations, of_samples = ("iters", "iteration", train_iters), ("samples", "sample", train_samples)
+    unit, what, whole = of_iterations if train_samples is None else of_samples
     warmup, length = getattr(options, f"lr_warmup_{unit}"), getattr(options, f"lr_decay_{unit}") or whole
     if warmup and length and warmup >= length and options.lr_warmup_fraction is None:
         why = f"the learning rate schedule ends after {counted(length, what)}"

@@ -59,10 +59,8 @@ class MemoryCost:
             ("optimizer", self.optimizer, "its state, such as Adam's two moments"),
         )
         whole = f"memory of {rank}: {in_bytes(self.total)} and its activations"
-        each = f"  {self.each:.4g} bytes for each of the {self.parameters:,} parameters it computes with:"
-        parts = (
-            f"  {name:<9} {size:>6.4g}  {in_bytes(size * self.parameters):>9}  {what}" for name, size, what in rows
-        )
+        each = f"  {self.each:.4g} bytes for each of the {(n := self.parameters):,} parameters it computes with:"
+        parts = (f"  {name:<9} {size:>6.4g}  {in_bytes(size * n):>9}  {what}" for name, size, what in rows)
         return "\n".join(line.rstrip() for line in (whole, each, *parts))
 
 

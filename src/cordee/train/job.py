@@ -142,12 +142,12 @@ def _plan(config: TrainConfig, layout: Layout) -> RunPlan:
         _require_equal(plan, layout)  # so all ranks have the same checkpoint, or none
         if (why := _damage(plan, layout)) is None:
             break
-        assert plan.origin.checkpoint is not None
-        path = plan.origin.checkpoint.path
+        assert plan.initial.checkpoint is not None
+        path = plan.initial.checkpoint.path
         if config.ckpt_step is not None or path.resolve() == location_of(config.load or "").resolve():
             fix = "choose another checkpoint by --ckpt-step"
             raise ProblemError([Problem("--load", str(path), why, fix, "corrupt")])
-        avoid[plan.origin.checkpoint.manifest["iteration"]] = why
+        avoid[plan.initial.checkpoint.manifest["iteration"]] = why
     for note in plan.notes:
         logger.info("%s", note)
     return plan
@@ -169,7 +169,7 @@ def _require_equal(plan: RunPlan, layout: Layout) -> None:
 
 def _identity(plan: RunPlan) -> dict[str, Any]:
     """What the result of a run depends on, by option. Free texts, such as paths, may differ between nodes."""
-    config, checkpoint = plan.config, plan.origin.checkpoint
+    config, checkpoint = plan.config, plan.initial.checkpoint
     options = [option for option in options_of(type(config)) if option.kind is not str or option.choices]
     found: dict[str, Any] = {
         to_flag(option.name): getattr(config, option.name) for option in options if option.name not in _OF_A_NODE
@@ -184,7 +184,7 @@ def _identity(plan: RunPlan) -> dict[str, Any]:
         "data": str(plan.data.identity),
         "length of the run": plan.iterations,
         "checkpoint": None if checkpoint is None else (checkpoint.manifest["iteration"], checkpoint.resume),
-        "weights of a model": plan.origin.weights is not None,
+        "weights of a model": plan.initial.weights is not None,
         "further models": str({name: (m.spec.to_dict(), m.source is not None) for name, m in plan.models.items()}),
     }
 
@@ -215,7 +215,7 @@ def _fingerprint(config: TrainConfig, layout: Layout, unread: Findings) -> Any:
 def _damage(plan: RunPlan, layout: Layout) -> str | None:
     """What is wrong with the contents of the checkpoint to load; each rank reads its share of the files."""
     why = None
-    if (checkpoint := plan.origin.checkpoint) is not None:
+    if (checkpoint := plan.initial.checkpoint) is not None:
         names = sorted(checkpoint.manifest["files"])[layout.rank :: layout.world_size]
         why = directory.damage(checkpoint.path, contents=names)
     return next((found for found in collectives.gather(why, layout) if found), None)
@@ -317,15 +317,15 @@ def _further(
 
 def _fill(plan: RunPlan, model: GPTModel, optimizer: torch.optim.Optimizer, layout: Layout) -> None:
     """Values of the parameters and, where the run resumes, the state of the optimizer."""
-    origin = plan.origin
-    if (checkpoint := origin.checkpoint) is not None:
+    initial = plan.initial
+    if (checkpoint := initial.checkpoint) is not None:
         state = optimizer if checkpoint.resume and plan.config.load_optim else None
         optional: tuple[Origin, ...] = () if checkpoint.resume else ("adapter", "head")
         absent = restore(checkpoint.path, model, state, group=layout.background, optional=optional)
         initialise(model, plan.config.seed, absent)
-    elif (source := origin.source) is not None:
+    elif (source := initial.source) is not None:
         report = together(lambda: load_into(model, source, origins={"base"}), layout.control)
-        logger.info("%s: %s", origin.weights, report)
+        logger.info("%s: %s", initial.weights, report)
         initialise(model, plan.config.seed, {"adapter", "head"})
     else:
         initialise(model, plan.config.seed)
@@ -341,8 +341,8 @@ def _save_assets(plan: RunPlan, root: Location) -> None:
         try:
             with assets.put_into(root) as scratch:
                 plan.tokenizer.save(scratch)
-                if plan.origin.weights and plan.origin.assets is not None:
-                    copy_files(plan.origin.assets.glob("generation_config.json"), scratch)
+                if plan.initial.weights and plan.initial.assets is not None:
+                    copy_files(plan.initial.assets.glob("generation_config.json"), scratch)
         except ProblemError as error:
             logger.warning("the tokenizer is not put beside the checkpoints: %s", error)
 

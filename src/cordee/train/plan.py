@@ -44,8 +44,8 @@ from cordee.train import batch_schedule, experts, objectives, outputs, resume, t
 from cordee.train.batch_schedule import BatchSchedule, build_batch_schedule
 from cordee.train.objectives import Objective
 from cordee.train.options import TrainConfig
-from cordee.train.origin import choose, opened
-from cordee.train.run_plan import Draft, Origin, RunPlan
+from cordee.train.initial_weights import choose, opened
+from cordee.train.run_plan import Draft, InitialWeights, RunPlan
 
 # What the model and the tokenizer of a run follow from, by names that problems have.
 _MODEL = (*(option.name for option in options_of(ModelOptions)), "load", "model_options")
@@ -113,7 +113,7 @@ def draft_run(
     iterations = length or (0 if config.skip_train else 1)  # one step stands in for a length that is not known
     schedule = build_schedule(config, config.train_iters, config.train_samples, batches.global_batch_size)
     contradictory = frozenset[str]().union(*(problem.names for problem in found.problems))
-    origin, tokenizer, spec = _start(config, avoid, found)
+    initial, tokenizer, spec = _start(config, avoid, found)
     run = objectives.Run(
         config=config, batches=batches, iterations=iterations, spec=spec, tokenizer=tokenizer, fingerprint=fingerprint
     )
@@ -129,7 +129,7 @@ def draft_run(
     for further in (models or {}).values():
         _place(replace(placed, model=further.spec.config), tokenizer, found)
     found.notes += pipeline_check.notes(partition, counts)
-    checkpoint = origin.checkpoint if origin is not None else None
+    checkpoint = initial.checkpoint if initial is not None else None
     if checkpoint is not None and checkpoint.resume:
         # That the run had other options before matters only for options that agree with each other.
         resumed = resume.problems(config, schedule, data, checkpoint.manifest)
@@ -138,7 +138,7 @@ def draft_run(
         found.notes += found.attempt(lambda: list(outputs.written_before(config))) or []
     return Draft(
         config=config,
-        origin=origin,
+        initial=initial,
         spec=spec,
         tokenizer=tokenizer,
         degrees=shape,
@@ -229,50 +229,54 @@ def _iterations(config: TrainConfig, batches: BatchSchedule, notes: list[str]) -
 
 def _start(
     config: TrainConfig, avoid: Mapping[int, str] | None, found: Findings
-) -> tuple[Origin | None, Tokenizer | None, ModelSpec | None]:
+) -> tuple[InitialWeights | None, Tokenizer | None, ModelSpec | None]:
     """Where the run begins, and what model and tokenizer that makes; None for what is unknown."""
     chosen = found.attempt(lambda: choose(config, avoid, found.notes))
     found.problems += found.attempt(lambda: list(_save_problems(config, chosen))) or []
-    origin = None
+    initial = None
     if chosen is not None:
-        origin = opened(config, chosen, found)
+        initial = opened(config, chosen, found)
     before = len(found.problems)
-    tokenizer = found.attempt(lambda: _tokenizer(config, origin or Origin()), involves=_TOKENIZER)
+    tokenizer = found.attempt(lambda: _tokenizer(config, initial or InitialWeights()), involves=_TOKENIZER)
     tokens = _MANY_TOKENS if len(found.problems) > before else tokenizer and tokenizer.vocab_size
-    if origin is None:  # the options may have the whole shape, too
+    if initial is None:  # the options may have the whole shape, too
         alone = Findings()
-        spec = alone.attempt(lambda: _spec(config, Origin(), tokenizer, tokens or _MANY_TOKENS, []), involves=_MODEL)
+        spec = alone.attempt(
+            lambda: _spec(config, InitialWeights(), tokenizer, tokens or _MANY_TOKENS, []), involves=_MODEL
+        )
         found.problems += () if any(problem.kind == "missing" for problem in alone.problems) else alone.problems
         return None, tokenizer, spec
-    spec = found.attempt(lambda: _spec(config, origin, tokenizer, tokens, found.notes), involves=(*_MODEL, *_TOKENIZER))
+    spec = found.attempt(
+        lambda: _spec(config, initial, tokenizer, tokens, found.notes), involves=(*_MODEL, *_TOKENIZER)
+    )
     if spec is not None:
         found.notes += ignored(config, words_of(spec.config))
-    return origin, tokenizer, spec
+    return initial, tokenizer, spec
 
 
-def _tokenizer(config: TrainConfig, origin: Origin) -> Tokenizer | None:
+def _tokenizer(config: TrainConfig, initial: InitialWeights) -> Tokenizer | None:
     """The tokenizer of the options, else that beside the weights; None if there is neither."""
     given = any(
         getattr(config, name)
         for name in TokenizerOptions.__dataclass_fields__
         if name not in ("vocab_size", "tokenizer_use_fast")
     )
-    beside = str(origin.assets) if origin.assets and holds_tokenizer(origin.assets) else None
+    beside = str(initial.assets) if initial.assets and holds_tokenizer(initial.assets) else None
     return load_tokenizer(config, beside) if given or beside else None
 
 
 def _spec(
-    config: TrainConfig, origin: Origin, tokenizer: Tokenizer | None, tokens: int | None, notes: list[str]
+    config: TrainConfig, initial: InitialWeights, tokenizer: Tokenizer | None, tokens: int | None, notes: list[str]
 ) -> ModelSpec:
     """The model of the run; `tokens` is how many the tokenizer has, for a model that is given by options."""
     if config.num_layers is not None and (placeholders := noop_layers(config)):  # which --num-layers counts
         layers, involved = f"the layers before the last of {config.num_layers}", ("num_layers",)
         raise_all(at_most("--noop-layers", len(placeholders), config.num_layers - 1, layers, *involved))
         config = replace(config, num_layers=config.num_layers - len(placeholders))
-    if origin.checkpoint is not None:
-        loaded = ModelSpec.from_dict(origin.checkpoint.manifest["model"])
-    elif origin.spec is not None:
-        loaded = origin.spec
+    if initial.checkpoint is not None:
+        loaded = ModelSpec.from_dict(initial.checkpoint.manifest["model"])
+    elif initial.spec is not None:
+        loaded = initial.spec
     else:
         fresh = spec_from_options(config, tokens)
         return fresh.with_tokens(tokenizer.bos, tokenizer.eos) if tokenizer else fresh  # not those of a preset
@@ -282,7 +286,7 @@ def _spec(
     problems = list(_vocabulary_problems(config, loaded.config.vocab_size))
     changed = differences(loaded.config, wanted.config)
     listed = ", ".join(f"{flag} {before} -> {after}" for flag, (before, after) in changed.items())
-    resumes = origin.checkpoint is not None and origin.checkpoint.resume
+    resumes = initial.checkpoint is not None and initial.checkpoint.resume
     if wanted.shapes() != loaded.shapes():
         why = f"the options ask for another model: {listed}"
         fix = "leave the model options out: the shape comes from what is loaded"
@@ -315,7 +319,7 @@ def _vocabulary_problems(config: TrainConfig, rows: int) -> Problems:
 # ---- output --------------------------------------------------------------------------------------------------------
 
 
-def _save_problems(config: TrainConfig, origin: Origin | None) -> Problems:
+def _save_problems(config: TrainConfig, initial: InitialWeights | None) -> Problems:
     if config.save is None:
         return
     root = location_of(config.save, "--save")
@@ -323,11 +327,11 @@ def _save_problems(config: TrainConfig, origin: Origin | None) -> Problems:
         yield from unwritable("--save", config.save, root.local)
     with reached("--save", config.save):
         holds_run, newest = directory.is_root(root), max(directory.iterations(root), default=0)
-    if origin is not None and origin.weights is not None and is_within(root.local, origin.weights):
+    if initial is not None and initial.weights is not None and is_within(root.local, initial.weights):
         why, fix = "it is the model directory that is read, or in it", "give another directory"
         yield Problem("--save", config.save, why, fix, "excludes", ("load",), "--load")
-    if origin is not None and holds_run:
-        checkpoint = origin.checkpoint
+    if initial is not None and holds_run:
+        checkpoint = initial.checkpoint
         resumes = checkpoint is not None and checkpoint.resume and checkpoint.path.parent.resolve() == root.resolve()
         if not resumes:
             why = f"it holds the checkpoints of another run, up to iteration {newest}"

@@ -1,6 +1,6 @@
 """What a run is, once it is planned: where it begins, what is trained, on what, over which ranks; and where it is.
 
-Owns these records. How they are worked out is `plan.py`'s, `origin.py`'s and the objective's.
+Owns these records. How they are worked out is `plan.py`'s, `initial_weights.py`'s and the objective's.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Origin:
+class InitialWeights:
     """Where weights come from: a checkpoint, a model in another format, or neither, and then they are drawn.
 
     source: those of `weights`, when they are opened; None if they cannot be read.
@@ -60,7 +60,7 @@ class RunPlan:
     """
 
     config: TrainConfig
-    origin: Origin
+    initial: InitialWeights
     spec: ModelSpec
     tokenizer: Tokenizer | None
     degrees: Degrees
@@ -76,7 +76,7 @@ class RunPlan:
     @property
     def resumed(self) -> Checkpoint | None:
         """The checkpoint that the run resumes from."""
-        checkpoint = self.origin.checkpoint
+        checkpoint = self.initial.checkpoint
         return checkpoint if checkpoint is not None and checkpoint.resume else None
 
 
@@ -86,7 +86,7 @@ class Draft:
     The rest is as in the plan that it becomes where nothing is wrong."""
 
     config: TrainConfig
-    origin: Origin | None
+    initial: InitialWeights | None
     spec: ModelSpec | None
     tokenizer: Tokenizer | None
     degrees: Degrees
@@ -102,7 +102,7 @@ class Draft:
     def complete(self) -> RunPlan:
         """ProblemError with all that is wrong."""
         raise_all(unique(self.found.problems))
-        assert self.origin is not None and self.spec is not None and self.data is not None and self.models is not None
+        assert self.initial is not None and self.spec is not None and self.data is not None and self.models is not None
         known: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "found"}
         known["iterations"] = self.iterations or 0
         return RunPlan(**known, notes=tuple(self.found.notes))

@@ -6,12 +6,11 @@ its own way to the same job.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-
-import yaml
 
 from cordee import device, launch, supervisor
 from cordee.config.load import config_from_dict
@@ -40,12 +39,6 @@ def train(config: TrainConfig | Mapping[str, object]) -> int:
     assert config.nproc_per_node is not None
     with TemporaryDirectory() as scratch:
         file = Path(scratch) / "run.yaml"
-        file.write_text(_as_yaml(config), encoding="utf-8")
+        file.write_text(json.dumps(asdict(config), ensure_ascii=False), encoding="utf-8")  # which is YAML
         arguments = ["train", "--config", str(file)]
         return supervisor.spawn_local(arguments, config.nproc_per_node, grace_seconds=config.exit_grace_seconds)
-
-
-def _as_yaml(config: TrainConfig) -> str:
-    values = {field.name: getattr(config, field.name) for field in fields(config)}
-    given = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-    return yaml.safe_dump({name: value for name, value in given.items() if value is not None})

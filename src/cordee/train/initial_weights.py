@@ -15,41 +15,41 @@ from cordee.errors import Findings, Problem, ProblemError, raise_all, requires
 from cordee.families.registry import spec_from_directory, spec_named
 from cordee.train import resume
 from cordee.train.options import TrainConfig
-from cordee.train.run_plan import Checkpoint, Origin
+from cordee.train.run_plan import Checkpoint, InitialWeights
 
 
-def opened(config: TrainConfig, origin: Origin, found: Findings) -> Origin | None:
-    """`origin` with its weights ready to be read, after names, shapes and sizes of their files are checked.
+def opened(config: TrainConfig, initial: InitialWeights, found: Findings) -> InitialWeights | None:
+    """`initial` with its weights ready to be read, after names, shapes and sizes of their files are checked.
 
-    Where weights cannot be read, `origin` has what their config.json says, so that other problems are found too; None
+    Where weights cannot be read, `initial` has what their config.json says, so that other problems are found too; None
     without one.
     """
-    if (path := origin.weights) is None:
-        return origin
+    if (path := initial.weights) is None:
+        return initial
     from cordee.weights.megatron.source import Reading
 
     spec = spec_named(config.model) if config.model else None
     source = found.attempt(lambda: formats.read(path, Reading(spec=spec, iteration=config.ckpt_step)))
     if source is not None:
-        return replace(origin, source=source, spec=source.spec, assets=source.assets)
+        return replace(initial, source=source, spec=source.spec, assets=source.assets)
     spec = found.attempt(lambda: spec_from_directory(path)) if (path / "config.json").is_file() else None
-    return spec and replace(origin, spec=spec, assets=path)
+    return spec and replace(initial, spec=spec, assets=path)
 
 
-def choose(config: TrainConfig, avoid: Mapping[int, str] | None, notes: list[str]) -> Origin:
-    """The origin that --load names, but for corrupt checkpoints (`avoid`). ProblemError if there is none."""
+def choose(config: TrainConfig, avoid: Mapping[int, str] | None, notes: list[str]) -> InitialWeights:
+    """Those that --load names, but for corrupt checkpoints (`avoid`). ProblemError if there is none."""
     if config.load is None:
-        return Origin()
+        return InitialWeights()
     with reached("--load", config.load):
         return _choose(config, location_of(config.load), avoid, notes)
 
 
-def _choose(config: TrainConfig, path: Location, avoid: Mapping[int, str] | None, notes: list[str]) -> Origin:
+def _choose(config: TrainConfig, path: Location, avoid: Mapping[int, str] | None, notes: list[str]) -> InitialWeights:
     form = formats.find(path)
     if form is not None and form.local:
         if form.name != "mg":
             raise_all(requires("--ckpt-step", config.ckpt_step, "--load of a run", f"{path} is a {form.title}", "load"))
-        return Origin(weights=path.local)
+        return InitialWeights(weights=path.local)
     if (path / directory.MANIFEST).is_file():
         raise_all(requires("--ckpt-step", config.ckpt_step, "--load of a run", f"{path} is one checkpoint", "load"))
         return _of_checkpoint(config, path)
@@ -63,7 +63,7 @@ def _choose(config: TrainConfig, path: Location, avoid: Mapping[int, str] | None
         fix = "check the path; only the directory of --save may be empty, for a command that starts and resumes a run"
         raise _unfit(path, "there is no checkpoint", fix, "missing")
     notes.append(f"--load {path}: nothing is there yet; the run starts from initial weights")
-    return Origin()
+    return InitialWeights()
 
 
 def _iteration(config: TrainConfig, root: Location, avoid: Mapping[int, str] | None, notes: list[str]) -> int:
@@ -78,7 +78,7 @@ def _iteration(config: TrainConfig, root: Location, avoid: Mapping[int, str] | N
     return iteration
 
 
-def _of_checkpoint(config: TrainConfig, path: Location) -> Origin:
+def _of_checkpoint(config: TrainConfig, path: Location) -> InitialWeights:
     try:
         if (why := directory.damage(path)) is not None:
             raise ValueError(why)
@@ -87,7 +87,7 @@ def _of_checkpoint(config: TrainConfig, path: Location) -> Origin:
         present = directory.iterations(path.parent)
         fix = f"choose another by --ckpt-step; there are: {', '.join(map(str, present)) or 'none'}"
         raise _unfit(path, str(error), fix, "corrupt", present) from error
-    return Origin(Checkpoint(path, manifest, resume=not config.finetune), assets=assets.beside(path))
+    return InitialWeights(Checkpoint(path, manifest, resume=not config.finetune), assets=assets.beside(path))
 
 
 def _unfit(path: Location, why: str, fix: str, kind: str, limit: object = None) -> ProblemError:
