@@ -42,9 +42,9 @@ from cordee.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
 from cordee.tokenizer.options import TokenizerOptions
 from cordee.train import batch_schedule, experts, objectives, outputs, resume, techniques
 from cordee.train.batch_schedule import BatchSchedule, build_batch_schedule
+from cordee.train.initial_weights import choose, opened
 from cordee.train.objectives import Objective
 from cordee.train.options import TrainConfig
-from cordee.train.initial_weights import choose, opened
 from cordee.train.run_plan import Draft, InitialWeights, RunPlan
 
 # What the model and the tokenizer of a run follow from, by names that problems have.
