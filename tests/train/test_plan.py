@@ -342,6 +342,8 @@ def test_manifest_is_the_whole_story(run):
         "best_loss": None,
         "best_iteration": None,
         "stale_validations": 0,
+        "validation_due": False,
+        "wandb_run": None,
     }
     assert ModelSpec.from_dict(manifest["model"]).config.hidden_size == 32
     assert manifest["config"]["seq_length"] == tiny.LENGTH

@@ -126,7 +126,8 @@ class Trainer:
             if self.config.manual_gc and self._is_time(self.config.manual_gc_interval):
                 gc.collect()
             saves = self._is_time(self.config.save_interval)
-            self.state.validation_due = self._is_time(self.config.eval_interval) or self._complete
+            validates = self._is_time(self.config.eval_interval) or self._complete
+            self.state.validation_due = validates and "validation" in self.parts.loaders
             if saves and not self._validation_decides:
                 self.save()  # first: a kill in a long validation shall not cost it
             if self.state.validation_due:
