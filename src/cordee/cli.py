@@ -92,6 +92,8 @@ def _dispatch(argv: list[str]) -> int:
         loaded = load_as_far_as_possible(command.schema, rest, teaching=teaching)
     except SystemExit as shown:  # by --help
         return int(shown.code or 0)
+    if loaded.notes and launch.rank_info().rank == 0 and launch.rank_info().launcher != launch.CORDEE:
+        print(*(f"note: {note}" for note in loaded.notes), sep="\n", file=sys.stderr, flush=True)
     if loaded.problems:
         raise ProblemError([*loaded.problems, *further(command, loaded)])
     if loaded.print_config:
