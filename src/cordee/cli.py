@@ -209,6 +209,7 @@ COMMANDS = {
         example="cordee quickstart --input my-texts/",
         options="cordee.quickstart.options:QuickstartConfig",
         job="cordee.quickstart.job:run",
+        check="cordee.quickstart.job:check_run",
     ),
     "check": Command(
         about="Show what `cordee train` would do with the same options, and all problems; starts nothing.",
@@ -222,6 +223,7 @@ COMMANDS = {
         example="cordee plan --schedule 1f1b interleaved zbv --num-micro-batches 16 --output schedules.svg",
         options="cordee.plan.options:PlanConfig",
         job="cordee.plan.job:run",
+        check="cordee.plan.job:check_run",
     ),
     "preprocess": Command(
         about="Tokenize text into the .bin/.idx files that training reads.",
@@ -274,6 +276,7 @@ COMMANDS = {
         example="cordee bench train --threads 2",
         options="cordee.bench.options:BenchConfig",
         job="cordee.bench.job:run",
+        check="cordee.bench.job:check_run",
     ),
 }
 
