@@ -34,6 +34,7 @@ from cordee.data.readers import read_file, reading
 from cordee.device import KINDS
 from cordee.errors import OUTSIDE, Problem, ProblemError, problem_of, raise_all
 from cordee.generate.loading import stop_ids
+from cordee.plan import job as plan
 from cordee.plan.timeline import read_timeline
 from cordee.tensors.views import whole
 from cordee.tokenizer import load_tokenizer
@@ -98,6 +99,8 @@ def options(command: str, argv: list[str]) -> None:
     known = cli.COMMANDS[command]
     loaded = load_as_far_as_possible(known.schema, argv)
     raise_all([*loaded.problems, *cli.further(known, loaded)] if loaded.problems else cli.problems(known, loaded))
+    if command == "plan":  # which needs nothing
+        plan.plan(loaded.config)
 
 
 def _models(root: Path) -> Iterator[tuple[str, Subject]]:
@@ -323,7 +326,7 @@ def test_any_file_is_read_or_refused(subjects, name, cases):
 TEXTS = ["", "0", "-1", "1", "3", "1e300", "-1e300", "1e20", "1e18", "nan", "inf", "9" * 5000, "\udcff", "a\0b", "🙂"]
 TEXTS += ["1,2", "0,0,0", "9" * 30, "a,b,c", "[]", "{}", "null", "true", "-0.0", "1e-320", "2147483648", "１２", "x"]
 TEXTS += ["x" * 5000, "y/" * 5000, "a=b", "/dev/null", "/dev/zero", "/proc/x", "file://host/x", "s3://", "zz://x", "."]
-COMMANDS = ("train", "convert", "generate", "evaluate", "preprocess")
+COMMANDS = tuple(cli.COMMANDS)
 
 
 @counts(75, 2000)
@@ -336,7 +339,12 @@ def test_any_option_is_taken_or_refused(subjects, cases, monkeypatch, tmp_path):
         "generate": ["--load", model, "--prompt", "Once", "--max-new-tokens", "2"],
         "evaluate": ["--load", model, "--task-data-path", text],
         "preprocess": ["--input", text, "--output-prefix", "out", "--tokenizer-name-or-path", model],
+        "data show": [str(subjects["idx"].file.with_suffix(""))],
+        "plan": [],
+        "quickstart": [],
+        "bench": ["parity"],
     }
+    base["check"] = base["train"]
     for command, argv in base.items():  # which are sound, and import what they need
         options(command, argv)
     given_to = {name: options_of(cli.COMMANDS[name].schema) for name in COMMANDS}
@@ -391,6 +399,13 @@ generate --load {model} --prompt Once --tokenizer-name-or-path {place}
 evaluate --load {model} --task-data-path {place}
 preprocess --input {place} --output-prefix out --tokenizer-name-or-path {model}
 preprocess --input {text} --output-prefix {place}/x --tokenizer-name-or-path {model}
+check {run} --load {place}
+data show {place}/x
+plan --timeline {place}
+plan --output {place}/x.svg
+quickstart --input {place}
+quickstart --output {place}
+bench parity --output {place}/x.md
 """.strip().splitlines()
 
 
@@ -410,7 +425,8 @@ def test_places_that_are_none(subjects, strange, place, capsys):
 def told(argv: list[str]) -> list[Problem]:
     """The problems of a command line, as `cordee` would tell them."""
     try:
-        options(argv[0], argv[1:])
+        words = 2 if " ".join(argv[:2]) in cli.COMMANDS else 1
+        options(" ".join(argv[:words]), argv[words:])
     except ProblemError as error:
         return error.problems
     except OUTSIDE as error:

@@ -92,6 +92,8 @@ def _dispatch(argv: list[str]) -> int:
         loaded = load_as_far_as_possible(command.schema, rest, teaching=teaching)
     except SystemExit as shown:  # by --help
         return int(shown.code or 0)
+    if loaded.notes and launch.rank_info().rank == 0 and launch.rank_info().launcher != launch.CORDEE:
+        print(*(f"note: {note}" for note in loaded.notes), sep="\n", file=sys.stderr, flush=True)
     if loaded.problems:
         raise ProblemError([*loaded.problems, *further(command, loaded)])
     if loaded.print_config:
@@ -207,6 +209,7 @@ COMMANDS = {
         example="cordee quickstart --input my-texts/",
         options="cordee.quickstart.options:QuickstartConfig",
         job="cordee.quickstart.job:run",
+        check="cordee.quickstart.job:check_run",
     ),
     "check": Command(
         about="Show what `cordee train` would do with the same options, and all problems; starts nothing.",
@@ -220,6 +223,7 @@ COMMANDS = {
         example="cordee plan --schedule 1f1b interleaved zbv --num-micro-batches 16 --output schedules.svg",
         options="cordee.plan.options:PlanConfig",
         job="cordee.plan.job:run",
+        check="cordee.plan.job:check_run",
     ),
     "preprocess": Command(
         about="Tokenize text into the .bin/.idx files that training reads.",
@@ -272,6 +276,7 @@ COMMANDS = {
         example="cordee bench train --threads 2",
         options="cordee.bench.options:BenchConfig",
         job="cordee.bench.job:run",
+        check="cordee.bench.job:check_run",
     ),
 }
 

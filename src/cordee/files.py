@@ -47,8 +47,8 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file. ValueError if it holds something else, text that is none, more than `LEVELS` levels or
-    more than `LARGEST_JSON` bytes; OSError if it cannot be read.
+    """The value in a JSON file. ValueError if it holds something else, text that is none, a key with two values, more
+    than `LEVELS` levels or more than `LARGEST_JSON` bytes; OSError if it cannot be read.
     """
     with open_regular(path) as file:
         return load_json(file)
@@ -61,7 +61,7 @@ def load_json(file: BinaryIO) -> Any:
     file.seek(0)
     text = file.read(size).decode("utf-8")
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_object)
     except RecursionError:
         raise ValueError(_NESTED) from None
     if _deeper(value, LEVELS):
@@ -69,6 +69,14 @@ def load_json(file: BinaryIO) -> Any:
     if _SURROGATE.search(text):  # two of them may be a character
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. ValueError if a key of it has two values, of which readers would take one or the other."""
+    found = dict(pairs)
+    if len(found) < len(pairs) and (several := sorted({key for key, value in pairs if found[key] != value})):
+        raise ValueError(f"keys that stand twice in an object, with different values: {', '.join(several[:3])}")
+    return found
 
 
 def _deeper(value: Any, levels: int) -> bool:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from cordee.bench.options import BenchConfig
 from cordee.cli import COMMANDS
-from cordee.config.load import config_from_dict, load_config
+from cordee.config import laws
+from cordee.config.load import config_from_dict, load_as_far_as_possible, load_config
 from cordee.config.option import options_of, to_flag
 from cordee.config.spelling import spellings
 from cordee.data.options import PreprocessConfig
@@ -135,6 +136,49 @@ def test_later_sources_win(write):
 def test_null_takes_back_what_an_earlier_file_gave(write):
     first, second = write("save: there\n", "first.yaml"), write("save: ~\n", "second.yaml")
     assert load("--config", first, "--config", second).config.save is None
+
+
+MUTUAL = {
+    (command, name, other)
+    for command, known in COMMANDS.items()
+    for name, others in laws.replaced(known.schema).items()
+    for other in others
+    if name in laws.replaced(known.schema)[other]
+}
+
+
+def test_a_flag_replaces_what_it_excludes_in_a_file(write):
+    """For every pair of options that exclude each other; two of one source are a problem."""
+    assert {("train", "num_epochs", "train_iters"), ("plan", "num_layers", "num_layer_list")} <= MUTUAL
+    for command, name, other in sorted(MUTUAL):
+        schema = COMMANDS[command].schema
+        known = {option.name: option for option in options_of(schema)}
+        words = {key: [str((*known[key].choices, 1)[0])] * (known[key].length or 1) for key in (name, other)}
+        lines = {key: f"{key}: [{', '.join(values)}]" for key, values in words.items()}
+        file = write(lines[other].replace("[1]", "1"))
+        flag = [to_flag(name), *words[name] * (not known[name].is_switch)]
+        needed = [word for option in known.values() if option.required for word in (option.flag, "2")]
+        loaded = load_as_far_as_possible(schema, [*needed, "--config", file, *flag])
+        assert (loaded.problems, loaded.origins[name], loaded.origins[other]) == ([], to_flag(name), "default")
+        assert getattr(loaded.config, other) == known[other].default
+        (note,) = loaded.notes
+        assert note.startswith(f"{to_flag(name)} replaces {other} ") and note.endswith("(run.yaml:1)")
+        file = write("\n".join(lines.values()).replace("[1]", "1"))
+        both = load_as_far_as_possible(schema, [*needed, "--config", file])
+        assert not both.notes and {name, other} <= {
+            each for problem in (*both.problems, *laws.problems(both.config)) for each in problem.names
+        }
+
+
+def test_what_replaces_nothing(write):
+    """A detail of runs of another kind, what is switched off, and what a file says itself."""
+    file = write("train_samples: 64\nbf16: true\nlr_warmup_fraction: 0\n")
+    loaded = load("--config", file, "--lr-decay-iters", "5", "--no-fp16")
+    assert (loaded.config.train_samples, loaded.config.bf16, loaded.notes) == (64, True, [])
+    assert [problem.option for problem in laws.problems(loaded.config)] == ["--lr-decay-iters"]
+    assert load("--config", file, "--model", "llama2-7b").config.lr_warmup_fraction == 0
+    loaded = load("--config", write("lr_warmup_iters: 0"), "--model", "llama2-7b")
+    assert (loaded.config.lr_warmup_fraction, loaded.notes) == (None, [])  # of the recipe, and nothing is lost
 
 
 def test_derived_values_are_marked():

@@ -58,7 +58,7 @@ FAULTS = """
 --micro-batch-size 3
 --global-batch-size 7
 --rampup-batch-size 2 2 100
---train-samples 100
+--train-samples 100 --train-iters 6
 --train-iters 0
 --train-iters 100000000000000000
 --seed -1

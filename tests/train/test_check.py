@@ -76,6 +76,15 @@ def test_without_data_and_machines(tmp_path: Path, capsys):
     assert "--world-size" in capsys.readouterr().err, "an option of the check alone"
 
 
+def test_a_flag_goes_before_the_file(tmp_path: Path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"train_iters: 1000\ndata_path: {tiny.make_data(tmp_path)}\n")
+    assert main(["check", *FLAGS, "--config", str(file), "--num-epochs", "2", "--nproc-per-node", "1"]) == 0
+    said = capsys.readouterr()
+    assert said.err == f"note: --num-epochs replaces train_iters 1000 ({file}:1)\n"
+    assert "num_epochs: 2" in said.out and "train_iters" not in said.out
+
+
 @pytest.mark.parametrize("epochs", [0.001, 1, 2.5])
 def test_epochs_make_steps(given, epochs: float):
     plan = plan_run(replace(given, train_iters=None, num_epochs=epochs, lr_warmup_iters=0), 1)

@@ -14,11 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cordee.checkpoint import formats
 from cordee.errors import Problem, ProblemError
 from cordee.families.registry import spec_from_hf
 from cordee.weights import hf, mindformers
 from cordee.weights.staging import UNFINISHED
 from tests.weights import tiny
+
+INDEX = "model.safetensors.index.json"
 
 
 def problems_of(function, *args, **kwargs) -> list[Problem]:
@@ -303,6 +306,46 @@ def test_configurations_that_are_nested_without_end(llama):
     directory, _ = llama
     (directory / "config.json").write_text("[" * 10**5)
     assert [problem.option for problem in problems_of(hf.read, directory)] == [str(directory / "config.json")]
+
+
+@pytest.mark.parametrize(("name", "key"), [("config.json", "hidden_size"), (INDEX, "model.norm.weight")])
+def test_a_key_with_two_values_is_refused(name, key, llama):
+    """Of which readers take the first or the last; the same value twice says nothing else."""
+    directory, tensors = llama
+    tiny.shard(directory, tensors, 2)
+    (directory / "model.safetensors").unlink()
+    content = (directory / name).read_text()
+    value = json.loads(content).get(key) or json.loads(content)["weight_map"][key]
+    stated = f"{json.dumps(key)}: {json.dumps(value)}"
+    (directory / name).write_text(content.replace(stated, f"{stated}, {stated}"))
+    assert hf.read(directory).tensor("final_norm.weight").numel()
+    (directory / name).write_text(content.replace(stated, f'{stated}, {json.dumps(key)}: "other"'))
+    with pytest.raises(ProblemError) as caught:
+        hf.read(directory)
+    assert [problem.kind for problem in caught.value.problems] == ["index" if name == INDEX else "corrupt"]
+    assert key in caught.value.problems[0].why
+
+
+@pytest.mark.parametrize("config", [True, False])
+@pytest.mark.parametrize("there", ["", "global_step8"])
+def test_partitions_of_zero_are_no_weights(config, there, llama):
+    """The names are those of DeepSpeed and of a trainer of transformers that uses it."""
+    directory, _ = llama
+    (directory / "model.safetensors").rename(directory / "kept")
+    if not config:
+        (directory / "config.json").unlink()
+    (directory / "latest").write_text("global_step8")
+    (directory / "global_step8").mkdir()
+    for rank in range(2):
+        for kind, name in (("", "model"), ("bf16_", "optim")):
+            (directory / "global_step8" / f"{kind}zero_pp_rank_{rank}_mp_rank_00_{name}_states.pt").touch()
+    with pytest.raises(ProblemError) as caught:
+        formats.read(directory / there)
+    (problem,) = caught.value.problems
+    assert problem.kind == "partitioned" and "zero_to_fp32.py" in problem.fix and "stage3_gather" in problem.fix
+    if config and not there:
+        (directory / "kept").rename(directory / "model.safetensors")
+        assert formats.format_of(directory).name == "hf"
 
 
 def test_an_index_of_a_gigabyte_is_not_read(llama):

@@ -26,6 +26,11 @@ def run(config: BenchConfig) -> int:
     return measure(f"cordee.bench.{config.suite}", config)
 
 
+def check_run(config: BenchConfig) -> list[Problem]:
+    """What is wrong with a measurement, as far as it can be known before."""
+    return _problems(config, import_module(f"cordee.bench.{config.suite}").PEERS)
+
+
 def measure(module: str, config: BenchOptions) -> int:
     """As `run`, with the suite that is `module`."""
     suite = import_module(module)

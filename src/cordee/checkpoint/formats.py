@@ -16,7 +16,7 @@ from cordee.checkpoint.storage import Location, location_of, reached
 from cordee.errors import Problem, ProblemError
 from cordee.weights import mindformers
 from cordee.weights.gguf.header import is_gguf
-from cordee.weights.megatron.layout import backend, folder_of, is_distributed, is_megatron
+from cordee.weights.megatron.layout import backend, folder_of, is_distributed, is_megatron, is_partitioned
 
 if TYPE_CHECKING:
     from cordee.weights.codec import Source
@@ -104,12 +104,20 @@ def _read_gguf(path: Path, reading: Reading | None) -> Source:
     return codec.read(path)
 
 
+def _refuse_partitions(path: Path, reading: Reading | None) -> Source:
+    why = "it is a checkpoint of DeepSpeed's ZeRO stage 3, in which no file has a whole weight"
+    fix = "run the zero_to_fp32.py that DeepSpeed saved beside them and give what it writes; training with "
+    fix += '"stage3_gather_16bit_weights_on_model_save": true in zero_optimization saves weights'
+    raise ProblemError([Problem("model directory", path, why, fix, "partitioned")])
+
+
 FORMATS = (  # the first that recognises a directory reads it
     Format("mg", "Megatron checkpoint", _is_megatron, _read_megatron),
     Format("cordee", "checkpoint of a run", _is_checkpoint, _read_checkpoint, local=False),
     Format("dcp", "distributed checkpoint with a config.json", _is_distributed, _read_distributed),
     Format("mindformers", "directory with MindFormers' names", mindformers.recognises, _read_mindformers),
     Format("gguf", "file of GGUF", is_gguf, _read_gguf),
+    Format("zero", "checkpoint of DeepSpeed's ZeRO", is_partitioned, _refuse_partitions),
     Format("hf", "Hugging Face directory", _is_hf, _read_hf),
 )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Literal, NamedTuple
 
 from cordee import errors
@@ -38,13 +39,14 @@ class Law:
     """A law about each of the options `names`, where that is not at its default, or is "missing".
 
     `others`: conditions on other options, one of which is enough. `why`: the reason, where `others` is empty and the
-    law never holds.
+    law never holds. `mutual`, of options that exclude each other: either replaces the other of an earlier source.
     """
 
     kind: Literal["missing", "requires", "excludes", "at most", "ignored"]
     names: tuple[str, ...]
     others: Mapping[str, Wanted]
     why: str = ""
+    mutual: bool = True
 
     def holds(self, config: Any) -> bool:
         return any(wanted.fits(getattr(config, name)) for name, wanted in self.others.items())
@@ -77,9 +79,13 @@ def ignored(*names: str, why: str = "", **others: object) -> Law:
     return Law("ignored", names, _wanted(others), why)
 
 
-def excludes(name: str, *others: str) -> Law:
-    """The option must not be given together with one of `others`."""
-    return Law("excludes", (name,), dict.fromkeys(others, GIVEN))
+def excludes(name: str, *others: str, mutual: bool = True) -> Law:
+    """The option must not be given together with one of `others`.
+
+    Of two sources, such as a file and the command line, the later one's is taken; if that is not `mutual`, as the
+    option is only a detail of a run without the others, it replaces none of them.
+    """
+    return Law("excludes", (name,), dict.fromkeys(others, GIVEN), mutual=mutual)
 
 
 def at_most(*names: str, other: str) -> Law:
@@ -105,13 +111,24 @@ def laws_of(schema: type) -> tuple[Law, ...]:
     return tuple(law for base in schema.__mro__ for law in vars(base).get("laws", ()))
 
 
+@functools.cache
+def replaced(schema: type) -> Mapping[str, set[str]]:
+    """The options that each option excludes, and replaces where an earlier source gives them."""
+    found: dict[str, set[str]] = {option.name: set() for option in options_of(schema)}
+    for law in laws_of(schema):
+        for name, other in product(law.names, law.others if law.kind == "excludes" else ()):
+            found[other].add(name)
+            found[name] |= {other} if law.mutual else set()
+    return found
+
+
 # ---- broken laws -----------------------------------------------------------------------------------------------------
 
 
-def problems(config: Any) -> Problems:
-    """The problems of all options of `config` that break a law of its class."""
+def problems(config: Any, schema: type | None = None) -> Problems:
+    """The problems of all options of `config` that break a law of its class, or of `schema`, one of its bases."""
     given_ones = changed_options(config)
-    for law in laws_of(type(config)):
+    for law in laws_of(schema or type(config)):
         for name in law.names:
             flag, value = to_flag(name), getattr(config, name)
             if law.kind == "at most":

@@ -1,8 +1,8 @@
 """Flags, YAML files and Python values to one checked configuration, with where each value came from.
 
-Owns the order of precedence (defaults, files that options name, files in order, flags, overrides) and finds every
-unknown name, bad value and missing option before it raises. Judges each option alone; how options fit together is said
-by their laws.
+Owns the order of precedence (defaults, files that options name, files in order, flags, overrides), also among options
+that exclude each other, and finds every unknown name, bad value and missing option before it raises. Judges each option
+alone; how options fit together is said by their laws.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any, Generic, TypeVar
 
+from cordee.config import laws
 from cordee.config.argv import CommandLine, Teaching, parse
 from cordee.config.option import options_of, to_flag
 from cordee.config.spelling import Spelling, elsewhere, nearest, spellings
 from cordee.config.values import Raw, Unfit, convert, describe, to_boolean, to_raw
-from cordee.errors import Problem, name_of, raise_all
+from cordee.errors import Problem, given, name_of, raise_all
 
 T = TypeVar("T")
 
@@ -26,13 +27,14 @@ class Loaded(Generic[T]):
     """A configuration and, per option, its origin: `default`, `run.yaml:12`, `--lr`, `python` or `derived`.
 
     With `problems` the configuration only serves to find more of them: the options that these name have stand-ins, so
-    further problems of those options mean nothing.
+    further problems of those options mean nothing. `notes`: which values another option's of a later source replaced.
     """
 
     config: T
     origins: Mapping[str, str]
     print_config: bool = False
     problems: Sequence[Problem] = ()
+    notes: Sequence[str] = ()
 
     def derive(self, **values: object) -> Loaded[T]:
         """Set values that follow from the machine or from other options."""
@@ -81,7 +83,7 @@ def load_as_far_as_possible(
     collected.require_all()
     if collected.problems and not collected.stand_in():
         raise_all(collected.problems)
-    return Loaded(schema(**collected.values), collected.origins, line.print_config, collected.problems)
+    return Loaded(schema(**collected.values), collected.origins, line.print_config, collected.problems, collected.notes)
 
 
 def config_from_dict(schema: type[T], values: Mapping[str, object]) -> T:
@@ -106,9 +108,11 @@ class _Collected:
         self.options = options_of(schema)
         self.table = spellings(schema)
         self.elsewhere = elsewhere(schema)
+        self.replaced = laws.replaced(schema)
         self.values: dict[str, object] = {o.name: o.default for o in self.options if not o.required}
         self.origins = dict.fromkeys((o.name for o in self.options), "default")
         self.problems: list[Problem] = []
+        self.notes: list[str] = []
         self._given: dict[str, tuple[str, Spelling]] = {}  # option -> layer and spelling that gave it last
         self._failed: set[str] = set()
         self._incomplete = False  # a source could not be read at all
@@ -151,11 +155,11 @@ class _Collected:
             if option.declared.reads is None or not isinstance(path, str):
                 continue
             module, _, function = option.declared.reads.partition(":")
-            given = [name for name, origin in self.origins.items() if origin != "default"]
-            entries, problems = getattr(import_module(module), function)(path, self.values, given)
+            entries, problems = getattr(import_module(module), function)(path, self.values, self._given.keys())
             self.problems += problems
             for field, name, value in entries:
-                if self.origins[name] == "default" and name not in self._failed:
+                excluded = any(name in self.replaced[other] and given(self.values[other]) for other in self._given)
+                if self.origins[name] == "default" and name not in self._failed and not excluded:
                     self._add(name, value, _Source(field, f"{path}: {field}", f"{path} {field}", path))
 
     def require_all(self) -> None:
@@ -194,6 +198,17 @@ class _Collected:
         self.values[name] = value
         self.origins[name] = source.origin
         self._given[name] = (source.layer, spelling)
+        for other in self.replaced[name] & self._given.keys() if given(value) else ():
+            self._replace(other, source)
+
+    def _replace(self, name: str, by: _Source) -> None:
+        """Put an option that the one of source `by` excludes back to its default, unless that source gives both."""
+        option = self.table[name].option
+        if self._given[name][0] != by.layer:
+            del self._given[name]
+            if (value := self.values[name]) != option.default:
+                self.notes.append(f"{by.label} replaces {name} {value} ({self.origins[name]})")
+            self.values[name], self.origins[name] = option.default, "default"
 
     def _reject_contradiction(self, spelling: Spelling, value: object, source: _Source) -> None:
         """One source must set an option to one value; only a later flag of the same name overrides an earlier one."""

@@ -130,7 +130,7 @@ class PreprocessOptions:
     laws = (
         required_unless("input", hf_datasets_params=GIVEN, merge_group_keys=GIVEN),
         needs("merge_group_keys", "whole_files", input=GIVEN),
-        excludes("whole_files", "merge_group_keys", "hf_datasets_params"),
+        excludes("whole_files", "merge_group_keys", "hf_datasets_params", mutual=False),
     )
 
 

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any, TypeVar
 
+from cordee.config import laws
 from cordee.config.option import to_flag
-from cordee.errors import Problem, at_most, excludes, raise_all, requires
+from cordee.errors import Problem, at_most, raise_all, requires
 from cordee.families.lenses import Scaling, Words, sparse_layers
 from cordee.families.rope import SCALINGS, mscale
 from cordee.model.config import (
@@ -99,7 +100,7 @@ class _Resolver:
         self.options = options
         self.features = features
         self.base = base
-        self.problems: list[Problem] = []
+        self.problems = [*laws.problems(options, ModelOptions)]
 
     def form(self, tokens: int | None) -> dict[str, Any]:
         hidden, heads = self.needed("hidden_size"), self.needed("num_attention_heads")
@@ -212,11 +213,7 @@ class _Resolver:
     def activation(self) -> tuple[Activation, bool]:
         """Name of the activation and whether the MLP is gated."""
         given = [name for name in ACTIVATIONS if getattr(self.options, name)]
-        for name in given[1:]:
-            self.problem(name, f"{to_flag(given[0])} sets another activation", "give only one of the two")
         add_gate = self.options.add_gate
-        if add_gate and given and not ACTIVATIONS[given[0]][1]:
-            self.problem("add_gate", f"an MLP with {to_flag(given[0])} has no gate", "give only one of the two")
         # AscendSpeed has a gate with --swiglu, which makes one matrix of gate and up, or with add_gate: two matrices.
         if given or add_gate:
             return ACTIVATIONS[given[0] if given else "swiglu"]
@@ -233,10 +230,7 @@ class _Resolver:
             for name in ("rotary_base", "rope_scaling_type", "rotary_seq_len_interpolation_factor"):
                 if getattr(options, name) is not None:
                     self.problem(name, "there is no RoPE", "add --position-embedding-type rope", "requires")
-        if kind is not None and options.rotary_seq_len_interpolation_factor is not None:
-            why = "--rotary-seq-len-interpolation-factor sets linear scaling"
-            self.problem("rope_scaling_type", why, "give one of the two")
-        elif (stretch := options.rotary_seq_len_interpolation_factor) is not None:
+        if kind is None and (stretch := options.rotary_seq_len_interpolation_factor) is not None:
             base = LinearScaling(factor=stretch) if stretch > 1 else None
         kind = kind or SCALINGS.get(type(base))
         self.only_with_their_scaling(kind)
@@ -325,12 +319,6 @@ def check(words: Words) -> Iterator[Problem]:
     if words.get("moe_router_load_balancing_type") == "group_limited_greedy":
         # MindSpeed-LLM takes the expert-parallel ranks; here a model is the same on any.
         yield from _needed(words, ("moe_router_num_groups", "topk_group"), "moe_router_load_balancing_type")
-    for one, other in (
-        ("sliding_window", "interleave_sliding_window"),
-        ("input_embeds_norm", "scale_emb"),
-        ("dim_model_base", "output_multiplier_scale"),
-    ):
-        yield from excludes(to_flag(other), words.get(other) or None, to_flag(one), words.get(one) or None)
 
 
 def _experts(words: Words) -> Iterator[Problem]:

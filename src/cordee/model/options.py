@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from cordee.config.laws import ignored
+from cordee.config.laws import excludes, ignored
 from cordee.config.option import option
 from cordee.tokenizer.options import VocabularyOptions
 
@@ -74,6 +74,12 @@ class FeatureOptions:
     output_multiplier_scale: float | None = option(None, "scale the output logits by this [1]", above=0)
     dim_model_base: float | None = option(None, "scale the output logits by this / hidden-size [not]", above=0)
     scale_depth: float | None = option(None, "scale residual branches by this / sqrt(num-layers) [not]", above=0)
+
+    laws = (
+        excludes("interleave_sliding_window", "sliding_window"),
+        excludes("scale_emb", "input_embeds_norm"),
+        excludes("output_multiplier_scale", "dim_model_base"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +158,13 @@ class ModelOptions(FeatureOptions, VocabularyOptions):
     init_method_std: float | None = option(None, "standard deviation of weight initialization [0.02]", above=0)
     attention_dropout: float | None = option(None, "dropout of attention weights [0.1]", at_least=0, below=1)
     hidden_dropout: float | None = option(None, "dropout of embedding and residual branches [0.1]", at_least=0, below=1)
+
+    laws = (
+        excludes("geglu", "swiglu"),
+        excludes("gelu_tanh", "swiglu", "geglu"),
+        excludes("openai_gelu", "swiglu", "geglu", "gelu_tanh", "add_gate"),
+        excludes("rope_scaling_type", "rotary_seq_len_interpolation_factor"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,14 +15,11 @@ from cordee.errors import Problem
 
 _RECIPE = {"lr_decay_style": "cosine", "lr_warmup_fraction": 0.01, "weight_decay": 0.1, "adam_beta2": 0.95}
 _MIN_LR = 0.1  # x lr
-_WARM_UP = {"lr_warmup_iters", "lr_warmup_samples"}
 
 
 def entries(model: str, values: Mapping[str, Any], given: Collection[str]) -> tuple[list[Entry], Sequence[Problem]]:
-    """The options that --model sets beside its shape, less those that would not go with what is `given`."""
+    """The options that --model sets beside its shape, less those that mean nothing with what is `given`."""
     chosen: dict[str, object] = dict(_RECIPE)
-    if _WARM_UP & set(given):
-        del chosen["lr_warmup_fraction"]
     if values["optimizer"] == "sgd":
         del chosen["adam_beta2"]
     if "lr" in values and "lr_decay_style" not in given:

@@ -6,7 +6,7 @@ Owns the text that a run and `cordee check` show. Works from `Degrees` alone, wi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 
 from cordee.log import counted
@@ -35,20 +35,21 @@ def describe_layout(degrees: Degrees, held: Sequence[int] = ()) -> str:
     names = max(map(len, axes))
     shared = max(len(_SHARED[axis]) for axis in axes)
     for axis in axes:
-        found = _shortened([_ranks(group) for group in groups(d, axis)], " | ")
+        count = d.world_size // getattr(d, axis)
+        found = _shortened(count, lambda number, axis=axis: _ranks(group(d, axis, number)), " | ")
         lines.append(f"  {axis:<{names}} {getattr(d, axis):>4}  {_SHARED[axis]:<{shared}}  ranks {found}")
     of_experts = f", one of experts in {_storage(*d.expert_storage)}" if d.ep > 1 else ""
     lines.append(f"  a parameter is kept in {_storage(*d.storage)}{of_experts}")
     return "\n".join([*lines, *_kept(held)])
 
 
-def groups(degrees: Degrees, axis: str) -> list[list[int]]:
-    """The ranks of every group along `axis`, "ep" too, in order."""
+def group(degrees: Degrees, axis: str, number: int) -> range:
+    """The ranks of a group along `axis`, "ep" too, in order."""
     size = getattr(degrees, axis)
     # Experts fold over the ranks with different tokens, neighbours first, inside of which lie those of tp only.
     stride = degrees.tp if axis == "ep" else math.prod(degrees.sizes[AXES.index(axis) + 1 :])
-    firsts = [rank for rank in range(degrees.world_size) if rank // stride % size == 0]
-    return [list(range(first, first + size * stride, stride)) for first in firsts]
+    first = number // stride * size * stride + number % stride
+    return range(first, first + size * stride, stride)
 
 
 def _storage(copies: int, shards: int) -> str:
@@ -59,21 +60,22 @@ def _kept(held: Sequence[int]) -> list[str]:
     """One line for consecutive ranks that keep the same number of parameters."""
     lines, first = [], 0
     for number, run in groupby(held):
-        ranks = list(range(first, first + len(list(run))))
+        ranks = range(first, first + len(list(run)))
         who = f"rank {first}" if len(ranks) == 1 else f"ranks {_ranks(ranks)} each"
         lines.append(f"  {who}: {number:,} parameters between steps")
         first += len(ranks)
     return lines
 
 
-def _ranks(group: Sequence[int]) -> str:
+def _ranks(group: range) -> str:
     """0 1 2 3 -> 0-3; 0 4 8 -> 0 4 8"""
     if len(group) > 2 and group[-1] - group[0] == len(group) - 1:
         return f"{group[0]}-{group[-1]}"
-    return _shortened([str(rank) for rank in group], " ")
+    return _shortened(len(group), lambda number: str(group[number]), " ")
 
 
-def _shortened(parts: Sequence[str], between: str) -> str:
-    if len(parts) > _SHOWN:
-        parts = [*parts[: _SHOWN - 1], "...", parts[-1]]
+def _shortened(count: int, part: Callable[[int], str], between: str) -> str:
+    parts = [part(number) for number in range(min(count, _SHOWN))]
+    if count > _SHOWN:
+        parts[-1:] = ["...", part(count - 1)]
     return between.join(parts)

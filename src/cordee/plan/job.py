@@ -22,6 +22,7 @@ from cordee.plan.schedule import Costs, simulate
 from cordee.plan.timeline import Timeline, read_timeline
 
 FORMATS = (".svg", ".png")
+_MOST_PASSES = 2**18  # forward passes of stages that are simulated in seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +63,9 @@ def run(config: PlanConfig) -> int:
 
 def plan(config: PlanConfig) -> list[Timeline]:
     """The step of every schedule, and last the measured one if there is one."""
-    raise_all(_options(config))
+    raise_all(check_run(config))
     config = _with_defaults(config)
     cases = _cases(config)
-    raise_all(_fit(config, cases))
     costs = _costs(config)
     all_layers = [_layers(config, case, cases) for case in cases]
     timelines = [_simulated(case, costs, layers) for case, layers in zip(cases, all_layers, strict=True)]
@@ -132,9 +132,26 @@ def _layers(config: PlanConfig, case: Case, cases: Sequence[Case]) -> list[float
 # ---- problems --------------------------------------------------------------------------------------------------------
 
 
+def check_run(config: PlanConfig) -> list[Problem]:
+    """Everything that is wrong with a simulation."""
+    if found := list(_options(config)):
+        return found
+    config = _with_defaults(config)
+    return list(_fit(config, _cases(config)))
+
+
 def _options(config: PlanConfig) -> Problems:
     """What is wrong with single options, so that the rest can be read."""
     yield from laws.problems(config)
+    passes = (
+        (config.num_micro_batches or 8) * (config.pipeline_model_parallel_size or 4) * (config.stages_per_rank or 1)
+    )
+    if passes > _MOST_PASSES:
+        why = f"{passes} forward passes of a stage are too many to simulate"
+        involved = ("pipeline_model_parallel_size", "stages_per_rank")
+        yield Problem(
+            "--num-micro-batches", config.num_micro_batches, why, "give less", "at most", involved, _MOST_PASSES
+        )
     if config.manual_mbs:
         yield from micro_batches.unreadable(config.manual_mbs)
         if "1f1b" not in config.schedule:

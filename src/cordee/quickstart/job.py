@@ -7,6 +7,7 @@ have written are left in the output folder, so that each can be repeated by hand
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import statistics
 import time
@@ -25,11 +26,12 @@ from cordee.convert import job as convert
 from cordee.convert.options import ConvertConfig
 from cordee.data import preprocess
 from cordee.data.options import PreprocessConfig
-from cordee.errors import Problem, ProblemError
+from cordee.errors import Problem, ProblemError, Problems, raise_all
 from cordee.evaluate.options import EvaluateConfig
 from cordee.evaluate.task import Subject
 from cordee.families.count import count_parameters
 from cordee.families.registry import spec_from_options
+from cordee.files import unwritable
 from cordee.generate import job as generate
 from cordee.generate.options import GenerateConfig
 from cordee.log import console, counted
@@ -99,9 +101,9 @@ class Run:
 
 def run(config: QuickstartConfig) -> int:
     """Run every phase; 0 if the report was written."""
-    source = _source(config)
+    raise_all(check_run(config))
     with _own_folder(config) as folder:
-        return _phases(Run(config, folder), source)
+        return _phases(Run(config, folder), Path(config.input) if config.input else None)
 
 
 def _phases(job: Run, source: Path | None) -> int:
@@ -124,11 +126,24 @@ def _phases(job: Run, source: Path | None) -> int:
     return 0
 
 
-def _source(config: QuickstartConfig) -> Path | None:
-    source = Path(config.input) if config.input else None
-    if source is not None and not source.exists():
-        raise ProblemError([Problem("--input", source, "there is no such file or folder", "give one that exists")])
-    return source
+def check_run(config: QuickstartConfig) -> list[Problem]:
+    """What is wrong with a quickstart, as far as it can be known before its first phase."""
+    found = list(_folder_problems(config))
+    source = config.input
+    if source is not None and not (os.path.isfile(source) or os.path.isdir(source)):
+        found.append(Problem("--input", source, "there is no such file or folder", "give one that exists"))
+    return found
+
+
+def _folder_problems(config: QuickstartConfig) -> Problems:
+    folder = Path(config.output)
+    yield from unwritable("--output", config.output, folder)
+    if folder.is_dir() and any(folder.iterdir()):
+        ours = (folder / MARKER).exists()
+        if not (config.overwrite and ours):
+            why = "the folder holds an earlier quickstart" if ours else "the folder holds other files"
+            fix = "add --overwrite, or give another folder" if ours else "give another folder"
+            yield Problem("--output", folder, why, fix)
 
 
 @contextmanager
@@ -149,14 +164,8 @@ def _own_folder(config: QuickstartConfig) -> Iterator[Path]:
 
 def _fresh_folder(config: QuickstartConfig) -> Path:
     folder = Path(config.output)
-    if folder.exists() and not folder.is_dir():
-        raise ProblemError([Problem("--output", folder, "there is a file of that name", "give another folder")])
-    if folder.exists() and any(folder.iterdir()):
-        ours = (folder / MARKER).exists()
-        if not (config.overwrite and ours):
-            why = "the folder holds an earlier quickstart" if ours else "the folder holds other files"
-            fix = "add --overwrite, or give another folder" if ours else "give another folder"
-            raise ProblemError([Problem("--output", folder, why, fix)])
+    raise_all(_folder_problems(config))  # again: another quickstart may just have ended
+    if folder.exists():
         shutil.rmtree(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)

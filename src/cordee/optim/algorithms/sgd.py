@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 def build(options: OptimizerOptions, groups: Groups, fused: bool) -> SGD:
     from torch.optim import SGD
 
-    return SGD(groups, lr=options.lr, momentum=options.sgd_momentum, fused=fused, foreach=not fused)
+    # Its fused kernel takes no DTensor.
+    return SGD(groups, lr=options.lr, momentum=options.sgd_momentum, foreach=True)
 
 
 ALGORITHMS = {"sgd": build}

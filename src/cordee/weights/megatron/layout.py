@@ -27,6 +27,7 @@ DISTRIBUTED = "metadata.json"  # in a folder whose tensors are whole: says how t
 RELEASE = "release"  # in place of an iteration: weights that no run of this checkpoint has trained
 _FOLDER = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?(?:_(\d{3}))?")
 _DEEPSPEED_FILE = re.compile(r"mp_rank_(\d{2,})_model_states\.pt")
+_PARTITIONS = "*zero_pp_rank_*_mp_rank_*_model_states.pt"
 _LAYER_FILE = re.compile(r"layer_(\d{2,})(?:-model_(\d{2,}))?-model_states\.pt")
 
 
@@ -110,6 +111,11 @@ def is_megatron(path: Path) -> bool:
 def is_distributed(path: Path) -> bool:
     """Whether `path` is a checkpoint of Megatron, or one of its iterations, in files that all ranks share."""
     return any(backend(folder) is not None for folder in (path, current(path)) if folder is not None)
+
+
+def is_partitioned(path: Path) -> bool:
+    """Whether all that `path` has of a model are the partitions of DeepSpeed's ZeRO stage 3."""
+    return not holds_weights(path) and any(any(folder.glob(_PARTITIONS)) for folder in (path, current(path)) if folder)
 
 
 def backend(folder: Path) -> object:
