@@ -1,10 +1,11 @@
-"""Dialogues: what instruction records become, whatever their layout, and what templates render.
+"""Dialogues: what instruction records become, whatever their layout, and what templates write.
 
-Owns the form of a message and of a dialogue. Knows no record layout, template or tokenizer.
+Owns the form of a message and of a dialogue, and of the JSON in them. Knows no record layout, template or tokenizer.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -20,7 +21,7 @@ class BadRecord(Exception):
 @dataclass(frozen=True)
 class Message:
     """One message. A "function" message is a call of tools: its content is JSON, {"name": ..., "arguments": {...}} or a
-    list of such; "observation" is what a tool returned. Unless `trained` no label comes from it.
+    list of such; "observation" is what a tool returned. Unless `trained` it is not learned.
 
     more: further fields of an OpenAI message, such as reasoning_content, or the content beside tool calls. The
     tokenizer's own template is given them.
@@ -38,3 +39,38 @@ class Dialogue:
 
     messages: tuple[Message, ...]
     tools: str | None = None
+
+
+def calls_of(content: str) -> list[dict[str, Any]]:
+    """The calls of a "function" message, arguments as objects (OpenAI has them as JSON in a string)."""
+    value = _parsed(content, "tool call")
+    calls = value if isinstance(value, list) else [value]
+    for call in calls:
+        if not (isinstance(call, dict) and isinstance(call.get("name"), str) and "arguments" in call):
+            raise BadRecord("a tool call is no object with a name and arguments")
+    return [
+        call | {"arguments": _parsed(call["arguments"], "tool call")} if isinstance(call["arguments"], str) else call
+        for call in calls
+    ]
+
+
+def tools_of(tools: str) -> list[dict[str, Any]]:
+    """The "function" objects of the tools of a dialogue."""
+    value = _parsed(tools, "list of tools")
+    functions = [each.get("function", each) if isinstance(each, dict) else each for each in _listed(value)]
+    if not all(isinstance(each, dict) and isinstance(each.get("name"), str) for each in functions):
+        raise BadRecord("a tool is no object with a name")
+    return functions
+
+
+def _listed(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise BadRecord("the tools are no list")
+    return value
+
+
+def _parsed(text: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadRecord(f"a {what} is no JSON: {error}") from error

@@ -15,6 +15,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cordee.data.templates import chat_sources
 from cordee.errors import Problem, ProblemError
 from cordee.files import left_out
 from cordee.log import logger
@@ -210,14 +211,10 @@ def _roles(tokenizer: Tokenizer, special: SpecialTokens, words: Mapping[int, str
 
 def _template(directory: Path) -> dict[str, Any]:
     file = directory / "chat_template.jinja"
-    if file.is_file():
-        if (why := left_out(file)) is not None:
-            logger.warning("not copied: %s: %s", file, why)
-            return {}
-        return {"tokenizer.chat_template": file.read_text(encoding="utf-8")}
-    given = read_json(directory / "tokenizer_config.json").get("chat_template")
-    if isinstance(given, list):  # several, by name
-        given = next((entry["template"] for entry in given if entry.get("name") == "default"), None)
+    if file.is_file() and (why := left_out(file)) is not None:
+        logger.warning("not copied: %s: %s", file, why)
+        return {}
+    given = chat_sources(directory).get("default")
     return {"tokenizer.chat_template": given} if given else {}
 
 
