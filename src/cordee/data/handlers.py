@@ -133,13 +133,10 @@ def _general(record: Record) -> list[Dialogue]:
 
 
 def _belle(record: Record) -> list[Dialogue]:
-    texts = []
-    for part in _text(record, "instruction").split("Human:"):
-        if part.strip():
-            question, _, answer = part.partition("Assistant:")
-            texts += [question.strip(), answer.strip()]
-    if not texts or texts[-1]:
-        raise BadRecord("its 'instruction' does not end with 'Assistant:'")
+    first, *parts = _text(record, "instruction").split("Human:")
+    if first.strip() or not parts or not parts[-1].rstrip().endswith("Assistant:"):
+        raise BadRecord("its 'instruction' does not go from 'Human:' to 'Assistant:'")
+    texts = [text.strip() for part in parts for text in part.partition("Assistant:")[::2]]
     return [_dialogue(*texts[:-1], _text(record, "output").strip())]
 
 

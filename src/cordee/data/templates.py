@@ -290,7 +290,7 @@ class ChatTemplate:
         for i in answers:
             asked = self._render(messages[:i], tools, generation=True)
             shown = self._render(messages[: i + 1], tools)
-            end, closed = self._end(shown, len(asked), [*messages[:i], _ended(messages[i])], tools, ends)
+            end, closed = self._end(shown, len(asked), messages[: i + 1], tools, ends)
             proved = shown.startswith(asked) and whole.startswith(shown[:end]) and end > len(asked)
             spans.append(Span(len(asked), end, i, closed, proved))
         return whole, spans
@@ -298,12 +298,15 @@ class ChatTemplate:
     def _end(
         self, shown: str, start: int, messages: list[dict[str, Any]], tools: Any, ends: re.Pattern[str]
     ) -> tuple[int, bool]:
-        """Where the last answer of `shown` ends, and whether by a token that ends it. `messages` have `CLOSE` behind
-        its text, unless it is a tool call."""
-        marked = self._render(messages, tools)
-        at = marked.find(CLOSE)
-        if marked[:at] != shown[:at]:
-            at = -1  # the template looks into the text
+        """Where the last answer of `shown` ends, and whether by a token that ends it: the first behind its text, or
+        the last if the template looks into the text, as into tool calls."""
+        *before, answer = messages
+        text, at = "" if "tool_calls" in answer else answer["content"], -1
+        for marked in filter(None, dict.fromkeys((text, text.rstrip()))):  # a template may strip it
+            marked = self._render([*before, answer | {"content": marked + CLOSE}], tools)
+            if marked.replace(CLOSE, "") == shown:
+                at = marked.find(CLOSE)
+                break
         found = [match.end() for match in ends.finditer(shown, max(start, at))]
         if found:
             return (found[-1] if at < 0 else found[0]), True
@@ -388,12 +391,6 @@ class ChatTemplate:
 
 
 Template: TypeAlias = PromptTemplate | ChatTemplate
-
-
-def _ended(message: dict[str, Any]) -> dict[str, Any]:
-    """The message with `CLOSE` behind its text, without the spaces that a template may strip."""
-    content = message.get("content")
-    return message if "tool_calls" in message or not content else message | {"content": content.rstrip() + CLOSE}
 
 
 def _call_of_object(call: dict[str, Any]) -> dict[str, Any]:
