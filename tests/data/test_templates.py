@@ -243,7 +243,7 @@ def test_tools_in_prompt_types():
     call = 'Action: weather\nAction Input: {"city": "北京"}</s>'
     assert written(turns) == (
         f"S{TOOLS_TEXT}\nHuman: U\nAssistant: ",
-        call + "</s>",
+        call,
         "\nHuman: O\nAssistant: ",
         "A</s>",
     )

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cordee.data.messages import ANSWERS, BadRecord, Dialogue, Message, Role
+from cordee.data.messages import ANSWERS, BadRecord, Dialogue, Message, Role, raise_unless_alternating
 from cordee.data.readers.chunk import lacks
 from cordee.data.templates import BOS, ChatTemplate, PromptTemplate, Special, Template
 from cordee.errors import Problem, ProblemError, raise_all
@@ -233,9 +233,7 @@ def _sharegpt_messages(
         system = [messages.pop(0)]
     if not messages or len(messages) % 2 == answered:
         raise BadRecord("it does not end with an answer" if answered else "it ends with an answer already")
-    for i, message in enumerate(messages):
-        if (message.role in ANSWERS) != (i % 2 == 1) or message.role == "system":
-            raise BadRecord(f"message {i + 1} is of {message.role!r}: user and assistant must alternate")
+    raise_unless_alternating(messages)
     return system + messages
 
 

@@ -6,7 +6,7 @@ Owns the form of a message and of a dialogue, and of the JSON in them. Knows no 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -39,6 +39,13 @@ class Dialogue:
 
     messages: tuple[Message, ...]
     tools: str | None = None
+
+
+def raise_unless_alternating(messages: Sequence[Message]) -> None:
+    """Questions, of a user or a tool, and answers by turns, from a question on."""
+    for i, message in enumerate(messages):
+        if (message.role in ANSWERS) != (i % 2 == 1) or message.role == "system":
+            raise BadRecord(f"message {i + 1} is of {message.role!r}: user and assistant must alternate")
 
 
 def calls_of(content: str) -> list[dict[str, Any]]:

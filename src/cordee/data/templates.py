@@ -13,10 +13,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from cordee import files
-from cordee.data.messages import ANSWERS, BadRecord, Dialogue, Message, calls_of, tools_of
+from cordee.data.messages import ANSWERS, BadRecord, Dialogue, Message, calls_of, raise_unless_alternating, tools_of
 from cordee.errors import Problem, ProblemError
-from cordee.tokenizer.special import NAMES, read_json, read_special_tokens
+from cordee.tokenizer.special import NAMES, chat_sources, read_special_tokens
 
 if TYPE_CHECKING:
     import jinja2
@@ -86,9 +85,8 @@ class PromptTemplate:
         if system and not self.system_in_user:
             before += _filled(self.system, c=system)
         glued = str(_filled(self.system, c=system)[0]) if system and self.system_in_user else ""
+        raise_unless_alternating(messages)
         for i, message in enumerate(messages):
-            if (message.role in ANSWERS) != (i % 2 == 1) or message.role == "system":
-                raise BadRecord(f"message {i + 1} is of {message.role!r}: user and assistant must alternate")
             if lost := [key for key in ("content", *_REASONING) if message.more.get(key)]:
                 raise BadRecord(f"--prompt-type has no place for {lost[0]}; the tokenizer's own template may have")
             if message.role in ANSWERS:
@@ -417,22 +415,3 @@ def chat_template(directory: Path, **variables: Any) -> ChatTemplate:
     )
     template._compiled  # noqa: B018  # raises what is wrong with it now
     return template
-
-
-def chat_sources(directory: Path) -> dict[str, str]:
-    """The chat templates of a tokenizer's directory by their names, in the order of precedence of `transformers`."""
-    if (file := directory / "chat_template.jinja").is_file():
-        try:
-            given: Any = files.read_text(file)
-        except (OSError, ValueError) as error:
-            raise ProblemError([Problem("chat template", file, str(error), "copy it again", "unreadable")]) from error
-    else:
-        given = read_json(directory / "chat_template.json").get("chat_template")
-        given = given or read_json(directory / "tokenizer_config.json").get("chat_template")
-    if isinstance(given, list):
-        given = {entry.get("name"): entry.get("template") for entry in given if isinstance(entry, dict)}
-    found = given if isinstance(given, dict) else {"default": given} if given else {}
-    if not all(isinstance(value, str) and len(value) <= files.LARGEST_TEXT for value in found.values()):
-        why = f"a template is no text of at most {files.LARGEST_TEXT:,} characters"
-        raise ProblemError([Problem("chat template", directory, why, "correct it")])
-    return found

@@ -15,14 +15,13 @@ from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cordee.data.templates import chat_sources
 from cordee.errors import Problem, ProblemError
 from cordee.files import left_out
 from cordee.log import logger
 from cordee.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
 from cordee.tokenizer.compare import added_tokens, differences
 from cordee.tokenizer.options import TokenizerOptions
-from cordee.tokenizer.special import SpecialTokens, read_json, read_special_tokens
+from cordee.tokenizer.special import SpecialTokens, chat_sources, read_json, read_special_tokens
 from cordee.weights.gguf.architecture import ROLES, Values, id_key
 
 if TYPE_CHECKING:
