@@ -357,6 +357,7 @@ def sound(record: dict) -> bool:
     return bool(record["output"].strip())
 
 
+@pytest.mark.slow
 def test_real_alpaca_of_a_real_tokenizer(shared):
     """The masks of AscendSpeed: everything up to the last "### Response:\\n", tokenized by itself, is not trained."""
     import sentencepiece

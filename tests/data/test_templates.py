@@ -601,6 +601,7 @@ REAL = {  # the answers as they are trained; None: transformers cuts its text ot
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
 def test_chat_templates_of_real_tokenizers(shared, tmp_path, name):
     from transformers import AutoTokenizer
@@ -642,6 +643,7 @@ def test_llama2_prompt_type_of_a_real_tokenizer(shared):
     assert turn.target == turn.target_labels == [*model.encode("b"), 2]
 
 
+@pytest.mark.slow
 def test_qwen_prompt_type_of_a_real_tokenizer(shared):
     tokenizer = load(shared / "data" / "tokenizers" / "qwen2")
     from transformers import AutoTokenizer

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 from cordee.data.messages import ANSWERS, BadRecord, Dialogue, Message, calls_of, tools_of
-from cordee.data.templates import CLOSE, EOS, OPEN, Pieces, PromptTemplate, Special, Template
+from cordee.data.templates import CLOSE, EOS, OPEN, Pieces, PromptTemplate, Template
 from cordee.errors import Problem, raise_all
 from cordee.tokenizer import Tokenizer
 from cordee.tokenizer.base import ESCAPE
@@ -57,14 +57,15 @@ class Renderer:
         self._tokenizer = tokenizer
         self._on_all = train_on == "all"
         self._last_only = mask_history or train_on == "last" or template.last_only
-        self._ids = {text: i for i, text in tokenizer.vocabulary().items()}
+        words = tokenizer.vocabulary()
+        named = (*template.stop_words, *template.special) if isinstance(template, PromptTemplate) else ()
+        self._ids = {text: i for i, text in words.items() if text in named}
         self.eos = tokenizer.eos
         if isinstance(template, PromptTemplate):
             if template.replace_eos:
                 self.eos = self._ids.get(template.stop_words[0])
             raise_all(self._missing(template))
         else:
-            words = {i: text for text, i in self._ids.items()}
             roles = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos, "pad_token": tokenizer.roles.pad}
             known = {role: words[i] for role, i in roles.items() if i is not None}
             self.template = replace(template, variables={**known, **template.variables})
@@ -74,16 +75,14 @@ class Renderer:
         # answer may have (<think>).
         own = [text for text in added if text.strip() and text in template.written]
         self._forged = {True: _any_of(special), False: _any_of([*special, *own])}
-        self._ends = _any_of([*special, *(text for text, i in self._ids.items() if i == self.eos)])
+        self._ends = _any_of([*special, *([] if self.eos is None else [words[self.eos]])])
         plain, around = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
         at = next(i for i in range(len(around) + 1) if around[i : i + len(plain)] == plain)
         use = not isinstance(template, PromptTemplate) and template.around
         self._before, self._after = (around[:at], around[at + len(plain) :]) if use else ([], [])
 
     def _missing(self, template: PromptTemplate) -> list[Problem]:
-        needed = [piece.token for piece in template.pieces if isinstance(piece, Special)]
-        words = [each for each in needed if isinstance(each, str) and each not in ("bos_token", "eos_token")]
-        lacking = [word for word in dict.fromkeys(words) if word not in self._ids]
+        lacking = [word for word in template.special if word not in self._ids]
         if self.eos is None and (template.efficient_eos or EOS in template.assistant):
             lacking.append(template.stop_words[0] if template.replace_eos else "eos")
         fix = "give the template of this tokenizer, or add the token to it"
@@ -150,12 +149,13 @@ class Renderer:
         ids = self._before + self._tokenizer.encode_escaped(text) + self._after
         parts: list[_Part] = []
         closed, at, unproved = [], 0, 0
+        borders = self._borders(ids, text, (end for span in spans if span.proved for end in (span.start, span.end)))
         for span in spans:
             if not span.proved:
                 unproved += span.message in wanted
                 continue
-            start = max(at, self._in_common(ids, text[: span.start]))
-            end = max(start, self._in_common(ids, text[: span.end]))
+            start = max(at, next(borders))
+            end = max(start, next(borders))
             parts.append((ids[at:start], ids[start:end], span.message in wanted, unproved))
             closed.append(span.closed or not self.template.efficient_eos)
             at, unproved = end, 0
@@ -163,10 +163,20 @@ class Renderer:
             raise BadRecord("no token of it is trained")
         return self._labelled(parts, closed, ids[at:])
 
-    def _in_common(self, ids: list[int], text: str) -> int:
-        """How many of `ids`, those of a text that begins with `text`, are its own: none of a token beyond its end."""
-        head = self._before + self._tokenizer.encode_escaped(text)
-        return next((i for i, pair in enumerate(zip(head, ids, strict=False)) if pair[0] != pair[1]), len(head))
+    def _borders(self, ids: list[int], text: str, ends: Iterable[int]) -> Iterator[int]:
+        """How many of `ids`, those of a text, are of its beginning up to each of `ends`: none of a token beyond it.
+
+        What is before a special token has ids of its own, so it is tokenized once for all of `ends`, which go up.
+        """
+        at, known = 0, len(self._before)
+        for end in ends:
+            last = max((found.start() for found in self._ends.finditer(text, at, end)), default=at)
+            sure = self._tokenizer.encode_escaped(text[at:last])
+            if ids[known : known + len(sure)] == sure:
+                at, known = last, known + len(sure)
+            head = self._tokenizer.encode_escaped(text[at:end])
+            pairs = enumerate(zip(head, ids[known:], strict=False))
+            yield known + next((i for i, (own, whole) in pairs if own != whole), len(head))
 
     def _labelled(self, parts: Sequence[_Part], closed: Sequence[bool], rest: list[int]) -> list[Turn]:
         """Turns of sources and targets, each with whether it is trained; `rest` is what follows the last one. What

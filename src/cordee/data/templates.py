@@ -70,6 +70,12 @@ class PromptTemplate:
         return sum((*slots, self.function), start=())
 
     @property
+    def special(self) -> list[str]:
+        """The tokens that it looks up by their text, each once."""
+        named = [piece.token for piece in self.pieces if isinstance(piece, Special) and piece not in (BOS, EOS)]
+        return list(dict.fromkeys(token for token in named if isinstance(token, str)))
+
+    @property
     def written(self) -> str:
         """All text that is the template's own."""
         return "\n".join([*(str(getattr(piece, "token", piece)) for piece in self.pieces), *self.stop_words])
