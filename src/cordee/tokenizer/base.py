@@ -25,6 +25,9 @@ _PROBES = (
     "https://example.org/?q=1&r=2",
 )
 
+# Inside what looks like an added token it makes that plain text (`encode_escaped`). A noncharacter: no text has it.
+ESCAPE = "\ufdd0"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Roles:
@@ -97,6 +100,14 @@ class Tokenizer(ABC):
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return self.encode_batch([text], add_special_tokens=add_special_tokens)[0]
+
+    def added_tokens(self) -> dict[str, bool]:
+        """The tokens that a text may contain as it stands, each with whether it is special."""
+        return {}
+
+    def encode_escaped(self, text: str) -> list[int]:
+        """Ids of a text, nothing put around it. An added token in it that holds `ESCAPE` is plain text."""
+        return self.encode(text.replace(ESCAPE, ""), add_special_tokens=False)
 
     def fingerprint(self) -> str:
         """A hash of the vocabulary and of how sample texts are cut: equal for equal tokenizers, whatever files they

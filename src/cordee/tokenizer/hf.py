@@ -11,15 +11,18 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cordee.errors import Problem, ProblemError, raise_all
-from cordee.tokenizer.base import Roles, Tokenizer
-from cordee.tokenizer.matching import library_token
+from cordee.tokenizer.base import ESCAPE, Roles, Tokenizer
+from cordee.tokenizer.matching import Matcher, encode_pieces, library_token
 from cordee.tokenizer.special import (
     AROUND,
+    MATCHING,
     NAMES,
+    AddedToken,
     Arguments,
     SpecialTokens,
     read_special_tokens,
@@ -65,6 +68,36 @@ class HFTokenizer(Tokenizer):
         # The fast form leaves out the character offsets, which nobody asks for here.
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encodings]
+
+    def added_tokens(self) -> dict[str, bool]:
+        return {token.content: token.special for token in self._backend.get_added_tokens_decoder().values()}
+
+    def encode_escaped(self, text: str) -> list[int]:
+        if ESCAPE not in text:
+            return self.encode(text, add_special_tokens=False)
+        return encode_pieces(self._matcher, text, self._encode_piece)
+
+    def _encode_piece(self, text: str, first: bool) -> list[int]:
+        """Ids of a text as no added token matches it. One before it, whose id is dropped, makes it no beginning."""
+        ids = self._plain.encode(text if first else ESCAPE + text, add_special_tokens=False).ids
+        return ids if first else ids[1:]
+
+    @cached_property
+    def _matcher(self) -> Matcher:
+        added = {
+            i: AddedToken(token.content, i, token.special, **{name: getattr(token, name) for name in MATCHING})
+            for i, token in self._backend.get_added_tokens_decoder().items()
+        }
+        return Matcher(added, self._backend.encode_special_tokens)
+
+    @cached_property
+    def _plain(self) -> tokenizers.Tokenizer:
+        import tokenizers
+
+        described = json.loads(self._backend.to_str()) | {"added_tokens": [], "post_processor": None}
+        plain = tokenizers.Tokenizer.from_str(json.dumps(described))
+        plain.add_special_tokens([ESCAPE])
+        return plain
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
         if skip_special_tokens:

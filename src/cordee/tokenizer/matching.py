@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cordee.tokenizer.base import Roles, Tokenizer
+from cordee.tokenizer.base import ESCAPE, Roles, Tokenizer
 from cordee.tokenizer.special import MATCHING, AddedToken, SpecialTokens
 
 if TYPE_CHECKING:
@@ -27,6 +27,21 @@ def library_token(token: AddedToken) -> tokenizers.AddedToken:
     from tokenizers import AddedToken as LibraryToken
 
     return LibraryToken(token.content, special=token.special, **{name: getattr(token, name) for name in MATCHING})
+
+
+def encode_pieces(matcher: Matcher, text: str, encode: Callable[[str, bool], list[int]]) -> list[int]:
+    """Ids of a text, in which `ESCAPE` keeps added tokens from being found. `encode` is told of each piece between them
+    whether the text begins with it."""
+    ids: list[int] = []
+    for number, piece in enumerate(matcher.pieces(text)):
+        if isinstance(piece, int):
+            ids.append(piece)
+            continue
+        found = encode(piece.replace(ESCAPE, ""), number == 0)
+        if ESCAPE in piece and not matcher.ids.isdisjoint(found):  # a model may have them by itself
+            found = [i for n, part in enumerate(piece.split(ESCAPE)) for i in encode(part, number + n == 0)]
+        ids += found
+    return ids
 
 
 class MatchingTokenizer(Tokenizer):
@@ -67,6 +82,12 @@ class MatchingTokenizer(Tokenizer):
             ids += [piece] if isinstance(piece, int) else self._encode_piece(piece, first=number == 0)
         return ids
 
+    def added_tokens(self) -> dict[str, bool]:
+        return {token.content: token.special for token in self._added.values()}
+
+    def encode_escaped(self, text: str) -> list[int]:
+        return encode_pieces(self._matcher, text, self._encode_piece) if ESCAPE in text else self._encode(text)
+
     @abstractmethod
     def _encode_piece(self, text: str, first: bool) -> list[int]:
         """Ids of what stands between added tokens; `first`: the text begins with it."""
@@ -79,6 +100,7 @@ class Matcher:
         self._tokens = dict(tokens)
         self._split_special = split_special
         self._ids = list(tokens)
+        self.ids = frozenset(tokens)
         matched = [token.content for token in tokens.values() if not (split_special and token.special)]
         self._matches = bool(matched)
         # Most texts have no added token: one search tells, and is faster than the library unless it has to try many

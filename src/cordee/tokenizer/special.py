@@ -33,6 +33,7 @@ FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
     "tokenizer.model",
     "vocab.json",
     "vocab.txt",
@@ -316,6 +317,25 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ProblemError([Problem("tokenizer", path, "it is no JSON object", "copy it again")])
     return value
+
+
+def chat_sources(directory: Path) -> dict[str, str]:
+    """The chat templates of a tokenizer's directory by their names, in the order of precedence of `transformers`."""
+    if (file := directory / "chat_template.jinja").is_file():
+        try:
+            given: Any = files.read_text(file)
+        except (OSError, ValueError) as error:
+            raise ProblemError([Problem("chat template", file, str(error), "copy it again", "unreadable")]) from error
+    else:
+        given = read_json(directory / "chat_template.json").get("chat_template")
+        given = given or read_json(directory / "tokenizer_config.json").get("chat_template")
+    if isinstance(given, list):
+        given = {entry.get("name"): entry.get("template") for entry in given if isinstance(entry, dict)}
+    found = given if isinstance(given, dict) else {"default": given} if given else {}
+    if not all(isinstance(value, str) and len(value) <= files.LARGEST_TEXT for value in found.values()):
+        why = f"a template is no text of at most {files.LARGEST_TEXT:,} characters"
+        raise ProblemError([Problem("chat template", directory, why, "correct it")])
+    return found
 
 
 def copy_files(source: Path, target: Path, arguments: Arguments) -> None:

@@ -21,7 +21,7 @@ from cordee.log import logger
 from cordee.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
 from cordee.tokenizer.compare import added_tokens, differences
 from cordee.tokenizer.options import TokenizerOptions
-from cordee.tokenizer.special import SpecialTokens, read_json, read_special_tokens
+from cordee.tokenizer.special import SpecialTokens, chat_sources, read_json, read_special_tokens
 from cordee.weights.gguf.architecture import ROLES, Values, id_key
 
 if TYPE_CHECKING:
@@ -210,14 +210,10 @@ def _roles(tokenizer: Tokenizer, special: SpecialTokens, words: Mapping[int, str
 
 def _template(directory: Path) -> dict[str, Any]:
     file = directory / "chat_template.jinja"
-    if file.is_file():
-        if (why := left_out(file)) is not None:
-            logger.warning("not copied: %s: %s", file, why)
-            return {}
-        return {"tokenizer.chat_template": file.read_text(encoding="utf-8")}
-    given = read_json(directory / "tokenizer_config.json").get("chat_template")
-    if isinstance(given, list):  # several, by name
-        given = next((entry["template"] for entry in given if entry.get("name") == "default"), None)
+    if file.is_file() and (why := left_out(file)) is not None:
+        logger.warning("not copied: %s: %s", file, why)
+        return {}
+    given = chat_sources(directory).get("default")
     return {"tokenizer.chat_template": given} if given else {}
 
 
