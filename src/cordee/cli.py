@@ -226,7 +226,7 @@ COMMANDS = {
         check="cordee.plan.job:check_run",
     ),
     "preprocess": Command(
-        about="Tokenize text into the .bin/.idx files that training reads.",
+        about="Tokenize text or dialogues into the .bin/.idx files that training reads.",
         example="cordee preprocess --input texts.jsonl --output-prefix data/texts --append-eod \\\n"
         "    --tokenizer-type PretrainedFromHF --tokenizer-name-or-path models/llama2",
         options="cordee.data.options:PreprocessConfig",
@@ -239,6 +239,13 @@ COMMANDS = {
         options="cordee.data.options:ShowDataConfig",
         job="cordee.data.show:run",
         check="cordee.data.show:check_run",
+    ),
+    "inspect": Command(
+        about="Show samples for tuning as training sees them, trained tokens highlighted, and what is wrong with them.",
+        example="cordee inspect dialogues.jsonl --prompt-type qwen --tokenizer-name-or-path models/qwen2",
+        options="cordee.data.options:InspectConfig",
+        job="cordee.data.inspect:run",
+        check="cordee.data.inspect:check_run",
     ),
     "convert": Command(
         about="Convert weights from any format and layout to another, merge LoRA adapters.",

@@ -466,7 +466,7 @@ def test_where_a_chat_template_stands(tmp_path):
     config = tmp_path / "tokenizer_config.json"
     with pytest.raises(ProblemError) as caught:
         chat_template(tmp_path)
-    assert facts(caught) == [("chat template", tmp_path, "missing")]
+    assert facts(caught) == [("--hf-chat-template", tmp_path, "missing")]
     named = [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b{{ tools | tojson }}"}]
     config.write_text(json.dumps({"chat_template": named, "bos_token": {"content": "<s>", "__type": "AddedToken"}}))
     template = chat_template(tmp_path, enable_thinking=False)
@@ -478,7 +478,7 @@ def test_where_a_chat_template_stands(tmp_path):
     (tmp_path / "chat_template.jinja").write_text("{% if %}")
     with pytest.raises(ProblemError) as caught:
         chat_template(tmp_path)
-    assert facts(caught) == [("chat template", None, "invalid")]
+    assert facts(caught) == [("--hf-chat-template", None, "invalid")]
 
 
 # ---- tokenizers ------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-IGNORED = -100  # label of a position that is not trained
+from cordee.data.messages import IGNORED
 
 Sample = Mapping[str, npt.NDArray[Any]]  # what a dataset gives, by the name of what it is
 
@@ -34,9 +34,9 @@ class Batch:
     """`input_ids` and `labels` are int64 [batch, seq]; `labels[t]` is the target at position t, -100 where none is.
 
     `position_ids` int64 [batch, seq] counts from 0 in every document, `segments` int64 [batch, seq] numbers the
-    documents of a sequence, between which there is no attention; None means one document from position 0 on. `samples`
-    int64 [samples] counts samples over the run. A sample has one or more sequences, all samples the same number, which
-    follow each other in the batch.
+    documents of a sequence, between which there is no attention; None means one document from position 0 on. `counted`
+    bool [batch, seq] is False for padding; None: there is none. `samples` int64 [samples] counts samples over the run.
+    A sample has one or more sequences, all samples the same number, which follow each other in the batch.
 
     A subclass, a dataclass of keywords, adds fields, each declared by `axes`. Whatever is done to a batch is done to
     all of them.
@@ -46,6 +46,7 @@ class Batch:
     labels: Tensor = axes("sequence", "token", pad=IGNORED)
     position_ids: Tensor | None = axes("sequence", "token", default=None)
     segments: Tensor | None = axes("sequence", "token", default=None, pad=-1)
+    counted: Tensor | None = axes("sequence", "token", default=None)
     samples: Tensor | None = axes("sample", default=None)
 
     @classmethod

@@ -18,6 +18,7 @@ from cordee.data.gpt_dataset import BlendedDataset, Dataset, GPTDataset
 from cordee.data.indexed import IndexedDataset
 from cordee.data.options import DataOptions, SampleOptions
 from cordee.data.order import Order, blend_period, blend_sizes, normalise, periodic_sizes
+from cordee.data.tuning_dataset import TuningDataset
 from cordee.errors import Problem, Problems, raise_all
 from cordee.log import counted, logger
 
@@ -78,9 +79,11 @@ def build_datasets(
     test_samples: int,
     train_blocks: Sequence[tuple[int, bool]] | None = None,
     verified: bool = False,
+    sequences: bool = False,
 ) -> Datasets:
-    """Datasets of at least so many samples each. `train_blocks`: as `plan_order` takes them. `verified`: another
-    process of this machine has just verified or built the sample orders in the cache, so they are not read whole.
+    """Datasets of at least so many samples each, of which with `sequences` each is a whole sequence. `train_blocks`: as
+    `plan_order` takes them. `verified`: another process of this machine has just verified or built the sample orders in
+    the cache, so they are not read whole.
 
     Raises `ProblemError` for options or files that do not fit, which `cordee.data.gpt_check` finds all beforehand, and
     for an order that is not in the cache and takes more memory to build than this machine has left.
@@ -97,19 +100,21 @@ def build_datasets(
         if part is not None and asked[name]:
             indexed = [files[prefix] for prefix in part.blend.prefixes]
             blocks = train_blocks if name == "train" else None
-            order = plan_order(part, indexed, config.seq_length, asked[name], blocks)
-            dataset = _build_part(part, indexed, config, order, verified)
+            order = plan_order(part, indexed, None if sequences else config.seq_length, asked[name], blocks)
+            dataset = _build_part(part, indexed, config, order, verified, sequences)
         built.append(dataset)
     return Datasets(*built)
 
 
-def build_validation_sets(config: SampleOptions, samples: int, verified: bool = False) -> dict[str, Dataset]:
+def build_validation_sets(
+    config: SampleOptions, samples: int, verified: bool = False, sequences: bool = False
+) -> dict[str, Dataset]:
     """The datasets of the validation blend, of so many samples each, by their names; raises as `build_datasets`."""
     built = {}
     for name, part in validation_sets(plan_parts(config)).items():
         indexed = [IndexedDataset(prefix) for prefix in part.blend.prefixes]
-        order = plan_order(part, indexed, config.seq_length, samples)
-        built[name] = _build_part(part, indexed, config, order, verified)
+        order = plan_order(part, indexed, None if sequences else config.seq_length, samples)
+        built[name] = _build_part(part, indexed, config, order, verified, sequences)
     return built
 
 
@@ -128,11 +133,12 @@ def validation_sets(parts: Mapping[str, Part]) -> dict[str, Part]:
 def plan_order(
     part: Part,
     indexed: Sequence[IndexedDataset],
-    seq_length: int,
+    seq_length: int | None,
     samples: int,
     blocks: Sequence[tuple[int, bool]] | None = None,
 ) -> PartOrder:
-    """The order of `samples` samples of a part whose datasets are `indexed`.
+    """The order of `samples` samples of `seq_length` tokens, None: of whole sequences, of a part whose datasets are
+    `indexed`.
 
     `blocks`: epochs of a block of each dataset, and whether the last of them is shuffled apart, of the run that this
     one resumes. Its order continues in such blocks, whatever the length of the run is now. Raises `ProblemError`.
@@ -145,6 +151,8 @@ def plan_order(
     ]
 
     def orders(sizes: Sequence[int]) -> list[Order]:
+        if seq_length is None:
+            return [Order.of_sequences(count, size) for (count, _), size in zip(counts, sizes, strict=True)]
         return [Order.plan(*count, size, seq_length) for count, size in zip(counts, sizes, strict=True)]
 
     weights = part.blend.weights
@@ -154,7 +162,7 @@ def plan_order(
     if weights is not None and period < size:
         sizes = periodic_sizes(weights, size, period)
         found = orders(sizes)
-    if blocks is not None:
+    if blocks is not None and seq_length is not None:
         kept = zip(counts, sizes, blocks, strict=True)
         found = [Order.of_blocks(*count, size, seq_length, *block) for count, size, block in kept]
     return PartOrder(tuple(found), size, period)
@@ -257,13 +265,19 @@ def _parse_split(split: str, problems: list[Problem]) -> tuple[float, ...]:
 
 
 def _build_part(
-    part: Part, indexed: Sequence[IndexedDataset], config: SampleOptions, order: PartOrder, verified: bool
+    part: Part,
+    indexed: Sequence[IndexedDataset],
+    config: SampleOptions,
+    order: PartOrder,
+    verified: bool,
+    sequences: bool,
 ) -> Dataset:
-    datasets = [_build_one(part, one, config, own, verified) for one, own in zip(indexed, order.datasets, strict=True)]
+    build = _build_sequences if sequences else _build_one
+    datasets = [build(part, one, config, own, verified) for one, own in zip(indexed, order.datasets, strict=True)]
     if part.blend.weights is None:
         return datasets[0]
-    cache_dir = _cache_dir(config, part.blend.prefixes[0])
-    blend = BlendedDataset(datasets, part.blend.weights, order.size, cache_dir, order.period, verified)
+    cache = cache_dir(config.data_cache_path, part.blend.prefixes[0])
+    blend = BlendedDataset(datasets, part.blend.weights, order.size, cache, order.period, verified)
     if order.period < order.size:
         text = "%s data: the blend of %s samples repeats its choice of datasets every %s, which Megatron's does not"
         logger.info(text, part.name, f"{order.size:,}", f"{order.period:,}")
@@ -275,14 +289,22 @@ def _build_part(
 
 def _build_one(part: Part, indexed: IndexedDataset, config: SampleOptions, order: Order, verified: bool) -> GPTDataset:
     first, last = part.sequences(indexed)
-    cache_dir = _cache_dir(config, indexed.prefix)
-    dataset = GPTDataset(indexed, first, last, order, config.seq_length, config.seed, cache_dir, verified)
+    cache = cache_dir(config.data_cache_path, indexed.prefix)
+    dataset = GPTDataset(indexed, first, last, order, config.seq_length, config.seed, cache, verified)
     numbers = (counted(last - first, "sequence"), counted(len(dataset), "sample"), counted(order.epochs, "epoch"))
     logger.info("%s data %s: %s, %s in %s", part.name, indexed.prefix, *numbers)
     if order.blocks > 1:
         text = "%s data %s: every %d epochs are shuffled on their own; Megatron shuffles all together, in %.1f GiB"
         logger.info(text, part.name, indexed.prefix, order.block.epochs, order.bytes_of_one_block / 2**30)
     return dataset
+
+
+def _build_sequences(
+    part: Part, indexed: IndexedDataset, config: SampleOptions, order: Order, verified: bool
+) -> TuningDataset:
+    first, last = part.sequences(indexed)
+    logger.info("%s data %s: %s", part.name, indexed.prefix, counted(last - first, "sample"))
+    return TuningDataset(indexed, first, last, order, config.seq_length, config.seed)
 
 
 def part_problems(part: Part, indexed: IndexedDataset) -> list[Problem]:
@@ -301,7 +323,6 @@ def part_problems(part: Part, indexed: IndexedDataset) -> list[Problem]:
     return [Problem(part.blend.option, indexed.prefix, why, fix, limit=limit)]
 
 
-def _cache_dir(options: DataOptions, prefix: str) -> Path:
-    if options.data_cache_path is not None:
-        return Path(options.data_cache_path)
-    return Path(prefix).parent / "cordee-cache"
+def cache_dir(given: str | None, path: str) -> Path:
+    """Where what is made of data at `path` is kept: --data-cache-path, else beside it."""
+    return Path(path).parent / "cordee-cache" if given is None else Path(given)

@@ -46,7 +46,7 @@ def compiled(source: str) -> jinja2.Template:
         return _environment().from_string(source)
     except (jinja2.TemplateError, RecursionError) as error:
         why, fix = f"it is no Jinja template: {error}", "correct it, or give --prompt-type"
-        raise ProblemError([Problem("chat template", None, why, fix)]) from error
+        raise ProblemError([Problem("--hf-chat-template", None, why, fix)]) from error
 
 
 @cache

@@ -5,15 +5,19 @@ Owns what becomes of each record: its tokens, or the reason why it is left out. 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from cordee.data.readers.chunk import Chunk, Invalid
+from cordee.data.handlers import Handler
+from cordee.data.messages import BadRecord
+from cordee.data.readers.chunk import Broken, Chunk, Invalid
 from cordee.tokenizer import Tokenizer
 
+T = TypeVar("T")
 EMPTY, TOO_LONG, INVALID = "empty text", "too long", "invalid"
 
 
@@ -28,8 +32,8 @@ class Column:
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """A chunk's documents by key, and how many records were left out for which reason. `text_bytes` counts all text as
-    UTF-8."""
+    """A chunk's documents by key, and how many records were left out for which reason, and how many samples were cut.
+    `text_bytes` counts all text as UTF-8."""
 
     columns: dict[str, Column]
     records: int
@@ -37,6 +41,22 @@ class Encoded:
     done: float
     invalid: list[Invalid]
     left_out: dict[str, int]
+    cut: int = 0
+
+
+def read_records(chunk: Chunk, read: Callable[[Mapping[str, Any]], T], invalid: list[Invalid]) -> Iterator[T]:
+    """What `read` makes of the records of a chunk; those that it cannot use are added to `invalid`."""
+    for place, values in chunk.records(()):
+        try:
+            if isinstance(values, Broken):
+                raise BadRecord(values.why)
+            (record,) = values
+            assert isinstance(record, Mapping)
+            made = read(record)
+        except BadRecord as bad:
+            invalid.append(Invalid(f"{chunk.source}: {place}", str(bad)))
+            continue
+        yield made
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,16 +64,26 @@ class Encode:
     """How chunks are tokenized.
 
     An empty text is no document; with several keys the others of its record stay. A record of which any text has
-    `seq_length` tokens or more is left out under all keys. With `eod` every document ends with it.
+    `seq_length` tokens or more is left out under all keys. With `eod` every document ends with it. With a `handler` a
+    record is one text, as that writes it.
     """
 
     tokenizer: Tokenizer
     keys: tuple[str, ...]
+    handler: Handler | None = None
     eod: int | None = None
     seq_length: int | None = None
 
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return self.keys
+
     def __call__(self, chunk: Chunk) -> Encoded:
-        rows, invalid = chunk.rows(self.keys)
+        if self.handler is None:
+            rows, invalid = chunk.rows(self.keys)
+        else:
+            invalid = []
+            rows = [(text,) for text in read_records(chunk, self.handler.text, invalid)]
         documents = {key: self._encode([row[i] for row in rows]) for i, key in enumerate(self.keys)}
         kept = [True] * len(rows)
         if self.seq_length is not None:
@@ -63,7 +93,7 @@ class Encode:
             }
         empty = sum(not ids for batch in documents.values() for ids in batch)
         return Encoded(
-            columns={key: _column(batch) for key, batch in documents.items()},
+            columns={key: column_of(batch) for key, batch in documents.items()},
             records=len(rows) + len(invalid),
             text_bytes=sum(len(text) if text.isascii() else len(text.encode()) for row in rows for text in row),
             done=chunk.done,
@@ -79,7 +109,7 @@ class Encode:
         return [ids + end if text and (ids := next(encoded)) else [] for text in texts]
 
 
-def _column(documents: list[list[int]]) -> Column:
-    lengths = [len(ids) for ids in documents if ids]
-    tokens = np.fromiter(chain.from_iterable(documents), np.int32, sum(lengths))
+def column_of(documents: Sequence[Sequence[int] | npt.NDArray[np.int32]]) -> Column:
+    arrays = [np.asarray(ids, np.int32) for ids in documents if len(ids)]
+    tokens, lengths = np.concatenate([np.empty(0, np.int32), *arrays]), [len(array) for array in arrays]
     return Column(tokens=tokens, lengths=np.asarray(lengths, np.int32), max_token=int(tokens.max(initial=-1)))

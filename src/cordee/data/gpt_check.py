@@ -15,6 +15,7 @@ from cordee.data.build import SPLITS, Part, part_problems, plan_order, read_part
 from cordee.data.indexed import IndexedDataset
 from cordee.data.manifest import Manifest, read_manifest
 from cordee.data.options import DataOptions, SampleOptions
+from cordee.data.tuning_dataset import sibling_problems
 from cordee.errors import Problem, ProblemError
 
 if TYPE_CHECKING:
@@ -32,8 +33,9 @@ def check(
     test_samples: int = 0,
     vocab_size: int | None = None,
     tokenizer: Tokenizer | None = None,
+    sequences: bool = False,
 ) -> list[Problem]:
-    """All problems of the data a run asks for.
+    """All problems of the data a run asks for, of which with `sequences` each is a sample with labels of its own.
 
     The numbers of samples say which parts are needed at all. `vocab_size` (of the model) and `tokenizer` are compared
     with what is known of each dataset. Reads every index once, and no tokens. The memory that building an order takes
@@ -46,19 +48,20 @@ def check(
     for prefix in dict.fromkeys(prefix for part in needed.values() for prefix in part.blend.prefixes):
         using = [part for part in needed.values() if prefix in part.blend.prefixes]
         asked_by = {"skip_train" if part.name == "train" else "eval_iters" for part in using}
-        found = _dataset_problems(prefix, using, vocab_size, tokenizer)
+        found = _dataset_problems(prefix, using, vocab_size, tokenizer, sequences)
         problems += [problem.involving(*asked_by) if len(asked_by) == 1 else problem for problem in found]
     if "train" in needed and options.dataloader_type == "cyclic":
         with suppress(ProblemError):  # of a dataset, found above
-            problems += _permutation_problems(options, needed["train"], train_samples)
+            length = None if sequences else options.seq_length
+            problems += _permutation_problems(needed["train"], length, train_samples)
     return problems
 
 
-def _permutation_problems(options: SampleOptions, part: Part, samples: int) -> Iterator[Problem]:
+def _permutation_problems(part: Part, seq_length: int | None, samples: int) -> Iterator[Problem]:
     """Why the samples of a part cannot be permuted: their order is in blocks, since all at once they are too many."""
     indexed = [IndexedDataset(prefix) for prefix in part.blend.prefixes]
-    order = plan_order(part, indexed, options.seq_length, samples)
-    if any(own.blocks > 1 for own in order.datasets):
+    order = plan_order(part, indexed, seq_length, samples)
+    if seq_length is not None and any(own.blocks > 1 for own in order.datasets):
         samples = order.size if part.blend.weights is not None else order.datasets[0].samples
         size = samples * _PERMUTATION_ENTRY / 2**30
         why = f"it permutes all {samples:,} samples at once, in {size:,.1f} GiB on every rank"
@@ -75,11 +78,11 @@ def _eod_problems(options: DataOptions, tokenizer: Tokenizer | None) -> Iterator
 
 
 def _dataset_problems(
-    prefix: str, parts: list[Part], vocab_size: int | None, tokenizer: Tokenizer | None
+    prefix: str, parts: list[Part], vocab_size: int | None, tokenizer: Tokenizer | None, sequences: bool
 ) -> list[Problem]:
     try:
         dataset = IndexedDataset(prefix)
-        if problems := dataset.problems():
+        if problems := dataset.problems() or list(sibling_problems(dataset) if sequences else ()):
             return problems
         manifest = read_manifest(dataset)
     except ProblemError as error:

@@ -13,7 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cordee.data.batch import IGNORED, Batch, Sample
+from cordee.data.batch import Batch, Sample
+from cordee.data.messages import IGNORED
 from cordee.errors import Problem, ProblemError
 
 
@@ -37,7 +38,7 @@ class GPTCollate:
         assert all(sample.keys() == {"tokens"} for sample in samples), "a sample of text is tokens and nothing else"
         tokens = np.stack([sample["tokens"] for sample in samples])  # [batch, seq + 1]
         if self.vocab_size is not None:
-            _check_tokens(tokens, self.vocab_size)
+            check_tokens(tokens, self.vocab_size)
         inputs, labels = tokens[:, :-1], tokens[:, 1:]
         if not (self.eod_mask_loss or self.reset_position_ids or self.reset_attention_mask):
             return Batch(_tensor(inputs), _tensor(labels))
@@ -60,7 +61,8 @@ def _tensor(array: npt.NDArray[np.int64]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array))
 
 
-def _check_tokens(tokens: npt.NDArray[np.int64], vocab_size: int) -> None:
+def check_tokens(tokens: npt.NDArray[np.int64], vocab_size: int) -> None:
+    """Raises `ProblemError` for a token that is none of so many."""
     lowest, highest = int(tokens.min()), int(tokens.max())
     if lowest < 0 or highest >= vocab_size:
         token = lowest if lowest < 0 else highest

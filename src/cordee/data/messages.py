@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant", "observation", "function"]
+IGNORED = -100  # the label of a token that is not trained
 ANSWERS = ("assistant", "function")  # what the model writes
 
 

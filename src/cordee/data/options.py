@@ -5,10 +5,10 @@ Owns their names, types, defaults and help texts, and what each needs of others.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
-from cordee.config.laws import GIVEN, POSITIVE, excludes, ignored, needs, required_unless
+from cordee.config.laws import GIVEN, POSITIVE, but, excludes, ignored, needs, required_unless
 from cordee.config.option import option, required
 from cordee.tokenizer.options import TokenizerOptions
 
@@ -72,7 +72,7 @@ class DataOptions:
     )
     split: str = option("969, 30, 1", "proportions of --data-path for training, validation and test", metavar="A,B,C")
     data_cache_path: str | None = option(
-        None, "cache directory of sample indices (shuffled orders) [beside the data]", metavar="DIR"
+        None, "cache directory of shuffled orders and of tokenized records [beside the data]", metavar="DIR"
     )
     dataloader_type: Literal["single", "cyclic"] = option(
         "single", "sampler: single: sequential over the dataset's own shuffled index; cyclic: reshuffled every epoch"
@@ -98,6 +98,62 @@ class SampleOptions(BatchOptions, DataOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DialogueOptions:
+    """Instruction and preference data."""
+
+    handler_name: str | None = option(
+        None,
+        "what records are: AlpacaStyleInstructionHandler, SharegptStyleInstructionHandler, MessagesHandler and others, "
+        "which an unknown name lists [text: GeneralPretrainHandler; train: by the keys of the first record]",
+        metavar="NAME",
+    )
+    map_keys: str | None = option(None, "JSON object: a key of the handler to a key of the records", metavar="JSON")
+    prompt_type: str | None = option(
+        None,
+        "prompt template: default, chatml, qwen, llama2, llama3, mistral, alpaca and others",
+        elsewhere=("template",),
+    )
+    hf_chat_template: bool = option(False, "prompt template: the tokenizer's own Jinja chat template")
+    train_on: Literal["assistant", "last", "all"] = option(
+        "assistant",
+        "tokens with a label: every answer, the last answer, or everything",
+        synonyms={"target": "assistant"},
+    )
+    mask_history: bool = option(False, "as --train-on last")
+    pack: bool = option(False, "pack several samples into rows of exactly --seq-length tokens", elsewhere=("packing",))
+    neat_pack: bool = option(
+        False,
+        "as --pack; samples of a row do not attend to each other, each with positions from 0",
+        elsewhere=("neat_packing",),
+    )
+    dataset_dir: str | None = option(
+        None, "LlamaFactoryInstructionHandler: directory of dataset_info.json [data]", metavar="DIR"
+    )
+    skip_invalid: bool = option(False, "count and skip records that cannot be used, instead of aborting")
+
+    laws = (
+        excludes("prompt_type", "hf_chat_template"),
+        excludes("pack", "neat_pack"),
+        excludes("train_on", "mask_history"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningDataOptions(DialogueOptions):
+    """Instruction and preference data."""
+
+    variable_seq_lengths: bool = option(
+        False, "pad each micro-batch to its longest sample, not to --seq-length", aliases=("--dynamic-padding",)
+    )
+    pad_to_multiple_of: int = option(8, "with --variable-seq-lengths: lengths are multiples of this", above=0)
+
+    laws = (
+        ignored("pad_to_multiple_of", variable_seq_lengths=True),
+        ignored(*(each.name for each in fields(DialogueOptions)), "variable_seq_lengths", stage=but("pretrain")),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class PreprocessOptions:
     """Input and output."""
 
@@ -117,13 +173,17 @@ class PreprocessOptions:
         ("text",), "fields of a record to tokenize, each into its own .bin/.idx pair", aliases=("--json-key",)
     )
     append_eod: bool = option(False, "append the tokenizer's end-of-document (EOD) token to every document")
-    seq_length: int | None = option(None, "skip documents of this many tokens or more", above=0)
+    seq_length: int | None = option(
+        None, "skip documents of this many tokens or more; of instruction data: of more than this many", above=0
+    )
+    cut_long: bool = option(
+        False, "instruction data: cut what is longer than --seq-length, prompts and answers in proportion; skip nothing"
+    )
     workers: int = option(1, "tokenizer processes; the output does not depend on their number", above=0)
     n_subs: int = option(1, "multiplies --workers: number of parts that are tokenized in parallel", above=0)
     merge_group_keys: tuple[str, ...] = option(
         (), "merge .bin/.idx pairs of --input with the key in their name into PREFIX_KEY; no tokenizing"
     )
-    skip_invalid: bool = option(False, "count and skip records that cannot be read, instead of aborting")
     overwrite: bool = option(False, "overwrite existing output")
     log_interval: int = option(100, "documents between progress lines", above=0)
 
@@ -131,12 +191,15 @@ class PreprocessOptions:
         required_unless("input", hf_datasets_params=GIVEN, merge_group_keys=GIVEN),
         needs("merge_group_keys", "whole_files", input=GIVEN),
         excludes("whole_files", "merge_group_keys", "hf_datasets_params", mutual=False),
+        needs("pack", "neat_pack", "cut_long", seq_length=GIVEN),
+        needs("prompt_type", "hf_chat_template", "map_keys", "train_on", "mask_history", handler_name=GIVEN),
+        needs("dataset_dir", handler_name="LlamaFactoryInstructionHandler"),
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreprocessConfig(PreprocessOptions, TokenizerOptions):
-    """Text to .bin/.idx."""
+class PreprocessConfig(PreprocessOptions, DialogueOptions, TokenizerOptions):
+    """Text, instructions or preferences to .bin/.idx."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,3 +214,24 @@ class ShowOptions:
 @dataclass(frozen=True, kw_only=True)
 class ShowDataConfig(ShowOptions, TokenizerOptions):
     """What is in a .bin/.idx pair."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions:
+    """What is shown."""
+
+    data: str = required(
+        "prefix of files of `cordee preprocess`, or a file or directory of records", positional=True, metavar="DATA"
+    )
+    seq_length: int = option(2048, "sequence length of the run: tokens per sample", above=0)
+    num: int = option(3, "samples to show", at_least=0)
+    start: int = option(0, "first sample to show", at_least=0)
+    html: str | None = option(None, "write the page to this file too", metavar="FILE")
+    data_cache_path: str | None = option(None, "cache directory of tokenized records [beside the data]", metavar="DIR")
+    reset_position_ids: bool = option(False, "as for training")
+    reset_attention_mask: bool = option(False, "as for training")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig(InspectOptions, DialogueOptions, TokenizerOptions):
+    """What a model will see of data for tuning, and what is wrong with it."""

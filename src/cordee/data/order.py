@@ -84,6 +84,11 @@ class Order:
         block = Epochs.of(tokens, epochs, last_apart, seq_length)
         return cls(documents, block, -(-num_samples // block.samples))
 
+    @classmethod
+    def of_sequences(cls, sequences: int, num_samples: int | None) -> Order:
+        """As many passes over sequences that are a sample each, ordered one by one, as hold `num_samples` samples."""
+        return cls(sequences, Epochs(1, sequences, False, sequences), -(-(num_samples or 1) // sequences))
+
     @property
     def samples(self) -> int:
         return self.blocks * self.block.samples

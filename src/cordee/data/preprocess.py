@@ -1,32 +1,33 @@
-"""`cordee preprocess`: text to `.bin/.idx`, or several such pairs to one.
+"""`cordee preprocess`: text, instructions or preferences to `.bin/.idx`, or several such pairs to one.
 
 Owns the job: from input to output names, progress, what is reported, and that a failure leaves nothing behind. The
-readers read, `encode` tokenizes, `indexed` has the byte format.
+readers read, `encode` and `tuning` tokenize, `indexed` has the byte format.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import signal
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from cordee import lock
 from cordee.config import laws
-from cordee.data.encode import Encode, Encoded
+from cordee.data.encode import Column, Encode, Encoded
+from cordee.data.handlers import Handler
 from cordee.data.indexed import IndexedDataset, IndexedDatasetBuilder, bin_path, idx_path
 from cordee.data.manifest import Manifest, TokenizerNote, manifest_path, merged, read_manifest
 from cordee.data.options import PreprocessConfig
 from cordee.data.process_map import process_map
 from cordee.data.readers import hub, input_files, read_file, reading
 from cordee.data.readers.chunk import Chunk, Invalid, other_keys
+from cordee.data.tuning import EncodeDialogues, Packer, field_names, inputs_of, output_names, renderer_of, template_of
 from cordee.errors import Findings, Problem, ProblemError, raise_all
 from cordee.files import is_within, unwritable
 from cordee.log import counted, logger, progress_bar
@@ -48,13 +49,22 @@ class Source:
 def run(config: PreprocessConfig) -> int:
     """Do the job of `config` and return 0. Raises `ProblemError` for what the user can fix."""
     raise_all(laws.problems(config))
-    with _terminable():
-        try:
-            return _merge(config) if config.merge_group_keys else _tokenize(config)
-        except OSError as error:
-            why = f"the output cannot be written: {error}"
-            fix = "make room or give another place; nothing incomplete is left under the final names"
-            raise ProblemError([Problem("--output-prefix", config.output_prefix, why, fix, "unwritable")]) from error
+    with _terminable(), _writing(config):
+        if config.merge_group_keys:
+            _merge(config)
+        else:
+            tokenize(config)
+    return 0
+
+
+@contextmanager
+def _writing(config: PreprocessConfig) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        why = f"the output cannot be written: {error}"
+        fix = "make room or give another place; nothing incomplete is left under the final names"
+        raise ProblemError([Problem("--output-prefix", config.output_prefix, why, fix, "unwritable")]) from error
 
 
 def check_run(config: PreprocessConfig) -> list[Problem]:
@@ -68,43 +78,96 @@ def check_run(config: PreprocessConfig) -> list[Problem]:
 # ---- text to tokens --------------------------------------------------------------------------------------------------
 
 
-def _prepare(config: PreprocessConfig) -> tuple[dict[str, str], list[Source]]:
-    """The prefix of every key's pair, and what is read. ProblemError with all that is wrong."""
+@dataclass(frozen=True)
+class _Part:
+    """Records of one kind, `handler` None for text, and where they come from."""
+
+    handler: Handler | None
+    sources: list[Source]
+
+
+def _prepare(
+    config: PreprocessConfig, tokenizer: Tokenizer | None = None, directory: str | None = None
+) -> tuple[dict[str, str], list[_Part]]:
+    """The prefix of every output's pair, and what is read. ProblemError with all that is wrong."""
     keys = tuple(dict.fromkeys(config.json_keys))
-    prefixes = {key: f"{config.output_prefix}_{key}_document" for key in keys}
-    found = Findings([*_output_problems(config, prefixes.values()), *check_tokenizer(config)])
-    sources = found.attempt(lambda: _sources(config, keys))
+    found = Findings([] if tokenizer else [*check_tokenizer(config)])
+    handlers = found.attempt(lambda: inputs_of(config, config.input)) or [(config.input, None)]
+    outputs = keys if (first := handlers[0][1]) is None else output_names(first)
+    for _, handler in handlers:
+        found.attempt(partial(template_of, config, handler, directory or config.tokenizer_name_or_path))
+        if handler and output_names(handler) != outputs:
+            why, fix = "some of its datasets are of pairs, others not", "preprocess them one by one"
+            found.problems.append(Problem("--input", config.input, why, fix, "differs"))
+    if (config.pack or config.neat_pack) and outputs != field_names(False):
+        flag = "--neat-pack" if config.neat_pack else "--pack"
+        why, fix = "only samples of dialogues are packed", "leave it out, or give a --handler-name of dialogues"
+        found.problems.append(Problem(flag, True, why, fix, "requires", ("handler_name",)))
+    prefixes = {key: f"{config.output_prefix}_{key}_document" for key in outputs}
+    found.problems += _output_problems(config, prefixes.values())
     if config.input and Path(config.input).is_dir() and is_within(Path(config.output_prefix).parent, config.input):
         why, fix = "it is in the directory that is read, where a later run would find it", "give another place"
         found.problems.append(Problem("--output-prefix", config.output_prefix, why, fix, "excludes", ("input",)))
+    read = [found.attempt(partial(_sources, replace(config, input=path), keys, handler)) for path, handler in handlers]
     raise_all(found.problems)
-    return prefixes, sources or []
+    return prefixes, [_Part(handler, sources or []) for (_, handler), sources in zip(handlers, read, strict=True)]
 
 
-def _tokenize(config: PreprocessConfig) -> int:
-    prefixes, sources = _prepare(config)
-    keys = tuple(prefixes)
-    tokenizer = load_tokenizer(config)
-    encode = Encode(tokenizer=tokenizer, keys=keys, eod=_eod(config, tokenizer), seq_length=config.seq_length)
-    tally = _Tally(keys, config.skip_invalid)
-    with process_map(encode, config.workers * config.n_subs) as encoded, _own(config, prefixes.values()):
+def tokenize(config: PreprocessConfig, tokenizer: Tokenizer | None = None, directory: str | None = None) -> None:
+    """Text, or dialogues, to pairs of files; `tokenizer`, of `directory`: instead of the one of the options."""
+    prefixes, parts = _prepare(config, tokenizer, directory)
+    tokenizer = tokenizer or load_tokenizer(config)
+    tally = _Tally(tuple(prefixes), config.skip_invalid)
+    packer = None
+    if config.pack or config.neat_pack:
+        assert config.seq_length is not None, "its law says so"
+        packer = Packer(config.seq_length, tokenizer.pad or 0, numbered=config.neat_pack)
+    with ExitStack() as outer:
+        maps = []
+        for part in parts:
+            encode = _encode(config, part.handler, tuple(prefixes), tokenizer, directory)
+            maps.append(outer.enter_context(process_map(encode, config.workers * config.n_subs)))
+        outer.enter_context(_own(config, prefixes.values()))
         with ExitStack() as stack, _progress(tally, config.log_interval) as show:
             builders = {key: stack.enter_context(IndexedDatasetBuilder(prefix)) for key, prefix in prefixes.items()}
-            for result in encoded(_chunks(sources)):
-                tally.add(result)
-                for key, column in result.columns.items():
+
+            def write(columns: Mapping[str, Column]) -> None:
+                for key, column in columns.items():
                     builders[key].add_documents(column.tokens, column.lengths)
-                show()
+
+            for part, encoded in zip(parts, maps, strict=True):
+                for result in encoded(_chunks(part.sources)):
+                    tally.add(result)
+                    write(packer.add(result.columns) if packer else result.columns)
+                    show()
+            write(packer.flush() if packer else {})
             tally.require_documents(builders)
             for prefix in prefixes.values():
                 manifest_path(prefix).unlink(missing_ok=True)  # of the pair that is replaced now
+        sources = [source for part in parts for source in part.sources]
         for key, prefix in prefixes.items():
             manifest = tally.manifest(key, builders[key], tokenizer, config.append_eod, sources)
             manifest.write(prefix)
             found = counted(manifest.documents, "document"), counted(manifest.tokens, "token")
             logger.info("%s: %s, %s", prefix, *found)
+    if packer and packer.rows:
+        share, rows = packer.tokens / (packer.rows * packer.seq_length), counted(packer.rows, "row")
+        logger.info("packed into %s, %.1f %% of them samples, the rest padding", rows, 100 * share)
     tally.report()
-    return 0
+
+
+def _encode(
+    config: PreprocessConfig,
+    handler: Handler | None,
+    outputs: tuple[str, ...],
+    tokenizer: Tokenizer,
+    directory: str | None,
+) -> Encode | EncodeDialogues:
+    eod, length = _eod(config, tokenizer), config.seq_length
+    if handler is None or handler.is_text:
+        return Encode(tokenizer=tokenizer, keys=outputs, handler=handler, eod=eod, seq_length=length)
+    renderer = renderer_of(config, handler, tokenizer, directory or config.tokenizer_name_or_path)
+    return EncodeDialogues(handler=handler, renderer=renderer, eod=eod, seq_length=length, cut=config.cut_long)
 
 
 @contextmanager
@@ -135,7 +198,8 @@ def _output_problems(config: PreprocessConfig, prefixes: Iterable[str]) -> Itera
                 yield Problem("--output-prefix", config.output_prefix, why, fix, "exists", limit=there)
 
 
-def _sources(config: PreprocessConfig, keys: Sequence[str]) -> list[Source]:
+def _sources(config: PreprocessConfig, keys: Sequence[str], handler: Handler | None) -> list[Source]:
+    keys = () if handler else keys
     if config.hf_datasets_params:
         if config.input:
             logger.warning("--input %s is not read: --hf-datasets-params says what is.", config.input)
@@ -173,7 +237,7 @@ def _chunks(sources: Sequence[Source]) -> Iterator[Chunk]:
         size = source.size or 0
         with reading("--input", source.name):
             for chunk in source.read():
-                yield dataclasses.replace(chunk, done=(before + chunk.done * size) / total if total else 0.0)
+                yield replace(chunk, done=(before + chunk.done * size) / total if total else 0.0)
         before += size
 
 
@@ -187,6 +251,7 @@ class _Tally:
         self.left_out: Counter[str] = Counter()
         self._max_token = dict.fromkeys(keys, -1)
         self._invalid: list[Invalid] = []
+        self._cut = 0
         self._skip_invalid = skip_invalid
         self._start = time.perf_counter()
 
@@ -196,6 +261,7 @@ class _Tally:
         self.text_bytes += result.text_bytes
         self.done = result.done
         self.left_out.update(result.left_out)
+        self._cut += result.cut
         self._invalid += result.invalid[: _SHOWN - len(self._invalid)]
         for key, column in result.columns.items():
             self._max_token[key] = max(self._max_token[key], column.max_token)
@@ -252,6 +318,8 @@ class _Tally:
         """Log what was left out."""
         if counts := self._counts():
             logger.warning("Left out of %s: %s", counted(self.records, "record"), counts)
+        if self._cut:
+            logger.warning("Cut to the length: %s of %s", counted(self._cut, "sample"), counted(self.records, "record"))
         if self._invalid:
             logger.warning("Invalid records:%s", self._places(self.left_out["invalid"]))
 
@@ -288,7 +356,7 @@ def _progress(tally: _Tally, log_interval: int) -> Iterator[Callable[[], None]]:
 # ---- pairs to one pair -----------------------------------------------------------------------------------------------
 
 
-def _merge(config: PreprocessConfig) -> int:
+def _merge(config: PreprocessConfig) -> None:
     outputs = {key: f"{config.output_prefix}_{key}" for key in config.merge_group_keys}
     found = Findings(list(_output_problems(config, outputs.values())))
     groups = [found.attempt(partial(_pairs, Path(config.input or ""), *pair)) for pair in outputs.items()]
@@ -297,7 +365,6 @@ def _merge(config: PreprocessConfig) -> int:
         for prefixes, output in zip(groups, outputs.values(), strict=True):
             assert prefixes is not None, "its problems are raised"
             _merge_group(prefixes, output)
-    return 0
 
 
 def _pairs(directory: Path, key: str, output: str) -> list[str]:

@@ -12,13 +12,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
-from cordee.data.messages import ANSWERS, BadRecord, Dialogue, Message, calls_of, tools_of
+from cordee.data.messages import ANSWERS, IGNORED, BadRecord, Dialogue, Message, calls_of, tools_of
 from cordee.data.templates import CLOSE, EOS, OPEN, Pieces, PromptTemplate, Template
 from cordee.errors import Problem, raise_all
 from cordee.tokenizer import Tokenizer
 from cordee.tokenizer.base import ESCAPE
 
-IGNORED = -100  # the label of a token that is not trained
 _PROBE = (Message("user", "x"), Message("assistant", "y"))
 
 

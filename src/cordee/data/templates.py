@@ -413,7 +413,7 @@ def chat_template(directory: Path, **variables: Any) -> ChatTemplate:
     if "default" not in sources:
         named = f"; it has {', '.join(sources)}" if sources else ""
         why, fix = f"its tokenizer has no default chat template{named}", "give --prompt-type"
-        raise ProblemError([Problem("chat template", directory, why, fix, "missing")])
+        raise ProblemError([Problem("--hf-chat-template", directory, why, fix, "missing")])
     tokens = read_special_tokens(directory, {}).named
     named = {name: token for name, token in tokens.items() if name in NAMES}
     template = ChatTemplate(

@@ -325,7 +325,9 @@ def chat_sources(directory: Path) -> dict[str, str]:
         try:
             given: Any = files.read_text(file)
         except (OSError, ValueError) as error:
-            raise ProblemError([Problem("chat template", file, str(error), "copy it again", "unreadable")]) from error
+            raise ProblemError(
+                [Problem("--hf-chat-template", file, str(error), "copy it again", "unreadable")]
+            ) from error
     else:
         given = read_json(directory / "chat_template.json").get("chat_template")
         given = given or read_json(directory / "tokenizer_config.json").get("chat_template")
@@ -334,7 +336,7 @@ def chat_sources(directory: Path) -> dict[str, str]:
     found = given if isinstance(given, dict) else {"default": given} if given else {}
     if not all(isinstance(value, str) and len(value) <= files.LARGEST_TEXT for value in found.values()):
         why = f"a template is no text of at most {files.LARGEST_TEXT:,} characters"
-        raise ProblemError([Problem("chat template", directory, why, "correct it")])
+        raise ProblemError([Problem("--hf-chat-template", directory, why, "correct it")])
     return found
 
 

@@ -32,7 +32,8 @@ def readers(function: str = "read") -> dict[str, Reader]:
 
 
 def read_file(path: Path, keys: Sequence[str], *, whole: bool = False) -> Iterator[Chunk]:
-    """The records of one file, whose extension must be known. `whole`: it is one."""
+    """The records of one file, whose extension must be known, by `keys`; without any, each is one mapping of all that
+    it has. `whole`: the file is one record."""
     ending = extension(path)
     assert ending is not None
     return readers("read_whole" if whole else "read")[ending](path, keys)

@@ -41,7 +41,7 @@ def _parquet_rows(path: Path, keys: list[str]) -> Iterator[tuple[tuple[object, .
         _check_columns(path, file.schema_arrow, keys)
         total = max(file.metadata.num_rows, 1)
         count = 0
-        for batch in file.iter_batches(_ROWS, columns=keys, use_threads=False):
+        for batch in file.iter_batches(_ROWS, columns=keys or None, use_threads=False):
             count += batch.num_rows
             yield from ((row, count / total) for row in _rows(batch, keys))
 
@@ -54,7 +54,9 @@ def _arrow_rows(path: Path, keys: list[str]) -> Iterator[tuple[tuple[object, ...
         size = max(file.size(), 1)
         for batch in _record_batches(ipc, file, path, keys):
             done = file.tell() / size
-            batch.select(keys).validate(full=True)  # else places that lie outside of the file end the process
+            (batch.select(keys) if keys else batch).validate(
+                full=True
+            )  # else places that lie outside of the file end the process
             for start in range(0, batch.num_rows, _ROWS):
                 yield from ((row, done) for row in _rows(batch.slice(start, _ROWS), keys))
 
@@ -75,6 +77,8 @@ def _record_batches(ipc: Any, file: pyarrow.MemoryMappedFile, path: Path, keys: 
 
 
 def _rows(batch: pyarrow.RecordBatch, keys: list[str]) -> Iterator[tuple[object, ...]]:
+    if not keys:
+        return ((record,) for record in batch.to_pylist())
     return zip(*(batch.column(key).to_pylist() for key in keys), strict=True)
 
 

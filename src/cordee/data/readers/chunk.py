@@ -46,8 +46,8 @@ class Chunk(ABC):
 
     @abstractmethod
     def records(self, keys: Sequence[str]) -> Iterable[tuple[str, Sequence[object] | Broken]]:
-        """The values of each record under `keys`, with its place in the source. Parsing, the costly part of reading, is
-        done here and not by the reader, so that each worker does its own."""
+        """The values of each record under `keys`, or without any the mapping that it is, with its place in the source.
+        Parsing, the costly part of reading, is done here and not by the reader, so that each worker does its own."""
 
     def rows(self, keys: Sequence[str]) -> tuple[list[Row], list[Invalid]]:
         """The records of which every value is text, and the others."""
@@ -134,7 +134,7 @@ def table_chunks(
     values: list[tuple[object, ...] | Broken] = []
     size, done = 0, 0.0
     for number, row, done in rows:
-        characters = 0 if isinstance(row, Broken) else sum(len(value) for value in row if isinstance(value, str))
+        characters = 0 if isinstance(row, Broken) else sum(map(_characters, row))
         numbers.append(number)
         # What is too large is not sent to a worker only to be refused there.
         values.append(row if characters <= MAX_RECORD_BYTES else Broken(too_large()))
@@ -144,6 +144,11 @@ def table_chunks(
             numbers, values, size = [], [], 0
     if values:
         yield TableChunk(source=source, unit=unit, numbers=numbers, values=values, done=done)
+
+
+def _characters(value: object) -> int:
+    """Of a text, or of a whole record."""
+    return len(value) if isinstance(value, str) else len(str(value)) if isinstance(value, dict) else 0
 
 
 def numbered(rows: Iterable[tuple[tuple[object, ...], float]]) -> Iterator[tuple[int, tuple[object, ...], float]]:

@@ -75,7 +75,8 @@ def _rows(
         elif fields and len(fields) != len(header):
             yield lines.first, Broken(f"it has {len(fields)} fields, the header {len(header)}"), stream.done()
         elif fields:  # an empty line is no record
-            yield lines.first, tuple(fields[column] for column in columns), stream.done()
+            record = tuple(fields[column] for column in columns)
+            yield lines.first, record if keys else (dict(zip(header, fields, strict=True)),), stream.done()
 
 
 def _records(reader: Any, lines: _Lines) -> Iterator[list[str] | Broken]:

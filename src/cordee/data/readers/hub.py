@@ -51,7 +51,7 @@ def read(params: dict[str, Any], keys: Sequence[str]) -> Iterator[Chunk]:
             raise ProblemError([Problem(_OPTION, params, why, 'choose one: "split": ...')])
         loaded = loaded["train"]
     name = str(params.get("path", "dataset"))
-    if loaded.column_names:
+    if loaded.column_names and keys:
         raise_all(missing_columns(name, keys, loaded.column_names))
         loaded = loaded.select_columns(list(keys))
     yield from table_chunks(name, numbered(_rows(loaded, keys)))
@@ -63,5 +63,9 @@ def _rows(loaded: Any, keys: Sequence[str]) -> Iterator[tuple[tuple[object, ...]
     for batch in loaded.iter(batch_size=_ROWS):
         size = len(next(iter(batch.values())))
         count += size
+        if not keys:
+            rows = zip(*batch.values(), strict=True)
+            yield from (((dict(zip(batch, row, strict=True)),), count / total if total else 0.0) for row in rows)
+            continue
         columns = [batch.get(key, [MISSING] * size) for key in keys]
         yield from ((row, count / total if total else 0.0) for row in zip(*columns, strict=True))

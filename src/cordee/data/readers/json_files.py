@@ -88,6 +88,8 @@ def _values(text: bytes | None, keys: Sequence[str]) -> Sequence[object] | Broke
         return Broken(f"it is not JSON: {error}")
     if not isinstance(record, dict):
         return Broken(f"it is a JSON {type(record).__name__}, not an object")
+    if not keys:
+        return [record]
     if missing := [key for key in keys if key not in record]:
         texts = tuple(key for key, value in record.items() if isinstance(value, str))
         return Broken(lacks(missing[0]), texts or tuple(record))

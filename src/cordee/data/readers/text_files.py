@@ -24,7 +24,7 @@ class TextChunk(Chunk):
 
     def records(self, keys: Sequence[str]) -> Iterator[tuple[str, Sequence[object]]]:
         lines = self.lines.removesuffix("\n").split("\n")
-        return ((f"line {number}", (line,)) for number, line in enumerate(lines, self.first))
+        return ((f"line {number}", (line if keys else {KEY: line},)) for number, line in enumerate(lines, self.first))
 
 
 def read(path: Path, keys: Sequence[str]) -> Iterator[Chunk]:
@@ -56,7 +56,7 @@ def read_whole(path: Path, keys: Sequence[str]) -> Iterator[Chunk]:
 
 
 def _require_key(path: Path, keys: Sequence[str]) -> None:
-    if tuple(keys) != (KEY,):
+    if keys and tuple(keys) != (KEY,):
         why = f"{path} is plain text, whose lines have no key but {KEY!r}"
         fix = f"leave it out, or write --json-keys {KEY}"
         raise ProblemError([Problem("--json-keys", " ".join(keys), why, fix, "missing", limit=(KEY,))])

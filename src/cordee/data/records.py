@@ -1,0 +1,127 @@
+"""Records of dialogues or preferences, tokenized into pairs of files once.
+
+Owns where such files lie and when they are made anew: their names follow from the contents of the records, the
+tokenizer, the template and the options. Knows no run.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from cordee import lock
+from cordee.config.option import to_flag
+from cordee.data import preprocess, tuning
+from cordee.data.build import cache_dir
+from cordee.data.indexed import fingerprint, idx_path
+from cordee.data.options import DialogueOptions, PreprocessConfig
+from cordee.data.order_cache import content_key
+from cordee.data.readers import input_files, read_file, reading
+from cordee.data.tuning_dataset import document
+from cordee.errors import Problem, ProblemError
+from cordee.log import logger
+from cordee.tokenizer import Tokenizer
+from cordee.tokenizer.options import TokenizerOptions
+
+_READ_OF_RECORDS = 1 << 30  # bytes of a file that tell whether it changed
+_SMALL = 1 << 23  # bytes that are tokenized before further processes have started
+# What records are by a key that they have, for a run that does not say so.
+_LAYOUTS = {
+    "messages": "MessagesHandler",
+    "conversations": "SharegptStyleInstructionHandler",
+    "instruction": "AlpacaStyleInstructionHandler",
+}
+
+
+class Records:
+    """Files of records, tokenized as `options` say, whose input and output are none, into the directory `cache`, None:
+    beside them. `load` gives, when the first is met, the tokenizer and its directory, or None where there is none."""
+
+    def __init__(
+        self,
+        options: PreprocessConfig,
+        cache: str | None,
+        load: Callable[[], tuple[Tokenizer, str | None] | None],
+    ):
+        self._options, self._cache, self._load = options, cache, functools.cache(load)
+        self.met = False  # any records
+        self.ends: frozenset[int] = frozenset()  # tokens that end an answer of the records last met
+
+    def prefix(self, option: str, value: str) -> str:
+        """That of the ids of the dataset that `value`, a word of an option of data, names; else `value`."""
+        value = value.strip()
+        if idx_path(document(value)).exists():
+            return document(value)
+        if idx_path(value).exists() or not Path(value).exists():
+            return value  # of ids already, a weight, or nothing, which is found with all else of the data
+        return document(self._tokenized(to_flag(option), value))
+
+    def _tokenized(self, flag: str, path: str) -> str:
+        self.met = True
+        with reading(flag, path):
+            files = input_files(Path(path))
+            contents = [(str(file), fingerprint(file, _READ_OF_RECORDS)) for file in files]
+        if (loaded := self._load()) is None:
+            why = "it holds records, and no tokenizer is given"
+            fix = "give the tokenizer of the model: --tokenizer-name-or-path DIR"
+            raise ProblemError([Problem(flag, path, why, fix, "tokenizer")])
+        tokenizer, directory = loaded
+        large = sum(file.stat().st_size for file in files) >= _SMALL
+        config = replace(
+            self._options,
+            input=path,
+            handler_name=self._options.handler_name or _layout(flag, files[0]),
+            workers=min(8, os.cpu_count() or 1) if large else 1,
+            overwrite=True,
+        )
+        ((_, handler),) = tuning.inputs_of(config, path)
+        if handler is None or handler.is_text:
+            why, fix = "it is of text without labels", "give the handler of the records, or --stage pretrain"
+            raise ProblemError([Problem("--handler-name", config.handler_name, why, fix)])
+        self.ends = frozenset(tuning.renderer_of(config, handler, tokenizer, directory).stop_ids)
+        facts: dict[str, Any] = {
+            **{each.name: getattr(config, each.name) for each in fields(DialogueOptions)},
+            "contents": contents,
+            "tokenizer": tokenizer.fingerprint(),
+            "template": repr(tuning.template_of(config, handler, directory)),
+            "seq_length": config.seq_length,
+        }
+        prefix = cache_dir(self._cache, path) / f"{Path(path).name}-{content_key(**facts)}"
+        return _made(replace(config, output_prefix=str(prefix)), tokenizer, directory)
+
+
+def tokenizing(options: Any, seq_length: int) -> PreprocessConfig:
+    """How records are tokenized for `options`, which have those of dialogues and of the tokenizer among them."""
+    names = [each.name for kind in (DialogueOptions, TokenizerOptions) for each in fields(kind)]
+    given = {name: getattr(options, name) for name in names}
+    return PreprocessConfig(**given, output_prefix="", seq_length=seq_length, cut_long=True)
+
+
+def _layout(flag: str, file: Path) -> str:
+    """The handler of a file, by the keys of its first record."""
+    with reading(flag, file):
+        chunk = next(iter(read_file(file, ())), None)
+    values = next(iter(chunk.records(())), (None, ()))[1] if chunk else ()
+    keys = tuple(values[0]) if isinstance(values, (list, tuple)) and values and isinstance(values[0], dict) else ()
+    name = next((name for key, name in _LAYOUTS.items() if key in keys), None)
+    if name is None:
+        why = f"what the records of {file} are cannot be told by their keys: {', '.join(keys) or 'none'}"
+        raise ProblemError([Problem("--handler-name", None, why, "name the handler", "missing", limit=keys)])
+    logger.info("records of %s: --handler-name %s", file, name)
+    return name
+
+
+def _made(config: PreprocessConfig, tokenizer: Tokenizer, directory: str | None) -> str:
+    """The prefix of `config`, whose files are there now; of several processes one makes them."""
+    done = Path(f"{config.output_prefix}.complete")
+    with lock.acquire(Path(f"{config.output_prefix}.making"), patience=math.inf):
+        if not done.exists():
+            logger.info("tokenizing %s into %s", config.input, config.output_prefix)
+            preprocess.tokenize(config, tokenizer, directory)
+            done.touch()
+    return config.output_prefix

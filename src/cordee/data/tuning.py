@@ -1,0 +1,268 @@
+"""Dialogues to samples: ids and labels, cut to a length and packed to rows.
+
+Owns what a sample of tuning is on disk: three sequences, `input_ids`, `attention_mask` and `labels`, of one length.
+`labels[i]` is what token i has to be predicted as, -100 where it is not trained. `attention_mask` is 1, or in rows of
+several samples that do not see each other the number of the sample from 1 on, and 0 for padding. Knows no template.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cordee.data.encode import INVALID, TOO_LONG, Column, Encoded, column_of, read_records
+from cordee.data.handlers import LLAMA_FACTORY, Handler, from_dataset_info, handler_named
+from cordee.data.messages import IGNORED, Dialogue
+from cordee.data.options import DialogueOptions
+from cordee.data.readers.chunk import Chunk, Invalid
+from cordee.data.render import Renderer
+from cordee.data.templates import Template, chat_template, template_named
+from cordee.errors import Problem, ProblemError
+from cordee.tokenizer import Tokenizer
+
+FIELDS = ("input_ids", "attention_mask", "labels")
+NOTHING_TRAINED = "without a trained token"
+_WINDOW = 1 << 24  # tokens among which samples to pack are chosen
+
+Tokens = npt.NDArray[np.int32]
+
+
+def field_names(pairwise: bool) -> tuple[str, ...]:
+    """What the pairs of files of a dataset are called, between its prefix and `_document`."""
+    sides = ("packed_chosen_", "packed_rejected_") if pairwise else ("packed_",)
+    return tuple(side + name for side in sides for name in FIELDS)
+
+
+# ---- how records are rendered ----------------------------------------------------------------------------------------
+
+
+def inputs_of(options: DialogueOptions, path: str | None) -> list[tuple[str | None, Handler | None]]:
+    """What is read for `path`, and what the records are, None for text; datasets of a dataset_info.json are several.
+    ProblemError for what is unknown."""
+    name = options.handler_name
+    if name == LLAMA_FACTORY:
+        directory = Path(options.dataset_dir or "data")
+        found = [from_dataset_info(directory, each.strip()) for each in (path or "").split(",")]
+        return [(str(file), handler) for file, handler in found]
+    plain = name in (None, "GeneralPretrainHandler")
+    return [(path, None if plain else handler_named(name, options.map_keys))]
+
+
+def output_names(handler: Handler) -> tuple[str, ...]:
+    return ("text",) if handler.is_text else field_names(handler.pairwise)
+
+
+def renderer_of(options: DialogueOptions, handler: Handler, tokenizer: Tokenizer, directory: str | None) -> Renderer:
+    """What renders the dialogues of `handler`; `directory` is the tokenizer's. ProblemError without a template."""
+    template = template_of(options, handler, directory)
+    assert template is not None
+    return Renderer(
+        template,
+        tokenizer,
+        train_on=options.train_on,
+        mask_history=options.mask_history,
+    )
+
+
+def template_of(options: DialogueOptions, handler: Handler | None, directory: str | None) -> Template | None:
+    """None for text."""
+    if handler is None or handler.is_text:
+        return None
+    flag, value = ("--hf-chat-template", True) if options.hf_chat_template else ("--prompt-type", options.prompt_type)
+    if handler.own_template is not None:
+        if options.hf_chat_template or options.prompt_type:
+            why, fix = f"{handler.name} has a template of its own", "leave it out, or take another --handler-name"
+            raise ProblemError([Problem(flag, value, why, fix, "excludes", ("handler_name",))])
+        return handler.own_template
+    if options.hf_chat_template:
+        if directory is None:
+            why, fix = "the tokenizer is of no directory", "give --tokenizer-name-or-path, or a --prompt-type"
+            raise ProblemError([Problem(flag, value, why, fix, "requires", ("tokenizer_name_or_path",))])
+        return chat_template(Path(directory))
+    if options.prompt_type is None:
+        why = f"the dialogues of {handler.name} need a template"
+        fix = "give the one of the model, or the tokenizer's own: --hf-chat-template"
+        raise ProblemError([Problem("--prompt-type", None, why, fix, "missing", ("hf_chat_template",))])
+    return template_named(options.prompt_type)
+
+
+# ---- length ----------------------------------------------------------------------------------------------------------
+
+
+def kept_of(labels: npt.NDArray[Any], length: int) -> npt.NDArray[np.int64] | slice:
+    """Which `length` tokens remain when the turns of a sample are cut one after another, each source and target (a run
+    of tokens without and with labels) in proportion: a short target is kept whole while the source is cut, a short
+    source likewise (the rule of LLaMA-Factory and of MindSpeed-LLM)."""
+    if len(labels) <= length:
+        return slice(None)
+    trained = labels != IGNORED
+    starts = np.flatnonzero(np.diff(trained, prepend=not trained[0])).tolist()
+    spans = [(begin, end) for begin, end in pairwise([*starts, len(labels)])]
+    if trained[0]:
+        spans.insert(0, (0, 0))
+    if len(spans) % 2:
+        spans.append((len(labels), len(labels)))
+    kept, left = [], length
+    for (begin, middle), (_, end) in zip(spans[::2], spans[1::2], strict=True):
+        source, target = _shares(middle - begin, end - middle, left)
+        kept += [np.arange(begin, begin + source), np.arange(middle, middle + target)]
+        if (left := left - source - target) <= 0:
+            break
+    return np.concatenate(kept)
+
+
+def _shares(source: int, target: int, limit: int) -> tuple[int, int]:
+    """How many of the first tokens of a source and a target are kept within `limit`."""
+    if target * 2 < limit:
+        most = limit
+    elif source * 2 < limit:
+        most = limit - source
+    else:
+        most = int(limit * target / (source + target))
+    new_target = min(most, target)
+    return min(max(limit - new_target, 0), source), new_target
+
+
+# ---- records to samples ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeDialogues:
+    """How chunks of records become samples.
+
+    A sample of more than `seq_length` tokens is cut if `cut`, else left out. With `eod` each ends with it, trained.
+    Records of pairs have two samples, left out together.
+    """
+
+    handler: Handler
+    renderer: Renderer
+    eod: int | None = None
+    seq_length: int | None = None
+    cut: bool = False
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return field_names(self.handler.pairwise)
+
+    def __call__(self, chunk: Chunk) -> Encoded:
+        samples: list[tuple[Tokens, ...]] = []
+        invalid: list[Invalid] = []
+        left_out = Counter[str]()
+        records = cut = size = 0
+        for found in read_records(chunk, self._samples, invalid):
+            records += 1
+            for together in found:
+                size += sum(len(ids) for ids, _ in together)
+                kept = [self._fitting(*sample) for sample in together]
+                whys = [each for each in kept if isinstance(each, str)]
+                if whys:
+                    left_out[whys[0]] += 1
+                    continue
+                cut += any(len(fitting[0]) < len(ids) for fitting, (ids, _) in zip(kept, together, strict=True))
+                samples.append(tuple(chain.from_iterable(each for each in kept if not isinstance(each, str))))
+        columns = zip(*samples, strict=True) if samples else ((),) * len(self.outputs)
+        return Encoded(
+            columns={name: column_of(list(column)) for name, column in zip(self.outputs, columns, strict=True)},
+            records=records + len(invalid),
+            text_bytes=size,
+            done=chunk.done,
+            invalid=invalid,
+            left_out={INVALID: len(invalid), TOO_LONG: 0, NOTHING_TRAINED: 0, **left_out},
+            cut=cut,
+        )
+
+    def _samples(self, record: Mapping[str, Any]) -> list[list[tuple[Tokens, Tokens]]]:
+        """Those of a record, in groups that are left out together."""
+        if self.handler.pairwise:
+            return [[self.sample(dialogue) for dialogue in self.handler.pairs(record)]]
+        return [[self.sample(dialogue)] for dialogue in self.handler.dialogues(record)]
+
+    def sample(self, dialogue: Dialogue) -> tuple[Tokens, Tokens]:
+        """Ids and labels; the first token has no label, for nothing comes before it."""
+        turns = self.renderer.turns(dialogue)
+        ids = list(chain.from_iterable(chain(turn.source, turn.target) for turn in turns))
+        labels = list(chain.from_iterable(chain(turn.source_labels, turn.target_labels) for turn in turns))
+        if self.eod is not None:
+            ids, labels = [*ids, self.eod], [*labels, self.eod]
+        return np.asarray(ids, np.int32), np.asarray([IGNORED, *labels[1:]], np.int32)
+
+    def _fitting(self, ids: Tokens, labels: Tokens) -> tuple[Tokens, Tokens, Tokens] | str:
+        """The three fields of a sample, or why it is left out."""
+        if self.seq_length is not None and len(ids) > self.seq_length:
+            if not self.cut:
+                return TOO_LONG
+            kept = kept_of(labels, self.seq_length)
+            ids, labels = ids[kept], labels[kept]
+        return (ids, np.ones_like(ids), labels) if (labels != IGNORED).any() else NOTHING_TRAINED
+
+
+# ---- samples to rows -------------------------------------------------------------------------------------------------
+
+
+class Packer:
+    """Rows of exactly `seq_length` tokens, of as many samples as the largest that still fits is taken, again and again
+    (the greedy knapsack of LLaMA-Factory: a row has at most `seq_length - 1` tokens of samples, unless one alone has
+    more). `numbered`: the samples of a row are numbered in its attention mask, else it is 1 throughout."""
+
+    def __init__(self, seq_length: int, pad: int, numbered: bool):
+        self.seq_length, self._pad, self._numbered = seq_length, pad, numbered
+        self._samples: list[tuple[Tokens, Tokens]] = []
+        self._waiting = 0
+        self.tokens = self.rows = 0
+
+    def add(self, columns: Mapping[str, Column]) -> dict[str, Column]:
+        """The rows that are complete with these samples, perhaps none."""
+        ids, labels = (self._split(columns[name]) for name in field_names(False)[::2])
+        self._samples += zip(ids, labels, strict=True)
+        self._waiting += columns[field_names(False)[0]].tokens.size
+        return self.flush() if self._waiting >= _WINDOW else self._columns([])
+
+    def flush(self) -> dict[str, Column]:
+        """The rows of all samples that are waiting."""
+        rows = [self._row(chosen) for chosen in knapsacks([len(ids) for ids, _ in self._samples], self.seq_length - 1)]
+        self.tokens, self.rows = self.tokens + self._waiting, self.rows + len(rows)
+        self._samples, self._waiting = [], 0
+        return self._columns(rows)
+
+    @staticmethod
+    def _split(column: Column) -> list[Tokens]:
+        return np.split(column.tokens, np.cumsum(column.lengths)[:-1]) if len(column.lengths) else []
+
+    @staticmethod
+    def _columns(rows: list[tuple[Tokens, ...]]) -> dict[str, Column]:
+        columns = zip(*rows, strict=True) if rows else ((),) * len(FIELDS)
+        return {name: column_of(list(rows)) for name, rows in zip(field_names(False), columns, strict=True)}
+
+    def _row(self, chosen: list[int]) -> tuple[Tokens, Tokens, Tokens]:
+        ids = np.full(self.seq_length, self._pad, np.int32)
+        mask = np.full(self.seq_length, 0 if self._numbered else 1, np.int32)
+        labels = np.full(self.seq_length, IGNORED, np.int32)
+        begin = 0
+        for number, index in enumerate(chosen, 1):
+            end = begin + len(self._samples[index][0])
+            ids[begin:end], labels[begin:end] = self._samples[index]
+            mask[begin:end] = number if self._numbered else 1
+            begin = end
+        return ids, mask, labels
+
+
+def knapsacks(lengths: Iterable[int], capacity: int) -> Iterator[list[int]]:
+    """Indices of `lengths`, each once, in groups that have at most `capacity` together, or are one."""
+    order = sorted(enumerate(lengths), key=lambda item: item[1])
+    waiting, sizes = [index for index, _ in order], [length for _, length in order]
+    while waiting:
+        group, left = [], capacity
+        place = max(bisect_right(sizes, left) - 1, 0)
+        while place >= 0:
+            left -= sizes.pop(place)
+            group.append(waiting.pop(place))
+            place = bisect_right(sizes, left) - 1
+        yield group
