@@ -115,8 +115,9 @@ class LocalExecutor:
         sums: dict[str, Tensor] = {}
         for index, batch in enumerate(step.batches):
             data.begin_micro_batch(self._model, self._stage, last=index == len(step.batches) - 1)
-            balance = Balance(step.scale * step.weights[index] / step.weight)
-            total, metrics = self._forward(batch.to(self._device), balance, self._criterion.loss)
+            here = batch.to(self._device)
+            balance = Balance(step.scale * step.weights[index] / step.weight, here.counted)
+            total, metrics = self._forward(here, balance, self._criterion.loss)
             (total * (step.scale / step.weight)).backward()
             weight = self._criterion.weight(batch)
             balanced = {name: value * weight for name, value in balance.metrics().items()}

@@ -13,6 +13,8 @@ from cordee.checkpoint import assets, directory, formats
 from cordee.checkpoint.storage import Location, location_of, reached
 from cordee.errors import Findings, Problem, ProblemError, raise_all, requires
 from cordee.families.registry import spec_from_directory, spec_named
+from cordee.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
+from cordee.tokenizer.options import TokenizerOptions
 from cordee.train import resume
 from cordee.train.options import TrainConfig
 from cordee.train.run_plan import Checkpoint, InitialWeights
@@ -34,6 +36,17 @@ def opened(config: TrainConfig, initial: InitialWeights, found: Findings) -> Ini
         return replace(initial, source=source, spec=source.spec, assets=source.assets)
     spec = found.attempt(lambda: spec_from_directory(path)) if (path / "config.json").is_file() else None
     return spec and replace(initial, spec=spec, assets=path)
+
+
+def tokenizer_of(config: TrainConfig, initial: InitialWeights) -> Tokenizer | None:
+    """The tokenizer of the options, else that beside the weights; None if there is neither."""
+    given = any(
+        getattr(config, name)
+        for name in TokenizerOptions.__dataclass_fields__
+        if name not in ("vocab_size", "tokenizer_use_fast")
+    )
+    beside = str(initial.assets) if initial.assets and holds_tokenizer(initial.assets) else None
+    return load_tokenizer(config, beside) if given or beside else None
 
 
 def choose(config: TrainConfig, avoid: Mapping[int, str] | None, notes: list[str]) -> InitialWeights:

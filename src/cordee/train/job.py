@@ -75,6 +75,7 @@ def run(config: TrainConfig) -> int:
         stack.enter_context(_interpreter(config))
         device.keep_freed_memory()
         on = device.local_device(ranks.local_rank)
+        config = objectives.named(config.stage).ready(config)
         timeout = timedelta(minutes=config.distributed_timeout_minutes)
         if cost.needs_sharding(config, ranks.world_size):
             backend = device.kind().collective_backend(config.distributed_backend)

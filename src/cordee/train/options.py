@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from cordee.checkpoint.options import CheckpointOptions
 from cordee.config.laws import GIVEN, POSITIVE, at_most, ignored, needs
 from cordee.config.option import option
-from cordee.data.options import BatchOptions, DataOptions, SampleOptions
+from cordee.data.options import BatchOptions, DataOptions, SampleOptions, TuningDataOptions
 from cordee.model.options import ExpertTrainingOptions, ModelOptions, PortedOptions
 from cordee.optim.options import OptimizerOptions, PrecisionOptions
 from cordee.parallel.options import CompileOptions, LayoutOptions, ParallelOptions
@@ -107,6 +107,7 @@ class TrainConfig(
     BatchOptions,
     ObjectiveOptions,
     DataOptions,
+    TuningDataOptions,
     OptimizerOptions,
     PrecisionOptions,
     ParallelOptions,

@@ -38,11 +38,11 @@ from cordee.parallel.laws import PlacedRun
 from cordee.parallel.laws import check as layout_problems
 from cordee.parallel.pipeline import check as pipeline_check
 from cordee.parallel.pipeline.split import StagePartition, noop_layers
-from cordee.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
+from cordee.tokenizer import Tokenizer
 from cordee.tokenizer.options import TokenizerOptions
 from cordee.train import batch_schedule, experts, objectives, outputs, resume, techniques
 from cordee.train.batch_schedule import BatchSchedule, build_batch_schedule
-from cordee.train.initial_weights import choose, opened
+from cordee.train.initial_weights import choose, opened, tokenizer_of
 from cordee.train.objectives import Objective
 from cordee.train.options import TrainConfig
 from cordee.train.run_plan import Draft, InitialWeights, RunPlan
@@ -66,6 +66,9 @@ def examined(config: TrainConfig, fingerprint: Any = None) -> tuple[Draft | None
     """The run as far as it is known, and its problems as of `check_run`."""
     found = Findings()
     found.problems += found.attempt(lambda: outputs.check_free(config)) or []
+    if (ready := found.attempt(lambda: objectives.named(config.stage).ready(config))) is None:
+        return None, unique([*option_problems(config), *found.problems])
+    config = ready
     draft = found.attempt(lambda: draft_run(config, launch.world_size(config.nproc_per_node), fingerprint=fingerprint))
     return draft, unique([*found.problems, *(draft.found.problems if draft else ())])
 
@@ -206,7 +209,9 @@ def _with_length(
         found.problems.append(Problem("--num-epochs", config.num_epochs, why, "give --train-iters", "length"))
     if size is None or config.train_iters or config.train_samples:
         return config
-    return replace(config, num_epochs=None, train_iters=batches.steps_of(config.num_epochs * size.samples))
+    return replace(
+        config, num_epochs=None, train_iters=batches.steps_of(config.num_epochs * sum(size.samples.values()))
+    )
 
 
 def _iterations(config: TrainConfig, batches: BatchSchedule, notes: list[str]) -> int:
@@ -237,7 +242,7 @@ def _start(
     if chosen is not None:
         initial = opened(config, chosen, found)
     before = len(found.problems)
-    tokenizer = found.attempt(lambda: _tokenizer(config, initial or InitialWeights()), involves=_TOKENIZER)
+    tokenizer = found.attempt(lambda: tokenizer_of(config, initial or InitialWeights()), involves=_TOKENIZER)
     tokens = _MANY_TOKENS if len(found.problems) > before else tokenizer and tokenizer.vocab_size
     if initial is None:  # the options may have the whole shape, too
         alone = Findings()
@@ -252,17 +257,6 @@ def _start(
     if spec is not None:
         found.notes += ignored(config, words_of(spec.config))
     return initial, tokenizer, spec
-
-
-def _tokenizer(config: TrainConfig, initial: InitialWeights) -> Tokenizer | None:
-    """The tokenizer of the options, else that beside the weights; None if there is neither."""
-    given = any(
-        getattr(config, name)
-        for name in TokenizerOptions.__dataclass_fields__
-        if name not in ("vocab_size", "tokenizer_use_fast")
-    )
-    beside = str(initial.assets) if initial.assets and holds_tokenizer(initial.assets) else None
-    return load_tokenizer(config, beside) if given or beside else None
 
 
 def _spec(

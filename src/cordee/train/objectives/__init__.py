@@ -40,7 +40,11 @@ B = TypeVar("B", bound="Batch")
 class ObjectiveOptions:
     """Objective."""
 
-    stage: str = option("pretrain", "training objective: pretrain (next-token prediction)")
+    stage: str = option(
+        "pretrain",
+        "training objective: pretrain (next token of texts), sft (answers of dialogues)",
+        shorthands={"--is-instruction-dataset": "sft"},
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,20 +69,16 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSize:
-    """What there is to train on: of each dataset, by its name, the tokens and its share of the samples of a run."""
+    """What there is to train on: of each dataset, by its name, the tokens, the samples that have all of them once, and
+    its share of the samples of a run."""
 
     tokens: Mapping[str, int]
+    samples: Mapping[str, float]
     shares: Mapping[str, float]
-    seq_length: int
-
-    @property
-    def samples(self) -> float:
-        """As many as have all tokens once."""
-        return sum(self.tokens.values()) / self.seq_length
 
     def epochs(self, name: str, samples: int) -> float:
         """How often a run of `samples` passes over a dataset."""
-        return samples * self.shares[name] * self.seq_length / self.tokens[name]
+        return samples * self.shares[name] / self.samples[name]
 
 
 class DataPlan(Protocol):
@@ -124,6 +124,11 @@ class Objective(ABC, Generic[B]):
     stage: ClassVar[str]
     loss_name: ClassVar[str]
     reduces: bool = False
+
+    def ready(self, config: TrainConfig) -> TrainConfig:
+        """`config` with its data in the form that training reads, made now if it is not there: before processes join,
+        for it may take long. ProblemError if it cannot be made."""
+        return config
 
     def fingerprint(self, config: TrainConfig) -> Any:
         """What tells changed bytes of the data, read by one process of a machine; ProblemError if they cannot be read.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from cordee import sealed
 from cordee.config.option import to_flag
@@ -67,62 +67,19 @@ IDENTITY = sealed.record(
 )
 
 
-class NextToken(Objective["Batch"]):
-    stage = "pretrain"
-    loss_name = "lm loss"
-
-    def fingerprint(self, config: TrainConfig) -> Fingerprints:
-        return fingerprint_data(config)
-
-    def identity_form(self) -> sealed.Form:
-        return IDENTITY
-
-    def data(self, run: Run, found: Findings) -> GPTData | None:
-        config, tokenizer = run.config, run.tokenizer
-        found.problems += _too_many(config, run.batches, run.iterations)
-        samples = _samples(config, run.batches, run.iterations, found.notes)
-        found.problems += _not_validated(config, samples, found.notes)
-        asked = {f"{name}_samples": count for name, count in samples.items()}
-        found.problems += gpt_check.check(config, **asked, vocab_size=run.vocab_size, tokenizer=tokenizer)
-        identity = found.attempt(lambda: _identity(config, samples, run.fingerprint))
-        if identity is None:
-            return None
-        eod = tokenizer.eod if tokenizer else None
-        return GPTData(config=config, vocab_size=run.vocab_size, eod=eod, samples=samples, identity=identity)
-
-    def evaluated(self, config: TrainConfig) -> str:
-        """The first dataset for tests, else for validation, else for training."""
-        parts = plan_parts(config)
-        return next(parts[name] for name in reversed(SPLITS) if name in parts).blend.prefixes[0]
-
-    def size(self, config: TrainConfig) -> DataSize:
-        blend = (part := training_part(config)).blend
-        opened = {prefix: IndexedDataset(prefix) for prefix in blend.prefixes}
-        raise_all(problem for each in opened.values() for problem in part_problems(part, each))
-        tokens = {prefix: each.tokens_between(*part.sequences(each)) for prefix, each in opened.items()}
-        shares = dict.fromkeys(tokens, 0.0)
-        for prefix, share in zip(blend.prefixes, normalise(blend.weights or (1.0,)).tolist(), strict=True):
-            shares[prefix] += share  # a prefix may be there twice
-        return DataSize(tokens=tokens, shares=shares, seq_length=config.seq_length)
-
-    def weight(self, batch: Batch) -> int:
-        """Number of trained tokens."""
-        return batch.num_trained
-
-    def loss(self, head: Head, hidden: Tensor, batch: Batch, reduce: Reduce) -> LossParts:
-        total, _ = head.loss(hidden, batch.labels)
-        return total, {}
-
-
 @dataclass(frozen=True, kw_only=True)
 class GPTData:
-    """The texts of a run. `samples` is how many it needs for "train", "valid" and "test"."""
+    """The texts of a run. `samples` is how many it needs for "train", "valid" and "test".
+
+    sequences: each sample is a whole sequence of the files.
+    """
 
     config: TrainConfig
     vocab_size: int | None
     eod: int | None
     samples: dict[str, int]
     identity: dict[str, Any]
+    sequences: ClassVar[bool] = False
 
     def resumed(self, then: Mapping[str, Any], found: Findings) -> GPTData:
         """Consumed samples are a place in the data only if the order of the data is the same. Megatron's depends on the
@@ -143,10 +100,16 @@ class GPTData:
     def open(self, *, verified: bool) -> dict[str, Dataset]:
         """Sample orders that are kept in the cache are built if they are missing."""
         counts = [self.samples[name] for name in SPLITS]
-        built = build_datasets(self.config, *counts, train_blocks=self.identity["blocks"], verified=verified)
+        built = build_datasets(
+            self.config,
+            *counts,
+            train_blocks=self.identity["blocks"],
+            verified=verified,
+            sequences=self.sequences,
+        )
         found = {name: dataset for name, dataset in zip(PARTS, built, strict=True) if dataset is not None}
         if self.config.multiple_validation_sets:
-            sets = build_validation_sets(self.config, self.samples["valid"], verified)
+            sets = build_validation_sets(self.config, self.samples["valid"], verified, self.sequences)
             found |= {f"validation-{name}": dataset for name, dataset in sets.items()}
         return found
 
@@ -160,6 +123,60 @@ class GPTData:
             reset_position_ids=self.config.reset_position_ids,
             reset_attention_mask=self.config.reset_attention_mask,
         )
+
+
+class NextToken(Objective["Batch"]):
+    stage = "pretrain"
+    loss_name = "lm loss"
+    plan: ClassVar[type[GPTData]] = GPTData
+
+    def fingerprint(self, config: TrainConfig) -> Fingerprints:
+        return fingerprint_data(config)
+
+    def identity_form(self) -> sealed.Form:
+        return IDENTITY
+
+    def data(self, run: Run, found: Findings) -> GPTData | None:
+        config, tokenizer = run.config, run.tokenizer
+        found.problems += _too_many(config, run.batches, run.iterations)
+        samples = _samples(config, run.batches, run.iterations, found.notes)
+        found.problems += _not_validated(config, samples, found.notes)
+        asked = {f"{name}_samples": count for name, count in samples.items()}
+        found.problems += gpt_check.check(
+            config, **asked, vocab_size=run.vocab_size, tokenizer=tokenizer, sequences=self.plan.sequences
+        )
+        identity = found.attempt(lambda: _identity(config, samples, run.fingerprint, self.plan.sequences))
+        if identity is None:
+            return None
+        eod = tokenizer.eod if tokenizer else None
+        return self.plan(config=config, vocab_size=run.vocab_size, eod=eod, samples=samples, identity=identity)
+
+    def evaluated(self, config: TrainConfig) -> str:
+        """The first dataset for tests, else for validation, else for training."""
+        parts = plan_parts(config)
+        return next(parts[name] for name in reversed(SPLITS) if name in parts).blend.prefixes[0]
+
+    def size(self, config: TrainConfig) -> DataSize:
+        blend = (part := training_part(config)).blend
+        opened = {prefix: IndexedDataset(prefix) for prefix in blend.prefixes}
+        raise_all(problem for each in opened.values() for problem in part_problems(part, each))
+        tokens = {prefix: each.tokens_between(*part.sequences(each)) for prefix, each in opened.items()}
+        shares = dict.fromkeys(tokens, 0.0)
+        for prefix, share in zip(blend.prefixes, normalise(blend.weights or (1.0,)).tolist(), strict=True):
+            shares[prefix] += share  # a prefix may be there twice
+        samples = {prefix: count / config.seq_length for prefix, count in tokens.items()}
+        if self.plan.sequences:
+            ranges = {prefix: part.sequences(each) for prefix, each in opened.items()}
+            samples = {prefix: last - first for prefix, (first, last) in ranges.items()}
+        return DataSize(tokens=tokens, samples=samples, shares=shares)
+
+    def weight(self, batch: Batch) -> int:
+        """Number of trained tokens."""
+        return batch.num_trained
+
+    def loss(self, head: Head, hidden: Tensor, batch: Batch, reduce: Reduce) -> LossParts:
+        total, _ = head.loss(hidden, batch.labels)
+        return total, {}
 
 
 # ---- which samples ---------------------------------------------------------------------------------------------------
@@ -232,7 +249,9 @@ def fingerprint_data(config: TrainConfig) -> Fingerprints:
     return tuple(found[prefix] for prefix in prefixes)
 
 
-def _identity(config: TrainConfig, samples: dict[str, int], fingerprints: Fingerprints | None) -> dict[str, Any]:
+def _identity(
+    config: TrainConfig, samples: dict[str, int], fingerprints: Fingerprints | None, sequences: bool
+) -> dict[str, Any]:
     """Nothing about the order for a run that trains on no samples."""
     part, count = training_part(config), samples.get("train")
     weights = part.blend.weights or (1.0,)
@@ -241,7 +260,9 @@ def _identity(config: TrainConfig, samples: dict[str, int], fingerprints: Finger
     for indexed, weight, content in zip(opened, weights, fingerprints or ({},) * len(opened), strict=True):
         first, last = part.sequences(indexed)
         sets.append({"tokens": indexed.num_tokens, "first": first, "last": last, "weight": weight, **content})
-    order = plan_order(part, opened, config.seq_length, count).describe() if count else {"blocks": None, "period": None}
+    order, length = {"blocks": None, "period": None}, None if sequences else config.seq_length
+    if count:
+        order = plan_order(part, opened, length, count).describe()
     whole = {"seq_length": config.seq_length, "seed": config.seed, "order": config.dataloader_type, "sets": sets}
     return whole | order | {"samples": count}
 

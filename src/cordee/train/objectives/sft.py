@@ -1,0 +1,102 @@
+"""Supervised fine-tuning: the next token wherever a sample has a label, in whole samples of dialogues.
+
+Owns what data of dialogues means for a run: files that `cordee preprocess` has written, or records, which are tokenized
+into such files once, before the run. The order of samples, the loss and resuming are as those of the next token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar
+
+from cordee.config.laws import changed_options
+from cordee.config.option import to_flag
+from cordee.data.build import plan_parts
+from cordee.data.indexed import IndexedDataset
+from cordee.data.options import DialogueOptions
+from cordee.data.records import Records, tokenizing
+from cordee.errors import Findings, raise_all
+from cordee.log import counted, logger
+from cordee.tokenizer import Tokenizer
+from cordee.train.initial_weights import choose, opened, tokenizer_of
+from cordee.train.objectives import Run
+from cordee.train.objectives.next_token import GPTData, NextToken
+from cordee.train.options import TrainConfig
+
+if TYPE_CHECKING:
+    from cordee.data.loader import Collate
+
+_PATHS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningData(GPTData):
+    """The samples of a run: whole sequences with labels of their own."""
+
+    sequences: ClassVar[bool] = True
+
+    def collate(self) -> Collate:
+        from cordee.data.tuning_collate import TuningCollate
+
+        config = self.config
+        parts = 2 * config.context_parallel_size * config.tensor_model_parallel_size  # of a sequence, on ranks
+        return TuningCollate(
+            seq_length=config.seq_length,
+            multiple=math.lcm(config.pad_to_multiple_of, parts) if config.variable_seq_lengths else None,
+            vocab_size=self.vocab_size,
+            eod=self.eod,
+            reset_position_ids=config.reset_position_ids,
+            reset_attention_mask=config.reset_attention_mask,
+        )
+
+
+class SFT(NextToken):
+    stage = "sft"
+    plan = TuningData
+
+    def ready(self, config: TrainConfig) -> TrainConfig:
+        """Paths become the prefixes of pairs of ids; records are tokenized into the cache if they are not there."""
+        options = tokenizing(config, config.seq_length)
+        records = Records(options, config.data_cache_path, partial(_tokenizer, config))
+        found = Findings()
+        changed = {}
+        for name in _PATHS:
+            values = getattr(config, name)
+            made = [found.attempt(partial(records.prefix, name, value)) for value in values]
+            changed[name] = tuple(new or old for new, old in zip(made, values, strict=True))
+        raise_all(found.problems)
+        own = changed_options(config) & {each.name for each in fields(DialogueOptions)}
+        if own and not records.met:
+            named = ", ".join(map(to_flag, sorted(own)))
+            logger.warning("ignored: %s (no records are tokenized: the data is already)", named)
+        return replace(config, **changed)
+
+    def data(self, run: Run, found: Findings) -> GPTData | None:
+        plan = super().data(run, found)
+        if plan is not None:
+            found.notes += _cut(run.config)
+        return plan
+
+
+def _tokenizer(config: TrainConfig) -> tuple[Tokenizer, str | None] | None:
+    """That of the options, else that beside the weights, and its directory."""
+    initial = opened(config, choose(config, None, []), Findings())
+    if initial is None or (tokenizer := tokenizer_of(config, initial)) is None:
+        return None
+    return tokenizer, config.tokenizer_name_or_path or (str(initial.assets) if initial.assets else None)
+
+
+def _cut(config: TrainConfig) -> Iterator[str]:
+    """Samples that are cut, of what is trained on."""
+    part = plan_parts(config)["train"]
+    for prefix in dict.fromkeys(part.blend.prefixes):
+        lengths = IndexedDataset(prefix).sequence_lengths
+        if long := int((lengths > config.seq_length).sum()):
+            samples = counted(len(lengths), "sample")
+            yield f"cut to --seq-length {config.seq_length}: {long:,} of the {samples} of {prefix}"
+
+
+OBJECTIVE = SFT()
