@@ -88,8 +88,8 @@ def test_neither_does_a_tokenizer_nor_a_run(model, tmp_path, caplog):
     with pytest.raises(ProblemError) as caught:
         tokenizer.save(tmp_path / "saved")
     assert {problem.value for problem in caught.value.problems} == {model / "chat_template.jinja", model / "vocab.txt"}
-    origin = SimpleNamespace(assets=model, weights=model)
-    plan = cast(RunPlan, SimpleNamespace(tokenizer=tokenizer, origin=origin))
+    initial = SimpleNamespace(assets=model, weights=model)
+    plan = cast(RunPlan, SimpleNamespace(tokenizer=tokenizer, initial=initial))
     (tmp_path / "run").mkdir()
     _save_assets(plan, location_of(tmp_path / "run"))
     assert str(model / "vocab.txt") in caplog.text and not list((tmp_path / "run").iterdir())

@@ -340,6 +340,7 @@ def test_any_option_is_taken_or_refused(subjects, cases, monkeypatch, tmp_path):
         "evaluate": ["--load", model, "--task-data-path", text],
         "preprocess": ["--input", text, "--output-prefix", "out", "--tokenizer-name-or-path", model],
         "data show": [str(subjects["idx"].file.with_suffix(""))],
+        "inspect": [str(subjects["idx"].file.with_suffix("")), "--tokenizer-name-or-path", model],
         "plan": [],
         "quickstart": [],
         "bench": ["parity"],

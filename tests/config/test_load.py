@@ -13,7 +13,7 @@ from cordee.bench.options import BenchConfig
 from cordee.cli import COMMANDS
 from cordee.config import laws
 from cordee.config.load import config_from_dict, load_as_far_as_possible, load_config
-from cordee.config.option import options_of, to_flag
+from cordee.config.option import Option, options_of, to_flag
 from cordee.config.spelling import spellings
 from cordee.data.options import PreprocessConfig
 from cordee.errors import ProblemError
@@ -147,13 +147,17 @@ MUTUAL = {
 }
 
 
+def _other_than_default(option: Option) -> object:
+    return next(choice for choice in (*option.choices, 1) if choice != option.default)
+
+
 def test_a_flag_replaces_what_it_excludes_in_a_file(write):
     """For every pair of options that exclude each other; two of one source are a problem."""
     assert {("train", "num_epochs", "train_iters"), ("plan", "num_layers", "num_layer_list")} <= MUTUAL
     for command, name, other in sorted(MUTUAL):
         schema = COMMANDS[command].schema
         known = {option.name: option for option in options_of(schema)}
-        words = {key: [str((*known[key].choices, 1)[0])] * (known[key].length or 1) for key in (name, other)}
+        words = {key: [str(_other_than_default(known[key]))] * (known[key].length or 1) for key in (name, other)}
         lines = {key: f"{key}: [{', '.join(values)}]" for key, values in words.items()}
         file = write(lines[other].replace("[1]", "1"))
         flag = [to_flag(name), *words[name] * (not known[name].is_switch)]

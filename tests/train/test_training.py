@@ -359,7 +359,7 @@ def test_samples_that_make_no_step_are_told(tmp_path: Path):
     given = tiny.config(tmp_path, train_iters=None, train_samples=21, lr_warmup_iters=0)
     plan = plan_run(given, 1)
     assert plan.iterations == 2
-    assert any("the last 5 of --train-samples 21" in note for note in plan.notes)
+    assert any("5 samples of --train-samples" in note for note in plan.notes)
     with pytest.raises(ProblemError) as caught:
         plan_run(replace(given, train_samples=7), 1)
     assert [(problem.option, problem.limit) for problem in caught.value.problems] == [("--train-samples", 8)]

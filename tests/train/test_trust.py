@@ -177,7 +177,7 @@ MEANT: dict[str, set[str]] = {
     "model.hf_config.tie_word_embeddings": {"true"},
     "model.base_prefix": {"true"},
     # `test_counters_that_cannot_be` and the contents of the files refuse these when the run starts.
-    **{f"trainer.{field.name}": {"2**62"} for field in fields(TrainState)},
+    **{f"trainer.{field.name}": {"2**62"} for field in fields(TrainState) if field.type == "int"},
     **{f"trainer.best_{name}": {"null", "delete", "2**62"} for name in ("loss", "iteration")},
     "trainer.stale_validations": {"delete", "2**62"},
     **{f"loss_scaler.{name}": {"2**62"} for name in ("scale", "good_steps", "overflows")},

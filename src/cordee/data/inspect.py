@@ -127,9 +127,9 @@ def run(config: InspectConfig) -> int:
 
 
 def check_run(config: InspectConfig) -> list[Problem]:
-    """Everything that is wrong with the data and the options."""
-    found = Findings()
-    found.attempt(lambda: _opened(config))
+    """What is wrong with the options and the tokenizer; the data is read when it is shown."""
+    found = Findings([*laws.problems(config)])
+    found.attempt(lambda: load_tokenizer(config) if names_tokenizer(config) else None)
     return found.problems
 
 

@@ -91,9 +91,12 @@ def _prepare(
 ) -> tuple[dict[str, str], list[_Part]]:
     """The prefix of every output's pair, and what is read. ProblemError with all that is wrong."""
     keys = tuple(dict.fromkeys(config.json_keys))
-    found = Findings([] if tokenizer else [*check_tokenizer(config)])
-    handlers = found.attempt(lambda: inputs_of(config, config.input)) or [(config.input, None)]
+    handled = Findings()
+    handlers = handled.attempt(lambda: inputs_of(config, config.input)) or [(config.input, None)]
     outputs = keys if (first := handlers[0][1]) is None else output_names(first)
+    prefixes = {key: f"{config.output_prefix}_{key}_document" for key in outputs}
+    tokenizing = () if tokenizer else check_tokenizer(config)
+    found = Findings([*_output_problems(config, prefixes.values()), *tokenizing, *handled.problems])
     for _, handler in handlers:
         found.attempt(partial(template_of, config, handler, directory or config.tokenizer_name_or_path))
         if handler and output_names(handler) != outputs:
@@ -103,8 +106,6 @@ def _prepare(
         flag = "--neat-pack" if config.neat_pack else "--pack"
         why, fix = "only samples of dialogues are packed", "leave it out, or give a --handler-name of dialogues"
         found.problems.append(Problem(flag, True, why, fix, "requires", ("handler_name",)))
-    prefixes = {key: f"{config.output_prefix}_{key}_document" for key in outputs}
-    found.problems += _output_problems(config, prefixes.values())
     if config.input and Path(config.input).is_dir() and is_within(Path(config.output_prefix).parent, config.input):
         why, fix = "it is in the directory that is read, where a later run would find it", "give another place"
         found.problems.append(Problem("--output-prefix", config.output_prefix, why, fix, "excludes", ("input",)))

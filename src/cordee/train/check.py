@@ -23,8 +23,8 @@ from cordee.train.run_plan import Draft
 def examine(config: TrainConfig) -> tuple[str, list[Problem]]:
     """What the run would be, in words, and its problems: as `check_run` has them, with the contents of the data, of
     which up to some GiB are read."""
-    unread = Findings()
-    fingerprint = unread.attempt(lambda: objectives.named(config.stage).fingerprint(config))
+    unread, objective = Findings(), objectives.named(config.stage)
+    fingerprint = unread.attempt(lambda: objective.fingerprint(objective.ready(config)))
     draft, problems = examined(config, fingerprint)
     return "\n".join(_describe(draft)) if draft else "", unique([*problems, *unread.problems])
 
