@@ -131,6 +131,8 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scores:
     """
     if scores.softcap is not None or scores.dropout is not None:
         return blockwise_attention(q, k, v, mask, scores)
+    if not torch.compiler.is_compiling() and (spans := mask.segment_spans) is not None:
+        return _by_segment(q, k, v, spans, scores)
     sinks = scores.sinks
     window = scores.window
     ordered = mask.is_plain(None, scores.chunk) and scores.slopes is None
@@ -148,6 +150,16 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scores:
     if sinks is not None and causal:
         y = y[:, :, 1:]
     return y if y.shape[-1] == value_dim else y[..., :value_dim]
+
+
+def _by_segment(q: Tensor, k: Tensor, v: Tensor, spans: list[list[tuple[int, int]]], scores: Scores) -> Tensor:
+    """The segments of every row one by one: pairs of different ones cost nothing."""
+
+    def attend(row: int, begin: int, end: int) -> Tensor:
+        part = (slice(row, row + 1), slice(None), slice(begin, end))
+        return sdpa_attention(q[part], k[part], v[part], AttentionMask(end - begin, end - begin), scores)
+
+    return torch.cat([torch.cat([attend(row, *span) for span in own], 2) for row, own in enumerate(spans)])
 
 
 def of_one_dim(*tensors: Tensor) -> list[Tensor]:

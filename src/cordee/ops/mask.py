@@ -7,6 +7,8 @@ nothing of heads or layers: a window or chunk belongs to the layer, which passes
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +55,23 @@ class AttentionMask:
     def is_plain(self, window: int | None = None, chunk: int | None = None) -> bool:
         """Whether order alone decides: tokens in sequence, no segments, window and chunk reach every key."""
         return self.in_order and self.query_segments is None and self._reach(window, chunk) == (None, None)
+
+    @cached_property
+    def segment_spans(self) -> list[list[tuple[int, int]]] | None:
+        """Begin and end of the segments of every row, where each is a run of tokens that see themselves alone and all
+        of them together have at most half of all pairs; else None."""
+        segments = self.query_segments
+        whole = self.in_order and self.causal and self.num_queries == self.num_keys and self.key_positions is None
+        if segments is None or segments is not self.key_segments or not whole:
+            return None
+        rows = []
+        for row in segments.tolist():
+            begins = [0, *(i for i in range(1, len(row)) if row[i] != row[i - 1]), len(row)]
+            rows.append(list(pairwise(begins)))
+            if len({row[begin] for begin, _ in rows[-1]}) < len(rows[-1]):
+                return None  # a segment of several runs
+        pairs = sum((end - begin) ** 2 for row in rows for begin, end in row)
+        return rows if 2 * pairs <= len(rows) * self.num_keys**2 else None
 
     def dense(self, device: torch.device, window: int | None = None, chunk: int | None = None) -> Tensor:
         """Bool mask, True where visible: `[1 or batch, 1, num_queries, num_prefix + num_keys]`; made once a reach."""
