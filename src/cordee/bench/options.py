@@ -18,7 +18,11 @@ class BenchOptions:
     compile: Literal["none", "blocks", "model"] = option(
         "none", "train: torch.compile of each transformer layer (blocks) or of the whole model"
     )
-    load: str | None = option(None, "generate: model directory [a random Llama of 35 M parameters]", metavar="DIR")
+    load: str | None = option(
+        None,
+        "generate: model directory [a random Llama of 35 M parameters]; sft: file of Alpaca's records [made of text]",
+        metavar="PATH",
+    )
     model: str | None = option(None, "convert: preset whose shapes the checkpoint has [llama2-13b]", metavar="PRESET")
     scratch: str | None = option(
         None, "convert: directory with room for the checkpoint [temporary directory]", metavar="DIR"
@@ -31,6 +35,6 @@ class BenchOptions:
 class BenchConfig(BenchOptions):
     """Speed and memory against peers."""
 
-    suite: Literal["train", "generate", "preprocess", "convert", "parity", "resume"] = required(
+    suite: Literal["train", "generate", "preprocess", "convert", "parity", "resume", "sft"] = required(
         "what to measure", positional=True
     )
