@@ -55,12 +55,12 @@ def in_bytes(number: float) -> str:
     return f"{number / unit:,.3g} {name}" if number < 1000 * unit else f"{number / unit:,.0f} {name}"
 
 
-def console() -> Console:
+def console(*, record: bool = False) -> Console:
     """Standard output for tables and styles, `[` being a character like others; where that is no terminal, nothing is
-    wrapped or cut."""
+    wrapped or cut. `record`: what is shown is kept, to be exported."""
     from rich.console import Console
 
-    return Console(markup=False, width=None if sys.stdout.isatty() else _UNBOUNDED)
+    return Console(markup=False, width=None if sys.stdout.isatty() else _UNBOUNDED, record=record)
 
 
 @contextmanager

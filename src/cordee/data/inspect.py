@@ -6,11 +6,9 @@ Owns how samples are shown, and the findings of the doctor. Samples come as trai
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,7 +24,7 @@ from cordee.data.records import Records, tokenizing
 from cordee.data.tuning_dataset import TuningDataset, sibling_problems
 from cordee.errors import Findings, Problem, ProblemError, raise_all
 from cordee.files import write_durably
-from cordee.log import counted
+from cordee.log import console, counted
 from cordee.tokenizer import Tokenizer, load_tokenizer, names_tokenizer
 
 if TYPE_CHECKING:
@@ -96,12 +94,10 @@ class Doctor:
 
 def run(config: InspectConfig) -> int:
     """Show samples and findings; 1 if one of them spoils training. Raises `ProblemError` for data that is broken."""
-    from rich.console import Console
-
     from cordee.data.tuning_collate import TuningCollate
 
     dataset, tokenizer, ends = _opened(config)
-    console = Console(record=config.html is not None, highlight=False, soft_wrap=not sys.stdout.isatty())
+    output = console(record=config.html is not None)
     collate = TuningCollate(
         seq_length=config.seq_length,
         multiple=1,
@@ -110,9 +106,9 @@ def run(config: InspectConfig) -> int:
         reset_position_ids=config.reset_position_ids,
         reset_attention_mask=config.reset_attention_mask,
     )
-    marked = config.html is None and not console.is_terminal
+    marked = config.html is None and not output.is_terminal
     for index in range(config.start, min(config.start + config.num, len(dataset))):
-        console.print(_sample(index, collate([dataset[index]]), tokenizer, marked))
+        output.print(_sample(index, collate([dataset[index]]), tokenizer, marked))
     doctor = Doctor(tokenizer, ends, config.seq_length)
     for fields in dataset.whole():
         mask = fields["attention_mask"]
@@ -120,26 +116,33 @@ def run(config: InspectConfig) -> int:
             doctor.see(fields["input_ids"][own], fields["labels"][own])
     findings = list(doctor.findings())
     for verdict, text in findings:
-        console.print(f"{verdict:<5}{text}", style={"bad": "bold red", "note": "yellow"}.get(verdict, ""))
+        style = {"bad": "bold red", "note": "yellow"}.get(verdict, "")
+        output.print(f"{verdict:<5}{text}", style=style, highlight=False)
     if config.html is not None:
-        write_durably(Path(config.html), console.export_html())
+        write_durably(Path(config.html), output.export_html())
     return int(any(verdict == "bad" for verdict, _ in findings))
 
 
 def check_run(config: InspectConfig) -> list[Problem]:
     """What is wrong with the options and the tokenizer; the data is read when it is shown."""
-    found = Findings([*laws.problems(config)])
-    found.attempt(lambda: load_tokenizer(config) if names_tokenizer(config) else None)
+    found = Findings()
+    _tokenizer(config, found)
     return found.problems
+
+
+def _tokenizer(config: InspectConfig, found: Findings) -> Tokenizer | None:
+    """That of the options, if they name one; what is wrong with them is added to `found`."""
+    found.problems += laws.problems(config)
+    return found.attempt(lambda: load_tokenizer(config)) if names_tokenizer(config) else None
 
 
 def _opened(config: InspectConfig) -> tuple[TuningDataset, Tokenizer | None, frozenset[int]]:
     """The samples in the order of the files, the tokenizer, and what ends an answer."""
-    found = Findings([*laws.problems(config)])
-    tokenizer = found.attempt(lambda: load_tokenizer(config)) if names_tokenizer(config) else None
+    found = Findings()
+    tokenizer = _tokenizer(config, found)
     raise_all(found.problems)
-    load = partial(lambda: (tokenizer, config.tokenizer_name_or_path) if tokenizer else None)
-    records = Records(tokenizing(config, config.seq_length), config.data_cache_path, load)
+    loaded = (tokenizer, config.tokenizer_name_or_path) if tokenizer else None
+    records = Records(tokenizing(config, config.seq_length), config.data_cache_path, lambda: loaded)
     indexed = IndexedDataset(records.prefix("data", config.data))
     raise_all([*indexed.problems(), *sibling_problems(indexed)])
     if not len(indexed):

@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from cordee.data.indexed import fingerprint, idx_path
 from cordee.data.options import DialogueOptions, PreprocessConfig
 from cordee.data.order_cache import content_key
 from cordee.data.readers import input_files, read_file, reading
+from cordee.data.render import Renderer
 from cordee.data.tuning_dataset import document
 from cordee.errors import Problem, ProblemError
 from cordee.log import logger
@@ -49,8 +51,17 @@ class Records:
         load: Callable[[], tuple[Tokenizer, str | None] | None],
     ):
         self._options, self._cache, self._load = options, cache, functools.cache(load)
-        self.met = False  # any records
-        self.ends: frozenset[int] = frozenset()  # tokens that end an answer of the records last met
+        self._rendered: Callable[[], Renderer] | None = None  # by what the records last met are
+
+    @property
+    def met(self) -> bool:
+        """Whether there were any records."""
+        return self._rendered is not None
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """The tokens that end an answer of the records last met; empty without such."""
+        return frozenset() if self._rendered is None else frozenset(self._rendered().stop_ids)
 
     def prefix(self, option: str, value: str) -> str:
         """That of the ids of the dataset that `value`, a word of an option of data, names; else `value`."""
@@ -62,7 +73,6 @@ class Records:
         return document(self._tokenized(to_flag(option), value))
 
     def _tokenized(self, flag: str, path: str) -> str:
-        self.met = True
         with reading(flag, path):
             files = input_files(Path(path))
             contents = [(str(file), fingerprint(file, _READ_OF_RECORDS)) for file in files]
@@ -83,7 +93,7 @@ class Records:
         if handler is None or handler.is_text:
             why, fix = "it is of text without labels", "give the handler of the records, or --stage pretrain"
             raise ProblemError([Problem("--handler-name", config.handler_name, why, fix)])
-        self.ends = frozenset(tuning.renderer_of(config, handler, tokenizer, directory).stop_ids)
+        self._rendered = partial(tuning.renderer_of, config, handler, tokenizer, directory)
         facts: dict[str, Any] = {
             **{each.name: getattr(config, each.name) for each in fields(DialogueOptions)},
             "contents": contents,

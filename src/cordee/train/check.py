@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from cordee.errors import Findings, Problem, unique
+from cordee.errors import Findings, Problem
 from cordee.families.count import count_parameters
 from cordee.log import counted
 from cordee.parallel import cost
 from cordee.parallel.describe import describe_layout
-from cordee.train import objectives, techniques
+from cordee.train import techniques
 from cordee.train.objectives import DataSize
 from cordee.train.options import TrainConfig
 from cordee.train.plan import examined
@@ -23,10 +23,8 @@ from cordee.train.run_plan import Draft
 def examine(config: TrainConfig) -> tuple[str, list[Problem]]:
     """What the run would be, in words, and its problems: as `check_run` has them, with the contents of the data, of
     which up to some GiB are read."""
-    unread, objective = Findings(), objectives.named(config.stage)
-    fingerprint = unread.attempt(lambda: objective.fingerprint(objective.ready(config)))
-    draft, problems = examined(config, fingerprint)
-    return "\n".join(_describe(draft)) if draft else "", unique([*problems, *unread.problems])
+    draft, problems = examined(config, contents=True)
+    return "\n".join(_describe(draft)) if draft else "", problems
 
 
 def check_with_contents(config: TrainConfig) -> list[Problem]:

@@ -53,24 +53,25 @@ _TOKENIZER = (*(option.name for option in options_of(TokenizerOptions)), "load",
 _MANY_TOKENS = 1 << 20  # of a tokenizer that cannot be read, so that the model it is for is checked all the same
 
 
-def check_run(config: TrainConfig, fingerprint: Any = None) -> list[Problem]:
+def check_run(config: TrainConfig) -> list[Problem]:
     """Everything that is wrong with a run, as far as it can be known without starting it.
 
-    The number of processes is the launcher's, or --nproc-per-node. Without `fingerprint` of the data, its contents are
-    not compared with those of a run to resume: the run itself does that when it starts.
+    The number of processes is the launcher's, or --nproc-per-node. The contents of the data are not compared with those
+    of a run to resume: the run itself does that when it starts.
     """
-    return examined(config, fingerprint)[1]
+    return examined(config)[1]
 
 
-def examined(config: TrainConfig, fingerprint: Any = None) -> tuple[Draft | None, list[Problem]]:
-    """The run as far as it is known, and its problems as of `check_run`."""
-    found = Findings()
+def examined(config: TrainConfig, *, contents: bool = False) -> tuple[Draft | None, list[Problem]]:
+    """The run as far as it is known, and its problems as of `check_run`; with the `contents` of the data, of which up
+    to some GiB are read, also those that these have."""
+    found, unread, objective = Findings(), Findings(), objectives.named(config.stage)
     found.problems += found.attempt(lambda: outputs.check_free(config)) or []
-    if (ready := found.attempt(lambda: objectives.named(config.stage).ready(config))) is None:
+    if (ready := found.attempt(lambda: objective.ready(config))) is None:
         return None, unique([*option_problems(config), *found.problems])
-    config = ready
-    draft = found.attempt(lambda: draft_run(config, launch.world_size(config.nproc_per_node), fingerprint=fingerprint))
-    return draft, unique([*found.problems, *(draft.found.problems if draft else ())])
+    fingerprint = unread.attempt(lambda: objective.fingerprint(ready)) if contents else None
+    draft = found.attempt(lambda: draft_run(ready, launch.world_size(ready.nproc_per_node), fingerprint=fingerprint))
+    return draft, unique([*found.problems, *(draft.found.problems if draft else ()), *unread.problems])
 
 
 def plan_run(
