@@ -25,6 +25,26 @@ def llama(length: int, **changes: Any) -> Any:
     return LlamaForCausalLM(LlamaConfig(**shape | changes))
 
 
+def options(length: int) -> dict[str, Any]:
+    """The same model as `cordee train` is told of it."""
+    return {
+        "num_layers": LAYERS,
+        "hidden_size": HIDDEN,
+        "ffn_hidden_size": FFN,
+        "num_attention_heads": HEADS,
+        "vocab_size": VOCAB_SIZE,
+        "max_position_embeddings": length,
+        "seq_length": length,
+        "position_embedding_type": "rope",
+        "normalization": "RMSNorm",
+        "swiglu": True,
+        "add_bias_linear": False,
+        "untie_embeddings_and_output_weights": True,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+    }
+
+
 def save(folder: str, length: int, changes: dict[str, Any]) -> None:
     """Write it to a Hugging Face directory, without tokens that end a text."""
     import torch

@@ -18,10 +18,10 @@ import numpy as np
 
 from cordee.bench import corpus
 from cordee.bench.contest import Baton, Contender, Results, Shift, Turn, hold
-from cordee.bench.llama import FFN, HEADS, HIDDEN, LAYERS, VOCAB_SIZE, llama
+from cordee.bench.llama import FFN, HEADS, HIDDEN, LAYERS, VOCAB_SIZE, llama, options
 from cordee.bench.options import BenchConfig
 from cordee.bench.report import Report
-from cordee.bench.train import LEARNING_RATE, TOKENIZER_CHARACTERS, play_cordee
+from cordee.bench.train import LEARNING_RATE, TOKENIZER_CHARACTERS, play_cordee, take_turns, trainer_arguments
 from cordee.config.load import config_from_dict
 from cordee.data import preprocess
 from cordee.data.indexed import IndexedDataset
@@ -91,22 +91,9 @@ def _trained_per_row(prefix: Path) -> float:
 
 
 def _train_config(folder: Path, steps: int) -> TrainConfig:
-    options: dict[str, Any] = {
+    given: dict[str, Any] = {
         "stage": "sft",
-        "num_layers": LAYERS,
-        "hidden_size": HIDDEN,
-        "ffn_hidden_size": FFN,
-        "num_attention_heads": HEADS,
-        "vocab_size": VOCAB_SIZE,
-        "max_position_embeddings": SEQ_LENGTH,
-        "position_embedding_type": "rope",
-        "normalization": "RMSNorm",
-        "swiglu": True,
-        "add_bias_linear": False,
-        "untie_embeddings_and_output_weights": True,
-        "attention_dropout": 0.0,
-        "hidden_dropout": 0.0,
-        "seq_length": SEQ_LENGTH,
+        **options(SEQ_LENGTH),
         "micro_batch_size": 1,
         "train_iters": steps,
         "train_data_path": (document(str(folder / "packed")),),
@@ -115,40 +102,17 @@ def _train_config(folder: Path, steps: int) -> TrainConfig:
         "lr_decay_style": "constant",
         "log_interval": 10**6,
     }
-    return config_from_dict(TrainConfig, options)
+    return config_from_dict(TrainConfig, given)
 
 
 # ---- contenders ------------------------------------------------------------------------------------------------------
 
 
-def _plain_samples(folder: str) -> list[dict[str, list[int]]]:
+def _plain_samples(folder: str) -> Any:
+    """`input_ids` and `labels` of the samples, a list."""
     ids, labels = (IndexedDataset(document(f"{folder}/plain", field)) for field in ("input_ids", "labels"))
     order = np.random.default_rng(0).permutation(len(ids))
     return [{"input_ids": ids[int(i)].tolist(), "labels": labels[int(i)].tolist()} for i in order]
-
-
-def _arguments(steps: int, total: int, folder: str) -> dict[str, Any]:
-    return {
-        "output_dir": folder,
-        "max_steps": total,
-        "learning_rate": LEARNING_RATE,
-        "lr_scheduler_type": "constant",
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
-
-
-def _turns(shift: Shift) -> Any:
-    from transformers import TrainerCallback
-
-    class TakeTurns(TrainerCallback):
-        def on_step_end(self, args, state, control, **parts) -> None:
-            shift.piece_done()
-            control.should_training_stop = shift.over
-
-    return TakeTurns()
 
 
 def play_trainer(baton: Baton, steps: int, total: int, folder: str) -> None:
@@ -157,15 +121,14 @@ def play_trainer(baton: Baton, steps: int, total: int, folder: str) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(f"{folder}/tokenizer")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    shift = Shift(baton, steps)
-    arguments = TrainingArguments(**_arguments(steps, total, folder), per_device_train_batch_size=BATCH)
+    arguments = TrainingArguments(**trainer_arguments(total, folder), per_device_train_batch_size=BATCH)
     trainer = Trainer(
         llama(SEQ_LENGTH),
         arguments,
-        train_dataset=_plain_samples(folder),  # type: ignore[arg-type]  # a list is as good
+        train_dataset=_plain_samples(folder),
         data_collator=DataCollatorForSeq2Seq(tokenizer),
-        callbacks=[_turns(shift)],
     )
+    take_turns(trainer, Shift(baton, steps))
     trainer.train()
 
 
@@ -178,9 +141,8 @@ def play_trl(baton: Baton, steps: int, total: int, folder: str) -> None:
     samples = _plain_samples(folder)
     for sample in samples:
         sample["completion_mask"] = [int(label != IGNORED) for label in sample.pop("labels")]
-    shift = Shift(baton, steps)
     arguments = SFTConfig(
-        **_arguments(steps, total, folder),
+        **trainer_arguments(total, folder),
         per_device_train_batch_size=1,
         packing=True,
         max_length=SEQ_LENGTH,
@@ -191,8 +153,8 @@ def play_trl(baton: Baton, steps: int, total: int, folder: str) -> None:
         args=arguments,
         train_dataset=Dataset.from_list(samples),
         processing_class=AutoTokenizer.from_pretrained(f"{folder}/tokenizer"),
-        callbacks=[_turns(shift)],
     )
+    take_turns(trainer, Shift(baton, steps))
     trainer.train()
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from cordee.bench import corpus, gemm
 from cordee.bench.contest import Baton, Contender, Results, Shift, Turn, hold
-from cordee.bench.llama import FFN, HEADS, HIDDEN, LAYERS, VOCAB_SIZE, llama
+from cordee.bench.llama import FFN, HEADS, HIDDEN, LAYERS, VOCAB_SIZE, llama, options
 from cordee.bench.options import BenchConfig
 from cordee.bench.report import Report
 from cordee.config.load import config_from_dict
@@ -69,21 +69,8 @@ def _prepare(folder: Path) -> Path:
 
 
 def _train_config(prefix: Path, steps: int, compile: str) -> TrainConfig:
-    options: dict[str, Any] = {
-        "num_layers": LAYERS,
-        "hidden_size": HIDDEN,
-        "ffn_hidden_size": FFN,
-        "num_attention_heads": HEADS,
-        "vocab_size": VOCAB_SIZE,
-        "max_position_embeddings": SEQ_LENGTH,
-        "position_embedding_type": "rope",
-        "normalization": "RMSNorm",
-        "swiglu": True,
-        "add_bias_linear": False,
-        "untie_embeddings_and_output_weights": True,
-        "attention_dropout": 0.0,
-        "hidden_dropout": 0.0,
-        "seq_length": SEQ_LENGTH,
+    given: dict[str, Any] = {
+        **options(SEQ_LENGTH),
         "micro_batch_size": BATCH,
         "train_iters": steps,
         "train_data_path": (str(prefix),),
@@ -93,7 +80,7 @@ def _train_config(prefix: Path, steps: int, compile: str) -> TrainConfig:
         "log_interval": 10**6,
         "compile": compile,
     }
-    return config_from_dict(TrainConfig, options)
+    return config_from_dict(TrainConfig, given)
 
 
 def _gemm_shapes() -> list[gemm.Shape]:
@@ -146,29 +133,40 @@ def play_loop(baton: Baton, config: TrainConfig, steps: int) -> None:
 
 def play_trainer(baton: Baton, config: TrainConfig, steps: int, total: int, folder: str) -> None:
     """transformers' Trainer with its defaults, but nothing saved and nobody told."""
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import Trainer, TrainingArguments
+
+    arguments = TrainingArguments(**trainer_arguments(total, folder), per_device_train_batch_size=BATCH)
+    samples = _samples(config)
+    data: Any = [{"input_ids": sample, "labels": sample} for sample in (next(samples) for _ in range(total * BATCH))]
+    trainer = Trainer(llama(SEQ_LENGTH), arguments, train_dataset=data)
+    take_turns(trainer, Shift(baton, steps))
+    trainer.train()
+
+
+def trainer_arguments(total: int, folder: str) -> dict[str, Any]:
+    """Of transformers' Trainer and its kin, but for the batch: their defaults, nothing saved and nobody told."""
+    return {
+        "output_dir": folder,
+        "max_steps": total,
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant",
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+
+
+def take_turns(trainer: Any, shift: Shift) -> None:
+    """Have a Trainer work in the turns of `shift`, until they are over."""
+    from transformers import TrainerCallback
 
     class TakeTurns(TrainerCallback):
         def on_step_end(self, args, state, control, **parts) -> None:
             shift.piece_done()
             control.should_training_stop = shift.over
 
-    arguments = TrainingArguments(
-        output_dir=folder,
-        per_device_train_batch_size=BATCH,
-        max_steps=total,
-        learning_rate=config.lr,
-        lr_scheduler_type="constant",
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-    )
-    samples = _samples(config)
-    data: Any = [{"input_ids": sample, "labels": sample} for sample in (next(samples) for _ in range(total * BATCH))]
-    trainer = Trainer(llama(SEQ_LENGTH), arguments, train_dataset=data, callbacks=[TakeTurns()])
-    shift = Shift(baton, steps)
-    trainer.train()
+    trainer.add_callback(TakeTurns())
 
 
 def _samples(config: TrainConfig) -> Iterator[Any]:
