@@ -35,10 +35,7 @@ def run(config: BenchOptions, on_turn: Callable[[int, str, Turn], None]) -> Repo
             apart(save, model, LENGTH, {})
         apart(export, model, exported)
         agreement = once(Contender("agreement", agree, (model, exported, threads)), threads)
-        contenders = [
-            Contender(CORDEE, ours, (model, steps)),
-            Contender(PEER, theirs, (exported, steps, threads)),
-        ]
+        contenders = [Contender(CORDEE, ours, (model, steps)), Contender(PEER, theirs, (exported, steps, threads))]
         results = hold(contenders, config.rounds, threads, on_turn)
     return _report(config, agreement, results)
 

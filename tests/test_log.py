@@ -10,10 +10,7 @@ import pytest
 from cordee.log import SILENCE, console, counted, progress_bar, shortened
 
 
-@pytest.mark.parametrize(
-    ("number", "words"),
-    [(0, "0 pairs"), (1, "1 pair"), (2, "2 pairs"), (12345, "12,345 pairs")],
-)
+@pytest.mark.parametrize(("number", "words"), [(0, "0 pairs"), (1, "1 pair"), (2, "2 pairs"), (12345, "12,345 pairs")])
 def test_counted(number: int, words: str):
     assert counted(number, "pair") == words
     assert counted(number, "copy", "copies") == words.replace("pairs", "copies").replace("pair", "copy")

@@ -4,8 +4,6 @@ Owns the one error type that reaches a user as text instead of a traceback, what
 outside caused, and the laws between numbers that most checks are made of. Knows no option and no job.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self, TypeAlias, TypeVar

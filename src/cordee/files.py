@@ -4,8 +4,6 @@ Owns the distrust of files: a model directory is other people's, and a folder in
 Files are copied only from inside a model directory, and own files are made new, never written through what is there.
 """
 
-from __future__ import annotations
-
 import errno
 import io
 import json

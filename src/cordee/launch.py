@@ -3,8 +3,6 @@
 Owns the launchers' variables. Must not import torch: it runs before any job does.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Mapping

@@ -6,8 +6,6 @@ file in particular.
 A form is a function of a value that returns what is wrong with it, in words, or None.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import zlib

@@ -4,8 +4,6 @@ Owns their life: signals go to all of them, one that dies takes the others with 
 Must not import torch: it runs before any job does.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

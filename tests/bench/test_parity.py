@@ -11,12 +11,7 @@ from cordee.bench import layouts, tiny
 from cordee.bench.layouts import ALONE
 
 LAYOUTS = {
-    "dense": (
-        "tp2·sp · dp2·zero1",
-        "pp2·interleaved",
-        "cp2·ring · pp2·1f1b",
-        "tp2·sp · cp2·ulysses · pp2·1f1b",
-    ),
+    "dense": ("tp2·sp · dp2·zero1", "pp2·interleaved", "cp2·ring · pp2·1f1b", "tp2·sp · cp2·ulysses · pp2·1f1b"),
     "MoE": ("ep2·alltoall", "dp2·zero1 · ep2·allgather", "cp2·ulysses · pp2·1f1b · ep2·alltoall"),
 }
 

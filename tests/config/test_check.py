@@ -133,12 +133,7 @@ def test_rampup(ramp, end, kind, limit):
 
 def test_all_at_once():
     bad = replace(SOUND, global_batch_size=7, min_lr=1.0, fp16=True, bf16=True, finetune=True)
-    assert {problem.option for problem in check(bad)} == {
-        "--global-batch-size",
-        "--min-lr",
-        "--fp16",
-        "--finetune",
-    }
+    assert {problem.option for problem in check(bad)} == {"--global-batch-size", "--min-lr", "--fp16", "--finetune"}
 
 
 def test_the_launcher_counts_the_processes(monkeypatch):
@@ -160,19 +155,13 @@ def test_generate():
     assert check(replace(sound, do_sample=True, top_k=3, temperature=0.5, num_return_sequences=2)) == []
     assert options(check(replace(sound, prompt=()))) == ["--prompt"]
     assert options(check(replace(sound, prompts_file="f"))) == ["--prompts-file"]
-    assert options(check(replace(sound, top_p=0.9, num_return_sequences=2))) == [
-        "--num-return-sequences",
-        "--top-p",
-    ]
+    assert options(check(replace(sound, top_p=0.9, num_return_sequences=2))) == ["--num-return-sequences", "--top-p"]
 
 
 def test_evaluate():
     sound = EvaluateConfig(load="x", task_data_path=("t",), seq_length=64, stride=32)
     assert check(sound) == []
-    assert options(check(replace(sound, stride=65, task_data_path=()))) == [
-        "--task-data-path",
-        "--stride",
-    ]
+    assert options(check(replace(sound, stride=65, task_data_path=()))) == ["--task-data-path", "--stride"]
 
 
 def test_preprocess():

@@ -195,9 +195,6 @@ def _save_together(path: Path, content: dict[str, object], metadata: dict[str, o
     folder.mkdir(parents=True, exist_ok=True)
     (path / "latest_checkpointed_iteration.txt").write_text("5")
     writer = "megatron.core.dist_checkpointing.strategies.filesystem_async.mp.get_context"
-    with (
-        mock.patch("torch.cuda.synchronize"),
-        mock.patch(writer, lambda kind: multiprocessing.dummy),
-    ):
+    with mock.patch("torch.cuda.synchronize"), mock.patch(writer, lambda kind: multiprocessing.dummy):
         strategy = TorchDistSaveShardedStrategy("torch_dist", 1)
         dist_checkpointing.save({**content, "model": model}, str(folder), strategy)

@@ -25,11 +25,7 @@ TARGETS = {
     "legacy": LEGACY,
     "ascendspeed": (*ASCEND, "--deepspeed", TP, "2"),
 }
-EXPERTS = {
-    "hf": (),
-    "dcp": ("--save-model-type", "dcp"),
-    "core": (*CORE, TP, "4", EP, "2"),
-}
+EXPERTS = {"hf": (), "dcp": ("--save-model-type", "dcp"), "core": (*CORE, TP, "4", EP, "2")}
 
 
 @pytest.fixture(autouse=True)

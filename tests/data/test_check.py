@@ -35,10 +35,7 @@ def prefix(tmp_path) -> str:
 def note(prefix: str, tokenizer=None, **values) -> None:
     dataset = IndexedDataset(prefix)
     made_with = tokenizer and TokenizerNote(
-        type=tokenizer.type,
-        fingerprint=tokenizer.fingerprint(),
-        vocab_size=tokenizer.vocab_size,
-        eod=tokenizer.eod,
+        type=tokenizer.type, fingerprint=tokenizer.fingerprint(), vocab_size=tokenizer.vocab_size, eod=tokenizer.eod
     )
     facts = {"documents": dataset.num_documents, "tokens": dataset.num_tokens, "max_token": 99} | values
     Manifest(tokenizer=made_with, **facts).write(prefix)

@@ -267,10 +267,7 @@ def megatron_blend(weights: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarr
     return dataset, sample
 
 
-@given(
-    st.lists(st.one_of(st.integers(1, 10), st.floats(1e-4, 1.0)), min_size=1, max_size=9),
-    st.integers(1, 1500),
-)
+@given(st.lists(st.one_of(st.integers(1, 10), st.floats(1e-4, 1.0)), min_size=1, max_size=9), st.integers(1, 1500))
 @settings(max_examples=150, deadline=None)
 def test_blend_is_megatrons(weights, size):
     normalised = normalise(normalise(weights))

@@ -267,10 +267,7 @@ def test_what_another_process_writes_is_left_to_it(tmp_path, monkeypatch):
     source = str(write_jsonl(tmp_path / "x.jsonl", ["1"]))
     before = files_of(tmp_path / "out_text_document") if run(tmp_path, input=source) else None
     monkeypatch.setattr(lock, "acquire", functools.partial(lock.acquire, patience=0))
-    with (
-        lock.acquire(tmp_path / "out_text_document.lock"),
-        pytest.raises(ProblemError) as caught,
-    ):
+    with lock.acquire(tmp_path / "out_text_document.lock"), pytest.raises(ProblemError) as caught:
         run(tmp_path, input=source, overwrite=True)
     assert facts(caught) == [("--output-prefix", str(tmp_path / "out"), "held")]
     assert [holder.pid for holder in limits(caught)] == [os.getpid()]

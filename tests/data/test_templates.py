@@ -86,11 +86,7 @@ WRITTEN = {
         "<|im_start|>system\nDu bist ein freundlicher und hilfsbereiter KI-Assistent.<|im_end|>\n",
         "<|im_start|>system\nS<|im_end|>\n",
     ),
-    "qwen": (
-        IM,
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
-        "<|im_start|>system\nS<|im_end|>\n",
-    ),
+    "qwen": (IM, "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n", "<|im_start|>system\nS<|im_end|>\n"),
     "llama2": (("[INST] U1 [/INST]", "A1</s>", "<s>[INST] U2 [/INST]", "A2</s>"), "<s>", None),
     "llama3": (LLAMA3, "<s>", "<s>" + HEAD.format("system") + "S<|eot_id|>"),
     "mistral": (("[INST] U1 [/INST]", "A1</s>", "[INST] U2 [/INST]", "A2</s>"), "<s>", "<s>S"),
@@ -215,7 +211,7 @@ TOOLS = json.dumps(
             },
         },
         {"name": "noon", "description": "", "parameters": {"type": "object", "properties": {}}},
-    ],
+    ]
 )
 TOOLS_TEXT = """You have access to the following tools:
 > Tool Name: weather
@@ -241,12 +237,7 @@ CALLED = (Message("user", "U"), CALL, Message("observation", "O"), Message("assi
 def test_tools_in_prompt_types():
     turns = Renderer(template_named("default"), LETTERS).turns(Dialogue((Message("system", "S"), *CALLED), TOOLS))
     call = 'Action: weather\nAction Input: {"city": "北京"}</s>'
-    assert written(turns) == (
-        f"S{TOOLS_TEXT}\nHuman: U\nAssistant: ",
-        call,
-        "\nHuman: O\nAssistant: ",
-        "A</s>",
-    )
+    assert written(turns) == (f"S{TOOLS_TEXT}\nHuman: U\nAssistant: ", call, "\nHuman: O\nAssistant: ", "A</s>")
     turns = Renderer(template_named("chatglm3_system"), LETTERS).turns(Dialogue((Message("system", "S"), *CALLED)))
     observed = "<|observation|>\nO<|assistant|>"
     assert written(turns)[1:] == ('weather\n{"city": "北京"}', observed, "\nA</s>")
@@ -304,10 +295,7 @@ def test_special_text_in_messages_is_plain_text():
         specials = [LETTERS.words[i].content for i in turns[0].source + turns[0].target if i in LETTERS.words]
         assert (
             specials
-            == {
-                "chatml": ["<|im_start|>", "<|im_end|>", "<|im_start|>", "<|im_end|>"],
-                "llama2": ["<s>", "</s>"],
-            }[name]
+            == {"chatml": ["<|im_start|>", "<|im_end|>", "<|im_start|>", "<|im_end|>"], "llama2": ["<s>", "</s>"]}[name]
         )
 
 

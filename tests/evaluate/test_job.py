@@ -258,12 +258,7 @@ def test_by_the_command_on_two_processes(llama, text, tmp_path, given):
 def test_processes_that_are_no_whole_copies(llama, text):
     config = config_from_dict(
         EvaluateConfig,
-        {
-            "load": llama.directory,
-            "task_data_path": [str(text)],
-            "nproc_per_node": 3,
-            "tensor_model_parallel_size": 2,
-        },
+        {"load": llama.directory, "task_data_path": [str(text)], "nproc_per_node": 3, "tensor_model_parallel_size": 2},
     )
     (problem,) = job.option_problems(config)
     assert (problem.option, problem.value, problem.kind, problem.limit) == ("processes", 3, "divisible", 2)

@@ -72,9 +72,7 @@ UNCOMMON = {
         attention(rope=RopeConfig(scaling=DynamicNTKScaling(factor=2.0, original_max_position_embeddings=8)))
     ),
     "LatentAttention": tiny.config(tiny.layer(tiny.latent_attention())),
-    "MoE": tiny.config(
-        tiny.layer(mlp=MoEConfig(router=RouterConfig(num_experts=4, top_k=2), expert=tiny.MLP)),
-    ),
+    "MoE": tiny.config(tiny.layer(mlp=MoEConfig(router=RouterConfig(num_experts=4, top_k=2), expert=tiny.MLP))),
     "unit_offset": tiny.config(final_norm=NormConfig(kind="rms", eps=1e-6, unit_offset=True)),
     "norm_placement": tiny.config(tiny.layer(norm_placement="sandwich")),
     "residual_scale": tiny.config(tiny.layer(residual_scale=0.5)),

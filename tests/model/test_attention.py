@@ -263,8 +263,7 @@ BLOCKS = {
     ),
     "longrope": tiny.attention(rope=RopeConfig(scaling=LONGROPE)),
     "qwen": tiny.attention(
-        rope=RopeConfig(scaling=QwenNTKScaling(original_max_position_embeddings=6)),
-        query_scaling=LogNScaling(length=6),
+        rope=RopeConfig(scaling=QwenNTKScaling(original_max_position_embeddings=6)), query_scaling=LogNScaling(length=6)
     ),
     "temperature": tiny.attention(rope=None, query_scaling=TemperatureScaling(scale=0.5, floor_scale=4)),
     "latent": tiny.latent_attention(),

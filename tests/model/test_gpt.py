@@ -274,10 +274,7 @@ def test_whole_models_are_those_of_transformers(build, padding):
 
     weight = torch.linspace(-1, 1, VOCAB)
     grads = []
-    for model, result, name in (
-        (ours, logits, "embedding.weight"),
-        (theirs, expected, "model.embed_tokens.weight"),
-    ):
+    for model, result, name in ((ours, logits, "embedding.weight"), (theirs, expected, "model.embed_tokens.weight")):
         if name not in dict(model.named_parameters()):
             name = "transformer.word_embeddings.weight"
         (result[real] * weight).sum().backward()

@@ -56,12 +56,7 @@ def sharded(rank: int, world_size: int, reshard: bool):
     built = model()
     mesh = init_device_mesh("cpu", (world_size,))
     for module in [*built.layers.values(), built]:
-        fully_shard(
-            module,
-            mesh=mesh,
-            reshard_after_forward=reshard,
-            shard_placement_fn=lambda p: Shard(p.ndim - 1),
-        )
+        fully_shard(module, mesh=mesh, reshard_after_forward=reshard, shard_placement_fn=lambda p: Shard(p.ndim - 1))
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     part = SAMPLES // world_size

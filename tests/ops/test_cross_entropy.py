@@ -5,12 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from cordee.ops import cross_entropy
-from cordee.ops.cross_entropy import (
-    IGNORED,
-    adjusted,
-    chunked_cross_entropy,
-    reference_cross_entropy,
-)
+from cordee.ops.cross_entropy import IGNORED, adjusted, chunked_cross_entropy, reference_cross_entropy
 
 TOKENS, HIDDEN, VOCAB = 13, 6, 11
 ADJUSTMENTS = {

@@ -45,10 +45,7 @@ CASES = {
         {"lr_decay_style": "inverse-square-root", "lr_warmup_iters": 3},
         {"lr_decay_style": "inverse-square-root", "lr_warmup_steps": 3 * GBS},
     ),
-    "inverse without warm-up": (
-        {"lr_decay_style": "inverse-square-root"},
-        {"lr_decay_style": "inverse-square-root"},
-    ),
+    "inverse without warm-up": ({"lr_decay_style": "inverse-square-root"}, {"lr_decay_style": "inverse-square-root"}),
     "warm-up from above zero": (
         {"lr_warmup_iters": 5, "lr_warmup_init": 1e-5},
         {"lr_warmup_steps": 5 * GBS, "init_lr": 1e-5},

@@ -47,13 +47,7 @@ def attention(**changes: Any) -> AttentionConfig:
 
 
 def model(*layers: LayerConfig, **changes: Any) -> ModelConfig:
-    options = {
-        "vocab_size": VOCAB,
-        "hidden_size": 32,
-        "max_position_embeddings": LENGTH,
-        "final_norm": RMS,
-        **changes,
-    }
+    options = {"vocab_size": VOCAB, "hidden_size": 32, "max_position_embeddings": LENGTH, "final_norm": RMS, **changes}
     return ModelConfig(layers=layers, **options)
 
 

@@ -113,12 +113,7 @@ def train(
         batches = micro_batches(step, layout, chosen, length, sizes)
         weight = weight_of(batches, layout)
         sums = executor.train(
-            StepBatches(
-                batches=batches,
-                weights=[batch.num_trained for batch in batches],
-                weight=weight,
-                scale=1.0,
-            )
+            StepBatches(batches=batches, weights=[batch.num_trained for batch in batches], weight=weight, scale=1.0)
         )
         values = collectives.sum_over(torch.stack(list(sums.values())), layout) / weight
         found["losses"].append(dict(zip(sums, values.tolist(), strict=True)))

@@ -24,10 +24,7 @@ LAYOUTS = {
     "tp4 sp": (4, {"tensor_model_parallel_size": 4, "sequence_parallel": True}),
     "tp2 sp zero3": (4, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "zero_stage": 3}),
     "tp2 overlap": (2, {"tensor_model_parallel_size": 2, "tp_comm_overlap": True, "tp_comm_overlap_parts": 3}),
-    "tp2 sp overlap": (
-        2,
-        {"tensor_model_parallel_size": 2, "sequence_parallel": True, "tp_comm_overlap": True},
-    ),
+    "tp2 sp overlap": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "tp_comm_overlap": True}),
     "tp2 zero0": (4, {"tensor_model_parallel_size": 2, "zero_stage": 0}),
 }
 

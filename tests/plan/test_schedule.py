@@ -36,12 +36,7 @@ def test_bubble_is_the_closed_form(schedule, stages, ranks, micro_batches, backw
 @pytest.mark.parametrize(("ranks", "micro_batches"), [(2, 4), (4, 8), (4, 16), (8, 16)])
 @pytest.mark.parametrize(
     ("schedule", "stages", "held"),
-    [
-        ("interleaved_zero_bubble", 1, 0.0),
-        ("interleaved_zero_bubble", 2, 0.0),
-        ("zbv", 2, 0.0),
-        ("dualpipev", 2, 0.5),
-    ],
+    [("interleaved_zero_bubble", 1, 0.0), ("interleaved_zero_bubble", 2, 0.0), ("zbv", 2, 0.0), ("dualpipev", 2, 0.5)],
 )
 def test_zero_bubble_schedules_leave_a_third(schedule, stages, held, ranks, micro_batches):
     """Qi et al. 2024: with equal times of F, I and W, p - 1 of them are idle where 1F1B idles 3 (p - 1).

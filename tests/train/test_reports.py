@@ -20,15 +20,7 @@ from cordee.train.metrics import Meter, StepResult, measure_peak_flops
 from cordee.train.options import TrainConfig
 from cordee.train.reports import build_reports
 from cordee.train.run_plan import TrainState
-from cordee.train.sinks import (
-    JsonSink,
-    TerminalSink,
-    log_line,
-    memory_line,
-    perplexity,
-    rate,
-    validation_lines,
-)
+from cordee.train.sinks import JsonSink, TerminalSink, log_line, memory_line, perplexity, rate, validation_lines
 from tests.train import tiny
 
 LINE = re.compile(

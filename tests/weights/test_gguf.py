@@ -56,9 +56,7 @@ MODELS = {
     "mixtral": _hf("Mixtral", "mixtral", num_local_experts=4, num_experts_per_tok=2),
     "qwen2": _hf("Qwen2", "qwen2", rms_norm_eps=1e-6),
     "qwen2 yarn": _hf(
-        "Qwen2",
-        "qwen2",
-        rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8},
+        "Qwen2", "qwen2", rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
     ),
     "qwen3": _hf("Qwen3", "qwen3", head_dim=128),  # transformers reads no other of this file
     "qwen2moe": _hf("Qwen2Moe", "qwen2_moe", **_SPARSE, shared_expert_intermediate_size=16),

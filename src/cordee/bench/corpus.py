@@ -1,7 +1,5 @@
 """The text of the quickstart, written as often as it takes, and a tokenizer learned from it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from itertools import cycle

@@ -1,7 +1,5 @@
 """The rate of matrix products, against which training is measured."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 

@@ -5,8 +5,6 @@ sizes: the small one, on which calling modules costs most, and that of `cordee b
 weights for every token.
 """
 
-from __future__ import annotations
-
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence

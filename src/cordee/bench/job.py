@@ -4,8 +4,6 @@ Owns the choice of the suite and what becomes of its report. Each suite is a mod
 measuring needs, and `run(config, on_turn) -> Report`. Those for the development of Cordée are outside of this package.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from dataclasses import replace

@@ -3,8 +3,6 @@
 Owns the techniques in every form, and which of them are combined. Trains nothing.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterator, Mapping
@@ -116,7 +114,7 @@ PAIRED = {
     *("cp2·ring", "cp4·hybrid", "pp2·1f1b", "pp2·interleaved", "pp2·zbv", "pp4·1f1b", "ep2·alltoall", "ep2·allgather"),
 }
 TRIPLED = {
-    *("tp2·sp", "dp2·zero1", "dp2·zero2", "cp2·ulysses", "cp2·ring", "pp2·1f1b", "pp2·interleaved", "ep2·alltoall"),
+    *("tp2·sp", "dp2·zero1", "dp2·zero2", "cp2·ulysses", "cp2·ring", "pp2·1f1b", "pp2·interleaved", "ep2·alltoall")
 }
 
 

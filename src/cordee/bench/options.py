@@ -1,7 +1,5 @@
 """The options of `cordee bench`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

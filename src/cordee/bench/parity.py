@@ -5,8 +5,6 @@ Owns the comparison. A tiny dense model and a tiny MoE train the same few steps,
 layout and goes on on another is `resume.py`'s, the second part of the report.
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections import Counter
 from collections.abc import Callable

@@ -4,8 +4,6 @@ The peer is handed the texts in memory, in batches, and keeps nothing: no readin
 and writes both files. A second Cordée has a quarter of the text, so that its memory tells whether input size matters.
 """
 
-from __future__ import annotations
-
 import json
 import tempfile
 import time

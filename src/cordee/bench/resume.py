@@ -5,8 +5,6 @@ the next one of the list: the steps that are left must be those of one process t
 samples. The learning rate decays meanwhile, so that the place in its schedule counts too.
 """
 
-from __future__ import annotations
-
 import itertools
 import tempfile
 from collections.abc import Callable, Iterator

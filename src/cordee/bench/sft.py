@@ -5,8 +5,6 @@ longest sample, and TRL's `SFTTrainer`, where it is installed, packs by itself. 
 and their ends. Writes the dialogues and what Cordée makes of them into a temporary directory.
 """
 
-from __future__ import annotations
-
 import json
 import tempfile
 from collections.abc import Callable

@@ -3,8 +3,6 @@
 Owns models, data and the run of `cordee train` in warm workers. Knows no layout by name.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import time

@@ -4,8 +4,6 @@ Every contender is driven as its users drive it: Cordée by the trainer of `cord
 and by its `Trainer`, both with their defaults. In the rounds, the rate of matrix products is measured too.
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path

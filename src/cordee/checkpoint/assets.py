@@ -4,8 +4,6 @@ Owns putting these there and, from a store, bringing them to a local directory, 
 tokenizers only which file names make one.
 """
 
-from __future__ import annotations
-
 import atexit
 import shutil
 from collections.abc import Iterator

@@ -7,8 +7,6 @@ other objects in a checkpoint, such as the state of an optimizer, are ignored. A
 their tensors, which are then written in place.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import pickle

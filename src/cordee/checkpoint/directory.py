@@ -24,8 +24,6 @@ two. Who reads takes the newest generation that is whole; `tidy` removes folders
 that have a successor. A list that lags hides a new checkpoint for a while, and then an older one is found.
 """
 
-from __future__ import annotations
-
 import re
 import time
 import zlib
@@ -44,10 +42,7 @@ MANIFEST = "cordee.json"
 FORMAT = 2  # 1 had no checksum, so that changes in it, and its data, cannot be verified
 _FILE = sealed.record({"bytes": sealed.count(), "crc32": sealed.count()}, exact=True)
 _MANIFEST = sealed.record(
-    {
-        "iteration": sealed.count(),
-        "files": sealed.table(_FILE, r"(?!\.\.?$)[A-Za-z0-9._-]{1,255}", least=1),
-    }
+    {"iteration": sealed.count(), "files": sealed.table(_FILE, r"(?!\.\.?$)[A-Za-z0-9._-]{1,255}", least=1)}
 )
 _NAME = re.compile(r"iter_([0-9]{7,18})(?:\.([0-9]{1,20}))?")
 _UNFINISHED = re.compile(r"\.(iter_[0-9]{7,18}(?:\.[0-9]{1,20})?)\.(new|old)")

@@ -5,8 +5,6 @@ Owns the form of torch's distributed checkpoints: metadata, which is a pickle, a
 checkpoint names is imported or called, and nothing is read but files of its own directory.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import add, gt

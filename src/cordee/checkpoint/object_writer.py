@@ -5,8 +5,6 @@ writer gives its files, and what the manifest keeps of them, which is found whil
 would be a second transfer. What makes the folder a checkpoint is `directory.py`'s.
 """
 
-from __future__ import annotations
-
 import pickle
 import zlib
 from collections.abc import Iterator

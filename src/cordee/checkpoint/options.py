@@ -1,7 +1,5 @@
 """The options of checkpoints."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from cordee.config.laws import GIVEN, POSITIVE, needs

@@ -266,10 +266,7 @@ def location_of(given: str | Path | Location, option: str = "--load") -> Locatio
         return given
     if (path := local_path(str(given))) is not None:
         if is_url(str(given)) and not path.is_absolute():
-            why, fix = (
-                "it names a host, or no whole path",
-                "give file:/// and the path from the root, or a path",
-            )
+            why, fix = ("it names a host, or no whole path", "give file:/// and the path from the root, or a path")
             raise ProblemError([Problem(option, str(given), why, fix, "host")])
         return Location(LocalStorage(), str(path))
     scheme = str(given).partition("://")[0]

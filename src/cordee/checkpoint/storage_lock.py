@@ -7,8 +7,6 @@ back, at the latest at its next heartbeat or save, and stops. What both have sav
 folder.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from contextlib import suppress

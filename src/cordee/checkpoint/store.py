@@ -8,8 +8,6 @@ of a run means is the trainer's.
     optimizer.<parameter>.<state>     such as exp_avg, exp_avg_sq, step
 """
 
-from __future__ import annotations
-
 import errno
 import warnings
 from collections.abc import Callable, Collection, Mapping

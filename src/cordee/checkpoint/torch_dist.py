@@ -6,8 +6,6 @@ is beside the weights is in `common.pt`, or, since core 0.19, one of the objects
 is not looked at.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence

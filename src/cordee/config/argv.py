@@ -4,8 +4,6 @@ Owns the argparse parser made from a schema. argparse splits the line and prints
 missing values, types, choices and unknown flags are checked in one place with those of YAML files, and all at once.
 """
 
-from __future__ import annotations
-
 import argparse
 import textwrap
 from collections.abc import Iterator, Sequence

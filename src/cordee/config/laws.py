@@ -4,8 +4,6 @@ Owns the forms of such laws, and the problems of a configuration that breaks the
 technique declares its options and their laws in one class. Laws with arithmetic stand beside what computes with it.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Owns `option` and `required`, which declare a field of a schema class, and `opti
 back for the loader, the help and the renderer. Knows no option by name, no file and no command line.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import inspect

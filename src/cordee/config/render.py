@@ -3,8 +3,6 @@
 Owns how values are written. Reads `Loaded` only.
 """
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping

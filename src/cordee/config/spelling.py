@@ -5,8 +5,6 @@ option that it sets, and how, and that from a name of other programs to the opti
 share the tables: a flag is its key with dashes.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Owns the one conversion of flags, YAML and Python values. Everything arrives as 
 map) or as None, and the option's declaration alone decides its type, so `1e-5`, `8` and `no` mean the same everywhere.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Mapping, Sequence

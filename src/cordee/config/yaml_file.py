@@ -4,8 +4,6 @@ Owns reading a run file. Scalars stay text (the option's declaration gives them 
 surprises (`1e-5` as text, `no` as false) do not reach a run.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple

@@ -104,10 +104,7 @@ def check_format(form: Format, options: ConvertConfig) -> Problems:
 def check_dialect(source: MegatronSource, options: ConvertConfig) -> Problems:
     """What options say of the format that is read; --use-mcore-models does where no Megatron checkpoint is written."""
     layout, legacy = source.layout, source.dialect.nested != ()
-    ranks = {
-        "src_tensor_model_parallel_size": layout.tensor,
-        "src_pipeline_model_parallel_size": layout.pipeline,
-    }
+    ranks = {"src_tensor_model_parallel_size": layout.tensor, "src_pipeline_model_parallel_size": layout.pipeline}
     yield from stated(options, ranks, options.load_dir)
     why = f"{options.load_dir} is of {source.dialect.title}"
     if options.load_from_legacy and not legacy:

@@ -127,9 +127,7 @@ def _read(form: Format, model: ModelSpec | None, options: ConvertConfig) -> Sour
     from cordee.weights.megatron.source import MegatronSource, Reading
 
     reading = Reading(
-        spec=model,
-        vocab_size=options.true_vocab_size or _count_tokens(options.vocab_file),
-        strict=options.checking,
+        spec=model, vocab_size=options.true_vocab_size or _count_tokens(options.vocab_file), strict=options.checking
     )
     source = form.read(location_of(options.load_dir, "--load-dir"), reading)
     assert isinstance(source, MegatronSource)

@@ -3,8 +3,6 @@
 Owns their names, types, defaults and help texts, and what each needs of others.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -4,8 +4,6 @@ Owns the table of formats that are written, and the meaning of the options of Mi
 converters. The formats themselves are codecs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial

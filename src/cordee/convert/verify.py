@@ -3,8 +3,6 @@
 Owns the comparison of two sources: every tensor bit for bit, by slices, what the models compute, and token ids.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from pathlib import Path
 

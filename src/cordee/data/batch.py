@@ -4,8 +4,6 @@ Owns what axes a field may have, and how samples become tensors and tensors are 
 fields an objective adds. Knows nothing of where samples come from or where the tensors go.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self

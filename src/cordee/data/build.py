@@ -5,8 +5,6 @@ nothing of ranks: in a run of several processes one calls `build_datasets` first
 orders in the cache that are kept there.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping, Sequence

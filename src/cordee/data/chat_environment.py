@@ -3,8 +3,6 @@
 Owns its filters, functions and tags, in a sandbox. A template is other people's program; it reaches the messages only.
 """
 
-from __future__ import annotations
-
 import datetime
 import json
 from collections.abc import Callable

@@ -3,8 +3,6 @@
 Owns what becomes of each record: its tokens, or the reason why it is left out. Knows nothing of files or processes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar

@@ -3,8 +3,6 @@
 Owns what an end-of-document token does to targets, positions and attention. Knows nothing of where samples come from.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

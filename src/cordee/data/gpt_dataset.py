@@ -10,8 +10,6 @@ the samples are then shuffled. "Documents" are here the sequences of the indexed
 0.6 gives the same order for one dataset; for blends it rounds the parts differently, see `blend_sizes`.
 """
 
-from __future__ import annotations
-
 import math
 import threading
 from collections import OrderedDict

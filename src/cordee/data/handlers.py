@@ -4,8 +4,6 @@ Owns the layouts, the names of their columns (--map-keys, dataset_info.json), an
 Knows no token.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -4,8 +4,6 @@ Owns `<prefix>.json`: counts, the tokenizer's fingerprint, the sources and what 
 by another tool) is as good; it can only be checked less.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence

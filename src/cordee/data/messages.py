@@ -3,8 +3,6 @@
 Owns the form of a message and of a dialogue, and of the JSON in them. Knows no record layout, template or tokenizer.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ Owns where such arrays lie, how they get there (complete or not at all) and when
 of what they mean.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

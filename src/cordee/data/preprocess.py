@@ -4,8 +4,6 @@ Owns the job: from input to output names, progress, what is reported, and that a
 readers read, `encode` and `tuning` tokenize, `indexed` has the byte format.
 """
 
-from __future__ import annotations
-
 import signal
 import sys
 import threading
@@ -300,10 +298,7 @@ class _Tally:
         sources: Sequence[Source],
     ) -> Manifest:
         note = TokenizerNote(
-            type=tokenizer.type,
-            fingerprint=tokenizer.fingerprint(),
-            vocab_size=tokenizer.vocab_size,
-            eod=tokenizer.eod,
+            type=tokenizer.type, fingerprint=tokenizer.fingerprint(), vocab_size=tokenizer.vocab_size, eod=tokenizer.eod
         )
         return Manifest(
             documents=builder.sequences,

@@ -4,8 +4,6 @@ Owns the processes: how many items are in flight, that none outlives its parent,
 Knows nothing of what the function does.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import multiprocessing.process
 import os

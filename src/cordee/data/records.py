@@ -4,8 +4,6 @@ Owns where such files lie and when they are made anew: their names follow from t
 tokenizer, the template and the options. Knows no run.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import os
@@ -45,10 +43,7 @@ class Records:
     beside them. `load` gives, when the first is met, the tokenizer and its directory, or None where there is none."""
 
     def __init__(
-        self,
-        options: PreprocessConfig,
-        cache: str | None,
-        load: Callable[[], tuple[Tokenizer, str | None] | None],
+        self, options: PreprocessConfig, cache: str | None, load: Callable[[], tuple[Tokenizer, str | None] | None]
     ):
         self._options, self._cache, self._load = options, cache, functools.cache(load)
         self._rendered: Callable[[], Renderer] | None = None  # by what the records last met are

@@ -4,8 +4,6 @@ Owns which tokens are trained. Labels come from where a token stands, never from
 looks like a special token stays text.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence

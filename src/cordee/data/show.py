@@ -3,8 +3,6 @@
 Owns the figures and how samples are shown. The byte format is `indexed.py`'s.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 

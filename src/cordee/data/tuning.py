@@ -5,8 +5,6 @@ Owns what a sample of tuning is on disk: three sequences, `input_ids`, `attentio
 several samples that do not see each other the number of the sample from 1 on, and 0 for padding. Knows no template.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -64,12 +62,7 @@ def renderer_of(options: DialogueOptions, handler: Handler, tokenizer: Tokenizer
     """What renders the dialogues of `handler`; `directory` is the tokenizer's. ProblemError without a template."""
     template = template_of(options, handler, directory)
     assert template is not None
-    return Renderer(
-        template,
-        tokenizer,
-        train_on=options.train_on,
-        mask_history=options.mask_history,
-    )
+    return Renderer(template, tokenizer, train_on=options.train_on, mask_history=options.mask_history)
 
 
 def template_of(options: DialogueOptions, handler: Handler | None, directory: str | None) -> Template | None:

@@ -3,8 +3,6 @@
 Owns padding, and what segments and positions the samples of a row have. Knows nothing of where samples come from.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Owns the order of whole sequences, and how the pairs of files of a dataset belon
 `tuning.py`'s affair.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator
 

@@ -3,8 +3,6 @@
 Owns how both become token ids with the bytes of text behind them, and what is reported of records that cannot be used.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path

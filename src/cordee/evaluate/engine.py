@@ -5,8 +5,6 @@ that little is padding and a lack of memory shows at once; each copy of the mode
 answer depends on its request alone, within rounding. Knows no task.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace

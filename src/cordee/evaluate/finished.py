@@ -3,8 +3,6 @@
 Owns the file in which they are kept, a line of JSON each. Knows neither what was computed nor how.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path

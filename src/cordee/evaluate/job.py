@@ -3,8 +3,6 @@
 Owns which processes have which part of the model, and which of them speaks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass

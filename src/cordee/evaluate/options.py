@@ -1,7 +1,5 @@
 """The options of `cordee evaluate`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from cordee.config.laws import at_most, required_unless
@@ -33,10 +31,7 @@ class EvaluateOptions:
         None, "also write the results as JSON; an interrupted evaluation resumes from FILE.partial", metavar="FILE"
     )
 
-    laws = (
-        required_unless("task_data_path"),
-        at_most("stride", other="seq_length"),
-    )
+    laws = (required_unless("task_data_path"), at_most("stride", other="seq_length"))
 
 
 @dataclass(frozen=True, kw_only=True)

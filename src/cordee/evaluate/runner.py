@@ -3,8 +3,6 @@
 Owns their order, the progress shown and the two forms of the results: a table and JSON. Knows no task by name.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -98,10 +96,7 @@ def show(results: Sequence[Result]) -> None:
 
 def write(path: str, model: str, results: Sequence[Result]) -> None:
     """Write the results as one JSON object to a new file."""
-    content = {
-        "model": model,
-        "results": [{"task": r.task, "metrics": r.metrics, "parts": r.parts} for r in results],
-    }
+    content = {"model": model, "results": [{"task": r.task, "metrics": r.metrics, "parts": r.parts} for r in results]}
     with closing(NewFile(path)) as file:
         file.write(json.dumps(content, indent=2, ensure_ascii=False))
 

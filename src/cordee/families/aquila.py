@@ -1,7 +1,5 @@
 """Aquila and Aquila2: LLaMA's form, the largest with query groups (Zhang et al. 2024)."""
 
-from __future__ import annotations
-
 from cordee.families import common
 from cordee.families.family import Family, keys
 from cordee.families.reader import ConfigReader

@@ -7,8 +7,6 @@ No key of the published files says so, but others tell: rotary models have `max_
 `model_max_length`; for Baichuan 2 see `is_second`.
 """
 
-from __future__ import annotations
-
 from cordee.families import common
 from cordee.families.family import Family, keys
 from cordee.families.reader import ConfigReader

@@ -5,8 +5,6 @@ the tanh form of GELU, biases everywhere, tied head (BigScience 2022; Press et a
 stored together.
 """
 
-from __future__ import annotations
-
 from cordee.families import common
 from cordee.families.family import Family
 from cordee.families.reader import ConfigReader
@@ -20,12 +18,7 @@ def read(hf: ConfigReader) -> ModelConfig:
     hf.divides(heads_key, heads, hidden_key, hidden)
     norm = NormConfig(kind="layer", eps=hf.number("layer_norm_epsilon", 1e-5))
     attention = AttentionConfig(
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=max(1, hidden // heads),
-        qkv_bias=True,
-        out_bias=True,
-        alibi=True,
+        num_heads=heads, num_kv_heads=heads, head_dim=max(1, hidden // heads), qkv_bias=True, out_bias=True, alibi=True
     )
     ffn = 4 * hidden
     if hf.integer("n_inner", ffn) != ffn:

@@ -1,7 +1,5 @@
 """The output of `cordee models`: a row per preset and the page of one model. Knows no torch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from cordee.families.count import (

@@ -4,8 +4,6 @@ Query groups, SwiGLU, biases of q, k and v, and rotary positions of half of each
 (Du et al. 2022; GLM Team 2024). All q, all k and all v are one tensor, gate and up another.
 """
 
-from __future__ import annotations
-
 from cordee.families import common
 from cordee.families.family import Family
 from cordee.families.reader import ConfigReader

@@ -3,20 +3,11 @@
 Owns small functions, each for one part of a model, which families compose. Knows no family.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any, TypedDict, TypeVar
 
 from cordee.families.reader import ConfigReader
-from cordee.model.config import (
-    Activation,
-    AttentionConfig,
-    LayerConfig,
-    MLPConfig,
-    ModelConfig,
-    NormConfig,
-)
+from cordee.model.config import Activation, AttentionConfig, LayerConfig, MLPConfig, ModelConfig, NormConfig
 from cordee.tensors.rules import IDENTITY, Rule, module, rotary_halves, separate_qkv, stack
 from cordee.tensors.views import Chain, Each, Op
 

@@ -3,8 +3,6 @@
 Owns the number of parameters and the arithmetic of a token. Knows no torch: presets of any size are counted at once.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection
 

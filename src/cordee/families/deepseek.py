@@ -3,8 +3,6 @@
 Owns the keys of their `config.json` and their layout in checkpoints. Routing differs: it is the families'.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from cordee.families import common
@@ -72,10 +70,7 @@ def read_model(
     expert = common.read_swiglu(hf, key="moe_intermediate_size")
     width = (hf.nullable("n_shared_experts", shared) or 0) * expert.ffn_hidden_size
     moe = MoEConfig(
-        router=router,
-        expert=expert,
-        shared=replace(expert, ffn_hidden_size=width) if width else None,
-        balance=balance,
+        router=router, expert=expert, shared=replace(expert, ffn_hidden_size=width) if width else None, balance=balance
     )
     attention = read_latent_attention(hf)
     first, every = hf.number("first_k_dense_replace", dense_layers), hf.integer("moe_layer_freq", 1)

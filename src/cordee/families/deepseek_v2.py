@@ -5,8 +5,6 @@ Agrees with the code published with the weights, which transformers differs from
 `norm_topk_prob`.
 """
 
-from __future__ import annotations
-
 from cordee.families import deepseek
 from cordee.families.experts import read_choice
 from cordee.families.family import Family

@@ -5,8 +5,6 @@ choice alone. Weights are normalised and scaled. The layers that predict further
 are not built: their tensors are left out.
 """
 
-from __future__ import annotations
-
 from cordee.families import deepseek
 from cordee.families.experts import read_choice
 from cordee.families.family import Family, HFConfig, LeftOut

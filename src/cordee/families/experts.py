@@ -3,8 +3,6 @@
 Owns small functions, each for one part of an MoE layer, which families compose. Knows no family.
 """
 
-from __future__ import annotations
-
 from typing import TypedDict
 
 from cordee.families.reader import ConfigReader

@@ -4,8 +4,6 @@ Owns the form of every family file: how its `config.json` reads, how its weights
 single family.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any

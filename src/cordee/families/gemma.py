@@ -4,8 +4,6 @@ Like LLaMA, with the tanh form of GELU in the gated MLP, a tied head, embeddings
 of a size of their own, and norm weights stored as the distance from one (Gemma Team 2024).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from dataclasses import replace
@@ -44,9 +42,4 @@ def read_model(hf: ConfigReader, layers: Iterable[LayerConfig], **more: Any) -> 
     return common.read_model(hf, layers, read_norm(hf), embedding_scale=scale, tie_word_embeddings=tied, **more)
 
 
-FAMILY = Family(
-    name="gemma",
-    architectures=("GemmaForCausalLM", "GemmaModel"),
-    model_types=("gemma",),
-    read=read,
-)
+FAMILY = Family(name="gemma", architectures=("GemmaForCausalLM", "GemmaModel"), model_types=("gemma",), read=read)

@@ -4,8 +4,6 @@ As `gemma.py`, with norms before and after each half of a layer, scores and logi
 other layer, and scores scaled by a number of its own (Gemma Team 2024, arXiv 2408.00118).
 """
 
-from __future__ import annotations
-
 from cordee.families import common
 from cordee.families.family import Family, keys
 from cordee.families.gemma import read_mlp, read_model, read_norm

@@ -4,8 +4,6 @@ As `gemma2.py`, with norms of queries and keys instead of caps, and after severa
 whose RoPE has a larger base (Gemma Team 2025, arXiv 2503.19786).
 """
 
-from __future__ import annotations
-
 from cordee.families import common
 from cordee.families.family import Family, keys
 from cordee.families.gemma import read_mlp, read_model, read_norm
@@ -21,11 +19,7 @@ def read(hf: ConfigReader) -> ModelConfig:
     norm, mlp = read_norm(hf), read_mlp(hf)
     far = read_rope(hf, heads["head_dim"], theta=1e6, layer_type="full_attention")
     near = read_rope(
-        hf,
-        heads["head_dim"],
-        layer_type="sliding_attention",
-        theta_key="rope_local_base_freq",
-        scaling_key=None,
+        hf, heads["head_dim"], layer_type="sliding_attention", theta_key="rope_local_base_freq", scaling_key=None
     )
     scale = hf.positive("query_pre_attn_scalar", 256) ** -0.5
     every = hf.integer(hf.alias("sliding_window_pattern", "_sliding_window_pattern"), 6)

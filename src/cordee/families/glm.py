@@ -4,8 +4,6 @@ Like LLaMA, with gate and up in one tensor, biases of q, k and v, and rotary pos
 neighbouring pairs of dims (GLM Team 2024). Its own form is in `chatglm.py`.
 """
 
-from __future__ import annotations
-
 from cordee.families import common
 from cordee.families.family import Family, keys
 from cordee.families.reader import ConfigReader

@@ -1,7 +1,5 @@
 """GLM-4-0414: as `glm.py`, with a further norm after attention and one after the MLP."""
 
-from __future__ import annotations
-
 from cordee.families import common
 from cordee.families.family import Family, keys
 from cordee.families.glm import layer_weights, read_attention

@@ -5,8 +5,6 @@ Brown et al. 2020). Scores may be divided by the number of the layer besides (Ka
 are stored `[in, out]`, the layout of the original's convolutions of width one.
 """
 
-from __future__ import annotations
-
 import math
 
 from cordee.families import common

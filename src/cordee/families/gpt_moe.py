@@ -11,8 +11,6 @@ a format for such, never were. So the format is our own: keys and names as Mixtr
     moe_pad_expert_input_to_capacity
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 from cordee.families import common

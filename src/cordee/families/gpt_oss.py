@@ -4,8 +4,6 @@ A token's four experts are weighted by the softmax of their logits. Experts are 
 gate and up in turns along the last dim. The published files have them quantised.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from cordee.families import common
@@ -36,20 +34,14 @@ def read(hf: ConfigReader) -> ModelConfig:
     heads, norm = common.read_heads(hf, head_dim=64, groups=8), common.read_norm(hf)
     bias = hf.flag("attention_bias", True)
     attention = AttentionConfig(
-        **heads,
-        qkv_bias=bias,
-        out_bias=bias,
-        rope=read_rope(hf, heads["head_dim"], theta=150000.0),
-        sinks=True,
+        **heads, qkv_bias=bias, out_bias=bias, rope=read_rope(hf, heads["head_dim"], theta=150000.0), sinks=True
     )
     choice = read_choice(hf, "num_local_experts", hf.alias("num_experts_per_tok", "experts_per_token"))
     balance = read_balance(hf)
     if not hf.flag("output_router_logits", False):
         balance = BalanceConfig()  # published files give 0.9, which transformers uses with that flag only
     moe = MoEConfig(
-        router=RouterConfig(**choice, score_when="after", bias=True),
-        expert=read_expert(hf),
-        balance=balance,
+        router=RouterConfig(**choice, score_when="after", bias=True), expert=read_expert(hf), balance=balance
     )
     windows = common.read_windows(hf, hf.integer("sliding_window", 128), lambda i: i % 2 == 0)
     layers = [LayerConfig(attention=replace(attention, window=window), mlp=moe, norm=norm) for window in windows]

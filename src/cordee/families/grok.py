@@ -5,8 +5,6 @@ by the softmax over all eight, not normalised. GELU is the tanh form, as in the 
 program with its own files; names of tensors and keys are those of its conversions to PyTorch.
 """
 
-from __future__ import annotations
-
 from cordee.families import common
 from cordee.families.experts import expert_keys, expert_list_weights, read_balance, read_choice
 from cordee.families.family import Family, keys

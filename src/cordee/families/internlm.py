@@ -3,8 +3,6 @@
 Past the length trained on, the base of the rotary positions grows with the text.
 """
 
-from __future__ import annotations
-
 from cordee.families import common
 from cordee.families.family import Family, keys
 from cordee.families.reader import ConfigReader

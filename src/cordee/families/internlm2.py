@@ -1,7 +1,5 @@
 """InternLM2 and InternLM2.5: LLaMA's form with q, k and v of each group together in one matrix (Cai et al. 2024)."""
 
-from __future__ import annotations
-
 from cordee.families import common
 from cordee.families.family import Family, keys
 from cordee.families.reader import ConfigReader

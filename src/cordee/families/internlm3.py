@@ -1,7 +1,5 @@
 """InternLM3: LLaMA's form; past the length trained on, the base of the rotary positions grows with the text."""
 
-from __future__ import annotations
-
 from cordee.families import common
 from cordee.families.family import Family
 from cordee.families.reader import ConfigReader
@@ -19,8 +17,5 @@ def read(hf: ConfigReader) -> ModelConfig:
 
 
 FAMILY = Family(
-    name="internlm3",
-    architectures=("InternLM3ForCausalLM", "InternLM3Model"),
-    model_types=("internlm3",),
-    read=read,
+    name="internlm3", architectures=("InternLM3ForCausalLM", "InternLM3Model"), model_types=("internlm3",), read=read
 )

@@ -5,8 +5,6 @@ options; a few, such as `activation`, stand for several. Of layers that differ, 
 no family: a family declares which key of its `config.json` holds a word.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace

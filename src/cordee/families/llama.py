@@ -4,8 +4,6 @@ RMS norm before each half of a layer, rotary positions, SwiGLU, query groups (To
 2024).
 """
 
-from __future__ import annotations
-
 from cordee.families import common
 from cordee.families.family import Family, keys
 from cordee.families.reader import ConfigReader

@@ -5,8 +5,6 @@ of a token's best logit multiplies what its expert is given; a shared expert see
 stacks `[expert, in, out]`, rotary dims in neighbouring pairs.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from cordee.families import common

@@ -4,8 +4,6 @@ Like LLaMA, with the scalings of maximal update parametrisation: of the embeddin
 and of the logits (Hu et al. 2024; Yang et al. 2022). The MoE models route each token to its top two experts.
 """
 
-from __future__ import annotations
-
 import math
 
 from cordee.families import common

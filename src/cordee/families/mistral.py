@@ -1,7 +1,5 @@
 """Mistral: LLaMA's form, in the first version with a window over the last 4096 tokens (Jiang et al. 2023)."""
 
-from __future__ import annotations
-
 from cordee.families import common
 from cordee.families.family import Family, keys
 from cordee.families.reader import ConfigReader

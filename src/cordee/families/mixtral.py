@@ -4,8 +4,6 @@ The two are weighted by the softmax of their logits. Each expert has its own mat
 (down).
 """
 
-from __future__ import annotations
-
 from cordee.families import common
 from cordee.families.experts import expert_keys, expert_list_weights, read_balance, read_choice
 from cordee.families.family import Family, keys

@@ -1,7 +1,5 @@
 """OLMo 2: norms after attention and MLP instead of before, and over all queries and all keys (OLMo team 2025)."""
 
-from __future__ import annotations
-
 from cordee.families import common
 from cordee.families.family import Family
 from cordee.families.reader import ConfigReader

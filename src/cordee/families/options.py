@@ -4,8 +4,6 @@ which exclude each other.
 Owns the way from options to words (`families/lenses.py`). Knows no family.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any, TypeVar
@@ -15,14 +13,7 @@ from cordee.config.option import to_flag
 from cordee.errors import Problem, at_most, raise_all, requires
 from cordee.families.lenses import Scaling, Words, sparse_layers
 from cordee.families.rope import SCALINGS, mscale
-from cordee.model.config import (
-    MAX_LAYERS,
-    Activation,
-    LinearScaling,
-    Llama3Scaling,
-    YarnScaling,
-    too_large,
-)
+from cordee.model.config import MAX_LAYERS, Activation, LinearScaling, Llama3Scaling, YarnScaling, too_large
 from cordee.model.options import FeatureOptions, ModelOptions
 
 T = TypeVar("T")

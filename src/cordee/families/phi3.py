@@ -3,8 +3,6 @@
 Some have a window, some rotate only part of a head, and the long ones scale positions by LongRoPE (Abdin et al. 2024).
 """
 
-from __future__ import annotations
-
 from cordee.families import common
 from cordee.families.family import Family, keys
 from cordee.families.reader import ConfigReader

@@ -1,7 +1,5 @@
 """The published models of every family, which are rows of `presets.yaml`. Knows no family."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Mapping
 from pathlib import Path

@@ -4,8 +4,6 @@ LLaMA's form with biases on q, k and v, which are one matrix. In evaluation, tex
 larger rotary base and sharper scores.
 """
 
-from __future__ import annotations
-
 from cordee.families import common
 from cordee.families.family import Family, keys
 from cordee.families.lenses import MODEL, at, scaling_of

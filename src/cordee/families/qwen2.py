@@ -4,8 +4,6 @@ LLaMA's form with biases on queries, keys and values (Bai et al. 2023; Yang et a
 Longer texts than trained on are reached with YaRN.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from cordee.families import common

@@ -4,8 +4,6 @@ Softmax over all experts, the chosen weights not normalised. The shared expert's
 its own. Biases on q, k and v.
 """
 
-from __future__ import annotations
-
 from cordee.families import common
 from cordee.families.experts import (
     NARROW_EXPERTS,

@@ -1,7 +1,5 @@
 """Qwen3, dense: LLaMA's form with a norm of each head's queries and keys (Yang et al. 2025)."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from cordee.families import common
@@ -32,9 +30,4 @@ def read(hf: ConfigReader) -> ModelConfig:
     return common.read_model(hf, layers, norm)
 
 
-FAMILY = Family(
-    name="qwen3",
-    architectures=("Qwen3ForCausalLM", "Qwen3Model"),
-    model_types=("qwen3",),
-    read=read,
-)
+FAMILY = Family(name="qwen3", architectures=("Qwen3ForCausalLM", "Qwen3Model"), model_types=("qwen3",), read=read)

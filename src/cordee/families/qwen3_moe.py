@@ -3,8 +3,6 @@
 Softmax over all experts, the chosen weights normalised. Norms of queries and keys over each head, no biases.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from cordee.families import common
@@ -19,12 +17,7 @@ from cordee.families.experts import (
 from cordee.families.family import Family, keys
 from cordee.families.qwen3 import read_attention
 from cordee.families.reader import ConfigReader
-from cordee.model.config import (
-    LayerConfig,
-    ModelConfig,
-    MoEConfig,
-    RouterConfig,
-)
+from cordee.model.config import LayerConfig, ModelConfig, MoEConfig, RouterConfig
 from cordee.tensors.rules import Rule, module
 
 

@@ -4,8 +4,6 @@ Owns its problems: missing keys, wrong types, contradicting values, and keys tha
 family does not implement. All are collected and reported at once. Knows no family.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar

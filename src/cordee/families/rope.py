@@ -4,8 +4,6 @@ Owns both spellings, transformers 4's (`rope_theta`, `rope_scaling`) and 5's (`r
 that transformers' `modeling_rope_utils` knows for text. Knows no family.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -5,8 +5,6 @@ without, every step runs over everything. Both give the same logits. Knows nothi
 sequence ends, or text.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol

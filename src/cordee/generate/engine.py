@@ -4,8 +4,6 @@ Owns the loop over steps, batches, when a sample ends, and the checks of a reque
 `decoder.py`'s, which token it picks `sampling.py`'s. Knows nothing of text and files.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field

@@ -3,8 +3,6 @@
 Owns where prompts come from and where results go.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import time

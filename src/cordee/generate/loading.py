@@ -3,8 +3,6 @@
 Owns what generation and evaluation need before they start. Where weights come from is the matter of their `Source`.
 """
 
-from __future__ import annotations
-
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path

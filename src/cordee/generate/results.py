@@ -1,7 +1,5 @@
 """Files of results: one of an earlier run is never replaced, and a full disk is a problem like any other."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress

@@ -3,8 +3,6 @@
 Owns the filters and the draws. Knows nothing of models, caches or text.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 

@@ -3,8 +3,6 @@
 Owns how a text begins and how a continuation reads. Knows nothing of models.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 
 from cordee.tokenizer.base import Tokenizer

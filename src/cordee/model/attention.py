@@ -3,8 +3,6 @@
 Owns what stands between hidden states and an attention core: projections, norms, rotation, the cache.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import torch

@@ -8,8 +8,6 @@ Owns what bound modules share, and what a module must not have to be bound. What
 effect is refused: the model then decodes through its modules, which are the reference.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any

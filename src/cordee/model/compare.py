@@ -4,8 +4,6 @@ Owns the places of a `ModelConfig`, such as "layers.attention.num_heads": paths 
 layer's number. Knows neither flags nor families: `families/lenses.py` names places as users do.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection
 from dataclasses import fields, is_dataclass, replace
 from typing import Any

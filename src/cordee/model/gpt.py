@@ -4,8 +4,6 @@ Owns what is computed. Knows nothing of files, families, processes or optimizers
 enter through the seams: parameter axes, the layer span and the `placement` of every module.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

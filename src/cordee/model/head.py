@@ -1,7 +1,5 @@
 """From hidden states to vocabulary: logits when asked for, the loss without them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -5,8 +5,6 @@ without its neighbours and every layout starts from the same model. The source o
 the finaliser of SplitMix64 (Steele, Lea & Flood 2014), turned normal by the Box-Muller transform.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Callable, Collection

@@ -3,8 +3,6 @@
 Owns how the arguments of `GPTModel.forward` become one `Context` for all layers. Knows nothing of what layers compute.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -144,12 +142,7 @@ class Inputs:
         return inputs, Context(positions, mask, step, balance, dropout_rng, residual_indices, block_indices)
 
     def _with_cached(
-        self,
-        cache: Cache,
-        inputs: Tensor,
-        real: Tensor | None,
-        position_ids: Tensor | None,
-        segments: Tensor | None,
+        self, cache: Cache, inputs: Tensor, real: Tensor | None, position_ids: Tensor | None, segments: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """The arguments, with all tokens of the cache before them if its keys are no longer valid; it is then empty.
 

@@ -6,8 +6,6 @@ products: queries are brought into the compressed space, where all heads share o
 is expanded afterwards.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 import torch

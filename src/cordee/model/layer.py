@@ -1,7 +1,5 @@
 """One transformer layer: norm, attention, norm, MLP, each half added to the residual."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from torch import Tensor, nn

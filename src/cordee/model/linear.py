@@ -3,8 +3,6 @@
 Owns the seams around these. Knows not what they are part of.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol

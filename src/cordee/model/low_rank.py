@@ -4,8 +4,6 @@ Owns the factors A and B of a slice of a projection's output and what they add. 
 `weight` keeps its logical dims `[(expert,) *out_shape, in_size]`; layouts shard A with its input and B with its output.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection
 from typing import Generic, Protocol
 

@@ -1,7 +1,5 @@
 """The feed-forward block, gated or plain."""
 
-from __future__ import annotations
-
 from functools import partial
 
 from torch import Tensor

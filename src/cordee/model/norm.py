@@ -1,7 +1,5 @@
 """Norms over the last dim, computed in float32 whatever the dtype of the input."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Owns their names, types, defaults and help texts; what they mean together is `families/options.py`'s matter.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

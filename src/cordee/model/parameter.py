@@ -4,8 +4,6 @@ Tensor, expert and ZeRO sharding, initial values, optimizer groups and checkpoin
 none of them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from typing import Any, ClassVar, Generic, TypeVar, get_args
 

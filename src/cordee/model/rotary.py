@@ -3,8 +3,6 @@
 Owns every way to stretch them. Knows nothing of heads; its caller gives the positions.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

@@ -4,8 +4,6 @@ Owns scores, choice, weights and the limits of capacity. Knows nothing of the ex
 or of the losses that keep them evenly used.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 

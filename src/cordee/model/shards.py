@@ -4,8 +4,6 @@ Owns the table from logical axes to mesh axes, how a dim is cut, the numbers tha
 that a run and a checkpoint of Megatron share. Knows no torch, no option and no rank of its own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 from cordee.errors import Problem, Problems, divides

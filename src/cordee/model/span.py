@@ -3,8 +3,6 @@
 Knows no torch, so that a layout can be worked out and checked before any process starts.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

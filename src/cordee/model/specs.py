@@ -4,8 +4,6 @@ Owns the shapes, logical axes and initial distributions: modules declare the par
 `families/count.py` counts them. Knows no torch, so that presets of any size are described at once.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any, Literal

@@ -3,8 +3,6 @@
 The gated forms take gate and up as they leave one GEMM and keep only that for the backward.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

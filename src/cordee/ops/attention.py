@@ -6,8 +6,6 @@ head_dim]` and v `[batch, kv_heads, keys, value_dim]`, giving `[batch, heads, qu
 `blockwise_attention` does what that cannot, with the scores of a few queries in memory at a time.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -203,13 +201,7 @@ def _with_sink(
 
 
 def blockwise_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: AttentionMask,
-    scores: Scores,
-    *,
-    block_size: int | None = None,
+    q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scores: Scores, *, block_size: int | None = None
 ) -> Tensor:
     """As `reference_attention`, for `block_size` queries at a time, whose scores are made again in the backward.
 

@@ -9,8 +9,6 @@ of every chunk again.
 Logits are products times `scale`, and within +-`softcap` where that is given: c * tanh(logit / c) (Gemma 2).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Literal, Protocol
 

@@ -5,8 +5,6 @@ on processors where MKL keeps to AVX2; `cordee.device` knows which those are. `l
 are torch's own everywhere else or where `torch.backends.mkldnn.enabled` is off.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 

@@ -3,8 +3,6 @@
 Owns the grouped product and the loop that defines it. Knows nothing of routing: rows come sorted by group.
 """
 
-from __future__ import annotations
-
 import functools
 
 import torch

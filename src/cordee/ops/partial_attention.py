@@ -9,8 +9,6 @@ Shapes are those of `cordee.ops.attention`; `lse` is float32 `[batch, heads, que
 sees none of the keys.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -37,14 +35,7 @@ def part(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scores: Scores) -
 
 
 def gradients(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    mask: AttentionMask,
-    scores: Scores,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: AttentionMask, scores: Scores
 ) -> Gradients:
     """What this part adds to the gradients of q, k and v, float32; `grad`, `out` and `lse` are of the merged result."""
     fused = mask.is_plain() and has_flash(q.device, scores)
@@ -100,14 +91,7 @@ def plain_part(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scores: Sco
 
 
 def plain_gradients(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    mask: AttentionMask,
-    scores: Scores,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: AttentionMask, scores: Scores
 ) -> Gradients:
     """As `gradients`, by the chain rule."""
     score, capped = _scores(q, k, mask, scores)

@@ -5,8 +5,6 @@
 `split_rotated` also takes apart what comes out of one projection as queries, keys and values.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.autograd import Function

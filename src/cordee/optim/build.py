@@ -4,8 +4,6 @@ Owns the parameter groups. Knows no model: a parameter's description says whethe
 decays.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Protocol
@@ -26,11 +24,7 @@ class Described(Protocol):
 
 
 def build_optimizer(
-    options: OptimizerOptions,
-    parameters: Iterable[tuple[str, Tensor]],
-    specs: Mapping[str, Described],
-    *,
-    fused: bool,
+    options: OptimizerOptions, parameters: Iterable[tuple[str, Tensor]], specs: Mapping[str, Described], *, fused: bool
 ) -> Optimizer:
     """The optimizer of `options` over named `parameters`, plain tensors or DTensors, that take gradients.
 

@@ -4,8 +4,6 @@ Owns the arithmetic over gradients that live as plain tensors or as DTensors on 
 counted once however often it is replicated. Knows no optimizer and no schedule.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 

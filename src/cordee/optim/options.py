@@ -3,8 +3,6 @@
 Owns their names, types, defaults and help texts, and what each needs of others.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,9 +22,7 @@ class OptimizerOptions:
     lr: float = required("peak learning rate", above=0, elsewhere=("learning_rate",))
     min_lr: float = option(0.0, "learning rate at the end of the decay", at_least=0)
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = option(
-        "linear",
-        "learning rate schedule after warm-up; WSD: warm-up, stable, decay",
-        elsewhere=("lr_scheduler_type",),
+        "linear", "learning rate schedule after warm-up; WSD: warm-up, stable, decay", elsewhere=("lr_scheduler_type",)
     )
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = option(
         "exponential", "WSD: form of the decay phase"

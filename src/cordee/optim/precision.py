@@ -4,8 +4,6 @@ Owns the scale and the rule that moves it (Micikevicius et al. 2018, with Megatr
 given whether a gradient overflowed; it knows neither gradients nor devices.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from cordee.optim.options import PrecisionOptions

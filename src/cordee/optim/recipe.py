@@ -4,8 +4,6 @@ Flags that describe a model one by one are Megatron's, and come with Megatron's 
 Llama 2 (Touvron et al. 2023, section 2.2), with warm-up as a share of the run.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 

@@ -5,8 +5,6 @@ those of all steps that changed the parameters so far. Nothing is stored, so a r
 uninterrupted one. Knows no optimizer.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict, dataclass
 from typing import Literal

@@ -6,8 +6,6 @@ layers with their collectives and wrappers, and FSDP2 wraps the result. Each tec
 its options, law and cost; its `apply(model, layout, options)` is called here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

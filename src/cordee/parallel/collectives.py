@@ -5,8 +5,6 @@ within a forward and backward are `differentiable.py`'s, and `overlap.py`'s wher
 communicates through torch.distributed. Alone in one process every function returns its own value.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast

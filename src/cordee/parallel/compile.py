@@ -4,8 +4,6 @@ Option: `--compile` (options.py). Law: `pipeline/check.py`. No cost in memory. O
 parameters stay: modules are compiled in place. Shapes are static, since every micro-batch of a run has the same.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any
 

@@ -10,8 +10,6 @@ of its own; context-parallel ranks shard parameters as data-parallel ranks do (`
 token positions, the shard of a micro-batch, and `apply`, by which attention and MoE layers see all tokens.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 from functools import partial

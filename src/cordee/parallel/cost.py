@@ -4,8 +4,6 @@ Owns the arithmetic of the ZeRO stages, as `data.py` has them, and which paramet
 `sharding.py` has them. Knows no activations.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import get_args
@@ -86,10 +84,7 @@ def cost(config: LayoutOptions, degrees: Degrees, count: ParameterCount) -> Memo
 
 
 def count(
-    model: ModelConfig,
-    degrees: Degrees,
-    spans: Sequence[Span] = (),
-    trained: Collection[Origin] = get_args(Origin),
+    model: ModelConfig, degrees: Degrees, spans: Sequence[Span] = (), trained: Collection[Origin] = get_args(Origin)
 ) -> ParameterCount:
     """The parameters of the rank that has the largest shards of `spans` (empty: the whole model), of which those of
     other origins than `trained` are frozen."""

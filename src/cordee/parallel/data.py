@@ -19,8 +19,6 @@ On devices with streams FSDP2 has one bucket (a layer) of gradients in flight, a
 parameters, under computation; `_overlap` makes that two, or none. On CPU collectives block where they are called.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

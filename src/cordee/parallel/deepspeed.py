@@ -4,8 +4,6 @@ Owns which of its fields set options: the ZeRO stage, precision, batch sizes and
 DeepSpeed's own engine and are reported as ignored.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

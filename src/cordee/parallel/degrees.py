@@ -4,8 +4,6 @@ Owns the axes, their order and the law that joins them. `layout.py` turns degree
 device or a process.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

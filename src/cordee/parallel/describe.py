@@ -3,8 +3,6 @@
 Owns the text that a run and `cordee check` show. Works from `Degrees` alone, without torch.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from itertools import groupby

@@ -5,8 +5,6 @@ backward of "every rank gets the same" is "the gradients of all ranks are summed
 whether an operand's gradient is whole or a part on each rank.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 

@@ -4,8 +4,6 @@ Owns the protocol of executors, and the plain one: one micro-batch after another
 has the whole model. `pipeline/executor.py` is the other. Knows no optimizer and no objective by name.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol

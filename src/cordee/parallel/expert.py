@@ -9,8 +9,6 @@ Every rank of the axis takes part in every dispatch: with no tokens at all it st
 forward and backward, empty tensors.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

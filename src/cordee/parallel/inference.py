@@ -74,12 +74,7 @@ class InferenceStage:
         return self.layout.degrees.tp
 
     def run(
-        self,
-        model: GPTModel,
-        ids: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        cache: Cache | None = None,
+        self, model: GPTModel, ids: Tensor, attention_mask: Tensor | None = None, *, cache: Cache | None = None
     ) -> Tensor:
         """As `model(..., output=last_logits)` of a whole model; all processes of a copy call it alike."""
         dtype = next(model.parameters()).dtype

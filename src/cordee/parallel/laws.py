@@ -4,8 +4,6 @@ Owns the laws between model, degrees and options. Those between degrees are `deg
 `pipeline/check.py`'s; laws between the options of a technique are declared with these (options.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -3,8 +3,6 @@
 Owns all of them: they are made here, once, and looked up by name. Knows neither models nor data.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager

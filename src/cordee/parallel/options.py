@@ -4,8 +4,6 @@ Owns their names, types, defaults and help texts, and what those of a technique 
 degrees are `laws.py`'s.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -6,8 +6,6 @@ computed. They replace `tensor.py`'s borders and the plain GEMM where one GEMM e
 both.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial

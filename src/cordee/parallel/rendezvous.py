@@ -5,8 +5,6 @@ more: its keys may be from processes that are gone. The launcher's own number of
 nodes each agent has its own: it counts the ends of its workers, not those of others.
 """
 
-from __future__ import annotations
-
 import time
 from datetime import timedelta
 

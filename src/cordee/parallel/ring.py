@@ -5,8 +5,6 @@ are in flight (LoongTrain, Gu et al. 2024), and which tiles of the scores have t
 one tile is `cordee.ops.partial_attention`'s; the caller says which rank holds which token positions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple

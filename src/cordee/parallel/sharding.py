@@ -4,8 +4,6 @@ Owns turning whole parameters into DTensors by the table from logical axes to me
 and `expert.py` compute with them, `data.py` keeps them between steps.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch

@@ -3,8 +3,6 @@
 Owns where a wrapper goes (`apply`) and its law (`check`). Knows none of them: options and cost are theirs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal

@@ -3,8 +3,6 @@
 Owns what the options mean for a simulation, their problems, and the table. How the picture looks is `picture`'s.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import lcm

@@ -3,8 +3,6 @@
 Owns how it looks. Computes no figure. Imports matplotlib, so it is imported where a picture is asked for.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

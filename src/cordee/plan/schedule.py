@@ -3,8 +3,6 @@
 Owns the model of time: how long an action takes and when it can start. Schedules come from `parallel.pipeline`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,12 +41,7 @@ class Costs:
 
 
 def simulate(
-    orders: Sequence[Sequence[Action]],
-    costs: Costs,
-    *,
-    layers: Sequence[float],
-    sizes: Sequence[float],
-    name: str = "",
+    orders: Sequence[Sequence[Action]], costs: Costs, *, layers: Sequence[float], sizes: Sequence[float], name: str = ""
 ) -> Timeline:
     """When each action starts and ends, if every rank works through its actions and waits for what an action needs.
 

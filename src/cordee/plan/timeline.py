@@ -4,8 +4,6 @@ Owns the record of a step, simulated or measured, its file form, and how bubble 
 schedule.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -3,8 +3,6 @@
 Owns which files are read, which of them are held out, and how they are written as JSON lines. Knows no tokenizer.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

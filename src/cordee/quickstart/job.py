@@ -4,8 +4,6 @@ Owns the sequence of jobs and the small model's shape. Every phase is the job a 
 have written are left in the output folder, so that each can be repeated by hand.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

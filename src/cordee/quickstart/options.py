@@ -1,7 +1,5 @@
 """The options of `cordee quickstart`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from cordee.config.option import option

@@ -3,8 +3,6 @@
 Owns the page and its pictures (SVG, drawn by matplotlib, nothing fetched). Is handed every figure; measures nothing.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field

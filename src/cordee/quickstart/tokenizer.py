@@ -1,7 +1,5 @@
 """A small byte-level BPE tokenizer learned from text, saved as a Hugging Face tokenizer."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

@@ -3,8 +3,6 @@
 Owns which files make which tokenizer. Each kind has its own module; no model's code is ever run.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar

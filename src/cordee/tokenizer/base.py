@@ -3,8 +3,6 @@
 Owns the interface and the fingerprint that tells whether two tokenizers give the same ids. Knows no format.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from abc import ABC, abstractmethod

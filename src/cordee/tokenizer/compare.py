@@ -4,8 +4,6 @@ Owns the texts that show how a token is matched: with or without the spaces besi
 the text is normalised. Knows of a directory only what `special.py` reads.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, NamedTuple
 

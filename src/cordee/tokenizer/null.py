@@ -1,7 +1,5 @@
 """The tokenizer of texts that are numbers already: "17 4 99" is [17, 4, 99]."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path

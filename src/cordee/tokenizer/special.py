@@ -4,8 +4,6 @@ Owns the reading of `tokenizer_config.json` and its neighbours, in the order of 
 one description that every kind of tokenizer obeys. Knows nothing of how text is cut.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace

@@ -4,8 +4,6 @@ Owns the two forms of such a file (lines of base64 and rank, as Llama 3 and Qwen
 what the files do not say: the pattern that cuts text into words, and the special tokens.
 """
 
-from __future__ import annotations
-
 import base64
 import binascii
 import json

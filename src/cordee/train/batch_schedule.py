@@ -3,8 +3,6 @@
 Owns the global batch, its ramp-up and its split into micro-batches. Knows neither torch nor data.
 """
 
-from __future__ import annotations
-
 import bisect
 import math
 from dataclasses import dataclass, replace

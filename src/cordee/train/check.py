@@ -4,8 +4,6 @@ Owns what of a run is shown, as far as it is known: where data or weights are mi
 Knows no torch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from cordee.errors import Findings, Problem

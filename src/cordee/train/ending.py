@@ -3,8 +3,6 @@
 Owns these lines, of which every command works as it stands. Knows no torch.
 """
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Iterator
 

@@ -5,8 +5,6 @@ ranks only (a signal, a clock): those are counted over all ranks between two ste
 Knows no collective: the trainer adds up.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

@@ -4,8 +4,6 @@ Owns what these options mean for a model, whatever its family, and when they mea
 file of weights, so that a checkpoint does not hold them: like a learning rate they are given with every run.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, replace
 from typing import Any
@@ -104,11 +102,7 @@ def _capacity(capacity: CapacityConfig | None, options: TrainConfig) -> Capacity
         return None
     if factor is None and capacity is None:
         return None
-    given = {
-        "factor": factor,
-        "drop": options.moe_token_drop_policy,
-        "pad": options.moe_pad_expert_input_to_capacity,
-    }
+    given = {"factor": factor, "drop": options.moe_token_drop_policy, "pad": options.moe_pad_expert_input_to_capacity}
     before = capacity or CapacityConfig(factor=1.0)
     return replace(before, **{name: value for name, value in given.items() if value is not None})
 

@@ -4,8 +4,6 @@ Owns what --load means, and finding out before anything starts whether what it n
 choose; only what is no checkpoint brings it when it is opened.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 

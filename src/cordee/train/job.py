@@ -4,8 +4,6 @@ Owns the phases before and after the loop: join the other ranks, plan, build the
 everything in order. The loop is `trainer.py`'s.
 """
 
-from __future__ import annotations
-
 import gc
 import os
 import socket
@@ -226,12 +224,7 @@ def _damage(plan: RunPlan, layout: Layout) -> str | None:
 
 
 def _build(
-    plan: RunPlan,
-    layout: Layout,
-    on: torch.device,
-    exits: ExitRule,
-    locks: Mapping[str, lock.Lock],
-    stack: ExitStack,
+    plan: RunPlan, layout: Layout, on: torch.device, exits: ExitRule, locks: Mapping[str, lock.Lock], stack: ExitStack
 ) -> tuple[Parts, TrainState]:
     """Everything the loop works with, closed when `stack` is, and where the run is."""
     config, objective = plan.config, plan.objective
@@ -250,11 +243,7 @@ def _build(
     if config.save is not None:
         root = location_of(config.save, "--save")
         store = CheckpointStore(
-            root,
-            group=layout.background,
-            keep_last=config.keep_last,
-            lock=locks.get("--save"),
-            on_lost=exits.rank_lost,
+            root, group=layout.background, keep_last=config.keep_last, lock=locks.get("--save"), on_lost=exits.rank_lost
         )
         stack.enter_context(store)
         together(lambda: _save_assets(plan, root) if layout.rank == 0 else None, layout.control)

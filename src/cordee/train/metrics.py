@@ -3,8 +3,6 @@
 Owns the figures: averages since the last line, speed, share of the peak, time left. How they are shown is `sinks.py`'s.
 """
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass, field
 

@@ -3,8 +3,6 @@
 Owns the search for the rank or the parameters, which costs time only when the run ends for it anyway.
 """
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from cordee.errors import Problem

@@ -3,8 +3,6 @@
 Owns how they are made of those of its parts, and those that belong to none.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from cordee.checkpoint.options import CheckpointOptions
@@ -27,10 +25,7 @@ class ValidationOptions:
     eval_on_start: bool = option(False, "validate before the first iteration too, which is only reported")
     skip_train: bool = option(False, "skip training, only validate and test")
 
-    laws = (
-        ignored("eval_interval", eval_iters=POSITIVE),
-        needs("eval_on_start", "skip_train", eval_iters=POSITIVE),
-    )
+    laws = (ignored("eval_interval", eval_iters=POSITIVE), needs("eval_on_start", "skip_train", eval_iters=POSITIVE))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +38,7 @@ class ExitOptions:
         None, "early stopping: exit after this many validations in a row without improvement of the loss", above=0
     )
     early_stopping_threshold: float = option(
-        0.0,
-        "early stopping: an improvement is a loss lower than the best before by more than this",
-        at_least=0,
+        0.0, "early stopping: an improvement is a loss lower than the best before by more than this", at_least=0
     )
     exit_signal_handler: bool = option(True, "on SIGTERM or Ctrl-C, finish the iteration, save a checkpoint and exit")
     exit_grace_seconds: float = option(120.0, "seconds from SIGTERM to SIGKILL of a rank's process", at_least=0)

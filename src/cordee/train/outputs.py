@@ -3,8 +3,6 @@
 Owns which places of a run's options are locked, and what is said of one that another run has.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager

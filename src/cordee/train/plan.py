@@ -4,8 +4,6 @@ Owns the decisions that need no torch: which model, from where, over how many ra
 problems are found together, so `cordee check` and the start of a job are the same thing.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -75,10 +73,7 @@ def examined(config: TrainConfig, *, contents: bool = False) -> tuple[Draft | No
 
 
 def plan_run(
-    config: TrainConfig,
-    world_size: int,
-    avoid: Mapping[int, str] | None = None,
-    fingerprint: Any = None,
+    config: TrainConfig, world_size: int, avoid: Mapping[int, str] | None = None, fingerprint: Any = None
 ) -> RunPlan:
     """The plan of a run over `world_size` processes; ProblemError with everything that is wrong with it.
 
@@ -90,10 +85,7 @@ def plan_run(
 
 
 def draft_run(
-    config: TrainConfig,
-    world_size: int,
-    avoid: Mapping[int, str] | None = None,
-    fingerprint: Any = None,
+    config: TrainConfig, world_size: int, avoid: Mapping[int, str] | None = None, fingerprint: Any = None
 ) -> Draft:
     """As `plan_run`, as far as the run is known with what is wrong with it."""
     shape = fitting(config, world_size)

@@ -3,8 +3,6 @@
 Owns which sinks a run has and how often each gets a record. Records are `metrics.py`'s, their form `sinks.py`'s.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -33,9 +31,7 @@ class Report:
 
     def write(self, state: TrainState) -> None:
         record = self.meter.read(
-            iteration=state.iteration,
-            consumed_samples=state.consumed_samples,
-            consumed_tokens=state.consumed_tokens,
+            iteration=state.iteration, consumed_samples=state.consumed_samples, consumed_tokens=state.consumed_tokens
         )
         self.each(lambda sink: sink.step(record))
 

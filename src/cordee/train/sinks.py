@@ -4,8 +4,6 @@ Owns the form of each; the figures are `metrics.py`'s. Only rank 0 has sinks: it
 norms are of all ranks. (Megatron prints on the last rank, the only one that knows its loss.)
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import math

@@ -4,8 +4,6 @@ Owns what stands between a configuration and the job on each rank: a file with i
 its own way to the same job.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace

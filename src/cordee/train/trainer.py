@@ -4,8 +4,6 @@ Owns the order of things in a step and in a run: fetch, forward and backward, cl
 stop. What any of them does is another file's. Runs the same on one process and on many.
 """
 
-from __future__ import annotations
-
 import gc
 import math
 import time

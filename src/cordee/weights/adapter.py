@@ -5,8 +5,6 @@ adapter speaks of the tensors of a checkpoint (`q_proj`, or a tensor rank's `lin
 canonical parameter of such tensors brings it to its slices of ours. The files that adapters come in are codecs' affair.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path

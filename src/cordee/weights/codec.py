@@ -4,8 +4,6 @@ Owns what a format has to offer to be read from (`Source`) and written to (`Sink
 canonical names and global shapes; which files, names and layouts are behind them is each format's own affair.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Owns finding the files (single, sharded with an index, safetensors or `.bin`), o
 wrong with them. Knows no family and no canonical name.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -4,8 +4,6 @@ Owns copying between a `Source` or `Sink` and parameters, which may be whole, sh
 tensor is moved at a time, and of a sharded parameter only this process's part is read.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Collection, Mapping

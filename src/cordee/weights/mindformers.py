@@ -3,8 +3,6 @@
 Owns the names, and how a directory of them is distinguished from one with Hugging Face's names. Knows no torch.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

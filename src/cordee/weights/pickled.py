@@ -5,8 +5,6 @@ Owns the machine that a pickle's opcodes drive. Python's own imports and calls w
 protocols 0 and 1 and `copyreg` extensions, which no file of weights uses, are refused. Knows no format of weights.
 """
 
-from __future__ import annotations
-
 import pickle
 import struct
 from collections.abc import Callable
@@ -101,11 +99,7 @@ class _Machine:
     """A stack of objects, the stacks below each mark, and the memo."""
 
     def __init__(
-        self,
-        data: Bytes,
-        start: int,
-        resolve: Callable[[str, str], object],
-        persistent: Callable[[object], object],
+        self, data: Bytes, start: int, resolve: Callable[[str, str], object], persistent: Callable[[object], object]
     ):
         self.at = start
         self._data, self._size = data, len(data)

@@ -3,8 +3,6 @@
 Owns reading and writing by rules, whatever the files and the names in them, and the shapes that rules imply.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from functools import reduce

@@ -4,8 +4,6 @@ Owns the layout of such a file: the length of its header in 8 bytes, the header 
 bytes of its tensors without gaps. Who writes those is not its affair: the header gets its room first, its content last.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path

@@ -7,8 +7,6 @@ a source that cannot be read by slices holds a whole tensor. Which files there a
 the format's.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor

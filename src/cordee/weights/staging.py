@@ -3,8 +3,6 @@
 Owns the directory in which output is made, beside its final place, and what may be replaced by it. Knows no format.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

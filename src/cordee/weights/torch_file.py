@@ -5,8 +5,6 @@ tensor (before torch 1.6: pickles, and then the bytes); read, the pickle is take
 the building of tensors is understood, and written, it is made with holes where the bytes go. Knows nothing of models.
 """
 
-from __future__ import annotations
-
 import argparse
 import io
 import mmap

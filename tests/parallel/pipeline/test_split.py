@@ -151,12 +151,7 @@ def test_options_of_a_pipeline_need_one():
     chosen = options(1, num_layer_list="4", pipeline_schedule="zbv", fold_mode="aiao", noop_layers="0")
     assert {
         problem.option for problem in broken(chosen, 1) if problem.limit == "--pipeline-model-parallel-size 2 or more"
-    } == {
-        "--num-layer-list",
-        "--pipeline-schedule",
-        "--fold-mode",
-        "--noop-layers",
-    }
+    } == {"--num-layer-list", "--pipeline-schedule", "--fold-mode", "--noop-layers"}
 
 
 def test_a_large_bubble_is_reported():

@@ -5,8 +5,6 @@ Owns which reader reads which file, and what is read of a directory. A module in
 file as one document.
 """
 
-from __future__ import annotations
-
 import importlib
 import pkgutil
 from collections import Counter

@@ -3,8 +3,6 @@
 Owns the common part of all formats: what makes a record valid. Knows no format.
 """
 
-from __future__ import annotations
-
 import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence

@@ -3,8 +3,6 @@
 Owns `--hf-datasets-params`. The library is an extra; nothing else here needs it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ The beginning of a .json shows its form: `[` is an array, and a first line that 
 objects take several lines.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator, Sequence

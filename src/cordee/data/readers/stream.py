@@ -3,8 +3,6 @@
 Owns opening, what a line of text is, and cutting at line ends. Knows nothing of what the lines hold.
 """
 
-from __future__ import annotations
-
 import gzip
 import io
 import zlib

@@ -1,8 +1,6 @@
 """Plain text: every line is a record under the key `text`, without its line end (as `datasets` reads text), or
 the whole file is one."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path

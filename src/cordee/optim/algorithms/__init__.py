@@ -6,8 +6,6 @@ optimizers. All functions of a file keep the same state: a run resumes with any 
 functions, so that the names are known without it.
 """
 
-from __future__ import annotations
-
 import functools
 import pkgutil
 from collections.abc import Callable

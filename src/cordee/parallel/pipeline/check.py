@@ -4,8 +4,6 @@ Owns the laws between the schedule, ZeRO, compilation and micro-batches. Those o
 those of a schedule's numbers `schedules.py`'s, those of a list of micro-batches `micro_batches.py`'s.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path

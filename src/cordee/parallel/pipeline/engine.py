@@ -7,8 +7,6 @@ as torch's schedules do (`_PipelineStageBase.perform_reduce_grad`). Those schedu
 micro-batch one shape and keep what was sent to the end of the step.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

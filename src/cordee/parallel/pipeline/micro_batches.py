@@ -5,8 +5,6 @@ shorten the bubble; the schedule is 1F1B. A loss is weighted by the samples of e
 that of equal micro-batches. Knows neither data nor torch.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from cordee.config.values import whole_numbers

@@ -6,8 +6,6 @@ message is expected as it is sent: two ranks name the messages between them in t
 message whose sender waits for it. Knows neither torch nor schedules.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal

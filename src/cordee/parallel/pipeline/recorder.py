@@ -3,8 +3,6 @@
 Owns the clock of a recorded step and the file that `cordee plan --timeline` draws. Knows no schedule.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Iterator

@@ -5,8 +5,6 @@ numbered along the model, micro-batches in the order of their samples. Knows nei
 these schedules, `cordee.plan` simulates them.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Owns the partition of a model's layers: balanced by what layers cost, or set by 
 virtual stages; and the laws of these options. Knows neither torch nor time.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise

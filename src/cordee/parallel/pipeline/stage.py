@@ -6,8 +6,6 @@ The loss is taken of a copy of the last hidden states, so that every stage ends 
 head, always a whole one, runs before that of the layers, whose dgrad and wgrad may run apart.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -54,10 +54,7 @@ IDENTITY = sealed.record(
         "order": sealed.text(),
         "sets": sealed.listed(
             sealed.record(
-                {
-                    **dict.fromkeys(("tokens", "first", "last", *CONTENTS), sealed.count()),
-                    "weight": sealed.number(),
-                }
+                {**dict.fromkeys(("tokens", "first", "last", *CONTENTS), sealed.count()), "weight": sealed.number()}
             )
         ),
         "blocks": sealed.maybe(sealed.listed(sealed.row(sealed.count(1), sealed.flag))),
@@ -101,11 +98,7 @@ class GPTData:
         """Sample orders that are kept in the cache are built if they are missing."""
         counts = [self.samples[name] for name in SPLITS]
         built = build_datasets(
-            self.config,
-            *counts,
-            train_blocks=self.identity["blocks"],
-            verified=verified,
-            sequences=self.sequences,
+            self.config, *counts, train_blocks=self.identity["blocks"], verified=verified, sequences=self.sequences
         )
         found = {name: dataset for name, dataset in zip(PARTS, built, strict=True) if dataset is not None}
         if self.config.multiple_validation_sets:

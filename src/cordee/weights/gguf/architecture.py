@@ -5,8 +5,6 @@ keys, and a model is written as the architecture as which it is read again: no f
 and never imports torch.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence

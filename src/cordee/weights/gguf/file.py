@@ -5,8 +5,6 @@ what is read is in `header`. Tensors that are stored in blocks of few bits are r
 before it is asked for. Knows no key and no model.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from pathlib import Path

@@ -7,8 +7,6 @@ their entries, each padded to the alignment; and the last has to end the file. K
 and of packed types only sizes.
 """
 
-from __future__ import annotations
-
 import math
 import struct
 import sys

@@ -4,8 +4,6 @@ Owns which of Megatron's arguments say what a model is. Names of its arguments a
 read them from a checkpoint to check or to complete the command line.
 """
 
-from __future__ import annotations
-
 from argparse import Namespace
 from dataclasses import fields
 from typing import Any

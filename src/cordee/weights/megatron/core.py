@@ -4,8 +4,6 @@ Owns the names and nothing else. Transformer Engine joins a norm with the linear
 (1.0.RC3) packs the first projections of latent attention and leaves shared experts whole.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from cordee.model.config import LatentAttentionConfig, LayerConfig, MoEConfig

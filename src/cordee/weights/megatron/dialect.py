@@ -4,8 +4,6 @@ Owns the form in which a dialect is written down: a table of names, and the few 
 out differently. The dialects themselves are data, each in its codec's file.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal

@@ -6,8 +6,6 @@ A checkpoint has a file for every (tensor, pipeline, expert) rank. A pipeline st
 virtual stages several, its chunks; layers are numbered from 0 again in each chunk.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass

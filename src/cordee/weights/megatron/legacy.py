@@ -7,8 +7,6 @@ up apart, under names that changed in November 2023, or one after the other in o
 has the latter's form too.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from cordee.weights.megatron.dialect import Dialect, Names

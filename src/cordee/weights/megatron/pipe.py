@@ -12,8 +12,6 @@ follow, until 2023 with a function between embedding and layers and one between 
                                         `tied_modules.embed.word_embeddings.weight`
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from collections import Counter

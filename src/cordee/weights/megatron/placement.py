@@ -4,8 +4,6 @@ Owns the split of parameters over tensor ranks, of layers over stages and of exp
 the rules' algebra: one description serves reading, writing and the check of shapes. Knows no file format.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace

@@ -4,8 +4,6 @@ Owns the files: their folders, what stands in them beside the weights, and the o
 before the first tensor comes, so that each tensor is written to its final place at once and none is held back.
 """
 
-from __future__ import annotations
-
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
