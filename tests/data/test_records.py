@@ -82,6 +82,7 @@ def test_long_samples_are_left_out_or_cut(tmp_path: Path, tokenizer: str, caplog
     preprocess.run(config(tmp_path, tokenizer, input=path, seq_length=60))
     assert len(read(tmp_path / "out")) == 12
     preprocess.run(config(tmp_path, tokenizer, input=path, seq_length=60, cut_long=True, overwrite=True))
+    assert "1 sample cut to the length" in caplog.text
     samples = read(tmp_path / "out")
     assert len(samples) == 13 and len(samples[-1][0]) == 60
     target = [label for label in samples[-1][2] if label != IGNORED]

@@ -250,7 +250,7 @@ class _Tally:
         self.left_out: Counter[str] = Counter()
         self._max_token = dict.fromkeys(keys, -1)
         self._invalid: list[Invalid] = []
-        self._cut = 0
+        self._in_part: Counter[tuple[str, str]] = Counter()
         self._skip_invalid = skip_invalid
         self._start = time.perf_counter()
 
@@ -260,7 +260,7 @@ class _Tally:
         self.text_bytes += result.text_bytes
         self.done = result.done
         self.left_out.update(result.left_out)
-        self._cut += result.cut
+        self._in_part.update(result.in_part)
         self._invalid += result.invalid[: _SHOWN - len(self._invalid)]
         for key, column in result.columns.items():
             self._max_token[key] = max(self._max_token[key], column.max_token)
@@ -314,8 +314,9 @@ class _Tally:
         """Log what was left out."""
         if counts := self._counts():
             logger.warning("Left out of %s: %s", counted(self.records, "record"), counts)
-        if self._cut:
-            logger.warning("Cut to the length: %s of %s", counted(self._cut, "sample"), counted(self.records, "record"))
+        for (what, how), count in self._in_part.items():
+            if count:
+                logger.warning("Of %s: %s %s", counted(self.records, "record"), counted(count, what), how)
         if self._invalid:
             logger.warning("Invalid records:%s", self._places(self.left_out["invalid"]))
 

@@ -97,7 +97,8 @@ class Records:
             "seq_length": config.seq_length,
         }
         prefix = cache_dir(self._cache, path) / f"{Path(path).name}-{content_key(**facts)}"
-        return _made(replace(config, output_prefix=str(prefix)), tokenizer, directory)
+        with reading(flag, path):
+            return _made(replace(config, output_prefix=str(prefix)), tokenizer, directory)
 
 
 def tokenizing(options: Any, seq_length: int) -> PreprocessConfig:

@@ -9,6 +9,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from cordee.tokenizer import Tokenizer
 
 FIELDS = ("input_ids", "attention_mask", "labels")
 NOTHING_TRAINED = "without a trained token"
+_CUT = ("sample", "cut to the length")
+_UNPROVED = ("answer", "not trained: the template writes it otherwise once others follow")
 _WINDOW = 1 << 24  # tokens among which samples to pack are chosen
 
 Tokens = npt.NDArray[np.int32]
@@ -148,9 +151,9 @@ class EncodeDialogues:
     def __call__(self, chunk: Chunk) -> Encoded:
         samples: list[tuple[Tokens, ...]] = []
         invalid: list[Invalid] = []
-        left_out = Counter[str]()
-        records = cut = size = 0
-        for found in read_records(chunk, self._samples, invalid):
+        left_out, in_part = Counter[str](), Counter[tuple[str, str]]()
+        records = size = 0
+        for found in read_records(chunk, partial(self._samples, in_part), invalid):
             records += 1
             for together in found:
                 size += sum(len(ids) for ids, _ in together)
@@ -159,7 +162,9 @@ class EncodeDialogues:
                 if whys:
                     left_out[whys[0]] += 1
                     continue
-                cut += any(len(fitting[0]) < len(ids) for fitting, (ids, _) in zip(kept, together, strict=True))
+                in_part[_CUT] += any(
+                    len(fitting[0]) < len(ids) for fitting, (ids, _) in zip(kept, together, strict=True)
+                )
                 samples.append(tuple(chain.from_iterable(each for each in kept if not isinstance(each, str))))
         columns = zip(*samples, strict=True) if samples else ((),) * len(self.outputs)
         return Encoded(
@@ -169,18 +174,21 @@ class EncodeDialogues:
             done=chunk.done,
             invalid=invalid,
             left_out={INVALID: len(invalid), TOO_LONG: 0, NOTHING_TRAINED: 0, **left_out},
-            cut=cut,
+            in_part=in_part,
         )
 
-    def _samples(self, record: Mapping[str, Any]) -> list[list[tuple[Tokens, Tokens]]]:
+    def _samples(
+        self, in_part: Counter[tuple[str, str]], record: Mapping[str, Any]
+    ) -> list[list[tuple[Tokens, Tokens]]]:
         """Those of a record, in groups that are left out together."""
         if self.handler.pairwise:
-            return [[self.sample(dialogue) for dialogue in self.handler.pairs(record)]]
-        return [[self.sample(dialogue)] for dialogue in self.handler.dialogues(record)]
+            return [[self._sample(dialogue, in_part) for dialogue in self.handler.pairs(record)]]
+        return [[self._sample(dialogue, in_part)] for dialogue in self.handler.dialogues(record)]
 
-    def sample(self, dialogue: Dialogue) -> tuple[Tokens, Tokens]:
+    def _sample(self, dialogue: Dialogue, in_part: Counter[tuple[str, str]]) -> tuple[Tokens, Tokens]:
         """Ids and labels; the first token has no label, for nothing comes before it."""
         turns = self.renderer.turns(dialogue)
+        in_part[_UNPROVED] += sum(turn.unproved for turn in turns)
         ids = list(chain.from_iterable(chain(turn.source, turn.target) for turn in turns))
         labels = list(chain.from_iterable(chain(turn.source_labels, turn.target_labels) for turn in turns))
         if self.eod is not None:

@@ -10,12 +10,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, ClassVar
 
 from cordee.config.laws import changed_options
 from cordee.config.option import to_flag
 from cordee.data.build import plan_parts
-from cordee.data.indexed import IndexedDataset
+from cordee.data.indexed import IndexedDataset, idx_path
 from cordee.data.options import DialogueOptions
 from cordee.data.records import Records, tokenizing
 from cordee.errors import Findings, raise_all
@@ -69,10 +70,13 @@ class SFT(NextToken):
             changed[name] = tuple(new or old for new, old in zip(made, values, strict=True))
         raise_all(found.problems)
         own = changed_options(config) & {each.name for each in fields(DialogueOptions)}
-        if own and not records.met:
+        if own and not records.met and any(idx_path(each).exists() for each in chain(*changed.values())):
             named = ", ".join(map(to_flag, sorted(own)))
             logger.warning("ignored: %s (no records are tokenized: the data is already)", named)
         return replace(config, **changed)
+
+    def evaluated(self, config: TrainConfig) -> None:
+        """Nothing: perplexity is of texts, and these are dialogues with what asks for answers, in rows perhaps."""
 
     def data(self, run: Run, found: Findings) -> GPTData | None:
         plan = super().data(run, found)
