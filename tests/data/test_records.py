@@ -34,9 +34,10 @@ def tokenizer(tmp_path_factory) -> str:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    backend.add_special_tokens(["<s>", "<|im_end|>", "<|im_start|>"])
+    backend.add_special_tokens(["<s>", "<|im_end|>", "<|im_start|>", "<unk>"])
     backend.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "<|im_end|>"}))
+    roles = {"bos_token": "<s>", "eos_token": "<|im_end|>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(roles))
     return str(folder)
 
 
@@ -227,6 +228,7 @@ def test_good_data_is_shown_and_found_good(tmp_path: Path, tokenizer: str, capsy
         (lambda ids, labels: (ids[:-1], labels[:-1]), "whose end is not trained"),
         (lambda ids, labels: (ids, ids), "with a trained role marker"),
         (lambda ids, labels: ([256, 256, *ids], [IGNORED, IGNORED, *labels]), "with BOS twice in a row"),
+        (lambda ids, labels: ([259, *ids], [IGNORED, *labels]), "unknown to the tokenizer"),
     ],
 )
 def test_what_spoils_training_is_found(tmp_path: Path, tokenizer: str, capsys, change, expected):
