@@ -10,10 +10,10 @@ from __future__ import annotations
 import functools
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVar
 
 from cordee.config.option import option
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # nothing else: the options of a run, which its help reads, h
     from cordee.families.registry import ModelSpec
     from cordee.model.head import Head
     from cordee.parallel.execution import Frozen, LossParts, Reduce
+    from cordee.parallel.layout import Layout
     from cordee.sealed import Form
     from cordee.tokenizer import Tokenizer
     from cordee.train.batch_schedule import BatchSchedule
@@ -34,6 +35,7 @@ if TYPE_CHECKING:  # nothing else: the options of a run, which its help reads, h
     from cordee.weights.codec import Source
 
 B = TypeVar("B", bound="Batch")
+POLICY = "policy"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +44,8 @@ class ObjectiveOptions:
 
     stage: str = option(
         "pretrain",
-        "training objective: pretrain (next token of texts), sft (answers of dialogues)",
+        "training objective: pretrain (next token of texts), sft (answers of dialogues), dpo, orpo or simpo (pairs of "
+        "a chosen and a rejected answer), kto (answers that are desirable or not)",
         shorthands={"--is-instruction-dataset": "sft"},
     )
 
@@ -113,10 +116,22 @@ class FurtherModel:
     source: Source | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """A run that is about to begin, on one rank. `datasets` are those of its data by name."""
+
+    config: TrainConfig
+    batches: BatchSchedule
+    data: DataPlan
+    datasets: Mapping[str, Dataset]
+    layout: Layout
+
+
 class Objective(ABC, Generic[B]):
     """`stage` is its value of --stage, `loss_name` what log lines call its loss.
 
-    Options that are its own are a dataclass declared beside it, of which the configuration of a run is one too.
+    Options that are its own are a dataclass declared beside it, of which the configuration of a run is one too: those
+    that its loss depends on it is given by `with_options`.
 
     reduces: its loss is not a sum over tokens: it asks for sums over whole sequences, by `reduce`.
     """
@@ -124,6 +139,10 @@ class Objective(ABC, Generic[B]):
     stage: ClassVar[str]
     loss_name: ClassVar[str]
     reduces: bool = False
+
+    def with_options(self, config: TrainConfig) -> Self:
+        """This objective as a run has it."""
+        return self
 
     def ready(self, config: TrainConfig) -> TrainConfig:
         """`config` with its data in the form that training reads, made now if it is not there: before processes join,
@@ -150,6 +169,11 @@ class Objective(ABC, Generic[B]):
     def models(self, run: Run) -> Mapping[str, FurtherModel]:
         """Further models, such as the reference of a preference objective, by name; ProblemError if there is none."""
         return {}
+
+    def begin(self, make: Mapping[str, Callable[[], Frozen]], start: Start) -> Mapping[str, Frozen]:
+        """The models that `prepare` is given, once, before the first step: of those in `make`, which are its further
+        ones and, as `POLICY`, the trained one as it is at the time."""
+        return {name: each() for name, each in make.items() if name != POLICY}
 
     def evaluated(self, config: TrainConfig) -> str | None:
         """What of the run's data `cordee evaluate` takes as --task-data-path, held out if there is such; None without

@@ -12,12 +12,14 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
+
 from cordee.config.laws import changed_options
 from cordee.config.option import to_flag
 from cordee.data.build import plan_parts
-from cordee.data.indexed import IndexedDataset
 from cordee.data.options import DialogueOptions
 from cordee.data.records import Records, tokenizing
+from cordee.data.tuning_dataset import Form, TuningDataset, ids_of
 from cordee.errors import Findings, raise_all
 from cordee.log import counted, logger
 from cordee.tokenizer import Tokenizer
@@ -28,6 +30,7 @@ from cordee.train.options import TrainConfig
 
 if TYPE_CHECKING:
     from cordee.data.loader import Collate
+    from cordee.data.tuning_collate import TuningCollate
 
 _PATHS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 
@@ -36,9 +39,13 @@ _PATHS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 class TuningData(GPTData):
     """The samples of a run: whole sequences with labels of their own."""
 
-    sequences: ClassVar[bool] = True
+    sequences: ClassVar[type[TuningDataset] | None] = TuningDataset
 
     def collate(self) -> Collate:
+        return self.rows()
+
+    def rows(self) -> TuningCollate:
+        """What pads sequences."""
         from cordee.data.tuning_collate import TuningCollate
 
         config = self.config
@@ -54,13 +61,16 @@ class TuningData(GPTData):
 
 
 class SFT(NextToken):
+    """`form`: what its samples are."""
+
     stage = "sft"
     plan = TuningData
+    form: ClassVar[Form] = "dialogues"
 
     def ready(self, config: TrainConfig) -> TrainConfig:
         """Paths become the prefixes of pairs of ids; records are tokenized into the cache if they are not there."""
-        options = tokenizing(config, config.seq_length)
-        records = Records(options, config.data_cache_path, partial(_tokenizer, config))
+        options = tokenizing(config, config.seq_length, kto=self.form == "kto")
+        records = Records(options, config.data_cache_path, partial(_tokenizer, config), self.form)
         found = Findings()
         changed = {}
         for name in _PATHS:
@@ -93,7 +103,7 @@ def _cut(config: TrainConfig) -> Iterator[str]:
     """Samples that are cut, of what is trained on."""
     part = plan_parts(config)["train"]
     for prefix in dict.fromkeys(part.blend.prefixes):
-        lengths = IndexedDataset(prefix).sequence_lengths
+        lengths = np.maximum.reduce([each.sequence_lengths for each in ids_of(prefix)])
         if long := int((lengths > config.seq_length).sum()):
             samples = counted(len(lengths), "sample")
             yield f"cut to --seq-length {config.seq_length}: {long:,} of the {samples} of {prefix}"

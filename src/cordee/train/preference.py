@@ -1,0 +1,182 @@
+"""What objectives of preferences have in common: two sequences a sample, and a reference model.
+
+Owns the log-probabilities of answers, what is reported of them, where the reference model comes from, and what is
+worth a note in data of pairs. The losses are the objectives' own.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Self
+
+import numpy as np
+
+from cordee.checkpoint import formats
+from cordee.data.build import plan_parts, training_part
+from cordee.data.messages import IGNORED
+from cordee.data.tuning_dataset import Form, form_of, ids_of
+from cordee.errors import Findings, Problem, ProblemError
+from cordee.log import counted
+from cordee.train.initial_weights import choose
+from cordee.train.objectives import DataSize, FurtherModel, Run, Start
+from cordee.train.objectives.next_token import GPTData
+from cordee.train.objectives.sft import SFT, TuningData
+from cordee.train.options import TrainConfig
+from cordee.train.preference_options import PreferenceOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cordee.data.batch import Batch
+    from cordee.data.loader import Collate
+    from cordee.data.preference_collate import PreferenceBatch
+    from cordee.model.head import Head
+    from cordee.parallel.execution import Frozen, LossParts, Reduce
+
+REFERENCE = "reference"
+
+
+class PreferenceData(TuningData):
+    """The samples of a run: two whole sequences each."""
+
+    def collate(self) -> Collate:
+        from cordee.data.preference_collate import PreferenceCollate
+
+        return PreferenceCollate(rows=self.rows())
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Answers, float32 `[answers]`: their log-probabilities, the same less those by the reference model, and how many
+    tokens they have."""
+
+    logps: Tensor
+    gained: Tensor
+    lengths: Tensor
+
+    @property
+    def mean_logps(self) -> Tensor:
+        return self.logps / self.lengths
+
+
+class Preference(SFT):
+    """refers: it has a reference model."""
+
+    loss_name = "preference loss"
+    reduces = True
+    plan = PreferenceData
+    form: ClassVar[Form] = "pairs"
+    refers: ClassVar[bool] = False
+    options: PreferenceOptions = PreferenceOptions()
+
+    def with_options(self, config: TrainConfig) -> Self:
+        objective = copy.copy(self)
+        objective.options = config
+        return objective
+
+    def ready(self, config: TrainConfig) -> TrainConfig:
+        """With --ref-model as it is when the run begins: a run that resumes loads other weights, and keeps it."""
+        ready = super().ready(config)
+        if not self.refers or ready.ref_model is not None:
+            return ready
+        return replace(ready, ref_model=Findings().attempt(lambda: _initial_weights(ready)))
+
+    def data(self, run: Run, found: Findings) -> GPTData | None:
+        plan = super().data(run, found)
+        if plan is not None:
+            found.notes += _equal_pairs(run.config)
+        return plan
+
+    def size(self, config: TrainConfig) -> DataSize:
+        size, part = super().size(config), training_part(config)
+        ids = {prefix: ids_of(prefix) for prefix in size.tokens}
+        tokens = {prefix: sum(each.tokens_between(*part.sequences(each)) for each in ids[prefix]) for prefix in ids}
+        return replace(size, tokens=tokens)
+
+    def models(self, run: Run) -> dict[str, FurtherModel]:
+        if not self.refers:
+            return {}
+        if (path := run.config.ref_model or _initial_weights(run.config)) is None:
+            return {REFERENCE: FurtherModel(spec=run.spec)} if run.spec else {}
+        try:
+            source = formats.read(path)
+        except ProblemError as error:
+            problems = [replace(each, option="--ref-model", value=path) for each in error.problems]
+            raise ProblemError(problems, error.everywhere) from error
+        rows = source.spec.config.vocab_size
+        if run.vocab_size is not None and rows != run.vocab_size:
+            why = f"it has {rows} tokens, the model that is trained has {run.vocab_size}"
+            raise ProblemError([Problem("--ref-model", path, why, "give a model of the same tokenizer", "model")])
+        return {REFERENCE: FurtherModel(spec=source.spec, source=source)}
+
+    def begin(self, make: Mapping[str, Callable[[], Frozen]], start: Start) -> dict[str, Frozen]:
+        return {name: each() for name, each in make.items() if name == REFERENCE}
+
+    def prepare(self, batches: list[Batch], models: Mapping[str, Frozen]) -> list[Batch]:
+        if (reference := models.get(REFERENCE)) is None:
+            return batches
+        found = reference.forward(batches, token_logps)
+        return [replace(batch, reference=logps) for batch, logps in zip(batches, found, strict=True)]
+
+    def weight(self, batch: Batch) -> int:
+        """Number of pairs."""
+        return len(batch.input_ids) // 2
+
+    def loss(self, head: Head, hidden: Tensor, batch: Batch, reduce: Reduce) -> LossParts:
+        from cordee.data.preference_collate import PreferenceBatch, paired
+
+        assert isinstance(batch, PreferenceBatch)
+        both = self.answers(head, hidden, batch, reduce)
+        sides = zip(*(paired(each) for each in (both.logps, both.gained, both.lengths)), strict=True)
+        chosen, rejected = (Answers(*side) for side in sides)
+        losses, metrics = self.losses(chosen, rejected)
+        better, worse = metrics["rewards/chosen"], metrics["rewards/rejected"]
+        metrics |= {
+            "rewards/margins": better - worse,
+            "rewards/accuracies": (better > worse).float(),
+            "logps/chosen": chosen.logps,
+            "logps/rejected": rejected.logps,
+        }
+        return losses.sum(), {name: values.detach().sum() for name, values in metrics.items()}
+
+    def answers(self, head: Head, hidden: Tensor, batch: PreferenceBatch, reduce: Reduce) -> Answers:
+        """Those of all rows of a batch."""
+        import torch
+
+        logps = token_logps(head, hidden, batch)
+        gained = logps if batch.reference is None else logps - batch.reference
+        rows = reduce(torch.stack([logps.sum(1), gained.sum(1), (batch.labels != IGNORED).sum(1)]))
+        return Answers(rows[0], rows[1], rows[2].clamp(min=1))  # a row may be cut down to its prompt
+
+    @abstractmethod
+    def losses(self, chosen: Answers, rejected: Answers) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of each pair `[pairs]`, and so of what is reported: "rewards/chosen", "rewards/rejected", others."""
+
+
+def token_logps(head: Head, hidden: Tensor, batch: Batch) -> Tensor:
+    """The log-probability of every label, float32 `[batch, seq]`, 0 where there is none."""
+    return head.token_logprobs(hidden, batch.labels)
+
+
+def _initial_weights(config: TrainConfig) -> str | None:
+    """The weights that a run began with, None: drawn by its seed."""
+    initial = choose(config, None, [])
+    if initial.weights is not None:
+        return str(Path(initial.weights).absolute())
+    if (checkpoint := initial.checkpoint) is None:
+        return None
+    return checkpoint.manifest["config"].get("ref_model") if checkpoint.resume else str(checkpoint.path)
+
+
+def _equal_pairs(config: TrainConfig) -> Iterator[str]:
+    """Pairs that teach nothing, of what is trained on."""
+    for prefix in dict.fromkeys(plan_parts(config)["train"].blend.prefixes):
+        if form_of(prefix) == "pairs":
+            chosen, rejected = ids_of(prefix)
+            alike = np.flatnonzero(chosen.sequence_lengths == rejected.sequence_lengths).tolist()
+            if same := sum(np.array_equal(chosen.get(pair), rejected.get(pair)) for pair in alike):
+                yield f"chosen and rejected are the same: {same:,} of the {counted(len(chosen), 'pair')} of {prefix}"
