@@ -21,14 +21,20 @@ class PreferenceBatch(Batch):
     """Rows are chosen and rejected answers by turns, or of KTO answers and mismatched ones.
 
     `reference` float32 [batch, seq] adds up, over the tokens of a row, to the log-probability of its answer by the
-    reference model. Of KTO, float32 [samples]: `desirable` is 1 or 0, `baseline` the divergence from the reference
-    that rewards are held against, and `factor` that by which a sample counts in a mean over those of its kind.
+    reference model, 0 without one.
     """
 
-    reference: Tensor | None = axes("sequence", "token", default=None)
-    desirable: Tensor | None = axes("sample", default=None)
-    baseline: Tensor | None = axes("sample", default=None)
-    factor: Tensor | None = axes("sample", default=None)
+    reference: Tensor = axes("sequence", "token")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class KTOBatch(PreferenceBatch):
+    """Of samples, float32 [samples]: `desirable` is 1 or 0, `kl` the divergence of the policy from the reference, the
+    same for all of a step, and `factor` that by which a sample counts in a mean over those of its kind."""
+
+    desirable: Tensor = axes("sample")
+    kl: Tensor = axes("sample")
+    factor: Tensor = axes("sample")
 
 
 def paired(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,11 +52,11 @@ class PreferenceCollate:
     def __call__(self, samples: Sequence[Sample]) -> PreferenceBatch:
         sides = ("", MISMATCHED) if DESIRABLE in samples[0] else SIDES
         rows = [{name: sample[side + name] for name in FIELDS} for sample in samples for side in sides]
-        batch = PreferenceBatch(**vars(self.rows(rows)))
-        found = dict(vars(batch))
+        batch = self.rows(rows)
+        reference = torch.zeros(batch.input_ids.shape)
         if "reference" in samples[0]:  # the sum stands at the first token
-            found["reference"] = torch.zeros(batch.input_ids.shape)
-            found["reference"][:, 0] = torch.from_numpy(np.concatenate([sample["reference"] for sample in samples]))
-        if DESIRABLE in samples[0]:
-            found[DESIRABLE] = torch.tensor([float(sample[DESIRABLE][0]) for sample in samples])
-        return PreferenceBatch(**found)
+            reference[:, 0] = torch.from_numpy(np.concatenate([sample["reference"] for sample in samples]))
+        if DESIRABLE not in samples[0]:
+            return PreferenceBatch(**vars(batch), reference=reference)
+        flags = torch.tensor([float(sample[DESIRABLE][0]) for sample in samples])
+        return KTOBatch(**vars(batch), reference=reference, desirable=flags, kl=0 * flags, factor=0 * flags)

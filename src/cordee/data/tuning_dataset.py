@@ -62,6 +62,9 @@ def sibling_problems(indexed: IndexedDataset) -> Iterator[Problem]:
         except ProblemError as error:
             yield from error.problems
             continue
+        if field == DESIRABLE and len(lengths) == 1:
+            why, fix = "it has one sample, whose prompt no other answer can be put to", "give more samples"
+            yield Problem("dataset", prefix, why, fix, "at least", limit=2)
         if field == REJECTED and len(other) == len(lengths):  # of another side, with lengths of its own
             lengths = other
         if not np.array_equal(other, np.ones_like(lengths) if field == DESIRABLE else lengths):
@@ -133,8 +136,8 @@ class MismatchedDataset(TuningDataset):
     def _read(self, sequence: int) -> dict[str, npt.NDArray[np.int64]]:
         own, other, start = super()._read(sequence), None, 0
         prompt = own["input_ids"][: source_length(own["labels"])]
-        for step in range(1, min(self._count, _TRIED + 1)):
-            other = super()._read(self._first + (sequence - self._first - step) % self._count)
+        for step in range(1, min(len(self.indexed), _TRIED + 1)):
+            other = super()._read((sequence - step) % len(self.indexed))
             start = source_length(other["labels"])
             if not np.array_equal(prompt, other["input_ids"][:start]):
                 break

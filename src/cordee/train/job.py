@@ -256,12 +256,11 @@ def _build(
     make = {name: partial(_further, each, plan, layout, on, criterion) for name, each in plan.models.items()}
     make[objectives.POLICY] = partial(Frozen, model, executor, layout)
     datasets = {name: loader.dataset for name, loader in loaders.items()}
-    start = objectives.Start(config=config, batches=plan.batches, data=plan.data, datasets=datasets, layout=layout)
     parts = Parts(
         model=model,
         executor=executor,
         objective=objective,
-        models=objective.begin(make, start),
+        models=objective.begin(make, plan, datasets, layout),
         optimizer=optimizer,
         scaler=scaler,
         loaders=loaders,

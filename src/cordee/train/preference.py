@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypeAlias
 
 import numpy as np
 
 from cordee.checkpoint import formats
-from cordee.data.build import plan_parts, training_part
+from cordee.data.build import plan_parts
 from cordee.data.messages import IGNORED
 from cordee.data.tuning_dataset import Form, form_of, ids_of
 from cordee.errors import Findings, Problem, ProblemError
 from cordee.log import counted
 from cordee.train.initial_weights import choose
-from cordee.train.objectives import DataSize, FurtherModel, Run, Start
+from cordee.train.objectives import FurtherModel, Run
 from cordee.train.objectives.next_token import GPTData
 from cordee.train.objectives.sft import SFT, TuningData
 from cordee.train.options import TrainConfig
@@ -49,8 +49,7 @@ class PreferenceData(TuningData):
         return PreferenceCollate(rows=self.rows())
 
 
-@dataclass(frozen=True)
-class Answers:
+class Answers(NamedTuple):
     """Answers, float32 `[answers]`: their log-probabilities, the same less those by the reference model, and how many
     tokens they have."""
 
@@ -58,9 +57,8 @@ class Answers:
     gained: Tensor
     lengths: Tensor
 
-    @property
-    def mean_logps(self) -> Tensor:
-        return self.logps / self.lengths
+
+Losses: TypeAlias = "tuple[Tensor, dict[str, Tensor]]"
 
 
 class Preference(SFT):
@@ -91,12 +89,6 @@ class Preference(SFT):
             found.notes += _equal_pairs(run.config)
         return plan
 
-    def size(self, config: TrainConfig) -> DataSize:
-        size, part = super().size(config), training_part(config)
-        ids = {prefix: ids_of(prefix) for prefix in size.tokens}
-        tokens = {prefix: sum(each.tokens_between(*part.sequences(each)) for each in ids[prefix]) for prefix in ids}
-        return replace(size, tokens=tokens)
-
     def models(self, run: Run) -> dict[str, FurtherModel]:
         if not self.refers:
             return {}
@@ -113,26 +105,34 @@ class Preference(SFT):
             raise ProblemError([Problem("--ref-model", path, why, "give a model of the same tokenizer", "model")])
         return {REFERENCE: FurtherModel(spec=source.spec, source=source)}
 
-    def begin(self, make: Mapping[str, Callable[[], Frozen]], start: Start) -> dict[str, Frozen]:
-        return {name: each() for name, each in make.items() if name == REFERENCE}
-
-    def prepare(self, batches: list[Batch], models: Mapping[str, Frozen]) -> list[Batch]:
+    def prepare(self, batches: list[Any], models: Mapping[str, Frozen]) -> list[Any]:
         if (reference := models.get(REFERENCE)) is None:
             return batches
-        found = reference.forward(batches, token_logps)
-        return [replace(batch, reference=logps) for batch, logps in zip(batches, found, strict=True)]
+        pairs = zip(batches, reference.forward(batches, token_logps), strict=True)
+        return [batch if logps is None else replace(batch, reference=logps) for batch, logps in pairs]
+
+    def answers(self, head: Head, hidden: Tensor, batch: PreferenceBatch, reduce: Reduce) -> Answers:
+        """Those of all rows of a batch."""
+        import torch
+
+        logps = token_logps(head, hidden, batch)
+        gained, labelled = logps - batch.reference, batch.labels != IGNORED
+        rows = reduce(torch.stack([logps.sum(1), gained.sum(1), labelled.sum(1)]))
+        return Answers(rows[0], rows[1], rows[2].clamp(min=1))  # a row may be cut down to its prompt
+
+
+class PairPreference(Preference):
+    """A loss of pairs."""
 
     def weight(self, batch: Batch) -> int:
         """Number of pairs."""
         return len(batch.input_ids) // 2
 
-    def loss(self, head: Head, hidden: Tensor, batch: Batch, reduce: Reduce) -> LossParts:
-        from cordee.data.preference_collate import PreferenceBatch, paired
+    def loss(self, head: Head, hidden: Tensor, batch: PreferenceBatch, reduce: Reduce) -> LossParts:
+        from cordee.data.preference_collate import paired
 
-        assert isinstance(batch, PreferenceBatch)
         both = self.answers(head, hidden, batch, reduce)
-        sides = zip(*(paired(each) for each in (both.logps, both.gained, both.lengths)), strict=True)
-        chosen, rejected = (Answers(*side) for side in sides)
+        chosen, rejected = (Answers(*side) for side in zip(*map(paired, both), strict=True))
         losses, metrics = self.losses(chosen, rejected)
         better, worse = metrics["rewards/chosen"], metrics["rewards/rejected"]
         metrics |= {
@@ -143,17 +143,8 @@ class Preference(SFT):
         }
         return losses.sum(), {name: values.detach().sum() for name, values in metrics.items()}
 
-    def answers(self, head: Head, hidden: Tensor, batch: PreferenceBatch, reduce: Reduce) -> Answers:
-        """Those of all rows of a batch."""
-        import torch
-
-        logps = token_logps(head, hidden, batch)
-        gained = logps if batch.reference is None else logps - batch.reference
-        rows = reduce(torch.stack([logps.sum(1), gained.sum(1), (batch.labels != IGNORED).sum(1)]))
-        return Answers(rows[0], rows[1], rows[2].clamp(min=1))  # a row may be cut down to its prompt
-
     @abstractmethod
-    def losses(self, chosen: Answers, rejected: Answers) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(self, chosen: Answers, rejected: Answers) -> Losses:
         """The loss of each pair `[pairs]`, and so of what is reported: "rewards/chosen", "rewards/rejected", others."""
 
 

@@ -18,32 +18,18 @@ class PreferenceOptions:
     """Preference training."""
 
     is_pairwise_dataset: bool = option(False, "the data is of pairs, as that of these stages always is")
-    ref_model: str | None = option(
-        None, "dpo, kto: the reference model, in any format [the initial weights of the run]", metavar="DIR"
-    )
-    precompute_reference: bool = option(
-        False, "dpo, kto: log-probabilities of the reference model are computed once, and kept in --data-cache-path"
-    )
+    ref_model: str | None = option(None, "reference model, in any format [initial weights of the run]", metavar="DIR")
+    precompute_reference: bool = option(False, "score the data by the reference model once, into --data-cache-path")
     dpo_beta: float = option(0.1, "dpo: weight of the distance from the reference model", above=0)
-    dpo_loss_type: Literal["sigmoid", "hinge", "ipo"] = option(
-        "sigmoid", "dpo: loss of the margin of the rewards", elsewhere=("pref_loss",)
-    )
-    dpo_label_smoothing: float = option(
-        0.0, "dpo: probability that chosen and rejected are the wrong way round (cDPO)", at_least=0, below=0.5
-    )
-    dpo_ftx: float = option(
-        0.0, "dpo: weight of the negative log-likelihood of chosen answers", at_least=0, aliases=("--pref-ftx",)
-    )
+    dpo_loss_type: Literal["sigmoid", "hinge", "ipo"] = option("sigmoid", "dpo: loss", elsewhere=("pref_loss",))
+    dpo_label_smoothing: float = option(0.0, "dpo: probability of a swapped pair (cDPO)", at_least=0, below=0.5)
+    dpo_ftx: float = option(0.0, "dpo: weight of chosen answers' mean NLL", at_least=0, aliases=("--pref-ftx",))
     orpo_beta: float = option(0.1, "orpo: weight of the odds ratio", above=0)
     simpo_beta: float = option(2.0, "simpo: scale of the mean log-probability of an answer", above=0)
     simpo_gamma: float = option(0.5, "simpo: margin of the rewards that is aimed at", at_least=0)
     kto_beta: float = option(0.1, "kto: weight of the distance from the reference model", above=0)
-    kto_desirable_weight: float = option(
-        1.0, "kto: weight of desirable answers", at_least=0, elsewhere=("desirable_weight", "kto_chosen_weight")
-    )
-    kto_undesirable_weight: float = option(
-        1.0, "kto: weight of undesirable answers", at_least=0, elsewhere=("undesirable_weight", "kto_rejected_weight")
-    )
+    kto_desirable_weight: float = option(1.0, "kto: weight of desirable answers", at_least=0)
+    kto_undesirable_weight: float = option(1.0, "kto: weight of undesirable answers", at_least=0)
 
     laws = (
         needs("is_pairwise_dataset", stage=_PAIRS),

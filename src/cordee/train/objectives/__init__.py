@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # nothing else: the options of a run, which its help reads, h
     from cordee.tokenizer import Tokenizer
     from cordee.train.batch_schedule import BatchSchedule
     from cordee.train.options import TrainConfig
+    from cordee.train.run_plan import RunPlan
     from cordee.weights.codec import Source
 
 B = TypeVar("B", bound="Batch")
@@ -116,17 +117,6 @@ class FurtherModel:
     source: Source | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Start:
-    """A run that is about to begin, on one rank. `datasets` are those of its data by name."""
-
-    config: TrainConfig
-    batches: BatchSchedule
-    data: DataPlan
-    datasets: Mapping[str, Dataset]
-    layout: Layout
-
-
 class Objective(ABC, Generic[B]):
     """`stage` is its value of --stage, `loss_name` what log lines call its loss.
 
@@ -170,10 +160,12 @@ class Objective(ABC, Generic[B]):
         """Further models, such as the reference of a preference objective, by name; ProblemError if there is none."""
         return {}
 
-    def begin(self, make: Mapping[str, Callable[[], Frozen]], start: Start) -> Mapping[str, Frozen]:
-        """The models that `prepare` is given, once, before the first step: of those in `make`, which are its further
-        ones and, as `POLICY`, the trained one as it is at the time."""
-        return {name: each() for name, each in make.items() if name != POLICY}
+    def begin(
+        self, make: Mapping[str, Callable[[], Frozen]], plan: RunPlan, datasets: Mapping[str, Dataset], layout: Layout
+    ) -> Mapping[str, Frozen]:
+        """The models that `prepare` is given, made before the first step: its further ones and, as `POLICY`, the
+        trained one as it is at the time. `datasets` are those that are open."""
+        return {name: each() for name, each in make.items()}
 
     def evaluated(self, config: TrainConfig) -> str | None:
         """What of the run's data `cordee evaluate` takes as --task-data-path, held out if there is such; None without

@@ -4,21 +4,14 @@ A reward is beta times what an answer's log-probability has gained over the refe
 IPO the mean over its tokens.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-from cordee.train.preference import Answers, Preference
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from cordee.train.preference import Answers, Losses, PairPreference
 
 
-class DPO(Preference):
+class DPO(PairPreference):
     stage = "dpo"
     refers = True
 
-    def losses(self, chosen: Answers, rejected: Answers) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(self, chosen: Answers, rejected: Answers) -> Losses:
         import torch.nn.functional as F
 
         options, beta = self.options, self.options.dpo_beta
@@ -33,7 +26,7 @@ class DPO(Preference):
             losses = -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin)
         metrics = {"rewards/chosen": beta * better, "rewards/rejected": beta * worse}
         if options.dpo_ftx:
-            metrics["nll"] = -chosen.mean_logps
+            metrics["nll"] = -chosen.logps / chosen.lengths
             losses = losses + options.dpo_ftx * metrics["nll"]
         return losses, metrics
 

@@ -27,7 +27,7 @@ from cordee.data.build import (
 )
 from cordee.data.indexed import IndexedDataset, bin_path, fingerprint, idx_path
 from cordee.data.order import normalise
-from cordee.data.tuning_dataset import TuningDataset
+from cordee.data.tuning_dataset import TuningDataset, ids_of
 from cordee.errors import Findings, Problem, ProblemError, Problems, raise_all, requires
 from cordee.train.batch_schedule import BatchSchedule
 from cordee.train.objectives import DataSize, Objective, Run
@@ -153,8 +153,11 @@ class NextToken(Objective["Batch"]):
     def size(self, config: TrainConfig) -> DataSize:
         blend = (part := training_part(config)).blend
         opened = {prefix: IndexedDataset(prefix) for prefix in blend.prefixes}
+        sides = {prefix: ids_of(prefix) for prefix in opened}
         raise_all(problem for each in opened.values() for problem in part_problems(part, each))
-        tokens = {prefix: each.tokens_between(*part.sequences(each)) for prefix, each in opened.items()}
+        tokens = {
+            prefix: sum(each.tokens_between(*part.sequences(each)) for each in of) for prefix, of in sides.items()
+        }
         shares = dict.fromkeys(tokens, 0.0)
         for prefix, share in zip(blend.prefixes, normalise(blend.weights or (1.0,)).tolist(), strict=True):
             shares[prefix] += share  # a prefix may be there twice
