@@ -19,3 +19,9 @@ def sampled(rows: Iterable[Any], columns: Iterable[Any], *, whole: Iterable[Any]
             marks = () if taken else (pytest.mark.slow, pytest.mark.exhaustive)
             params.append(pytest.param(row, column, marks=marks, id=f"{row}-{column}"))
     return params
+
+
+def on_demand(*cases: Any) -> list[Any]:
+    """Cases of a parameter, a tuple for several, that are left to `-m exhaustive`."""
+    marks = (pytest.mark.slow, pytest.mark.exhaustive)
+    return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=marks) for case in cases]

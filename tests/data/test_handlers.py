@@ -115,6 +115,14 @@ def test_text_handlers():
     assert handler_named("GeneralPretrainHandler").text({"text": "x"}) == "x"
 
 
+def test_wikitext_is_written_as_before_it_was_cut():
+    cut = " The 19 @-@ year @-@ old paid 1 @,@ 000 @.@ 50 ( 24 in ) ; it 's [ 3 ] at 5 \u00b0 C . N dogs ' run = = x "
+    whole = "The 19-year-old paid 1,000.50 (24 in); it's [3] at 5\u00b0C. 1 dogs' run == x"
+    read = handler_named("WikitextPretrainHandler").text
+    assert read({"text": cut}) == whole
+    assert read({"text": " = = Head = = \n"}) == ""
+
+
 def test_vicuna_and_squad():
     handler = handler_named("VicunaHandler")
     record = {"conversations": [{"from": ("human", "gpt")[i % 2], "value": v} for i, v in enumerate("abcd")]}

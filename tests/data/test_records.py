@@ -34,9 +34,10 @@ def tokenizer(tmp_path_factory) -> str:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    backend.add_special_tokens(["<s>", "<|im_end|>", "<|im_start|>"])
+    backend.add_special_tokens(["<s>", "<|im_end|>", "<|im_start|>", "<unk>"])
     backend.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "<|im_end|>"}))
+    roles = {"bos_token": "<s>", "eos_token": "<|im_end|>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(roles))
     return str(folder)
 
 
@@ -82,6 +83,7 @@ def test_long_samples_are_left_out_or_cut(tmp_path: Path, tokenizer: str, caplog
     preprocess.run(config(tmp_path, tokenizer, input=path, seq_length=60))
     assert len(read(tmp_path / "out")) == 12
     preprocess.run(config(tmp_path, tokenizer, input=path, seq_length=60, cut_long=True, overwrite=True))
+    assert "1 sample cut to the length" in caplog.text
     samples = read(tmp_path / "out")
     assert len(samples) == 13 and len(samples[-1][0]) == 60
     target = [label for label in samples[-1][2] if label != IGNORED]
@@ -226,6 +228,7 @@ def test_good_data_is_shown_and_found_good(tmp_path: Path, tokenizer: str, capsy
         (lambda ids, labels: (ids[:-1], labels[:-1]), "whose end is not trained"),
         (lambda ids, labels: (ids, ids), "with a trained role marker"),
         (lambda ids, labels: ([256, 256, *ids], [IGNORED, IGNORED, *labels]), "with BOS twice in a row"),
+        (lambda ids, labels: ([259, *ids], [IGNORED, *labels]), "unknown to the tokenizer"),
     ],
 )
 def test_what_spoils_training_is_found(tmp_path: Path, tokenizer: str, capsys, change, expected):

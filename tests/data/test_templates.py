@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from cordee.data.handlers import handler_named
 from cordee.data.messages import BadRecord, Dialogue, Message
+from cordee.data.readers.chunk import TableChunk
 from cordee.data.render import IGNORED, Renderer, Turn
 from cordee.data.templates import PROMPT_TYPES, ChatTemplate, chat_template, template_named
+from cordee.data.tuning import EncodeDialogues
 from cordee.errors import ProblemError
 from cordee.tokenizer import load_tokenizer, tik
 from cordee.tokenizer.base import ESCAPE, Roles
@@ -387,6 +390,13 @@ def test_thinking_templates():
     assert [turn.unproved for turn in turns] == [1]  # A1 without its thoughts is not what the model writes
     assert own(THINKING, train_on="last").turns(Dialogue(said))[0].unproved == 0
     assert trained(own(THINKING).turns(Dialogue(SAID[:2]))) == ["<think>\n\n</think>\n\nA1<|im_end|>"]
+    record = {"messages": [{"role": each.role, "content": each.content, **each.more} for each in said]}
+    chunk = TableChunk(
+        source="a", done=1.0, unit="line", numbers=[1, 2], values=[(record,), ({"messages": record["messages"][:2]},)]
+    )
+    encoded = EncodeDialogues(handler=handler_named("MessagesHandler", None), renderer=own(THINKING))(chunk)
+    assert encoded.records == 2
+    assert [(what, count) for (what, _), count in encoded.in_part.items() if count] == [("answer", 1)]
     without = own(THINKING, variables={"enable_thinking": False})
     assert trained(without.turns(Dialogue(SAID[:2]))) == ["A1<|im_end|>"]  # the block is given, so it is not trained
     assert written(without.turns(Dialogue(SAID[:2])))[0].endswith("assistant\n<think>\n\n</think>\n\n")

@@ -26,6 +26,7 @@ from cordee.tokenizer import load_tokenizer
 from cordee.tokenizer.options import TokenizerOptions
 from tests.checkpoint.stores import ROOT, FaultyStorage
 from tests.generate.folders import TEXT, write_tokenizer
+from tests.matrix import on_demand
 from tests.problems import facts, limits
 
 
@@ -233,7 +234,7 @@ def test_every_problem_is_reported(llama, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("given", [("--nproc-per-node", "2"), ("--tensor-model-parallel-size", "2")])
+@pytest.mark.parametrize("given", [("--tensor-model-parallel-size", "2"), *on_demand((("--nproc-per-node", "2"),))])
 def test_by_the_command_on_two_processes(llama, text, tmp_path, given):
     command = [
         sys.executable,

@@ -14,6 +14,7 @@ import yaml
 
 from cordee.train import job
 from cordee.train.options import TrainConfig
+from tests.matrix import on_demand
 from tests.train import tiny
 from tests.train.test_kill import children, wait_until
 
@@ -88,7 +89,7 @@ def require_success(processes: list[subprocess.Popen]) -> None:
     assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(said)
 
 
-@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("tensor", [2, *on_demand(1)])
 def test_torchrun(tmp_path: Path, agents, expected: list[float], tensor: int):
     given = tiny.config(tmp_path, nproc_per_node=2, tensor_model_parallel_size=tensor)
     require_success(agents(options_file(tmp_path, given)))
@@ -124,7 +125,7 @@ def test_both_nodes_start_anew_after_a_rank_has_died(tmp_path: Path, agents):
     run = tmp_path / "run"
     given = tiny.config(tmp_path, nproc_per_node=2, tensor_model_parallel_size=2, load=str(run), **steps)
     first, second = agents(options_file(tmp_path, given), "--max-restarts=1", "--monitor-interval=0.1")
-    wait_until(first, lambda: any(run.glob("iter_*")), seconds=180.0)
+    wait_until(first, lambda: any(run.glob("iter_*")))
     os.kill(children(second)[-1], signal.SIGKILL)
     require_success([first, second])
     assert tiny.losses(given) == pytest.approx(tiny.losses(whole), rel=1e-5)

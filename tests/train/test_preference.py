@@ -243,6 +243,24 @@ def test_dpo_begins_at_the_initial_weights_and_keeps_them(pool, models, tmp_path
     assert figures(first)["loss"] == pytest.approx(found["loss"], rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["sigmoid", "kto"])
+def test_a_reference_that_is_computed_once_is_the_same(pool, alone, models, tmp_path: Path, kind: str):
+    """On two ranks that share sequences and samples; then it is on disk, and its model is not needed any more."""
+    once = {"precompute_reference": True, "data_cache_path": str(tmp_path / "cache"), **KINDS[kind]}
+    config = given(tmp_path, models, context_parallel_size=2, context_parallel_algo="megatron_cp_algo", **once)
+    pool.run(train, 4, replace(config, nproc_per_node=4))
+    wanted, files = figures(alone(kind)), set((tmp_path / "cache").glob("*reference.npy"))
+    assert len(files) == 2  # to train and to validate
+    for figure, values in wanted.items():
+        assert figures(config)[figure] == pytest.approx(values, rel=1e-5, abs=1e-5), figure
+    again = replace(given(tmp_path, models, **once), save=str(tmp_path / "again"))
+    train(0, 1, again)
+    assert figures(again)["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
+    assert set((tmp_path / "cache").glob("*reference.npy")) == files
+    train(0, 1, replace(again, save=str(tmp_path / "other"), ref_model=models[0]))
+    assert len(set((tmp_path / "cache").glob("*reference.npy"))) == 4
+
+
 def test_what_is_wrong_is_found_before_anything_starts(models, tmp_path: Path):
     assert check_run(given(tmp_path, models, stage="dpo")) == []
     for options, subjects in (

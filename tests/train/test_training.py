@@ -30,7 +30,7 @@ from cordee.train.options import TrainConfig
 from cordee.train.plan import plan_run
 from cordee.weights import hf
 from cordee.weights.load import save_from
-from tests.matrix import sampled
+from tests.matrix import on_demand, sampled
 from tests.train import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -332,7 +332,7 @@ def test_only_validation(tmp_path: Path, alone: TrainConfig):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("extent", ["blocks", "model"])
+@pytest.mark.parametrize("extent", ["blocks", *on_demand("model")])
 def test_compiled(tmp_path: Path, alone: TrainConfig, extent: str):
     compiled = tiny.config(tmp_path, compile=extent)
     job.run(compiled)

@@ -4,7 +4,7 @@ Owns what becomes of each record: its tokens, or the reason why it is left out. 
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
@@ -30,8 +30,8 @@ class Column:
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """A chunk's documents by key, and how many records were left out for which reason, and how many samples were cut.
-    `text_bytes` counts all text as UTF-8."""
+    """A chunk's documents by key, how many records were left out for which reason, and how many things
+    are not used whole, by what they are and what became of them. `text_bytes` counts all text as UTF-8."""
 
     columns: dict[str, Column]
     records: int
@@ -39,7 +39,7 @@ class Encoded:
     done: float
     invalid: list[Invalid]
     left_out: dict[str, int]
-    cut: int = 0
+    in_part: Mapping[tuple[str, str], int] = field(default_factory=dict)
 
 
 def read_records(chunk: Chunk, read: Callable[[Mapping[str, Any]], T], invalid: list[Invalid]) -> Iterator[T]:

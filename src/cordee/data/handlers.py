@@ -5,6 +5,7 @@ Knows no token.
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -45,6 +46,19 @@ VICUNA = ChatTemplate(
 # Baichuan's ids of who speaks; the first of them, which nothing predicts, has no label here.
 BAICHUAN = PromptTemplate(user=(Special(195), "{c}", Special(196)), assistant=("{c}",), efficient_eos=True)
 SQUAD = PromptTemplate(prefix=(BOS,))
+# Wikitext was cut into words; how it was written before, as MindFormers and Megatron restore it, in this order.
+_WIKITEXT = [
+    ("s '", "s'"),
+    *((f" @{mark}@ ", mark) for mark in "-,."),
+    *((f" {mark} ", f"{mark} ") for mark in ":;.!?,"),
+    (re.compile(r"\(\s*([^)]*?)\s*\)"), r"(\1)"),
+    (re.compile(r"\[\s*([^\]]*?)\s*\]"), r"[\1]"),
+    (re.compile(r"{\s*([^}]*?)\s*}"), r"{\1}"),
+    (re.compile(r"\"\s*([^\"]*?)\s*\""), r'"\1"'),
+    (re.compile(r"'\s*([^']*?)\s*'"), r"'\1'"),
+    *(("= " * count + "=", "=" * (count + 1)) for count in (3, 2, 1)),
+    *((" \u00b0 ", "\u00b0"), (" \n", "\n"), ("\n ", "\n"), (" N ", " 1 "), (" 's", "'s")),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,6 +314,16 @@ def _stack_overflow(record: Record) -> str:
     return f"In python, {title}\n### Question:\n{question}\n### Response:\n{answer}\n"
 
 
+def _wikitext(record: Record) -> str:
+    """A paragraph; nothing of a heading."""
+    text = _text(record, "text").strip()
+    if text.startswith("="):
+        return ""
+    for cut, whole in _WIKITEXT:
+        text = cut.sub(whole, text) if isinstance(cut, re.Pattern) else text.replace(cut, whole)
+    return text
+
+
 # ---- handlers by name ------------------------------------------------------------------------------------------------
 
 _ALPACA = {"prompt": "instruction", "query": "input", "response": "output", "history": None, "system": None}
@@ -340,6 +364,7 @@ _FIXED = {
         _fixed("GeneralPretrainHandler", partial(_text, column="text"), None, "text"),
         _fixed("AlpacaPretrainHandler", _alpaca_text, None, "instruction", "input", "output"),
         _fixed("StackOverflowPythonPretrainHandler", _stack_overflow, None, "title", "question_body", "answer_body"),
+        _fixed("WikitextPretrainHandler", _wikitext, None, "text"),
         _fixed("GeneralInstructionHandler", _general, PROMPTER, "instruction", "input", "output"),
         _fixed("BelleMultiTurnInstructionHandler", _belle, PROMPTER, "instruction", "output"),
         _fixed("MOSSInstructionHandler", _moss_turns, PROMPTER, "chat"),

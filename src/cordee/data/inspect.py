@@ -37,6 +37,7 @@ _SPOILS = (
     "whose end is not trained",
     "with a trained role marker",
     "with BOS twice in a row",
+    "with tokens unknown to the tokenizer",
 )
 _RARE = 0.01  # of the samples: less is a note
 
@@ -58,13 +59,13 @@ class Doctor:
         if self.tokenizer is not None:
             special = {text for text, is_special in self.tokenizer.added_tokens().items() if is_special}
             ids = {i for i, text in self.tokenizer.vocabulary().items() if text in special}
-            self._markers = frozenset(ids - self.ends)
+            self._markers = frozenset(ids - self.ends - {self.tokenizer.roles.unk})
 
     def see(self, ids: np.ndarray, labels: np.ndarray) -> None:
         """One sample, as it stands in the files."""
         trained = labels[labels != IGNORED]
         self.tokens, self.trained = self.tokens + len(ids), self.trained + len(trained)
-        bos = self.tokenizer.bos if self.tokenizer else None
+        bos, unk = (self.tokenizer.bos, self.tokenizer.roles.unk) if self.tokenizer else (None, None)
         key = hash(ids.tobytes())
         found = {
             "samples": True,
@@ -72,6 +73,7 @@ class Doctor:
             "whose end is not trained": len(trained) and self.ends and int(trained[-1]) not in self.ends,
             "with a trained role marker": bool(self._markers.intersection(trained.tolist())),
             "with BOS twice in a row": bos is not None and bool(((ids[1:] == bos) & (ids[:-1] == bos)).any()),
+            "with tokens unknown to the tokenizer": unk is not None and unk not in self.ends and unk in ids,
             "longer than --seq-length": len(ids) > self.seq_length,
             "at --seq-length, perhaps cut": len(ids) == self.seq_length,
             "twice": key in self._seen,

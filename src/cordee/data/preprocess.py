@@ -100,13 +100,11 @@ def _prepare(
         if handler and output_names(handler, config.kto) != outputs:
             why, fix = "some of its datasets are of pairs, others not", "preprocess them one by one"
             found.problems.append(Problem("--input", config.input, why, fix, "differs"))
-    if (config.pack or config.neat_pack) and outputs != field_names(False):
-        flag = "--neat-pack" if config.neat_pack else "--pack"
-        why, fix = "only samples of dialogues are packed", "leave it out, or give a --handler-name of dialogues"
+    packs = config.pack or config.neat_pack
+    if (packs and outputs != field_names(False)) or (config.kto and outputs == ("text",)):
+        flag = "--neat-pack" if config.neat_pack else "--pack" if packs else "--kto"
+        why, fix = "it is only of samples of dialogues", "leave it out, or give a --handler-name of dialogues"
         found.problems.append(Problem(flag, True, why, fix, "requires", ("handler_name",)))
-    if config.kto and handlers[0][1] is not None and handlers[0][1].is_text:
-        why, fix = "the records are of text, not of dialogues", "leave it out, or give a --handler-name of dialogues"
-        found.problems.append(Problem("--kto", True, why, fix, "requires", ("handler_name",)))
     if config.input and Path(config.input).is_dir() and is_within(Path(config.output_prefix).parent, config.input):
         why, fix = "it is in the directory that is read, where a later run would find it", "give another place"
         found.problems.append(Problem("--output-prefix", config.output_prefix, why, fix, "excludes", ("input",)))
@@ -254,7 +252,7 @@ class _Tally:
         self.left_out: Counter[str] = Counter()
         self._max_token = dict.fromkeys(keys, -1)
         self._invalid: list[Invalid] = []
-        self._cut = 0
+        self._in_part: Counter[tuple[str, str]] = Counter()
         self._skip_invalid = skip_invalid
         self._start = time.perf_counter()
 
@@ -264,7 +262,7 @@ class _Tally:
         self.text_bytes += result.text_bytes
         self.done = result.done
         self.left_out.update(result.left_out)
-        self._cut += result.cut
+        self._in_part.update(result.in_part)
         self._invalid += result.invalid[: _SHOWN - len(self._invalid)]
         for key, column in result.columns.items():
             self._max_token[key] = max(self._max_token[key], column.max_token)
@@ -318,8 +316,9 @@ class _Tally:
         """Log what was left out."""
         if counts := self._counts():
             logger.warning("Left out of %s: %s", counted(self.records, "record"), counts)
-        if self._cut:
-            logger.warning("Cut to the length: %s of %s", counted(self._cut, "sample"), counted(self.records, "record"))
+        for (what, how), count in self._in_part.items():
+            if count:
+                logger.warning("Of %s: %s %s", counted(self.records, "record"), counted(count, what), how)
         if self._invalid:
             logger.warning("Invalid records:%s", self._places(self.left_out["invalid"]))
 

@@ -7,7 +7,7 @@ tokenizer, the template and the options. Knows no run.
 import functools
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -31,17 +31,15 @@ from cordee.tokenizer.options import TokenizerOptions
 
 _READ_OF_RECORDS = 1 << 30  # bytes of a file that tell whether it changed
 _SMALL = 1 << 23  # bytes that are tokenized before further processes have started
-# What records are by keys that they have, for a run that does not say so, with --map-keys where they are TRL's.
-_LAYOUTS = (
-    (("conversations", "chosen"), "SharegptStylePairwiseHandler", None),
-    (("instruction", "chosen"), "AlpacaStylePairwiseHandler", None),
-    (("prompt", "chosen"), "AlpacaStylePairwiseHandler", '{"prompt": "prompt"}'),
-    (("messages",), "MessagesHandler", None),
-    (("conversations",), "SharegptStyleInstructionHandler", None),
-    (("instruction",), "AlpacaStyleInstructionHandler", None),
-    (("prompt", "completion"), "AlpacaStyleInstructionHandler", '{"prompt": "prompt", "response": "completion"}'),
-)
-_NAMED: Mapping[str, str] = {"dialogues": "dialogues", "pairs": "pairs", "kto": "samples of KTO"}
+# What records are by keys that they have, for a run that does not say so.
+_LAYOUTS = {
+    ("conversations", "chosen"): "SharegptStylePairwiseHandler",
+    ("instruction", "chosen"): "AlpacaStylePairwiseHandler",
+    ("messages",): "MessagesHandler",
+    ("conversations",): "SharegptStyleInstructionHandler",
+    ("instruction",): "AlpacaStyleInstructionHandler",
+}
+_NAMED = {"dialogues": "dialogues (sft)", "pairs": "pairs (dpo, orpo, simpo)", "kto": "samples with a flag (kto)"}
 
 
 class Records:
@@ -82,13 +80,10 @@ class Records:
         return self._tokenized(to_flag(option), value)
 
     def _require(self, flag: str, value: str, form: Form | None) -> None:
-        """ProblemError if the samples are of another form; a sample of KTO is one of dialogues, too."""
-        wanted = self._form
-        if form is None or wanted in (None, form) or (wanted, form) == ("dialogues", "kto"):
-            return
-        stage = {"dialogues": "sft", "pairs": "dpo, orpo or simpo", "kto": "kto"}[form]
-        fix = f"give records, or files of cordee preprocess, of {_NAMED[wanted]}; or --stage {stage}"
-        raise ProblemError([Problem(flag, value, f"it holds {_NAMED[form]}", fix, "form", ("stage",), form)])
+        """ProblemError if the samples are of another form."""
+        if form and self._form and form != self._form:
+            why, fix = f"it holds {_NAMED[form]}", f"give {_NAMED[self._form]}, or another --stage"
+            raise ProblemError([Problem(flag, value, why, fix, "form", ("stage",), form)])
 
     def _tokenized(self, flag: str, path: str) -> str:
         with reading(flag, path):
@@ -100,12 +95,9 @@ class Records:
             raise ProblemError([Problem(flag, path, why, fix, "tokenizer")])
         tokenizer, directory = loaded
         large = sum(file.stat().st_size for file in files) >= _SMALL
-        name, keys = self._options.handler_name, self._options.map_keys
-        if name is None:
-            name, own = _layout(flag, files[0])
-            keys = keys or own
+        name = self._options.handler_name or _layout(flag, files[0])
         workers = min(8, os.cpu_count() or 1) if large else 1
-        config = replace(self._options, input=path, handler_name=name, map_keys=keys, workers=workers, overwrite=True)
+        config = replace(self._options, input=path, handler_name=name, workers=workers, overwrite=True)
         ((_, handler),) = tuning.inputs_of(config, path)
         if handler is None or handler.is_text:
             why, fix = "it is of text without labels", "give the handler of the records, or --stage pretrain"
@@ -122,7 +114,8 @@ class Records:
             "kto": config.kto,
         }
         prefix = cache_dir(self._cache, path) / f"{Path(path).name}-{content_key(**facts)}"
-        made = _made(replace(config, output_prefix=str(prefix)), tokenizer, directory)
+        with reading(flag, path):
+            made = _made(replace(config, output_prefix=str(prefix)), tokenizer, directory)
         return document(made, CHOSEN if form == "pairs" else FIELDS[0])
 
 
@@ -133,18 +126,18 @@ def tokenizing(options: Any, seq_length: int, kto: bool = False) -> PreprocessCo
     return PreprocessConfig(**given, output_prefix="", seq_length=seq_length, cut_long=True, kto=kto)
 
 
-def _layout(flag: str, file: Path) -> tuple[str, str | None]:
-    """The handler of a file, by the keys of its first record, and its --map-keys."""
+def _layout(flag: str, file: Path) -> str:
+    """The handler of a file, by the keys of its first record."""
     with reading(flag, file):
         chunk = next(iter(read_file(file, ())), None)
     values = next(iter(chunk.records(())), (None, ()))[1] if chunk else ()
     keys = tuple(values[0]) if isinstance(values, (list, tuple)) and values and isinstance(values[0], dict) else ()
-    found = next(((name, own) for known, name, own in _LAYOUTS if set(known) <= {*keys}), None)
-    if found is None:
+    name = next((name for known, name in _LAYOUTS.items() if set(known) <= {*keys}), None)
+    if name is None:
         why = f"what the records of {file} are cannot be told by their keys: {', '.join(keys) or 'none'}"
         raise ProblemError([Problem("--handler-name", None, why, "name the handler", "missing", limit=keys)])
-    logger.info("records of %s: --handler-name %s", file, found[0])
-    return found
+    logger.info("records of %s: --handler-name %s", file, name)
+    return name
 
 
 def _made(config: PreprocessConfig, tokenizer: Tokenizer, directory: str | None) -> str:

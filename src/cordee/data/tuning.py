@@ -10,6 +10,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ FIELDS = ("input_ids", "attention_mask", "labels")
 SIDES = ("chosen_", "rejected_")  # of a pair
 DESIRABLE = "desirable"
 NOTHING_TRAINED = "without a trained token"
+_CUT = ("sample", "cut to the length")
+_UNPROVED = ("answer", "not trained: the template writes it otherwise once others follow")
 _WINDOW = 1 << 24  # tokens among which samples to pack are chosen
 
 Tokens = npt.NDArray[np.int32]
@@ -174,9 +177,9 @@ class EncodeDialogues:
     def __call__(self, chunk: Chunk) -> Encoded:
         samples: list[tuple[Tokens, ...]] = []
         invalid: list[Invalid] = []
-        left_out = Counter[str]()
-        records = cut = size = 0
-        for found in read_records(chunk, self._samples, invalid):
+        left_out, in_part = Counter[str](), Counter[tuple[str, str]]()
+        records = size = 0
+        for found in read_records(chunk, partial(self._samples, in_part), invalid):
             records += 1
             for together, flags in found:
                 size += sum(len(ids) for ids, _ in together)
@@ -184,7 +187,9 @@ class EncodeDialogues:
                 if isinstance(kept, str):
                     left_out[kept] += 1
                     continue
-                cut += any(len(fitting[0]) < len(ids) for fitting, (ids, _) in zip(kept, together, strict=True))
+                in_part[_CUT] += any(
+                    len(fitting[0]) < len(ids) for fitting, (ids, _) in zip(kept, together, strict=True)
+                )
                 samples.append((*chain.from_iterable(kept), *flags))
         columns = zip(*samples, strict=True) if samples else ((),) * len(self.outputs)
         return Encoded(
@@ -194,22 +199,25 @@ class EncodeDialogues:
             done=chunk.done,
             invalid=invalid,
             left_out={INVALID: len(invalid), TOO_LONG: 0, NOTHING_TRAINED: 0, **left_out},
-            cut=cut,
+            in_part=in_part,
         )
 
-    def _samples(self, record: Mapping[str, Any]) -> list[tuple[list[tuple[Tokens, Tokens]], list[Tokens]]]:
+    def _samples(
+        self, in_part: Counter[tuple[str, str]], record: Mapping[str, Any]
+    ) -> list[tuple[list[tuple[Tokens, Tokens]], list[Tokens]]]:
         """Those of a record, in groups that are left out together, each with its flag for KTO."""
-        if not self.handler.pairwise:
-            flags = [np.array([self.handler.desirable(record)], np.int32)] if self.kto else []
-            return [([self.sample(dialogue)], flags) for dialogue in self.handler.dialogues(record)]
-        sides = [self.sample(dialogue) for dialogue in self.handler.pairs(record)]
-        if self.kto:
-            return [([side], [np.array([flag], np.int32)]) for side, flag in zip(sides, (1, 0), strict=True)]
-        return [(sides, [])]
+        handler = self.handler
+        dialogues = handler.pairs(record) if handler.pairwise else handler.dialogues(record)
+        samples = [self._sample(dialogue, in_part) for dialogue in dialogues]
+        if not self.kto:
+            return [(samples, [])] if handler.pairwise else [([sample], []) for sample in samples]
+        flags = (1, 0) if handler.pairwise else [handler.desirable(record)] * len(samples)
+        return [([sample], [np.array([flag], np.int32)]) for sample, flag in zip(samples, flags, strict=True)]
 
-    def sample(self, dialogue: Dialogue) -> tuple[Tokens, Tokens]:
+    def _sample(self, dialogue: Dialogue, in_part: Counter[tuple[str, str]]) -> tuple[Tokens, Tokens]:
         """Ids and labels; the first token has no label, for nothing comes before it."""
         turns = self.renderer.turns(dialogue)
+        in_part[_UNPROVED] += sum(turn.unproved for turn in turns)
         ids = list(chain.from_iterable(chain(turn.source, turn.target) for turn in turns))
         labels = list(chain.from_iterable(chain(turn.source_labels, turn.target_labels) for turn in turns))
         if self.eod is not None:

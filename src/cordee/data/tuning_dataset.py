@@ -6,7 +6,7 @@ Owns the order of whole sequences, and how the pairs of files of a dataset belon
 
 import functools
 from collections.abc import Iterator
-from typing import Literal, Self, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -85,25 +85,25 @@ class TuningDataset:
 
     def __init__(self, indexed: IndexedDataset, first: int, last: int, order: Order, seq_length: int, seed: int | None):
         self.indexed, self.order, self.seq_length = indexed, order, seq_length
-        self._first, self._count = first, last - first
-        self._fields = {name: IndexedDataset(sibling(indexed.prefix, name)) for name in _fields(indexed.prefix)}
+        self.first, self.count = first, last - first
+        self.fields = {name: IndexedDataset(sibling(indexed.prefix, name)) for name in _fields(indexed.prefix)}
 
         @functools.lru_cache(maxsize=2)
         def permutation(block: int) -> npt.NDArray[np.int64]:
             if seed is None:
-                return np.arange(self._count)
-            return np.random.RandomState(block_seed(seed, block)).permutation(self._count)
+                return np.arange(self.count)
+            return np.random.RandomState(block_seed(seed, block)).permutation(self.count)
 
-        self._permutation = permutation
+        self.permutation = permutation
 
     def __len__(self) -> int:
         return self.order.samples
 
     def __getitem__(self, index: int) -> dict[str, npt.NDArray[np.int64]]:
         """`input_ids`, `attention_mask` and `labels`, int64 [tokens], and what else there is of a sample."""
-        block, place = divmod(index, self._count)
-        number = int(self._permutation(block)[place])
-        found = self._read(self._first + number)
+        block, place = divmod(index, self.count)
+        number = int(self.permutation(block)[place])
+        found = self._read(self.first + number)
         for sides in (SIDES, ("",), (MISMATCHED,)):
             if f"{sides[0]}labels" in found:
                 kept = kept_of_sides([found[f"{side}labels"] for side in sides], self.seq_length)
@@ -111,22 +111,12 @@ class TuningDataset:
                     found |= {name: found[name][own] for name in (side + field for field in FIELDS)}
         return found if self.reference is None else found | {"reference": self.reference[number]}
 
-    @property
-    def sequences(self) -> range:
-        """Those that samples are made of."""
-        return range(self._first, self._first + self._count)
-
-    def in_order(self, samples: int) -> Self:
-        """The first samples in the order of the files, over and over."""
-        first, last = self.sequences.start, self.sequences.stop
-        return type(self)(self.indexed, first, last, Order.of_sequences(last - first, samples), self.seq_length, None)
-
     def whole(self) -> Iterator[dict[str, npt.NDArray[np.int64]]]:
         """All sequences in the order of the files, none cut."""
-        return map(self._read, self.sequences)
+        return map(self._read, range(self.first, self.first + self.count))
 
     def _read(self, sequence: int) -> dict[str, npt.NDArray[np.int64]]:
-        return {name: field.get(sequence).astype(np.int64) for name, field in self._fields.items()}
+        return {name: field.get(sequence).astype(np.int64) for name, field in self.fields.items()}
 
 
 class MismatchedDataset(TuningDataset):

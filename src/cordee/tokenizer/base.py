@@ -35,6 +35,7 @@ class Roles:
     eos: int | None = None
     pad: int | None = None
     eod: int | None = None
+    unk: int | None = None
 
 
 def outside(ids: Iterable[int], vocab_size: int) -> int | None:

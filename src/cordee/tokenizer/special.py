@@ -82,11 +82,11 @@ class SpecialTokens:
 
     def roles_in(self, vocabulary: Mapping[str, int], own: Roles) -> Roles:
         """The roles of tokens of a vocabulary; `own` are those of its format, where the files name none."""
-        found = {role: self.id(role, vocabulary) for role in ("bos", "eos", "pad")}
+        found = {role: self.id(role, vocabulary) for role in ("bos", "eos", "pad", "unk")}
         return replace(own, **{role: i for role, i in found.items() if i is not None})
 
     def id(self, role: str, vocabulary: Mapping[str, int]) -> int | None:
-        """Id of the token in the role `role` ("bos", "eos", "pad"); named tokens are in the vocabulary."""
+        """Id of the token in the role `role` ("bos", "eos", "pad", "unk"); named tokens are in the vocabulary."""
         token = self.named.get(f"{role}_token")
         if token is None:
             return self.ids.get(f"{role}_token_id")

@@ -171,7 +171,11 @@ def from_directory(directory: Path, arguments: Arguments) -> SentencePieceTokeni
     matched = _with_ids(model, [*special.tokens(), *_control_tokens(model, special)])
     report_deviations(directory, special, _deviations(model, special, matched))
     ids = {token.content: i for i, token in matched.items()}
-    own = {role: i for role, i in (("bos", own.bos), ("eos", own.eos)) if f"{role}_token" not in special.absent}
+    own = {
+        role: i
+        for role, i in (("bos", own.bos), ("eos", own.eos), ("unk", own.unk))
+        if f"{role}_token" not in special.absent
+    }
     legacy = special.switches.get("legacy", True)
     return SentencePieceTokenizer(
         "PretrainedFromHF",
@@ -245,5 +249,5 @@ def _deviations(
 
 
 def _own_roles(model: SentencePieceProcessor) -> Roles:
-    bos, eos, pad = (i if i >= 0 else None for i in (model.bos_id(), model.eos_id(), model.pad_id()))
-    return Roles(bos=bos, eos=eos, pad=pad)
+    ids = {"bos": model.bos_id(), "eos": model.eos_id(), "pad": model.pad_id(), "unk": model.unk_id()}
+    return Roles(**{role: i for role, i in ids.items() if i >= 0})

@@ -1,30 +1,25 @@
 """What objectives of preferences have in common: two sequences a sample, and a reference model.
 
-Owns the log-probabilities of answers, what is reported of them, where the reference model comes from, and what is
-worth a note in data of pairs. The losses are the objectives' own.
+Owns the log-probabilities of answers, what is reported of them, and where the reference model comes from. The losses
+are the objectives' own.
 """
 
 from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypeAlias
 
-import numpy as np
-
 from cordee.checkpoint import formats
-from cordee.data.build import plan_parts
 from cordee.data.messages import IGNORED
-from cordee.data.tuning_dataset import Form, form_of, ids_of
-from cordee.errors import Findings, Problem, ProblemError
-from cordee.log import counted
+from cordee.data.tuning_dataset import Form
+from cordee.errors import Findings, ProblemError
 from cordee.train.initial_weights import choose
-from cordee.train.objectives import FurtherModel, Run
-from cordee.train.objectives.next_token import GPTData
-from cordee.train.objectives.sft import SFT, TuningData
+from cordee.train.objectives import POLICY, FurtherModel, Run
+from cordee.train.objectives.sft import SFT
 from cordee.train.options import TrainConfig
 from cordee.train.preference_options import PreferenceOptions
 
@@ -32,21 +27,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cordee.data.batch import Batch
-    from cordee.data.loader import Collate
-    from cordee.data.preference_collate import PreferenceBatch
+    from cordee.data.gpt_dataset import Dataset
+    from cordee.data.tuning_collate import PreferenceBatch
     from cordee.model.head import Head
     from cordee.parallel.execution import Frozen, LossParts, Reduce
+    from cordee.parallel.layout import Layout
+    from cordee.train.run_plan import RunPlan
 
 REFERENCE = "reference"
-
-
-class PreferenceData(TuningData):
-    """The samples of a run: two whole sequences each."""
-
-    def collate(self) -> Collate:
-        from cordee.data.preference_collate import PreferenceCollate
-
-        return PreferenceCollate(rows=self.rows())
 
 
 class Answers(NamedTuple):
@@ -66,7 +54,6 @@ class Preference(SFT):
 
     loss_name = "preference loss"
     reduces = True
-    plan = PreferenceData
     form: ClassVar[Form] = "pairs"
     refers: ClassVar[bool] = False
     options: PreferenceOptions = PreferenceOptions()
@@ -83,12 +70,6 @@ class Preference(SFT):
             return ready
         return replace(ready, ref_model=Findings().attempt(lambda: _initial_weights(ready)))
 
-    def data(self, run: Run, found: Findings) -> GPTData | None:
-        plan = super().data(run, found)
-        if plan is not None:
-            found.notes += _equal_pairs(run.config)
-        return plan
-
     def models(self, run: Run) -> dict[str, FurtherModel]:
         if not self.refers:
             return {}
@@ -99,11 +80,18 @@ class Preference(SFT):
         except ProblemError as error:
             problems = [replace(each, option="--ref-model", value=path) for each in error.problems]
             raise ProblemError(problems, error.everywhere) from error
-        rows = source.spec.config.vocab_size
-        if run.vocab_size is not None and rows != run.vocab_size:
-            why = f"it has {rows} tokens, the model that is trained has {run.vocab_size}"
-            raise ProblemError([Problem("--ref-model", path, why, "give a model of the same tokenizer", "model")])
         return {REFERENCE: FurtherModel(spec=source.spec, source=source)}
+
+    def begin(
+        self, make: Mapping[str, Callable[[], Frozen]], plan: RunPlan, datasets: Mapping[str, Dataset], layout: Layout
+    ) -> Mapping[str, Frozen]:
+        if not (self.refers and self.options.precompute_reference):
+            return super().begin(make, plan, datasets, layout)
+        from cordee.train import reference
+
+        parts: Any = (part for each in datasets.values() for part in getattr(each, "datasets", [each]))
+        reference.attach(parts, make[REFERENCE], plan, layout)
+        return {POLICY: make[POLICY]()}
 
     def prepare(self, batches: list[Any], models: Mapping[str, Frozen]) -> list[Any]:
         if (reference := models.get(REFERENCE)) is None:
@@ -129,7 +117,7 @@ class PairPreference(Preference):
         return len(batch.input_ids) // 2
 
     def loss(self, head: Head, hidden: Tensor, batch: PreferenceBatch, reduce: Reduce) -> LossParts:
-        from cordee.data.preference_collate import paired
+        from cordee.data.tuning_collate import paired
 
         both = self.answers(head, hidden, batch, reduce)
         chosen, rejected = (Answers(*side) for side in zip(*map(paired, both), strict=True))
@@ -161,13 +149,3 @@ def _initial_weights(config: TrainConfig) -> str | None:
     if (checkpoint := initial.checkpoint) is None:
         return None
     return checkpoint.manifest["config"].get("ref_model") if checkpoint.resume else str(checkpoint.path)
-
-
-def _equal_pairs(config: TrainConfig) -> Iterator[str]:
-    """Pairs that teach nothing, of what is trained on."""
-    for prefix in dict.fromkeys(plan_parts(config)["train"].blend.prefixes):
-        if form_of(prefix) == "pairs":
-            chosen, rejected = ids_of(prefix)
-            alike = np.flatnonzero(chosen.sequence_lengths == rejected.sequence_lengths).tolist()
-            if same := sum(np.array_equal(chosen.get(pair), rejected.get(pair)) for pair in alike):
-                yield f"chosen and rejected are the same: {same:,} of the {counted(len(chosen), 'pair')} of {prefix}"

@@ -13,17 +13,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from cordee.data.tuning_dataset import Form, MismatchedDataset, TuningDataset
 from cordee.train.objectives import POLICY
-from cordee.train.preference import Preference, PreferenceData, token_logps
+from cordee.train.objectives.sft import TuningData
+from cordee.train.preference import Preference, token_logps
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cordee.data.preference_collate import KTOBatch
+    from cordee.data.tuning_collate import KTOBatch
     from cordee.model.head import Head
     from cordee.parallel.execution import Frozen, LossParts, Reduce
 
 
-class KTOData(PreferenceData):
+class KTOData(TuningData):
     sequences: ClassVar[type[TuningDataset] | None] = MismatchedDataset
 
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -17,6 +18,7 @@ import numpy as np
 from cordee.config.laws import changed_options
 from cordee.config.option import to_flag
 from cordee.data.build import plan_parts
+from cordee.data.indexed import idx_path
 from cordee.data.options import DialogueOptions
 from cordee.data.records import Records, tokenizing
 from cordee.data.tuning_dataset import Form, TuningDataset, ids_of
@@ -30,7 +32,6 @@ from cordee.train.options import TrainConfig
 
 if TYPE_CHECKING:
     from cordee.data.loader import Collate
-    from cordee.data.tuning_collate import TuningCollate
 
 _PATHS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 
@@ -42,10 +43,6 @@ class TuningData(GPTData):
     sequences: ClassVar[type[TuningDataset] | None] = TuningDataset
 
     def collate(self) -> Collate:
-        return self.rows()
-
-    def rows(self) -> TuningCollate:
-        """What pads sequences."""
         from cordee.data.tuning_collate import TuningCollate
 
         config = self.config
@@ -79,15 +76,18 @@ class SFT(NextToken):
             changed[name] = tuple(new or old for new, old in zip(made, values, strict=True))
         raise_all(found.problems)
         own = changed_options(config) & {each.name for each in fields(DialogueOptions)}
-        if own and not records.met:
+        if own and not records.met and any(idx_path(each).exists() for each in chain(*changed.values())):
             named = ", ".join(map(to_flag, sorted(own)))
             logger.warning("ignored: %s (no records are tokenized: the data is already)", named)
         return replace(config, **changed)
 
+    def evaluated(self, config: TrainConfig) -> None:
+        """Nothing: perplexity is of texts, and these are dialogues with what asks for answers, in rows perhaps."""
+
     def data(self, run: Run, found: Findings) -> GPTData | None:
         plan = super().data(run, found)
         if plan is not None:
-            found.notes += _cut(run.config)
+            found.notes += _notes(run.config)
         return plan
 
 
@@ -99,14 +99,17 @@ def _tokenizer(config: TrainConfig) -> tuple[Tokenizer, str | None] | None:
     return tokenizer, config.tokenizer_name_or_path or (str(initial.assets) if initial.assets else None)
 
 
-def _cut(config: TrainConfig) -> Iterator[str]:
-    """Samples that are cut, of what is trained on."""
-    part = plan_parts(config)["train"]
-    for prefix in dict.fromkeys(part.blend.prefixes):
-        lengths = np.maximum.reduce([each.sequence_lengths for each in ids_of(prefix)])
-        if long := int((lengths > config.seq_length).sum()):
-            samples = counted(len(lengths), "sample")
-            yield f"cut to --seq-length {config.seq_length}: {long:,} of the {samples} of {prefix}"
+def _notes(config: TrainConfig) -> Iterator[str]:
+    """Samples that are cut, and pairs that teach nothing, of what is trained on."""
+    for prefix in dict.fromkeys(plan_parts(config)["train"].blend.prefixes):
+        sides = ids_of(prefix)
+        lengths = np.stack([each.sequence_lengths for each in sides])
+        samples = f"of the {counted(len(sides[0]), 'sample')} of {prefix}"
+        if long := int((lengths.max(0) > config.seq_length).sum()):
+            yield f"cut to --seq-length {config.seq_length}: {long:,} {samples}"
+        alike = np.flatnonzero((lengths[0] == lengths[-1]) & (len(sides) > 1)).tolist()
+        if same := sum(np.array_equal(sides[0].get(pair), sides[-1].get(pair)) for pair in alike):
+            yield f"chosen and rejected are the same: {same:,} {samples}"
 
 
 OBJECTIVE = SFT()
