@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from cordee import lock
 from cordee.config.option import to_flag
@@ -40,6 +40,7 @@ _LAYOUTS = {
     ("instruction",): "AlpacaStyleInstructionHandler",
 }
 _NAMED = {"dialogues": "dialogues (sft)", "pairs": "pairs (dpo, orpo, simpo)", "kto": "samples with a flag (kto)"}
+_Load: TypeAlias = Callable[[], tuple[Tokenizer, str | None] | None]
 
 
 class Records:
@@ -47,13 +48,7 @@ class Records:
     beside them. `load` gives, when the first is met, the tokenizer and its directory, or None where there is none.
     `form`: what the samples have to be; None: anything."""
 
-    def __init__(
-        self,
-        options: PreprocessConfig,
-        cache: str | None,
-        load: Callable[[], tuple[Tokenizer, str | None] | None],
-        form: Form | None = None,
-    ):
+    def __init__(self, options: PreprocessConfig, cache: str | None, load: _Load, form: Form | None = None):
         self._options, self._cache, self._load = options, cache, functools.cache(load)
         self._form = form
         self._rendered: Callable[[], Renderer] | None = None  # by what the records last met are

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +37,7 @@ _UNPROVED = ("answer", "not trained: the template writes it otherwise once other
 _WINDOW = 1 << 24  # tokens among which samples to pack are chosen
 
 Tokens = npt.NDArray[np.int32]
+_Group: TypeAlias = tuple[list[tuple[Tokens, Tokens]], list[Tokens]]  # ids and labels of samples, and a flag
 
 
 def field_names(pairwise: bool, kto: bool = False) -> tuple[str, ...]:
@@ -129,9 +130,8 @@ def kept_of_sides(labels: Sequence[npt.NDArray[Any]], length: int) -> list[npt.N
     sources = [source_length(each) for each in labels]
     targets = [len(each) - source for each, source in zip(labels, sources, strict=True)]
     source, target = _shares(max(sources), max(targets), length)
-    return [
-        np.r_[: min(source, own), own : own + min(target, rest)] for own, rest in zip(sources, targets, strict=True)
-    ]
+    sides = zip(sources, targets, strict=True)
+    return [np.r_[: min(source, own), own : own + min(target, rest)] for own, rest in sides]
 
 
 def source_length(labels: npt.NDArray[Any]) -> int:
@@ -202,9 +202,7 @@ class EncodeDialogues:
             in_part=in_part,
         )
 
-    def _samples(
-        self, in_part: Counter[tuple[str, str]], record: Mapping[str, Any]
-    ) -> list[tuple[list[tuple[Tokens, Tokens]], list[Tokens]]]:
+    def _samples(self, in_part: Counter[tuple[str, str]], record: Mapping[str, Any]) -> list[_Group]:
         """Those of a record, in groups that are left out together, each with its flag for KTO."""
         handler = self.handler
         dialogues = handler.pairs(record) if handler.pairwise else handler.dialogues(record)

@@ -150,13 +150,13 @@ class Frozen:
 
     def forward(self, batches: Sequence[Batch], output: Output) -> list[Any]:
         """As `Executor.forward`; gathered parameters are freed."""
-        trains = self._model.training
+        training = self._model.training
         self._model.eval()
         try:
             return self._executor.forward(batches, output)
         finally:
             data.release(self._model)
-            self._model.train(trains)
+            self._model.train(training)
 
 
 def own_parameters(model: GPTModel) -> list[nn.Parameter]:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypeAlias
 from cordee.checkpoint import formats
 from cordee.data.messages import IGNORED
 from cordee.data.tuning_dataset import Form
-from cordee.errors import Findings, ProblemError
+from cordee.errors import Findings, raise_all
+from cordee.families.registry import spec_named
 from cordee.train.initial_weights import choose
 from cordee.train.objectives import POLICY, FurtherModel, Run
 from cordee.train.objectives.sft import SFT
@@ -27,12 +28,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cordee.data.batch import Batch
-    from cordee.data.gpt_dataset import Dataset
     from cordee.data.tuning_collate import PreferenceBatch
     from cordee.model.head import Head
     from cordee.parallel.execution import Frozen, LossParts, Reduce
-    from cordee.parallel.layout import Layout
-    from cordee.train.run_plan import RunPlan
 
 REFERENCE = "reference"
 
@@ -75,22 +73,21 @@ class Preference(SFT):
             return {}
         if (path := run.config.ref_model or _initial_weights(run.config)) is None:
             return {REFERENCE: FurtherModel(spec=run.spec)} if run.spec else {}
-        try:
-            source = formats.read(path)
-        except ProblemError as error:
-            problems = [replace(each, option="--ref-model", value=path) for each in error.problems]
-            raise ProblemError(problems, error.everywhere) from error
+        from cordee.weights.megatron.source import Reading
+
+        found, config = Findings(), run.config
+        reading = Reading(spec=spec_named(config.model) if config.model else None, iteration=config.ckpt_step)
+        source = found.attempt(lambda: formats.read(path, reading))
+        raise_all(replace(problem, option="--ref-model", value=path) for problem in found.problems)
+        assert source is not None, "its problems are raised"
         return {REFERENCE: FurtherModel(spec=source.spec, source=source)}
 
-    def begin(
-        self, make: Mapping[str, Callable[[], Frozen]], plan: RunPlan, datasets: Mapping[str, Dataset], layout: Layout
-    ) -> Mapping[str, Frozen]:
+    def begin(self, make: Mapping[str, Callable[[], Frozen]], *start: Any) -> Mapping[str, Frozen]:
         if not (self.refers and self.options.precompute_reference):
-            return super().begin(make, plan, datasets, layout)
+            return super().begin(make, *start)
         from cordee.train import reference
 
-        parts: Any = (part for each in datasets.values() for part in getattr(each, "datasets", [each]))
-        reference.attach(parts, make[REFERENCE], plan, layout)
+        reference.attach(make[REFERENCE], *start)
         return {POLICY: make[POLICY]()}
 
     def prepare(self, batches: list[Any], models: Mapping[str, Frozen]) -> list[Any]:
@@ -123,12 +120,8 @@ class PairPreference(Preference):
         chosen, rejected = (Answers(*side) for side in zip(*map(paired, both), strict=True))
         losses, metrics = self.losses(chosen, rejected)
         better, worse = metrics["rewards/chosen"], metrics["rewards/rejected"]
-        metrics |= {
-            "rewards/margins": better - worse,
-            "rewards/accuracies": (better > worse).float(),
-            "logps/chosen": chosen.logps,
-            "logps/rejected": rejected.logps,
-        }
+        metrics |= {"rewards/margins": better - worse, "rewards/accuracies": (better > worse).float()}
+        metrics |= {"logps/chosen": chosen.logps, "logps/rejected": rejected.logps}
         return losses.sum(), {name: values.detach().sum() for name, values in metrics.items()}
 
     @abstractmethod

@@ -3,7 +3,8 @@
 Owns what they follow from, and that every sequence gets its own. Files are `order_cache.py`'s.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,10 +24,11 @@ _READ = 1 << 28  # bytes of a file that tell whether it changed
 _SETTINGS = ("ref_model", "seed", "seq_length", "reset_position_ids", "reset_attention_mask", "bf16", "fp16")
 
 
-def attach(datasets: Iterable[TuningDataset], make: Callable[[], Frozen], plan: RunPlan, layout: Layout) -> None:
-    """Give `datasets` what the model of `make` says of them; it is made only where that is not known yet."""
+def attach(make: Callable[[], Frozen], plan: RunPlan, datasets: Mapping[str, Any], layout: Layout) -> None:
+    """Give `datasets`, and those they blend, what the model of `make` says of them; it is made only if that is not
+    known yet."""
     frozen = None
-    for dataset in datasets:
+    for dataset in (part for each in datasets.values() for part in getattr(each, "datasets", [each])):
         key = collectives.from_first(_key(plan, dataset) if layout.rank == 0 else None, layout)
         folder, shapes = (
             cache_dir(plan.config.data_cache_path, dataset.indexed.prefix),
@@ -34,7 +36,7 @@ def attach(datasets: Iterable[TuningDataset], make: Callable[[], Frozen], plan: 
         )
         known: Arrays = {}
         try:
-            known = cached_arrays(folder, key, shapes, _unknown)
+            known = cached_arrays(folder, key, shapes, dict)  # which has none to put there
         except LookupError:
             logger.info("the reference model scores %s", counted(dataset.count, "sample"))
         if not all(collectives.gather(bool(known), layout)):
@@ -42,10 +44,6 @@ def attach(datasets: Iterable[TuningDataset], make: Callable[[], Frozen], plan: 
             made = {"reference": _scores(dataset, frozen, plan, layout)}
             known = cached_arrays(folder, key, shapes, lambda made=made: made)
         dataset.reference = known["reference"]
-
-
-def _unknown() -> Arrays:
-    raise LookupError
 
 
 def _key(plan: RunPlan, dataset: TuningDataset) -> str:

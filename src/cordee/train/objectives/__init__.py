@@ -120,8 +120,7 @@ class FurtherModel:
 class Objective(ABC, Generic[B]):
     """`stage` is its value of --stage, `loss_name` what log lines call its loss.
 
-    Options that are its own are a dataclass declared beside it, of which the configuration of a run is one too: those
-    that its loss depends on it is given by `with_options`.
+    Options that are its own are a dataclass declared beside it, of which the configuration of a run is one too.
 
     reduces: its loss is not a sum over tokens: it asks for sums over whole sequences, by `reduce`.
     """
@@ -131,7 +130,7 @@ class Objective(ABC, Generic[B]):
     reduces: bool = False
 
     def with_options(self, config: TrainConfig) -> Self:
-        """This objective as a run has it."""
+        """This objective with the options of a run."""
         return self
 
     def ready(self, config: TrainConfig) -> TrainConfig:

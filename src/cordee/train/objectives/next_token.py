@@ -152,18 +152,15 @@ class NextToken(Objective["Batch"]):
 
     def size(self, config: TrainConfig) -> DataSize:
         blend = (part := training_part(config)).blend
-        opened = {prefix: IndexedDataset(prefix) for prefix in blend.prefixes}
-        sides = {prefix: ids_of(prefix) for prefix in opened}
-        raise_all(problem for each in opened.values() for problem in part_problems(part, each))
-        tokens = {
-            prefix: sum(each.tokens_between(*part.sequences(each)) for each in of) for prefix, of in sides.items()
-        }
+        opened = {prefix: ids_of(prefix) for prefix in blend.prefixes}
+        raise_all(problem for of in opened.values() for each in of for problem in part_problems(part, each))
+        tokens = {prefix: sum(x.tokens_between(*part.sequences(x)) for x in of) for prefix, of in opened.items()}
         shares = dict.fromkeys(tokens, 0.0)
         for prefix, share in zip(blend.prefixes, normalise(blend.weights or (1.0,)).tolist(), strict=True):
             shares[prefix] += share  # a prefix may be there twice
         samples = {prefix: count / config.seq_length for prefix, count in tokens.items()}
         if self.plan.sequences:
-            ranges = {prefix: part.sequences(each) for prefix, each in opened.items()}
+            ranges = {prefix: part.sequences(of[0]) for prefix, of in opened.items()}
             samples = {prefix: last - first for prefix, (first, last) in ranges.items()}
         return DataSize(tokens=tokens, samples=samples, shares=shares)
 
