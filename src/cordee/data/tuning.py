@@ -130,6 +130,7 @@ def kept_of_sides(labels: Sequence[npt.NDArray[Any]], length: int) -> list[npt.N
     sources = [source_length(each) for each in labels]
     targets = [len(each) - source for each, source in zip(labels, sources, strict=True)]
     source, target = _shares(max(sources), max(targets), length)
+    source, target = min(source, length - 1), max(target, 1)  # a little of a short answer remains
     sides = zip(sources, targets, strict=True)
     return [np.r_[: min(source, own), own : own + min(target, rest)] for own, rest in sides]
 
