@@ -108,7 +108,7 @@ def test_samples_become_batches_by_the_axes_of_their_fields():
 
 
 def test_every_field_is_cut_along_its_tokens_and_moved():
-    batch = weighted().at_tokens(torch.tensor([2, 0]))
+    batch = weighted().at("token", torch.tensor([2, 0]))
     assert batch.scores.tolist() == [[2, 0], [5, 3], [0.5, 0], [0.5, 1]]
     assert batch.labels.tolist() == [[3, 3], [3, 3], [-100, 1], [-100, 1]]
     assert batch.weights.tolist() == [3.0, 1.0]
@@ -123,7 +123,7 @@ class Undeclared(Batch):
 
 def test_a_field_without_axes_is_refused():
     batch = Undeclared(input_ids=torch.zeros(1, 2), labels=torch.zeros(1, 2), scores=torch.zeros(1, 2))
-    for change in (lambda: batch.to("meta"), lambda: batch.at_tokens(torch.tensor([0]))):
+    for change in (lambda: batch.to("meta"), lambda: batch.at("token", torch.tensor([0]))):
         with pytest.raises(AssertionError, match="scores"):
             change()
     sample = {"input_ids": np.zeros((1, 2)), "labels": np.zeros((1, 2)), "margin": np.float32(1)}

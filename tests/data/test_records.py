@@ -16,7 +16,7 @@ from cordee.data.messages import IGNORED
 from cordee.data.options import InspectConfig, PreprocessConfig
 from cordee.data.records import Records, tokenizing
 from cordee.data.tuning import FIELDS
-from cordee.data.tuning_dataset import document
+from cordee.data.tuning_dataset import document, form_of, sibling, sibling_problems
 from cordee.errors import ProblemError
 from cordee.tokenizer import load_tokenizer
 from tests.problems import facts
@@ -135,6 +135,7 @@ def test_datasets_of_llama_factory(tmp_path: Path, tokenizer: str):
         ({"handler_name": None}, ["--prompt-type"]),
         ({"pack": True}, ["--pack"]),
         ({"handler_name": "AlpacaStylePairwiseHandler", "pack": True, "seq_length": 9}, ["--pack"]),
+        ({"handler_name": "AlpacaPretrainHandler", "prompt_type": None, "kto": True}, ["--kto"]),
         ({"map_keys": "{"}, ["--map-keys"]),
         ({"prompt_type": None, "hf_chat_template": True}, ["--hf-chat-template"]),
     ],
@@ -200,6 +201,62 @@ def test_the_layout_follows_from_the_first_record(tmp_path: Path, tokenizer: str
     assert [problem.option for problem in raised.value.problems] == ["--handler-name"]
 
 
+# ---- preferences -----------------------------------------------------------------------------------------------------
+
+PAIRS = [
+    {"instruction": f"Ask {n}", "history": [["Hi", "Ho"]], "chosen": f"good {n}", "rejected": "bad" * (n + 1)}
+    for n in range(5)
+]
+
+
+def texts(prefix: str, tokenizer: str, *sides: str) -> list[list[tuple[str, str]]]:
+    """Of each side of a sample all of its text, and what of it is trained."""
+    own = load_tokenizer(PreprocessConfig(output_prefix="", tokenizer_name_or_path=tokenizer))
+    fields = [[IndexedDataset(sibling(prefix, side + name)) for name in ("input_ids", "labels")] for side in sides]
+    return [
+        [(own.decode(ids[i].tolist()), own.decode(i for i in labels[i] if i != IGNORED)) for ids, labels in fields]
+        for i in range(len(fields[0][0]))
+    ]
+
+
+def test_a_pair_has_one_prompt_and_two_answers(tmp_path: Path, tokenizer: str):
+    """Of which the last alone are trained, whatever the prompt has of earlier ones."""
+    keys = json.dumps({"prompt": "instruction", "history": "history"})
+    path = write(tmp_path / "pairs.jsonl", PAIRS)
+    given = config(tmp_path, tokenizer, input=path, handler_name=None, map_keys=keys)
+    records = Records(tokenizing(given, 128), str(tmp_path), lambda: (load_tokenizer(given), tokenizer), "pairs")
+    prefix = records.prefix("data_path", path)
+    assert form_of(prefix) == "pairs" and list(sibling_problems(IndexedDataset(prefix))) == []
+    assert records.prefix("data_path", prefix) == prefix
+    for n, (chosen, rejected) in enumerate(texts(prefix, tokenizer, "chosen_", "rejected_")):
+        assert [chosen[1], rejected[1]] == [f"good {n}<|im_end|>", "bad" * (n + 1) + "<|im_end|>"]
+        assert chosen[0].removesuffix(chosen[1]) == rejected[0].removesuffix(rejected[1])
+        assert "Ho<|im_end|>" in chosen[0]
+    for form in ("dialogues", "kto"):  # found for records before they are tokenized, and for files
+        other = Records(tokenizing(given, 128), str(tmp_path), lambda: (load_tokenizer(given), tokenizer), form)
+        for value in (path, prefix):
+            with pytest.raises(ProblemError) as raised:
+                other.prefix("data_path", value)
+            assert facts(raised)[0][2] == "form"
+
+
+def test_samples_of_kto_have_a_flag(tmp_path: Path, tokenizer: str):
+    """That of their record, or which side of a pair they are."""
+    tagged = [{**ALPACA[0], "kto_tag": True}, {**ALPACA[1], "label": False}, {**ALPACA[2], "label": "maybe"}]
+    alpaca, pairs = write(tmp_path / "tagged.jsonl", tagged), write(tmp_path / "pairs.jsonl", PAIRS)
+    preprocess.run(config(tmp_path, tokenizer, input=alpaca, kto=True, skip_invalid=True))
+    flags = IndexedDataset(sibling(document(str(tmp_path / "out")), "desirable"))
+    assert [flag.tolist() for flag in flags] == [[1], [0]]
+    pairwise = "AlpacaStylePairwiseHandler"
+    preprocess.run(config(tmp_path, tokenizer, input=pairs, kto=True, handler_name=pairwise, overwrite=True))
+    prefix = document(str(tmp_path / "out"))
+    assert form_of(prefix) == "kto" and list(sibling_problems(IndexedDataset(prefix))) == []
+    flags = IndexedDataset(sibling(prefix, "desirable"))
+    answers = [trained for ((_, trained),) in texts(prefix, tokenizer, "")]
+    assert [flag.tolist() for flag in flags] == [[1], [0]] * 5
+    assert answers[:2] == ["good 0<|im_end|>", "bad<|im_end|>"] and len(answers) == 10
+
+
 # ---- the doctor ------------------------------------------------------------------------------------------------------
 
 
@@ -247,6 +304,14 @@ def test_what_spoils_training_is_found(tmp_path: Path, tokenizer: str, capsys, c
     bad = [line for line in shown.splitlines() if line.startswith("bad")]
     assert code == (expected is not None)
     assert not bad if expected is None else any(expected in line for line in bad)
+
+
+def test_both_answers_of_a_pair_are_shown(tmp_path: Path, tokenizer: str, capsys):
+    data = write(tmp_path / "pairs.jsonl", PAIRS)
+    code, shown = inspected(tmp_path, tokenizer, data, capsys, num=2)
+    assert code == 0 and shown.index("sample 1, chosen") < shown.index("sample 1, rejected")
+    assert "\u27e6good 1<|im_end|>\u27e7" in shown and "\u27e6badbad<|im_end|>\u27e7" in shown
+    assert "0 of 10 samples without a trained token" in shown
 
 
 def test_inspect_from_the_command_line(tmp_path: Path, tokenizer: str, capsys):

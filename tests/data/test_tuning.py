@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,9 @@ from cordee.data.encode import column_of
 from cordee.data.indexed import IndexedDataset, IndexedDatasetBuilder
 from cordee.data.messages import IGNORED
 from cordee.data.order import Order
-from cordee.data.tuning import FIELDS, Packer, field_names, kept_of, knapsacks
-from cordee.data.tuning_collate import TuningCollate
-from cordee.data.tuning_dataset import TuningDataset, document, sibling_problems
+from cordee.data.tuning import FIELDS, Packer, field_names, kept_of, kept_of_sides, knapsacks
+from cordee.data.tuning_collate import PreferenceBatch, TuningCollate, paired
+from cordee.data.tuning_dataset import MismatchedDataset, TuningDataset, document, sibling_problems
 from cordee.errors import ProblemError
 from cordee.model.gpt import GPTModel
 from cordee.model.init import initialise
@@ -81,6 +82,23 @@ def test_turns_are_cut_one_after_another():
     assert np.arange(12)[kept_of(labels, 6)].tolist() == [0, 1, 2, 3, 4, 6]
     trained_from_the_first = np.array([5, 5, IGNORED, IGNORED, 6, 6])
     assert np.arange(6)[kept_of(trained_from_the_first, 2)].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 8, 13])
+def test_the_sides_of_a_pair_are_cut_alike_but_for_their_answers(length: int):
+    """One prompt for both, and of neither answer nothing, whatever the lengths."""
+    for source, chosen, rejected in product((0, 1, 3, 9, 40), (1, 2, 7, 30), (1, 2, 7, 30)):
+        sides = [np.array([IGNORED] * source + [7] * answer) for answer in (chosen, rejected)]
+        kept = [np.arange(len(labels))[own] for labels, own in zip(sides, kept_of_sides(sides, length), strict=True)]
+        prompts = [own[own < source].tolist() for own in kept]
+        answers = [own[own >= source].tolist() for own in kept]
+        assert prompts[0] == prompts[1] == list(range(len(prompts[0])))
+        assert all(len(own) <= length for own in kept) and all(answers)
+        assert all(answer == list(range(source, source + len(answer))) for answer in answers)
+        room = max(map(len, answers))
+        assert [len(answer) for answer in answers] == [min(room, chosen), min(room, rejected)]
+        if max(source + chosen, source + rejected) <= length:
+            assert [len(own) for own in kept] == [source + chosen, source + rejected]
 
 
 # ---- packing ---------------------------------------------------------------------------------------------------------
@@ -253,3 +271,56 @@ def test_packed_samples_train_as_alone(tmp_path: Path, changes: dict):
     torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-5)
     for (name, ours), theirs in zip(one.named_parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+# ---- preferences -----------------------------------------------------------------------------------------------------
+
+
+def kto_data(folder: Path, prompts: list[list[int]]) -> IndexedDataset:
+    """Samples whose answers are 50 and the number of the sample."""
+    ids = [[*prompt, 50, number] for number, prompt in enumerate(prompts)]
+    labels = [[IGNORED] * len(prompt) + [50, number] for number, prompt in enumerate(prompts)]
+    flags = [[number % 2] for number in range(len(prompts))]
+    columns = map(column_of, (ids, [[1] * len(each) for each in ids], labels, flags))
+    return IndexedDataset(document(write(folder / "kto", dict(zip(field_names(False, True), columns, strict=True)))))
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5])
+def test_no_prompt_keeps_its_own_answer(tmp_path: Path, count: int):
+    indexed = kto_data(tmp_path, [[10 + number] * (number + 1) for number in range(count)])
+    dataset = MismatchedDataset(indexed, 0, count, Order.of_sequences(count, count), 16, None)
+    assert list(sibling_problems(indexed)) == []
+    for number in range(count):
+        sample = dataset[number]
+        assert sample["mismatched_input_ids"].tolist() == [*[10 + number] * (number + 1), 50, (number - 1) % count]
+        assert sample["mismatched_labels"].tolist() == [*[IGNORED] * (number + 1), 50, (number - 1) % count]
+
+
+def test_an_answer_to_the_same_prompt_is_no_mismatched_one(tmp_path: Path):
+    indexed = kto_data(tmp_path, [[1], [1], [2, 2], [2, 2], [1]])
+    dataset = MismatchedDataset(indexed, 0, 5, Order.of_sequences(5, 5), 16, None)
+    assert [int(dataset[number]["mismatched_labels"][-1]) for number in range(5)] == [3, 3, 1, 1, 3]
+    (problem,) = sibling_problems(kto_data(tmp_path / "..", [[1]]))
+    assert problem.kind == "at least"
+
+
+def test_the_sides_of_a_sample_are_rows_one_after_the_other():
+    def side(name: str, ids: list[int], source: int) -> dict[str, np.ndarray]:
+        labels = np.array([IGNORED] * source + ids[source:])
+        return {
+            f"{name}_input_ids": np.array(ids),
+            f"{name}_attention_mask": np.ones(len(ids)),
+            f"{name}_labels": labels,
+        }
+
+    samples = [
+        {**side("chosen", [1, 2, 3], 1), **side("rejected", [1, 4], 1), "reference": np.array([-1.5, -2.5])},
+        {**side("chosen", [5, 6], 1), **side("rejected", [5, 7, 8, 9], 1), "reference": np.array([-3.5, -4.5])},
+    ]
+    options = {"vocab_size": 61, "eod": None, "reset_position_ids": False, "reset_attention_mask": False}
+    batch = TuningCollate(seq_length=8, multiple=4, **options)(samples)
+    assert isinstance(batch, PreferenceBatch)
+    chosen, rejected = paired(batch.input_ids)
+    assert chosen.tolist() == [[1, 2, 3, 0], [5, 6, 0, 0]] and rejected.tolist() == [[1, 4, 0, 0], [5, 7, 8, 9]]
+    assert paired(batch.labels)[1].tolist() == [[4, *[IGNORED] * 3], [7, 8, 9, IGNORED]]
+    assert batch.reference.sum(1).tolist() == [-1.5, -2.5, -3.5, -4.5]

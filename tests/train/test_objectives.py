@@ -108,7 +108,7 @@ def test_gradients_are_those_of_a_plain_computation(alone: PairConfig):
     model, plain, reference = models
     objective, cpu = Preference(), torch.device("cpu")
     criterion = Criterion(objective, Layout(Degrees()))
-    frozen = Frozen(reference, LocalExecutor(reference, alone, cpu, criterion))
+    frozen = Frozen(reference, LocalExecutor(reference, alone, cpu, criterion), Layout(Degrees()))
     samples = [Pairs(alone, tiny.VOCAB)[n] for n in range(6)]
     parts = [PairBatch.of(part, tiny.LENGTH) for part in (samples[:2], samples[2:])]
     weights = [objective.weight(part) for part in parts]

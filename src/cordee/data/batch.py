@@ -72,11 +72,11 @@ class Batch:
     def to(self, device: torch.device | str) -> Self:
         return self._each(lambda _, tensor: tensor.to(device))
 
-    def at_tokens(self, index: Tensor) -> Self:
-        """Those tokens of every sequence that `index`, int64, names."""
+    def at(self, axis: str, index: Tensor) -> Self:
+        """Those places of an axis that `index`, int64, names: of "token" these tokens of every sequence."""
 
         def cut(axes: tuple[str, ...], tensor: Tensor) -> Tensor:
-            return tensor.index_select(axes.index("token"), index.to(tensor.device)) if "token" in axes else tensor
+            return tensor.index_select(axes.index(axis), index.to(tensor.device)) if axis in axes else tensor
 
         return self._each(cut)
 

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,11 +78,11 @@ def build_datasets(
     test_samples: int,
     train_blocks: Sequence[tuple[int, bool]] | None = None,
     verified: bool = False,
-    sequences: bool = False,
+    sequences: type[TuningDataset] | None = None,
 ) -> Datasets:
-    """Datasets of at least so many samples each, of which with `sequences` each is a whole sequence. `train_blocks`: as
-    `plan_order` takes them. `verified`: another process of this machine has just verified or built the sample orders in
-    the cache, so they are not read whole.
+    """Datasets of at least so many samples each; `sequences`: what reads samples that are whole sequences.
+    `train_blocks`: as `plan_order` takes them. `verified`: another process of this machine has just verified or built
+    the sample orders in the cache, so they are not read whole.
 
     Raises `ProblemError` for options or files that do not fit, which `cordee.data.gpt_check` finds all beforehand, and
     for an order that is not in the cache and takes more memory to build than this machine has left.
@@ -105,7 +106,7 @@ def build_datasets(
 
 
 def build_validation_sets(
-    config: SampleOptions, samples: int, verified: bool = False, sequences: bool = False
+    config: SampleOptions, samples: int, verified: bool = False, sequences: type[TuningDataset] | None = None
 ) -> dict[str, Dataset]:
     """The datasets of the validation blend, of so many samples each, by their names; raises as `build_datasets`."""
     built = {}
@@ -268,9 +269,9 @@ def _build_part(
     config: SampleOptions,
     order: PartOrder,
     verified: bool,
-    sequences: bool,
+    sequences: type[TuningDataset] | None,
 ) -> Dataset:
-    build = _build_sequences if sequences else _build_one
+    build = partial(_build_sequences, sequences) if sequences else _build_one
     datasets = [build(part, one, config, own, verified) for one, own in zip(indexed, order.datasets, strict=True)]
     if part.blend.weights is None:
         return datasets[0]
@@ -298,11 +299,11 @@ def _build_one(part: Part, indexed: IndexedDataset, config: SampleOptions, order
 
 
 def _build_sequences(
-    part: Part, indexed: IndexedDataset, config: SampleOptions, order: Order, verified: bool
+    kind: type[TuningDataset], part: Part, indexed: IndexedDataset, config: SampleOptions, order: Order, verified: bool
 ) -> TuningDataset:
     first, last = part.sequences(indexed)
     logger.info("%s data %s: %s", part.name, indexed.prefix, counted(last - first, "sample"))
-    return TuningDataset(indexed, first, last, order, config.seq_length, config.seed)
+    return kind(indexed, first, last, order, config.seq_length, config.seed)
 
 
 def part_problems(part: Part, indexed: IndexedDataset) -> list[Problem]:

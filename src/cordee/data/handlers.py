@@ -68,7 +68,7 @@ class Handler:
     columns: the fields of a record that it reads, of which no record may lack those `required`.
     templated: it takes --prompt-type, or the tokenizer's template; else `own_template` is the one that it fixes.
     pairwise: a record has a chosen and a rejected answer, read by `pairs`. is_text: it is plain text, read by `text`.
-    Each reading raises `BadRecord`.
+    flags: the fields of which one says whether an answer is desirable. Each reading raises `BadRecord`.
     """
 
     name: str
@@ -78,6 +78,7 @@ class Handler:
     own_template: Template | None = None
     pairwise: bool = False
     is_text: bool = False
+    flags: tuple[str, ...] = ("kto_tag", "label")
 
     @property
     def templated(self) -> bool:
@@ -95,6 +96,13 @@ class Handler:
     def text(self, record: Record) -> str:
         assert self.is_text
         return self.read(record)
+
+    def desirable(self, record: Record) -> bool:
+        """Whether its answers shall become likelier, or less likely."""
+        value = next((record[name] for name in self.flags if record.get(name) is not None), None)
+        if value not in (True, False):
+            raise BadRecord(f"its {' or '.join(self.flags)} is not true or false")
+        return bool(value)
 
 
 # ---- parts of records ------------------------------------------------------------------------------------------------
@@ -321,6 +329,7 @@ def _wikitext(record: Record) -> str:
 _ALPACA = {"prompt": "instruction", "query": "input", "response": "output", "history": None, "system": None}
 _SHAREGPT = {"messages": "conversations", "system": "system", "tools": "tools"}
 _PAIR = {"chosen": "chosen", "rejected": "rejected"}
+_FLAG = {"kto_tag": None}
 _TAGS = {
     "role_tag": "from",
     "content_tag": "value",
@@ -332,15 +341,15 @@ _TAGS = {
 }
 # The layouts whose columns have names of their own: how they are read, the default names, which a record may not lack.
 _LAYOUTS: Mapping[str, tuple[Callable[..., Any], Mapping[str, str | None], tuple[str, ...]]] = {
-    "AlpacaStyleInstructionHandler": (_alpaca, _ALPACA, ("prompt", "response")),
-    "SharegptStyleInstructionHandler": (_sharegpt, _SHAREGPT, ("messages",)),
+    "AlpacaStyleInstructionHandler": (_alpaca, _ALPACA | _FLAG, ("prompt", "response")),
+    "SharegptStyleInstructionHandler": (_sharegpt, _SHAREGPT | _FLAG, ("messages",)),
     "AlpacaStylePairwiseHandler": (
         _alpaca_pair,
         {key: column for key, column in _ALPACA.items() if key != "response"} | _PAIR,
         ("prompt", *_PAIR),
     ),
     "SharegptStylePairwiseHandler": (_sharegpt_pair, _SHAREGPT | _PAIR, ("messages", *_PAIR)),
-    "MessagesHandler": (_openai, {"messages": "messages", "tools": "tools"}, ("messages",)),
+    "MessagesHandler": (_openai, {"messages": "messages", "tools": "tools"} | _FLAG, ("messages",)),
 }
 
 
@@ -434,8 +443,9 @@ def _mapped(name: str, given: Any, option: str, defaults: Mapping[str, str | Non
     )
     required = tuple(found[key] for key in dict.fromkeys((*needed, *columns)))
     reading = partial(read, columns=found, tags=tags) if tagged else partial(read, columns=found)
-    pairwise = set(_PAIR) <= set(known)
-    return Handler(name=name, read=reading, columns=tuple(found.values()), required=required, pairwise=pairwise)
+    handler = Handler(name=name, read=reading, columns=tuple(found.values()), required=required)
+    flags = (found["kto_tag"],) if "kto_tag" in found else handler.flags
+    return replace(handler, pairwise=set(_PAIR) <= set(known), flags=flags)
 
 
 def from_dataset_info(directory: Path, name: str) -> tuple[Path, Handler]:

@@ -21,7 +21,8 @@ from cordee.data.messages import IGNORED
 from cordee.data.options import InspectConfig
 from cordee.data.order import Order
 from cordee.data.records import Records, tokenizing
-from cordee.data.tuning_dataset import TuningDataset, sibling_problems
+from cordee.data.tuning import SIDES
+from cordee.data.tuning_dataset import TuningDataset, form_of, sibling_problems
 from cordee.errors import Findings, Problem, ProblemError, raise_all
 from cordee.files import write_durably
 from cordee.log import console, counted
@@ -109,13 +110,16 @@ def run(config: InspectConfig) -> int:
         reset_attention_mask=config.reset_attention_mask,
     )
     marked = config.html is None and not output.is_terminal
+    sides = SIDES if form_of(dataset.indexed.prefix) == "pairs" else ("",)
     for index in range(config.start, min(config.start + config.num, len(dataset))):
-        output.print(_sample(index, collate([dataset[index]]), tokenizer, marked))
+        for row, side in enumerate(sides):
+            name = f"sample {index}{side and ', '}{side.rstrip('_')}"
+            output.print(_row(name, row, collate([dataset[index]]), tokenizer, marked))
     doctor = Doctor(tokenizer, ends, config.seq_length)
-    for fields in dataset.whole():
-        mask = fields["attention_mask"]
+    for fields, side in ((each, side) for each in dataset.whole() for side in sides):
+        mask = fields[f"{side}attention_mask"]
         for own in (mask == number for number in range(1, mask.max(initial=0) + 1)):
-            doctor.see(fields["input_ids"][own], fields["labels"][own])
+            doctor.see(fields[f"{side}input_ids"][own], fields[f"{side}labels"][own])
     findings = list(doctor.findings())
     for verdict, text in findings:
         style = {"bad": "bold red", "note": "yellow"}.get(verdict, "")
@@ -155,17 +159,17 @@ def _opened(config: InspectConfig) -> tuple[TuningDataset, Tokenizer | None, fro
     return TuningDataset(indexed, 0, len(indexed), order, config.seq_length, None), tokenizer, ends
 
 
-def _sample(index: int, batch: Batch, tokenizer: Tokenizer | None, marked: bool) -> Text:
+def _row(name: str, row: int, batch: Batch, tokenizer: Tokenizer | None, marked: bool) -> Text:
     """One row: a line for each sample of it with its positions, what is trained highlighted, or in brackets."""
     from rich.text import Text
 
-    ids, labels = batch.input_ids[0].tolist(), batch.labels[0].tolist()
+    ids, labels = batch.input_ids[row].tolist(), batch.labels[row].tolist()
     trained = [False, *(label != IGNORED for label in labels[:-1])]  # a label is that of the next token
-    segments = batch.segments[0].tolist() if batch.segments is not None else [0] * len(ids)
-    text = Text(f"sample {index}: {counted(len(ids), 'token')}, {sum(trained)} trained\n", style="bold")
+    segments = batch.segments[row].tolist() if batch.segments is not None else [0] * len(ids)
+    text = Text(f"{name}: {counted(len(ids), 'token')}, {sum(trained)} trained\n", style="bold")
     for segment, tokens in groupby(range(len(ids)), key=segments.__getitem__):
         places = list(tokens)
-        first = batch.position_ids[0, places[0]].item() if batch.position_ids is not None else places[0]
+        first = batch.position_ids[row, places[0]].item() if batch.position_ids is not None else places[0]
         name = "padding" if segment == -1 else f"positions {first} to {first + len(places) - 1}"
         text.append(f"[{name}] ", style="cyan")
         for is_trained, run in groupby(places, key=trained.__getitem__):

@@ -170,6 +170,9 @@ class PreprocessOptions:
     json_keys: tuple[str, ...] = option(
         ("text",), "fields of a record to tokenize, each into its own .bin/.idx pair", aliases=("--json-key",)
     )
+    kto: bool = option(
+        False, "samples for --stage kto: each with the flag kto_tag or label of its record, pairs as two samples"
+    )
     append_eod: bool = option(False, "append the tokenizer's end-of-document (EOD) token to every document")
     seq_length: int | None = option(
         None, "skip documents of this many tokens or more; of instruction data: of more than this many", above=0
@@ -190,7 +193,7 @@ class PreprocessOptions:
         needs("merge_group_keys", "whole_files", input=GIVEN),
         excludes("whole_files", "merge_group_keys", "hf_datasets_params", mutual=False),
         needs("pack", "neat_pack", "cut_long", seq_length=GIVEN),
-        needs("prompt_type", "hf_chat_template", "map_keys", "train_on", "mask_history", handler_name=GIVEN),
+        needs("prompt_type", "hf_chat_template", "map_keys", "train_on", "mask_history", "kto", handler_name=GIVEN),
         needs("dataset_dir", handler_name="LlamaFactoryInstructionHandler"),
     )
 

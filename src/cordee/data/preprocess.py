@@ -91,18 +91,19 @@ def _prepare(
     keys = tuple(dict.fromkeys(config.json_keys))
     handled = Findings()
     handlers = handled.attempt(lambda: inputs_of(config, config.input)) or [(config.input, None)]
-    outputs = keys if (first := handlers[0][1]) is None else output_names(first)
+    outputs = keys if (first := handlers[0][1]) is None else output_names(first, config.kto)
     prefixes = {key: f"{config.output_prefix}_{key}_document" for key in outputs}
     tokenizing = () if tokenizer else check_tokenizer(config)
     found = Findings([*_output_problems(config, prefixes.values()), *tokenizing, *handled.problems])
     for _, handler in handlers:
         found.attempt(partial(template_of, config, handler, directory or config.tokenizer_name_or_path))
-        if handler and output_names(handler) != outputs:
+        if handler and output_names(handler, config.kto) != outputs:
             why, fix = "some of its datasets are of pairs, others not", "preprocess them one by one"
             found.problems.append(Problem("--input", config.input, why, fix, "differs"))
-    if (config.pack or config.neat_pack) and outputs != field_names(False):
-        flag = "--neat-pack" if config.neat_pack else "--pack"
-        why, fix = "only samples of dialogues are packed", "leave it out, or give a --handler-name of dialogues"
+    packs = config.pack or config.neat_pack
+    if (packs and outputs != field_names(False)) or (config.kto and outputs == ("text",)):
+        flag = "--neat-pack" if config.neat_pack else "--pack" if packs else "--kto"
+        why, fix = "it is only of samples of dialogues", "leave it out, or give a --handler-name of dialogues"
         found.problems.append(Problem(flag, True, why, fix, "requires", ("handler_name",)))
     if config.input and Path(config.input).is_dir() and is_within(Path(config.output_prefix).parent, config.input):
         why, fix = "it is in the directory that is read, where a later run would find it", "give another place"
@@ -165,8 +166,9 @@ def _encode(
     eod, length = _eod(config, tokenizer), config.seq_length
     if handler is None or handler.is_text:
         return Encode(tokenizer=tokenizer, keys=outputs, handler=handler, eod=eod, seq_length=length)
-    renderer = renderer_of(config, handler, tokenizer, directory or config.tokenizer_name_or_path)
-    return EncodeDialogues(handler=handler, renderer=renderer, eod=eod, seq_length=length, cut=config.cut_long)
+    renderer = renderer_of(config, handler, tokenizer, directory or config.tokenizer_name_or_path, config.kto)
+    given = {"eod": eod, "seq_length": length, "cut": config.cut_long, "kto": config.kto}
+    return EncodeDialogues(handler=handler, renderer=renderer, **given)
 
 
 @contextmanager

@@ -2,17 +2,18 @@
 
 Owns what a sample of tuning is on disk: three sequences, `input_ids`, `attention_mask` and `labels`, of one length.
 `labels[i]` is what token i has to be predicted as, -100 where it is not trained. `attention_mask` is 1, or in rows of
-several samples that do not see each other the number of the sample from 1 on, and 0 for padding. Knows no template.
+several samples that do not see each other the number of the sample from 1 on, and 0 for padding. A pair has three for
+each side, `chosen_` and `rejected_`; a sample of KTO a fourth, `desirable`, of one number: 1, or 0. Knows no template.
 """
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -28,18 +29,21 @@ from cordee.errors import Problem, ProblemError
 from cordee.tokenizer import Tokenizer
 
 FIELDS = ("input_ids", "attention_mask", "labels")
+SIDES = ("chosen_", "rejected_")  # of a pair
+DESIRABLE = "desirable"
 NOTHING_TRAINED = "without a trained token"
 _CUT = ("sample", "cut to the length")
 _UNPROVED = ("answer", "not trained: the template writes it otherwise once others follow")
 _WINDOW = 1 << 24  # tokens among which samples to pack are chosen
 
 Tokens = npt.NDArray[np.int32]
+_Group: TypeAlias = tuple[list[tuple[Tokens, Tokens]], list[Tokens]]  # ids and labels of samples, and a flag
 
 
-def field_names(pairwise: bool) -> tuple[str, ...]:
+def field_names(pairwise: bool, kto: bool = False) -> tuple[str, ...]:
     """What the pairs of files of a dataset are called, between its prefix and `_document`."""
-    sides = ("packed_chosen_", "packed_rejected_") if pairwise else ("packed_",)
-    return tuple(side + name for side in sides for name in FIELDS)
+    sides = SIDES if pairwise and not kto else ("",)
+    return tuple(f"packed_{side}{name}" for side in sides for name in FIELDS) + (f"packed_{DESIRABLE}",) * kto
 
 
 # ---- how records are rendered ----------------------------------------------------------------------------------------
@@ -57,15 +61,19 @@ def inputs_of(options: DialogueOptions, path: str | None) -> list[tuple[str | No
     return [(path, None if plain else handler_named(name, options.map_keys))]
 
 
-def output_names(handler: Handler) -> tuple[str, ...]:
-    return ("text",) if handler.is_text else field_names(handler.pairwise)
+def output_names(handler: Handler, kto: bool) -> tuple[str, ...]:
+    return ("text",) if handler.is_text else field_names(handler.pairwise, kto)
 
 
-def renderer_of(options: DialogueOptions, handler: Handler, tokenizer: Tokenizer, directory: str | None) -> Renderer:
-    """What renders the dialogues of `handler`; `directory` is the tokenizer's. ProblemError without a template."""
+def renderer_of(
+    options: DialogueOptions, handler: Handler, tokenizer: Tokenizer, directory: str | None, kto: bool = False
+) -> Renderer:
+    """What renders the dialogues of `handler`; `directory` is the tokenizer's. ProblemError without a template. A
+    preference is of the last answer: what comes before has no labels."""
     template = template_of(options, handler, directory)
     assert template is not None
-    return Renderer(template, tokenizer, train_on=options.train_on, mask_history=options.mask_history)
+    last = options.mask_history or handler.pairwise or kto
+    return Renderer(template, tokenizer, train_on=options.train_on, mask_history=last)
 
 
 def template_of(options: DialogueOptions, handler: Handler | None, directory: str | None) -> Template | None:
@@ -115,6 +123,24 @@ def kept_of(labels: npt.NDArray[Any], length: int) -> npt.NDArray[np.int64] | sl
     return np.concatenate(kept)
 
 
+def kept_of_sides(labels: Sequence[npt.NDArray[Any]], length: int) -> list[npt.NDArray[np.int64] | slice]:
+    """As `kept_of`, of the sides of one sample: two have one source, which is cut alike, and each its own target."""
+    if len(labels) == 1 or max(map(len, labels)) <= length:
+        return [kept_of(each, length) for each in labels]
+    sources = [source_length(each) for each in labels]
+    targets = [len(each) - source for each, source in zip(labels, sources, strict=True)]
+    source, target = _shares(max(sources), max(targets), length)
+    source, target = min(source, length - 1), max(target, 1)  # a little of a short answer remains
+    sides = zip(sources, targets, strict=True)
+    return [np.r_[: min(source, own), own : own + min(target, rest)] for own, rest in sides]
+
+
+def source_length(labels: npt.NDArray[Any]) -> int:
+    """How many tokens come before the first that has a label."""
+    trained = labels != IGNORED
+    return int(trained.argmax()) if trained.any() else len(labels)
+
+
 def _shares(source: int, target: int, limit: int) -> tuple[int, int]:
     """How many of the first tokens of a source and a target are kept within `limit`."""
     if target * 2 < limit:
@@ -135,7 +161,7 @@ class EncodeDialogues:
     """How chunks of records become samples.
 
     A sample of more than `seq_length` tokens is cut if `cut`, else left out. With `eod` each ends with it, trained.
-    Records of pairs have two samples, left out together.
+    Records of pairs have two samples, left out together; for `kto` each is alone, with a flag, as those of others have.
     """
 
     handler: Handler
@@ -143,10 +169,11 @@ class EncodeDialogues:
     eod: int | None = None
     seq_length: int | None = None
     cut: bool = False
+    kto: bool = False
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        return field_names(self.handler.pairwise)
+        return output_names(self.handler, self.kto)
 
     def __call__(self, chunk: Chunk) -> Encoded:
         samples: list[tuple[Tokens, ...]] = []
@@ -155,17 +182,16 @@ class EncodeDialogues:
         records = size = 0
         for found in read_records(chunk, partial(self._samples, in_part), invalid):
             records += 1
-            for together in found:
+            for together, flags in found:
                 size += sum(len(ids) for ids, _ in together)
-                kept = [self._fitting(*sample) for sample in together]
-                whys = [each for each in kept if isinstance(each, str)]
-                if whys:
-                    left_out[whys[0]] += 1
+                kept = self._fitting(together)
+                if isinstance(kept, str):
+                    left_out[kept] += 1
                     continue
                 in_part[_CUT] += any(
                     len(fitting[0]) < len(ids) for fitting, (ids, _) in zip(kept, together, strict=True)
                 )
-                samples.append(tuple(chain.from_iterable(each for each in kept if not isinstance(each, str))))
+                samples.append((*chain.from_iterable(kept), *flags))
         columns = zip(*samples, strict=True) if samples else ((),) * len(self.outputs)
         return Encoded(
             columns={name: column_of(list(column)) for name, column in zip(self.outputs, columns, strict=True)},
@@ -177,13 +203,15 @@ class EncodeDialogues:
             in_part=in_part,
         )
 
-    def _samples(
-        self, in_part: Counter[tuple[str, str]], record: Mapping[str, Any]
-    ) -> list[list[tuple[Tokens, Tokens]]]:
-        """Those of a record, in groups that are left out together."""
-        if self.handler.pairwise:
-            return [[self._sample(dialogue, in_part) for dialogue in self.handler.pairs(record)]]
-        return [[self._sample(dialogue, in_part)] for dialogue in self.handler.dialogues(record)]
+    def _samples(self, in_part: Counter[tuple[str, str]], record: Mapping[str, Any]) -> list[_Group]:
+        """Those of a record, in groups that are left out together, each with its flag for KTO."""
+        handler = self.handler
+        dialogues = handler.pairs(record) if handler.pairwise else handler.dialogues(record)
+        samples = [self._sample(dialogue, in_part) for dialogue in dialogues]
+        if not self.kto:
+            return [(samples, [])] if handler.pairwise else [([sample], []) for sample in samples]
+        flags = (1, 0) if handler.pairwise else [handler.desirable(record)] * len(samples)
+        return [([sample], [np.array([flag], np.int32)]) for sample, flag in zip(samples, flags, strict=True)]
 
     def _sample(self, dialogue: Dialogue, in_part: Counter[tuple[str, str]]) -> tuple[Tokens, Tokens]:
         """Ids and labels; the first token has no label, for nothing comes before it."""
@@ -195,14 +223,16 @@ class EncodeDialogues:
             ids, labels = [*ids, self.eod], [*labels, self.eod]
         return np.asarray(ids, np.int32), np.asarray([IGNORED, *labels[1:]], np.int32)
 
-    def _fitting(self, ids: Tokens, labels: Tokens) -> tuple[Tokens, Tokens, Tokens] | str:
-        """The three fields of a sample, or why it is left out."""
-        if self.seq_length is not None and len(ids) > self.seq_length:
-            if not self.cut:
-                return TOO_LONG
-            kept = kept_of(labels, self.seq_length)
-            ids, labels = ids[kept], labels[kept]
-        return (ids, np.ones_like(ids), labels) if (labels != IGNORED).any() else NOTHING_TRAINED
+    def _fitting(self, sides: list[tuple[Tokens, Tokens]]) -> list[tuple[Tokens, Tokens, Tokens]] | str:
+        """The three fields of each side of a sample, or why it is left out."""
+        longest = max(len(ids) for ids, _ in sides)
+        if self.seq_length is not None and longest > self.seq_length and not self.cut:
+            return TOO_LONG
+        kept = kept_of_sides([labels for _, labels in sides], self.seq_length or longest)
+        cut = [(ids[own], labels[own]) for (ids, labels), own in zip(sides, kept, strict=True)]
+        if not all((labels != IGNORED).any() for _, labels in cut):
+            return NOTHING_TRAINED
+        return [(ids, np.ones_like(ids), labels) for ids, labels in cut]
 
 
 # ---- samples to rows -------------------------------------------------------------------------------------------------

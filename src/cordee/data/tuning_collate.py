@@ -1,6 +1,7 @@
 """Samples of tuning to micro-batches.
 
-Owns padding, and what segments and positions the samples of a row have. Knows nothing of where samples come from.
+Owns padding, what segments and positions the samples of a row have, the fields that preferences add to a batch, and
+which of its rows belong together. Knows nothing of where samples come from.
 """
 
 import math
@@ -10,10 +11,41 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
-from cordee.data.batch import Batch, Sample
+from cordee.data.batch import Batch, Sample, axes
 from cordee.data.gpt_collate import check_tokens
 from cordee.data.messages import IGNORED
+from cordee.data.tuning import DESIRABLE, FIELDS, SIDES
+from cordee.data.tuning_dataset import MISMATCHED
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PreferenceBatch(Batch):
+    """Rows are chosen and rejected answers by turns, or of KTO answers and mismatched ones.
+
+    `reference` float32 [batch, seq] adds up, over the tokens of a row, to the log-probability of its answer by the
+    reference model, 0 without one.
+    """
+
+    reference: Tensor = axes("sequence", "token")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class KTOBatch(PreferenceBatch):
+    """Of samples, float32 [samples]: `desirable` is 1 or 0, `kl` the divergence of the policy from the reference, the
+    same for all of a step, and `factor` that by which a sample counts in a mean over those of its kind."""
+
+    desirable: Tensor = axes("sample")
+    kl: Tensor = axes("sample")
+    factor: Tensor = axes("sample")
+
+
+def paired(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The first and the second row of every sample: `[2 * samples, ...]` to twice `[samples, ...]`."""
+    first, second = rows.unflatten(0, (-1, 2)).unbind(1)
+    return first, second
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +54,7 @@ class TuningCollate:
 
     Samples that are numbered in their attention mask do not see each other, and the first token of each is no target.
     Otherwise `reset_position_ids` and `reset_attention_mask` act behind every `eod`, as in Megatron. Raises
-    `ProblemError` for a token that `vocab_size` does not hold.
+    `ProblemError` for a token that `vocab_size` does not hold. Sides of a sample become rows, one after the other.
     """
 
     seq_length: int
@@ -33,6 +65,19 @@ class TuningCollate:
     reset_attention_mask: bool
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
+        sides = [side for side in (*SIDES, "", MISMATCHED) if f"{side}labels" in samples[0]]
+        batch = self._rows([{name: sample[side + name] for name in FIELDS} for sample in samples for side in sides])
+        if len(sides) == 1:
+            return batch
+        reference = torch.zeros(batch.input_ids.shape)
+        if "reference" in samples[0]:  # the sum stands at the first token
+            reference[:, 0] = torch.from_numpy(np.concatenate([sample["reference"] for sample in samples]))
+        if MISMATCHED not in sides:
+            return PreferenceBatch(**vars(batch), reference=reference)
+        flags = torch.tensor([float(sample[DESIRABLE][0]) for sample in samples])
+        return KTOBatch(**vars(batch), reference=reference, desirable=flags, kl=0 * flags, factor=0 * flags)
+
+    def _rows(self, samples: Sequence[Sample]) -> Batch:
         length = self.seq_length
         if self.multiple is not None:
             length = math.ceil(max(len(sample["labels"]) for sample in samples) / self.multiple) * self.multiple

@@ -6,14 +6,21 @@ Owns the order of whole sequences, and how the pairs of files of a dataset belon
 
 import functools
 from collections.abc import Iterator
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from cordee.data.indexed import IndexedDataset
+from cordee.data.indexed import IndexedDataset, idx_path
+from cordee.data.messages import IGNORED
 from cordee.data.order import Order, block_seed
-from cordee.data.tuning import FIELDS, kept_of
+from cordee.data.tuning import DESIRABLE, FIELDS, SIDES, field_names, kept_of_sides, source_length
 from cordee.errors import Problem, ProblemError
+
+Form: TypeAlias = Literal["dialogues", "pairs", "kto"]
+CHOSEN, REJECTED = (side + FIELDS[0] for side in SIDES)
+MISMATCHED = "mismatched_"  # the side of a sample of KTO that is its prompt with the answer to another one
+_TRIED = 8  # samples before one, to find another prompt
 
 
 def document(prefix: str, field: str = FIELDS[0]) -> str:
@@ -21,21 +28,46 @@ def document(prefix: str, field: str = FIELDS[0]) -> str:
     return f"{prefix}_packed_{field}_document"
 
 
-def sibling(indexed: str, field: str) -> str:
+def form_of(ids: str) -> Form | None:
+    """What the dataset is whose ids, of pairs the chosen ones, have this prefix; None: text, or nothing."""
+    if ids.endswith(document("", CHOSEN)):
+        return "pairs"
+    if not ids.endswith(document("")):
+        return None
+    return "kto" if idx_path(sibling(ids, DESIRABLE)).exists() else "dialogues"
+
+
+def sibling(ids: str, field: str) -> str:
     """As `document`, from that of the ids."""
-    return document(indexed.removesuffix(document("")), field)
+    return document(ids.removesuffix(document("", CHOSEN)).removesuffix(document("")), field)
+
+
+def ids_of(ids: str) -> list[IndexedDataset]:
+    """The ids of all sides of a dataset, the first of which have this prefix."""
+    return [IndexedDataset(prefix) for prefix in (ids, *[sibling(ids, REJECTED)] * (form_of(ids) == "pairs"))]
+
+
+def _fields(ids: str) -> tuple[str, ...]:
+    form = form_of(ids)
+    return tuple(name.removeprefix("packed_") for name in field_names(form == "pairs", form == "kto"))
 
 
 def sibling_problems(indexed: IndexedDataset) -> Iterator[Problem]:
     """Why the other fields do not belong to these ids."""
-    for field in FIELDS[1:]:
+    lengths = indexed.sequence_lengths
+    for field in _fields(indexed.prefix)[1:]:
         prefix = sibling(indexed.prefix, field)
         try:
-            other = IndexedDataset(prefix)
+            other = IndexedDataset(prefix).sequence_lengths
         except ProblemError as error:
             yield from error.problems
             continue
-        if not np.array_equal(other.sequence_lengths, indexed.sequence_lengths):
+        if field == DESIRABLE and len(lengths) == 1:
+            why, fix = "it has one sample, whose prompt no other answer can be put to", "give more samples"
+            yield Problem("dataset", prefix, why, fix, "at least", limit=2)
+        if field == REJECTED and len(other) == len(lengths):  # of another side, with lengths of its own
+            lengths = other
+        if not np.array_equal(other, np.ones_like(lengths) if field == DESIRABLE else lengths):
             why = f"its sequences are not as long as those of {indexed.prefix}"
             yield Problem("dataset", prefix, why, "preprocess again, or copy all its files again", "differs")
 
@@ -45,37 +77,60 @@ class TuningDataset:
 
     The first pass is in MindSpeed-LLM's order; each further one has a seed of its own, so that no place depends on
     those before; without a seed they come as in the files. `order` says how many samples there are. A sample that is
-    longer than `seq_length` is cut.
+    longer than `seq_length` is cut. Of pairs a sample has the fields of both sides. `reference`, if it is set, are the
+    log-probabilities of the answers of each sequence by a reference model, float32 [sequences, sides].
     """
 
+    reference: npt.NDArray[np.float32] | None = None
+
     def __init__(self, indexed: IndexedDataset, first: int, last: int, order: Order, seq_length: int, seed: int | None):
-        self.order, self.seq_length = order, seq_length
-        self._first, self._count = first, last - first
-        self._fields = {FIELDS[0]: indexed} | {
-            name: IndexedDataset(sibling(indexed.prefix, name)) for name in FIELDS[1:]
-        }
+        self.indexed, self.order, self.seq_length = indexed, order, seq_length
+        self.first, self.count = first, last - first
+        self.fields = {name: IndexedDataset(sibling(indexed.prefix, name)) for name in _fields(indexed.prefix)}
 
         @functools.lru_cache(maxsize=2)
         def permutation(block: int) -> npt.NDArray[np.int64]:
             if seed is None:
-                return np.arange(self._count)
-            return np.random.RandomState(block_seed(seed, block)).permutation(self._count)
+                return np.arange(self.count)
+            return np.random.RandomState(block_seed(seed, block)).permutation(self.count)
 
-        self._permutation = permutation
+        self.permutation = permutation
 
     def __len__(self) -> int:
         return self.order.samples
 
     def __getitem__(self, index: int) -> dict[str, npt.NDArray[np.int64]]:
-        """`input_ids`, `attention_mask` and `labels`, int64 [tokens]."""
-        block, place = divmod(index, self._count)
-        found = self._read(self._first + int(self._permutation(block)[place]))
-        kept = kept_of(found["labels"], self.seq_length)
-        return {name: values[kept] for name, values in found.items()}
+        """`input_ids`, `attention_mask` and `labels`, int64 [tokens], and what else there is of a sample."""
+        block, place = divmod(index, self.count)
+        number = int(self.permutation(block)[place])
+        found = self._read(self.first + number)
+        for sides in (SIDES, ("",), (MISMATCHED,)):
+            if f"{sides[0]}labels" in found:
+                kept = kept_of_sides([found[f"{side}labels"] for side in sides], self.seq_length)
+                for side, own in zip(sides, kept, strict=True):
+                    found |= {name: found[name][own] for name in (side + field for field in FIELDS)}
+        return found if self.reference is None else found | {"reference": self.reference[number]}
 
     def whole(self) -> Iterator[dict[str, npt.NDArray[np.int64]]]:
         """All sequences in the order of the files, none cut."""
-        return map(self._read, range(self._first, self._first + self._count))
+        return map(self._read, range(self.first, self.first + self.count))
 
     def _read(self, sequence: int) -> dict[str, npt.NDArray[np.int64]]:
-        return {name: field.get(sequence).astype(np.int64) for name, field in self._fields.items()}
+        return {name: field.get(sequence).astype(np.int64) for name, field in self.fields.items()}
+
+
+class MismatchedDataset(TuningDataset):
+    """Samples of KTO, each with its prompt before the answer to another one: to the prompt of the sample before it in
+    the files, of the first to that of the last; further before, where the prompt is the same."""
+
+    def _read(self, sequence: int) -> dict[str, npt.NDArray[np.int64]]:
+        own, other, start = super()._read(sequence), None, 0
+        prompt = own["input_ids"][: source_length(own["labels"])]
+        for step in range(1, min(len(self.indexed), _TRIED + 1)):
+            other = super()._read((sequence - step) % len(self.indexed))
+            start = source_length(other["labels"])
+            if not np.array_equal(prompt, other["input_ids"][:start]):
+                break
+        assert other is not None, "there are several samples"
+        before = {"input_ids": prompt, "labels": np.full_like(prompt, IGNORED), "attention_mask": np.ones_like(prompt)}
+        return own | {MISMATCHED + name: np.concatenate([before[name], other[name][start:]]) for name in FIELDS}

@@ -65,7 +65,7 @@ def shard(batch: AnyBatch, layout: Layout, options: ParallelOptions) -> AnyBatch
         return batch
     batch_size, length = batch.input_ids.shape
     own = positions(length, degrees, layout.axis_rank("cp"), _is_causal(options)).to(batch.input_ids.device)
-    part = batch.at_tokens(own)
+    part = batch.at("token", own)
     return part if part.position_ids is not None else replace(part, position_ids=own.expand(batch_size, -1))
 
 

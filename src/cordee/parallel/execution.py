@@ -141,18 +141,22 @@ class LocalExecutor:
 
 
 class Frozen:
-    """A model that is not trained, as `executor` runs it."""
+    """A model as it is, without dropout, as `executor` runs it over the ranks of `layout`."""
 
-    def __init__(self, model: GPTModel, executor: Executor):
-        self._model = model.requires_grad_(False).eval()
+    def __init__(self, model: GPTModel, executor: Executor, layout: Layout):
+        self._model = model
         self._executor = executor
+        self.layout = layout
 
     def forward(self, batches: Sequence[Batch], output: Output) -> list[Any]:
         """As `Executor.forward`; gathered parameters are freed."""
+        training = self._model.training
+        self._model.eval()
         try:
             return self._executor.forward(batches, output)
         finally:
             data.release(self._model)
+            self._model.train(training)
 
 
 def own_parameters(model: GPTModel) -> list[nn.Parameter]:

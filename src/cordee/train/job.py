@@ -253,11 +253,14 @@ def _build(
     if plan.partition is not None:
         logger.info("pipeline: %s", plan.partition)
     _log_layout(plan, layout, model)
+    make = {name: partial(_further, each, plan, layout, on, criterion) for name, each in plan.models.items()}
+    make[objectives.POLICY] = partial(Frozen, model, executor, layout)
+    datasets = {name: loader.dataset for name, loader in loaders.items()}
     parts = Parts(
         model=model,
         executor=executor,
         objective=objective,
-        models={name: _further(further, plan, layout, on, criterion) for name, further in plan.models.items()},
+        models=objective.begin(make, plan, datasets, layout),
         optimizer=optimizer,
         scaler=scaler,
         loaders=loaders,
@@ -302,7 +305,7 @@ def _further(
         initialise(model, config.seed)
     else:
         together(lambda: load_into(model, source), layout.control)
-    return Frozen(model, executor)
+    return Frozen(model.requires_grad_(False), executor, layout)
 
 
 def _fill(plan: RunPlan, model: GPTModel, optimizer: torch.optim.Optimizer, layout: Layout) -> None:

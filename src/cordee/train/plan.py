@@ -99,7 +99,7 @@ def draft_run(
         found.problems += deepspeed.check(config, settings, shape.data)
         found.notes += settings.ignored()
     found.problems += degree_problems(config, world_size)
-    objective = objectives.named(config.stage)
+    objective = objectives.named(config.stage).with_options(config)
     sizes = found.attempt(lambda: pipeline_check.sizes(config))
     batches = build_batch_schedule(config, shape.data, sizes)
     if (counted_out := _with_length(config, objective, batches, found)) is not config:

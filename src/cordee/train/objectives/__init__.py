@@ -10,10 +10,10 @@ from __future__ import annotations
 import functools
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVar
 
 from cordee.config.option import option
 
@@ -27,13 +27,16 @@ if TYPE_CHECKING:  # nothing else: the options of a run, which its help reads, h
     from cordee.families.registry import ModelSpec
     from cordee.model.head import Head
     from cordee.parallel.execution import Frozen, LossParts, Reduce
+    from cordee.parallel.layout import Layout
     from cordee.sealed import Form
     from cordee.tokenizer import Tokenizer
     from cordee.train.batch_schedule import BatchSchedule
     from cordee.train.options import TrainConfig
+    from cordee.train.run_plan import RunPlan
     from cordee.weights.codec import Source
 
 B = TypeVar("B", bound="Batch")
+POLICY = "policy"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +45,8 @@ class ObjectiveOptions:
 
     stage: str = option(
         "pretrain",
-        "training objective: pretrain (next token of texts), sft (answers of dialogues)",
+        "training objective: pretrain (next token of texts), sft (answers of dialogues), dpo, orpo or simpo (pairs of "
+        "a chosen and a rejected answer), kto (answers that are desirable or not)",
         shorthands={"--is-instruction-dataset": "sft"},
     )
 
@@ -125,6 +129,10 @@ class Objective(ABC, Generic[B]):
     loss_name: ClassVar[str]
     reduces: bool = False
 
+    def with_options(self, config: TrainConfig) -> Self:
+        """This objective with the options of a run."""
+        return self
+
     def ready(self, config: TrainConfig) -> TrainConfig:
         """`config` with its data in the form that training reads, made now if it is not there: before processes join,
         for it may take long. ProblemError if it cannot be made."""
@@ -150,6 +158,13 @@ class Objective(ABC, Generic[B]):
     def models(self, run: Run) -> Mapping[str, FurtherModel]:
         """Further models, such as the reference of a preference objective, by name; ProblemError if there is none."""
         return {}
+
+    def begin(
+        self, make: Mapping[str, Callable[[], Frozen]], plan: RunPlan, datasets: Mapping[str, Dataset], layout: Layout
+    ) -> Mapping[str, Frozen]:
+        """The models that `prepare` is given, made before the first step: its further ones and, as `POLICY`, the
+        trained one as it is at the time. `datasets` are those that are open."""
+        return {name: each() for name, each in make.items()}
 
     def evaluated(self, config: TrainConfig) -> str | None:
         """What of the run's data `cordee evaluate` takes as --task-data-path, held out if there is such; None without

@@ -27,6 +27,7 @@ from cordee.data.build import (
 )
 from cordee.data.indexed import IndexedDataset, bin_path, fingerprint, idx_path
 from cordee.data.order import normalise
+from cordee.data.tuning_dataset import TuningDataset, ids_of
 from cordee.errors import Findings, Problem, ProblemError, Problems, raise_all, requires
 from cordee.train.batch_schedule import BatchSchedule
 from cordee.train.objectives import DataSize, Objective, Run
@@ -68,7 +69,7 @@ IDENTITY = sealed.record(
 class GPTData:
     """The texts of a run. `samples` is how many it needs for "train", "valid" and "test".
 
-    sequences: each sample is a whole sequence of the files.
+    sequences: what reads samples that are whole sequences of the files; None: samples are of --seq-length tokens.
     """
 
     config: TrainConfig
@@ -76,7 +77,7 @@ class GPTData:
     eod: int | None
     samples: dict[str, int]
     identity: dict[str, Any]
-    sequences: ClassVar[bool] = False
+    sequences: ClassVar[type[TuningDataset] | None] = None
 
     def resumed(self, then: Mapping[str, Any], found: Findings) -> GPTData:
         """Consumed samples are a place in the data only if the order of the data is the same. Megatron's depends on the
@@ -136,9 +137,9 @@ class NextToken(Objective["Batch"]):
         found.problems += _not_validated(config, samples, found.notes)
         asked = {f"{name}_samples": count for name, count in samples.items()}
         found.problems += gpt_check.check(
-            config, **asked, vocab_size=run.vocab_size, tokenizer=tokenizer, sequences=self.plan.sequences
+            config, **asked, vocab_size=run.vocab_size, tokenizer=tokenizer, sequences=bool(self.plan.sequences)
         )
-        identity = found.attempt(lambda: _identity(config, samples, run.fingerprint, self.plan.sequences))
+        identity = found.attempt(lambda: _identity(config, samples, run.fingerprint, bool(self.plan.sequences)))
         if identity is None:
             return None
         eod = tokenizer.eod if tokenizer else None
@@ -151,15 +152,15 @@ class NextToken(Objective["Batch"]):
 
     def size(self, config: TrainConfig) -> DataSize:
         blend = (part := training_part(config)).blend
-        opened = {prefix: IndexedDataset(prefix) for prefix in blend.prefixes}
-        raise_all(problem for each in opened.values() for problem in part_problems(part, each))
-        tokens = {prefix: each.tokens_between(*part.sequences(each)) for prefix, each in opened.items()}
+        opened = {prefix: ids_of(prefix) for prefix in blend.prefixes}
+        raise_all(problem for of in opened.values() for each in of for problem in part_problems(part, each))
+        tokens = {prefix: sum(x.tokens_between(*part.sequences(x)) for x in of) for prefix, of in opened.items()}
         shares = dict.fromkeys(tokens, 0.0)
         for prefix, share in zip(blend.prefixes, normalise(blend.weights or (1.0,)).tolist(), strict=True):
             shares[prefix] += share  # a prefix may be there twice
         samples = {prefix: count / config.seq_length for prefix, count in tokens.items()}
         if self.plan.sequences:
-            ranges = {prefix: part.sequences(each) for prefix, each in opened.items()}
+            ranges = {prefix: part.sequences(of[0]) for prefix, of in opened.items()}
             samples = {prefix: last - first for prefix, (first, last) in ranges.items()}
         return DataSize(tokens=tokens, samples=samples, shares=shares)
 

@@ -13,12 +13,15 @@ from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
+
 from cordee.config.laws import changed_options
 from cordee.config.option import to_flag
 from cordee.data.build import plan_parts
-from cordee.data.indexed import IndexedDataset, idx_path
+from cordee.data.indexed import idx_path
 from cordee.data.options import DialogueOptions
 from cordee.data.records import Records, tokenizing
+from cordee.data.tuning_dataset import Form, TuningDataset, ids_of
 from cordee.errors import Findings, raise_all
 from cordee.log import counted, logger
 from cordee.tokenizer import Tokenizer
@@ -37,7 +40,7 @@ _PATHS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 class TuningData(GPTData):
     """The samples of a run: whole sequences with labels of their own."""
 
-    sequences: ClassVar[bool] = True
+    sequences: ClassVar[type[TuningDataset] | None] = TuningDataset
 
     def collate(self) -> Collate:
         from cordee.data.tuning_collate import TuningCollate
@@ -55,13 +58,16 @@ class TuningData(GPTData):
 
 
 class SFT(NextToken):
+    """`form`: what its samples are."""
+
     stage = "sft"
     plan = TuningData
+    form: ClassVar[Form] = "dialogues"
 
     def ready(self, config: TrainConfig) -> TrainConfig:
         """Paths become the prefixes of pairs of ids; records are tokenized into the cache if they are not there."""
-        options = tokenizing(config, config.seq_length)
-        records = Records(options, config.data_cache_path, partial(_tokenizer, config))
+        options = tokenizing(config, config.seq_length, kto=self.form == "kto")
+        records = Records(options, config.data_cache_path, partial(_tokenizer, config), self.form)
         found = Findings()
         changed = {}
         for name in _PATHS:
@@ -81,7 +87,7 @@ class SFT(NextToken):
     def data(self, run: Run, found: Findings) -> GPTData | None:
         plan = super().data(run, found)
         if plan is not None:
-            found.notes += _cut(run.config)
+            found.notes += _notes(run.config)
         return plan
 
 
@@ -93,14 +99,17 @@ def _tokenizer(config: TrainConfig) -> tuple[Tokenizer, str | None] | None:
     return tokenizer, config.tokenizer_name_or_path or (str(initial.assets) if initial.assets else None)
 
 
-def _cut(config: TrainConfig) -> Iterator[str]:
-    """Samples that are cut, of what is trained on."""
-    part = plan_parts(config)["train"]
-    for prefix in dict.fromkeys(part.blend.prefixes):
-        lengths = IndexedDataset(prefix).sequence_lengths
-        if long := int((lengths > config.seq_length).sum()):
-            samples = counted(len(lengths), "sample")
-            yield f"cut to --seq-length {config.seq_length}: {long:,} of the {samples} of {prefix}"
+def _notes(config: TrainConfig) -> Iterator[str]:
+    """Samples that are cut, and pairs that teach nothing, of what is trained on."""
+    for prefix in dict.fromkeys(plan_parts(config)["train"].blend.prefixes):
+        sides = ids_of(prefix)
+        lengths = np.stack([each.sequence_lengths for each in sides])
+        samples = f"of the {counted(len(sides[0]), 'sample')} of {prefix}"
+        if long := int((lengths.max(0) > config.seq_length).sum()):
+            yield f"cut to --seq-length {config.seq_length}: {long:,} {samples}"
+        alike = np.flatnonzero((lengths[0] == lengths[-1]) & (len(sides) > 1)).tolist()
+        if same := sum(np.array_equal(sides[0].get(pair), sides[-1].get(pair)) for pair in alike):
+            yield f"chosen and rejected are the same: {same:,} {samples}"
 
 
 OBJECTIVE = SFT()

@@ -1,0 +1,144 @@
+"""What objectives of preferences have in common: two sequences a sample, and a reference model.
+
+Owns the log-probabilities of answers, what is reported of them, and where the reference model comes from. The losses
+are the objectives' own.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypeAlias
+
+from cordee.checkpoint import formats
+from cordee.data.messages import IGNORED
+from cordee.data.tuning_dataset import Form
+from cordee.errors import Findings, raise_all
+from cordee.families.registry import spec_named
+from cordee.train.initial_weights import choose
+from cordee.train.objectives import POLICY, FurtherModel, Run
+from cordee.train.objectives.sft import SFT
+from cordee.train.options import TrainConfig
+from cordee.train.preference_options import PreferenceOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cordee.data.batch import Batch
+    from cordee.data.tuning_collate import PreferenceBatch
+    from cordee.model.head import Head
+    from cordee.parallel.execution import Frozen, LossParts, Reduce
+
+REFERENCE = "reference"
+
+
+class Answers(NamedTuple):
+    """Answers, float32 `[answers]`: their log-probabilities, the same less those by the reference model, and how many
+    tokens they have."""
+
+    logps: Tensor
+    gained: Tensor
+    lengths: Tensor
+
+
+Losses: TypeAlias = "tuple[Tensor, dict[str, Tensor]]"
+
+
+class Preference(SFT):
+    """refers: it has a reference model."""
+
+    loss_name = "preference loss"
+    reduces = True
+    form: ClassVar[Form] = "pairs"
+    refers: ClassVar[bool] = False
+    options: PreferenceOptions = PreferenceOptions()
+
+    def with_options(self, config: TrainConfig) -> Self:
+        objective = copy.copy(self)
+        objective.options = config
+        return objective
+
+    def ready(self, config: TrainConfig) -> TrainConfig:
+        """With --ref-model as it is when the run begins: a run that resumes loads other weights, and keeps it."""
+        ready = super().ready(config)
+        if not self.refers or ready.ref_model is not None:
+            return ready
+        return replace(ready, ref_model=Findings().attempt(lambda: _initial_weights(ready)))
+
+    def models(self, run: Run) -> dict[str, FurtherModel]:
+        if not self.refers:
+            return {}
+        if (path := run.config.ref_model or _initial_weights(run.config)) is None:
+            return {REFERENCE: FurtherModel(spec=run.spec)} if run.spec else {}
+        from cordee.weights.megatron.source import Reading
+
+        found, config = Findings(), run.config
+        reading = Reading(spec=spec_named(config.model) if config.model else None, iteration=config.ckpt_step)
+        source = found.attempt(lambda: formats.read(path, reading))
+        raise_all(replace(problem, option="--ref-model", value=path) for problem in found.problems)
+        assert source is not None, "its problems are raised"
+        return {REFERENCE: FurtherModel(spec=source.spec, source=source)}
+
+    def begin(self, make: Mapping[str, Callable[[], Frozen]], *start: Any) -> Mapping[str, Frozen]:
+        if not (self.refers and self.options.precompute_reference):
+            return super().begin(make, *start)
+        from cordee.train import reference
+
+        reference.attach(make[REFERENCE], *start)
+        return {POLICY: make[POLICY]()}
+
+    def prepare(self, batches: list[Any], models: Mapping[str, Frozen]) -> list[Any]:
+        if (reference := models.get(REFERENCE)) is None:
+            return batches
+        pairs = zip(batches, reference.forward(batches, token_logps), strict=True)
+        return [batch if logps is None else replace(batch, reference=logps) for batch, logps in pairs]
+
+    def answers(self, head: Head, hidden: Tensor, batch: PreferenceBatch, reduce: Reduce) -> Answers:
+        """Those of all rows of a batch."""
+        import torch
+
+        logps = token_logps(head, hidden, batch)
+        gained, labelled = logps - batch.reference, batch.labels != IGNORED
+        rows = reduce(torch.stack([logps.sum(1), gained.sum(1), labelled.sum(1)]))
+        return Answers(rows[0], rows[1], rows[2].clamp(min=1))  # a row may be cut down to its prompt
+
+
+class PairPreference(Preference):
+    """A loss of pairs."""
+
+    def weight(self, batch: Batch) -> int:
+        """Number of pairs."""
+        return len(batch.input_ids) // 2
+
+    def loss(self, head: Head, hidden: Tensor, batch: PreferenceBatch, reduce: Reduce) -> LossParts:
+        from cordee.data.tuning_collate import paired
+
+        both = self.answers(head, hidden, batch, reduce)
+        chosen, rejected = (Answers(*side) for side in zip(*map(paired, both), strict=True))
+        losses, metrics = self.losses(chosen, rejected)
+        better, worse = metrics["rewards/chosen"], metrics["rewards/rejected"]
+        metrics |= {"rewards/margins": better - worse, "rewards/accuracies": (better > worse).float()}
+        metrics |= {"logps/chosen": chosen.logps, "logps/rejected": rejected.logps}
+        return losses.sum(), {name: values.detach().sum() for name, values in metrics.items()}
+
+    @abstractmethod
+    def losses(self, chosen: Answers, rejected: Answers) -> Losses:
+        """The loss of each pair `[pairs]`, and so of what is reported: "rewards/chosen", "rewards/rejected", others."""
+
+
+def token_logps(head: Head, hidden: Tensor, batch: Batch) -> Tensor:
+    """The log-probability of every label, float32 `[batch, seq]`, 0 where there is none."""
+    return head.token_logprobs(hidden, batch.labels)
+
+
+def _initial_weights(config: TrainConfig) -> str | None:
+    """The weights that a run began with, None: drawn by its seed."""
+    initial = choose(config, None, [])
+    if initial.weights is not None:
+        return str(Path(initial.weights).absolute())
+    if (checkpoint := initial.checkpoint) is None:
+        return None
+    return checkpoint.manifest["config"].get("ref_model") if checkpoint.resume else str(checkpoint.path)

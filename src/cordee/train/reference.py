@@ -1,0 +1,80 @@
+"""Log-probabilities of the whole data by a reference model, computed once.
+
+Owns what they follow from, and that every sequence gets its own. Files are `order_cache.py`'s.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cordee.checkpoint.storage import location_of
+from cordee.data.build import cache_dir
+from cordee.data.indexed import bin_path, fingerprint
+from cordee.data.order_cache import Arrays, cached_arrays, content_key
+from cordee.data.tuning_dataset import TuningDataset
+from cordee.log import counted, logger
+from cordee.parallel import collectives, context
+from cordee.parallel.execution import Frozen
+from cordee.parallel.layout import Layout
+from cordee.train.run_plan import RunPlan
+
+_READ = 1 << 28  # bytes of a file that tell whether it changed
+_SETTINGS = ("ref_model", "seed", "seq_length", "reset_position_ids", "reset_attention_mask", "bf16", "fp16")
+
+
+def attach(make: Callable[[], Frozen], plan: RunPlan, datasets: Mapping[str, Any], layout: Layout) -> None:
+    """Give `datasets`, and those they blend, what the model of `make` says of them; it is made only if that is not
+    known yet."""
+    frozen = None
+    for dataset in (part for each in datasets.values() for part in getattr(each, "datasets", [each])):
+        key = collectives.from_first(_key(plan, dataset) if layout.rank == 0 else None, layout)
+        folder, shapes = (
+            cache_dir(plan.config.data_cache_path, dataset.indexed.prefix),
+            {"reference": (dataset.count, 2)},
+        )
+        known: Arrays = {}
+        try:
+            known = cached_arrays(folder, key, shapes, dict)  # which has none to put there
+        except LookupError:
+            logger.info("the reference model scores %s", counted(dataset.count, "sample"))
+        if not all(collectives.gather(bool(known), layout)):
+            frozen = frozen or make()
+            made = {"reference": _scores(dataset, frozen, plan, layout)}
+            known = cached_arrays(folder, key, shapes, lambda made=made: made)
+        dataset.reference = known["reference"]
+
+
+def _key(plan: RunPlan, dataset: TuningDataset) -> str:
+    facts = {name: getattr(plan.config, name) for name in _SETTINGS} | {"range": [dataset.first, dataset.count]}
+    facts["data"] = [fingerprint(bin_path(field.prefix), _READ) for field in dataset.fields.values()]
+    path = location_of(plan.config.ref_model).local if plan.config.ref_model else None
+    files = [path, *sorted(path.rglob("*"))] if path else []
+    facts["files"] = [(file.name, fingerprint(file, _READ)) for file in files if file.is_file()]
+    return content_key(**facts, model=plan.models["reference"].spec.to_dict())
+
+
+def _scores(dataset: TuningDataset, frozen: Frozen, plan: RunPlan, layout: Layout) -> npt.NDArray[np.float32]:
+    """The log-probabilities of both rows of each sequence, float32 [sequences, 2], of which each rank scores some."""
+    sums = np.zeros((3, dataset.count))  # in the order of the first pass: of both rows, and how often they were scored
+    collate, sizes, begin = plan.data.collate(), plan.batches.micro_batches(0), 0
+    while begin < dataset.count:
+        parts, places = [], []
+        for size in sizes:
+            own = range(begin + layout.data_rank * size, begin + (layout.data_rank + 1) * size)
+            batch = collate([dataset[place % dataset.count] for place in own])  # whole steps: from the first on again
+            parts.append(context.shard(batch, layout, plan.config))
+            places.append(own)
+            begin += size * layout.data_size
+        scored = frozen.forward(parts, lambda head, hidden, batch: head.token_logprobs(hidden, batch.labels).sum(1))
+        for own, rows in zip(places, scored, strict=True):
+            new = [place for place in own if place < dataset.count]
+            if rows is not None:
+                sums[:2, new] = rows.double().cpu().numpy().reshape(-1, 2)[: len(new)].T / layout.degrees.tp
+            sums[2, new] = layout.speaks_for_samples
+    sums = np.reshape(collectives.sum_numbers(sums.ravel().tolist(), layout), sums.shape)
+    assert (sums[2] == 1).all(), "every sequence is scored once"
+    scores = np.empty((dataset.count, 2), np.float32)
+    scores[dataset.permutation(0)] = sums[:2].T
+    return scores
