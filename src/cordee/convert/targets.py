@@ -4,6 +4,7 @@ Owns the table of formats that are written, and the meaning of the options of Mi
 converters. The formats themselves are codecs.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -13,11 +14,12 @@ from typing import Any
 import torch
 
 from cordee.checkpoint import dcp
+from cordee.checkpoint.source import CheckpointSource
 from cordee.config.values import whole_numbers
 from cordee.convert.check import not_default, target_type
 from cordee.convert.options import ConvertConfig
 from cordee.errors import Problem, Problems, excludes, raise_all, requires
-from cordee.weights import hf, mindformers
+from cordee.weights import hf, mindformers, peft_parameters
 from cordee.weights.codec import PlannedFile, Sink, Source
 from cordee.weights.gguf import codec as gguf
 from cordee.weights.gguf.vocabulary import compare_tokenizers
@@ -96,6 +98,17 @@ def _misplaced(options: ConvertConfig) -> Problems:
         yield from requires(
             flag, value, "--save-model-type mg", f"{target_type(options)} is not split", "save_model_type"
         )
+
+
+# ---- PEFT ------------------------------------------------------------------------------------------------------------
+
+
+def _prepare_peft(source: Source, output: Output, dtypes: Dtypes, options: ConvertConfig) -> Prepared:
+    assert isinstance(source, CheckpointSource) and source.base is not None
+    raise_all(peft_parameters.check(source.spec))
+    size = sum(math.prod(source.shape(name)) * dtype.itemsize for name, dtype in dtypes.items())
+    files = [PlannedFile(peft_parameters.TENSORS, size)]
+    return Prepared(files, dtypes, partial(peft_parameters.PeftSink, output, source.spec, source.base["path"], dtypes))
 
 
 # ---- GGUF ------------------------------------------------------------------------------------------------------------
@@ -185,6 +198,7 @@ TARGETS: Mapping[str, Callable[[Source, Output, Dtypes, ConvertConfig], Prepared
     "mindformers": _prepare_unsplit,
     "dcp": _prepare_unsplit,
     "gguf": _prepare_gguf,
+    "peft": _prepare_peft,
     "mg": _prepare_megatron,
     "ascendspeed": _prepare_megatron,
 }

@@ -16,6 +16,7 @@ from cordee.tokenizer.options import TokenizerOptions
 from cordee.train import resume
 from cordee.train.options import TrainConfig
 from cordee.train.run_plan import Checkpoint, InitialWeights
+from cordee.tune.options import PEFT_CONFIG
 
 
 def opened(config: TrainConfig, initial: InitialWeights, found: Findings) -> InitialWeights | None:
@@ -29,11 +30,39 @@ def opened(config: TrainConfig, initial: InitialWeights, found: Findings) -> Ini
     from cordee.weights.megatron.source import Reading
 
     spec = spec_named(config.model) if config.model else None
-    source = found.attempt(lambda: formats.read(path, Reading(spec=spec, iteration=config.ckpt_step)))
-    if source is not None:
-        return replace(initial, source=source, spec=source.spec, assets=source.assets)
-    spec = found.attempt(lambda: spec_from_directory(path)) if (path / "config.json").is_file() else None
-    return spec and replace(initial, spec=spec, assets=path)
+    step = config.ckpt_step if initial.checkpoint is None else None
+    source = found.attempt(lambda: formats.read(path, Reading(spec=spec, iteration=step)))
+    if source is None:
+        local = path.local
+        has_config = local is not None and (local / "config.json").is_file()
+        spec = found.attempt(lambda: spec_from_directory(local)) if local is not None and has_config else None
+        return spec and replace(initial, spec=spec, assets=local)
+    initial = replace(initial, source=source, spec=source.spec, assets=initial.assets or source.assets)
+    return found.attempt(lambda: _with_adapter(config, initial)) if _adapts(config, initial) else initial
+
+
+def _adapts(config: TrainConfig, initial: InitialWeights) -> bool:
+    return bool(config.lora_target_modules or initial.peft or initial.checkpoint)
+
+
+def _with_adapter(config: TrainConfig, initial: InitialWeights) -> InitialWeights:
+    """The base of adapters, and those that are loaded. ProblemError if it is the base of others."""
+    from cordee.checkpoint import adapter
+    from cordee.checkpoint.source import CheckpointSource
+    from cordee.weights import peft, peft_parameters
+    from cordee.weights.adapter import Given, Merged, fingerprint
+
+    assert (base := initial.source) is not None
+    if (checkpoint := initial.checkpoint) is not None:
+        option = "--load" if config.lora_load is None else "--lora-load"
+        raise_all(adapter.check_base(base, CheckpointSource(checkpoint.path), option))
+    initial = replace(initial, fingerprint=fingerprint(base))
+    if initial.peft is None:
+        return initial
+    found = peft.read(Given(path=initial.peft), base.spec)
+    loaded = peft_parameters.from_peft(found, base.spec)
+    source = Merged(base, found.without_factors()) if found.whole else base
+    return replace(initial, source=source, adapter=loaded, spec=loaded.spec)
 
 
 def tokenizer_of(config: TrainConfig, initial: InitialWeights) -> Tokenizer | None:
@@ -48,11 +77,31 @@ def tokenizer_of(config: TrainConfig, initial: InitialWeights) -> Tokenizer | No
 
 
 def choose(config: TrainConfig, avoid: Mapping[int, str] | None, notes: list[str]) -> InitialWeights:
-    """Those that --load names, but for corrupt checkpoints (`avoid`). ProblemError if there is none."""
+    """Those that --load names, with the adapters of --lora-load, but for corrupt checkpoints (`avoid`). ProblemError if
+    there are none."""
     if config.load is None:
         return InitialWeights()
     with reached("--load", config.load):
-        return _choose(config, location_of(config.load), avoid, notes)
+        if config.lora_load is None:
+            return _choose(config, location_of(config.load), avoid, notes)
+        base = location_of(config.load)
+    with reached("--lora-load", config.lora_load):
+        path = location_of(config.lora_load, "--lora-load")
+        if path.local is not None and (path / PEFT_CONFIG).is_file():
+            return InitialWeights(weights=base, peft=path.local)
+        try:
+            found = _choose(replace(config, load=config.lora_load), path, avoid, notes)
+        except ProblemError as error:
+            of_load = (
+                replace(each, option="--lora-load") if each.option == "--load" else each for each in error.problems
+            )
+            raise ProblemError(of_load, error.everywhere) from error
+    if found.checkpoint is None and found.weights is None:
+        return InitialWeights(weights=base)  # nothing is there yet
+    if found.checkpoint is None or "base" not in found.checkpoint.manifest:
+        why, fix = "it holds a model, and no adapters", "give a directory of PEFT, or what training adapters has saved"
+        raise ProblemError([Problem("--lora-load", config.lora_load, why, fix, "unknown")])
+    return replace(found, weights=base)
 
 
 def _choose(config: TrainConfig, path: Location, avoid: Mapping[int, str] | None, notes: list[str]) -> InitialWeights:
@@ -60,7 +109,7 @@ def _choose(config: TrainConfig, path: Location, avoid: Mapping[int, str] | None
     if form is not None and form.local:
         if form.name != "mg":
             raise_all(requires("--ckpt-step", config.ckpt_step, "--load of a run", f"{path} is a {form.title}", "load"))
-        return InitialWeights(weights=path.local)
+        return InitialWeights(weights=path)
     if (path / directory.MANIFEST).is_file():
         raise_all(requires("--ckpt-step", config.ckpt_step, "--load of a run", f"{path} is one checkpoint", "load"))
         return _of_checkpoint(config, path)
@@ -98,7 +147,12 @@ def _of_checkpoint(config: TrainConfig, path: Location) -> InitialWeights:
         present = directory.iterations(path.parent)
         fix = f"choose another by --ckpt-step; there are: {', '.join(map(str, present)) or 'none'}"
         raise _unfit(path, str(error), fix, "corrupt", present) from error
-    return InitialWeights(Checkpoint(path, manifest, resume=not config.finetune), assets=assets.beside(path))
+    base = manifest.get("base")
+    if base is None and config.lora_target_modules:  # which are trained on these weights
+        return InitialWeights(weights=path)
+    weights = None if base is None else location_of(base["path"])
+    checkpoint = Checkpoint(path, manifest, resume=not config.finetune)
+    return InitialWeights(checkpoint, weights=weights, assets=assets.beside(path))
 
 
 def _unfit(path: Location, why: str, fix: str, kind: str, limit: object = None) -> ProblemError:

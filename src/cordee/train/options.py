@@ -14,6 +14,7 @@ from cordee.optim.options import OptimizerOptions, PrecisionOptions
 from cordee.parallel.options import CompileOptions, LayoutOptions, ParallelOptions
 from cordee.tokenizer.options import TokenizerOptions
 from cordee.train.objectives import ObjectiveOptions
+from cordee.tune.options import LoRAOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +102,7 @@ class TrainConfig(
     ObjectiveOptions,
     DataOptions,
     TuningDataOptions,
+    LoRAOptions,
     OptimizerOptions,
     PrecisionOptions,
     ParallelOptions,

@@ -37,18 +37,31 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """Where weights come from: a checkpoint, a model in another format, or neither, and then they are drawn.
+    """Where weights come from: a checkpoint, a model in another format, or neither, and then they are drawn. Adapters
+    have both: `weights` are their base, and they come from the checkpoint or the PEFT directory `peft`, or are drawn.
 
     source: those of `weights`, when they are opened; None if they cannot be read.
+    adapter: those of `peft`, likewise.
+    fingerprint: of the base of adapters, by which a run that resumes knows it.
     spec: the model in `weights`, as far as it is known.
     assets: directory where the tokenizer may be that belongs to them.
     """
 
     checkpoint: Checkpoint | None = None
-    weights: Path | None = None
+    weights: Location | None = None
     source: Source | None = None
     spec: ModelSpec | None = None
     assets: Path | None = None
+    peft: Path | None = None
+    adapter: Source | None = None
+    fingerprint: str | None = None
+
+    @property
+    def base(self) -> dict[str, str] | None:
+        """What a checkpoint says of the base of its adapters."""
+        if self.weights is None or self.fingerprint is None:
+            return None
+        return {"path": str(self.weights.resolve()), "fingerprint": self.fingerprint}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,17 +9,19 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from cordee.errors import Problem, ProblemError, raise_all
 from cordee.families.registry import ModelSpec
 from cordee.files import read_json
-from cordee.tensors.views import Leaf, Op, View
+from cordee.tensors.views import Leaf, Op, View, whole
 from cordee.weights.adapter import Change, Given, LowRank, is_factor
 from cordee.weights.files import COPY_AGAIN, BinFile, SafetensorsFile, TensorFile, opened, unfit
 from cordee.weights.ruled import foreign_tensors
@@ -163,7 +165,7 @@ class PeftAdapter:
 
     def __init__(self, given: Given, config: Mapping[str, Any], spec: ModelSpec, file: TensorFile):
         self.notes: tuple[str, ...] = ()
-        self._path = given.path
+        self.path = given.path
         self._config = config
         self._file = file
         self._spec = replace(spec, base_prefix=True)
@@ -181,13 +183,33 @@ class PeftAdapter:
         unknown = self._sort()
         raise_all([*self._check_names(unknown), *given.check_modules(self._factors)])
         raise_all([*self._check_tensors(), *self._check_tied()])
-        self._changes = {name: self._low_rank(name) for name in self._factors}
-        self._changes |= {name: self._replacement(name) for name in self._whole}
+        self.low_ranks = {name: self._low_rank(name) for name in self._factors}
+        self._changes |= self.low_ranks
+        self._changes |= {name: self._replacement(name, self.low_ranks) for name in self._whole}
 
     def changes(self, name: str) -> tuple[Op, Sequence[Change | None]] | None:
         rule = self._rules[name]
         changes = [self._changes.get(foreign) for foreign in rule.foreign]
         return (rule.op, changes) if any(changes) else None
+
+    @property
+    def whole(self) -> frozenset[str]:
+        """The tensors that take the place of the base's, by the family's names."""
+        return frozenset(self._whole)
+
+    def without_factors(self) -> PeftAdapter:
+        """The same adapter with its whole tensors alone."""
+        other = copy(self)
+        other.low_ranks, other._changes = {}, {name: self._replacement(name, {}) for name in self._whole}
+        return other
+
+    def matrices(self, foreign: str) -> tuple[Tensor, Tensor]:
+        """A `[r, in]` and B `[out, r]` of the weight of a module, in float32; a table's rows are outputs."""
+        names = self._factors[foreign].names
+        a, b = (
+            self._file.read(names[letter], whole(self._file.tensors[names[letter]].shape)).float() for letter in "AB"
+        )
+        return (b.t(), a.t()) if self._factors[foreign].embedding else (a, b)
 
     # ---- what is there -----------------------------------------------------------------------------------------------
 
@@ -268,9 +290,9 @@ class PeftAdapter:
         module = factor[1] if factor else ""
         return next((value for pattern, value in patterns if pattern.match(module)), self._config[key])
 
-    def _replacement(self, foreign: str) -> Change:
+    def _replacement(self, foreign: str, low_ranks: Mapping[str, LowRank]) -> Change:
         name = self._whole[foreign]
-        low_rank = self._changes.get(foreign)
+        low_rank = low_ranks.get(foreign)
 
         def change(view: View, dtype: torch.dtype) -> View:
             whole = Leaf(view.shape, lambda index: self._file.read(name, index).to(dtype))
