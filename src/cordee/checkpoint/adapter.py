@@ -5,7 +5,6 @@ Owns which base such a checkpoint belongs to, the sum of the two, and of which k
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -17,7 +16,6 @@ from cordee.checkpoint import formats, source
 from cordee.checkpoint.source import CheckpointSource
 from cordee.checkpoint.storage import location_of, reached
 from cordee.errors import Problem, ProblemError, Problems, raise_all
-from cordee.model.config import LowRankConfig, slice_of
 from cordee.tensors.rules import IDENTITY
 from cordee.tensors.views import Index, Leaf, Op, View
 from cordee.tune import lora
@@ -27,28 +25,17 @@ from cordee.weights.adapter import Adapter, Change, Given, Merged, fingerprint
 from cordee.weights.codec import Source
 from cordee.weights.megatron import adapter as megatron
 from cordee.weights.megatron.source import MegatronSource
-
-
-def trained(path: str, option: str) -> CheckpointSource:
-    """The adapters in a checkpoint, or in the newest of a run. ProblemError, about `option`, if there are none."""
-    with reached(option, path):
-        found = source.read(location_of(path, option))
-    if found.base is None:
-        why, fix = "it is a checkpoint of a whole model, no adapter", "give what training with --lora-... has saved"
-        raise ProblemError([Problem(option, path, why, fix, "whole")])
-    return found
-
-
-def given(options: AdapterOptions) -> Given:
-    """What options say of the adapter to merge."""
-    path, modules = Path(options.lora_load or ""), options.lora_target_modules
-    return Given(path=path, r=options.lora_r, alpha=options.lora_alpha, modules=modules)
+from cordee.weights.peft_parameters import factors
 
 
 def read(load: str, options: AdapterOptions) -> Source:
     """The weights at `load`, the adapter that options name merged into them."""
-    base = formats.read(load)
-    return base if options.lora_load is None else with_adapter(base, given(options))
+    return with_adapter(formats.read(load), options)
+
+
+def with_adapter(base: Source, options: AdapterOptions) -> Source:
+    """`base`, the adapter that options name merged into it. ProblemError if there is none, or it is of another base."""
+    return base if options.lora_load is None else Merged(base, _adapter(base, options.lora_load, options))
 
 
 def with_base(found: CheckpointSource) -> Source:
@@ -58,24 +45,18 @@ def with_base(found: CheckpointSource) -> Source:
     return Merged(base, TrainedAdapter(found, base))
 
 
-def with_adapter(base: Source, given: Given) -> Source:
-    """`base` with the adapter at `given.path` merged in. ProblemError if there is none, or `base` cannot take it."""
-    return Merged(base, _adapter(base, given))
-
-
-def _adapter(base: Source, given: Given) -> Adapter:
-    path = Path(given.path)
-    if peft.is_adapter(path):
+def _adapter(base: Source, path: str, options: AdapterOptions) -> Adapter:
+    given = Given(path=Path(path), r=options.lora_r, alpha=options.lora_alpha, modules=options.lora_target_modules)
+    if peft.is_adapter(given.path):
         return peft.read(given, base.spec)
-    form = formats.find(location_of(path, "--lora-load"))
-    if form is not None and form.name == "cordee":
-        found = trained(str(path), "--lora-load")
-        raise_all(lora.check_stated(found.spec, given.r, given.alpha, given.modules))
+    with reached("--lora-load", path):
+        form = formats.find(location := location_of(path, "--lora-load"))
+        found = source.read(location) if form is not None and form.name == "cordee" else None
+    if found is not None and found.base is not None:
+        raise_all(lora.check_stated(found.spec, options))
         return TrainedAdapter(found, base)
     if form is None or form.name != "mg":
-        why = (
-            "it is no checkpoint of adapters, nor of PEFT (no adapter_config.json), nor a Megatron checkpoint in files"
-        )
+        why = "it is neither PEFT's (no adapter_config.json), nor a checkpoint of adapters of a run or of Megatron"
         raise ProblemError([Problem("--lora-load", path, why, "give the directory of an adapter", "unknown")])
     if not isinstance(base, MegatronSource):
         why = "it has Megatron's names, and what it is to be merged into is no Megatron checkpoint"
@@ -104,40 +85,25 @@ class TrainedAdapter:
 
     def __init__(self, found: CheckpointSource, base: Source):
         raise_all(check_base(base, found, "--lora-load"))
-        self._whole = frozenset(found.spec.shapes()).intersection(found.names())
-        self._view = found.view
-        self._read = cache(found.tensor)
-        self._adapted = defaultdict[str, dict[str, LowRankConfig]](dict)
-        for path, name, config in found.spec.config.adapted():
-            self._adapted[f"{path}.weight"][name] = config
+        self._source, self._shapes, self._own = found, found.spec.shapes(), set(found.names())
+        self._adapted = {f"{path}.weight" for path, _, _ in found.spec.config.adapted()}
+        self._factors = cache(lambda name: list(factors(found.spec.config, name, self._shapes[name], found.tensor)))
 
     def changes(self, name: str) -> tuple[Op, Sequence[Change | None]] | None:
-        if name not in self._whole and name not in self._adapted:
+        if name not in self._own and name not in self._adapted:
             return None
 
         def change(view: View, dtype: torch.dtype) -> View:
-            whole = self._view(name) if name in self._whole else view
+            whole = self._source.view(name) if name in self._own else view
             return Leaf(view.shape, lambda index: self._sum(name, whole, index).to(dtype))
 
         return IDENTITY, [change]
 
     def _sum(self, name: str, base: View, index: Index) -> Tensor:
         """A slice of a parameter with the adapters of it, in float32."""
-        total = torch.empty([cut.stop - cut.start for cut in index])
-        total.copy_(base.read(index))
-        path, stacked = name.removesuffix(".weight"), ".experts." in name
-        for part, config in self._adapted.get(name, {}).items():
-            a, b = (self._read(f"{path}.adapters.{part}.{factor}") for factor in "ab")
-            rows, place = list(index[:-1]), [slice(None)] * (len(index) - 1)
-            if (cut := slice_of(path, part)) is not None:
-                dim = stacked + cut.dim
-                start, stop, _ = slice(cut.start, cut.stop).indices(base.shape[dim])
-                low, high = max(rows[dim].start, start), min(rows[dim].stop, stop)
-                if low >= high:
-                    continue
-                place[dim] = slice(low - rows[dim].start, high - rows[dim].start)
-                rows[dim] = slice(low - start, high - start)
-            b, a = b[tuple(rows)], a[(*rows[:stacked], slice(None), index[-1])]
-            product = b.flatten(1 if stacked else 0, -2) @ a
-            total[tuple(place)] += config.scale * product.view(*b.shape[:-1], -1)
+        stacked = ".experts." in name
+        total = torch.empty([cut.stop - cut.start for cut in index]).copy_(base.read(index))
+        for _, config, a, b in self._factors(name):
+            a, b = a[(*index[:stacked], slice(None), index[-1])], b[index[:-1]]
+            total += config.scale * (b.flatten(1 if stacked else 0, -2) @ a).view_as(total)
         return total

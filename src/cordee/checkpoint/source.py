@@ -46,10 +46,8 @@ def read(path: str | Path | Location, iteration: int | None = None) -> Checkpoin
 
 
 class CheckpointSource(Source):
-    """The float32 master weights of a checkpoint. Files are checked against their checksums when first read from.
-
-    base: where the other weights are, of a checkpoint that has only what was trained beside them, and its names alone.
-    """
+    """The float32 master weights of a checkpoint, or, over a `base`, of what was trained there alone. Files are checked
+    against their checksums when first read from."""
 
     def __init__(self, path: Location, notes: tuple[str, ...] = ()):
         self.path = path

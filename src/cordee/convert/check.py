@@ -16,7 +16,7 @@ from cordee.config import laws
 from cordee.config.option import to_flag
 from cordee.config.spelling import unknown
 from cordee.convert.options import ConvertConfig
-from cordee.errors import Problem, Problems, excludes, requires
+from cordee.errors import Problem, Problems, requires
 from cordee.files import is_within
 from cordee.model.config import AttentionConfig
 
@@ -67,10 +67,6 @@ def check_options(options: ConvertConfig) -> Problems:
     if (file := options.tokenizer_model) not in (None, "None") and not os.path.exists(file):  # as scripts write it
         yield Problem("--tokenizer-model", file, "there is no such file", "check the path", "missing")
     yield from stated(options, {"model_type": "GPT"}, "every model here")
-    if target_type(options) == "peft":
-        for flag, value in (("--verify", options.verify), ("--lora-load", options.lora_load)):
-            why = "adapters are written alone"
-            yield from excludes(flag, value or None, "--save-model-type", "peft", why)
 
 
 def stated(options: ConvertConfig, found: Mapping[str, object], what: str) -> Problems:

@@ -90,17 +90,17 @@ def _prepare(options: ConvertConfig) -> tuple[Source, Prepared, Path]:
 
 def _source(form: Format, options: ConvertConfig) -> Source:
     """What is read, with the adapter that is to be merged into it."""
-    if target_type(options) == "peft":
-        from cordee.checkpoint import adapter
+    if target_type(options) == "peft" and form.name == "cordee":
+        from cordee.checkpoint import source
 
-        return adapter.trained(options.load_dir, "--load-dir")
+        return source.read(location_of(options.load_dir, "--load-dir"))
     source = _read(form, _model(form, options), options)
     if options.lora_load is None:
         return source
     from cordee.checkpoint import adapter
 
     raise_all(check_model(source.spec, options))
-    return adapter.with_adapter(source, adapter.given(options))
+    return adapter.with_adapter(source, options)
 
 
 def _output(form: Format, options: ConvertConfig) -> Path:

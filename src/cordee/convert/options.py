@@ -6,7 +6,7 @@ Owns their names, types, defaults and help texts, and what each needs of others.
 from dataclasses import dataclass
 from typing import Literal
 
-from cordee.config.laws import excludes, ignored, needs
+from cordee.config.laws import but, excludes, ignored, needs
 from cordee.config.option import option, required
 from cordee.model.options import DTYPE_SYNONYMS
 from cordee.tune.options import MergeOptions
@@ -139,3 +139,5 @@ class MegatronTargetOptions:
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig(ConvertOptions, MegatronTargetOptions, MergeOptions):
     """Weights from one format to another."""
+
+    laws = (needs("verify", "lora_load", save_model_type=but("peft")),)

@@ -4,7 +4,6 @@ Owns the table of formats that are written, and the meaning of the options of Mi
 converters. The formats themselves are codecs.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +17,7 @@ from cordee.checkpoint.source import CheckpointSource
 from cordee.config.values import whole_numbers
 from cordee.convert.check import not_default, target_type
 from cordee.convert.options import ConvertConfig
-from cordee.errors import Problem, Problems, excludes, raise_all, requires
+from cordee.errors import Problem, ProblemError, Problems, excludes, raise_all, requires
 from cordee.weights import hf, mindformers, peft_parameters
 from cordee.weights.codec import PlannedFile, Sink, Source
 from cordee.weights.gguf import codec as gguf
@@ -104,11 +103,14 @@ def _misplaced(options: ConvertConfig) -> Problems:
 
 
 def _prepare_peft(source: Source, output: Output, dtypes: Dtypes, options: ConvertConfig) -> Prepared:
-    assert isinstance(source, CheckpointSource) and source.base is not None
-    raise_all(peft_parameters.check(source.spec))
-    size = sum(math.prod(source.shape(name)) * dtype.itemsize for name, dtype in dtypes.items())
-    files = [PlannedFile(peft_parameters.TENSORS, size)]
-    return Prepared(files, dtypes, partial(peft_parameters.PeftSink, output, source.spec, source.base["path"], dtypes))
+    if not isinstance(source, CheckpointSource) or source.base is None:
+        why, fix = "what is read are no adapters of a run", "give what training with --lora-target-modules has saved"
+        raise ProblemError([Problem("--save-model-type", "peft", why, fix, "whole", ("load_dir",))])
+    tensors, settings = peft_parameters.to_peft(source.spec, source.tensor)
+    tensors = {name: tensor.to(next(iter(dtypes.values()))) for name, tensor in tensors.items()}
+    files = [PlannedFile(peft_parameters.TENSORS, sum(tensor.nbytes for tensor in tensors.values()))]
+    settings |= {"base_model_name_or_path": source.base["path"]}
+    return Prepared(files, dtypes, partial(peft_parameters.PeftSink, output, tensors, settings))
 
 
 # ---- GGUF ------------------------------------------------------------------------------------------------------------

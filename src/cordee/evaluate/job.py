@@ -76,8 +76,8 @@ def _finished(config: EvaluateConfig, subject: Subject) -> Finished:
     if config.output is None or not subject.speaks:
         return Finished(None)
     dtype = next(subject.model.parameters()).dtype
-    path, read = Path(config.output), filter(None, (config.load, config.lora_load))
-    files = [fingerprint_files(location_of(each)) for each in read]
+    path = Path(config.output)
+    files = [fingerprint_files(location_of(each)) for each in (config.load, config.lora_load) if each is not None]
     return Finished(path.with_name(f"{path.name}.partial"), f"{' '.join(files)} {dtype}")
 
 

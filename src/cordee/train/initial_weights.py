@@ -33,16 +33,12 @@ def opened(config: TrainConfig, initial: InitialWeights, found: Findings) -> Ini
     step = config.ckpt_step if initial.checkpoint is None else None
     source = found.attempt(lambda: formats.read(path, Reading(spec=spec, iteration=step)))
     if source is None:
-        local = path.local
-        has_config = local is not None and (local / "config.json").is_file()
-        spec = found.attempt(lambda: spec_from_directory(local)) if local is not None and has_config else None
-        return spec and replace(initial, spec=spec, assets=local)
+        there = (path / "config.json").is_file()
+        spec = found.attempt(lambda: spec_from_directory(str(path))) if there else None
+        return spec and replace(initial, spec=spec, assets=path.local)
     initial = replace(initial, source=source, spec=source.spec, assets=initial.assets or source.assets)
-    return found.attempt(lambda: _with_adapter(config, initial)) if _adapts(config, initial) else initial
-
-
-def _adapts(config: TrainConfig, initial: InitialWeights) -> bool:
-    return bool(config.lora_target_modules or initial.peft or initial.checkpoint)
+    has_adapters = config.lora_target_modules or initial.peft or initial.checkpoint
+    return found.attempt(lambda: _with_adapter(config, initial)) if has_adapters else initial
 
 
 def _with_adapter(config: TrainConfig, initial: InitialWeights) -> InitialWeights:
@@ -50,19 +46,18 @@ def _with_adapter(config: TrainConfig, initial: InitialWeights) -> InitialWeight
     from cordee.checkpoint import adapter
     from cordee.checkpoint.source import CheckpointSource
     from cordee.weights import peft, peft_parameters
-    from cordee.weights.adapter import Given, Merged, fingerprint
+    from cordee.weights.adapter import Given, fingerprint
 
-    assert (base := initial.source) is not None
+    base = initial.source
+    assert base is not None and initial.weights is not None
+    initial = replace(initial, base={"path": str(initial.weights.resolve()), "fingerprint": fingerprint(base)})
     if (checkpoint := initial.checkpoint) is not None:
         option = "--load" if config.lora_load is None else "--lora-load"
         raise_all(adapter.check_base(base, CheckpointSource(checkpoint.path), option))
-    initial = replace(initial, fingerprint=fingerprint(base))
     if initial.peft is None:
         return initial
-    found = peft.read(Given(path=initial.peft), base.spec)
-    loaded = peft_parameters.from_peft(found, base.spec)
-    source = Merged(base, found.without_factors()) if found.whole else base
-    return replace(initial, source=source, adapter=loaded, spec=loaded.spec)
+    loaded = peft_parameters.from_peft(peft.read(Given(path=initial.peft), base.spec), base)
+    return replace(initial, source=loaded, spec=loaded.spec)
 
 
 def tokenizer_of(config: TrainConfig, initial: InitialWeights) -> Tokenizer | None:
@@ -82,25 +77,21 @@ def choose(config: TrainConfig, avoid: Mapping[int, str] | None, notes: list[str
     if config.load is None:
         return InitialWeights()
     with reached("--load", config.load):
-        if config.lora_load is None:
+        if (given := config.lora_load) is None:
             return _choose(config, location_of(config.load), avoid, notes)
-        base = location_of(config.load)
-    with reached("--lora-load", config.lora_load):
-        path = location_of(config.lora_load, "--lora-load")
+    option, base = "--lora-load", location_of(config.load)
+    with reached(option, given):
+        path = location_of(given, option)
         if path.local is not None and (path / PEFT_CONFIG).is_file():
             return InitialWeights(weights=base, peft=path.local)
         try:
-            found = _choose(replace(config, load=config.lora_load), path, avoid, notes)
+            found = _choose(replace(config, load=given), path, avoid, notes)
         except ProblemError as error:
-            of_load = (
-                replace(each, option="--lora-load") if each.option == "--load" else each for each in error.problems
-            )
+            of_load = [replace(each, option=option) if each.option == "--load" else each for each in error.problems]
             raise ProblemError(of_load, error.everywhere) from error
-    if found.checkpoint is None and found.weights is None:
-        return InitialWeights(weights=base)  # nothing is there yet
-    if found.checkpoint is None or "base" not in found.checkpoint.manifest:
+    if (found.weights is None) != (found.checkpoint is None):  # neither: nothing is there yet
         why, fix = "it holds a model, and no adapters", "give a directory of PEFT, or what training adapters has saved"
-        raise ProblemError([Problem("--lora-load", config.lora_load, why, fix, "unknown")])
+        raise ProblemError([Problem(option, given, why, fix, "unknown")])
     return replace(found, weights=base)
 
 

@@ -135,7 +135,7 @@ def _plan(config: TrainConfig, layout: Layout) -> RunPlan:
     unread = Findings()
     fingerprint = _fingerprint(config, layout, unread)
     avoid: dict[int, str] = {}
-    option, given = ("--load", config.load) if config.lora_load is None else ("--lora-load", config.lora_load)
+    option = "--load" if config.lora_load is None else "--lora-load"
     while True:
         plan = together(lambda: plan_run(config, layout.world_size, avoid, fingerprint), layout.control)
         collectives.raise_together(unread.problems, layout.control)  # after what planning finds of the same files
@@ -144,7 +144,10 @@ def _plan(config: TrainConfig, layout: Layout) -> RunPlan:
             break
         assert plan.initial.checkpoint is not None
         path = plan.initial.checkpoint.path
-        if config.ckpt_step is not None or path.resolve() == location_of(given or "").resolve():
+        if (
+            config.ckpt_step is not None
+            or path.resolve() == location_of(config.lora_load or config.load or "").resolve()
+        ):
             fix = "choose another checkpoint by --ckpt-step"
             raise ProblemError([Problem(option, str(path), why, fix, "corrupt")])
         avoid[plan.initial.checkpoint.manifest["iteration"]] = why
@@ -184,7 +187,7 @@ def _identity(plan: RunPlan) -> dict[str, Any]:
         "data": str(plan.data.identity),
         "length of the run": plan.iterations,
         "checkpoint": None if checkpoint is None else (checkpoint.manifest["iteration"], checkpoint.resume),
-        "weights of a model": (plan.initial.weights is not None, plan.initial.fingerprint),
+        "weights of a model": (plan.initial.weights is not None, (plan.initial.base or {}).get("fingerprint")),
         "further models": str({name: (m.spec.to_dict(), m.source is not None) for name, m in plan.models.items()}),
     }
 
@@ -313,21 +316,18 @@ def _further(
 
 def _fill(plan: RunPlan, model: GPTModel, optimizer: torch.optim.Optimizer, layout: Layout) -> None:
     """Values of the parameters and, where the run resumes, the state of the optimizer."""
-    initial, seed = plan.initial, plan.config.seed
-    left = set(ORIGINS)
-    for place, source, origins in (
-        (initial.weights, initial.source, {"base", "tuned"}),
-        (initial.peft, initial.adapter, {"adapter"}),
-    ):
-        if source is not None:
-            logger.info("%s: %s", place, together(partial(load_into, model, source, origins=origins), layout.control))
-            left -= origins
+    initial, left = plan.initial, set(ORIGINS)
+    if (source := initial.source) is not None:
+        loaded: set[Origin] = {"base", "tuned"} if initial.peft is None else {"base", "tuned", "adapter"}
+        report = together(lambda: load_into(model, source, origins=loaded), layout.control)
+        logger.info("%s: %s", initial.weights, report)
+        left -= loaded
     if (checkpoint := initial.checkpoint) is not None:
         state = optimizer if checkpoint.resume and plan.config.load_optim else None
         optional: tuple[Origin, ...] = () if checkpoint.resume else ("adapter", "head")
         origins = ORIGINS if initial.base is None else techniques.trained(plan.spec.config, plan.config)
         left = restore(checkpoint.path, model, state, group=layout.background, origins=origins, optional=optional)
-    initialise(model, seed, left)
+    initialise(model, plan.config.seed, left)
 
 
 def _save_assets(plan: RunPlan, root: Location) -> None:

@@ -38,11 +38,10 @@ class Checkpoint:
 @dataclass(frozen=True)
 class InitialWeights:
     """Where weights come from: a checkpoint, a model in another format, or neither, and then they are drawn. Adapters
-    have both: `weights` are their base, and they come from the checkpoint or the PEFT directory `peft`, or are drawn.
+    are over the base in `weights`, and come from a checkpoint of theirs, or PEFT's directory `peft`, or are drawn.
 
     source: those of `weights`, when they are opened; None if they cannot be read.
-    adapter: those of `peft`, likewise.
-    fingerprint: of the base of adapters, by which a run that resumes knows it.
+    base: what a checkpoint keeps of the base of adapters: its path and fingerprint.
     spec: the model in `weights`, as far as it is known.
     assets: directory where the tokenizer may be that belongs to them.
     """
@@ -53,15 +52,7 @@ class InitialWeights:
     spec: ModelSpec | None = None
     assets: Path | None = None
     peft: Path | None = None
-    adapter: Source | None = None
-    fingerprint: str | None = None
-
-    @property
-    def base(self) -> dict[str, str] | None:
-        """What a checkpoint says of the base of its adapters."""
-        if self.weights is None or self.fingerprint is None:
-            return None
-        return {"path": str(self.weights.resolve()), "fingerprint": self.fingerprint}
+    base: dict[str, str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,14 +8,12 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, get_args
 
-from cordee.errors import raise_all
 from cordee.families.count import count_parameters
 from cordee.families.registry import ModelSpec
 from cordee.log import counted
 from cordee.model.config import ModelConfig
 from cordee.model.specs import Origin
 from cordee.train.options import TrainConfig
-from cordee.tune.options import without_adapters
 
 if TYPE_CHECKING:
     from cordee.parallel.wrapper import Wrapper
@@ -42,7 +40,6 @@ class LoRA(Technique):
 
     def adapt(self, spec: ModelSpec, options: TrainConfig) -> ModelConfig:
         if not (options.lora_target_modules or spec.config.low_rank or spec.config.tuned):
-            raise_all(without_adapters(options))
             return spec.config
         from cordee.tune import lora  # which brings torch
 

@@ -5,9 +5,8 @@ Owns their names, types, defaults and help texts, and what each needs of others.
 
 from dataclasses import dataclass
 
-from cordee.config.laws import GIVEN, changed_options, ignored, needs
-from cordee.config.option import option, to_flag
-from cordee.errors import Problems, requires
+from cordee.config.laws import GIVEN, ignored, needs
+from cordee.config.option import option
 
 PEFT_CONFIG = "adapter_config.json"  # the file by which a directory is one of the PEFT library
 
@@ -60,16 +59,10 @@ class LoRAOptions(AdapterOptions):
     lora_adapter_name: str = option("default", "ignored: a run has one adapter", metavar="NAME")
 
     laws = (
-        needs("lora_target_modules", "lora_modules_to_save", "lora_load", load=GIVEN),
+        needs("lora_target_modules", "lora_load", load=GIVEN),
+        needs("lora_r", "lora_alpha", "use_rslora", "lora_modules_to_save", lora_target_modules=GIVEN, lora_load=GIVEN),
+        needs("lora_dropout", "lora_plus_lr_ratio", lora_target_modules=GIVEN, lora_load=GIVEN),
         ignored("lora_fusion", why="an adapter has no communication of its own to overlap"),
         ignored("lora_register_forward_hook", why="gradients pass frozen modules without a hook"),
         ignored("lora_adapter_name", why="a run has one adapter"),
     )
-
-
-def without_adapters(options: LoRAOptions) -> Problems:
-    """The options that have no effect on a run without adapters."""
-    of_form = ("lora_r", "lora_alpha", "lora_dropout", "lora_modules_to_save", "use_rslora", "lora_plus_lr_ratio")
-    for name in changed_options(options).intersection(of_form):
-        why = "neither options nor what is loaded ask for adapters"
-        yield from requires(to_flag(name), getattr(options, name), "--lora-target-modules", why, "lora_load", "load")

@@ -9,33 +9,33 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cordee.errors import Problem, ProblemError, Problems
+from cordee.errors import Problem, ProblemError
 from cordee.families.registry import ModelSpec
-from cordee.model.config import SLICES, LowRankConfig, slice_of
-from cordee.tensors.rules import Rule, shapes_made
-from cordee.tensors.views import Index, Leaf, Shape, View, whole
-from cordee.weights.codec import Sink, Source
+from cordee.model.config import SLICES, LowRankConfig, ModelConfig, slice_of
+from cordee.tensors.rules import shapes_made
+from cordee.tensors.views import Index, Leaf, Shape, View
+from cordee.weights.codec import Sink, Source, type_of
 from cordee.weights.peft import CONFIG, FILES, PREFIX, PeftAdapter
 from cordee.weights.staged_sink import Output
 from cordee.weights.staging import TOKENIZER, Staging
 
 TENSORS = next(iter(FILES))  # what is written
+Read = Callable[[str], Tensor]  # of a parameter, by name
 
 
 @dataclass(frozen=True)
 class Held:
     """What the weight of the module `foreign` of a checkpoint holds of the projection `path`.
 
-    name: the slice, or the projection's own name: all of it. expert: which one's, None of a single weight.
+    name: the slice, or the projection's own name: all of it. expert: which one's, None of a single weight or a stack.
     number: the place of its tensor in the rule of the projection's weight. transposed: it is `[in, out]`.
-    matrix: it is one, and no stack of experts, whose adapters have no names in PEFT's files.
     """
 
     foreign: str
@@ -44,55 +44,26 @@ class Held:
     number: int
     expert: int | None
     transposed: bool
-    matrix: bool
 
     @property
     def full(self) -> str:
-        parent, dot, _ = self.path.rpartition(".")
-        return f"{parent}{dot}{self.name}"
+        return f"{self.path.removesuffix(self.path.rpartition('.')[2])}{self.name}"
 
 
 def held(spec: ModelSpec) -> Iterator[Held]:
     """The modules of a checkpoint that are projections, or parts of them."""
     rules, shapes = spec.rules(), spec.shapes()
-    alike: dict[object, list[Held]] = {}  # layers of one form are looked at once
     for path in dict.fromkeys(path for path, _, _ in spec.config.projections()):
-        if (rule := rules.get(f"{path}.weight")) is None:
-            continue  # a tied head
-        _, number, part = path.split(".", 2) if path.startswith("layers.") else ("", "", path)
-        key = (part, spec.config.layers[int(number)] if number else None)
-        if key not in alike:
-            alike[key] = list(_held(rule, shapes[rule.canonical], path))
-        for each in alike[key]:
-            yield replace(each, path=path, foreign=rule.foreign[each.number].removesuffix(".weight"))
-
-
-def _held(rule: Rule, shape: Shape, path: str) -> Iterator[Held]:
-    leaf, stacked = path.rpartition(".")[2], ".experts." in path
-    without_input = shapes_made(rule.op.inverse, [(*shape[:-1], 0)])
-    for number, foreign in enumerate(rule.foreign_shapes(shape)):
-        box, name = _box(rule, number, shape), leaf
-        for part, cut in SLICES.get(leaf, {}).items():
-            dim = stacked + cut.dim
-            if (box[dim].start, box[dim].stop) == slice(cut.start, cut.stop).indices(shape[dim])[:2]:
-                name = part
-        matrix = len(foreign) == 2
-        expert = box[0].start if stacked and matrix else None
-        yield Held("", path, name, number, expert, without_input[number][0] == 0, matrix)
-
-
-def _box(rule: Rule, number: int, shape: Shape) -> Index:
-    """The smallest box of a canonical tensor that the `number`-th tensor of a checkpoint is read from."""
-    read: list[Index] = []
-
-    def note(index: Index) -> Tensor:
-        read.append(index)
-        return torch.empty([cut.stop - cut.start for cut in index], device="meta")
-
-    view = rule.op.inverse.apply([Leaf(shape, note)])[number]
-    view.read(whole(view.shape))
-    dims = zip(*read, strict=True)
-    return tuple(slice(min(cut.start for cut in cuts), max(cut.stop for cut in cuts)) for cuts in dims)
+        if (rule := rules.get(f"{path}.weight")) is not None:  # a tied head has none
+            leaf, shape = path.rpartition(".")[2], shapes[rule.canonical]
+            of_expert = ".experts." in path and len(rule.foreign_shapes(shape)[0]) == 2
+            count = len(rule.foreign) // (shape[0] if of_expert else 1)
+            names = [*SLICES[leaf]] if count > 1 else [leaf]  # rules take parts in this order
+            without_input = shapes_made(rule.op.inverse, [(*shape[:-1], 0)])
+            for number, foreign in enumerate(rule.foreign):
+                expert, transposed = number // count if of_expert else None, without_input[number][0] == 0
+                module = foreign.removesuffix(".weight")
+                yield Held(module, path, names[number % count], number, expert, transposed)
 
 
 def compressed(known: Iterable[str], chosen: Iterable[str]) -> tuple[str, ...]:
@@ -105,176 +76,159 @@ def compressed(known: Iterable[str], chosen: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for part in parts for name in part)
 
 
-def region_of(path: str, name: str, dims: int) -> Index:
-    """Where slice `name` is in a tensor of so many `dims` that is laid out as the weight of the projection `path`."""
-    region = [slice(None)] * dims
-    if (cut := slice_of(path, name)) is not None:
-        region[cut.dim + (".experts." in path)] = slice(cut.start, cut.stop)
-    return tuple(region)
-
-
-# ---- out of PEFT's files -----------------------------------------------------------------------------------------------
-
-
-class HeldAdapter(Source):
-    """Adapters in memory. `spec` is the model with them; `names` are those of the adapters alone."""
-
-    def __init__(self, spec: ModelSpec, tensors: Mapping[str, Tensor]):
-        self.spec = spec
-        self._tensors = tensors
-        self._shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._tensors[name].dtype
-
-    def view(self, name: str) -> View:
-        return Leaf(self._shapes[name], lambda index: self._tensors[name][index])
-
-
-def from_peft(adapter: PeftAdapter, spec: ModelSpec) -> HeldAdapter:
-    """An adapter as parameters of the model that it makes of the base `spec`. ProblemError if it makes none."""
-    rules, shapes, members = spec.rules(), spec.shapes(), defaultdict[tuple[str, str], list[Held]](list)
-    for place in held(spec):
-        members[place.path, place.name].append(place)
-    tensors: dict[str, Tensor] = {}
-    kinds = defaultdict[tuple[int, float], list[str]](list)
-    left = set(adapter.low_ranks)  # what is no projection, or an expert without the others
-    for (path, name), places in members.items():
-        weights = [f"{place.foreign}.weight" for place in places]
-        forms = {(each.r, each.scale) for weight in weights if (each := adapter.low_ranks.get(weight))}
-        if len(forms) != 1 or not left.issuperset(weights):
-            continue
-        left.difference_update(weights)
-        (form,) = forms
-        kinds[form].append(places[0].full)
-        rule, shape = rules[f"{path}.weight"], shapes[f"{path}.weight"]
-        parts = [torch.zeros(part) for part in rule.foreign_shapes((*shape[:-1], form[0]))]
-        inputs = []
-        for place, weight in zip(places, weights, strict=True):
-            a, b = adapter.matrices(weight)
-            inputs.append(a)
-            parts[place.number] = b.t() if place.transposed else b
-        b, start = rule.forward(parts), f"{path}.adapters.{name}"
-        tensors[f"{start}.a"] = inputs[0] if places[0].expert is None else torch.stack(inputs)
-        tensors[f"{start}.b"] = b[region_of(path, name, b.ndim)].contiguous()
-    chosen = {name for name, rule in rules.items() if adapter.whole.intersection(rule.foreign)}
-    modules = {name.rpartition(".")[0] for name in chosen}
-    left |= {
-        name
-        for name in rules
-        if name.rpartition(".")[0] in modules and not adapter.whole.issuperset(rules[name].foreign)
-    }
-    if left:
-        why = f"in training these take no adapter, or not without others beside them: {', '.join(sorted(left)[:3])}"
-        fix = "merge it into the base: cordee convert --lora-load"
-        raise ProblemError([Problem("--lora-load", str(adapter.path), why, fix, "unsupported", limit=sorted(left))])
-    known = [full for _, _, full in spec.config.projections()]
-    low_rank = tuple(
-        LowRankConfig(targets=compressed(known, names), rank=rank, scale=scale)
-        for (rank, scale), names in kinds.items()
-    )
-    tuned = compressed(modules_of(rules), modules)
-    return HeldAdapter(spec.adapted(low_rank, tuned), tensors)
-
-
 def modules_of(names: Iterable[str]) -> list[str]:
     """The modules of parameters."""
     return list(dict.fromkeys(name.rpartition(".")[0] for name in names))
 
 
-# ---- and into them -----------------------------------------------------------------------------------------------------
+def _region(path: str, name: str) -> Index:
+    """Where slice `name` is in what is laid out as the weight of the projection `path`."""
+    cut = slice_of(path, name)
+    return () if cut is None else (slice(None),) * (cut.dim + (".experts." in path)) + (slice(cut.start, cut.stop),)
 
 
-def check(spec: ModelSpec) -> Problems:
-    """Whether PEFT has such adapters as those of `spec`."""
-    stacks = {place.path for place in held(spec) if not place.matrix}
-    for path in dict.fromkeys(path for path, _, _ in spec.config.adapted() if path in stacks):
-        why = f"PEFT has no name for adapters of {path}, which is one stack of experts in the model's files"
-        yield Problem("--save-model-type", "peft", why, "merge them: hf", "unsupported", limit=path)
+def factors(
+    model: ModelConfig, weight: str, shape: Shape, read: Read
+) -> Iterator[tuple[str, LowRankConfig, Tensor, Tensor]]:
+    """The adapters of a `weight` of this shape: slice, form, A, and B with zeros for what is not of the slice."""
+    path = weight.removesuffix(".weight")
+    for name, config in ((name, config) for of, name, config in model.adapted() if of == path):
+        b = torch.zeros(*shape[:-1], config.rank)
+        b[_region(path, name)] = read(f"{path}.adapters.{name}.b")
+        yield name, config, read(f"{path}.adapters.{name}.a"), b
 
 
-def to_peft(spec: ModelSpec, read: Callable[[str], Tensor], base: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the settings of the adapters of `spec`, whose parameters `read` gives by name, over the model at
-    `base`. Slices of one module of the checkpoint become one adapter with the sum of their ranks."""
-    rules, shapes, members = spec.rules(), spec.shapes(), defaultdict[str, list[Held]](list)
+# ---- out of PEFT's files ---------------------------------------------------------------------------------------------
+
+
+class LoadedAdapter(Source):
+    """The model `spec`: `views` of adapters, and of what was trained as a whole beside them, and its `base`."""
+
+    def __init__(self, spec: ModelSpec, base: Source, views: Mapping[str, View]):
+        self.spec, self.notes, self._base, self._views = spec, base.notes, base, views
+        self._shapes = spec.shapes() | {name: view.shape for name, view in views.items()}
+
+    def dtype(self, name: str) -> torch.dtype:
+        return type_of(self.view(name))
+
+    def view(self, name: str) -> View:
+        return self._views.get(name) or self._base.view(name)
+
+
+def from_peft(adapter: PeftAdapter, base: Source) -> LoadedAdapter:
+    """The model that an adapter makes of `base`, with parameters of its own. ProblemError if it makes none."""
+    spec = base.spec
+    rules, shapes, views = spec.rules(), spec.shapes(), dict[str, View]()
+    kinds, members = defaultdict[tuple[int, float], list[str]](list), defaultdict[tuple[str, str], list[Held]](list)
     for place in held(spec):
-        members[place.path].append(place)
+        members[place.path, place.name].append(place)
+    left = set(adapter.low_ranks)  # those of no projection, or of an expert without the others
+    for (path, name), places in members.items():
+        weights = [f"{place.foreign}.weight" for place in places]
+        forms = {(each.r, each.scale) for weight in weights if (each := adapter.low_ranks.get(weight))}
+        if len(forms) == 1 and left.issuperset(weights):
+            left.difference_update(weights)
+            ((rank, scale),) = forms
+            kinds[rank, scale].append(places[0].full)
+            rule, shape = rules[f"{path}.weight"], shapes[f"{path}.weight"]
+            parts, inputs = [torch.zeros(part) for part in rule.foreign_shapes((*shape[:-1], rank))], []
+            for place, weight in zip(places, weights, strict=True):
+                a, b = adapter.matrices(weight)
+                inputs.append(a)
+                parts[place.number] = b.t() if place.transposed else b
+            a = inputs[0] if places[0].expert is None else torch.stack(inputs)
+            for factor, value in (("a", a), ("b", rule.forward(parts)[_region(path, name)])):
+                views[f"{path}.adapters.{name}.{factor}"] = Leaf(tuple(value.shape), value.__getitem__)
+    modules = set(modules_of(name for name, rule in rules.items() if adapter.whole.keys() & {*rule.foreign}))
+    for name, rule in rules.items():
+        if name.rpartition(".")[0] in modules:
+            left |= {*rule.foreign} - adapter.whole.keys()
+            views[name] = rule.view(lambda key, index: adapter.file.read(adapter.whole[key], index), shapes[name])
+    if left:
+        why = f"in training these take no adapter, or not without others beside them: {', '.join(sorted(left)[:3])}"
+        fix = "merge it into the base: cordee convert --lora-load"
+        raise ProblemError([Problem("--lora-load", str(adapter.path), why, fix, "unsupported", limit=sorted(left))])
+    known = [full for _, _, full in spec.config.projections()]
+    low_rank = (LowRankConfig(targets=compressed(known, kinds[kind]), rank=kind[0], scale=kind[1]) for kind in kinds)
+    return LoadedAdapter(spec.adapted(low_rank, compressed(modules_of(rules), modules)), base, views)
+
+
+# ---- and into them ---------------------------------------------------------------------------------------------------
+
+
+def to_peft(spec: ModelSpec, read: Read) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the settings of the adapters of `spec`, whose parameters `read` gives. Slices of one module of the
+    checkpoint become one adapter with the sum of their ranks. ProblemError if PEFT has no such ones."""
+    rules, shapes, places = spec.rules(), spec.shapes(), defaultdict[str, list[Held]](list)
+    for place in held(spec):
+        places[place.path].append(place)
     pieces = defaultdict[Held, list[tuple[Tensor, Tensor, float]]](list)
-    for path, name, config in spec.config.adapted():
-        a, leaf = read(f"{path}.adapters.{name}.a"), path.rpartition(".")[2]
-        b = torch.zeros(*shapes[f"{path}.weight"][:-1], config.rank)
-        b[region_of(path, name, b.ndim)] = read(f"{path}.adapters.{name}.b")
-        parts = rules[f"{path}.weight"].inverse(b)
-        for place in members[path]:
-            if name in (leaf, place.name) or place.name == leaf:
-                part = parts[place.number]
-                own = a if place.expert is None else a[place.expert]
-                pieces[place].append((own, part.t() if place.transposed else part, config.scale))
-    tensors, forms = {}, {}
+    for path in dict.fromkeys(path for path, _, _ in spec.config.adapted()):
+        leaf, shape = path.rpartition(".")[2], shapes[f"{path}.weight"]
+        for name, config, a, b in factors(spec.config, f"{path}.weight", shape, read):
+            parts = rules[f"{path}.weight"].inverse(b)
+            for place in (each for each in places[path] if name in (leaf, each.name) or each.name == leaf):
+                part = parts[place.number].t() if place.transposed else parts[place.number]
+                pieces[place].append((a if place.expert is None else a[place.expert], part, config.scale))
+    tensors, forms = dict[str, Tensor](), dict[str, tuple[int, float]]()
     for place, found in pieces.items():
         scale = found[0][2]
-        a = torch.cat([a for a, _, _ in found])
-        b = torch.cat([b * (own / scale) for _, b, own in found], 1)
+        a, b = torch.cat([a for a, _, _ in found]), torch.cat([b * (own / scale) for _, b, own in found], 1)
+        if a.ndim > 2:
+            why = f"PEFT has no name for adapters of {place.foreign}, one stack of experts"
+            raise ProblemError([Problem("--save-model-type", "peft", why, "merge them: hf", "unsupported")])
+        named = {"lora_A.weight": a, "lora_B.weight": b}
         if place.path == "embedding":
-            factors = {"lora_embedding_A": b.t(), "lora_embedding_B": a.t()}
-        else:
-            factors = {"lora_A.weight": a, "lora_B.weight": b}
-        tensors |= {f"{PREFIX}{place.foreign}.{factor}": value.contiguous() for factor, value in factors.items()}
+            named = {"lora_embedding_A": b.t(), "lora_embedding_B": a.t()}
+        tensors |= {f"{PREFIX}{place.foreign}.{factor}": value for factor, value in named.items()}
         forms[place.foreign] = len(a), scale * len(a)
-    modules: list[str] = []
-    for rule in (rule for name, rule in rules.items() if spec.config.tunes(name)):
-        tensors |= {
-            PREFIX + name: part.contiguous()
-            for name, part in zip(rule.foreign, rule.inverse(read(rule.canonical)), strict=True)
-        }
-        modules += modules_of(rule.foreign)
+    tuned = [rule for name, rule in rules.items() if spec.config.tunes(name)]
+    for rule in tuned:
+        parts = zip(rule.foreign, rule.inverse(read(rule.canonical)), strict=True)
+        tensors |= {f"{PREFIX}{name}": part for name, part in parts}
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
         "fan_in_fan_out": any(place.transposed for place in pieces),
         "lora_dropout": max((each.dropout for each in spec.config.low_rank), default=0.0),
-        "modules_to_save": list(dict.fromkeys(modules)) or None,
+        "modules_to_save": modules_of(name for rule in tuned for name in rule.foreign) or None,
         "inference_mode": True,
-        **_targets(forms, [place.foreign for places in members.values() for place in places]),
+        **_targets(forms, [place.foreign for several in places.values() for place in several]),
     }
-    return tensors, settings
-
-
-class PeftSink(Sink):
-    """A directory of PEFT in the making, with the adapters of `spec` over the model at `base`."""
-
-    def __init__(self, output: Output, spec: ModelSpec, base: str, dtypes: Mapping[str, torch.dtype]):
-        self._output, self._spec, self._base, self._dtypes = output, spec, base, dtypes
-        self._tensors: dict[str, Tensor] = {}
-        self._staging = Staging(output.path, overwrite=output.overwrite)
-
-    def take(self, name: str, view: View) -> None:
-        self._tensors[name] = view.read(whole(view.shape)).to(self._dtypes[name])
-
-    def close(self) -> None:
-        tensors, settings = to_peft(self._spec, self._tensors.__getitem__, self._base)
-        with self._staging.writing():
-            save_file(tensors, self._staging.scratch / TENSORS, {"format": "pt"})
-            self._staging.write_json(CONFIG, settings)
-            self._staging.copy_assets(self._output.assets, TOKENIZER)
-        self._staging.publish()
-
-    def abort(self) -> None:
-        self._staging.discard()
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}, settings
 
 
 def _targets(forms: Mapping[str, tuple[int, float]], modules: Iterable[str]) -> dict[str, Any]:
     """Which modules have adapters, by what their names end with where all such have; rank and alpha of most, and those
     of the others."""
-    leaves = {name.rpartition(".")[2] for name in forms}
-    leaves -= {name.rpartition(".")[2] for name in modules if name not in forms}
-    targets = {leaf if (leaf := name.rpartition(".")[2]) in leaves else name for name in forms}
+    leaves = {name.rpartition(".")[2] for name in forms} - {
+        name.rpartition(".")[2] for name in modules if name not in forms
+    }
     (r, alpha), _ = Counter(forms.values()).most_common(1)[0] if forms else ((1, 1), 0)
     return {
-        "target_modules": sorted(targets),
+        "target_modules": sorted({leaf if (leaf := name.rpartition(".")[2]) in leaves else name for name in forms}),
         "r": r,
         "lora_alpha": alpha,
         "rank_pattern": {name: rank for name, (rank, _) in forms.items() if rank != r},
         "alpha_pattern": {name: own for name, (_, own) in forms.items() if own != alpha},
     }
+
+
+class PeftSink(Sink):
+    """A directory of PEFT in the making, of what `to_peft` has made; no more is taken."""
+
+    def __init__(self, output: Output, tensors: dict[str, Tensor], settings: dict[str, Any]):
+        self._output, self._tensors, self._settings = output, tensors, settings
+        self._staging = Staging(output.path, overwrite=output.overwrite)
+
+    def take(self, name: str, view: View) -> None: ...
+
+    def close(self) -> None:
+        with self._staging.writing():
+            save_file(self._tensors, self._staging.scratch / TENSORS, {"format": "pt"})
+            self._staging.write_json(CONFIG, self._settings)
+            self._staging.copy_assets(self._output.assets, TOKENIZER)
+        self._staging.publish()
+
+    def abort(self) -> None:
+        self._staging.discard()
