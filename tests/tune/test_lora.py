@@ -100,8 +100,8 @@ def test_ten_steps_are_those_of_peft(tmp_path: Path, case: str):
     theirs.save_pretrained(tmp_path / "theirs")
     ours, expected = adapters.factors(out), adapters.factors(tmp_path / "theirs")
     assert ours.keys() == expected.keys()
-    for key, value in ours.items():
-        torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=2e-4, msg=key)
+    for key, value in ours.items():  # as a whole: of a gradient near zero Adam takes the sign, which may be rounding
+        assert (value - expected[key]).norm() <= 1e-3 * expected[key].norm(), key
     again = adapters.peft_model(load, adapter=out)
     torch.testing.assert_close(logits(again.eval()), logits(theirs.eval()), rtol=1e-4, atol=1e-4)
     merged = adapters.convert(config.save, tmp_path / "merged")

@@ -30,12 +30,8 @@ from cordee.weights.peft_parameters import factors
 
 def read(load: str, options: AdapterOptions) -> Source:
     """The weights at `load`, the adapter that options name merged into them."""
-    return with_adapter(formats.read(load), options)
-
-
-def with_adapter(base: Source, options: AdapterOptions) -> Source:
-    """`base`, the adapter that options name merged into it. ProblemError if there is none, or it is of another base."""
-    return base if options.lora_load is None else Merged(base, _adapter(base, options.lora_load, options))
+    base = formats.read(load)
+    return base if options.lora_load is None else Merged(base, adapter_of(base, options.lora_load, options))
 
 
 def with_base(found: CheckpointSource) -> Source:
@@ -45,7 +41,8 @@ def with_base(found: CheckpointSource) -> Source:
     return Merged(base, TrainedAdapter(found, base))
 
 
-def _adapter(base: Source, path: str, options: AdapterOptions) -> Adapter:
+def adapter_of(base: Source, path: str, options: AdapterOptions) -> Adapter:
+    """The adapter at `path`. ProblemError if there is none, `base` cannot take it, or options say something else."""
     given = Given(path=Path(path), r=options.lora_r, alpha=options.lora_alpha, modules=options.lora_target_modules)
     if peft.is_adapter(given.path):
         return peft.read(given, base.spec)
@@ -68,14 +65,9 @@ def _adapter(base: Source, path: str, options: AdapterOptions) -> Adapter:
 def check_base(base: Source, found: CheckpointSource, option: str) -> Problems:
     """Whether the adapters of a checkpoint were trained on `base`."""
     assert found.base is not None
-    if base.spec.shapes() != found.spec.shapes():
-        why = f"its adapters are of another model than the base, a {base.spec.family.name} of other shapes"
-    elif fingerprint(base) != found.base["fingerprint"]:
-        why = "the base has other weights than those that its adapters were trained on"
-    else:
-        return
-    fix = f"give the base that it was trained on, {found.base['path']}, as --load"
-    yield Problem(option, str(found.path), why, fix, "base", ("load", "load_dir"), found.base["path"])
+    if base.spec.shapes() != found.spec.shapes() or fingerprint(base) != found.base["fingerprint"]:
+        why, path = "its adapters were trained on other weights than those of the base", found.base["path"]
+        yield Problem(option, str(found.path), why, f"give --load {path}", "base", ("load", "load_dir"), path)
 
 
 class TrainedAdapter:

@@ -98,9 +98,10 @@ def _source(form: Format, options: ConvertConfig) -> Source:
     if options.lora_load is None:
         return source
     from cordee.checkpoint import adapter
+    from cordee.weights.adapter import Merged
 
     raise_all(check_model(source.spec, options))
-    return adapter.with_adapter(source, options)
+    return Merged(source, adapter.adapter_of(source, options.lora_load, options))
 
 
 def _output(form: Format, options: ConvertConfig) -> Path:

@@ -16,7 +16,6 @@ from cordee.tokenizer.options import TokenizerOptions
 from cordee.train import resume
 from cordee.train.options import TrainConfig
 from cordee.train.run_plan import Checkpoint, InitialWeights
-from cordee.tune.options import PEFT_CONFIG
 
 
 def opened(config: TrainConfig, initial: InitialWeights, found: Findings) -> InitialWeights | None:
@@ -82,7 +81,7 @@ def choose(config: TrainConfig, avoid: Mapping[int, str] | None, notes: list[str
     option, base = "--lora-load", location_of(config.load)
     with reached(option, given):
         path = location_of(given, option)
-        if path.local is not None and (path / PEFT_CONFIG).is_file():
+        if path.local is not None and (path / "adapter_config.json").is_file():  # of PEFT
             return InitialWeights(weights=base, peft=path.local)
         try:
             found = _choose(replace(config, load=given), path, avoid, notes)

@@ -135,7 +135,7 @@ def _plan(config: TrainConfig, layout: Layout) -> RunPlan:
     unread = Findings()
     fingerprint = _fingerprint(config, layout, unread)
     avoid: dict[int, str] = {}
-    option = "--load" if config.lora_load is None else "--lora-load"
+    option, given = "--load" if config.lora_load is None else "--lora-load", config.lora_load or config.load or ""
     while True:
         plan = together(lambda: plan_run(config, layout.world_size, avoid, fingerprint), layout.control)
         collectives.raise_together(unread.problems, layout.control)  # after what planning finds of the same files
@@ -144,10 +144,7 @@ def _plan(config: TrainConfig, layout: Layout) -> RunPlan:
             break
         assert plan.initial.checkpoint is not None
         path = plan.initial.checkpoint.path
-        if (
-            config.ckpt_step is not None
-            or path.resolve() == location_of(config.lora_load or config.load or "").resolve()
-        ):
+        if config.ckpt_step is not None or path.resolve() == location_of(given).resolve():
             fix = "choose another checkpoint by --ckpt-step"
             raise ProblemError([Problem(option, str(path), why, fix, "corrupt")])
         avoid[plan.initial.checkpoint.manifest["iteration"]] = why

@@ -54,7 +54,7 @@ def check_stated(spec: ModelSpec, options: AdapterOptions) -> Problems:
     found, tuned = spec.config.low_rank, spec.config.tuned
     laws: dict[str, Callable[[Any], bool]] = {
         "lora_r": lambda r: all(each.rank == r for each in found),
-        "lora_alpha": lambda alpha: all(alpha / each.scale in (each.rank, math.sqrt(each.rank)) for each in found),
+        "lora_alpha": lambda alpha: all(_is_alpha(alpha, each) for each in found),
         "lora_target_modules": lambda names: _parts(spec, targets_named(spec, names)) == _parts(spec),
         "lora_modules_to_save": lambda names: set(modules_named(spec, names)) == set(tuned),
     }
@@ -63,6 +63,11 @@ def check_stated(spec: ModelSpec, options: AdapterOptions) -> Problems:
         if (value := getattr(options, name, None)) is not None and not fits(value):
             why, fix = f"what is loaded keeps its form: {'; '.join([*forms, *tuned])}", "leave it out"
             yield Problem(to_flag(name), value, why, fix, "stated", limit=forms)
+
+
+def _is_alpha(alpha: float, low_rank: LowRankConfig) -> bool:
+    """Whether that makes the scale, plainly or as rsLoRA has it."""
+    return any(math.isclose(low_rank.scale * each, alpha) for each in (low_rank.rank, math.sqrt(low_rank.rank)))
 
 
 def _parts(spec: ModelSpec, targets: tuple[str, ...] | None = None) -> set[str]:

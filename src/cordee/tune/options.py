@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from cordee.config.laws import GIVEN, ignored, needs
 from cordee.config.option import option
 
-PEFT_CONFIG = "adapter_config.json"  # the file by which a directory is one of the PEFT library
-
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterOptions:

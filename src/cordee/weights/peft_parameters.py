@@ -157,8 +157,8 @@ def from_peft(adapter: PeftAdapter, base: Source) -> LoadedAdapter:
 
 
 def to_peft(spec: ModelSpec, read: Read) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the settings of the adapters of `spec`, whose parameters `read` gives. Slices of one module of the
-    checkpoint become one adapter with the sum of their ranks. ProblemError if PEFT has no such ones."""
+    """The tensors and the settings of the adapters of `spec`, whose parameters `read` gives. Slices of a module become
+    one adapter with the sum of their ranks. ProblemError if PEFT has no such ones."""
     rules, shapes, places = spec.rules(), spec.shapes(), defaultdict[str, list[Held]](list)
     for place in held(spec):
         places[place.path].append(place)
@@ -201,12 +201,10 @@ def to_peft(spec: ModelSpec, read: Read) -> tuple[dict[str, Tensor], dict[str, A
 def _targets(forms: Mapping[str, tuple[int, float]], modules: Iterable[str]) -> dict[str, Any]:
     """Which modules have adapters, by what their names end with where all such have; rank and alpha of most, and those
     of the others."""
-    leaves = {name.rpartition(".")[2] for name in forms} - {
-        name.rpartition(".")[2] for name in modules if name not in forms
-    }
+    others = {name.rpartition(".")[2] for name in modules if name not in forms}
     (r, alpha), _ = Counter(forms.values()).most_common(1)[0] if forms else ((1, 1), 0)
     return {
-        "target_modules": sorted({leaf if (leaf := name.rpartition(".")[2]) in leaves else name for name in forms}),
+        "target_modules": sorted({name if (end := name.rpartition(".")[2]) in others else end for name in forms}),
         "r": r,
         "lora_alpha": alpha,
         "rank_pattern": {name: rank for name, (rank, _) in forms.items() if rank != r},
