@@ -21,6 +21,7 @@ from cordee.train.options import TrainConfig
 @dataclass
 class Spec:
     decay: bool
+    rate: float = 1.0
 
 
 def toy() -> tuple[nn.Module, dict[str, Spec]]:

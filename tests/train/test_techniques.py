@@ -33,10 +33,10 @@ class Adapters(Technique):
         self.changes = {"targets": ("q", "down"), "rank": 2, "scale": 1.0, **changes}
         self.calls: Counter[int] = Counter()
 
-    def adapt(self, model, options):
-        return replace(model, low_rank=(LowRankConfig(**self.changes),), num_prefix_tokens=1)
+    def adapt(self, spec, options):
+        return replace(spec.config, low_rank=(LowRankConfig(**self.changes),), num_prefix_tokens=1)
 
-    def trains(self, options):
+    def trains(self, model, options):
         return {"adapter"}
 
     def wrappers(self, options):

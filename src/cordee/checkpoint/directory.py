@@ -44,6 +44,8 @@ _FILE = sealed.record({"bytes": sealed.count(), "crc32": sealed.count()}, exact=
 _MANIFEST = sealed.record(
     {"iteration": sealed.count(), "files": sealed.table(_FILE, r"(?!\.\.?$)[A-Za-z0-9._-]{1,255}", least=1)}
 )
+# What a manifest says of the weights that its checkpoint lacks, for it has only what was trained beside them.
+BASE = sealed.record({"path": sealed.text(), "fingerprint": sealed.text()})
 _NAME = re.compile(r"iter_([0-9]{7,18})(?:\.([0-9]{1,20}))?")
 _UNFINISHED = re.compile(r"\.(iter_[0-9]{7,18}(?:\.[0-9]{1,20})?)\.(new|old)")
 _THREADS = 4  # that read a checkpoint's files to check them; zlib lets others run meanwhile

@@ -66,7 +66,12 @@ def _read_checkpoint(location: Location, reading: Reading | None) -> Source:
     from cordee.checkpoint import source
 
     with reached("model directory", str(location)):
-        return source.read(location)
+        found = source.read(location)
+    if found.base is None:
+        return found
+    from cordee.checkpoint import adapter
+
+    return adapter.with_base(found)
 
 
 def _is_checkpoint(location: Location) -> bool:

@@ -17,12 +17,13 @@ from cordee.checkpoint import assets, directory
 from cordee.checkpoint.files import METADATA, read_metadata, read_tensor, tensors
 from cordee.checkpoint.storage import Location, location_of
 from cordee.errors import Problem, ProblemError, Problems, raise_all
+from cordee.families.count import shapes_of
 from cordee.families.registry import STORED_SPEC, ModelSpec
 from cordee.tensors.views import Index, Leaf, View
 from cordee.weights.codec import Source
 
 # What is read of a manifest here.
-_FORM = sealed.record({"model": STORED_SPEC})
+_FORM = sealed.record({"model": STORED_SPEC}, {"base": directory.BASE})
 
 
 def read(path: str | Path | Location, iteration: int | None = None) -> CheckpointSource:
@@ -45,7 +46,8 @@ def read(path: str | Path | Location, iteration: int | None = None) -> Checkpoin
 
 
 class CheckpointSource(Source):
-    """The float32 master weights of a checkpoint. Files are checked against their checksums when first read from."""
+    """The float32 master weights of a checkpoint, or, over a `base`, of what was trained there alone. Files are checked
+    against their checksums when first read from."""
 
     def __init__(self, path: Location, notes: tuple[str, ...] = ()):
         self.path = path
@@ -61,6 +63,9 @@ class CheckpointSource(Source):
             raise _corrupt(path, str(error)) from error
         self.spec = ModelSpec.from_dict(self.manifest["model"])
         self.assets = assets.beside(path)
+        self.base: dict[str, str] | None = self.manifest.get("base")
+        if self.base is not None:
+            self._shapes = shapes_of(self.spec.config, "tuned", "adapter")
         self._kept = tensors(self._metadata)
         self._files: dict[str, set[str]] = {}
         for index, place in self._metadata.storage_data.items():

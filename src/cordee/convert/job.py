@@ -19,12 +19,10 @@ from cordee.convert.options import ConvertConfig
 from cordee.errors import Findings, Problem, ProblemError, raise_all
 from cordee.files import read_json
 from cordee.log import console, counted, logger, progress_bar
-from cordee.weights.megatron.layout import is_megatron
 
 if TYPE_CHECKING:
     from cordee.convert.targets import Prepared
     from cordee.families.registry import ModelSpec
-    from cordee.weights.adapter import Adapter
     from cordee.weights.codec import Sink, Source
 
 ORIGINAL = "mg2hf"  # where in the directory of the original model the way back from Megatron ends
@@ -92,13 +90,18 @@ def _prepare(options: ConvertConfig) -> tuple[Source, Prepared, Path]:
 
 def _source(form: Format, options: ConvertConfig) -> Source:
     """What is read, with the adapter that is to be merged into it."""
+    if target_type(options) == "peft" and form.name == "cordee":
+        from cordee.checkpoint import source
+
+        return source.read(location_of(options.load_dir, "--load-dir"))
     source = _read(form, _model(form, options), options)
     if options.lora_load is None:
         return source
+    from cordee.checkpoint import adapter
     from cordee.weights.adapter import Merged
 
     raise_all(check_model(source.spec, options))
-    return Merged(source, _adapter(source, Path(options.lora_load), options))
+    return Merged(source, adapter.adapter_of(source, options.lora_load, options))
 
 
 def _output(form: Format, options: ConvertConfig) -> Path:
@@ -135,26 +138,6 @@ def _read(form: Format, model: ModelSpec | None, options: ConvertConfig) -> Sour
     if model is not None and (original := Path(options.model or options.save_dir)).is_dir():
         source.assets = original
     return source
-
-
-def _adapter(base: Source, path: Path, options: ConvertConfig) -> Adapter:
-    """The adapter to be merged into `base`. ProblemError if there is none, or `base` cannot take it."""
-    from cordee.weights import peft
-    from cordee.weights.adapter import Given
-    from cordee.weights.megatron import adapter
-    from cordee.weights.megatron.source import MegatronSource
-
-    given = Given(path=path, r=options.lora_r, alpha=options.lora_alpha, modules=options.lora_target_modules)
-    if peft.is_adapter(path):
-        return peft.read(given, base.spec)
-    if not is_megatron(path):
-        why = "it is neither of PEFT (there is no adapter_config.json) nor a Megatron checkpoint in files of ranks"
-        raise ProblemError([Problem("--lora-load", path, why, "give the directory of an adapter", "unknown")])
-    if not isinstance(base, MegatronSource):
-        why = "it has Megatron's names, and what it is to be merged into is no Megatron checkpoint"
-        fix = "give the Megatron checkpoint that it was trained on as --load-dir"
-        raise ProblemError([Problem("--lora-load", path, why, fix, "base", ("load_dir",))])
-    return adapter.read(given, base.spec, base.dialect)
 
 
 def _count_tokens(file: str | None) -> int | None:

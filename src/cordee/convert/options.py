@@ -6,9 +6,10 @@ Owns their names, types, defaults and help texts, and what each needs of others.
 from dataclasses import dataclass
 from typing import Literal
 
-from cordee.config.laws import GIVEN, excludes, ignored, needs
+from cordee.config.laws import but, excludes, ignored, needs
 from cordee.config.option import option, required
 from cordee.model.options import DTYPE_SYNONYMS
+from cordee.tune.options import MergeOptions
 
 _FORMAT_SYNONYMS = {
     "huggingface": "hf",
@@ -38,8 +39,10 @@ class ConvertOptions:
     load_model_type: Literal["hf", "mg", "gguf"] | None = option(
         None, "require this input format [any]", aliases=("--loader",), synonyms=_FORMAT_SYNONYMS
     )
-    save_model_type: Literal["hf", "mg", "ascendspeed", "mindformers", "dcp", "gguf"] | None = option(
-        None, "output format [hf; mg with --saver megatron]", synonyms=_FORMAT_SYNONYMS
+    save_model_type: Literal["hf", "mg", "ascendspeed", "mindformers", "dcp", "gguf", "peft"] | None = option(
+        None,
+        "output format; peft: adapters of a run as PEFT has them, not merged [hf; mg with --saver megatron]",
+        synonyms=_FORMAT_SYNONYMS,
     )
     saver: Literal["megatron"] | None = option(None, "older name of --save-model-type mg")
     model_type: Literal["GPT", "BERT"] = option("GPT", "model architecture; only decoders (GPT) are supported")
@@ -134,21 +137,7 @@ class MegatronTargetOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterOptions:
-    """LoRA adapter to merge into the weights."""
-
-    lora_load: str | None = option(
-        None, "LoRA adapter to merge: PEFT directory, or Megatron checkpoint of LoRA training", metavar="DIR"
-    )
-    lora_r: int | None = option(None, "require this LoRA rank [as stored]", above=0)
-    lora_alpha: float | None = option(None, "LoRA alpha: updates are scaled by alpha / r [as stored, else 32]", above=0)
-    lora_target_modules: tuple[str, ...] | None = option(
-        None, "require these LoRA target modules, such as linear_qkv or q_proj [as stored]", metavar="NAME"
-    )
-
-    laws = (needs("lora_r", "lora_alpha", "lora_target_modules", lora_load=GIVEN),)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConvertConfig(ConvertOptions, MegatronTargetOptions, AdapterOptions):
+class ConvertConfig(ConvertOptions, MegatronTargetOptions, MergeOptions):
     """Weights from one format to another."""
+
+    laws = (needs("verify", "lora_load", save_model_type=but("peft")),)

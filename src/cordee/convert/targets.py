@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from cordee.checkpoint import dcp
+from cordee.checkpoint.source import CheckpointSource
 from cordee.config.values import whole_numbers
 from cordee.convert.check import not_default, target_type
 from cordee.convert.options import ConvertConfig
-from cordee.errors import Problem, Problems, excludes, raise_all, requires
-from cordee.weights import hf, mindformers
+from cordee.errors import Problem, ProblemError, Problems, excludes, raise_all, requires
+from cordee.weights import hf, mindformers, peft_parameters
 from cordee.weights.codec import PlannedFile, Sink, Source
 from cordee.weights.gguf import codec as gguf
 from cordee.weights.gguf.vocabulary import compare_tokenizers
@@ -96,6 +97,20 @@ def _misplaced(options: ConvertConfig) -> Problems:
         yield from requires(
             flag, value, "--save-model-type mg", f"{target_type(options)} is not split", "save_model_type"
         )
+
+
+# ---- PEFT ------------------------------------------------------------------------------------------------------------
+
+
+def _prepare_peft(source: Source, output: Output, dtypes: Dtypes, options: ConvertConfig) -> Prepared:
+    if not isinstance(source, CheckpointSource) or source.base is None:
+        why, fix = "what is read are no adapters of a run", "give what training with --lora-target-modules has saved"
+        raise ProblemError([Problem("--save-model-type", "peft", why, fix, "whole", ("load_dir",))])
+    tensors, settings = peft_parameters.to_peft(source.spec, source.tensor)
+    tensors = {name: tensor.to(next(iter(dtypes.values()))) for name, tensor in tensors.items()}
+    files = [PlannedFile(peft_parameters.TENSORS, sum(tensor.nbytes for tensor in tensors.values()))]
+    settings |= {"base_model_name_or_path": source.base["path"]}
+    return Prepared(files, dtypes, partial(peft_parameters.PeftSink, output, tensors, settings))
 
 
 # ---- GGUF ------------------------------------------------------------------------------------------------------------
@@ -185,6 +200,7 @@ TARGETS: Mapping[str, Callable[[Source, Output, Dtypes, ConvertConfig], Prepared
     "mindformers": _prepare_unsplit,
     "dcp": _prepare_unsplit,
     "gguf": _prepare_gguf,
+    "peft": _prepare_peft,
     "mg": _prepare_megatron,
     "ascendspeed": _prepare_megatron,
 }

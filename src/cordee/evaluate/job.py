@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cordee import launch, log
-from cordee.checkpoint import formats
+from cordee.checkpoint import adapter
 from cordee.checkpoint.storage import location_of
 from cordee.config import laws
 from cordee.errors import Findings, Problem, Problems, divisible, raise_all
@@ -77,7 +77,8 @@ def _finished(config: EvaluateConfig, subject: Subject) -> Finished:
         return Finished(None)
     dtype = next(subject.model.parameters()).dtype
     path = Path(config.output)
-    return Finished(path.with_name(f"{path.name}.partial"), f"{fingerprint_files(location_of(config.load))} {dtype}")
+    files = [fingerprint_files(location_of(each)) for each in (config.load, config.lora_load) if each is not None]
+    return Finished(path.with_name(f"{path.name}.partial"), f"{' '.join(files)} {dtype}")
 
 
 def _processes(config: EvaluateConfig) -> int:
@@ -92,7 +93,7 @@ def _degrees(config: EvaluateConfig) -> Degrees:
 def _prepare(config: EvaluateConfig) -> _Prepared:
     found = Findings([*option_problems(config)])
     found.attempt(lambda: check_new(config.output))
-    source = found.attempt(lambda: formats.read(config.load))
+    source = found.attempt(lambda: adapter.read(config.load, config))
     found.problems += check_part(source, config, _degrees(config))
     tasks = found.attempt(lambda: tasks_of(config, source and source.spec.config))
     tokenizer = found.attempt(lambda: _tokenizer(config, tasks or [], source))

@@ -14,17 +14,17 @@ Shape = tuple[int, ...]
 FLOPS_FORMULA = "3 x (2 x matmul weights a token meets + 2 x layers x heads x (key + value dim) x sequence)"
 
 
-def shapes_of(config: ModelConfig, origin: Origin) -> dict[str, Shape]:
-    """Global shape of every parameter of this origin by its canonical name, in the order of the forward."""
-    return {name: spec.shape for name, spec in model_specs(config).items() if spec.origin == origin}
+def shapes_of(config: ModelConfig, *origins: Origin) -> dict[str, Shape]:
+    """Global shape of every parameter of these origins by its canonical name, in the order of the forward."""
+    return {name: spec.shape for name, spec in model_specs(config).items() if spec.origin in origins}
 
 
 def canonical_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Those of the base model."""
-    return shapes_of(config, "base")
+    return shapes_of(config, "base", "tuned")
 
 
-def count_parameters(config: ModelConfig, origins: Collection[Origin] = ("base", "adapter")) -> int:
+def count_parameters(config: ModelConfig, origins: Collection[Origin] = ("base", "tuned", "adapter")) -> int:
     """Number of parameters of these origins; those of a tied head count once."""
     return sum(math.prod(spec.shape) for spec in model_specs(config).values() if spec.origin in origins)
 

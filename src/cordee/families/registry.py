@@ -12,7 +12,7 @@ import logging
 import pkgutil
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from cordee.families.options import check, given_features, resolve, with_default
 from cordee.families.presets import published
 from cordee.families.reader import ConfigReader, read_object
 from cordee.model.compare import canonical
-from cordee.model.config import ModelConfig
+from cordee.model.config import LowRankConfig, ModelConfig
 from cordee.model.options import ModelOptions
 from cordee.tensors.rules import Rule
 
@@ -129,7 +129,8 @@ class ModelSpec:
         if values.keys() & ROPE_KEYS and (rope := hf.pop("rope_parameters", None)):
             hf["rope_theta"] = rope.get("rope_theta")
             hf["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
-        return replace(spec_from_hf(changed(hf, values), "model options"), base_prefix=self.base_prefix)
+        spec = spec_from_hf(changed(hf, values), "model options")
+        return replace(spec, base_prefix=self.base_prefix).adapted(self.config.low_rank, self.config.tuned)
 
     def _with_fitting_tokens(self) -> ModelSpec:
         """The same model without special tokens that its vocabulary lacks."""
@@ -154,7 +155,9 @@ class ModelSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """The model as JSON, for `from_dict`."""
-        return {"family": self.family.name, "hf_config": self.hf_config, "base_prefix": self.base_prefix}
+        found = {"family": self.family.name, "hf_config": self.hf_config, "base_prefix": self.base_prefix}
+        adapters = {"low_rank": [asdict(each) for each in self.config.low_rank], "tuned": self.config.tuned}
+        return found | {name: value for name, value in adapters.items() if value}
 
     @staticmethod
     def from_dict(stored: Mapping[str, Any]) -> ModelSpec:
@@ -163,10 +166,19 @@ class ModelSpec:
         if spec.family.name != stored["family"]:
             why = f"its configuration is of family {spec.family.name}"
             raise ProblemError([Problem("stored model: family", stored["family"], why, "copy the checkpoint again")])
-        return replace(spec, base_prefix=stored["base_prefix"])
+        low_rank = [LowRankConfig(**{**each, "targets": tuple(each["targets"])}) for each in stored.get("low_rank", ())]
+        return replace(spec, base_prefix=stored["base_prefix"]).adapted(low_rank, stored.get("tuned", ()))
+
+    def adapted(self, low_rank: Iterable[LowRankConfig], tuned: Iterable[str]) -> ModelSpec:
+        """The same model with these adapters, and these modules trained beside them. ProblemError if it has none."""
+        return replace(self, config=replace(self.config, low_rank=tuple(low_rank), tuned=tuple(tuned)))
 
 
-STORED_SPEC = sealed.record({"family": sealed.text(), "hf_config": sealed.record({}), "base_prefix": sealed.flag})
+_NAMES = sealed.listed(sealed.text())
+STORED_SPEC = sealed.record(
+    {"family": sealed.text(), "hf_config": sealed.record({}), "base_prefix": sealed.flag},
+    {"low_rank": sealed.listed(sealed.of(LowRankConfig, targets=_NAMES)), "tuned": _NAMES},
+)
 
 
 def _strange_tokens(hf: Mapping[str, Any], vocab_size: int) -> list[str]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cordee import launch, log
-from cordee.checkpoint import formats
+from cordee.checkpoint import adapter
 from cordee.config import laws
 from cordee.data.readers import reading, text_files
 from cordee.data.readers.chunk import Invalid
@@ -112,7 +112,7 @@ def _prepare(config: GenerateConfig) -> _Prepared:
     found = Findings([*option_problems(config)])
     texts = found.attempt(lambda: _prompts(config)) or {}
     found.attempt(lambda: check_new(config.output))
-    source = found.attempt(lambda: formats.read(config.load))
+    source = found.attempt(lambda: adapter.read(config.load, config))
     found.problems += check_part(source, config, inference.degrees(config))
     tokenizer = found.attempt(lambda: tokenizer_of(config, source))
     prompts, stop = [], None

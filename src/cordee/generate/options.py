@@ -8,6 +8,7 @@ from cordee.config.option import option, required
 from cordee.model.options import DTYPE_SYNONYMS
 from cordee.parallel.options import InferenceLayoutOptions
 from cordee.tokenizer.options import TokenizerOptions
+from cordee.tune.options import MergeOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,7 @@ class DecodingOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class InferenceConfig(InferenceOptions, InferenceLayoutOptions, TokenizerOptions):
+class InferenceConfig(InferenceOptions, MergeOptions, InferenceLayoutOptions, TokenizerOptions):
     """A model that runs, and its tokenizer."""
 
 

@@ -290,13 +290,15 @@ class LowRankConfig:
     A target is a canonical name without its beginning: "layers.3.attention.q" is one projection, "attention.q" that of
     every layer, "q", "experts.up", "out", "down", "kv_up", "head", "embedding" accordingly. A fused projection can be
     named whole ("qkv", "gate_up": its slices share an A) or by slices (q, k, v; gate, up). `scale` is alpha / rank, or
-    alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023).
+    alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023). `b_rate` multiplies the learning rate of B (LoRA+, Hayou et al.
+    2024).
     """
 
     targets: tuple[str, ...]
     rank: int
     scale: float
     dropout: float = 0.0
+    b_rate: float = 1.0
 
     def names(self, projection: str) -> bool:
         return any(f".{projection}".endswith(f".{target}") for target in self.targets)
@@ -386,6 +388,7 @@ class ModelConfig:
     hidden_dropout: float = 0.0
     init_std: float = 0.02
     low_rank: tuple[LowRankConfig, ...] = ()  # the first one that names a projection counts there
+    tuned: tuple[str, ...] = ()  # modules that are trained as a whole beside adapters, by the ends of their names
     num_prefix_tokens: int = 0  # learned keys and values in every layer, which every query sees (Li & Liang 2021)
 
     def __post_init__(self) -> None:
@@ -393,6 +396,7 @@ class ModelConfig:
         raise_all(self._adapter_problems())
 
     def _adapter_problems(self) -> Iterator[Problem]:
+        known = [name for _, _, name in self.projections()] if self.low_rank else []
         for low_rank in self.low_rank:
             if low_rank.rank < 1:
                 yield Problem("low_rank: rank", low_rank.rank, "it is less than 1", "give a positive rank")
@@ -400,7 +404,7 @@ class ModelConfig:
                 why = "it is no probability below 1"
                 yield Problem("low_rank: dropout", low_rank.dropout, why, "give a number from 0 to below 1")
             for target in low_rank.targets:
-                if not any(replace(low_rank, targets=(target,)).names(name) for _, _, name in self.projections()):
+                if not any(f".{name}".endswith(f".{target}") for name in known):
                     fix = "give canonical names, such as q, k, v, out, gate, up, down"
                     yield Problem("low_rank: targets", target, "the model has no such projection", fix)
         for path, name, low_rank in self.adapted():
@@ -410,6 +414,10 @@ class ModelConfig:
         if self.num_prefix_tokens < 0:
             why = "it is less than 0"
             yield Problem("num_prefix_tokens", self.num_prefix_tokens, why, "give a number of virtual tokens")
+
+    def tunes(self, parameter: str) -> bool:
+        """Whether a parameter of the base is trained beside adapters."""
+        return any(f".{module}." in f".{parameter}." for module in self.tuned)
 
     def projections(self) -> Iterator[tuple[str, str, str]]:
         """What can be adapted: canonical name of a module, of it or of a slice of it, and the latter's full name."""

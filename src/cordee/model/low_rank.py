@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cordee.model.config import LowRankConfig, ModelConfig, slice_of
 from cordee.model.parameter import P, SpecifiedModule, local_shard
 from cordee.model.placement import Placement
-from cordee.model.specs import ParameterSpec, Specs, low_rank
+from cordee.model.specs import ParameterSpec, Specs, low_rank, tuned
 
 Multiply = Callable[[Tensor, Tensor], Tensor]  # x `[..., in]` and W `[(expert,) out, in]` to `[..., out]`
 
@@ -107,8 +107,12 @@ class Projection(SpecifiedModule[P], Generic[P]):
 
 
 def add_low_rank(model: nn.Module, config: ModelConfig, foreign: Collection[str], **factory) -> None:
-    """Put the low-rank adapters of `config` on the projections that `model` has, those named in `foreign` left out."""
+    """Put the low-rank adapters of `config` on the projections that `model` has, those named in `foreign` left out, and
+    mark what is trained beside them."""
     modules = dict(model.named_modules())
     for path, name, chosen in config.adapted():
         if path not in foreign and isinstance(module := modules.get(path), Projection):
             module.adapt(chosen, path, name, **factory)
+    for path, module in modules.items() if config.tuned else ():
+        if isinstance(module, SpecifiedModule):
+            module.specs = tuned(module.specs, config, path)

@@ -5,7 +5,7 @@ Owns the shapes, logical axes and initial distributions: modules declare the par
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from cordee.model.config import (
@@ -21,7 +21,7 @@ from cordee.model.config import (
     slice_of,
 )
 
-Origin = Literal["base", "adapter", "head"]
+Origin = Literal["base", "tuned", "adapter", "head"]
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,9 @@ class ParameterSpec:
     group, then k, then v; "q_slot", "kv_slot": some of these), "head_dim", "heads", "branch" (gate, up), "ffn",
     "latent", "expert", "choice" (what a router scores), "gate", "rank" (of an adapter), "virtual" (tokens of a prefix).
     Initial values are normal with `std` where it is positive, or `uniform` of that spread, else the constant `fill`.
-    A parameter that is not `trained` gets no gradient. `origin`: "base" weights are what a checkpoint of the model
-    holds, "adapter" parameters are added to it, and a further "head" replaces what scores tokens.
+    A parameter that is not `trained` gets no gradient; `rate` multiplies its learning rate. `origin`: "base" weights
+    are what a checkpoint of the model holds, "tuned" are those of them that are trained beside adapters, "adapter"
+    parameters are added to it, and a further "head" replaces what scores tokens.
     """
 
     shape: tuple[int, ...]
@@ -43,6 +44,7 @@ class ParameterSpec:
     decay: bool = True
     trained: bool = True
     uniform: bool = False
+    rate: float = 1.0
     origin: Origin = "base"
 
     def __post_init__(self) -> None:
@@ -78,7 +80,15 @@ def model_specs(config: ModelConfig) -> Specs:
     for path, name, chosen in config.adapted():
         weight = specs.get(f"{path}.weight", specs["embedding.weight"])  # a tied head shares it
         specs |= _parts(**{f"{path}.adapters.{name}": low_rank(chosen, weight, path, name)})
-    return specs
+    return tuned(specs, config) if config.tuned else specs
+
+
+def tuned(specs: Specs, config: ModelConfig, path: str = "") -> Specs:
+    """`specs` of the module `path`, those that `config` trains beside adapters marked."""
+    return {
+        name: replace(spec, origin="tuned") if spec.origin == "base" and config.tunes(f"{path}.{name}") else spec
+        for name, spec in specs.items()
+    }
 
 
 def layer_specs(layer: LayerConfig, model: ModelConfig) -> Specs:
@@ -219,7 +229,8 @@ def low_rank(config: LowRankConfig, weight: ParameterSpec, path: str, name: str)
         uniform=True,
         origin="adapter",
     )
-    return {"a": a, "b": ParameterSpec((*sizes[:-1], config.rank), (*axes[:-1], "rank"), origin="adapter")}
+    b = ParameterSpec((*sizes[:-1], config.rank), (*axes[:-1], "rank"), rate=config.b_rate, origin="adapter")
+    return {"a": a, "b": b}
 
 
 def _spec(dims: dict[str, int], **how: Any) -> ParameterSpec:

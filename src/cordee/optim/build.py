@@ -22,6 +22,9 @@ class Described(Protocol):
     @property
     def decay(self) -> bool: ...
 
+    @property
+    def rate(self) -> float: ...
+
 
 def build_optimizer(
     options: OptimizerOptions, parameters: Iterable[tuple[str, Tensor]], specs: Mapping[str, Described], *, fused: bool
@@ -35,23 +38,23 @@ def build_optimizer(
 
 
 def parameter_groups(parameters: Iterable[tuple[str, Tensor]], specs: Mapping[str, Described]) -> Groups:
-    """One group with weight decay and one without for each mesh that parameters lie on; an empty group is left out,
+    """One group with weight decay and one without for each `rate` and mesh of parameters; an empty group is left out,
     unless nothing is trained on this rank: torch's optimizers want a group.
 
     torch's operators on lists of tensors take one mesh at a time.
     """
-    groups: dict[tuple[bool, object], list[Tensor]] = defaultdict(list)
+    groups: dict[tuple[bool, float, object], list[Tensor]] = defaultdict(list)
     for name, parameter in parameters:
         if parameter.requires_grad:
             mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
-            groups[specs[name].decay, mesh].append(parameter)
+            groups[specs[name].decay, specs[name].rate, mesh].append(parameter)
     decaying_first = sorted(groups.items(), key=lambda item: not item[0][0])
-    found = [{"params": members, "decays": decay} for (decay, _), members in decaying_first]
-    return found or [{"params": [], "decays": False}]
+    found = [{"params": each, "decays": decay, "rate": rate} for (decay, rate, _), each in decaying_first]
+    return found or [{"params": [], "decays": False, "rate": 1.0}]
 
 
 def set_rates(optimizer: Optimizer, learning_rate: float, weight_decay: float) -> None:
     """Set what the next step uses; groups without decay keep a weight decay of 0."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group["rate"]
         group["weight_decay"] = weight_decay if group["decays"] else 0.0

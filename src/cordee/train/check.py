@@ -7,7 +7,6 @@ Knows no torch.
 from collections.abc import Iterator
 
 from cordee.errors import Findings, Problem
-from cordee.families.count import count_parameters
 from cordee.log import counted
 from cordee.parallel import cost
 from cordee.parallel.describe import describe_layout
@@ -56,7 +55,7 @@ def _model(draft: Draft) -> Iterator[str]:
     if draft.spec is None:
         yield "unknown"
     else:
-        yield f"{draft.spec.family.name}, {counted(count_parameters(draft.spec.config), 'parameter')}"
+        yield f"{draft.spec.family.name}, {techniques.describe_parameters(draft.spec.config, draft.config)}"
 
 
 def _data(size: DataSize | None) -> Iterator[str]:
@@ -105,7 +104,7 @@ def _memory(draft: Draft) -> Iterator[str]:
         return
     config, degrees, partition = draft.config, draft.degrees, draft.partition
     spans = [()] if partition is None else [partition.spans_of(rank) for rank in range(partition.num_ranks)]
-    trained = techniques.trained(config)
+    trained = techniques.trained(draft.spec.config, config)
     counts = [cost.count(draft.spec.config, degrees, of_rank, trained) for of_rank in spans]
     most = max((cost.cost(config, degrees, count) for count in counts), key=lambda each: each.total)
     yield most.describe(

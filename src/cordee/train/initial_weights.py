@@ -29,11 +29,34 @@ def opened(config: TrainConfig, initial: InitialWeights, found: Findings) -> Ini
     from cordee.weights.megatron.source import Reading
 
     spec = spec_named(config.model) if config.model else None
-    source = found.attempt(lambda: formats.read(path, Reading(spec=spec, iteration=config.ckpt_step)))
-    if source is not None:
-        return replace(initial, source=source, spec=source.spec, assets=source.assets)
-    spec = found.attempt(lambda: spec_from_directory(path)) if (path / "config.json").is_file() else None
-    return spec and replace(initial, spec=spec, assets=path)
+    step = config.ckpt_step if initial.checkpoint is None else None
+    source = found.attempt(lambda: formats.read(path, Reading(spec=spec, iteration=step)))
+    if source is None:
+        there = (path / "config.json").is_file()
+        spec = found.attempt(lambda: spec_from_directory(str(path))) if there else None
+        return spec and replace(initial, spec=spec, assets=path.local)
+    initial = replace(initial, source=source, spec=source.spec, assets=initial.assets or source.assets)
+    has_adapters = config.lora_target_modules or initial.peft or initial.checkpoint
+    return found.attempt(lambda: _with_adapter(config, initial)) if has_adapters else initial
+
+
+def _with_adapter(config: TrainConfig, initial: InitialWeights) -> InitialWeights:
+    """The base of adapters, and those that are loaded. ProblemError if it is the base of others."""
+    from cordee.checkpoint import adapter
+    from cordee.checkpoint.source import CheckpointSource
+    from cordee.weights import peft, peft_parameters
+    from cordee.weights.adapter import Given, fingerprint
+
+    base = initial.source
+    assert base is not None and initial.weights is not None
+    initial = replace(initial, base={"path": str(initial.weights.resolve()), "fingerprint": fingerprint(base)})
+    if (checkpoint := initial.checkpoint) is not None:
+        option = "--load" if config.lora_load is None else "--lora-load"
+        raise_all(adapter.check_base(base, CheckpointSource(checkpoint.path), option))
+    if initial.peft is None:
+        return initial
+    loaded = peft_parameters.from_peft(peft.read(Given(path=initial.peft), base.spec), base)
+    return replace(initial, source=loaded, spec=loaded.spec)
 
 
 def tokenizer_of(config: TrainConfig, initial: InitialWeights) -> Tokenizer | None:
@@ -48,11 +71,27 @@ def tokenizer_of(config: TrainConfig, initial: InitialWeights) -> Tokenizer | No
 
 
 def choose(config: TrainConfig, avoid: Mapping[int, str] | None, notes: list[str]) -> InitialWeights:
-    """Those that --load names, but for corrupt checkpoints (`avoid`). ProblemError if there is none."""
+    """Those that --load names, with the adapters of --lora-load, but for corrupt checkpoints (`avoid`). ProblemError if
+    there are none."""
     if config.load is None:
         return InitialWeights()
     with reached("--load", config.load):
-        return _choose(config, location_of(config.load), avoid, notes)
+        if (given := config.lora_load) is None:
+            return _choose(config, location_of(config.load), avoid, notes)
+    option, base = "--lora-load", location_of(config.load)
+    with reached(option, given):
+        path = location_of(given, option)
+        if path.local is not None and (path / "adapter_config.json").is_file():  # of PEFT
+            return InitialWeights(weights=base, peft=path.local)
+        try:
+            found = _choose(replace(config, load=given), path, avoid, notes)
+        except ProblemError as error:
+            of_load = [replace(each, option=option) if each.option == "--load" else each for each in error.problems]
+            raise ProblemError(of_load, error.everywhere) from error
+    if (found.weights is None) != (found.checkpoint is None):  # neither: nothing is there yet
+        why, fix = "it holds a model, and no adapters", "give a directory of PEFT, or what training adapters has saved"
+        raise ProblemError([Problem(option, given, why, fix, "unknown")])
+    return replace(found, weights=base)
 
 
 def _choose(config: TrainConfig, path: Location, avoid: Mapping[int, str] | None, notes: list[str]) -> InitialWeights:
@@ -60,7 +99,7 @@ def _choose(config: TrainConfig, path: Location, avoid: Mapping[int, str] | None
     if form is not None and form.local:
         if form.name != "mg":
             raise_all(requires("--ckpt-step", config.ckpt_step, "--load of a run", f"{path} is a {form.title}", "load"))
-        return InitialWeights(weights=path.local)
+        return InitialWeights(weights=path)
     if (path / directory.MANIFEST).is_file():
         raise_all(requires("--ckpt-step", config.ckpt_step, "--load of a run", f"{path} is one checkpoint", "load"))
         return _of_checkpoint(config, path)
@@ -98,7 +137,12 @@ def _of_checkpoint(config: TrainConfig, path: Location) -> InitialWeights:
         present = directory.iterations(path.parent)
         fix = f"choose another by --ckpt-step; there are: {', '.join(map(str, present)) or 'none'}"
         raise _unfit(path, str(error), fix, "corrupt", present) from error
-    return InitialWeights(Checkpoint(path, manifest, resume=not config.finetune), assets=assets.beside(path))
+    base = manifest.get("base")
+    if base is None and config.lora_target_modules:  # which are trained on these weights
+        return InitialWeights(weights=path)
+    weights = None if base is None else location_of(base["path"])
+    checkpoint = Checkpoint(path, manifest, resume=not config.finetune)
+    return InitialWeights(checkpoint, weights=weights, assets=assets.beside(path))
 
 
 def _unfit(path: Location, why: str, fix: str, kind: str, limit: object = None) -> ProblemError:

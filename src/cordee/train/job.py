@@ -24,13 +24,13 @@ from cordee.config.option import options_of, to_flag
 from cordee.data.gpt_dataset import Dataset
 from cordee.data.loader import Loader
 from cordee.errors import Findings, Problem, ProblemError
-from cordee.families.count import count_parameters, training_flops_per_token
+from cordee.families.count import training_flops_per_token
 from cordee.families.registry import ModelSpec
 from cordee.files import copy_files
 from cordee.log import counted, logger
 from cordee.model.gpt import GPTModel
 from cordee.model.init import initialise
-from cordee.model.parameter import train_only
+from cordee.model.parameter import ORIGINS, train_only
 from cordee.model.specs import Origin
 from cordee.optim.build import build_optimizer
 from cordee.optim.precision import build_scaler
@@ -135,6 +135,7 @@ def _plan(config: TrainConfig, layout: Layout) -> RunPlan:
     unread = Findings()
     fingerprint = _fingerprint(config, layout, unread)
     avoid: dict[int, str] = {}
+    option, given = "--load" if config.lora_load is None else "--lora-load", config.lora_load or config.load or ""
     while True:
         plan = together(lambda: plan_run(config, layout.world_size, avoid, fingerprint), layout.control)
         collectives.raise_together(unread.problems, layout.control)  # after what planning finds of the same files
@@ -143,9 +144,9 @@ def _plan(config: TrainConfig, layout: Layout) -> RunPlan:
             break
         assert plan.initial.checkpoint is not None
         path = plan.initial.checkpoint.path
-        if config.ckpt_step is not None or path.resolve() == location_of(config.load or "").resolve():
+        if config.ckpt_step is not None or path.resolve() == location_of(given).resolve():
             fix = "choose another checkpoint by --ckpt-step"
-            raise ProblemError([Problem("--load", str(path), why, fix, "corrupt")])
+            raise ProblemError([Problem(option, str(path), why, fix, "corrupt")])
         avoid[plan.initial.checkpoint.manifest["iteration"]] = why
     for note in plan.notes:
         logger.info("%s", note)
@@ -183,7 +184,7 @@ def _identity(plan: RunPlan) -> dict[str, Any]:
         "data": str(plan.data.identity),
         "length of the run": plan.iterations,
         "checkpoint": None if checkpoint is None else (checkpoint.manifest["iteration"], checkpoint.resume),
-        "weights of a model": plan.initial.weights is not None,
+        "weights of a model": (plan.initial.weights is not None, (plan.initial.base or {}).get("fingerprint")),
         "further models": str({name: (m.spec.to_dict(), m.source is not None) for name, m in plan.models.items()}),
     }
 
@@ -243,7 +244,12 @@ def _build(
     if config.save is not None:
         root = location_of(config.save, "--save")
         store = CheckpointStore(
-            root, group=layout.background, keep_last=config.keep_last, lock=locks.get("--save"), on_lost=exits.rank_lost
+            root,
+            group=layout.background,
+            keep_last=config.keep_last,
+            origins=ORIGINS if plan.initial.base is None else techniques.trained(plan.spec.config, config),
+            on_lost=exits.rank_lost,
+            lock=locks.get("--save"),
         )
         stack.enter_context(store)
         together(lambda: _save_assets(plan, root) if layout.rank == 0 else None, layout.control)
@@ -286,7 +292,7 @@ def _model(
     spans = partition.spans_of(layout.axis_rank("pp")) if partition is not None else ()
     model = GPTModel(spec.config, spans=spans, device="meta")
     for technique in put_on:
-        train_only(model, technique.trains(config))
+        train_only(model, technique.trains(spec.config, config))
     wrappers = [wrapper for technique in put_on for wrapper in technique.wrappers(config)]
     apply.apply(model, layout, config, on, wrappers)
     if partition is None:
@@ -310,18 +316,18 @@ def _further(
 
 def _fill(plan: RunPlan, model: GPTModel, optimizer: torch.optim.Optimizer, layout: Layout) -> None:
     """Values of the parameters and, where the run resumes, the state of the optimizer."""
-    initial = plan.initial
+    initial, left = plan.initial, set(ORIGINS)
+    if (source := initial.source) is not None:
+        loaded: set[Origin] = {"base", "tuned"} if initial.peft is None else {"base", "tuned", "adapter"}
+        report = together(lambda: load_into(model, source, origins=loaded), layout.control)
+        logger.info("%s: %s", initial.weights, report)
+        left -= loaded
     if (checkpoint := initial.checkpoint) is not None:
         state = optimizer if checkpoint.resume and plan.config.load_optim else None
         optional: tuple[Origin, ...] = () if checkpoint.resume else ("adapter", "head")
-        absent = restore(checkpoint.path, model, state, group=layout.background, optional=optional)
-        initialise(model, plan.config.seed, absent)
-    elif (source := initial.source) is not None:
-        report = together(lambda: load_into(model, source, origins={"base"}), layout.control)
-        logger.info("%s: %s", initial.weights, report)
-        initialise(model, plan.config.seed, {"adapter", "head"})
-    else:
-        initialise(model, plan.config.seed)
+        origins = ORIGINS if initial.base is None else techniques.trained(plan.spec.config, plan.config)
+        left = restore(checkpoint.path, model, state, group=layout.background, origins=origins, optional=optional)
+    initialise(model, plan.config.seed, left)
 
 
 def _save_assets(plan: RunPlan, root: Location) -> None:
@@ -392,14 +398,14 @@ def _log_layout(plan: RunPlan, layout: Layout, model: GPTModel) -> None:
     """Log which rank holds which shard, and its memory and communication."""
     logger.info("%s", describe_layout(layout.degrees, collectives.gather(sharding.kept(model), layout)))
     spans = () if plan.partition is None else plan.partition.spans_of(0)
-    count = cost.count(plan.spec.config, layout.degrees, spans, techniques.trained(plan.config))
+    count = cost.count(plan.spec.config, layout.degrees, spans, techniques.trained(plan.spec.config, plan.config))
     logger.info("%s", cost.cost(plan.config, layout.degrees, count).describe("rank 0"))
 
 
 def _summary(plan: RunPlan) -> str:
-    size, batches = count_parameters(plan.spec.config), plan.batches
+    size, batches = techniques.describe_parameters(plan.spec.config, plan.config), plan.batches
     steps = counted(plan.iterations, "step")
     return (
-        f"{plan.spec.family.name} with {size:,} parameters; {steps} of {batches.global_batch_size} x "
+        f"{plan.spec.family.name} with {size}; {steps} of {batches.global_batch_size} x "
         f"{plan.config.seq_length} tokens; ZeRO stage {plan.config.zero_stage}"
     )

@@ -15,6 +15,7 @@ from cordee.parallel.options import CompileOptions, LayoutOptions, ParallelOptio
 from cordee.tokenizer.options import TokenizerOptions
 from cordee.train.objectives import ObjectiveOptions
 from cordee.train.preference_options import PreferenceOptions
+from cordee.tune.options import LoRAOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +104,7 @@ class TrainConfig(
     DataOptions,
     TuningDataOptions,
     PreferenceOptions,
+    LoRAOptions,
     OptimizerOptions,
     PrecisionOptions,
     ParallelOptions,

@@ -160,7 +160,7 @@ def option_problems(config: TrainConfig) -> Problems:
 def _adapted(spec: ModelSpec, config: TrainConfig, found: Findings) -> ModelSpec:
     """The model that is trained, with what techniques add to it."""
     for technique in techniques.TECHNIQUES:
-        adapted = found.attempt(partial(technique.adapt, spec.config, config))
+        adapted = found.attempt(partial(technique.adapt, spec, config))
         spec = replace(spec, config=adapted or spec.config)
     return spec
 
@@ -314,7 +314,7 @@ def _save_problems(config: TrainConfig, initial: InitialWeights | None) -> Probl
         yield from unwritable("--save", config.save, root.local)
     with reached("--save", config.save):
         holds_run, newest = directory.is_root(root), max(directory.iterations(root), default=0)
-    if initial is not None and initial.weights is not None and is_within(root.local, initial.weights):
+    if initial is not None and initial.weights is not None and is_within(root.local, initial.weights.local):
         why, fix = "it is the model directory that is read, or in it", "give another directory"
         yield Problem("--save", config.save, why, fix, "excludes", ("load",), "--load")
     if initial is not None and holds_run:

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from cordee import sealed
+from cordee.checkpoint import directory
 from cordee.data.options import BatchOptions
 from cordee.errors import Findings, Problem, Problems
 from cordee.families.registry import STORED_SPEC
@@ -40,7 +41,8 @@ _FORM = sealed.record(
         "optimizer": sealed.maybe(sealed.text()),
         "data": sealed.record({}),
         "config": sealed.record({}),
-    }
+    },
+    {"base": directory.BASE},
 )
 # The options that a schedule follows from.
 _OF_SCHEDULE = (*OptimizerOptions.__dataclass_fields__, *BatchOptions.__dataclass_fields__, *RANKS)
@@ -65,7 +67,8 @@ def _stage(config: TrainConfig, manifest: dict[str, Any]) -> object:
 
 def describe(plan: RunPlan, state: TrainState, scaler: LossScaler) -> dict[str, Any]:
     """What a checkpoint keeps besides tensors, as JSON holds it."""
-    return {
+    base = plan.initial.base
+    return ({} if base is None else {"base": base}) | {
         "written_by": f"cordee {version('cordee')}",
         "model": plan.spec.to_dict(),
         "trainer": asdict(state),

@@ -37,18 +37,22 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """Where weights come from: a checkpoint, a model in another format, or neither, and then they are drawn.
+    """Where weights come from: a checkpoint, a model in another format, or neither, and then they are drawn. Adapters
+    are over the base in `weights`, and come from a checkpoint of theirs, or PEFT's directory `peft`, or are drawn.
 
     source: those of `weights`, when they are opened; None if they cannot be read.
+    base: what a checkpoint keeps of the base of adapters: its path and fingerprint.
     spec: the model in `weights`, as far as it is known.
     assets: directory where the tokenizer may be that belongs to them.
     """
 
     checkpoint: Checkpoint | None = None
-    weights: Path | None = None
+    weights: Location | None = None
     source: Source | None = None
     spec: ModelSpec | None = None
     assets: Path | None = None
+    peft: Path | None = None
+    base: dict[str, str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """What options of a run put on its model besides a layout: adapters, and wrappers of layers, blocks and cores.
 
-Owns what such a technique is, and their order, which is meaning. Knows none of them, and needs no torch.
+Owns what such a technique is, and their order, which is meaning. What they do is in files of their own.
 """
 
 from __future__ import annotations
@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, get_args
 
+from cordee.families.count import count_parameters
+from cordee.families.registry import ModelSpec
+from cordee.log import counted
 from cordee.model.config import ModelConfig
 from cordee.model.specs import Origin
 from cordee.train.options import TrainConfig
@@ -19,12 +22,12 @@ if TYPE_CHECKING:
 class Technique:
     """What it does to the model that a run trains, by the options of the run. Further models are left as they are."""
 
-    def adapt(self, model: ModelConfig, options: TrainConfig) -> ModelConfig:
+    def adapt(self, spec: ModelSpec, options: TrainConfig) -> ModelConfig:
         """The model with what it adds, such as adapters. ProblemError if it does not fit."""
-        return model
+        return spec.config
 
-    def trains(self, options: TrainConfig) -> Collection[Origin]:
-        """Origins of the parameters that are trained; all others are frozen."""
+    def trains(self, model: ModelConfig, options: TrainConfig) -> Collection[Origin]:
+        """Origins of the parameters of such a model that are trained; all others are frozen."""
         return get_args(Origin)
 
     def wrappers(self, options: TrainConfig) -> Sequence[Wrapper]:
@@ -32,9 +35,30 @@ class Technique:
         return ()
 
 
-TECHNIQUES: tuple[Technique, ...] = ()  # in the order in which they are put on
+class LoRA(Technique):
+    """Low-rank adapters, and modules that are trained as a whole beside them."""
+
+    def adapt(self, spec: ModelSpec, options: TrainConfig) -> ModelConfig:
+        if not (options.lora_target_modules or spec.config.low_rank or spec.config.tuned):
+            return spec.config
+        from cordee.tune import lora  # which brings torch
+
+        return lora.adapted(spec, options)
+
+    def trains(self, model: ModelConfig, options: TrainConfig) -> Collection[Origin]:
+        return ("tuned", "adapter") if model.low_rank or model.tuned else get_args(Origin)
 
 
-def trained(options: TrainConfig) -> frozenset[Origin]:
+TECHNIQUES: tuple[Technique, ...] = (LoRA(),)  # in the order in which they are put on
+
+
+def trained(model: ModelConfig, options: TrainConfig) -> frozenset[Origin]:
     """Origins of the parameters that are trained under all of them."""
-    return frozenset(get_args(Origin)).intersection(*(technique.trains(options) for technique in TECHNIQUES))
+    return frozenset(get_args(Origin)).intersection(*(technique.trains(model, options) for technique in TECHNIQUES))
+
+
+def describe_parameters(model: ModelConfig, options: TrainConfig) -> str:
+    """How many parameters a model has, and how many of them are trained."""
+    total, own = count_parameters(model), count_parameters(model, trained(model, options))
+    share = f", of which {own:,} are trained ({own / total:.2%})" if own < total else ""
+    return f"{counted(total, 'parameter')}{share}"

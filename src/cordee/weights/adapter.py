@@ -5,6 +5,7 @@ adapter speaks of the tensors of a checkpoint (`q_proj`, or a tensor rank's `lin
 canonical parameter of such tensors brings it to its slices of ours. The files that adapters come in are codecs' affair.
 """
 
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,18 @@ class Given:
 def is_factor(value: object) -> bool:
     """Whether a value of untrusted settings is a positive number that products in float32 can be made with."""
     return type(value) in (int, float) and 0 < value <= torch.finfo(torch.float32).max  # type: ignore[operator]
+
+
+def fingerprint(source: Source) -> str:
+    """What tells other weights from those of `source`, whatever format they are in: a few values of each parameter,
+    rounded to bfloat16, so that copies of less precision have the same."""
+    found = 0
+    for name in source.names():
+        *outer, inner = source.shape(name)
+        index = (*(slice(size // 2, size // 2 + 1) for size in outer), slice(0, min(inner, 8)))
+        values = source.tensor(name, index).bfloat16().float().contiguous()
+        found = zlib.crc32(values.numpy().tobytes(), found)
+    return f"{found:08x}"
 
 
 class Adapter(Protocol):

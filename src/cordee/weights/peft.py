@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from cordee.errors import Problem, ProblemError, raise_all
 from cordee.families.registry import ModelSpec
 from cordee.files import read_json
-from cordee.tensors.views import Leaf, Op, View
+from cordee.tensors.views import Leaf, Op, View, whole
 from cordee.weights.adapter import Change, Given, LowRank, is_factor
 from cordee.weights.files import COPY_AGAIN, BinFile, SafetensorsFile, TensorFile, opened, unfit
 from cordee.weights.ruled import foreign_tensors
@@ -163,15 +164,15 @@ class PeftAdapter:
 
     def __init__(self, given: Given, config: Mapping[str, Any], spec: ModelSpec, file: TensorFile):
         self.notes: tuple[str, ...] = ()
-        self._path = given.path
+        self.path = given.path
         self._config = config
-        self._file = file
+        self.file = file
         self._spec = replace(spec, base_prefix=True)
         self._rules = self._spec.rules()
         tensors = foreign_tensors(self._rules, self._spec.shapes())
         self._shapes = {foreign: shape for _, foreign, shape in tensors}
         self._factors: dict[str, _Factors] = {}
-        self._whole: dict[str, str] = {}  # tensors that take the place of the base's, by its names
+        self.whole: dict[str, str] = {}  # tensors that take the place of the base's, by its names
         self._twice: list[str] = []  # what others in the file stand for already
         self._alphas, self._ranks = (
             [(_compiled(pattern), value) for pattern, value in (config.get(key) or {}).items()]
@@ -181,20 +182,27 @@ class PeftAdapter:
         unknown = self._sort()
         raise_all([*self._check_names(unknown), *given.check_modules(self._factors)])
         raise_all([*self._check_tensors(), *self._check_tied()])
-        self._changes = {name: self._low_rank(name) for name in self._factors}
-        self._changes |= {name: self._replacement(name) for name in self._whole}
+        self.low_ranks = {name: self._low_rank(name) for name in self._factors}
+        self._changes |= self.low_ranks
+        self._changes |= {name: self._replacement(name) for name in self.whole}
 
     def changes(self, name: str) -> tuple[Op, Sequence[Change | None]] | None:
         rule = self._rules[name]
         changes = [self._changes.get(foreign) for foreign in rule.foreign]
         return (rule.op, changes) if any(changes) else None
 
+    def matrices(self, foreign: str) -> tuple[Tensor, Tensor]:
+        """A `[r, in]` and B `[out, r]` of the weight of a module, in float32; a table's rows are outputs."""
+        names = (self._factors[foreign].names[letter] for letter in "AB")
+        a, b = (self.file.read(name, whole(self.file.tensors[name].shape)).float() for name in names)
+        return (b.t(), a.t()) if self._factors[foreign].embedding else (a, b)
+
     # ---- what is there -----------------------------------------------------------------------------------------------
 
     def _sort(self) -> list[str]:
         """Sort the tensors of the file into factors and whole ones; those that are neither."""
         unknown = []
-        for name in self._file.tensors:
+        for name in self.file.tensors:
             inner = name.removeprefix(PREFIX)
             if match := _FACTOR.fullmatch(inner):
                 module, embedding, letter = match.groups()
@@ -205,7 +213,7 @@ class PeftAdapter:
                         self._twice.append(name)
                     continue
             elif (foreign := self._known(inner.replace(".base_layer.", "."))) is not None:
-                if self._whole.setdefault(foreign, name) != name:
+                if self.whole.setdefault(foreign, name) != name:
                     self._twice.append(name)
                 continue
             unknown.append(name)
@@ -220,26 +228,26 @@ class PeftAdapter:
         if unknown:
             why = f"family {self._spec.family.name} has no such tensors: {', '.join(sorted(unknown)[:5])}"
             fix = "take an adapter of this model, or merge it with PEFT's own merge_and_unload"
-            yield Problem(str(self._file.path), None, why, fix, "unknown", limit=sorted(unknown))
+            yield Problem(str(self.file.path), None, why, fix, "unknown", limit=sorted(unknown))
         if self._twice:
             why = f"other tensors in it are of the same weights as {', '.join(sorted(self._twice)[:5])}"
-            yield Problem(str(self._file.path), None, why, COPY_AGAIN, "repeated")
+            yield Problem(str(self.file.path), None, why, COPY_AGAIN, "repeated")
         for foreign, factors in self._factors.items():
             if len(factors.names) < 2:
                 why = f"of {foreign} it has only {', '.join(factors.names.values())}"
-                yield Problem(str(self._file.path), None, why, COPY_AGAIN, "missing", limit=foreign)
-        if not self._factors and not self._whole and not unknown:
-            yield Problem(str(self._file.path), None, "there is nothing in it", COPY_AGAIN, "empty")
+                yield Problem(str(self.file.path), None, why, COPY_AGAIN, "missing", limit=foreign)
+        if not self._factors and not self.whole and not unknown:
+            yield Problem(str(self.file.path), None, "there is nothing in it", COPY_AGAIN, "empty")
 
     def _check_tensors(self) -> Iterator[Problem]:
         fix = "take the adapter of this model"
-        for foreign, name in self._whole.items():
-            yield from unfit(self._file, name, self._shapes[foreign], fix)
+        for foreign, name in self.whole.items():
+            yield from unfit(self.file, name, self._shapes[foreign], fix)
         for foreign, factors in self._factors.items():
             shape, r = self._shapes[foreign], self._configured(factors, self._ranks, "r")
             outer, *inner = reversed(shape) if self._transposed(factors) else shape
-            yield from unfit(self._file, factors.names["A"], (r, *inner), f"{fix}, of rank {r} as by its {CONFIG}")
-            yield from unfit(self._file, factors.names["B"], (outer, r), f"{fix}, of rank {r} as by its {CONFIG}")
+            yield from unfit(self.file, factors.names["A"], (r, *inner), f"{fix}, of rank {r} as by its {CONFIG}")
+            yield from unfit(self.file, factors.names["B"], (outer, r), f"{fix}, of rank {r} as by its {CONFIG}")
 
     def _check_tied(self) -> Iterator[Problem]:
         """PEFT trains one end of a tied pair alone, which one tensor for both cannot express."""
@@ -247,7 +255,7 @@ class PeftAdapter:
         if self._spec.config.tie_word_embeddings and embedding in self._factors:
             why = "it changes the embedding, but not the head, which is tied to it"
             fix = 'untie them in the base first: a copy as head, and "tie_word_embeddings": false in config.json'
-            yield Problem(f"{self._file.path}: {embedding}", None, why, fix, "tied")
+            yield Problem(f"{self.file.path}: {embedding}", None, why, fix, "tied")
 
     def _transposed(self, factors: _Factors) -> bool:
         return factors.embedding or bool(self._config.get("fan_in_fan_out"))
@@ -256,8 +264,8 @@ class PeftAdapter:
 
     def _low_rank(self, foreign: str) -> LowRank:
         factors = self._factors[foreign]
-        a, b = (partial(self._file.read, factors.names[letter]) for letter in "AB")
-        r = self._file.tensors[factors.names["A"]].shape[0]
+        a, b = (partial(self.file.read, factors.names[letter]) for letter in "AB")
+        r = self.file.tensors[factors.names["A"]].shape[0]
         alpha = self._configured(factors, self._alphas, "lora_alpha")
         scale = alpha / (math.sqrt(r) if self._config.get("use_rslora") else r)
         return LowRank(a, b, r, scale, self._transposed(factors))
@@ -269,11 +277,11 @@ class PeftAdapter:
         return next((value for pattern, value in patterns if pattern.match(module)), self._config[key])
 
     def _replacement(self, foreign: str) -> Change:
-        name = self._whole[foreign]
+        name = self.whole[foreign]
         low_rank = self._changes.get(foreign)
 
         def change(view: View, dtype: torch.dtype) -> View:
-            whole = Leaf(view.shape, lambda index: self._file.read(name, index).to(dtype))
+            whole = Leaf(view.shape, lambda index: self.file.read(name, index).to(dtype))
             return whole if low_rank is None else low_rank(whole, dtype)
 
         return change

@@ -20,7 +20,7 @@ from cordee.tokenizer.special import FILES as TOKENIZER_FILES
 logger = logging.getLogger("cordee")
 
 CONFIG = "config.json"
-MARKS = (CONFIG, "*.gguf")  # every output has one of these; directories that hold something else have none
+MARKS = (CONFIG, "*.gguf", "adapter_config.json")  # every output has one of these; what holds something else has none
 UNFINISHED = ".unfinished"  # a file in what is being made, the lock of the process that makes it
 TERMS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 TOKENIZER = ("tokenizer*", "spiece.model", "chat_template*", *TOKENIZER_FILES)

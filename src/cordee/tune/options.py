@@ -1,0 +1,66 @@
+"""The options of adapters, and of training them.
+
+Owns their names, types, defaults and help texts, and what each needs of others.
+"""
+
+from dataclasses import dataclass
+
+from cordee.config.laws import GIVEN, ignored, needs
+from cordee.config.option import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterOptions:
+    """LoRA adapters."""
+
+    lora_load: str | None = option(
+        None,
+        "LoRA adapter: directory of PEFT, or checkpoints of a run; training starts from it or, with checkpoints, "
+        "resumes, all else merges it, which a Megatron checkpoint of LoRA training can be, too",
+        metavar="DIR",
+    )
+    lora_r: int | None = option(None, "LoRA rank [as stored, else 16]", above=0)
+    lora_alpha: float | None = option(None, "LoRA alpha: updates are scaled by alpha / r [as stored, else 32]", above=0)
+    lora_target_modules: tuple[str, ...] | None = option(
+        None,
+        "modules with LoRA adapters, by what their names end with: canonical (q, v, out, gate, down, experts.up), "
+        "Hugging Face's (q_proj), Megatron's (linear_qkv, query_key_value), or all-linear; to merge: as stored",
+        metavar="NAME",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions(AdapterOptions):
+    """LoRA adapter to merge into the weights."""
+
+    laws = (needs("lora_r", "lora_alpha", "lora_target_modules", lora_load=GIVEN),)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAOptions(AdapterOptions):
+    """Training of LoRA adapters."""
+
+    lora_dropout: float | None = option(
+        None, "probability of dropout of an adapter's input [as stored, else 0]", at_least=0, below=1
+    )
+    lora_modules_to_save: tuple[str, ...] | None = option(
+        None, "modules that are trained as a whole beside the adapters, such as embed_tokens lm_head", metavar="NAME"
+    )
+    use_rslora: bool = option(False, "rsLoRA: scale updates by alpha / sqrt(r)", aliases=("--lora-use-rslora",))
+    lora_plus_lr_ratio: float | None = option(
+        None, "LoRA+: learning rate of B as a multiple of that of A [1]", aliases=("--loraplus-lr-ratio",), above=0
+    )
+    lora_fusion: bool = option(False, "ignored: an adapter has no communication of its own to overlap")
+    lora_register_forward_hook: tuple[str, ...] = option(
+        ("word_embeddings", "input_layernorm"), "ignored: gradients pass frozen modules without a hook", metavar="NAME"
+    )
+    lora_adapter_name: str = option("default", "ignored: a run has one adapter", metavar="NAME")
+
+    laws = (
+        needs("lora_target_modules", "lora_load", load=GIVEN),
+        needs("lora_r", "lora_alpha", "use_rslora", "lora_modules_to_save", lora_target_modules=GIVEN, lora_load=GIVEN),
+        needs("lora_dropout", "lora_plus_lr_ratio", lora_target_modules=GIVEN, lora_load=GIVEN),
+        ignored("lora_fusion", why="an adapter has no communication of its own to overlap"),
+        ignored("lora_register_forward_hook", why="gradients pass frozen modules without a hook"),
+        ignored("lora_adapter_name", why="a run has one adapter"),
+    )
