@@ -34,13 +34,6 @@ def read(load: str, options: AdapterOptions) -> Source:
     return base if options.lora_load is None else Merged(base, adapter_of(base, options.lora_load, options))
 
 
-def with_base(found: CheckpointSource) -> Source:
-    """What a run with adapters has trained, in the base that it names."""
-    assert found.base is not None
-    base = formats.read(found.base["path"])
-    return Merged(base, TrainedAdapter(found, base))
-
-
 def adapter_of(base: Source, path: str, options: AdapterOptions) -> Adapter:
     """The adapter at `path`. ProblemError if there is none, `base` cannot take it, or options say something else."""
     given = Given(path=Path(path), r=options.lora_r, alpha=options.lora_alpha, modules=options.lora_target_modules)

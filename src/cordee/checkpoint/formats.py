@@ -69,9 +69,10 @@ def _read_checkpoint(location: Location, reading: Reading | None) -> Source:
         found = source.read(location)
     if found.base is None:
         return found
-    from cordee.checkpoint import adapter
+    from cordee.checkpoint.adapter import TrainedAdapter
+    from cordee.weights.adapter import Merged
 
-    return adapter.with_base(found)
+    return Merged(base := read(found.base["path"]), TrainedAdapter(found, base))
 
 
 def _is_checkpoint(location: Location) -> bool:
@@ -132,7 +133,7 @@ def find(location: Location) -> Format | None:
     return next((form for form in FORMATS if form.recognises(location)), None)
 
 
-def format_of(given: str | Path) -> Format:
+def format_of(given: str | Path | Location) -> Format:
     """The format of what is at `given`. ProblemError if it is none that is known."""
     location = location_of(given, "model directory")
     with reached("model directory", str(location)):
@@ -153,7 +154,7 @@ def format_of(given: str | Path) -> Format:
     raise ProblemError([Problem("model directory", path, f"it is none of {known}", "give a directory with a model")])
 
 
-def read(path: str | Path, reading: Reading | None = None) -> Source:
+def read(path: str | Path | Location, reading: Reading | None = None) -> Source:
     """The weights at `path`, whatever their format. ProblemError if there are none or something is wrong with them."""
     form = format_of(path)
     try:

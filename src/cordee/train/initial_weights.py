@@ -88,8 +88,9 @@ def choose(config: TrainConfig, avoid: Mapping[int, str] | None, notes: list[str
         except ProblemError as error:
             of_load = [replace(each, option=option) if each.option == "--load" else each for each in error.problems]
             raise ProblemError(of_load, error.everywhere) from error
-    if (found.weights is None) != (found.checkpoint is None):  # neither: nothing is there yet
-        why, fix = "it holds a model, and no adapters", "give a directory of PEFT, or what training adapters has saved"
+    adapters = found.checkpoint and found.weights
+    if not adapters and (found.weights or found.checkpoint or not config.lora_target_modules):
+        why, fix = "it holds no adapters", "give a directory of PEFT, or checkpoints of a run that trains adapters"
         raise ProblemError([Problem(option, given, why, fix, "unknown")])
     return replace(found, weights=base)
 

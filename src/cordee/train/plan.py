@@ -314,7 +314,7 @@ def _save_problems(config: TrainConfig, initial: InitialWeights | None) -> Probl
         yield from unwritable("--save", config.save, root.local)
     with reached("--save", config.save):
         holds_run, newest = directory.is_root(root), max(directory.iterations(root), default=0)
-    if initial is not None and initial.weights is not None and is_within(root.local, initial.weights.local):
+    if initial is not None and initial.weights is not None and is_within(root.local, str(initial.weights)):
         why, fix = "it is the model directory that is read, or in it", "give another directory"
         yield Problem("--save", config.save, why, fix, "excludes", ("load",), "--load")
     if initial is not None and holds_run:

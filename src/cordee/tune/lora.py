@@ -41,7 +41,7 @@ def adapted(spec: ModelSpec, options: LoRAOptions) -> ModelConfig:
         if spec.config.tie_word_embeddings and (tied := {"embedding", "head"}.intersection(targets)):
             why = f"embedding and head are tied, of which {', '.join(tied)} would change alone"
             found.problems.append(Problem("--lora-target-modules", " ".join(names), why, "leave it out", "tied"))
-        scale = (options.lora_alpha or ALPHA) / (math.sqrt(rank) if options.use_rslora else rank)
+        scale = _scales(options.lora_alpha or ALPHA, rank)[options.use_rslora]
         low_rank = (LowRankConfig(targets=targets, rank=rank, scale=scale),)
     raise_all(found.problems)
     of_training = {"dropout": options.lora_dropout, "b_rate": options.lora_plus_lr_ratio}  # which may change any time
@@ -54,7 +54,7 @@ def check_stated(spec: ModelSpec, options: AdapterOptions) -> Problems:
     found, tuned = spec.config.low_rank, spec.config.tuned
     laws: dict[str, Callable[[Any], bool]] = {
         "lora_r": lambda r: all(each.rank == r for each in found),
-        "lora_alpha": lambda alpha: all(_is_alpha(alpha, each) for each in found),
+        "lora_alpha": lambda alpha: all(each.scale in _scales(alpha, each.rank) for each in found),
         "lora_target_modules": lambda names: _parts(spec, targets_named(spec, names)) == _parts(spec),
         "lora_modules_to_save": lambda names: set(modules_named(spec, names)) == set(tuned),
     }
@@ -65,9 +65,9 @@ def check_stated(spec: ModelSpec, options: AdapterOptions) -> Problems:
             yield Problem(to_flag(name), value, why, fix, "stated", limit=forms)
 
 
-def _is_alpha(alpha: float, low_rank: LowRankConfig) -> bool:
-    """Whether that makes the scale, plainly or as rsLoRA has it."""
-    return any(math.isclose(low_rank.scale * each, alpha) for each in (low_rank.rank, math.sqrt(low_rank.rank)))
+def _scales(alpha: float, rank: int) -> tuple[float, float]:
+    """Of LoRA, and of rsLoRA."""
+    return alpha / rank, alpha / math.sqrt(rank)
 
 
 def _parts(spec: ModelSpec, targets: tuple[str, ...] | None = None) -> set[str]:

@@ -50,7 +50,7 @@ class LoRAOptions(AdapterOptions):
     lora_plus_lr_ratio: float | None = option(
         None, "LoRA+: learning rate of B as a multiple of that of A [1]", aliases=("--loraplus-lr-ratio",), above=0
     )
-    lora_fusion: bool = option(False, "ignored: an adapter has no communication of its own to overlap")
+    lora_fusion: bool = option(False, "ignored: an adapter has no communication of its own")
     lora_register_forward_hook: tuple[str, ...] = option(
         ("word_embeddings", "input_layernorm"), "ignored: gradients pass frozen modules without a hook", metavar="NAME"
     )
@@ -60,7 +60,6 @@ class LoRAOptions(AdapterOptions):
         needs("lora_target_modules", "lora_load", load=GIVEN),
         needs("lora_r", "lora_alpha", "use_rslora", "lora_modules_to_save", lora_target_modules=GIVEN, lora_load=GIVEN),
         needs("lora_dropout", "lora_plus_lr_ratio", lora_target_modules=GIVEN, lora_load=GIVEN),
-        ignored("lora_fusion", why="an adapter has no communication of its own to overlap"),
+        ignored("lora_fusion", "lora_adapter_name", why="a run has one adapter, in the forward of its layers"),
         ignored("lora_register_forward_hook", why="gradients pass frozen modules without a hook"),
-        ignored("lora_adapter_name", why="a run has one adapter"),
     )

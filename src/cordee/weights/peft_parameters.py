@@ -34,7 +34,7 @@ Read = Callable[[str], Tensor]  # of a parameter, by name
 class Held:
     """What the weight of the module `foreign` of a checkpoint holds of the projection `path`.
 
-    name: the slice, or the projection's own name: all of it. expert: which one's, None of a single weight or a stack.
+    name, full: the slice, or the projection itself: all of it. expert: which one's, None of a single weight or a stack.
     number: the place of its tensor in the rule of the projection's weight. transposed: it is `[in, out]`.
     """
 
@@ -44,10 +44,7 @@ class Held:
     number: int
     expert: int | None
     transposed: bool
-
-    @property
-    def full(self) -> str:
-        return f"{self.path.removesuffix(self.path.rpartition('.')[2])}{self.name}"
+    full: str
 
 
 def held(spec: ModelSpec) -> Iterator[Held]:
@@ -62,8 +59,8 @@ def held(spec: ModelSpec) -> Iterator[Held]:
             without_input = shapes_made(rule.op.inverse, [(*shape[:-1], 0)])
             for number, foreign in enumerate(rule.foreign):
                 expert, transposed = number // count if of_expert else None, without_input[number][0] == 0
-                module = foreign.removesuffix(".weight")
-                yield Held(module, path, names[number % count], number, expert, transposed)
+                module, name = foreign.removesuffix(".weight"), names[number % count]
+                yield Held(module, path, name, number, expert, transposed, f"{path.removesuffix(leaf)}{name}")
 
 
 def compressed(known: Iterable[str], chosen: Iterable[str]) -> tuple[str, ...]:
