@@ -10,13 +10,12 @@ import copy
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypeAlias
 
 from cordee.checkpoint import formats
 from cordee.data.messages import IGNORED
 from cordee.data.tuning_dataset import Form
-from cordee.errors import Findings, raise_all
+from cordee.errors import Findings, Problem, ProblemError, raise_all
 from cordee.families.registry import spec_named
 from cordee.train.initial_weights import choose
 from cordee.train.objectives import POLICY, FurtherModel, Run
@@ -135,10 +134,12 @@ def token_logps(head: Head, hidden: Tensor, batch: Batch) -> Tensor:
 
 
 def _initial_weights(config: TrainConfig) -> str | None:
-    """The weights that a run began with, None: drawn by its seed."""
+    """The weights that a run began with, None: drawn by its seed. ProblemError if they are in two places."""
     initial = choose(config, None, [])
-    if initial.weights is not None:
-        return str(Path(initial.weights).absolute())
-    if (checkpoint := initial.checkpoint) is None:
-        return None
-    return checkpoint.manifest["config"].get("ref_model") if checkpoint.resume else str(checkpoint.path)
+    if (checkpoint := initial.checkpoint) is not None:
+        return checkpoint.manifest["config"].get("ref_model") if checkpoint.resume else str(checkpoint.path)
+    if initial.peft is not None:
+        why = "the initial weights are a model with adapters beside it, and the reference is one model"
+        fix = "merge the two by `cordee convert --lora-load`, and give the result"
+        raise ProblemError([Problem("--ref-model", None, why, fix, "missing", ("lora_load",))])
+    return None if initial.weights is None else str(initial.weights.resolve())
