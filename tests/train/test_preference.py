@@ -19,6 +19,7 @@ from cordee.data.tuning import field_names
 from cordee.train import objectives
 from cordee.train.options import TrainConfig
 from cordee.train.plan import check_run, plan_run
+from cordee.train.preference import Answers
 from tests.data.test_tuning import write
 from tests.matrix import sampled
 from tests.train import tiny
@@ -56,7 +57,8 @@ def make_data(folder: Path) -> None:
     for number in range(PAIRS):
         prompt = random.integers(tiny.VOCAB, size=int(random.integers(1, 9))).tolist()
         for side in (0, 3):
-            answer = random.integers(tiny.VOCAB, size=int(random.integers(1, 12))).tolist()
+            if side == 0 or number != 7:  # of one pair both are the same
+                answer = random.integers(tiny.VOCAB, size=int(random.integers(1, 12))).tolist()
             ids, labels = prompt + answer, [IGNORED] * len(prompt) + answer
             for place, values in enumerate((ids, [1] * len(ids), labels)):
                 pairs[side + place].append(values)
@@ -159,7 +161,7 @@ def expected(config: TrainConfig) -> dict[str, float]:
     paths = (config.load, config.ref_model or config.load)
     policy, reference = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64) for path in paths)
     dataset = plan_run(replace(ready(config), save=None, save_interval=None), 1).data.open(verified=False)["train"]
-    samples = [dataset[index] for index in range(tiny.BATCH)]
+    samples = [dataset[index] for index in range(config.global_batch_size or 1)]
 
     def side(sample: Any, name: str) -> Side:
         ids, labels = sample[f"{name}input_ids"], sample[f"{name}labels"]
@@ -217,6 +219,29 @@ def test_is_what_the_formula_gives(alone, kind: str):
         assert found[figure][0] == pytest.approx(value, rel=2e-5), figure
 
 
+@pytest.mark.parametrize("size", [1, 3, 5])
+def test_kto_of_few_samples_is_what_the_formula_gives(models, tmp_path: Path, size: int):
+    """No mean is over a part of a step, and no answer matched, however few there are."""
+    config = given(tmp_path, models, stage="kto", global_batch_size=size, train_iters=2, eval_iters=0)
+    train(0, 1, config)
+    found = tiny.records(config)[1]
+    wanted = expected(config)
+    assert found["loss"] == pytest.approx(wanted["loss"], rel=2e-5)
+    assert found["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=2e-5)
+    assert found["metrics"]["kl"] == pytest.approx(wanted["kl"], rel=2e-5, abs=1e-6)
+
+
+def test_the_odds_of_what_is_certain_are_finite():
+    logps = torch.tensor([0.0, -1e-9, -1e-3, -200.0], requires_grad=True)
+    chosen, rejected = (Answers(side, side, torch.ones(4)) for side in (logps, logps.flip(0)))
+    losses, metrics = objectives.named("orpo").losses(chosen, rejected)  # type: ignore[attr-defined]
+    losses.sum().backward()
+    assert logps.grad is not None and logps.grad.isfinite().all() and losses.isfinite().all()
+    c, r = logps.detach().double()[2:], logps.detach().double().flip(0)[2:].clamp(max=-1e-6)
+    odds = c - r - torch.log(-torch.expm1(c)) + torch.log(-torch.expm1(r))
+    assert metrics["log_odds"][2:].tolist() == pytest.approx(odds.tolist(), rel=1e-5)
+
+
 @pytest.mark.parametrize(("layout", "kind"), sampled(LAYOUTS, KINDS))
 def test_one_loss_under_every_layout(pool, alone, models, tmp_path: Path, layout: str, kind: str):
     reference = alone(kind)
@@ -271,3 +296,6 @@ def test_what_is_wrong_is_found_before_anything_starts(models, tmp_path: Path):
         ({"stage": "dpo", "dpo_loss_type": "ipo", "dpo_label_smoothing": 0.1}, ["dpo_label_smoothing"]),
     ):
         assert sorted(problem.subject for problem in check_run(given(tmp_path, models, **options))) == subjects
+    cut = given(tmp_path, models, stage="dpo", seq_length=6, kto_beta=0.5)
+    notes = " ".join(plan_run(ready(cut), 1).notes)
+    assert "--kto-beta" in notes and "cut to --seq-length 6" in notes and "are the same: 1 of the 40" in notes

@@ -4,6 +4,7 @@ Owns what they follow from, and that every sequence gets its own. Files are `ord
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -35,11 +36,10 @@ def attach(make: Callable[[], Frozen], plan: RunPlan, datasets: Mapping[str, Any
             {"reference": (dataset.count, 2)},
         )
         known: Arrays = {}
-        try:
-            known = cached_arrays(folder, key, shapes, dict)  # which has none to put there
-        except LookupError:
-            logger.info("the reference model scores %s", counted(dataset.count, "sample"))
+        with suppress(LookupError):  # of what is damaged
+            known = cached_arrays(folder, key, shapes, dict) if (folder / f"{key}-reference.npy").exists() else {}
         if not all(collectives.gather(bool(known), layout)):
+            logger.info("the reference model scores %s", counted(dataset.count, "sample"))
             frozen = frozen or make()
             made = {"reference": _scores(dataset, frozen, plan, layout)}
             known = cached_arrays(folder, key, shapes, lambda made=made: made)
