@@ -3,8 +3,6 @@
 Owns the public signatures; the jobs' own modules do the work.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -51,7 +49,7 @@ class GPTModel(gpt.GPTModel):
         self.assets = assets
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, dtype: str | None = "float32", device: str | None = None) -> GPTModel:
+    def from_pretrained(cls, path: str | Path, dtype: str | None = "float32", device: str | None = None) -> "GPTModel":
         """The model in a Hugging Face directory or a checkpoint, in evaluation mode.
 
         dtype: "float32", "bfloat16" or "float16"; None takes the stored type.

@@ -4,8 +4,6 @@ Owns the table of commands, their help, and how a run ends: problems as text wit
 lost), Ctrl-C with 130. Imports a job's module only when the job runs, so that help and errors answer at once.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import sys
@@ -38,7 +36,7 @@ class Command:
     options: str
     job: str = ""
     check: str = ""
-    start: Callable[[Command, Loaded[Any], Sequence[str]], int] | None = None
+    start: "Callable[[Command, Loaded[Any], Sequence[str]], int] | None" = None
 
     @property
     def schema(self) -> type:

@@ -10,8 +10,6 @@ stopped for longer (SIGSTOP, a hung file server) loses its lock, and of two mach
 may get it: the one whose record was replaced reports that at its next heartbeat, or when it asks (`require_held`).
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import json
@@ -55,7 +53,7 @@ class Holder:
     token: str
 
     @classmethod
-    def new(cls) -> Holder:
+    def new(cls) -> "Holder":
         """This process, as the holder of a lock that it takes now."""
         return cls(machine(), socket.gethostname(), os.getpid(), time.strftime(_TIME), secrets.token_hex(8))
 

@@ -3,8 +3,6 @@
 Owns which base such a checkpoint belongs to, the sum of the two, and of which kind an adapter is.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path

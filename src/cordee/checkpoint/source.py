@@ -4,8 +4,6 @@ Owns the `weights.codec.Source` of a checkpoint, by which `cordee convert`, `gen
 other format, in one process, a tensor or a part of one at a time.
 """
 
-from __future__ import annotations
-
 import threading
 from pathlib import Path
 
@@ -26,7 +24,7 @@ from cordee.weights.codec import Source
 _FORM = sealed.record({"model": STORED_SPEC}, {"base": directory.BASE})
 
 
-def read(path: str | Path | Location, iteration: int | None = None) -> CheckpointSource:
+def read(path: str | Path | Location, iteration: int | None = None) -> "CheckpointSource":
     """The weights of the checkpoint in `path`, or, of a directory of checkpoints, that of `iteration`, else the newest
     whole one. ProblemError if there is none or it is damaged.
     """

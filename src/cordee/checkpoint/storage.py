@@ -9,8 +9,6 @@ Not assumed, but had by the local file system (`renames`): renaming, an atomic o
 did not end is absent, and that `list` shows what was written a moment ago.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import io
 import os
@@ -126,7 +124,7 @@ class Location:
     storage: Storage
     url: str
 
-    def __truediv__(self, name: str) -> Location:
+    def __truediv__(self, name: str) -> "Location":
         return Location(self.storage, os.path.join(self.url, name))
 
     def __str__(self) -> str:
@@ -137,7 +135,7 @@ class Location:
         return os.path.basename(self.url)
 
     @property
-    def parent(self) -> Location:
+    def parent(self) -> "Location":
         return Location(self.storage, os.path.dirname(self.url) or ".")
 
     @property
@@ -156,7 +154,7 @@ class Location:
         """Whether it is a folder that something is in."""
         return bool(self.storage.list(self.url))
 
-    def iterdir(self) -> Iterator[Location]:
+    def iterdir(self) -> "Iterator[Location]":
         return (self / name for name in self.storage.list(self.url))
 
     def read_bytes(self) -> bytes:
@@ -176,10 +174,10 @@ class Location:
     def delete(self) -> None:
         self.storage.delete(self.url)
 
-    def rename(self, new: Location) -> None:
+    def rename(self, new: "Location") -> None:
         self.storage.rename(self.url, new.url)
 
-    def resolve(self) -> Location:
+    def resolve(self) -> "Location":
         """The same place by the one name that it has without links."""
         return self if self.local is None else Location(self.storage, os.path.realpath(self.url))
 

@@ -5,8 +5,6 @@ that exclude each other, and finds every unknown name, bad value and missing opt
 alone; how options fit together is said by their laws.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -36,7 +34,7 @@ class Loaded(Generic[T]):
     problems: Sequence[Problem] = ()
     notes: Sequence[str] = ()
 
-    def derive(self, **values: object) -> Loaded[T]:
+    def derive(self, **values: object) -> "Loaded[T]":
         """Set values that follow from the machine or from other options."""
         config: Any = self.config
         origins = {**self.origins, **dict.fromkeys(values, "derived")}

@@ -8,8 +8,6 @@ of sequences N; u64 length D of the document index; N x i32 lengths in tokens; N
 D x i64 document boundaries in sequences, from 0 to N. The `.bin` holds the tokens of all sequences back to back.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import struct
@@ -148,7 +146,7 @@ class IndexedDataset:
         """What is wrong inside the index. Reads all of it: for a check before a run, not at every opening."""
         return list(_entry_problems(self))
 
-    def __reduce__(self) -> tuple[type[IndexedDataset], tuple[str]]:
+    def __reduce__(self) -> "tuple[type[IndexedDataset], tuple[str]]":
         return type(self), (self.prefix,)
 
 
@@ -317,7 +315,7 @@ class IndexedDatasetBuilder:
         for path in self._temporary:
             path.unlink(missing_ok=True)
 
-    def __enter__(self) -> IndexedDatasetBuilder:
+    def __enter__(self) -> "IndexedDatasetBuilder":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:

@@ -5,8 +5,6 @@ far: whatever the number of ranks and the size of micro-batches, the same sample
 process groups or models.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 from collections.abc import Callable, Sequence
@@ -74,7 +72,7 @@ class Loader:
             self._threads.shutdown(cancel_futures=True)
         self._ahead.clear()
 
-    def __enter__(self) -> Loader:
+    def __enter__(self) -> "Loader":
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -4,8 +4,6 @@ Owns the laws by which a number of samples becomes epochs and blocks; they depen
 never on a machine. Builds no array and reads no file.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,14 +33,14 @@ class Epochs:
     boundary: int  # the samples before it are shuffled apart from those after it
 
     @classmethod
-    def of(cls, tokens: int, epochs: int, last_apart: bool, seq_length: int) -> Epochs:
+    def of(cls, tokens: int, epochs: int, last_apart: bool, seq_length: int) -> "Epochs":
         """`epochs` of `tokens` each."""
         samples = (epochs * tokens - 1) // seq_length
         before_last = ((epochs - 1) * tokens - 1) // seq_length
         return cls(epochs, samples, last_apart, before_last if last_apart else samples)
 
     @classmethod
-    def plan(cls, tokens: int, num_samples: int | None, seq_length: int) -> Epochs:
+    def plan(cls, tokens: int, num_samples: int | None, seq_length: int) -> "Epochs":
         """The fewest that hold `num_samples` samples; one if that is None."""
         assert tokens > 1, "a dataset of one token has nothing to predict"
         if num_samples is None:
@@ -65,7 +63,7 @@ class Order:
     blocks: int
 
     @classmethod
-    def plan(cls, documents: int, tokens: int, num_samples: int | None, seq_length: int) -> Order:
+    def plan(cls, documents: int, tokens: int, num_samples: int | None, seq_length: int) -> "Order":
         """For at least `num_samples` samples (None: those of one epoch) of documents with `tokens` tokens together."""
         whole = Epochs.plan(tokens, num_samples, seq_length)
         if whole.epochs <= _MANY_EPOCHS or documents * whole.epochs + whole.samples <= _LARGE:
@@ -79,13 +77,13 @@ class Order:
     @classmethod
     def of_blocks(
         cls, documents: int, tokens: int, num_samples: int, seq_length: int, epochs: int, last_apart: bool
-    ) -> Order:
+    ) -> "Order":
         """As many blocks of `epochs` as hold `num_samples` samples: how a run that is extended resumes."""
         block = Epochs.of(tokens, epochs, last_apart, seq_length)
         return cls(documents, block, -(-num_samples // block.samples))
 
     @classmethod
-    def of_sequences(cls, sequences: int, num_samples: int | None) -> Order:
+    def of_sequences(cls, sequences: int, num_samples: int | None) -> "Order":
         """As many passes over sequences that are a sample each, ordered one by one, as hold `num_samples` samples."""
         return cls(sequences, Epochs(1, sequences, False, sequences), -(-(num_samples or 1) // sequences))
 

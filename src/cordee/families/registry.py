@@ -4,8 +4,6 @@ Owns the list of families, which are the modules of this package with a `FAMILY`
 above names a model: a family, its `config.json`, and the `ModelConfig` that it reads as. Knows no weights and no torch.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import logging
@@ -88,7 +86,7 @@ class ModelSpec:
             rules = {name: rule.named(str, lambda key: key.removeprefix(prefix)) for name, rule in rules.items()}
         return {name: rules[name] for name in shapes}
 
-    def with_options(self, options: ModelOptions) -> ModelSpec:
+    def with_options(self, options: ModelOptions) -> "ModelSpec":
         """The same model changed by `options`. ProblemError if the family has no such model."""
         there, wanted = features_of(self.config), given_features(options)
         if "num_experts" not in there:
@@ -111,7 +109,7 @@ class ModelSpec:
         except ProblemError:  # an absent key may have followed from one that differs now: write all
             return self._asked(options, keys, form, wanted)
 
-    def _asked(self, options: ModelOptions, values: HFConfig, form: Words, wanted: Words) -> ModelSpec:
+    def _asked(self, options: ModelOptions, values: HFConfig, form: Words, wanted: Words) -> "ModelSpec":
         """The same model with other `values` of keys. ProblemError if it has not this form and what is `wanted`."""
         spec = self._with_keys(values)
         if refused := _refused(self.config, spec.config, form, wanted):
@@ -123,7 +121,7 @@ class ModelSpec:
         fits = f"family {self.family.name}, which has no place for {', '.join(flags)}"
         return ProblemError([_no_such_model(options, fits, flags)])
 
-    def _with_keys(self, values: HFConfig) -> ModelSpec:
+    def _with_keys(self, values: HFConfig) -> "ModelSpec":
         """The same model with other `values` of keys."""
         hf = dict(self.hf_config)
         if values.keys() & ROPE_KEYS and (rope := hf.pop("rope_parameters", None)):
@@ -132,7 +130,7 @@ class ModelSpec:
         spec = spec_from_hf(changed(hf, values), "model options")
         return replace(spec, base_prefix=self.base_prefix).adapted(self.config.low_rank, self.config.tuned)
 
-    def _with_fitting_tokens(self) -> ModelSpec:
+    def _with_fitting_tokens(self) -> "ModelSpec":
         """The same model without special tokens that its vocabulary lacks."""
         rows = self.config.vocab_size
         if not (strange := _strange_tokens(self.hf_config, rows)):
@@ -141,7 +139,7 @@ class ModelSpec:
         logger.warning("left out, as the vocabulary has %d tokens: %s", rows, names)
         return replace(self, hf_config=self.hf_config | dict.fromkeys(strange))  # null: a default may not fit either
 
-    def with_tokens(self, bos: int | None, eos: int | None) -> ModelSpec:
+    def with_tokens(self, bos: int | None, eos: int | None) -> "ModelSpec":
         """The same model for another tokenizer: texts begin with `bos` and end with `eos`, None for no such token."""
         known = self.hf_config.get("eos_token_id")
         if known is None or eos in (known if isinstance(known, list) else [known]):
@@ -149,7 +147,7 @@ class ModelSpec:
         named = self.hf_config | {"bos_token_id": bos, "eos_token_id": eos}
         return replace(self, hf_config=named)._with_fitting_tokens()
 
-    def with_vocab_size(self, vocab_size: int) -> ModelSpec:
+    def with_vocab_size(self, vocab_size: int) -> "ModelSpec":
         """The same model with `vocab_size` rows in its embedding and head."""
         return self.with_options(ModelOptions(padded_vocab_size=vocab_size, vocab_size=vocab_size))
 
@@ -160,7 +158,7 @@ class ModelSpec:
         return found | {name: value for name, value in adapters.items() if value}
 
     @staticmethod
-    def from_dict(stored: Mapping[str, Any]) -> ModelSpec:
+    def from_dict(stored: Mapping[str, Any]) -> "ModelSpec":
         """The model that `to_dict` stored, which is of the form `STORED_SPEC`. ProblemError with all that is wrong."""
         spec = spec_from_hf(stored["hf_config"], "stored model")
         if spec.family.name != stored["family"]:
@@ -169,7 +167,7 @@ class ModelSpec:
         low_rank = [LowRankConfig(**{**each, "targets": tuple(each["targets"])}) for each in stored.get("low_rank", ())]
         return replace(spec, base_prefix=stored["base_prefix"]).adapted(low_rank, stored.get("tuned", ()))
 
-    def adapted(self, low_rank: Iterable[LowRankConfig], tuned: Iterable[str]) -> ModelSpec:
+    def adapted(self, low_rank: Iterable[LowRankConfig], tuned: Iterable[str]) -> "ModelSpec":
         """The same model with these adapters, and these modules trained beside them. ProblemError if it has none."""
         return replace(self, config=replace(self.config, low_rank=tuple(low_rank), tuned=tuple(tuned)))
 

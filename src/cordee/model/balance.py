@@ -4,8 +4,6 @@ Owns the losses, how their gradients enter, and what is reported of them. `token
 that a layout which splits the tokens of a micro-batch only has to add them up. Knows nothing of dispatch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -114,7 +112,7 @@ class Sums:
     tokens: Tensor  # [sets, 1]
 
     @staticmethod
-    def of(sums: Tensor, router: RouterConfig, config: BalanceConfig) -> Sums:
+    def of(sums: Tensor, router: RouterConfig, config: BalanceConfig) -> "Sums":
         devices = config.num_devices if config.communication else 0
         return Sums(*sums.split([router.num_experts, router.num_experts, devices, 1, 1], -1))
 

@@ -5,8 +5,6 @@ forward extends a cache by its tokens and every layer lets the cache do its atte
 and shared prefixes are further caches and not further forwards. Knows nothing of sampling.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -28,7 +26,7 @@ class CacheStep:
     Row i holds `lengths[i]` tokens before and `counts[i]` more after; padding, where `real` is False, is not kept.
     """
 
-    def __init__(self, cache: Cache, num_tokens: int, real: Tensor | None, device: torch.device):
+    def __init__(self, cache: "Cache", num_tokens: int, real: Tensor | None, device: torch.device):
         self.cache = cache
         self.lengths = cache.lengths
         self.num_tokens = num_tokens

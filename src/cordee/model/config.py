@@ -5,8 +5,6 @@ from nothing else. Whatever differs between layers differs in their `LayerConfig
 a layer number.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
@@ -324,7 +322,7 @@ def slice_of(path: str, name: str) -> Slice | None:
     return SLICES.get(path.rpartition(".")[2], {}).get(name)
 
 
-def _projections(layer: LayerConfig) -> Iterator[str]:
+def _projections(layer: "LayerConfig") -> Iterator[str]:
     attention, mlp = layer.attention, layer.mlp
     if isinstance(attention, LatentAttentionConfig):
         queries = ("q",) if attention.q_lora_rank is None else ("q_down", "q_up")
@@ -452,5 +450,5 @@ class ModelConfig:
     def num_layers(self) -> int:
         return len(self.layers)
 
-    def with_vocab_size(self, vocab_size: int) -> ModelConfig:
+    def with_vocab_size(self, vocab_size: int) -> "ModelConfig":
         return replace(self, vocab_size=vocab_size)

@@ -3,8 +3,6 @@
 Owns the block, its experts and the local dispatch. Where experts live is decided by what replaces `MoE.dispatch`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -106,7 +104,7 @@ class Rows:
     counts: Tensor  # int64 [experts]
 
     @staticmethod
-    def of(routing: Routing) -> Rows:
+    def of(routing: Routing) -> "Rows":
         """The rows of all experts."""
         return Rows.sorted(
             kept_experts(routing),
@@ -119,7 +117,7 @@ class Rows:
     @staticmethod
     def sorted(
         experts: Tensor, weights: Tensor, num_experts: int, *, complete: bool, rows_per_expert: int | None
-    ) -> Rows:
+    ) -> "Rows":
         """The rows of `num_experts` experts; `experts` `[tokens, top_k]` are the chosen ones, `num_experts` for none.
 
         `complete`: that does not occur. No loop; the host waits for the device only for routes without an expert whose

@@ -16,8 +16,6 @@ either: what is not in the record cannot have happened.
 Whoever computes what a module does without calling it asks `altered`, and calls it if anything is.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -31,7 +29,7 @@ View = Callable[[Tensor], Tensor]
 class ConflictError(ValueError):
     """Technique `by` wants what the technique `other` has done to `hook` to be otherwise."""
 
-    def __init__(self, placement: Placement, hook: str, by: str, other: str):
+    def __init__(self, placement: "Placement", hook: str, by: str, other: str):
         super().__init__(f"{by} cannot go with {other}: both change `{hook}` of a {type(placement).__name__}")
         self.hook, self.by, self.other = hook, by, other
 

@@ -5,8 +5,6 @@ parts of a sample, in whatever order, drop what one process would drop, and a la
 Counters are hashed by the finaliser of MurmurHash3 (Appleby 2011), twice with the key between.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 from dataclasses import dataclass
@@ -57,7 +55,7 @@ class DropoutRNG:
     samples: Tensor
 
     @staticmethod
-    def drawn(batch_size: int, device: torch.device) -> DropoutRNG:
+    def drawn(batch_size: int, device: torch.device) -> "DropoutRNG":
         """For callers who keep no count of samples: from torch's own random numbers."""
         seed, *samples = torch.randint(1 << 62, (1 + batch_size,)).tolist()
         return DropoutRNG(seed, torch.tensor(samples, dtype=torch.int64, device=device))

@@ -4,8 +4,6 @@ Owns order, segments, causality and reach; each core renders what it can use (no
 nothing of heads or layers: a window or chunk belongs to the layer, which passes it to the core.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -39,14 +37,14 @@ class AttentionMask:
     key_positions: Tensor | None = None
     num_prefix: int = 0
     _rendered: dict[tuple, Tensor] = field(default_factory=dict, init=False, repr=False)
-    _behind: dict[int, AttentionMask] = field(default_factory=dict, init=False, repr=False)
+    _behind: "dict[int, AttentionMask]" = field(default_factory=dict, init=False, repr=False)
 
     @property
     def in_order(self) -> bool:
         """Whether indices follow one another."""
         return self.query_index is None and not self.num_prefix
 
-    def behind(self, num_prefix: int) -> AttentionMask:
+    def behind(self, num_prefix: int) -> "AttentionMask":
         """As this one, with so many virtual keys before the others; made once."""
         if num_prefix not in self._behind:
             self._behind[num_prefix] = replace(self, num_prefix=num_prefix)
@@ -127,7 +125,7 @@ class AttentionMask:
         query = key[self.num_keys - self.num_queries :] if self.query_index is None else self.query_index
         return query, key
 
-    def block(self, queries: range, keys: range, device: torch.device) -> AttentionMask:
+    def block(self, queries: range, keys: range, device: torch.device) -> "AttentionMask":
         """Of a mask of tokens in order: the part for some of the queries and some of the keys."""
         of_queries, of_keys = slice(queries.start, queries.stop), slice(keys.start, keys.stop)
         segments, positions = self.key_segments, self.key_positions

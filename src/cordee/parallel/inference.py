@@ -5,8 +5,6 @@ all choose the same tokens, or another output of the last hidden states. Knows n
 replica is given.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +38,7 @@ def check(model: ModelConfig, degrees: Degrees) -> Problems:
 
 def build(
     model: ModelConfig, layout: Layout, dtype: torch.dtype, device: torch.device
-) -> tuple[GPTModel, InferenceStage]:
+) -> "tuple[GPTModel, InferenceStage]":
     """This process's shard of `model`, its values still to be filled, and which stage that is.
 
     ProblemError if the processes do not fit the model.

@@ -4,8 +4,6 @@ Owns which rank sends which shard of a parameter. A shard is a box, an offset an
 shards or replicates parameters is known by name. Must not know what the weights are read for.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 
@@ -25,7 +23,7 @@ from cordee.weights.load import load_into, mismatches
 Box = tuple[Shape, Shape]  # of a shard: the global position of its first element, and its shape
 
 
-def refill(model: GPTModel, source: LiveSource) -> None:
+def refill(model: GPTModel, source: "LiveSource") -> None:
     """Fill `model`, of any layout over the ranks of `source`, with the current weights; all ranks call it.
 
     Parameters of `model` keep their memory, type and device. ProblemError, on all ranks, if shapes differ.
@@ -34,7 +32,7 @@ def refill(model: GPTModel, source: LiveSource) -> None:
     load_into(model, source)
 
 
-def save(source: LiveSource, sink: Sink | None) -> None:
+def save(source: "LiveSource", sink: Sink | None) -> None:
     """Put all weights into `sink`; all ranks call it, one with a sink, which holds one whole parameter at a time.
 
     ProblemError, on all ranks, if they cannot be written; all is read to the end, for the other ranks take part.

@@ -10,8 +10,6 @@ is replicated there (a norm of queries, a router) are parts of a sum. Outside of
 sequence parallelism gives each of them other tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -178,7 +176,7 @@ class _Vocabulary:
     sizes: tuple[int, ...]  # of all shards
 
     @staticmethod
-    def of(vocab_size: int, axis: _Axis) -> _Vocabulary:
+    def of(vocab_size: int, axis: _Axis) -> "_Vocabulary":
         start, stop = part_of(vocab_size, axis.rank, axis.size)
         parts = (part_of(vocab_size, rank, axis.size) for rank in range(axis.size))
         return _Vocabulary(axis.group, start, stop, tuple(end - begin for begin, end in parts))

@@ -4,8 +4,6 @@ Owns the names by which modules are given (canonical, of Hugging Face's and of M
 mean for a model, and what they say of adapters that are loaded. What an adapter computes is `model/low_rank.py`'s.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace

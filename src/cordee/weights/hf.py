@@ -4,8 +4,6 @@ Owns matching a family's rules with the tensors in the files, both ways, and the
 Nothing is read before it is asked for: memory is the tensors asked for, and when writing, some slices.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -37,7 +35,7 @@ MAX_SHARD_SIZE = 5 * 10**9  # bytes; as transformers 4 has it, and small enough 
 Rename = Callable[[str], str]
 
 
-def read(path: str | Path, rename: Rename = str) -> HFSource:
+def read(path: str | Path, rename: Rename = str) -> "HFSource":
     """The weights of a Hugging Face directory, checked against its `config.json`.
 
     rename: maps the family's names of tensors to those in the files, where they are others.
@@ -171,7 +169,7 @@ def write(
     assets: str | Path | None = None,
     overwrite: bool = False,
     workers: int = 1,
-) -> HFSink:
+) -> "HFSink":
     """A Hugging Face directory to be filled with the weights of `spec`; it appears under its name when complete.
 
     dtype: type of all weights; None keeps each as it is put.

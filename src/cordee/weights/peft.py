@@ -4,8 +4,6 @@ Owns what stands in them and which of it can be merged: LoRA of linear layers an
 beside it. Names are those of Hugging Face's modules, so any base can take them, whatever its own format.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -65,7 +63,7 @@ class _Factors:
     names: dict[str, str] = field(default_factory=dict)
 
 
-def read(given: Given, spec: ModelSpec) -> PeftAdapter:
+def read(given: Given, spec: ModelSpec) -> "PeftAdapter":
     """The adapter at `given.path`, for a base model `spec`. ProblemError with everything that is wrong with it."""
     config = _read_config(given.path)
     raise_all(_check_config(given, config))

@@ -5,8 +5,6 @@ canonical B is laid out as the weight that it belongs to, so the rule of that we
 stand in PEFT's files is `peft.py`'s affair.
 """
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass

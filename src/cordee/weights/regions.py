@@ -3,8 +3,6 @@
 Owns the reading and writing of such a range. Knows no names of models.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from dataclasses import dataclass
@@ -41,7 +39,7 @@ class Region:
             return piece.copy(path)
         return self._map(path)[index]
 
-    def _piece(self, index: Index) -> Region | None:
+    def _piece(self, index: Index) -> "Region | None":
         """The slice as a region of its own, if it is less than the whole and its elements stand without gaps."""
         if self != contiguous(self.offset, self.shape, self.dtype):
             return None

@@ -3,8 +3,6 @@
 Owns where a record ends and how large it may be. What a field means is the library's affair.
 """
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -35,7 +33,7 @@ class _Lines:
         self.first = self._number + 1
         self._characters = 0
 
-    def __iter__(self) -> _Lines:
+    def __iter__(self) -> "_Lines":
         return self
 
     def __next__(self) -> str:

@@ -4,8 +4,6 @@ Owns the sums. Every token of a document but the first is predicted exactly once
 as the window gives; documents do not see each other.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -38,7 +36,7 @@ class Score:
         self.unscored += len(document.tokens) < 2
         self.num_bytes = _sum_known(self.num_bytes, document.num_bytes)
 
-    def __add__(self, other: Score) -> Score:
+    def __add__(self, other: "Score") -> "Score":
         return Score(
             self.nats + other.nats,
             self.tokens + other.tokens,

@@ -4,8 +4,6 @@ Owns running a program of actions and messages on this rank, and what ranks of a
 metrics, and the gradient of a tied embedding that two of them have. Knows no schedule by name.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -148,7 +146,7 @@ class PipelineExecutor:
                 self._backward(step, stage, mail)
         mail.close()
 
-    def _backward(self, action: Action, stage: Stage, mail: _Mailbox) -> None:
+    def _backward(self, action: Action, stage: Stage, mail: "_Mailbox") -> None:
         micro_batch = action.micro_batch
         grad = None
         if action.kind != "W" and not stage.span.head:
@@ -197,7 +195,7 @@ class PipelineExecutor:
 
     # ---- what ranks agree on -----------------------------------------------------------------------------------------
 
-    def _mean_over_layers(self, metrics: _StepMetrics) -> dict[str, Tensor]:
+    def _mean_over_layers(self, metrics: "_StepMetrics") -> dict[str, Tensor]:
         """The same names on all ranks, each value divided by how many layers, of all ranks, report it."""
         if self._num_reports is None:
             of_rank = dict(collectives.gather((self._rank, metrics.num_reports), self._layout))

@@ -4,8 +4,6 @@ Owns matching an architecture's rules with the tensors of a file, both ways, and
 the tensors asked for; when writing, some slices.
 """
 
-from __future__ import annotations
-
 import atexit
 import logging
 import math
@@ -53,7 +51,7 @@ _FILE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}  # llama.
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read(path: str | Path) -> GGUFSource:
+def read(path: str | Path) -> "GGUFSource":
     """The weights of a file, or of a directory with one. ProblemError with everything that is wrong with it."""
     return GGUFSource(GGUFFile(_file_of(Path(path))))
 

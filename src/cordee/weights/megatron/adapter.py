@@ -4,8 +4,6 @@ Owns finding them in their own layout. Of a linear layer split by its outputs a 
 split by its inputs its columns of A and all of B: so each rank's product belongs to its own part of the weight.
 """
 
-from __future__ import annotations
-
 import re
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -31,7 +29,7 @@ _FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.\w+)?\.weight")
 _TRAINED_WHOLE = re.compile(r".*\.(modules_to_save|original_module)\..*")
 
 
-def read(given: Given, spec: ModelSpec, dialect: Dialect) -> MegatronAdapter:
+def read(given: Given, spec: ModelSpec, dialect: Dialect) -> "MegatronAdapter":
     """The adapter at `given.path`, for a base model `spec` with names of `dialect`. ProblemError with all that is
     wrong with it.
     """

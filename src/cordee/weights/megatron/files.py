@@ -4,8 +4,6 @@ Owns finding every rank's file, what may be wrong with them as files (missing, c
 reading the degrees of parallelism from them. Knows no model.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from argparse import Namespace
@@ -45,7 +43,7 @@ _AGREED = (  # what all ranks must say alike
 )
 
 
-def open_checkpoint(path: Path) -> tuple[Path, dict[Rank, RankFile]]:
+def open_checkpoint(path: Path) -> "tuple[Path, dict[Rank, RankFile]]":
     """The folder of ranks at `path` and the file of every rank. ProblemError with all that is wrong with them."""
     folder = folder_of(path)
     return folder, by_rank(folder, open_ranks(folder))
@@ -84,7 +82,7 @@ class RankFile:
     keys: dict[tuple[int, str], Keys]
 
     @staticmethod
-    def open(path: Path) -> RankFile:
+    def open(path: Path) -> "RankFile":
         """Raises one of `UNREADABLE`."""
         file = open_file(path)
         keys: dict[tuple[int, str], Keys] = {}

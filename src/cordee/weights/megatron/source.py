@@ -4,8 +4,6 @@ Owns finding its files, and everything that can be wrong with them: missing rank
 that are not the model's. Degrees of parallelism, dialect and, where it can be, the model are read from the files.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -47,7 +45,7 @@ class Reading:
     iteration: int | None = None
 
 
-def read(path: str | Path, reading: Reading = Reading()) -> MegatronSource:
+def read(path: str | Path, reading: Reading = Reading()) -> "MegatronSource":
     """The weights of a checkpoint of Megatron-Core, of Megatron's legacy format, of AscendSpeed, or of a pipeline of
     DeepSpeed.
 
@@ -58,7 +56,7 @@ def read(path: str | Path, reading: Reading = Reading()) -> MegatronSource:
     return of_ranks(path, folder, pipe.open_folder(folder), reading)
 
 
-def of_ranks(root: Path, folder: Path, files: dict[Rank, RankFile], reading: Reading) -> MegatronSource:
+def of_ranks(root: Path, folder: Path, files: dict[Rank, RankFile], reading: Reading) -> "MegatronSource":
     """The weights in the files of all ranks of a folder, itself of the checkpoint `root`. As `read`."""
     dialect = _recognise(folder, files)
     return MegatronSource(root, folder, files, dialect, layout_of(folder, files, dialect), reading)
