@@ -137,7 +137,6 @@ def unique(problems: Iterable[Problem]) -> list[Problem]:
     return list(found.values())
 
 
-# ---- laws ------------------------------------------------------------------------------------------------------------
 # Each yields a problem where it is broken. `what` says what a number counts, `involves` names other options in it,
 # `instead` is what else would do.
 

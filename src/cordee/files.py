@@ -29,9 +29,6 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _BLOCK = 1 << 16  # bytes read at a time from a file's end
 
 
-# ---- files of others -------------------------------------------------------------------------------------------------
-
-
 def read_text(path: Path) -> str:
     """A text of some lines, in UTF-8. ValueError if it is something else or has more than `LARGEST_TEXT` bytes; OSError
     if it cannot be read.
@@ -197,9 +194,6 @@ class RangeFile(io.RawIOBase):
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)
-
-
-# ---- own files -------------------------------------------------------------------------------------------------------
 
 
 def is_within(path: str | Path | None, folder: str | Path) -> bool:

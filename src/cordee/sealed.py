@@ -63,9 +63,6 @@ def _checksum(content: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(content, sort_keys=True).encode("ascii"))
 
 
-# ---- forms ----------------------------------------------------------------------------------------------------------
-
-
 def count(least: int = 0) -> Form:
     """A whole number from `least` on that fits in 64 bits."""
 

@@ -38,9 +38,6 @@ from cordee.weights.ruled import RuledSink
 from cordee.weights.staged_sink import Output
 from cordee.weights.torch_file import append
 
-# ---- reading ---------------------------------------------------------------------------------------------------------
-
-
 PREFIXES = ("", "model.", "module.", "state_dict.", "state_dict.model.")  # under which programs save their model
 
 
@@ -100,8 +97,6 @@ class CanonicalSource(Source):
     def view(self, name: str) -> View:
         return Leaf(self.shape(name), partial(self._file.read, name))
 
-
-# ---- writing ---------------------------------------------------------------------------------------------------------
 
 DATA = "__0_0.distcp"  # as torch names the first file of the first rank
 

@@ -217,9 +217,6 @@ def latest(root: Location, avoid: Mapping[int, str] | None = None) -> tuple[int 
     return None, skipped
 
 
-# ---- saving and removing ---------------------------------------------------------------------------------------------
-
-
 def temporary(root: Location, iteration: int) -> Location:
     """Where checkpoint `iteration` is written until it is whole. In a store that is another folder at each call."""
     if root.storage.renames:

@@ -40,9 +40,6 @@ _OF_MEGATRON = Name("megatron.core.dist_checkpointing.strategies.torch", "MCoreM
 Shape = tuple[int, ...]
 
 
-# ---- metadata --------------------------------------------------------------------------------------------------------
-
-
 def metadata_in(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> Metadata:
     """As `read_metadata`, of a folder of others. ProblemError if it cannot be read."""
     try:

@@ -120,9 +120,6 @@ def replaced(schema: type) -> Mapping[str, set[str]]:
     return found
 
 
-# ---- broken laws -----------------------------------------------------------------------------------------------------
-
-
 def problems(config: Any, schema: type | None = None) -> Problems:
     """The problems of all options of `config` that break a law of its class, or of `schema`, one of its bases."""
     given_ones = changed_options(config)

@@ -63,9 +63,6 @@ def check_run(options: ConvertConfig) -> list[Problem]:
     return found.problems
 
 
-# ---- before ----------------------------------------------------------------------------------------------------------
-
-
 def _prepare(options: ConvertConfig) -> tuple[Source, Prepared, Path]:
     """What is read, what will be written, and where. ProblemError with everything that stands against it."""
     from cordee.convert import targets
@@ -167,9 +164,6 @@ def _show(source: Source, prepared: Prepared, output: Path, options: ConvertConf
     memory = (1 + options.workers) * min(largest, SLICES_HELD * SLICE)
     console().print(table)
     print(f"memory: about {-(-memory // 2**20):,} MiB beside the program; nothing is written (--dry-run)")
-
-
-# ---- the loop --------------------------------------------------------------------------------------------------------
 
 
 def copy(source: Source, sink: Sink) -> None:

@@ -62,9 +62,6 @@ def prepare(source: Source, path: Path, options: ConvertConfig) -> Prepared:
     return target(source, output, dtypes, options)
 
 
-# ---- Hugging Face, MindFormers, torch's distributed checkpoints ------------------------------------------------------
-
-
 def _prepare_unsplit(source: Source, output: Output, dtypes: Dtypes, options: ConvertConfig) -> Prepared:
     kind = target_type(options)
     if kind == "dcp":
@@ -99,9 +96,6 @@ def _misplaced(options: ConvertConfig) -> Problems:
         )
 
 
-# ---- PEFT ------------------------------------------------------------------------------------------------------------
-
-
 def _prepare_peft(source: Source, output: Output, dtypes: Dtypes, options: ConvertConfig) -> Prepared:
     if not isinstance(source, CheckpointSource) or source.base is None:
         why, fix = "what is read are no adapters of a run", "give what training with --lora-target-modules has saved"
@@ -113,16 +107,10 @@ def _prepare_peft(source: Source, output: Output, dtypes: Dtypes, options: Conve
     return Prepared(files, dtypes, partial(peft_parameters.PeftSink, output, tensors, settings))
 
 
-# ---- GGUF ------------------------------------------------------------------------------------------------------------
-
-
 def _prepare_gguf(source: Source, output: Output, dtypes: Dtypes, options: ConvertConfig) -> Prepared:
     laid_out = gguf.plan(source.spec, dtypes, source.assets)
     sink, expected = partial(gguf.GGUFSink, output, laid_out), gguf.Held(laid_out, source)
     return Prepared(laid_out.files(), laid_out.dtypes, sink, expected, compare_tokenizers)
-
-
-# ---- Megatron and AscendSpeed ----------------------------------------------------------------------------------------
 
 
 def _prepare_megatron(source: Source, output: Output, dtypes: Dtypes, options: ConvertConfig) -> Prepared:

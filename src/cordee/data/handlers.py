@@ -105,9 +105,6 @@ class Handler:
         return bool(value)
 
 
-# ---- parts of records ------------------------------------------------------------------------------------------------
-
-
 def _text(record: Record, column: str, *, optional: bool = False) -> str:
     value = record.get(column)
     if value is None and optional:
@@ -142,9 +139,6 @@ def _list(value: Any, what: str) -> Sequence[Any]:
 def _tools(value: Any) -> str | None:
     text = value if isinstance(value, str) or value is None else json.dumps(value, ensure_ascii=False)
     return text if text and text.strip() not in ("", "[]") else None
-
-
-# ---- layouts ---------------------------------------------------------------------------------------------------------
 
 
 def _general(record: Record) -> list[Dialogue]:
@@ -323,8 +317,6 @@ def _wikitext(record: Record) -> str:
         text = cut.sub(whole, text) if isinstance(cut, re.Pattern) else text.replace(cut, whole)
     return text
 
-
-# ---- handlers by name ------------------------------------------------------------------------------------------------
 
 _ALPACA = {"prompt": "instruction", "query": "input", "response": "output", "history": None, "system": None}
 _SHAREGPT = {"messages": "conversations", "system": "system", "tools": "tools"}

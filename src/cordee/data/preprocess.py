@@ -73,9 +73,6 @@ def check_run(config: PreprocessConfig) -> list[Problem]:
     return found.problems
 
 
-# ---- text to tokens --------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class _Part:
     """Records of one kind, `handler` None for text, and where they come from."""
@@ -350,9 +347,6 @@ def _progress(tally: _Tally, log_interval: int) -> Iterator[Callable[[], None]]:
 
         yield log_when_due
     logger.info("%s", tally.line())
-
-
-# ---- pairs to one pair -----------------------------------------------------------------------------------------------
 
 
 def _merge(config: PreprocessConfig) -> None:

@@ -37,9 +37,6 @@ Piece: TypeAlias = str | Special  # each text is tokenized by itself
 Pieces: TypeAlias = tuple[Piece, ...]
 
 
-# ---- the templates of --prompt-type ----------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, kw_only=True)
 class PromptTemplate:
     """A template of pieces, in which {c} is a message's content, {idx} the number of its turn from 0 on, {name} and
@@ -237,9 +234,6 @@ def template_named(prompt_type: str) -> PromptTemplate:
         fix = f"give one of {', '.join(PROMPT_TYPES)}"
         raise ProblemError([Problem("--prompt-type", prompt_type, "there is no such template", fix, "choice")])
     return PROMPT_TYPES[prompt_type]
-
-
-# ---- templates that write a whole text -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -46,9 +46,6 @@ def field_names(pairwise: bool, kto: bool = False) -> tuple[str, ...]:
     return tuple(f"packed_{side}{name}" for side in sides for name in FIELDS) + (f"packed_{DESIRABLE}",) * kto
 
 
-# ---- how records are rendered ----------------------------------------------------------------------------------------
-
-
 def inputs_of(options: DialogueOptions, path: str | None) -> list[tuple[str | None, Handler | None]]:
     """What is read for `path`, and what the records are, None for text; datasets of a dataset_info.json are several.
     ProblemError for what is unknown."""
@@ -96,9 +93,6 @@ def template_of(options: DialogueOptions, handler: Handler | None, directory: st
         fix = "give the one of the model, or the tokenizer's own: --hf-chat-template"
         raise ProblemError([Problem("--prompt-type", None, why, fix, "missing", ("hf_chat_template",))])
     return template_named(options.prompt_type)
-
-
-# ---- length ----------------------------------------------------------------------------------------------------------
 
 
 def kept_of(labels: npt.NDArray[Any], length: int) -> npt.NDArray[np.int64] | slice:
@@ -151,9 +145,6 @@ def _shares(source: int, target: int, limit: int) -> tuple[int, int]:
         most = int(limit * target / (source + target))
     new_target = min(most, target)
     return min(max(limit - new_target, 0), source), new_target
-
-
-# ---- records to samples ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,9 +224,6 @@ class EncodeDialogues:
         if not all((labels != IGNORED).any() for _, labels in cut):
             return NOTHING_TRAINED
         return [(ids, np.ones_like(ids), labels) for ids, labels in cut]
-
-
-# ---- samples to rows -------------------------------------------------------------------------------------------------
 
 
 class Packer:

@@ -76,9 +76,6 @@ def read_documents(
         yield document
 
 
-# ---- tokens ----------------------------------------------------------------------------------------------------------
-
-
 def _indexed_documents(
     prefix: str, tokenizer: Tokenizer | None, vocab_size: int, bos: int | None
 ) -> Iterator[Document]:
@@ -92,9 +89,6 @@ def _indexed_documents(
         if bos is not None and tokens[:1].tolist() != [bos]:
             tokens = np.concatenate(([bos], tokens))
         yield Document(tokens, None, (number + 1) / count)
-
-
-# ---- text ------------------------------------------------------------------------------------------------------------
 
 
 def _text_documents(path: str, tokenizer: Tokenizer, options: EvaluateOptions, bos: int | None) -> Iterator[Document]:

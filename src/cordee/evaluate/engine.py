@@ -101,8 +101,6 @@ class Engine:
         prompts = [piece for piece in batch if isinstance(piece, GenerateUntil)]
         return self._score(windows) if windows else self._write(prompts) if prompts else []
 
-    # ---- log-probabilities -------------------------------------------------------------------------------------------
-
     @torch.inference_mode()
     def _score(self, windows: Sequence[Window]) -> list[tuple[float, bool]]:
         """Padding is on the right, where causal attention keeps it from what is scored."""
@@ -122,8 +120,6 @@ class Engine:
         else:
             measured = stage.output(model, inputs, output, like=torch.empty(len(windows), 2, device="meta"))
         return [(logprob, greedy > 0) for logprob, greedy in measured.tolist()]
-
-    # ---- continuations -----------------------------------------------------------------------------------------------
 
     def _write(self, requests: Sequence[GenerateUntil]) -> list[str]:
         model, tokenizer, stop = self._subject.model, self._subject.tokenizer, self._subject.stop_ids

@@ -173,9 +173,6 @@ def digest(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-# ---- text ------------------------------------------------------------------------------------------------------------
-
-
 class Encoder:
     """Texts as requests to a model of `vocab_size` tokens that sees at most `window`.
 

@@ -33,9 +33,6 @@ FULL, SLIDING = "full_attention", "sliding_attention"  # types of layers
 FREQUENCIES = ("model.layers.{i}.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
 
 
-# ---- reading ---------------------------------------------------------------------------------------------------------
-
-
 class Heads(TypedDict):
     """The fields of `AttentionConfig` that set its shapes."""
 
@@ -130,9 +127,6 @@ def read_model(hf: ConfigReader, layers: Iterable[LayerConfig], norm: NormConfig
     if "max_position_embeddings" not in more:
         values["max_position_embeddings"] = hf.integer("max_position_embeddings")
     return ModelConfig(**{**values, **more})
-
-
-# ---- weights ---------------------------------------------------------------------------------------------------------
 
 
 def layer_weights(layer: LayerConfig) -> list[Rule]:

@@ -55,9 +55,6 @@ def write_strength(scaling: HFConfig | None, words: Words) -> HFConfig | None:
 DERIVED = ("ep_size", "head_dim", "num_key_value_heads", "qk_head_dim")
 
 
-# ---- reading ---------------------------------------------------------------------------------------------------------
-
-
 def read_model(
     hf: ConfigReader, router: RouterConfig, balance: BalanceConfig, *, shared: int, dense_layers: int
 ) -> ModelConfig:
@@ -114,9 +111,6 @@ def read_mscale(hf: ConfigReader, rope: RopeConfig) -> float:
         return 1.0
     strength = rope_section(hf).number("mscale_all_dim", 0)
     return mscale(rope.scaling.factor, strength) if strength else 1.0
-
-
-# ---- weights ---------------------------------------------------------------------------------------------------------
 
 
 def layer_weights(layer: LayerConfig) -> list[Rule]:

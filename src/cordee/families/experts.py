@@ -10,8 +10,6 @@ from cordee.model.config import BalanceConfig, LayerConfig, MoEConfig
 from cordee.tensors.rules import Rule, module, stack
 from cordee.tensors.views import Chain, Each, Rearrange
 
-# ---- reading ---------------------------------------------------------------------------------------------------------
-
 
 class Choice(TypedDict):
     """The fields of `RouterConfig` for the number of experts and the top-k of a token."""
@@ -63,9 +61,6 @@ def expert_keys(experts: str) -> dict[str, str]:
 
 # Keys where experts have their own FFN hidden size, and router weights may be normalised.
 NARROW_EXPERTS = {"moe_intermediate_size": "moe_intermediate_size", "norm_topk_prob": "norm_topk_prob"}
-
-
-# ---- weights ---------------------------------------------------------------------------------------------------------
 
 
 def expert_list_weights(layer: LayerConfig, prefix: str, gate: str | None, up: str, down: str) -> list[Rule]:

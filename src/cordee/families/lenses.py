@@ -56,9 +56,6 @@ class Lens:
     places: tuple[str, ...] = ()
 
 
-# ---- places ----------------------------------------------------------------------------------------------------------
-
-
 def _read(node: Any, place: str) -> Any:
     """What is at `place` below `node`, in the first of several layers that have it; `_ABSENT` if nothing has."""
     if isinstance(node, tuple):
@@ -103,9 +100,6 @@ def _each(draft: Draft, field: str, change: Callable[[int, Any], Any]) -> Draft:
     """`draft` with this field of every layer changed, given the layer's number and what it has."""
     layers = (replace(layer, **{field: change(i, getattr(layer, field))}) for i, layer in enumerate(draft["layers"]))
     return {**draft, "layers": tuple(layers)}
-
-
-# ---- attention -------------------------------------------------------------------------------------------------------
 
 
 def _position_type(config: ModelConfig) -> str:
@@ -227,9 +221,6 @@ def _windows(every: int) -> Lens:
     return Lens(get=get, put=put, places=("layers.attention.window",))
 
 
-# ---- experts ---------------------------------------------------------------------------------------------------------
-
-
 def sparse_layers(num_layers: int, words: Words) -> list[bool]:
     """Which layers of an MoE model have experts: after the dense ones, those whose number the frequency divides."""
     first, every = words.get("first_k_dense_replace") or 0, words.get("moe_layer_freq") or 1
@@ -297,9 +288,6 @@ def _put_routed_scale(draft: Draft, scale: float) -> Draft:
     router = _read(draft["layers"], "mlp.router")
     limited = router is not _ABSENT and router.num_groups > 1 and router.normalise
     return draft if limited else _written(draft, "layers.mlp.router.scale", scale)
-
-
-# ---- the table -------------------------------------------------------------------------------------------------------
 
 
 def _switch(get: Callable[[ModelConfig], bool], put: Callable[[Draft], Draft], *places: str) -> Lens:
@@ -435,9 +423,6 @@ _FLAGS = {  # of words that are not named as an option
     "rope_scaling": "--rope-scaling-type",
     "tied": "--untie-embeddings-and-output-weights",
 }
-
-
-# ---- words and models ------------------------------------------------------------------------------------------------
 
 
 def words_of(config: ModelConfig) -> dict[str, Any]:

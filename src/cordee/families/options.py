@@ -288,8 +288,6 @@ class _Resolver:
         return options.padded_vocab_size
 
 
-# ---- contradictions --------------------------------------------------------------------------------------------------
-
 _OF_EXPERTS = (
     *("first_k_dense_replace", "moe_intermediate_size", "moe_layer_freq", "moe_router_load_balancing_type"),
     *("moe_router_num_groups", "moe_router_topk", "n_shared_experts", "norm_topk_prob", "routed_scaling_factor"),

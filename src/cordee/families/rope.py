@@ -91,9 +91,6 @@ def write_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
     return {"rope_type": SCALINGS[type(scaling)], **vars(scaling)}
 
 
-# ---- scaling ---------------------------------------------------------------------------------------------------------
-
-
 def mscale(factor: float, strength: float = 1.0) -> float:
     """YaRN's scale of queries and keys for a context stretched by `factor` (Peng et al. 2023)."""
     return 0.1 * strength * math.log(factor) + 1.0 if factor > 1 else 1.0

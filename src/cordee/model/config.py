@@ -32,9 +32,6 @@ class NormConfig:
     affine: bool = True
 
 
-# ---- rotary positions ------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, kw_only=True)
 class LinearScaling:
     """All positions divided by `factor` (Chen et al. 2023)."""
@@ -105,9 +102,6 @@ class RopeConfig:
     theta: float = 10000.0
     rotary_dim: int | None = None
     scaling: RopeScaling | None = None
-
-
-# ---- attention -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,8 +184,6 @@ class LatentAttentionConfig:
     def key_dim(self) -> int:
         return self.nope_head_dim + self.rope_head_dim
 
-
-# ---- feed-forward ----------------------------------------------------------------------------------------------------
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "swiglu_clamped"]
 
@@ -278,9 +270,6 @@ class MoEConfig:
     capacity: CapacityConfig | None = None
 
 
-# ---- adapters --------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, kw_only=True)
 class LowRankConfig:
     """Low-rank adapters (LoRA, Hu et al. 2021): y = W x + scale * B A dropout(x) at all projections in `targets`.
@@ -341,9 +330,6 @@ def too_large(option: str, size: int, limit: int) -> Problem:
     """The problem of a size above its limit."""
     why, fix = f"no model is so large: the limit is {limit:,}", "correct the model's description"
     return Problem(option, size, why, fix, "at most", limit=limit)
-
-
-# ---- layers and model ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,7 +49,6 @@ def _mlps(model: ModelConfig) -> Iterator[MLPConfig]:
         yield from (mlp for mlp in parts if mlp is not None)
 
 
-# ---- laws ------------------------------------------------------------------------------------------------------------
 # `option` is the one that asks for it, `involves` are others that may solve a problem.
 
 

@@ -79,9 +79,6 @@ def _inner(grad: Tensor, out: Tensor) -> Tensor:
     return (grad.float() * out.float()).sum(-1)
 
 
-# ---- the definition --------------------------------------------------------------------------------------------------
-
-
 def plain_part(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scores: Scores) -> tuple[Tensor, Tensor]:
     """As `part`, in float32."""
     score, _ = _scores(q, k, mask, scores)
@@ -132,9 +129,6 @@ def _dropped(share: Tensor, mask: AttentionMask, scores: Scores) -> Tensor:
 def _of_groups(x: Tensor, k: Tensor) -> Tensor:
     """x `[batch, heads, queries, dim]` as `[batch, kv_heads, heads of a group * queries, dim]`."""
     return x.reshape(x.shape[0], k.shape[1], -1, x.shape[-1])
-
-
-# ---- torch's fused attention -----------------------------------------------------------------------------------------
 
 
 def flash_part(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scores: Scores) -> tuple[Tensor, Tensor]:

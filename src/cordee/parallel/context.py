@@ -39,8 +39,6 @@ from cordee.parallel.ring import Ring, TiledMask, TokenRanges, ring_attention
 NAME = "context parallelism"
 AnyBatch = TypeVar("AnyBatch", bound=Batch)
 
-# ---- which rank holds what -------------------------------------------------------------------------------------------
-
 
 def token_ranges(length: int, ring: int, rank: int, causal: bool) -> list[range]:
     """The token positions of a sequence of `length` that group `rank` of a ring holds."""
@@ -71,9 +69,6 @@ def shard(batch: AnyBatch, layout: Layout, options: ParallelOptions) -> AnyBatch
 
 def _is_causal(options: ParallelOptions) -> bool:
     return options.cp_attention_mask_type == "causal"
-
-
-# ---- apply -----------------------------------------------------------------------------------------------------------
 
 
 def apply(model: GPTModel, layout: Layout, options: ParallelOptions) -> None:

@@ -126,9 +126,6 @@ class _Pairs(Function):
         return None, None, *(next(made) if need else None for need in needed)
 
 
-# ---- the collectives, without gradients ------------------------------------------------------------------------------
-
-
 def all_reduce(x: Tensor, group: ProcessGroup, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     """A new tensor."""
     x = x.clone(memory_format=torch.contiguous_format)

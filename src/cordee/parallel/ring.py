@@ -98,9 +98,6 @@ class Ring:
         return (window + windows) % self.num_windows * self.window + (rank + ranks) % self.window
 
 
-# ---- tiles -----------------------------------------------------------------------------------------------------------
-
-
 class Tile(NamedTuple):
     """Some of this rank's queries and some of the keys at hand, as slices of both, and the mask between them.
 
@@ -206,8 +203,6 @@ def _within(tokens: range, piece: range, start: int) -> slice:
     """Where `tokens` of a piece are in a tensor that has the piece from `start` on."""
     return slice(start + tokens.start - piece.start, start + tokens.stop - piece.start)
 
-
-# ---- attention -------------------------------------------------------------------------------------------------------
 
 Tiles = Callable[[int], Iterator[Tile]]  # of this rank's queries with the keys of a rank
 

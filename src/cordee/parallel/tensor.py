@@ -34,8 +34,6 @@ from cordee.parallel.options import ParallelOptions
 
 NAME = "tensor parallelism"
 
-# ---- apply -----------------------------------------------------------------------------------------------------------
-
 
 def apply(model: GPTModel, layout: Layout, options: ParallelOptions) -> None:
     """Let `model`, whose parameters are sharded already, compute its part on each tensor-parallel rank.
@@ -147,9 +145,6 @@ def _group_slots(spec: ParameterSpec, axis: _Axis) -> View:
         return torch.cat((mine[:, place * own : (place + 1) * own], mine[:, own * ranks_per_group :]), 1)
 
     return cut
-
-
-# ---- borders ---------------------------------------------------------------------------------------------------------
 
 
 def _set_border(placement: Placement, group: ProcessGroup, sequence: bool) -> None:

@@ -79,9 +79,6 @@ def _simulated(case: Case, costs: Costs, layers: Sequence[float]) -> Timeline:
     return simulate(made, costs, layers=layers, sizes=case.sizes, name=case.name)
 
 
-# ---- what the options mean -------------------------------------------------------------------------------------------
-
-
 def _with_defaults(config: PlanConfig) -> PlanConfig:
     """`config` with number and size of its micro-batches, by default those of --manual-mbs: as many, of their mean."""
     listed = micro_batches.sizes(config.manual_mbs) if config.manual_mbs else ()
@@ -125,9 +122,6 @@ def _layers(config: PlanConfig, case: Case, cases: Sequence[Case]) -> list[float
         return list(map(float, whole_numbers(config.num_layer_list) or ()))
     total = config.num_layers or lcm(*(each.num_stages for each in cases))
     return [total / case.num_stages] * case.num_stages
-
-
-# ---- problems --------------------------------------------------------------------------------------------------------
 
 
 def check_run(config: PlanConfig) -> list[Problem]:
@@ -205,9 +199,6 @@ def _uneven(config: PlanConfig, case: Case) -> Problems:
     if config.num_layers:
         stages, instead = f"the stages of {case.schedule}", "give --num-layer-list"
         yield from divisible("--num-layers", config.num_layers, case.num_stages, stages, instead=instead)
-
-
-# ---- the table -------------------------------------------------------------------------------------------------------
 
 
 def _show(timelines: Sequence[Timeline]) -> None:

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from cordee.model.config import LayerConfig, ModelConfig
 
-# ---- operations by their usual names ---------------------------------------------------------------------------------
-
 IDENTITY = Chain()
 TRANSPOSE = Rearrange("i o -> o i")
 GATE_UP = Rearrange("(two f) ... -> two f ...", {"two": 2})  # one tensor [gate; up] along dim 0
@@ -54,9 +52,6 @@ def rotary_halves(head_dim: int, rotary_dim: int, start: int = 0) -> Op:
     parts = Split(1, (start, rotary_dim, head_dim - start - rotary_dim))
     halves = Rearrange("n (half two) ... -> n (two half) ...", {"two": 2})
     return Chain((apart, parts, Each((IDENTITY, halves, IDENTITY)), parts.inverse, apart.inverse))
-
-
-# ---- rules -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,6 @@ Index = tuple[slice, ...]
 Range = tuple[int, int]
 
 
-# ---- tensors read by slices ------------------------------------------------------------------------------------------
-
-
 class View:
     """A tensor of known `shape` that is read by slices, one slice of step 1 for each dim."""
 
@@ -76,9 +73,6 @@ def normalise(index: Sequence[slice] | None, shape: Shape) -> Index:
 
 def _replaced(index: Index, dim: int, start: int, stop: int) -> Index:
     return (*index[:dim], slice(start, stop), *index[dim + 1 :])
-
-
-# ---- operations ------------------------------------------------------------------------------------------------------
 
 
 class Op(Protocol):

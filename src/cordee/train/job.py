@@ -125,9 +125,6 @@ def _interpreter(options: PerformanceOptions) -> Iterator[None]:
             gc.enable()
 
 
-# ---- plan ------------------------------------------------------------------------------------------------------------
-
-
 def _plan(config: TrainConfig, layout: Layout) -> RunPlan:
     """The plan, the same on all ranks, with a checkpoint whose every byte is as it was saved."""
     # Before any rank looks for checkpoints.
@@ -219,9 +216,6 @@ def _damage(plan: RunPlan, layout: Layout) -> str | None:
         names = sorted(checkpoint.manifest["files"])[layout.rank :: layout.world_size]
         why = directory.damage(checkpoint.path, contents=names)
     return next((found for found in collectives.gather(why, layout) if found), None)
-
-
-# ---- parts -----------------------------------------------------------------------------------------------------------
 
 
 def _build(

@@ -222,9 +222,6 @@ def _iterations(config: TrainConfig, batches: BatchSchedule, notes: list[str]) -
     return steps
 
 
-# ---- model and tokenizer -------------------------------------------------------------------------------------------
-
-
 def _start(
     config: TrainConfig, avoid: Mapping[int, str] | None, found: Findings
 ) -> tuple[InitialWeights | None, Tokenizer | None, ModelSpec | None]:
@@ -301,9 +298,6 @@ def _vocabulary_problems(config: TrainConfig, rows: int) -> Problems:
         yield from divides(
             "--make-vocab-size-divisible-by", config.make_vocab_size_divisible_by, rows, "tokens of the model", "load"
         )
-
-
-# ---- output --------------------------------------------------------------------------------------------------------
 
 
 def _save_problems(config: TrainConfig, initial: InitialWeights | None) -> Problems:

@@ -39,9 +39,6 @@ class Sink(ABC):
         """Release what the sink writes to."""
 
 
-# ---- for people ------------------------------------------------------------------------------------------------------
-
-
 def log_line(record: Record, loss_name: str, throughput: bool = True, unit: str = "GPU") -> str:
     """Megatron's log line; parsers of its logs read it. The learning rate is the one the last step was taken with.
     `unit` is what a device is called."""
@@ -155,9 +152,6 @@ class TerminalSink(Sink):
 
     def validation(self, iteration: int, split: str, loss: float) -> None:
         print(f"{split} after iteration {iteration}: loss {loss:.4f}, perplexity {perplexity(loss):.5g}", flush=True)
-
-
-# ---- for programs ----------------------------------------------------------------------------------------------------
 
 
 class JsonSink(Sink):

@@ -94,8 +94,6 @@ class Trainer:
         self.stop_requested: Exit | None = None
         self._own = own_parameters(parts.model)
 
-    # ---- a run -------------------------------------------------------------------------------------------------------
-
     def train(self) -> Exit:
         """Steps until the run is complete or has to stop. The last state is saved either way."""
         if self.config.eval_on_start and self.state.iteration == 0:
@@ -205,8 +203,6 @@ class Trainer:
 
     def _is_time(self, interval: int | None) -> bool:
         return bool(interval) and self.state.iteration % interval == 0
-
-    # ---- a step ------------------------------------------------------------------------------------------------------
 
     def _fetch(
         self, split: str, consumed: int, global_batch_size: int, micro_batch_size: int | Sequence[int]

@@ -29,9 +29,6 @@ _OTHER_CONFIG = "take the config.json that belongs to these weights"
 MAX_SHARD_SIZE = 5 * 10**9  # bytes; as transformers 4 has it, and small enough for any file system
 
 
-# ---- reading ---------------------------------------------------------------------------------------------------------
-
-
 Rename = Callable[[str], str]
 
 
@@ -155,9 +152,6 @@ def _head_names(spec: ModelSpec) -> set[str]:
 
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(sorted(names))
-
-
-# ---- writing ---------------------------------------------------------------------------------------------------------
 
 
 def write(

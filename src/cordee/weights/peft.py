@@ -195,8 +195,6 @@ class PeftAdapter:
         a, b = (self.file.read(name, whole(self.file.tensors[name].shape)).float() for name in names)
         return (b.t(), a.t()) if self._factors[foreign].embedding else (a, b)
 
-    # ---- what is there -----------------------------------------------------------------------------------------------
-
     def _sort(self) -> list[str]:
         """Sort the tensors of the file into factors and whole ones; those that are neither."""
         unknown = []
@@ -257,8 +255,6 @@ class PeftAdapter:
 
     def _transposed(self, factors: _Factors) -> bool:
         return factors.embedding or bool(self._config.get("fan_in_fan_out"))
-
-    # ---- what becomes of the base ------------------------------------------------------------------------------------
 
     def _low_rank(self, foreign: str) -> LowRank:
         factors = self._factors[foreign]

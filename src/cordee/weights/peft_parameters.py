@@ -93,9 +93,6 @@ def factors(
         yield name, config, read(f"{path}.adapters.{name}.a"), b
 
 
-# ---- out of PEFT's files ---------------------------------------------------------------------------------------------
-
-
 class LoadedAdapter(Source):
     """The model `spec`: `views` of adapters, and of what was trained as a whole beside them, and its `base`."""
 
@@ -146,9 +143,6 @@ def from_peft(adapter: PeftAdapter, base: Source) -> LoadedAdapter:
     known = [full for _, _, full in spec.config.projections()]
     low_rank = (LowRankConfig(targets=compressed(known, kinds[kind]), rank=kind[0], scale=kind[1]) for kind in kinds)
     return LoadedAdapter(spec.adapted(low_rank, compressed(modules_of(rules), modules)), base, views)
-
-
-# ---- and into them ---------------------------------------------------------------------------------------------------
 
 
 def to_peft(spec: ModelSpec, read: Read) -> tuple[dict[str, Tensor], dict[str, Any]]:

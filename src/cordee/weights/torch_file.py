@@ -87,9 +87,6 @@ def _tensor_in(file: BinaryIO, start: int, size: int) -> Region:
     return replace(region, offset=start + region.offset)
 
 
-# ---- where tensors are -----------------------------------------------------------------------------------------------
-
-
 @dataclass
 class _Storage:
     """Elements of `dtype` in a file, `size` bytes from `start` on."""
@@ -138,9 +135,6 @@ def _views(content: object) -> Iterator[tuple[Keys, _View]]:
             named = [(key, value) for key, value in found.items() if isinstance(key, str | int)]
             waiting += [((*keys, str(key)), value) for key, value in reversed(named)]
     raise ValueError(f"it holds more than {_ENTRIES} objects in dicts")
-
-
-# ---- the pickle ------------------------------------------------------------------------------------------------------
 
 
 def _view(storage: object, first: Any, shape: Any, strides: Any, *more: object) -> _View:
@@ -240,9 +234,6 @@ def _settings(value: object) -> object:
     return settings
 
 
-# ---- the two kinds of files ------------------------------------------------------------------------------------------
-
-
 def _read_archive(file: BinaryIO) -> tuple[object, list[str]]:
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
@@ -328,9 +319,6 @@ def _window(file: BinaryIO, start: int, size: int) -> BinaryIO:
         return file.read(length)
 
     return io.BufferedReader(RangeFile(size, read))
-
-
-# ---- writing ---------------------------------------------------------------------------------------------------------
 
 
 def create(path: Path, content: Mapping[str, object]) -> dict[Keys, Region]:

@@ -68,8 +68,6 @@ class PipelineExecutor:
         self._reducer = ThreadPoolExecutor(1, "reduction") if reduces_beside else None
         self._reductions: list[Future[None]] = []
 
-    # ---- what the trainer asks for -----------------------------------------------------------------------------------
-
     def train(self, step: StepBatches) -> dict[str, Tensor]:
         batches = [batch.to(self._device) for batch in step.batches]
         weights = [self._criterion.weight(batch) for batch in step.batches]
@@ -113,8 +111,6 @@ class PipelineExecutor:
 
         self._perform(self._program(len(batches), training=False), batches, forward)
         return made
-
-    # ---- running a program -------------------------------------------------------------------------------------------
 
     def _make_program(self, num_micro_batches: int, training: bool) -> list[Instruction]:
         partition = self._partition
@@ -192,8 +188,6 @@ class PipelineExecutor:
         size, length = batch.input_ids.shape
         shape = (size, length // self._parts, self._model.config.hidden_size)
         return torch.empty(shape, dtype=self._dtype, device="meta")
-
-    # ---- what ranks agree on -----------------------------------------------------------------------------------------
 
     def _mean_over_layers(self, metrics: "_StepMetrics") -> dict[str, Tensor]:
         """The same names on all ranks, each value divided by how many layers, of all ranks, report it."""

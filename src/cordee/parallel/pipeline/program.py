@@ -64,9 +64,6 @@ def deadlocked(schedules: Sequence[Sequence[Action]]) -> list[tuple[int, Action]
     return [each for each in everything if each not in reached]
 
 
-# ---- messages --------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Message:
     """An activation (F) in flight to the next stage or a gradient (B) to the one before.

@@ -93,9 +93,6 @@ def problems(schedule: str, num_ranks: int, stages_per_rank: int, num_micro_batc
         yield Problem("schedule", schedule, why, fix, "micro-batches", limit=2 * num_ranks)
 
 
-# ---- the actions of one rank -----------------------------------------------------------------------------------------
-
-
 def _gpipe(rank: int, num_ranks: int, stages_per_rank: int, num_micro_batches: int) -> Iterator[Action]:
     """All forwards, then all backwards; with several stages, one stage after another (all in, all out)."""
     stages = range(rank, num_ranks * stages_per_rank, num_ranks)

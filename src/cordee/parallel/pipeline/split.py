@@ -109,9 +109,6 @@ def _stages_per_rank(options: ParallelOptions, schedule: str, model: ModelConfig
     return 2 if schedule in V_SHAPED else 1
 
 
-# ---- where stages end ------------------------------------------------------------------------------------------------
-
-
 def _even_ends(num_layers: int, noop: Sequence[int], num_stages: int) -> list[int]:
     """Where stages of equal size end, if placeholders count as layers."""
     total = num_layers + len(noop)
@@ -153,8 +150,6 @@ def _best_end(before: _Best, stop: int, sums: Sequence[float], extra: float, lea
             found.append((round(max(whole[0], cost), 9), round(whole[1] + cost * cost, 9), [*whole[2], stop]))
     return min(found, default=None)
 
-
-# ---- laws ------------------------------------------------------------------------------------------------------------
 
 RANKS, LIST, NOOP = "--pipeline-model-parallel-size", "--num-layer-list", "--noop-layers"
 VIRTUAL = "--num-layers-per-virtual-pipeline-stage"

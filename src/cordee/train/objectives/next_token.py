@@ -173,9 +173,6 @@ class NextToken(Objective["Batch"]):
         return total, {}
 
 
-# ---- which samples ---------------------------------------------------------------------------------------------------
-
-
 def _too_many(config: TrainConfig, batches: BatchSchedule, iterations: int) -> Problems:
     """Why the samples of a run cannot be counted."""
     size = batches.global_batch_size
@@ -259,9 +256,6 @@ def _identity(
         order = plan_order(part, opened, length, count).describe()
     whole = {"seq_length": config.seq_length, "seed": config.seed, "order": config.dataloader_type, "sets": sets}
     return whole | order | {"samples": count}
-
-
-# ---- resuming among them ---------------------------------------------------------------------------------------------
 
 
 def _data_problems(data: GPTData, then: Mapping[str, Any]) -> Iterator[Problem]:

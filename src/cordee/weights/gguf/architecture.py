@@ -139,9 +139,6 @@ ARCHITECTURES = (
 )
 
 
-# ---- from a file to a model ------------------------------------------------------------------------------------------
-
-
 def architecture_of(values: Values, where: str) -> Architecture:
     """The row of a file with these values. ProblemError if there is none."""
     name = values.get("general.architecture")
@@ -244,9 +241,6 @@ def _llama3(factors: Sequence[float], original: int, hf: HFConfig) -> HFConfig:
         "high_freq_factor": _LLAMA3_HIGH,
         "original_max_position_embeddings": original,
     }
-
-
-# ---- from a model to a file ------------------------------------------------------------------------------------------
 
 
 def _outside_tensors(words: Words) -> Scaling | None:

@@ -48,9 +48,6 @@ FILE = f"model{SUFFIX}"  # what is written
 _FILE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}  # llama.cpp's numbers for "most tensors are"
 
 
-# ---- reading ---------------------------------------------------------------------------------------------------------
-
-
 def read(path: str | Path) -> "GGUFSource":
     """The weights of a file, or of a directory with one. ProblemError with everything that is wrong with it."""
     return GGUFSource(GGUFFile(_file_of(Path(path))))
@@ -146,9 +143,6 @@ def rope_factors(config: ModelConfig) -> Tensor | None:
     if not isinstance(rope.scaling, Llama3Scaling):
         return None
     return inverse_frequencies(replace(rope, scaling=None), dim) / inverse_frequencies(rope, dim)
-
-
-# ---- writing ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

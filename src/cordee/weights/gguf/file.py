@@ -36,9 +36,6 @@ def library() -> ModuleType:
     return gguf
 
 
-# ---- reading ---------------------------------------------------------------------------------------------------------
-
-
 class GGUFFile:
     """An open file. ProblemError if it is none, is cut off, or has tensors of a type that cannot be unpacked."""
 
@@ -100,9 +97,6 @@ class GGUFFile:
                 data = np.fromfile(file, np.uint8, rows * nbytes).reshape(rows, nbytes)
                 out[start - first : start - first + rows] = torch.from_numpy(gguf.dequantize(data, kind))
         return out
-
-
-# ---- writing ---------------------------------------------------------------------------------------------------------
 
 
 def create(path: Path, values: Mapping[str, Any], tensors: Mapping[str, tuple[Shape, torch.dtype]]) -> dict[str, int]:

@@ -46,9 +46,6 @@ class Kind(IntEnum):
     BYTE = 6
 
 
-# ---- how byte-level tokenizers cut text ------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Cut:
     """How text is cut into words before merging: by these patterns, one after the other.
@@ -97,9 +94,6 @@ def _patterns(pre_tokenizer: Any) -> tuple[str, ...] | None:
             case _:
                 return None
     return tuple(patterns) if steps[-1]["type"] == "ByteLevel" else None
-
-
-# ---- from a directory to the values of a file ------------------------------------------------------------------------
 
 
 def describe(directory: Path | None, rows: int) -> dict[str, Any]:
@@ -215,9 +209,6 @@ def _template(directory: Path) -> dict[str, Any]:
         return {}
     given = chat_sources(directory).get("default")
     return {"tokenizer.chat_template": given} if given else {}
-
-
-# ---- from the values of a file to a directory ------------------------------------------------------------------------
 
 
 def restore(values: Values, directory: Path) -> str | None:

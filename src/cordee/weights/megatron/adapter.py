@@ -74,8 +74,6 @@ class MegatronAdapter:
         r = file.tensors[keys["A"]].shape[0]
         return LowRank(partial(file.read, keys["A"]), b, r, self._alpha / r)
 
-    # ---- what is there -----------------------------------------------------------------------------------------------
-
     def _check_names(self) -> Iterator[Problem]:
         if not self._factors:
             yield Problem(str(self._path), None, "there is no adapter in it", "give what training LoRA has saved")

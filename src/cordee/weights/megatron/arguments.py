@@ -38,9 +38,6 @@ def unclear(where: str, value: object, why: str, fix: str = GIVE_MODEL, limit: o
     return Problem(where, value, why, fix, "unclear", OF_READING, limit)
 
 
-# ---- from a model ----------------------------------------------------------------------------------------------------
-
-
 # What Megatron calls as the options do, in every model and, besides, where attention is not latent.
 _ALIKE = (
     *("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings", "normalization", "norm_epsilon"),
@@ -169,8 +166,6 @@ def _experts(config: ModelConfig, words: Words) -> dict[str, Any]:
         "moe_shared_expert_intermediate_size": shared.ffn_hidden_size if shared else None,
     }
 
-
-# ---- to a model ------------------------------------------------------------------------------------------------------
 
 # Settings that change the mathematics and that nothing here would understand.
 REFUSED = ("apply_layernorm_1p", "quick_geglu", "rotary_interleaved", "squared_relu", "use_glm_rope", "window_size")

@@ -128,9 +128,6 @@ def open_all(paths: Mapping[K, Path], opener: Callable[[Path], T]) -> dict[K, T]
     return {key: file for key, file in files.items() if file is not None}
 
 
-# ---- the layout of what is there -------------------------------------------------------------------------------------
-
-
 def by_rank(folder: Path, files: dict[tuple[int, ...], RankFile]) -> dict[Rank, RankFile]:
     """Files by rank. ProblemError if ranks are missing or say different things of the checkpoint."""
     args = next(iter(files.values())).args

@@ -97,9 +97,6 @@ class MegatronLayout:
         return chunk, layer - chunk.layers.start
 
 
-# ---- folders ---------------------------------------------------------------------------------------------------------
-
-
 def is_megatron(path: Path) -> bool:
     """Whether `path` is a checkpoint of Megatron, AscendSpeed, MindSpeed-LLM or DeepSpeed, or one of its iterations, in
     files of ranks or modules."""
@@ -188,9 +185,6 @@ def layer_files(folder: Path) -> dict[tuple[int, int], Path]:
     return {(int(match[1]), int(match[2] or 0)): path for match, path in matches if match}
 
 
-# ---- layers to stages ------------------------------------------------------------------------------------------------
-
-
 def even_chunks(num_layers: int, pipeline: int, per_chunk: int | None = None) -> tuple[Chunk, ...]:
     """`num_layers` in equal runs over the stages, or `per_chunk` at a time, going round over them.
 
@@ -245,9 +239,6 @@ class Wanted:
         yield from shards.layer_list_problems(option, given, self.pipeline, layers)
         if min(given) < 1:
             yield Problem(option, text, "a stage would have no layers", "give positive numbers", "idle")
-
-
-# ---- what can be split -----------------------------------------------------------------------------------------------
 
 
 def indivisible(model: ModelConfig, tensor: int, expert: int) -> Problems:

@@ -44,8 +44,6 @@ LEGACY = Dialect(
     nested=NESTED,
 )
 
-# ---- AscendSpeed -----------------------------------------------------------------------------------------------------
-
 ASCENDSPEED_VOCAB_MULTIPLE = 128  # by default, vocabularies are padded to a multiple of this and of the tensor ranks
 _ASCENDSPEED: Names = {
     **LAYER,

@@ -75,9 +75,6 @@ class Gathered:
         return self._files[keys[0]].read(keys[1:], index)
 
 
-# ---- a file for each module ------------------------------------------------------------------------------------------
-
-
 def _of_layers(folder: Path, paths: Mapping[tuple[int, int], Path]) -> dict[Rank, RankFile]:
     layers = open_all(paths, open_file)
     settings = open_all(rank_files(folder), lambda path: RankFile(open_file(path), {}))
@@ -101,9 +98,6 @@ def _of_layers(folder: Path, paths: Mapping[tuple[int, int], Path]) -> dict[Rank
 
 def _file_name(number: int, rank: int) -> str:
     return f"layer_{number:02d}-model_{rank:02d}-model_states.pt"
-
-
-# ---- a file for each stage -------------------------------------------------------------------------------------------
 
 
 def _of_stages(folder: Path, ranks: Mapping[tuple[int, ...], RankFile]) -> dict[Rank, RankFile]:
@@ -148,9 +142,6 @@ def _module(full: str) -> tuple[int, str]:
     """The number of the module, and the name in it, of what a stage's file calls `full`."""
     match = _NUMBERED.fullmatch(full)
     return (int(match[1] or EMBEDDING), match[2]) if match else (-1, full)
-
-
-# ---- numbers and names -----------------------------------------------------------------------------------------------
 
 
 def _starts(folder: Path, modules: Mapping[int, set[str]]) -> dict[int, str]:

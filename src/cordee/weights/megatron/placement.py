@@ -119,8 +119,6 @@ class _Placer:
         specs = parameter_specs(GPTModel(spec.config, device="meta"))
         self.axes = {name: parameter.axes for name, parameter in specs.items()}
 
-    # ---- what cannot be ----------------------------------------------------------------------------------------------
-
     def problems(self) -> Iterator[Problem]:
         title = self.dialect.title
         if nameless := [name for name in self.shapes if self._names(name) is None]:
@@ -139,8 +137,6 @@ class _Placer:
             why = "experts with biases cannot be stored in one tensor"
             yield Problem("--moe-grouped-gemm", None, why, "leave it out")
 
-    # ---- names -------------------------------------------------------------------------------------------------------
-
     def _names(self, name: str) -> tuple[str, ...] | None:
         if not name.startswith("layers."):
             return self.dialect.model_names(name)
@@ -151,8 +147,6 @@ class _Placer:
     def _layer(name: str) -> tuple[int, str]:
         _, number, tail = name.split(".", 2)
         return int(number), tail
-
-    # ---- placements --------------------------------------------------------------------------------------------------
 
     def place(self, name: str) -> Placement:
         names = self._names(name)
@@ -241,8 +235,6 @@ class _Placer:
             for copies in placement.slots
         )
         return replace(placement, slots=slots)
-
-    # ---- experts -----------------------------------------------------------------------------------------------------
 
     def _place_experts(self, name: str, names: tuple[str, ...], chunk: Chunk, layer: LayerConfig) -> Placement:
         if self.dialect.experts == "grouped":

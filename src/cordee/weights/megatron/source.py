@@ -124,8 +124,6 @@ class MegatronSource(Source):
                 why = f"{slot.name} of stage {slot.rank.pipeline} differs between {first.rank} and {slot.rank}"
                 raise ProblemError([Problem(str(self.path), None, why, ONE_CHECKPOINT, "disagree", limit=slot.name)])
 
-    # ---- the model ---------------------------------------------------------------------------------------------------
-
     def _padded_vocab(self) -> int:
         (name,) = self.dialect.model_names("embedding.weight") or ("",)
         first = self.files[Rank()]
