@@ -19,6 +19,7 @@ from tests.weights import tiny as saved
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {**models.MODELS["llama"], "num_hidden_layers": 2},
+    "tied": {**models.MODELS["llama tied"], "num_hidden_layers": 2},
     "mixtral": {**models.MODELS["mixtral"], "num_hidden_layers": 2, "router_aux_loss_coef": 0.0},
     "gpt2": {**models.MODELS["gpt2"], "n_layer": 2, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
 }

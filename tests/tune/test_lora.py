@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -165,25 +167,31 @@ def stored(config: TrainConfig) -> dict[str, torch.Tensor]:
     return {name: source.tensor(name) for name in source.names()}
 
 
-@pytest.fixture(scope="module", params=RUNS)
-def alone(request, tmp_path_factory) -> tuple[str, TrainConfig]:
-    folder = tmp_path_factory.mktemp("alone")
-    config = given(folder, adapters.base(folder, request.param), request.param)
-    train(0, 1, config)
-    return request.param, config
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Callable[[str], TrainConfig]:
+    """A run in one process, by the name of its model."""
+
+    @functools.cache
+    def trained(name: str) -> TrainConfig:
+        folder = tmp_path_factory.mktemp("alone")
+        config = given(folder, adapters.base(folder, name), name)
+        train(0, 1, config)
+        return config
+
+    return trained
+
+
+AS_STORED = dict.fromkeys(("lora_target_modules", "lora_r", "lora_dropout", "lora_modules_to_save"))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_one_loss_under_every_layout(pool, alone, tmp_path: Path, layout: str):
     """With dropout, and modules trained as a whole; half of the steps on one rank, from its checkpoint."""
     name, options = LAYOUTS[layout]
-    if name != alone[0]:
-        pytest.skip("another model")
-    reference = alone[1]
-    config = given(tmp_path, Path(reference.load or ""), name, **options)
+    reference = alone(name)
+    config = given(tmp_path, Path(reference.load), name, **options)
     pool.run(train, 2, replace(config, exit_interval=2))
-    as_stored = dict.fromkeys(("lora_target_modules", "lora_r", "lora_dropout", "lora_modules_to_save"))
-    train(0, 1, given(tmp_path, Path(config.save or ""), name, **as_stored))
+    train(0, 1, given(tmp_path, Path(config.save or ""), name, **AS_STORED))
     for figure, values in figures(reference).items():
         assert figures(config)[figure] == pytest.approx(values, rel=1e-5), figure
     found, expected = stored(config), stored(reference)
@@ -192,8 +200,9 @@ def test_one_loss_under_every_layout(pool, alone, tmp_path: Path, layout: str):
         torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=2e-4, msg=key)
 
 
-def test_a_checkpoint_has_what_is_trained_and_nothing_else(alone):
-    name, config = alone
+@pytest.mark.parametrize("name", RUNS)
+def test_a_checkpoint_has_what_is_trained_and_nothing_else(alone, name: str):
+    config = alone(name)
     model = read_checkpoint(config.save or "").spec.config
     trained = {key for key, spec in model_specs(model).items() if spec.origin != "base"}
     assert trained == stored(config).keys() and {key.rpartition(".")[2] for key in trained} <= {"a", "b", "weight"}
@@ -204,9 +213,10 @@ def test_a_checkpoint_has_what_is_trained_and_nothing_else(alone):
         assert {key for key in trained if "adapters" not in key} == {"final_norm.weight", "head.weight"}
 
 
-def test_adapters_over_their_base_and_no_other(alone, tmp_path: Path):
+@pytest.mark.parametrize("name", RUNS)
+def test_adapters_over_their_base_and_no_other(alone, tmp_path: Path, name: str):
     """Merged where a model is run, by the run alone, beside the base, or from PEFT's files; refused by another base."""
-    name, config = alone
+    config = alone(name)
     run, load = str(config.save), str(config.load)
     out = adapters.convert(run, tmp_path / "out", "--save-model-type", "peft")
     expected = of_model(config)
@@ -273,13 +283,37 @@ def test_what_does_not_fit_is_a_problem_of_the_check(tmp_path: Path, name: str, 
 
 
 def test_adapters_that_are_loaded_keep_their_form(alone):
-    _, config = alone
-    resumed = replace(config, load=config.save, save=None, save_interval=None)
-    as_stored = dict.fromkeys(("lora_target_modules", "lora_r", "lora_dropout", "lora_modules_to_save"))
-    assert check_run(replace(resumed, **as_stored)) == []
+    resumed = replace(alone("llama"), load=alone("llama").save, save=None, save_interval=None)
+    assert check_run(replace(resumed, **AS_STORED)) == []
     assert check_run(replace(resumed, lora_plus_lr_ratio=2.0, lora_dropout=0.0, lora_alpha=32.0)) == []
-    wrong = replace(
-        resumed, lora_r=8, lora_alpha=1.0, lora_target_modules=("q",), lora_modules_to_save=("embed_tokens",)
-    )
-    names = {"--lora-r", "--lora-alpha", "--lora-target-modules", "--lora-modules-to-save"}
-    assert {(each.option, each.kind) for each in check_run(wrong)} == {(name, "stated") for name in names}
+    wrong = {"lora_r": 8, "lora_alpha": 1.0, "lora_target_modules": ("q",), "lora_modules_to_save": ("embed_tokens",)}
+    found = {(each.subject, each.kind) for each in check_run(replace(resumed, **wrong))}
+    assert found == {(name, "stated") for name in wrong}
+    anew = plan_run(
+        objectives.named("sft").ready(replace(resumed, finetune=True)), 1
+    )  # from the adapters, but from the first step
+    assert anew.resumed is None and anew.initial.checkpoint is not None
+
+
+def test_what_peft_has_and_training_has_not(tmp_path: Path):
+    load = adapters.base(tmp_path, "llama")
+    adapters.peft_model(load, peft.LoraConfig(target_modules=["q_proj"], bias="all")).save_pretrained(tmp_path / "bias")
+    config = adapters.config(tmp_path, load, lora_load=str(tmp_path / "bias"))
+    assert [(each.option, each.kind) for each in check_run(config)] == [("--lora-load", "unsupported")]
+
+
+def test_a_head_that_is_tied(tmp_path: Path):
+    """One table for both is trained as one, which PEFT's files cannot say; an adapter of one of them would untie it."""
+    load = adapters.base(tmp_path, "tied")
+    config = adapters.config(tmp_path, load, lora_target_modules=("q",), lora_modules_to_save=("embed_tokens",))
+    job.run(replace(config, train_iters=2))
+    assert not torch.equal(stored(config)["embedding.weight"], formats.read(load).tensor("embedding.weight"))
+    merged = adapters.convert(config.save, tmp_path / "merged")
+    assert torch.equal(logits(load_model(formats.read(merged))), of_model(config))
+    with pytest.raises(ProblemError) as caught:
+        adapters.convert(config.save, tmp_path / "out", "--save-model-type", "peft")
+    assert facts(caught) == [("--save-model-type", "peft", "unsupported")]
+    for name in ("embed_tokens", "head"):
+        wrong = replace(config, lora_target_modules=(name,), lora_modules_to_save=None, save=None)
+        wrong = replace(wrong, save_interval=None)
+        assert [(each.option, each.kind) for each in check_run(wrong)] == [("--lora-target-modules", "tied")]

@@ -51,8 +51,7 @@ def _with_adapter(config: TrainConfig, initial: InitialWeights) -> InitialWeight
     assert base is not None and initial.weights is not None
     initial = replace(initial, base={"path": str(initial.weights.resolve()), "fingerprint": fingerprint(base)})
     if (checkpoint := initial.checkpoint) is not None:
-        option = "--load" if config.lora_load is None else "--lora-load"
-        raise_all(adapter.check_base(base, CheckpointSource(checkpoint.path), option))
+        raise_all(adapter.check_base(base, CheckpointSource(checkpoint.path), option_of(config)))
     if initial.peft is None:
         return initial
     loaded = peft_parameters.from_peft(peft.read(Given(path=initial.peft), base.spec), base)
@@ -70,6 +69,11 @@ def tokenizer_of(config: TrainConfig, initial: InitialWeights) -> Tokenizer | No
     return load_tokenizer(config, beside) if given or beside else None
 
 
+def option_of(config: TrainConfig) -> str:
+    """The option that names what a run resumes from."""
+    return "--load" if config.lora_load is None else "--lora-load"
+
+
 def choose(config: TrainConfig, avoid: Mapping[int, str] | None, notes: list[str]) -> InitialWeights:
     """Those that --load names, with the adapters of --lora-load, but for corrupt checkpoints (`avoid`). ProblemError if
     there are none."""
@@ -78,16 +82,12 @@ def choose(config: TrainConfig, avoid: Mapping[int, str] | None, notes: list[str
     with reached("--load", config.load):
         if (given := config.lora_load) is None:
             return _choose(config, location_of(config.load), avoid, notes)
-    option, base = "--lora-load", location_of(config.load)
+    option, base = option_of(config), location_of(config.load)
     with reached(option, given):
         path = location_of(given, option)
         if path.local is not None and (path / "adapter_config.json").is_file():  # of PEFT
             return InitialWeights(weights=base, peft=path.local)
-        try:
-            found = _choose(replace(config, load=given), path, avoid, notes)
-        except ProblemError as error:
-            of_load = [replace(each, option=option) if each.option == "--load" else each for each in error.problems]
-            raise ProblemError(of_load, error.everywhere) from error
+        found = _choose(config, path, avoid, notes)
     adapters = found.checkpoint and found.weights
     if not adapters and (found.weights or found.checkpoint or not config.lora_target_modules):
         why, fix = "it holds no adapters", "give a directory of PEFT, or checkpoints of a run that trains adapters"
@@ -109,11 +109,11 @@ def _choose(config: TrainConfig, path: Location, avoid: Mapping[int, str] | None
     is_own = config.save is not None and location_of(config.save, "--save").resolve() == path.resolve()
     if path.is_file() or (path.is_dir() and not is_own):
         fix = "give a directory that --save has written, one with config.json and weights, or a GGUF file"
-        raise _unfit(path, "it holds neither a checkpoint nor a model", fix, "format")
+        raise _unfit(option_of(config), path, "it holds neither a checkpoint nor a model", fix, "format")
     if config.exit_on_missing_checkpoint or not is_own:
         fix = "check the path; only the directory of --save may be empty, for a command that starts and resumes a run"
-        raise _unfit(path, "there is no checkpoint", fix, "missing")
-    notes.append(f"--load {path}: nothing is there yet; the run starts from initial weights")
+        raise _unfit(option_of(config), path, "there is no checkpoint", fix, "missing")
+    notes.append(f"{option_of(config)} {path}: nothing is there yet; the run starts from initial weights")
     return InitialWeights()
 
 
@@ -125,7 +125,7 @@ def _iteration(config: TrainConfig, root: Location, avoid: Mapping[int, str] | N
     notes += skipped
     if iteration is None:
         why = f"all its checkpoints are corrupt: {'; '.join(skipped)}"
-        raise _unfit(root, why, "restore one, or start anew with another --save", "corrupt")
+        raise _unfit(option_of(config), root, why, "restore one, or start anew with another --save", "corrupt")
     return iteration
 
 
@@ -137,7 +137,7 @@ def _of_checkpoint(config: TrainConfig, path: Location) -> InitialWeights:
     except ValueError as error:
         present = directory.iterations(path.parent)
         fix = f"choose another by --ckpt-step; there are: {', '.join(map(str, present)) or 'none'}"
-        raise _unfit(path, str(error), fix, "corrupt", present) from error
+        raise _unfit(option_of(config), path, str(error), fix, "corrupt", present) from error
     base = manifest.get("base")
     if base is None and config.lora_target_modules:  # which are trained on these weights
         return InitialWeights(weights=path)
@@ -146,5 +146,5 @@ def _of_checkpoint(config: TrainConfig, path: Location) -> InitialWeights:
     return InitialWeights(checkpoint, weights=weights, assets=assets.beside(path))
 
 
-def _unfit(path: Location, why: str, fix: str, kind: str, limit: object = None) -> ProblemError:
-    return ProblemError([Problem("--load", str(path), why, fix, kind, limit=limit)])
+def _unfit(option: str, path: Location, why: str, fix: str, kind: str, limit: object = None) -> ProblemError:
+    return ProblemError([Problem(option, str(path), why, fix, kind, limit=limit)])

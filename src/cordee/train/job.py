@@ -45,6 +45,7 @@ from cordee.parallel.pipeline.split import StagePartition, partition_layers
 from cordee.train import objectives, outputs, techniques
 from cordee.train.ending import describe_end
 from cordee.train.exits import COMPLETE, Exit, ExitRule, watch
+from cordee.train.initial_weights import option_of
 from cordee.train.metrics import Meter, measure_peak_flops
 from cordee.train.options import PerformanceOptions, TrainConfig
 from cordee.train.plan import plan_run
@@ -132,7 +133,7 @@ def _plan(config: TrainConfig, layout: Layout) -> RunPlan:
     unread = Findings()
     fingerprint = _fingerprint(config, layout, unread)
     avoid: dict[int, str] = {}
-    option, given = "--load" if config.lora_load is None else "--lora-load", config.lora_load or config.load or ""
+    given = config.lora_load or config.load or ""
     while True:
         plan = together(lambda: plan_run(config, layout.world_size, avoid, fingerprint), layout.control)
         collectives.raise_together(unread.problems, layout.control)  # after what planning finds of the same files
@@ -143,7 +144,7 @@ def _plan(config: TrainConfig, layout: Layout) -> RunPlan:
         path = plan.initial.checkpoint.path
         if config.ckpt_step is not None or path.resolve() == location_of(given).resolve():
             fix = "choose another checkpoint by --ckpt-step"
-            raise ProblemError([Problem(option, str(path), why, fix, "corrupt")])
+            raise ProblemError([Problem(option_of(config), str(path), why, fix, "corrupt")])
         avoid[plan.initial.checkpoint.manifest["iteration"]] = why
     for note in plan.notes:
         logger.info("%s", note)

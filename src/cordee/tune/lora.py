@@ -25,10 +25,8 @@ _DIALECTS = (core.local(), core.mindspeed(), legacy.LEGACY, legacy.ASCENDSPEED, 
 
 
 def adapted(spec: ModelSpec, options: LoRAOptions) -> ModelConfig:
-    """The model with the adapters that options ask for, or those that `spec` has from where it was loaded.
-
-    ProblemError if the model has no such modules, or what is loaded is something else.
-    """
+    """The model with the adapters that options ask for, or that `spec` has from where it was loaded. ProblemError if it
+    has no such modules, or what is loaded is something else."""
     found, low_rank, tuned = Findings(), spec.config.low_rank, spec.config.tuned
     if low_rank:
         found.problems += found.attempt(lambda: list(check_stated(spec, options))) or []

@@ -109,8 +109,7 @@ class LoadedAdapter(Source):
 
 def from_peft(adapter: PeftAdapter, base: Source) -> LoadedAdapter:
     """The model that an adapter makes of `base`, with parameters of its own. ProblemError if it makes none."""
-    spec = base.spec
-    rules, shapes, views = spec.rules(), spec.shapes(), dict[str, View]()
+    spec, rules, shapes, views = base.spec, base.spec.rules(), base.spec.shapes(), dict[str, View]()
     kinds, members = defaultdict[tuple[int, float], list[str]](list), defaultdict[tuple[str, str], list[Held]](list)
     for place in held(spec):
         members[place.path, place.name].append(place)
@@ -159,13 +158,16 @@ def to_peft(spec: ModelSpec, read: Read) -> tuple[dict[str, Tensor], dict[str, A
             for place in (each for each in places[path] if name in (leaf, each.name) or each.name == leaf):
                 part = parts[place.number].t() if place.transposed else parts[place.number]
                 pieces[place].append((a if place.expert is None else a[place.expert], part, config.scale))
+    refused = [f"{place.foreign}, a stack of experts" for place, found in pieces.items() if found[0][0].ndim > 2]
+    if spec.config.tie_word_embeddings and spec.config.tunes("embedding.weight"):
+        refused.append("an embedding to which the head is tied")
+    if refused:
+        why = f"PEFT has no place for {refused[0]}"
+        raise ProblemError([Problem("--save-model-type", "peft", why, "merge: --save-model-type hf", "unsupported")])
     tensors, forms = dict[str, Tensor](), dict[str, tuple[int, float]]()
     for place, found in pieces.items():
         scale = found[0][2]
         a, b = torch.cat([a for a, _, _ in found]), torch.cat([b * (own / scale) for _, b, own in found], 1)
-        if a.ndim > 2:
-            why = f"PEFT has no name for adapters of {place.foreign}, one stack of experts"
-            raise ProblemError([Problem("--save-model-type", "peft", why, "merge them: hf", "unsupported")])
         named = {"lora_A.weight": a, "lora_B.weight": b}
         if place.path == "embedding":
             named = {"lora_embedding_A": b.t(), "lora_embedding_B": a.t()}
