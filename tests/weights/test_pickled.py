@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import mmap
 import os
 import pickle
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from contextlib import suppress
 from pathlib import Path
@@ -21,7 +23,7 @@ from hypothesis import strategies as st
 
 from cordee.checkpoint.files import read_metadata
 from cordee.checkpoint.storage import location_of
-from cordee.weights.pickled import Call, Name, load
+from cordee.weights.pickled import Call, Mapped, Name, load
 from cordee.weights.torch_file import UNREADABLE, TorchFile, resolve, tensor_in
 from tests.weights import gadgets
 
@@ -129,6 +131,25 @@ DEEP = b")" + b"\x85" * 200_000  # tuples in tuples: Python hashes them by a rec
 def test_shapes_that_harm(pickled):
     with pytest.raises(ValueError, match=r"pickle|keys"):
         load(pickled)
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [b"X\xff\xff\xff\xff", b"\x8e" + struct.pack("<Q", 2**40), b"\x96" + struct.pack("<Q", 2**40), b"cnamed"],
+    ids=["text", "bytes", "byte array", "name"],
+)
+@pytest.mark.parametrize("start", [b"", b"\x95" + struct.pack("<Q", 2**27)], ids=["", "framed"])
+def test_memory_of_a_pickle_in_a_large_file(tmp_path, start, pickled):
+    """128 MiB, of which a damaged pickle says that all of it, or more, is its own."""
+    with (tmp_path / "x").open("w+b") as file:
+        file.write(start + pickled)
+        file.truncate(2**27)
+        with Mapped(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            tracemalloc.start()
+            with pytest.raises(ValueError, match="ends before"):
+                load(data)
+            assert tracemalloc.get_traced_memory()[1] < 2**20
+            tracemalloc.stop()
 
 
 def saved(content: object, zipped: bool = True) -> bytes:

@@ -23,7 +23,7 @@ from torch.serialization import MAGIC_NUMBER, skip_data
 
 from cordee.files import RangeFile
 from cordee.tensors.views import Index
-from cordee.weights.pickled import Builder, Bytes, Call, Name, load
+from cordee.weights.pickled import Builder, Call, Mapped, Name, load
 from cordee.weights.regions import Region
 
 Keys = tuple[str, ...]
@@ -210,7 +210,7 @@ def resolve(module: str, name: str) -> object:
     return _KNOWN.get(f"{module}.{name}", Name(module, name))
 
 
-def _unpickled(data: Bytes, start: int, persistent: Callable[[object], object]) -> tuple[object, list[str], int]:
+def _unpickled(data: bytes | Mapped, at: int, persistent: Callable[[object], object]) -> tuple[object, list[str], int]:
     """The content of a pickle, names in it for which nothing stands, and where it ends."""
     unknown = set()
 
@@ -219,7 +219,7 @@ def _unpickled(data: Bytes, start: int, persistent: Callable[[object], object]) 
             unknown.add(f"{module}.{name}")
         return resolve(module, name)
 
-    content, end = load(data, start, resolve=noted, persistent=persistent)
+    content, end = load(data, at, resolve=noted, persistent=persistent)
     if isinstance(content, list):
         return [_with_settings(item) for item in content], sorted(unknown), end
     return _with_settings(content), sorted(unknown), end
@@ -285,7 +285,7 @@ def _content(file: BinaryIO, entry: zipfile.ZipInfo) -> bytes:
 
 def _read_stream(file: BinaryIO) -> tuple[object, list[str]]:
     """As torch wrote before its release 1.6: what it is, its content, the storages' keys, and then these."""
-    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+    with Mapped(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         (magic, at), storages = load(data), {}
         if magic != MAGIC_NUMBER:
             raise ValueError("it is no file of torch.save")
