@@ -4,8 +4,6 @@ Owns which device a process computes on, which collective backend serves it, wha
 uses. Everything else asks here, so a new kind of accelerator is a new row.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import os
@@ -90,7 +88,7 @@ def _say_unknown(accelerator: str) -> None:
     logger.info("There is no support for accelerators of type %s: the CPU computes", accelerator)
 
 
-def local_device(local_rank: int) -> torch.device:
+def local_device(local_rank: int) -> "torch.device":
     """The device of local process `local_rank`, made the current one."""
     import torch
 
@@ -114,7 +112,7 @@ def keep_freed_memory() -> None:
             ctypes.CDLL(None).mallopt(parameter, value)
 
 
-def prefers_onednn(device: torch.device) -> bool:
+def prefers_onednn(device: "torch.device") -> bool:
     """Whether oneDNN multiplies float32 matrices on `device` faster than MKL, to which torch gives them."""
     return device.type == "cpu" and _mkl_wastes_avx512()
 

@@ -4,8 +4,6 @@ Owns how the logger "cordee" prints, how numbers read, the console of tables, an
 but the one given to `setup`.
 """
 
-from __future__ import annotations
-
 import logging
 import sys
 import time
@@ -55,7 +53,7 @@ def in_bytes(number: float) -> str:
     return f"{number / unit:,.3g} {name}" if number < 1000 * unit else f"{number / unit:,.0f} {name}"
 
 
-def console(*, record: bool = False) -> Console:
+def console(*, record: bool = False) -> "Console":
     """Standard output for tables and styles, `[` being a character like others; where that is no terminal, nothing is
     wrapped or cut. `record`: what is shown is kept, to be exported."""
     from rich.console import Console

@@ -4,8 +4,6 @@ Owns what options mean for each other, for the files to read and for their model
 restate files or model are compared with them here.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -101,7 +99,7 @@ def check_format(form: Format, options: ConvertConfig) -> Problems:
         yield from requires(flag, value, "a Megatron checkpoint", f"what is read is a {form.title}", "load_dir")
 
 
-def check_dialect(source: MegatronSource, options: ConvertConfig) -> Problems:
+def check_dialect(source: "MegatronSource", options: ConvertConfig) -> Problems:
     """What options say of the format that is read; --use-mcore-models does where no Megatron checkpoint is written."""
     layout, legacy = source.layout, source.dialect.nested != ()
     ranks = {"src_tensor_model_parallel_size": layout.tensor, "src_pipeline_model_parallel_size": layout.pipeline}
@@ -114,7 +112,7 @@ def check_dialect(source: MegatronSource, options: ConvertConfig) -> Problems:
         yield Problem("--use-mcore-models", True, why, fix, "stated", ("load_dir", "load_from_legacy"))
 
 
-def _traits(spec: ModelSpec) -> dict[str, object]:
+def _traits(spec: "ModelSpec") -> dict[str, object]:
     """What options state of a model, by their names."""
     layers = spec.config.layers
     attentions = [layer.attention for layer in layers if isinstance(layer.attention, AttentionConfig)]
@@ -127,7 +125,7 @@ def _traits(spec: ModelSpec) -> dict[str, object]:
     }
 
 
-def check_model(spec: ModelSpec, options: ConvertConfig) -> Problems:
+def check_model(spec: "ModelSpec", options: ConvertConfig) -> Problems:
     """What options say of the model that is not so."""
     if (given := options.model_type_hf) is not None:
         known = FAMILIES.get(given)

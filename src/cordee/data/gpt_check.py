@@ -4,8 +4,6 @@ Owns the checks of `.bin/.idx` files against the run's options, its tokenizer an
 once, without torch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -32,7 +30,7 @@ def check(
     valid_samples: int = 0,
     test_samples: int = 0,
     vocab_size: int | None = None,
-    tokenizer: Tokenizer | None = None,
+    tokenizer: "Tokenizer | None" = None,
     sequences: bool = False,
 ) -> list[Problem]:
     """All problems of the data a run asks for, of which with `sequences` each is a sample with labels of its own.
@@ -69,7 +67,7 @@ def _permutation_problems(part: Part, seq_length: int | None, samples: int) -> I
         yield Problem("--dataloader-type", "cyclic", why, fix)
 
 
-def _eod_problems(options: DataOptions, tokenizer: Tokenizer | None) -> Iterator[Problem]:
+def _eod_problems(options: DataOptions, tokenizer: "Tokenizer | None") -> Iterator[Problem]:
     for name in _NEED_EOD:
         if getattr(options, name) and (tokenizer is None or tokenizer.eod is None):
             what = "no tokenizer is given" if tokenizer is None else "the tokenizer has none"
@@ -78,7 +76,7 @@ def _eod_problems(options: DataOptions, tokenizer: Tokenizer | None) -> Iterator
 
 
 def _dataset_problems(
-    prefix: str, parts: list[Part], vocab_size: int | None, tokenizer: Tokenizer | None, sequences: bool
+    prefix: str, parts: list[Part], vocab_size: int | None, tokenizer: "Tokenizer | None", sequences: bool
 ) -> list[Problem]:
     try:
         dataset = IndexedDataset(prefix)
@@ -94,7 +92,7 @@ def _dataset_problems(
 
 
 def token_problems(
-    prefix: str, manifest: Manifest, vocab_size: int | None, tokenizer: Tokenizer | None
+    prefix: str, manifest: Manifest, vocab_size: int | None, tokenizer: "Tokenizer | None"
 ) -> Iterator[Problem]:
     """Conflicts of a dataset's manifest with the model's vocabulary and the tokenizer, where they are given."""
     if vocab_size is not None and manifest.max_token >= vocab_size:

@@ -4,8 +4,6 @@ Owns how samples are shown, and the findings of the doctor. Samples come as trai
 `TuningDataset` reads, `TuningCollate` makes labels, segments and positions.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -159,7 +157,7 @@ def _opened(config: InspectConfig) -> tuple[TuningDataset, Tokenizer | None, fro
     return TuningDataset(indexed, 0, len(indexed), order, config.seq_length, None), tokenizer, ends
 
 
-def _row(name: str, row: int, batch: Batch, tokenizer: Tokenizer | None, marked: bool) -> Text:
+def _row(name: str, row: int, batch: "Batch", tokenizer: Tokenizer | None, marked: bool) -> "Text":
     """One row: a line for each sample of it with its positions, what is trained highlighted, or in brackets."""
     from rich.text import Text
 

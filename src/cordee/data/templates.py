@@ -3,8 +3,6 @@
 Owns the values of --prompt-type, literally, and what is done with a tokenizer's own chat template. Knows no token id.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -362,7 +360,7 @@ class ChatTemplate:
         return self.tool_source if tools and self.tool_source is not None else self.source
 
     @cached_property
-    def _compiled(self) -> dict[str, jinja2.Template]:
+    def _compiled(self) -> "dict[str, jinja2.Template]":
         from cordee.data.chat_environment import compiled
 
         return {source: compiled(source) for source in (self.source, self.tool_source) if source is not None}

@@ -4,8 +4,6 @@ Owns the kinds of request, how text becomes one that fits the model, and the pie
 for itself and in any order. Knows no model and no processes.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -143,7 +141,7 @@ class GenerateUntil:
         """Whether a value of JSON has the form of a result."""
         return isinstance(value, str)
 
-    def pieces(self) -> Iterator[GenerateUntil]:
+    def pieces(self) -> Iterator["GenerateUntil"]:
         yield self
 
     def answer(self, results: Sequence[Any]) -> str:
@@ -181,7 +179,7 @@ class Encoder:
     does not have.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, window: int, *, vocab_size: int, prepend_bos: bool):
+    def __init__(self, tokenizer: "Tokenizer | None", window: int, *, vocab_size: int, prepend_bos: bool):
         self._tokenizer = tokenizer
         self.window = window
         self._vocab_size = vocab_size

@@ -4,8 +4,6 @@ Owns the seam between the runner and the tasks, and the list of tasks. A task sa
 documents and what the answers are worth; how a model answers is the engine's affair.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import pkgutil
@@ -35,9 +33,9 @@ class Subject:
     find the same.
     """
 
-    model: GPTModel
-    tokenizer: Tokenizer | None
-    stage: InferenceStage | None = None
+    model: "GPTModel"
+    tokenizer: "Tokenizer | None"
+    stage: "InferenceStage | None" = None
     stop_ids: frozenset[int] = frozenset()
 
     @property
@@ -67,7 +65,7 @@ class Task(Protocol):
 
     name: str
 
-    def check(self, options: EvaluateOptions, model: ModelConfig | None) -> list[Problem]:
+    def check(self, options: EvaluateOptions, model: "ModelConfig | None") -> list[Problem]:
         """What is wrong with the options for such a model, if it is known, or with the data, as far as it shows without
         reading it."""
         ...

@@ -4,8 +4,6 @@ Owns the cutting of a text at its added tokens, which the `tokenizers` library d
 it means in a `tokenizer.json`, and what is put around a text. Knows nothing of how the text between the tokens is cut.
 """
 
-from __future__ import annotations
-
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,14 +20,14 @@ if TYPE_CHECKING:
 _FEW = 50  # tokens that do not begin alike, which a search tries at every letter
 
 
-def library_token(token: AddedToken) -> tokenizers.AddedToken:
+def library_token(token: AddedToken) -> "tokenizers.AddedToken":
     """The token as the `tokenizers` library describes it."""
     from tokenizers import AddedToken as LibraryToken
 
     return LibraryToken(token.content, special=token.special, **{name: getattr(token, name) for name in MATCHING})
 
 
-def encode_pieces(matcher: Matcher, text: str, encode: Callable[[str, bool], list[int]]) -> list[int]:
+def encode_pieces(matcher: "Matcher", text: str, encode: Callable[[str, bool], list[int]]) -> list[int]:
     """Ids of a text, in which `ESCAPE` keeps added tokens from being found. `encode` is told of each piece between them
     whether the text begins with it."""
     ids: list[int] = []
@@ -113,7 +111,7 @@ class Matcher:
         self._by_content = None if flagged else {token.content: i for i, token in tokens.items()}
         self._library = self._build()
 
-    def _build(self) -> tokenizers.Tokenizer:
+    def _build(self) -> "tokenizers.Tokenizer":
         from tokenizers import Tokenizer, models
 
         library = Tokenizer(models.BPE())  # without a vocabulary: it drops the text between the tokens
@@ -147,5 +145,5 @@ class Matcher:
         for i, (start, stop) in zip(found.ids, found.offsets, strict=True):
             yield self._ids[i], start, stop
 
-    def __reduce__(self) -> tuple[type[Matcher], tuple[Mapping[int, AddedToken], bool]]:
+    def __reduce__(self) -> "tuple[type[Matcher], tuple[Mapping[int, AddedToken], bool]]":
         return type(self), (self._tokens, self._split_special)

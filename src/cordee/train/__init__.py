@@ -5,8 +5,6 @@ both want one name, and Python gives it to the package as soon as any of its mod
 called, and is then `cordee.train.start.train`.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping
 from types import ModuleType
@@ -17,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class _Callable(ModuleType):
-    def __call__(self, config: TrainConfig | Mapping[str, object]) -> int:
+    def __call__(self, config: "TrainConfig | Mapping[str, object]") -> int:
         from cordee.train.start import train  # light until it is called
 
         return train(config)

@@ -3,8 +3,6 @@
 Owns what has to be the same for the samples, the schedule and the optimizer to continue as if never interrupted.
 """
 
-from __future__ import annotations
-
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -65,7 +63,7 @@ def _stage(config: TrainConfig, manifest: dict[str, Any]) -> object:
     return manifest["config"].get("stage", config.stage)
 
 
-def describe(plan: RunPlan, state: TrainState, scaler: LossScaler) -> dict[str, Any]:
+def describe(plan: RunPlan, state: TrainState, scaler: "LossScaler") -> dict[str, Any]:
     """What a checkpoint keeps besides tensors, as JSON holds it."""
     base = plan.initial.base
     return ({} if base is None else {"base": base}) | {

@@ -3,8 +3,6 @@
 Owns these records. How they are worked out is `plan.py`'s, `initial_weights.py`'s and the objective's.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -48,7 +46,7 @@ class InitialWeights:
 
     checkpoint: Checkpoint | None = None
     weights: Location | None = None
-    source: Source | None = None
+    source: "Source | None" = None
     spec: ModelSpec | None = None
     assets: Path | None = None
     peft: Path | None = None

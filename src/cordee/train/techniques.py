@@ -3,8 +3,6 @@
 Owns what such a technique is, and their order, which is meaning. What they do is in files of their own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, get_args
 
@@ -30,7 +28,7 @@ class Technique:
         """Origins of the parameters of such a model that are trained; all others are frozen."""
         return get_args(Origin)
 
-    def wrappers(self, options: TrainConfig) -> Sequence[Wrapper]:
+    def wrappers(self, options: TrainConfig) -> "Sequence[Wrapper]":
         """What runs around parts of the model, the first inside."""
         return ()
 

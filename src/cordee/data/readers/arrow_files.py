@@ -3,8 +3,6 @@
 Owns reading their text columns a few rows at a time.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -61,7 +59,7 @@ def _arrow_rows(path: Path, keys: list[str]) -> Iterator[tuple[tuple[object, ...
                 yield from ((row, done) for row in _rows(batch.slice(start, _ROWS), keys))
 
 
-def _record_batches(ipc: Any, file: pyarrow.MemoryMappedFile, path: Path, keys: list[str]) -> Iterator[Any]:
+def _record_batches(ipc: Any, file: "pyarrow.MemoryMappedFile", path: Path, keys: list[str]) -> Iterator[Any]:
     """The batches of an Arrow file, or of a stream: the two begin differently and share their extension."""
     is_file = file.read(6) == b"ARROW1"
     file.seek(0)
@@ -76,13 +74,13 @@ def _record_batches(ipc: Any, file: pyarrow.MemoryMappedFile, path: Path, keys: 
         logger.warning("%s has no end-of-stream mark: whoever wrote it may have been killed before the end", path)
 
 
-def _rows(batch: pyarrow.RecordBatch, keys: list[str]) -> Iterator[tuple[object, ...]]:
+def _rows(batch: "pyarrow.RecordBatch", keys: list[str]) -> Iterator[tuple[object, ...]]:
     if not keys:
         return ((record,) for record in batch.to_pylist())
     return zip(*(batch.column(key).to_pylist() for key in keys), strict=True)
 
 
-def _check_columns(path: Path, schema: pyarrow.Schema, keys: list[str]) -> None:
+def _check_columns(path: Path, schema: "pyarrow.Schema", keys: list[str]) -> None:
     columns = [name for name in schema.names if schema.get_field_index(name) >= 0]  # of one name once
     problems = list(missing_columns(str(path), keys, columns))
     for key in keys:

@@ -1,7 +1,5 @@
 """AdamW: Adam (Kingma & Ba 2015) with decoupled weight decay (Loshchilov & Hutter 2019)."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from cordee.optim.algorithms import Groups
@@ -11,7 +9,7 @@ if TYPE_CHECKING:
     from torch.optim import AdamW
 
 
-def build(options: OptimizerOptions, groups: Groups, fused: bool) -> AdamW:
+def build(options: OptimizerOptions, groups: Groups, fused: bool) -> "AdamW":
     """One fused kernel over all parameters of a group, else torch's operators over lists of tensors."""
     from torch.optim import AdamW
 

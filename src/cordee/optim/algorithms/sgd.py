@@ -1,7 +1,5 @@
 """Stochastic gradient descent with momentum; the weight decay is part of the gradient."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from cordee.optim.algorithms import Groups
@@ -11,7 +9,7 @@ if TYPE_CHECKING:
     from torch.optim import SGD
 
 
-def build(options: OptimizerOptions, groups: Groups, fused: bool) -> SGD:
+def build(options: OptimizerOptions, groups: Groups, fused: bool) -> "SGD":
     from torch.optim import SGD
 
     # Its fused kernel takes no DTensor.

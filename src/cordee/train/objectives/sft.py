@@ -4,8 +4,6 @@ Owns what data of dialogues means for a run: files that `cordee preprocess` has 
 into such files once, before the run. The order of samples, the loss and resuming are as those of the next token.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
@@ -42,7 +40,7 @@ class TuningData(GPTData):
 
     sequences: ClassVar[type[TuningDataset] | None] = TuningDataset
 
-    def collate(self) -> Collate:
+    def collate(self) -> "Collate":
         from cordee.data.tuning_collate import TuningCollate
 
         config = self.config

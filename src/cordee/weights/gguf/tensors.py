@@ -3,8 +3,6 @@
 Owns names and layouts, which all architectures share. Knows no keys, and never imports torch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -72,7 +70,7 @@ class Shift:
     inputs: int = field(default=1, init=False)
 
     @property
-    def inverse(self) -> Shift:
+    def inverse(self) -> "Shift":
         return Shift(-self.amount)
 
     def apply(self, views: Sequence[View]) -> list[View]:
@@ -85,7 +83,7 @@ class _Shifted(View):
         self.view, self.amount = view, amount
         self.shape = view.shape
 
-    def read(self, index: Index) -> Tensor:
+    def read(self, index: Index) -> "Tensor":
         return self.view.read(index).float() + self.amount
 
 

@@ -4,8 +4,6 @@ Owns both ways between the values of a file and the files of a Hugging Face toke
 the architectures here have: byte-level BPE, and the BPE of SentencePiece. Knows no weights.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from array import array
@@ -267,7 +265,7 @@ def _malformed(values: Values) -> str | None:
     return None
 
 
-def _byte_level(values: Values, tokens: list[str], cut: Cut) -> tokenizers.Tokenizer:
+def _byte_level(values: Values, tokens: list[str], cut: Cut) -> "tokenizers.Tokenizer":
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     merges = [tuple(merge.split(" ")) for merge in values.get("tokenizer.ggml.merges", [])]
@@ -283,7 +281,7 @@ def _byte_level(values: Values, tokens: list[str], cut: Cut) -> tokenizers.Token
     return backend
 
 
-def _pieces(values: Values, tokens: list[str], kinds: Sequence[int]) -> tokenizers.Tokenizer:
+def _pieces(values: Values, tokens: list[str], kinds: Sequence[int]) -> "tokenizers.Tokenizer":
     """SentencePiece's BPE as `tokenizers` runs it: a token of higher score is made first, of any two parts."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
@@ -312,7 +310,7 @@ def _pieces(values: Values, tokens: list[str], kinds: Sequence[int]) -> tokenize
 
 
 def _write(
-    backend: tokenizers.Tokenizer, values: Values, tokens: list[str], kinds: Sequence[int], directory: Path
+    backend: "tokenizers.Tokenizer", values: Values, tokens: list[str], kinds: Sequence[int], directory: Path
 ) -> None:
     """The files, with the tokens that stand for themselves in a text, and what goes around it."""
     from tokenizers import AddedToken

@@ -3,8 +3,6 @@
 Owns one more operation of the rules' algebra: reading cuts the filling off, writing makes it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -30,7 +28,7 @@ class Crop:
     inputs: int = field(default=1, init=False)
 
     @property
-    def inverse(self) -> Pad:
+    def inverse(self) -> "Pad":
         return Pad(self.rows, self.padded, self.tail)
 
     def apply(self, views: Sequence[View]) -> list[View]:
@@ -55,7 +53,7 @@ class Pad:
         filling = self.padded - self.rows
         first = self.rows - filling if self.tail and filling <= self.rows else None
 
-        def fill(index: Index) -> Tensor:
+        def fill(index: Index) -> "Tensor":
             cut, *rest = index
             if first is not None:
                 return view.read((slice(first + cut.start, first + cut.stop), *rest))
