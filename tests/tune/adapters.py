@@ -21,6 +21,15 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama": {**models.MODELS["llama"], "num_hidden_layers": 2},
     "tied": {**models.MODELS["llama tied"], "num_hidden_layers": 2},
     "mixtral": {**models.MODELS["mixtral"], "num_hidden_layers": 2, "router_aux_loss_coef": 0.0},
+    "gpt_oss": {
+        **models.MODELS["mixtral"],
+        "architectures": ["GptOssForCausalLM"],
+        "model_type": "gpt_oss",
+        "num_hidden_layers": 2,
+        "head_dim": 8,
+        "sliding_window": 8,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
     "gpt2": {**models.MODELS["gpt2"], "n_layer": 2, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
 }
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

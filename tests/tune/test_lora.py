@@ -19,10 +19,12 @@ from cordee.errors import ProblemError
 from cordee.generate.loading import load_model
 from cordee.generate.options import GenerateConfig
 from cordee.model.config import LowRankConfig
+from cordee.model.gpt import GPTModel
 from cordee.model.specs import model_specs
 from cordee.train import job, objectives
 from cordee.train.options import TrainConfig
 from cordee.train.plan import check_run, plan_run
+from cordee.weights.load import load_into
 from tests.data.test_tuning import columns_of, make_samples, write
 from tests.problems import facts
 from tests.train import tiny
@@ -128,6 +130,23 @@ def test_experts_in_peft(tmp_path: Path):
     assert not torch.allclose(of_model(config), logits(load_model(formats.read(load))), atol=1e-3)
     source = adapter.read(str(load), GenerateConfig(load=str(load), lora_load=str(out)))
     torch.testing.assert_close(logits(load_model(source)), of_model(config), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
+def test_the_merged_model_is_the_one_that_was_trained(tmp_path: Path, name: str):
+    """Also where experts are one stack in the files, of which PEFT's have no adapters."""
+    load = adapters.base(tmp_path, name)
+    config = adapters.config(tmp_path, load, lora_target_modules=("all-linear",), train_iters=3)
+    job.run(config)
+    source = read_checkpoint(config.save or "")
+    model = GPTModel(source.spec.config)
+    load_into(model, formats.read(load), origins={"base"})
+    load_into(model, source, origins={"adapter"})
+    torch.testing.assert_close(of_model(config), logits(model.eval()), rtol=1e-5, atol=1e-5)
+    if name == "gpt_oss":
+        with pytest.raises(ProblemError) as caught:
+            adapters.convert(config.save, tmp_path / "out", "--save-model-type", "peft")
+        assert facts(caught) == [("--save-model-type", "peft", "unsupported")]
 
 
 # ---- layouts ---------------------------------------------------------------------------------------------------------
