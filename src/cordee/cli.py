@@ -25,8 +25,8 @@ INFERENCE_GRACE = 10.0  # seconds: processes that write or score have nothing to
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """One command: `options` names its schema, `job` `run(config) -> exit code`, which checks first, `check` the check
-    alone.
+    """One command: `options` names its schema, `job` a module that has `run(config) -> exit code`, which checks first,
+    and `check_run`, the check alone, unless `check` names another.
 
     `start` replaces running the job where there is more to do.
     """
@@ -102,7 +102,7 @@ def _dispatch(argv: list[str]) -> int:
 
 def problems(command: Command, loaded: Loaded[Any]) -> list[Problem]:
     """All problems of the job as a whole."""
-    return _load(command.check)(loaded.config) if command.check else []
+    return _load(command.check or f"{command.job}:check_run")(loaded.config)
 
 
 def further(command: Command, loaded: Loaded[Any]) -> list[Problem]:
@@ -125,7 +125,7 @@ def _run(command: Command, loaded: Loaded[Any], argv: Sequence[str]) -> int:
 
 def _do(command: Command, loaded: Loaded[Any]) -> int:
     try:
-        return _load(command.job)(loaded.config)
+        return _load(f"{command.job}:run")(loaded.config)
     except ProblemError as error:
         error.problems = render.with_origins(error.problems, loaded)
         raise
@@ -139,7 +139,7 @@ def _train(command: Command, loaded: Loaded[Any], argv: Sequence[str]) -> int:
         _raise_all(problems(command, loaded), loaded)
     processes = loaded.config.nproc_per_node
     if here.launcher or processes == 1:
-        return _load(command.job)(loaded.config)
+        return _load(f"{command.job}:run")(loaded.config)
     return supervisor.spawn_local(argv, processes, grace_seconds=loaded.config.exit_grace_seconds)
 
 
@@ -206,8 +206,7 @@ COMMANDS = {
         about="Every step on this machine: tokenizer, preprocess, pretrain, export, generate, evaluate, report.",
         example="cordee quickstart --input my-texts/",
         options="cordee.quickstart.options:QuickstartConfig",
-        job="cordee.quickstart.job:run",
-        check="cordee.quickstart.job:check_run",
+        job="cordee.quickstart.job",
     ),
     "check": Command(
         about="Show what `cordee train` would do with the same options, and all problems; starts nothing.",
@@ -220,43 +219,38 @@ COMMANDS = {
         about="Simulate pipeline schedules: bubble, peak activation memory, timeline; needs no devices.",
         example="cordee plan --schedule 1f1b interleaved zbv --num-micro-batches 16 --output schedules.svg",
         options="cordee.plan.options:PlanConfig",
-        job="cordee.plan.job:run",
-        check="cordee.plan.job:check_run",
+        job="cordee.plan.job",
     ),
     "preprocess": Command(
         about="Tokenize text or dialogues into the .bin/.idx files that training reads.",
         example="cordee preprocess --input texts.jsonl --output-prefix data/texts --append-eod \\\n"
         "    --tokenizer-type PretrainedFromHF --tokenizer-name-or-path models/llama2",
         options="cordee.data.options:PreprocessConfig",
-        job="cordee.data.preprocess:run",
-        check="cordee.data.preprocess:check_run",
+        job="cordee.data.preprocess",
     ),
     "data show": Command(
         about="Show what is in a .bin/.idx pair: counts, lengths, the first sequences as text.",
         example="cordee data show data/texts_text_document --num 5 --tokenizer-name-or-path models/llama2",
         options="cordee.data.options:ShowDataConfig",
-        job="cordee.data.show:run",
-        check="cordee.data.show:check_run",
+        job="cordee.data.show",
     ),
     "inspect": Command(
         about="Show samples for tuning as training sees them, trained tokens highlighted, and what is wrong with them.",
         example="cordee inspect dialogues.jsonl --prompt-type qwen --tokenizer-name-or-path models/qwen2",
         options="cordee.data.options:InspectConfig",
-        job="cordee.data.inspect:run",
-        check="cordee.data.inspect:check_run",
+        job="cordee.data.inspect",
     ),
     "convert": Command(
         about="Convert weights from any format and layout to another, merge LoRA adapters.",
         example="cordee convert --load-dir checkpoints --save-dir models/mine --save-model-type hf",
         options="cordee.convert.options:ConvertConfig",
-        job="cordee.convert.job:run",
-        check="cordee.convert.job:check_run",
+        job="cordee.convert.job",
     ),
     "train": Command(
         about="Train a model on all local devices, or as a rank of torchrun, Slurm or MPI.",
         example="cordee train --config run.yaml --nproc-per-node 2 --lr 3e-4",
         options="cordee.train.options:TrainConfig",
-        job="cordee.train.job:run",
+        job="cordee.train.job",
         check="cordee.train.plan:check_run",
         start=_train,
     ),
@@ -264,24 +258,21 @@ COMMANDS = {
         about="Generate text from prompts.",
         example='cordee generate --load models/mine --prompt "Once upon a time" --max-new-tokens 64',
         options="cordee.generate.options:GenerateConfig",
-        job="cordee.generate.job:run",
-        check="cordee.generate.job:check_run",
+        job="cordee.generate.job",
         start=_infer,
     ),
     "evaluate": Command(
         about="Evaluate a model on benchmark tasks.",
         example="cordee evaluate --load models/mine --task perplexity --task-data-path held-out.txt",
         options="cordee.evaluate.options:EvaluateConfig",
-        job="cordee.evaluate.job:run",
-        check="cordee.evaluate.job:check_run",
+        job="cordee.evaluate.job",
         start=_infer,
     ),
     "bench": Command(
         about="Measure speed and memory against peers, interleaved in one run.",
         example="cordee bench train --threads 2",
         options="cordee.bench.options:BenchConfig",
-        job="cordee.bench.job:run",
-        check="cordee.bench.job:check_run",
+        job="cordee.bench.job",
     ),
 }
 

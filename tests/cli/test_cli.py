@@ -34,11 +34,10 @@ def jobs(monkeypatch):
     ran: list[tuple[str, object]] = []
     for command, entry in COMMANDS.items():
         if entry.job:
-            name, _, function = entry.job.partition(":")
-            module = types.ModuleType(name)
-            setattr(module, function, lambda config, command=command: ran.append((command, config)) or 0)
+            module = types.ModuleType(entry.job)
+            module.run = lambda config, command=command: ran.append((command, config)) or 0
             module.check_run = lambda config: list(laws.problems(config))
-            monkeypatch.setitem(sys.modules, name, module)
+            monkeypatch.setitem(sys.modules, entry.job, module)
     module = types.ModuleType("cordee.train.plan")
     module.check_run = lambda config: list(plan.option_problems(config))
     monkeypatch.setitem(sys.modules, "cordee.train.plan", module)
