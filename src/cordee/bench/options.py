@@ -18,7 +18,7 @@ class BenchOptions:
     )
     load: str | None = option(
         None,
-        "generate: model directory [a random Llama of 35 M parameters]; sft: file of Alpaca's records [made of text]",
+        "generate, lora: model directory [a random Llama of 35 M parameters]; sft: file of Alpaca's records [made]",
         metavar="PATH",
     )
     model: str | None = option(None, "convert: preset whose shapes the checkpoint has [llama2-13b]", metavar="PRESET")
@@ -33,6 +33,6 @@ class BenchOptions:
 class BenchConfig(BenchOptions):
     """Speed and memory against peers."""
 
-    suite: Literal["train", "generate", "preprocess", "convert", "parity", "resume", "sft"] = required(
+    suite: Literal["train", "generate", "preprocess", "convert", "parity", "resume", "sft", "lora"] = required(
         "what to measure", positional=True
     )

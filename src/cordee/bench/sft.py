@@ -8,6 +8,7 @@ and their ends. Writes the dialogues and what Cordée makes of them into a tempo
 import json
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ PEERS = ("accelerate",)
 STEPS, SEQ_LENGTH, BATCH, SAMPLES = 3, 2048, 8, 2000
 CORDEE, TRAINER, TRL = "cordee, packed", "transformers, Trainer", "TRL, packed"
 TARGETS = {TRAINER: 2.5, TRL: 1.3}
+COLUMNS = ["", "trained tokens/s", "Cordée is x as fast", "peak memory", "Cordée's is x"]
 
 
 def run(config: BenchConfig, on_turn: Callable[[int, str, Turn], None]) -> Report:
@@ -40,15 +42,17 @@ def run(config: BenchConfig, on_turn: Callable[[int, str, Turn], None]) -> Repor
     total = steps * (config.rounds + 1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        _write(folder, config.load)
+        corpus.write_tokenizer(folder / "tokenizer", VOCAB_SIZE, TOKENIZER_CHARACTERS)
+        write_dialogues(folder, config.load, folder / "tokenizer", SEQ_LENGTH)
         job = _train_config(folder, total + 1)
         contenders = [
             Contender(CORDEE, play_cordee, (job, steps)),
-            Contender(TRAINER, play_trainer, (steps, total, name)),
+            Contender(TRAINER, play_trainer, (steps, total, name, partial(llama, SEQ_LENGTH), BATCH)),
         ]
         if find_spec("trl") is not None:
             contenders.append(Contender(TRL, play_trl, (steps, total, name)))
-        trained = {CORDEE: _trained_per_row(folder / "packed"), TRAINER: BATCH * _trained_per_row(folder / "plain")}
+        trained = {CORDEE: trained_per_row(folder / "packed"), TRAINER: BATCH * trained_per_row(folder / "plain")}
+        trained[TRL] = trained[CORDEE]
         results = hold(contenders, config.rounds, config.threads or 1, on_turn)
     return _report(config, results, trained, [contender.name for contender in contenders])
 
@@ -56,9 +60,9 @@ def run(config: BenchConfig, on_turn: Callable[[int, str, Turn], None]) -> Repor
 # ---- what is trained -------------------------------------------------------------------------------------------------
 
 
-def _write(folder: Path, given: str | None) -> None:
-    """The dialogues of the file `given`, or of source text cut in questions and answers, tokenized in both ways."""
-    corpus.write_tokenizer(folder / "tokenizer", VOCAB_SIZE, TOKENIZER_CHARACTERS)
+def write_dialogues(folder: Path, given: str | None, tokenizer: Path, length: int) -> None:
+    """The dialogues of the file `given`, or of source text cut in questions and answers, tokenized in both ways: of at
+    most `length` tokens each, and packed into rows of so many."""
     source = given or str(folder / "dialogues.jsonl")
     if given is None:
         text, random = "".join(corpus.documents(4_000_000)), np.random.default_rng(0)
@@ -73,17 +77,17 @@ def _write(folder: Path, given: str | None) -> None:
             PreprocessConfig(
                 input=source,
                 output_prefix=str(folder / prefix),
-                tokenizer_name_or_path=str(folder / "tokenizer"),
+                tokenizer_name_or_path=str(tokenizer),
                 handler_name="AlpacaStyleInstructionHandler",
                 prompt_type="alpaca",
-                seq_length=SEQ_LENGTH,
+                seq_length=length,
                 neat_pack=packed,
                 skip_invalid=True,
             )
         )
 
 
-def _trained_per_row(prefix: Path) -> float:
+def trained_per_row(prefix: Path) -> float:
     labels = IndexedDataset(document(str(prefix), "labels"))
     return sum(int((row != IGNORED).sum()) for row in labels[:]) / len(labels)
 
@@ -113,18 +117,15 @@ def _plain_samples(folder: str) -> Any:
     return [{"input_ids": ids[int(i)].tolist(), "labels": labels[int(i)].tolist()} for i in order]
 
 
-def play_trainer(baton: Baton, steps: int, total: int, folder: str) -> None:
-    """transformers' Trainer with batches padded to their longest sample."""
+def play_trainer(baton: Baton, steps: int, total: int, folder: str, model: Callable[[], Any], batch: int) -> None:
+    """transformers' Trainer with batches of so many samples, padded to their longest."""
     from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
     tokenizer = AutoTokenizer.from_pretrained(f"{folder}/tokenizer")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    arguments = TrainingArguments(**trainer_arguments(total, folder), per_device_train_batch_size=BATCH)
+    arguments = TrainingArguments(**trainer_arguments(total, folder), per_device_train_batch_size=batch)
     trainer = Trainer(
-        llama(SEQ_LENGTH),
-        arguments,
-        train_dataset=_plain_samples(folder),
-        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        model(), arguments, train_dataset=_plain_samples(folder), data_collator=DataCollatorForSeq2Seq(tokenizer)
     )
     take_turns(trainer, Shift(baton, steps))
     trainer.train()
@@ -159,19 +160,24 @@ def play_trl(baton: Baton, steps: int, total: int, folder: str) -> None:
 # ---- figures ---------------------------------------------------------------------------------------------------------
 
 
-def _report(config: BenchConfig, results: Results, trained: dict[str, float], names: list[str]) -> Report:
+def compared(results: Results, trained: dict[str, float], names: list[str]) -> tuple[list[list[str]], dict[str, float]]:
+    """Rows and figures of contenders, Cordée first; `trained` tokens each in a step."""
     rows, figures = [], {}
     for name in names:
-        seconds, tokens = results.median(name), trained.get(name, trained[CORDEE])
-        rate = tokens / seconds
-        figures |= {f"{name}: trained tokens/s": rate, f"{name}: peak bytes": results.peak_bytes(name)}
-        against = figures[f"{CORDEE}: trained tokens/s"] / rate
-        rows.append([name, f"{rate:,.0f}", f"{against:.2f}", f"{results.peak_bytes(name) / 2**20:,.0f} MiB"])
+        rate, peak = trained[name] / results.median(name), results.peak_bytes(name)
+        figures |= {f"{name}: trained tokens/s": rate, f"{name}: peak bytes": peak}
+        faster = figures[f"{CORDEE}: trained tokens/s"] / rate
+        smaller = figures[f"{CORDEE}: peak bytes"] / peak
+        rows.append([name, f"{rate:,.0f}", f"{faster:.2f}", f"{peak / 2**20:,.0f} MiB", f"{smaller:.2f}"])
+    return rows, figures
+
+
+def _report(config: BenchConfig, results: Results, trained: dict[str, float], names: list[str]) -> Report:
+    rows, figures = compared(results, trained, names)
     notes = [
         f"Llama of {LAYERS} layers, hidden {HIDDEN}, {HEADS} heads, ffn {FFN}, vocabulary {VOCAB_SIZE}, float32, "
         f"AdamW, {config.threads} threads; rows of {SEQ_LENGTH} tokens, or {BATCH} samples padded to the longest",
         f"{config.rounds} rounds of {config.steps or STEPS} steps in turns, after a round that is not counted; trained "
         "tokens of a mean step by its median time; rows of TRL are taken to have as many as Cordée's",
     ]
-    columns = ["", "trained tokens/s", "Cordée is x", "peak memory"]
-    return Report(title="Tuning", columns=columns, rows=rows, figures=figures, notes=notes)
+    return Report(title="Tuning", columns=COLUMNS, rows=rows, figures=figures, notes=notes)

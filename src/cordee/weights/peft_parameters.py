@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from cordee.errors import Problem, ProblemError
@@ -214,7 +214,8 @@ class PeftSink(Sink):
 
     def close(self) -> None:
         with self._staging.writing():
-            save_file(self._tensors, self._staging.scratch / TENSORS, {"format": "pt"})
+            content = save(self._tensors, {"format": "pt"})  # save_file makes what only its owner may read
+            (self._staging.scratch / TENSORS).write_bytes(content)
             self._staging.write_json(CONFIG, self._settings)
             self._staging.copy_assets(self._output.assets, TOKENIZER)
         self._staging.publish()
