@@ -44,8 +44,7 @@ class KTOBatch(PreferenceBatch):
 
 def paired(rows: Tensor) -> tuple[Tensor, Tensor]:
     """The first and the second row of every sample: `[2 * samples, ...]` to twice `[samples, ...]`."""
-    first, second = rows.unflatten(0, (-1, 2)).unbind(1)
-    return first, second
+    return rows[::2], rows[1::2]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -124,13 +124,12 @@ class MismatchedDataset(TuningDataset):
     the files, of the first to that of the last; further before, where the prompt is the same."""
 
     def _read(self, sequence: int) -> dict[str, npt.NDArray[np.int64]]:
-        own, other, start = super()._read(sequence), None, 0
-        prompt = own["input_ids"][: source_length(own["labels"])]
+        own = other = super()._read(sequence)
+        prompt = own["input_ids"][: (start := source_length(own["labels"]))]
         for step in range(1, min(len(self.indexed), _TRIED + 1)):
             other = super()._read((sequence - step) % len(self.indexed))
             start = source_length(other["labels"])
             if not np.array_equal(prompt, other["input_ids"][:start]):
                 break
-        assert other is not None, "there are several samples"
         before = {"input_ids": prompt, "labels": np.full_like(prompt, IGNORED), "attention_mask": np.ones_like(prompt)}
         return own | {MISMATCHED + name: np.concatenate([before[name], other[name][start:]]) for name in FIELDS}

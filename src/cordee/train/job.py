@@ -256,12 +256,11 @@ def _build(
     _log_layout(plan, layout, model)
     make = {name: partial(_further, each, plan, layout, on, criterion) for name, each in plan.models.items()}
     make[objectives.POLICY] = partial(Frozen, model, executor, layout)
-    datasets = {name: loader.dataset for name, loader in loaders.items()}
     parts = Parts(
         model=model,
         executor=executor,
         objective=objective,
-        models=objective.begin(make, plan, datasets, layout),
+        models=objective.begin(make, plan, {name: each.dataset for name, each in loaders.items()}, layout),
         optimizer=optimizer,
         scaler=scaler,
         loaders=loaders,

@@ -47,12 +47,10 @@ Losses: TypeAlias = "tuple[Tensor, dict[str, Tensor]]"
 
 
 class Preference(SFT):
-    """refers: it has a reference model."""
-
     loss_name = "preference loss"
     reduces = True
     form: ClassVar[Form] = "pairs"
-    refers: ClassVar[bool] = False
+    refers: ClassVar[bool] = False  # whether it has a reference model
     options: PreferenceOptions = PreferenceOptions()
 
     def with_options(self, config: TrainConfig) -> Self:
@@ -95,6 +93,10 @@ class Preference(SFT):
         pairs = zip(batches, reference.forward(batches, token_logps), strict=True)
         return [batch if logps is None else replace(batch, reference=logps) for batch, logps in pairs]
 
+    def weight(self, batch: Any) -> int:
+        """Number of samples, such as pairs."""
+        return len(batch.samples)
+
     def answers(self, head: Head, hidden: Tensor, batch: PreferenceBatch, reduce: Reduce) -> Answers:
         """Those of all rows of a batch."""
         import torch
@@ -107,10 +109,6 @@ class Preference(SFT):
 
 class PairPreference(Preference):
     """A loss of pairs."""
-
-    def weight(self, batch: Batch) -> int:
-        """Number of pairs."""
-        return len(batch.input_ids) // 2
 
     def loss(self, head: Head, hidden: Tensor, batch: PreferenceBatch, reduce: Reduce) -> LossParts:
         from cordee.data.tuning_collate import paired

@@ -5,11 +5,13 @@ Owns what they follow from, and that every sequence gets its own. Files are `ord
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from cordee import launch
 from cordee.checkpoint.storage import location_of
 from cordee.data.build import cache_dir
 from cordee.data.indexed import bin_path, fingerprint
@@ -22,7 +24,7 @@ from cordee.parallel.layout import Layout
 from cordee.train.run_plan import RunPlan
 
 _READ = 1 << 28  # bytes of a file that tell whether it changed
-_SETTINGS = ("ref_model", "seed", "seq_length", "reset_position_ids", "reset_attention_mask", "bf16", "fp16")
+_SETTINGS = ("seq_length", "reset_position_ids", "reset_attention_mask", "bf16", "fp16")
 
 
 def attach(make: Callable[[], Frozen], plan: RunPlan, datasets: Mapping[str, Any], layout: Layout) -> None:
@@ -31,27 +33,28 @@ def attach(make: Callable[[], Frozen], plan: RunPlan, datasets: Mapping[str, Any
     frozen = None
     for dataset in (part for each in datasets.values() for part in getattr(each, "datasets", [each])):
         key = collectives.from_first(_key(plan, dataset) if layout.rank == 0 else None, layout)
-        folder, shapes = (
-            cache_dir(plan.config.data_cache_path, dataset.indexed.prefix),
-            {"reference": (dataset.count, 2)},
-        )
+        folder = cache_dir(plan.config.data_cache_path, dataset.indexed.prefix)
+        open_or = partial(cached_arrays, folder, key, {"reference": (dataset.count, 2)})
         known: Arrays = {}
         with suppress(LookupError):  # of what is damaged
-            known = cached_arrays(folder, key, shapes, dict) if (folder / f"{key}-reference.npy").exists() else {}
+            known = open_or(dict) if (folder / f"{key}-reference.npy").exists() else {}
         if not all(collectives.gather(bool(known), layout)):
             logger.info("the reference model scores %s", counted(dataset.count, "sample"))
             frozen = frozen or make()
-            made = {"reference": _scores(dataset, frozen, plan, layout)}
-            known = cached_arrays(folder, key, shapes, lambda made=made: made)
+            known = {"reference": _scores(dataset, frozen, plan, layout)}
+            if launch.rank_info().local_rank == 0:
+                open_or(lambda known=known: known)
         dataset.reference = known["reference"]
 
 
 def _key(plan: RunPlan, dataset: TuningDataset) -> str:
-    facts = {name: getattr(plan.config, name) for name in _SETTINGS} | {"range": [dataset.first, dataset.count]}
+    config = plan.config
+    facts = {name: getattr(config, name) for name in _SETTINGS} | {"range": [dataset.first, dataset.count]}
     facts["data"] = [fingerprint(bin_path(field.prefix), _READ) for field in dataset.fields.values()]
-    path = location_of(plan.config.ref_model).local if plan.config.ref_model else None
-    files = [path, *sorted(path.rglob("*"))] if path else []
-    facts["files"] = [(file.name, fingerprint(file, _READ)) for file in files if file.is_file()]
+    facts["weights"] = config.ref_model or config.seed
+    if config.ref_model and (path := location_of(config.ref_model).local):
+        files = sorted((path, *path.rglob("*")))
+        facts["weights"] = [(file.name, fingerprint(file, _READ)) for file in files if file.is_file()]
     return content_key(**facts, model=plan.models["reference"].spec.to_dict())
 
 

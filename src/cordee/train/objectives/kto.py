@@ -34,10 +34,6 @@ class KTO(Preference):
     form: ClassVar[Form] = "kto"
     refers = True
 
-    def weight(self, batch: KTOBatch) -> int:
-        """Number of samples."""
-        return len(batch.desirable)
-
     def prepare(self, batches: list[Any], models: Mapping[str, Frozen]) -> list[Any]:
         import torch
 

@@ -56,11 +56,9 @@ class TuningData(GPTData):
 
 
 class SFT(NextToken):
-    """`form`: what its samples are."""
-
     stage = "sft"
     plan = TuningData
-    form: ClassVar[Form] = "dialogues"
+    form: ClassVar[Form] = "dialogues"  # of its samples
 
     def ready(self, config: TrainConfig) -> TrainConfig:
         """Paths become the prefixes of pairs of ids; records are tokenized into the cache if they are not there."""
