@@ -11,16 +11,10 @@ class CheckpointOptions:
     """Checkpoints."""
 
     save: str | None = option(
-        None,
-        "checkpoint directory to write, or a URL that fsspec knows (s3://bucket/run)",
-        metavar="DIR|URL",
-        elsewhere=("output_dir",),
+        None, "checkpoint directory to write, or a URL of fsspec", metavar="DIR|URL", elsewhere=("output_dir",)
     )
     save_interval: int | None = option(
-        None,
-        "iterations between checkpoints; the last iteration is always saved [only the last one]",
-        above=0,
-        elsewhere=("save_steps",),
+        None, "iterations between checkpoints; the last is always saved [only that]", above=0, elsewhere=("save_steps",)
     )
     keep_last: int | None = option(
         None, "keep only this many newest checkpoints [all]", above=0, elsewhere=("save_total_limit",)
@@ -36,9 +30,7 @@ class CheckpointOptions:
         elsewhere=("model_name_or_path", "resume_from_checkpoint"),
     )
     ckpt_step: int | None = option(
-        None,
-        "iteration to load, of a run or of Megatron [the last good checkpoint; Megatron's tracker file]",
-        at_least=0,
+        None, "iteration to load, of a run or of Megatron [the last good one; Megatron's tracker file]", at_least=0
     )
     finetune: bool = option(False, "load only the weights of --load, start at iteration 0")
     load_optim: bool = option(True, "resume the optimizer state of --load")

@@ -32,17 +32,13 @@ class ConvertOptions:
         metavar="DIR|URL",
     )
     save_dir: str = required(
-        "directory to write; mg to hf: the original model's means DIR/mg2hf",
-        aliases=("--output-model-dir",),
-        metavar="DIR",
+        "directory to write; mg to hf: the original's: DIR/mg2hf", aliases=("--output-model-dir",), metavar="DIR"
     )
     load_model_type: Literal["hf", "mg", "gguf"] | None = option(
         None, "require this input format [any]", aliases=("--loader",), synonyms=_FORMAT_SYNONYMS
     )
     save_model_type: Literal["hf", "mg", "ascendspeed", "mindformers", "dcp", "gguf", "peft"] | None = option(
-        None,
-        "output format; peft: adapters of a run as PEFT has them, not merged [hf; mg with --saver megatron]",
-        synonyms=_FORMAT_SYNONYMS,
+        None, "output format; peft: adapters of a run [hf; mg with --saver megatron]", synonyms=_FORMAT_SYNONYMS
     )
     saver: Literal["megatron"] | None = option(None, "older name of --save-model-type mg")
     model_type: Literal["GPT", "BERT"] = option("GPT", "model architecture; only decoders (GPT) are supported")
@@ -50,9 +46,7 @@ class ConvertOptions:
         None, "require this model, by MindSpeed-LLM's name (llama2, mixtral, ...) [any]", metavar="NAME"
     )
     model: str | None = option(
-        None,
-        "model of a Megatron checkpoint: preset, or directory with config.json [the config.json or arguments in it]",
-        metavar="PRESET|DIR",
+        None, "model of a Megatron checkpoint: preset, or directory with config.json [in it]", metavar="PRESET|DIR"
     )
     params_dtype: Literal["float32", "bfloat16", "float16"] | None = option(
         None, "dtype of the weights to write [as stored]", synonyms=DTYPE_SYNONYMS
@@ -112,10 +106,7 @@ class MegatronTargetOptions:
         None, "pad embedding rows to a multiple of this x TP [1; ascendspeed: 128]", above=0
     )
     true_vocab_size: int | None = option(
-        None,
-        "unpadded vocabulary size, where a Megatron checkpoint holds only the padded one",
-        aliases=("--orig-vocab-size",),
-        above=0,
+        None, "vocabulary size, where Megatron's is padded", aliases=("--orig-vocab-size",), above=0
     )
     vocab_file: str | None = option(None, "as --true-vocab-size: count the tokens of this vocab.json", metavar="FILE")
     tokenizer_model: str | None = option(None, "tokenizer path to record in the checkpoint's arguments", metavar="FILE")

@@ -135,12 +135,8 @@ def megatron_target(options: ConvertConfig) -> Target:
             vocab_multiple=options.make_vocab_size_divisible_by or legacy.ASCENDSPEED_VOCAB_MULTIPLE,
             form="deepspeed" if options.deepspeed else "release",
         )
-    return Target(
-        dialect=_dialect(options),
-        wanted=wanted,
-        vocab_multiple=options.make_vocab_size_divisible_by or 1,
-        settings=_settings(options),
-    )
+    multiple, settings = options.make_vocab_size_divisible_by or 1, _settings(options)
+    return Target(dialect=_dialect(options), wanted=wanted, vocab_multiple=multiple, settings=settings)
 
 
 def _contradictions(options: ConvertConfig) -> Problems:

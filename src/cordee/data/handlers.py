@@ -175,6 +175,9 @@ def _moss_turns(record: Record) -> list[Dialogue]:
     return [_dialogue(*texts[:end]) for end in range(2, len(texts) + 1, 2)]
 
 
+_LEETCODE = ("code_with_problem", "code_only", "explanation_only")
+
+
 def _leetcode(record: Record) -> list[Dialogue]:
     question = _text(record, "code_with_problem").split("```")[0].strip()
     return [_dialogue(question, f"{_text(record, 'code_only')}\n{_text(record, 'explanation_only')}")]
@@ -361,12 +364,7 @@ _FIXED = {
         _fixed("BelleMultiTurnInstructionHandler", _belle, PROMPTER, "instruction", "output"),
         _fixed("MOSSInstructionHandler", _moss_turns, PROMPTER, "chat"),
         _fixed("MOSSMultiTurnHandler", _moss_dialogue, BAICHUAN, "chat"),
-        _fixed(
-            "LeetcodePythonInstructionHandler",
-            _leetcode,
-            PROMPTER,
-            *("code_with_problem", "code_only", "explanation_only"),
-        ),
+        _fixed("LeetcodePythonInstructionHandler", _leetcode, PROMPTER, *_LEETCODE),
         _fixed("VicunaHandler", partial(_sharegpt, columns=_SHAREGPT, tags=_TAGS), VICUNA, "conversations"),
         replace(_fixed("SquadHandler", _squad, SQUAD, "data", "paragraphs", "qas", "context"), required=()),
     )

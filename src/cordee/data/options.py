@@ -76,10 +76,7 @@ class DataOptions:
         "single", "sampler: single: sequential over the dataset's own shuffled index; cyclic: reshuffled every epoch"
     )
     num_workers: int = option(
-        0,
-        "dataloader threads that prefetch batches per training process; 0 loads in the main thread",
-        at_least=0,
-        elsewhere=("dataloader_num_workers",),
+        0, "dataloader threads of a process; 0: the main one loads", at_least=0, elsewhere=("dataloader_num_workers",)
     )
     eod_mask_loss: bool = option(False, "loss mask: no loss on the token after an end-of-document (EOD) token")
     reset_position_ids: bool = option(False, "restart position ids at every document of a sample")
@@ -107,22 +104,16 @@ class DialogueOptions:
     )
     map_keys: str | None = option(None, "JSON object: a key of the handler to a key of the records", metavar="JSON")
     prompt_type: str | None = option(
-        None,
-        "prompt template: default, chatml, qwen, llama2, llama3, mistral, alpaca and others",
-        elsewhere=("template",),
+        None, "prompt template: default, chatml, qwen, llama2, llama3, mistral, alpaca, ...", elsewhere=("template",)
     )
     hf_chat_template: bool = option(False, "prompt template: the tokenizer's own Jinja chat template")
     train_on: Literal["assistant", "last", "all"] = option(
-        "assistant",
-        "tokens with a label: every answer, the last answer, or everything",
-        synonyms={"target": "assistant"},
+        "assistant", "tokens with a label: every answer, the last, or all", synonyms={"target": "assistant"}
     )
     mask_history: bool = option(False, "as --train-on last")
     pack: bool = option(False, "pack several samples into rows of exactly --seq-length tokens", elsewhere=("packing",))
     neat_pack: bool = option(
-        False,
-        "as --pack; samples of a row do not attend to each other, each with positions from 0",
-        elsewhere=("neat_packing",),
+        False, "as --pack; samples of a row do not see each other, positions begin anew", elsewhere=("neat_packing",)
     )
     dataset_dir: str | None = option(
         None, "LlamaFactoryInstructionHandler: directory of dataset_info.json [data]", metavar="DIR"

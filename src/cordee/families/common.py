@@ -70,12 +70,8 @@ def read_norm(hf: ConfigReader) -> NormConfig:
 
 def read_swiglu(hf: ConfigReader, bias: bool = False, key: str = "intermediate_size") -> MLPConfig:
     """A gated MLP with SiLU; `key` is its FFN hidden size."""
-    return MLPConfig(
-        ffn_hidden_size=hf.integer(key),
-        activation=hf.choice("hidden_act", names_of("silu"), "silu"),
-        gated=True,
-        bias=bias,
-    )
+    activation = hf.choice("hidden_act", names_of("silu"), "silu")
+    return MLPConfig(ffn_hidden_size=hf.integer(key), activation=activation, gated=True, bias=bias)
 
 
 def names_of(activation: Activation) -> dict[str, Activation]:

@@ -17,11 +17,8 @@ def read(hf: ConfigReader) -> ModelConfig:
     heads, norm = common.read_heads(hf, groups=8), common.read_norm(hf)
     rope = read_rope(hf, heads["head_dim"], theta=1e6)
     attention = AttentionConfig(**heads, rope=rope, window=hf.integer("sliding_window", None))
-    moe = MoEConfig(
-        router=RouterConfig(**read_choice(hf, "num_local_experts"), normalise=True),
-        expert=common.read_swiglu(hf),
-        balance=read_balance(hf),
-    )
+    router = RouterConfig(**read_choice(hf, "num_local_experts"), normalise=True)
+    moe = MoEConfig(router=router, expert=common.read_swiglu(hf), balance=read_balance(hf))
     layer = LayerConfig(attention=attention, mlp=moe, norm=norm)
     return common.read_model(hf, [layer] * hf.integer("num_hidden_layers"), norm)
 

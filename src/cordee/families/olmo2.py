@@ -10,13 +10,8 @@ from cordee.tensors.rules import Rule, module
 
 def read(hf: ConfigReader) -> ModelConfig:
     heads, norm, bias = common.read_heads(hf), common.read_norm(hf), hf.flag("attention_bias", False)
-    attention = AttentionConfig(
-        **heads,
-        qkv_bias=bias,
-        out_bias=bias,
-        rope=read_rope(hf, heads["head_dim"]),
-        qk_norm=QKNormConfig(norm=norm, over="all"),
-    )
+    rope, qk_norm = read_rope(hf, heads["head_dim"]), QKNormConfig(norm=norm, over="all")
+    attention = AttentionConfig(**heads, qkv_bias=bias, out_bias=bias, rope=rope, qk_norm=qk_norm)
     layer = LayerConfig(attention=attention, mlp=common.read_swiglu(hf), norm=norm, norm_placement="post")
     return common.read_model(hf, [layer] * hf.integer("num_hidden_layers"), norm)
 

@@ -18,13 +18,8 @@ def read(hf: ConfigReader) -> ModelConfig:
     )
     layer = LayerConfig(attention=attention, mlp=common.read_swiglu(hf), norm=norm)
     embedding_dropout, hidden_dropout = hf.probability("embd_pdrop", 0.0), hf.probability("resid_pdrop", 0.0)
-    return common.read_model(
-        hf,
-        [layer] * hf.integer("num_hidden_layers"),
-        norm,
-        embedding_dropout=embedding_dropout,
-        hidden_dropout=hidden_dropout,
-    )
+    layers = [layer] * hf.integer("num_hidden_layers")
+    return common.read_model(hf, layers, norm, embedding_dropout=embedding_dropout, hidden_dropout=hidden_dropout)
 
 
 def layer_weights(layer: LayerConfig) -> list[Rule]:

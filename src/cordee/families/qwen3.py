@@ -13,13 +13,8 @@ from cordee.model.config import AttentionConfig, LayerConfig, ModelConfig, QKNor
 def read_attention(hf: ConfigReader, **defaults: int) -> AttentionConfig:
     """Attention of Qwen3, with or without experts, windows left out; `defaults` as for `read_heads`."""
     heads, bias = common.read_heads(hf, **defaults), hf.flag("attention_bias", False)
-    return AttentionConfig(
-        **heads,
-        qkv_bias=bias,
-        out_bias=bias,
-        rope=read_rope(hf, heads["head_dim"]),
-        qk_norm=QKNormConfig(norm=common.read_norm(hf)),
-    )
+    rope, qk_norm = read_rope(hf, heads["head_dim"]), QKNormConfig(norm=common.read_norm(hf))
+    return AttentionConfig(**heads, qkv_bias=bias, out_bias=bias, rope=rope, qk_norm=qk_norm)
 
 
 def read(hf: ConfigReader) -> ModelConfig:

@@ -119,7 +119,7 @@ class ModelOptions(FeatureOptions, VocabularyOptions):
     high_freq_factor: float | None = option(None, "llama3: wavelengths below original / this are not scaled", above=0)
     original_max_position_embeddings: int | None = option(
         None,
-        "llama3 and yarn: context length before scaling, in tokens",
+        "llama3, yarn: context before scaling",
         aliases=("--rope-scaling-original-max-position-embeddings",),
         above=0,
     )
@@ -170,10 +170,7 @@ class ExpertTrainingOptions:
     """Training of MoE experts."""
 
     moe_aux_loss_coeff: float | None = option(
-        None,
-        "load-balancing auxiliary loss of MoE: coefficient [the model's; 0 from flags alone]",
-        aliases=("--moe-loss-coeff",),
-        at_least=0,
+        None, "weight of the load-balancing loss [the model's; 0 from flags]", aliases=("--moe-loss-coeff",), at_least=0
     )
     seq_aux: bool | None = option(None, "load-balancing auxiliary loss per sequence [the model's]")
     moe_device_level_aux_loss_coeff: float | None = option(
@@ -185,7 +182,7 @@ class ExpertTrainingOptions:
     moe_z_loss_coeff: float | None = option(None, "router z-loss: coefficient [0]", at_least=0)
     moe_expert_capacity_factor: float | None = option(
         None,
-        "capacity factor: an expert drops tokens beyond this x an even share; < 0: none [the model's]",
+        "capacity factor: experts drop tokens beyond this x an even share; < 0: none",
         aliases=("--moe-train-capacity-factor",),
     )
     moe_token_drop_policy: Literal["probs", "position"] | None = option(

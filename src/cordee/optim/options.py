@@ -15,9 +15,7 @@ class OptimizerOptions:
     """Optimizer and learning rate schedule."""
 
     optimizer: str = option(
-        "adam",
-        "adam: AdamW, fused where the device has a fused kernel; fused_adam, foreach_adam: that implementation; sgd",
-        elsewhere=("optim",),
+        "adam", "adam: AdamW, fused if the device can; fused_adam, foreach_adam: that one; sgd", elsewhere=("optim",)
     )
     lr: float = required("peak learning rate", above=0, elsewhere=("learning_rate",))
     min_lr: float = option(0.0, "learning rate at the end of the decay", at_least=0)
@@ -48,10 +46,7 @@ class OptimizerOptions:
     )
     weight_decay_incr_style: Literal["constant", "linear", "cosine"] = option("constant", "weight decay schedule")
     clip_grad: float = option(
-        1.0,
-        "gradient clipping: maximum global L2 norm of gradients; 0: no clipping",
-        at_least=0,
-        elsewhere=("max_grad_norm",),
+        1.0, "gradient clipping: maximum global L2 norm; 0: none", at_least=0, elsewhere=("max_grad_norm",)
     )
     adam_beta1: float = option(0.9, "first-moment decay (Adam beta1), of the mean of gradients", at_least=0, below=1)
     adam_beta2: float = option(0.999, "second-moment decay (Adam beta2), of squared gradients", at_least=0, below=1)

@@ -72,10 +72,7 @@ class PipelineOptions:
         None, "layers per virtual pipeline stage (model chunk), with several stages per rank", above=0
     )
     num_layer_list: str | None = option(
-        None,
-        "layers of each pipeline stage: 7,8,8,9 [balanced by FLOPs]",
-        aliases=("--manual-layers",),
-        metavar="N,N,...",
+        None, "layers of each stage: 7,8,8,9 [by FLOPs]", aliases=("--manual-layers",), metavar="N,N,..."
     )
     use_manual_layer_allocation: bool = option(False, "require --num-layer-list for the layers of the pipeline stages")
     noop_layers: str | None = option(
@@ -87,7 +84,7 @@ class PipelineOptions:
     )
     fold_mode: Literal["aiao", "fifo"] | None = option(
         None,
-        "virtual stages one by one (aiao) or in turns (fifo), reducing gradients under the next backward",
+        "virtual stages one by one (aiao) or in turns (fifo), reducing under the backward",
         aliases=("--foldx-mode",),
     )
     pipeline_timeline: str | None = option(
@@ -145,10 +142,7 @@ class ExpertOptions:
 
     group = _PARALLELISM
     expert_model_parallel_size: int = option(
-        1,
-        "expert parallelism (EP): data- and context-parallel ranks that shard the experts",
-        aliases=("--moe-expert-parallel-size",),
-        above=0,
+        1, "expert parallelism (EP): ranks that shard experts", aliases=("--moe-expert-parallel-size",), above=0
     )
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = option(
         "alltoall", "MoE token dispatch over EP ranks: all-to-all, or all-gather and reduce-scatter"

@@ -45,14 +45,8 @@ def collect(source: Path | None, folder: Path) -> Corpus:
         for name, text in documents:
             file = held if name in held_out else train
             file.write(json.dumps({"text": text, "source": name}, ensure_ascii=False) + "\n")
-    return Corpus(
-        paths["train"],
-        paths["held_out"],
-        len(documents) - len(held_out),
-        len(held_out),
-        sum(len(text) for _, text in documents),
-        num_skipped,
-    )
+    characters, rest = sum(len(text) for _, text in documents), len(documents) - len(held_out)
+    return Corpus(paths["train"], paths["held_out"], rest, len(held_out), characters, num_skipped)
 
 
 def _read(source: Path | None) -> tuple[list[tuple[str, str]], int]:
@@ -99,9 +93,6 @@ def _held_out(names: list[str]) -> set[str]:
 
 
 def _too_little(source: Path | None, found: int) -> Problem:
-    return Problem(
-        "--input",
-        source or "Python's standard library",
-        f"{found} documents: one to train on and one to hold out are the least",
-        f"give a folder with more files ({', '.join(TEXT_ENDINGS[:4])}, ...) or a text file of a megabyte or more",
-    )
+    why = f"{found} documents: one to train on and one to hold out are the least"
+    fix = f"give a folder with more files ({', '.join(TEXT_ENDINGS[:4])}, ...) or a text file of a megabyte or more"
+    return Problem("--input", source or "Python's standard library", why, fix)

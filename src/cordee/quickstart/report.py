@@ -68,14 +68,8 @@ def _loss_plot(report: Report) -> str:
     if report.validation:
         iterations, losses = zip(*report.validation, strict=True)
         axes.plot(iterations, losses, color=ORANGE, lw=0, marker="o", ms=5, label="validation")
-        axes.annotate(
-            f"{losses[-1]:.2f}",
-            (iterations[-1], losses[-1]),
-            textcoords="offset points",
-            xytext=(0, 8),
-            ha="center",
-            color=ORANGE,
-        )
+        last, below = (iterations[-1], losses[-1]), {"textcoords": "offset points", "xytext": (0, 8), "ha": "center"}
+        axes.annotate(f"{losses[-1]:.2f}", last, color=ORANGE, **below)
     axes.legend(frameon=False, labelcolor=INK)
     return _svg(figure)
 

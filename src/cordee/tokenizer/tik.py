@@ -104,12 +104,9 @@ class TikTokenizer(MatchingTokenizer):
 
         super().__init__(type, roles, added, special, source if source.is_dir() else None)
         self._ranks = dict(ranks)
-        self._encoding = tiktoken.Encoding(
-            source.name,
-            pat_str=pattern,
-            mergeable_ranks=self._ranks,
-            special_tokens={token.content: i for i, token in self._added.items()},
-        )
+        words = {token.content: i for i, token in self._added.items()}
+        ranks = self._ranks
+        self._encoding = tiktoken.Encoding(source.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=words)
         self._source = source
         self.vocab_size = self._encoding.n_vocab
 
