@@ -25,7 +25,7 @@ from cordee.train.options import TrainConfig
 
 PEERS = ("accelerate", "peft")
 STEPS, SEQ_LENGTH, BATCH = 2, 1024, 8
-RANK, ALPHA = 16, 32.0
+RANK, ALPHA = 16, 32
 PEFT = "peft, Trainer"
 TARGETS = {"speed": 1.5, "memory": 0.6}
 
@@ -72,7 +72,7 @@ def _train_config(folder: Path, model: str, steps: int) -> TrainConfig:
         "load": model,
         "lora_target_modules": ("all-linear",),
         "lora_r": RANK,
-        "lora_alpha": ALPHA,
+        "lora_alpha": float(ALPHA),
         "seq_length": SEQ_LENGTH,
         "micro_batch_size": 1,
         "train_iters": steps,
