@@ -49,15 +49,9 @@ class DeviceKind:
         raise ProblemError([Problem("--distributed-backend", given, why, fix, "device", limit=self.backend)], True)
 
 
+_FLOATS = ("float32", "bfloat16", "float16")
 KINDS = {
-    "cpu": DeviceKind(
-        "cpu",
-        "gloo",
-        fused_optimizer=True,
-        overlaps=False,
-        grouped_matmul=("float32", "bfloat16", "float16"),
-        flash_parts=True,
-    ),
+    "cpu": DeviceKind("cpu", "gloo", fused_optimizer=True, overlaps=False, grouped_matmul=_FLOATS, flash_parts=True),
     "cuda": DeviceKind(
         "cuda",
         "nccl",

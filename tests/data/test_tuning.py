@@ -292,15 +292,30 @@ def test_no_prompt_keeps_its_own_answer(tmp_path: Path, count: int):
     assert list(sibling_problems(indexed)) == []
     for number in range(count):
         sample = dataset[number]
-        assert sample["mismatched_input_ids"].tolist() == [*[10 + number] * (number + 1), 50, (number - 1) % count]
-        assert sample["mismatched_labels"].tolist() == [*[IGNORED] * (number + 1), 50, (number - 1) % count]
+        other = int(sample["mismatched_labels"][-1])
+        assert other in {*range(count)} - {number}
+        assert sample["mismatched_input_ids"].tolist() == [*[10 + number] * (number + 1), 50, other]
+        assert sample["mismatched_labels"].tolist() == [*[IGNORED] * (number + 1), 50, other]
+        assert int(dataset[number]["mismatched_labels"][-1]) == other  # whenever it is read
 
 
 def test_an_answer_to_the_same_prompt_is_no_mismatched_one(tmp_path: Path):
-    indexed = kto_data(tmp_path, [[1], [1], [2, 2], [2, 2], [1]])
-    dataset = MismatchedDataset(indexed, 0, 5, Order.of_sequences(5, 5), 16, None)
-    assert [int(dataset[number]["mismatched_labels"][-1]) for number in range(5)] == [3, 3, 1, 1, 3]
-    (problem,) = sibling_problems(kto_data(tmp_path / "..", [[1]]))
+    prompts = [[1], [1], [2, 2], [2, 2], [1], *([[3]] * 20)]
+    dataset = MismatchedDataset(kto_data(tmp_path, prompts), 0, 25, Order.of_sequences(25, 25), 16, None)
+    others = [int(dataset[number]["mismatched_labels"][-1]) for number in range(25)]
+    assert all(prompts[other] != prompt for other, prompt in zip(others, prompts, strict=True))
+
+
+def test_mismatched_answers_of_pairs_are_of_both_kinds(tmp_path: Path):
+    """Pairs are a chosen and a rejected answer by turns: the baseline would lean to whatever kind was taken more."""
+    indexed = kto_data(tmp_path, [[10 + number // 2] for number in range(200)])
+    dataset = MismatchedDataset(indexed, 0, 200, Order.of_sequences(200, 200), 16, None)
+    kinds = [int(dataset[number]["mismatched_labels"][-1]) % 2 for number in range(200)]
+    assert 70 < sum(kinds) < 130
+
+
+def test_one_sample_has_no_mismatched_answer(tmp_path: Path):
+    (problem,) = sibling_problems(kto_data(tmp_path, [[1]]))
     assert problem.kind == "at least"
 
 

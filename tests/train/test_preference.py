@@ -268,6 +268,19 @@ def test_dpo_begins_at_the_initial_weights_and_keeps_them(pool, models, tmp_path
     assert figures(first)["loss"] == pytest.approx(found["loss"], rel=1e-5)
 
 
+def test_the_reference_is_the_model_as_the_run_begins(models, tmp_path: Path):
+    """With adapters that it goes on from, and the options that change the model."""
+    alike = {"stage": "dpo", "ref_model": None, "train_iters": 2}
+    first = given(tmp_path / "first", models, **alike, lora_target_modules=("all-linear",), lora_r=4)
+    more = given(tmp_path / "more", models, **alike, load=first.save, finetune=True)
+    other = given(tmp_path / "other", models, **alike, rotary_base=500)
+    for config in (first, more, other):
+        train(0, 1, config)
+        found = figures(config)
+        assert found["loss"][0] == pytest.approx(math.log(2), rel=1e-6) and found["grad_norm"][0] > 0.01
+    assert figures(more)["logps/chosen"][0] != pytest.approx(figures(first)["logps/chosen"][0], rel=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["sigmoid", "kto"])
 def test_a_reference_that_is_computed_once_is_the_same(pool, alone, models, tmp_path: Path, kind: str):
     """On two ranks that share sequences and samples; then it is on disk, and its model is not needed any more."""
@@ -288,8 +301,15 @@ def test_a_reference_that_is_computed_once_is_the_same(pool, alone, models, tmp_
 
 def test_what_is_wrong_is_found_before_anything_starts(models, tmp_path: Path):
     assert check_run(given(tmp_path, models, stage="dpo")) == []
+    from transformers import LlamaForCausalLM
+
+    small = str(tmp_path / "small")
+    model = LlamaForCausalLM.from_pretrained(models[0])
+    model.resize_token_embeddings(tiny.VOCAB - 8)
+    model.save_pretrained(small)
     for options, subjects in (
         ({"stage": "dpo", "ref_model": str(tmp_path / "none")}, ["ref_model"]),
+        ({"stage": "dpo", "ref_model": small}, ["ref_model"]),
         ({"stage": "sft"}, ["data_path"]),
         ({"stage": "sft", "is_pairwise_dataset": True}, ["data_path", "is_pairwise_dataset"]),
         ({"stage": "dpo", "data_path": (str(tmp_path / "single"),)}, ["data_path"]),

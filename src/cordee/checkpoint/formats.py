@@ -72,7 +72,11 @@ def _read_checkpoint(location: Location, reading: Reading | None) -> Source:
     from cordee.checkpoint.adapter import TrainedAdapter
     from cordee.weights.adapter import Merged
 
-    return Merged(base := read(found.base["path"]), TrainedAdapter(found, base))
+    base = location_of(found.base["path"], "base")
+    if base.local is None or (_is_checkpoint(base) and source.read(base).base is not None):
+        why, fix = "what a checkpoint names as its base is at a URL, or has a base itself", "give the base as --load"
+        raise ProblemError([Problem("base", str(base), why, fix, "base", ("load",))])
+    return Merged(weights := read(base), TrainedAdapter(found, weights))
 
 
 def _is_checkpoint(location: Location) -> bool:

@@ -116,15 +116,8 @@ class GPTDataset:
 
         if self._cache_dir is None:
             return Indexes(**build())
-        key = content_key(
-            order="gpt",
-            lengths=lengths[first:last],
-            first=first,
-            epochs=plan.epochs,
-            last_apart=plan.last_apart,
-            seq_length=self.seq_length,
-            seed=seed,
-        )
+        facts = {"first": first, "epochs": plan.epochs, "last_apart": plan.last_apart, "seq_length": self.seq_length}
+        key = content_key(order="gpt", lengths=lengths[first:last], seed=seed, **facts)
         shapes = {
             "documents": (plan.epochs * (last - first),),
             "samples": (plan.samples + 1, 2),

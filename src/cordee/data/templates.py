@@ -168,16 +168,11 @@ _GLM = (Special("[gMASK]"), Special("sop"))
 _MISTRAL = PromptTemplate(prefix=(BOS,), user=("[INST] {c} [/INST]",))
 _DEEPSEEK = PromptTemplate(prefix=(BOS,), user=("User: {c}\n\nAssistant:",), system=("{c}\n\n",))
 _HEADER = "<|start_header_id|>{}<|end_header_id|>\n\n"
+_ROUND = ("[Round {idx}]\n\n问：{c}\n\n答：",)
 PROMPT_TYPES: Mapping[str, PromptTemplate] = {
     "default": PromptTemplate(user=("Human: {c}\nAssistant: ",), system=("{c}\n",), separator=("\n",)),
     "empty": PromptTemplate(assistant=("{c}",)),
-    "chatglm2": PromptTemplate(
-        prefix=_GLM,
-        user=("[Round {idx}]\n\n问：{c}\n\n答：",),
-        assistant=("{c}",),
-        separator=("\n\n",),
-        efficient_eos=True,
-    ),
+    "chatglm2": PromptTemplate(prefix=_GLM, user=_ROUND, assistant=("{c}",), separator=("\n\n",), efficient_eos=True),
     "chatglm3": _chatglm3(prefix=_GLM, system=(Special("<|system|>"), "\n", "{c}")),
     "chatglm3_system": _chatglm3(
         system=(*_GLM, Special("<|system|>"), "\n", "{c}"),

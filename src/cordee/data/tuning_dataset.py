@@ -20,7 +20,7 @@ from cordee.errors import Problem, ProblemError
 Form: TypeAlias = Literal["dialogues", "pairs", "kto"]
 CHOSEN, REJECTED = (side + FIELDS[0] for side in SIDES)
 MISMATCHED = "mismatched_"  # the side of a sample of KTO that is its prompt with the answer to another one
-_TRIED = 8  # samples before one, to find another prompt
+_TRIED = 64  # samples, to find another prompt; of data with a single one, an answer to it has to do
 
 
 def document(prefix: str, field: str = FIELDS[0]) -> str:
@@ -47,7 +47,7 @@ def ids_of(ids: str) -> list[IndexedDataset]:
     return [IndexedDataset(prefix) for prefix in (ids, *[sibling(ids, REJECTED)] * (form_of(ids) == "pairs"))]
 
 
-def _fields(ids: str) -> tuple[str, ...]:
+def fields_of(ids: str) -> tuple[str, ...]:
     form = form_of(ids)
     return tuple(name.removeprefix("packed_") for name in field_names(form == "pairs", form == "kto"))
 
@@ -55,7 +55,7 @@ def _fields(ids: str) -> tuple[str, ...]:
 def sibling_problems(indexed: IndexedDataset) -> Iterator[Problem]:
     """Why the other fields do not belong to these ids."""
     lengths = indexed.sequence_lengths
-    for field in _fields(indexed.prefix)[1:]:
+    for field in fields_of(indexed.prefix)[1:]:
         prefix = sibling(indexed.prefix, field)
         try:
             other = IndexedDataset(prefix).sequence_lengths
@@ -86,7 +86,7 @@ class TuningDataset:
     def __init__(self, indexed: IndexedDataset, first: int, last: int, order: Order, seq_length: int, seed: int | None):
         self.indexed, self.order, self.seq_length = indexed, order, seq_length
         self.first, self.count = first, last - first
-        self.fields = {name: IndexedDataset(sibling(indexed.prefix, name)) for name in _fields(indexed.prefix)}
+        self.fields = {name: IndexedDataset(sibling(indexed.prefix, name)) for name in fields_of(indexed.prefix)}
 
         @functools.lru_cache(maxsize=2)
         def permutation(block: int) -> npt.NDArray[np.int64]:
@@ -120,14 +120,14 @@ class TuningDataset:
 
 
 class MismatchedDataset(TuningDataset):
-    """Samples of KTO, each with its prompt before the answer to another one: to the prompt of the sample before it in
-    the files, of the first to that of the last; further before, where the prompt is the same."""
+    """Samples of KTO, each with its prompt before the answer of another one of the files, drawn until its prompt is
+    another too: as often desirable as all are."""
 
     def _read(self, sequence: int) -> dict[str, npt.NDArray[np.int64]]:
         own = other = super()._read(sequence)
         prompt = own["input_ids"][: (start := source_length(own["labels"]))]
-        for step in range(1, min(len(self.indexed), _TRIED + 1)):
-            other = super()._read((sequence - step) % len(self.indexed))
+        for drawn in np.random.default_rng(sequence).integers(1, len(self.indexed), _TRIED).tolist():
+            other = super()._read((sequence + drawn) % len(self.indexed))
             start = source_length(other["labels"])
             if not np.array_equal(prompt, other["input_ids"][:start]):
                 break

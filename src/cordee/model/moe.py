@@ -106,13 +106,9 @@ class Rows:
     @staticmethod
     def of(routing: Routing) -> "Rows":
         """The rows of all experts."""
-        return Rows.sorted(
-            kept_experts(routing),
-            routing.weights,
-            routing.logits.shape[1],
-            complete=routing.kept is None,
-            rows_per_expert=routing.rows_per_expert,
-        )
+        num_experts, facts = routing.logits.shape[1], {"rows_per_expert": routing.rows_per_expert}
+        complete = routing.kept is None
+        return Rows.sorted(kept_experts(routing), routing.weights, num_experts, complete=complete, **facts)
 
     @staticmethod
     def sorted(

@@ -118,15 +118,9 @@ class ShardedTokens:
             assert mask.in_order and mask.num_queries == mask.num_keys
             length = mask.num_keys * self._degrees.cp
             segments, positions = (None if x is None else self.join(x) for x in (mask.key_segments, mask.key_positions))
-            whole = AttentionMask(
-                length,
-                length,
-                self.causal,
-                query_segments=segments,
-                key_segments=segments,
-                query_positions=positions,
-                key_positions=positions,
-            )
+            queries = {"query_segments": segments, "query_positions": positions}
+            keys = {"key_segments": segments, "key_positions": positions}
+            whole = AttentionMask(length, length, self.causal, **queries, **keys)
             self._masks[mask] = TiledMask(whole, on)
         return self._masks[mask]
 

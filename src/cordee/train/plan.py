@@ -266,7 +266,8 @@ def _spec(
         return fresh.with_tokens(tokenizer.bos, tokenizer.eos) if tokenizer else fresh  # not those of a preset
     # What is loaded has its rows; options that count tokens, or say how rows were padded, only have to agree with them.
     shape = replace(config, vocab_size=None, make_vocab_size_divisible_by=None)
-    wanted = (spec_named(config.model) if config.model else loaded).with_options(shape)
+    adapters = (loaded.config.low_rank, loaded.config.tuned)
+    wanted = (spec_named(config.model).adapted(*adapters) if config.model else loaded).with_options(shape)
     problems = list(_vocabulary_problems(config, loaded.config.vocab_size))
     changed = differences(loaded.config, wanted.config)
     listed = ", ".join(f"{flag} {before} -> {after}" for flag, (before, after) in changed.items())

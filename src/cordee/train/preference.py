@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from cordee.parallel.execution import Frozen, LossParts, Reduce
 
 REFERENCE = "reference"
+_DROPOUTS = ("attention_dropout", "hidden_dropout")
 
 
 class Answers(NamedTuple):
@@ -61,6 +62,7 @@ class Preference(SFT):
     def ready(self, config: TrainConfig) -> TrainConfig:
         """With --ref-model as it is when the run begins: a run that resumes loads other weights, and keeps it."""
         ready = super().ready(config)
+        ready = replace(ready, **{name: 0.0 for name in _DROPOUTS if getattr(ready, name) is None})  # as the reference
         if not self.refers or ready.ref_model is not None:
             return ready
         return replace(ready, ref_model=Findings().attempt(lambda: _initial_weights(ready)))
@@ -73,11 +75,17 @@ class Preference(SFT):
         from cordee.weights.megatron.source import Reading
 
         found, config = Findings(), run.config
-        reading = Reading(spec=spec_named(config.model) if config.model else None, iteration=config.ckpt_step)
+        reading = Reading(spec=spec_named(config.model) if config.model else None)
         source = found.attempt(lambda: formats.read(path, reading))
         raise_all(replace(problem, option="--ref-model", value=path) for problem in found.problems)
         assert source is not None, "its problems are raised"
-        return {REFERENCE: FurtherModel(spec=source.spec, source=source)}
+        spec, rows = source.spec, source.spec.config.vocab_size
+        if run.vocab_size is not None and rows < run.vocab_size:
+            why = f"it has {rows} tokens, the model that is trained has {run.vocab_size}"
+            raise ProblemError([Problem("--ref-model", path, why, "give a model of the same tokenizer", "model")])
+        if run.spec is not None and spec.shapes() == run.spec.shapes():  # options that change the model change both
+            spec = spec.with_options(replace(config, vocab_size=None, make_vocab_size_divisible_by=None))
+        return {REFERENCE: FurtherModel(spec=spec, source=source)}
 
     def begin(self, make: Mapping[str, Callable[[], Frozen]], *start: Any) -> Mapping[str, Frozen]:
         if not (self.refers and self.options.precompute_reference):
@@ -135,9 +143,13 @@ def _initial_weights(config: TrainConfig) -> str | None:
     """The weights that a run began with, None: drawn by its seed. ProblemError if they are in two places."""
     initial = choose(config, None, [])
     if (checkpoint := initial.checkpoint) is not None:
-        return checkpoint.manifest["config"].get("ref_model") if checkpoint.resume else str(checkpoint.path)
+        return checkpoint.manifest["config"].get("ref_model") if checkpoint.resume else str(checkpoint.path.resolve())
     if initial.peft is not None:
         why = "the initial weights are a model with adapters beside it, and the reference is one model"
         fix = "merge the two by `cordee convert --lora-load`, and give the result"
         raise ProblemError([Problem("--ref-model", None, why, fix, "missing", ("lora_load",))])
+    if initial.weights is not None and config.ckpt_step is not None:
+        why = "the reference is read again where the run resumes, and then from the newest iteration"
+        fix = "convert this one, and give the result as --load, or as --ref-model"
+        raise ProblemError([Problem("--ckpt-step", config.ckpt_step, why, fix, "excludes", ("stage",))])
     return None if initial.weights is None else str(initial.weights.resolve())

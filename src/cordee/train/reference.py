@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 
 from cordee import launch
-from cordee.checkpoint.storage import location_of
 from cordee.data.build import cache_dir
 from cordee.data.indexed import bin_path, fingerprint
 from cordee.data.order_cache import Arrays, cached_arrays, content_key
@@ -22,9 +21,10 @@ from cordee.parallel import collectives, context
 from cordee.parallel.execution import Frozen
 from cordee.parallel.layout import Layout
 from cordee.train.run_plan import RunPlan
+from cordee.weights.adapter import fingerprint as fingerprint_weights
 
 _READ = 1 << 28  # bytes of a file that tell whether it changed
-_SETTINGS = ("seq_length", "reset_position_ids", "reset_attention_mask", "bf16", "fp16")
+_SETTINGS = ("seq_length", "reset_position_ids", "reset_attention_mask", "cp_attention_mask_type", "bf16", "fp16")
 
 
 def attach(make: Callable[[], Frozen], plan: RunPlan, datasets: Mapping[str, Any], layout: Layout) -> None:
@@ -51,11 +51,9 @@ def _key(plan: RunPlan, dataset: TuningDataset) -> str:
     config = plan.config
     facts = {name: getattr(config, name) for name in _SETTINGS} | {"range": [dataset.first, dataset.count]}
     facts["data"] = [fingerprint(bin_path(field.prefix), _READ) for field in dataset.fields.values()]
-    facts["weights"] = config.ref_model or config.seed
-    if config.ref_model and (path := location_of(config.ref_model).local):
-        files = sorted((path, *path.rglob("*")))
-        facts["weights"] = [(file.name, fingerprint(file, _READ)) for file in files if file.is_file()]
-    return content_key(**facts, model=plan.models["reference"].spec.to_dict())
+    reference = plan.models["reference"]
+    facts["weights"] = config.seed if reference.source is None else fingerprint_weights(reference.source)
+    return content_key(**facts, model=reference.spec.to_dict())
 
 
 def _scores(dataset: TuningDataset, frozen: Frozen, plan: RunPlan, layout: Layout) -> npt.NDArray[np.float32]:

@@ -6,12 +6,15 @@ Owns what such a technique is, and their order, which is meaning. What they do i
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, get_args
 
+from cordee.config.option import to_flag
+from cordee.errors import raise_all, requires
 from cordee.families.count import count_parameters
 from cordee.families.registry import ModelSpec
 from cordee.log import counted
 from cordee.model.config import ModelConfig
 from cordee.model.specs import Origin
 from cordee.train.options import TrainConfig
+from cordee.tune.options import OF_ADAPTERS
 
 if TYPE_CHECKING:
     from cordee.parallel.wrapper import Wrapper
@@ -38,6 +41,9 @@ class LoRA(Technique):
 
     def adapt(self, spec: ModelSpec, options: TrainConfig) -> ModelConfig:
         if not (options.lora_target_modules or spec.config.low_rank or spec.config.tuned):
+            why = "there are no adapters"
+            given = [(to_flag(name), getattr(options, name)) for name in OF_ADAPTERS]
+            raise_all(each for flag, value in given for each in requires(flag, value, "--lora-target-modules", why))
             return spec.config
         from cordee.tune import lora  # which brings torch
 

@@ -272,12 +272,8 @@ class Trainer:
         """Gradients of the mean loss over all ranks, times `scale`, summed over all micro-batches."""
         layout = self.parts.layout
         weight = step.weight or 1  # of nothing that counts all sums are 0
-        work = StepBatches(
-            batches=self._own_parts(step.batches),
-            weights=[self.parts.objective.weight(batch) for batch in step.batches],
-            weight=weight,
-            scale=scale,
-        )
+        own, weights = self._own_parts(step.batches), [self.parts.objective.weight(batch) for batch in step.batches]
+        work = StepBatches(batches=own, weights=weights, weight=weight, scale=scale)
         sums = self.parts.executor.train(work)
         local = torch.stack(list(sums.values()))
         overall = collectives.sum_over(local.clone(), layout).tolist()

@@ -28,7 +28,7 @@ def adapted(spec: ModelSpec, options: LoRAOptions) -> ModelConfig:
     """The model with the adapters that options ask for, or that `spec` has from where it was loaded. ProblemError if it
     has no such modules, or what is loaded is something else."""
     found, low_rank, tuned = Findings(), spec.config.low_rank, spec.config.tuned
-    if low_rank:
+    if low_rank or tuned:
         found.problems += found.attempt(lambda: list(check_stated(spec, options))) or []
     else:
         names, modules, rank = options.lora_target_modules or (), options.lora_modules_to_save, options.lora_r or RANK
@@ -37,6 +37,9 @@ def adapted(spec: ModelSpec, options: LoRAOptions) -> ModelConfig:
         if spec.config.tie_word_embeddings and (tied := {"embedding", "head"}.intersection(targets)):
             why = f"embedding and head are tied, of which {', '.join(tied)} would change alone"
             found.problems.append(Problem("--lora-target-modules", " ".join(names), why, "leave it out", "tied"))
+        if spec.config.norm_head and "head" in targets:
+            why = "rows of the head are normalised, so what is learned beside them is no change of them, to be merged"
+            found.problems.append(Problem("--lora-target-modules", " ".join(names), why, "leave it out", "head"))
         scale = _scales(options.lora_alpha or ALPHA, rank)[options.use_rslora]
         low_rank = (LowRankConfig(targets=targets, rank=rank, scale=scale),)
     raise_all(found.problems)

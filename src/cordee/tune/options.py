@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from cordee.config.laws import GIVEN, ignored, needs
 from cordee.config.option import option
 
+OF_ADAPTERS = ("lora_r", "lora_alpha", "use_rslora", "lora_modules_to_save", "lora_dropout", "lora_plus_lr_ratio")
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterOptions:
@@ -58,8 +60,7 @@ class LoRAOptions(AdapterOptions):
 
     laws = (
         needs("lora_target_modules", "lora_load", load=GIVEN),
-        needs("lora_r", "lora_alpha", "use_rslora", "lora_modules_to_save", lora_target_modules=GIVEN, lora_load=GIVEN),
-        needs("lora_dropout", "lora_plus_lr_ratio", lora_target_modules=GIVEN, lora_load=GIVEN),
+        needs(*OF_ADAPTERS, lora_target_modules=GIVEN, load=GIVEN),  # which may have some
         ignored("lora_fusion", "lora_adapter_name", why="a run has one adapter, in the forward of its layers"),
         ignored("lora_register_forward_hook", why="gradients pass frozen modules without a hook"),
     )

@@ -45,7 +45,7 @@ def is_factor(value: object) -> bool:
 
 def fingerprint(source: Source) -> str:
     """What tells other weights from those of `source`, whatever format they are in: a few values of each parameter,
-    rounded to bfloat16, so that copies of less precision have the same."""
+    rounded to bfloat16, so that copies in that type have the same."""
     found = 0
     for name in source.names():
         *outer, inner = source.shape(name)

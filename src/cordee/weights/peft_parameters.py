@@ -7,7 +7,7 @@ stand in PEFT's files is `peft.py`'s affair.
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -109,7 +109,8 @@ class LoadedAdapter(Source):
 
 def from_peft(adapter: PeftAdapter, base: Source) -> LoadedAdapter:
     """The model that an adapter makes of `base`, with parameters of its own. ProblemError if it makes none."""
-    spec, rules, shapes, views = base.spec, base.spec.rules(), base.spec.shapes(), dict[str, View]()
+    spec = replace(base.spec, base_prefix=True)  # PEFT names modules as they are in a model, whatever files have
+    rules, shapes, views = spec.rules(), spec.shapes(), dict[str, View]()
     kinds, members = defaultdict[tuple[int, float], list[str]](list), defaultdict[tuple[str, str], list[Held]](list)
     for place in held(spec):
         members[place.path, place.name].append(place)
@@ -141,12 +142,13 @@ def from_peft(adapter: PeftAdapter, base: Source) -> LoadedAdapter:
         raise ProblemError([Problem("--lora-load", str(adapter.path), why, fix, "unsupported", limit=sorted(left))])
     known = [full for _, _, full in spec.config.projections()]
     low_rank = (LowRankConfig(targets=compressed(known, kinds[kind]), rank=kind[0], scale=kind[1]) for kind in kinds)
-    return LoadedAdapter(spec.adapted(low_rank, compressed(modules_of(rules), modules)), base, views)
+    return LoadedAdapter(base.spec.adapted(low_rank, compressed(modules_of(rules), modules)), base, views)
 
 
 def to_peft(spec: ModelSpec, read: Read) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the settings of the adapters of `spec`, whose parameters `read` gives. Slices of a module become
     one adapter with the sum of their ranks. ProblemError if PEFT has no such ones."""
+    spec = replace(spec, base_prefix=True)
     rules, shapes, places = spec.rules(), spec.shapes(), defaultdict[str, list[Held]](list)
     for place in held(spec):
         places[place.path].append(place)

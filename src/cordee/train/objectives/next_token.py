@@ -6,7 +6,8 @@ what has to be the same for a run to resume among them. Batches and the order of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -219,8 +220,9 @@ def _has_sequences(part: Part) -> bool:
     return all(first < last for first, last in ranges)
 
 
-def fingerprint_data(config: TrainConfig) -> Fingerprints:
-    """What tells changed bytes of the data to train on; ProblemError if it cannot be read.
+def fingerprint_data(config: TrainConfig, pairs: Callable[[str], Sequence[str]] = lambda ids: (ids,)) -> Fingerprints:
+    """What tells changed bytes of the data to train on, all `pairs` of files of a dataset; ProblemError if it cannot be
+    read.
 
     The more datasets, the less is read of each, so that no blend takes longer to start than another.
     """
@@ -228,16 +230,20 @@ def fingerprint_data(config: TrainConfig) -> Fingerprints:
     bound = READ_OF_DATA // len(set(prefixes))
 
     def read(prefix: str) -> dict[str, int]:
-        files = {"bin": bin_path(prefix), "idx": idx_path(prefix)}
+        files = {kind: [path(each) for each in pairs(prefix)] for kind, path in (("bin", bin_path), ("idx", idx_path))}
         try:
-            return {kind: fingerprint(file, bound) for kind, file in files.items()}
+            return {kind: _together([fingerprint(file, bound) for file in own]) for kind, own in files.items()}
         except OSError as error:
             why, fix = f"it cannot be read: {error}", "give a prefix whose files can be read"
-            missing = tuple(file.name for file in files.values() if not file.exists())
+            missing = tuple(file.name for own in files.values() for file in own if not file.exists())
             raise ProblemError([Problem("dataset", prefix, why, fix, "unreadable", limit=missing or prefix)]) from error
 
     found = {prefix: read(prefix) for prefix in dict.fromkeys(prefixes)}
     return tuple(found[prefix] for prefix in prefixes)
+
+
+def _together(found: list[int]) -> int:
+    return found[0] if len(found) == 1 else zlib.crc32(repr(found).encode())
 
 
 def _identity(

@@ -19,13 +19,13 @@ from cordee.data.build import plan_parts
 from cordee.data.indexed import idx_path
 from cordee.data.options import DialogueOptions
 from cordee.data.records import Records, tokenizing
-from cordee.data.tuning_dataset import Form, TuningDataset, ids_of
+from cordee.data.tuning_dataset import Form, TuningDataset, fields_of, ids_of, sibling
 from cordee.errors import Findings, raise_all
 from cordee.log import counted, logger
 from cordee.tokenizer import Tokenizer
 from cordee.train.initial_weights import choose, opened, tokenizer_of
 from cordee.train.objectives import Run
-from cordee.train.objectives.next_token import GPTData, NextToken
+from cordee.train.objectives.next_token import Fingerprints, GPTData, NextToken, fingerprint_data
 from cordee.train.options import TrainConfig
 
 if TYPE_CHECKING:
@@ -77,6 +77,9 @@ class SFT(NextToken):
             logger.warning("ignored: %s (no records are tokenized: the data is already)", named)
         return replace(config, **changed)
 
+    def fingerprint(self, config: TrainConfig) -> Fingerprints:
+        return fingerprint_data(config, lambda ids: [sibling(ids, field) for field in fields_of(ids)])
+
     def evaluated(self, config: TrainConfig) -> None:
         """Nothing: perplexity is of texts, and these are dialogues with what asks for answers, in rows perhaps."""
 
@@ -89,7 +92,8 @@ class SFT(NextToken):
 
 def _tokenizer(config: TrainConfig) -> tuple[Tokenizer, str | None] | None:
     """That of the options, else that beside the weights, and its directory."""
-    initial = opened(config, choose(config, None, []), Findings())
+    initial = opened(config, choose(config, None, []), found := Findings())
+    raise_all(found.problems)
     if initial is None or (tokenizer := tokenizer_of(config, initial)) is None:
         return None
     return tokenizer, config.tokenizer_name_or_path or (str(initial.assets) if initial.assets else None)
