@@ -13,7 +13,7 @@ token positions, the shard of a micro-batch, and `apply`, by which attention and
 import math
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -118,9 +118,9 @@ class ShardedTokens:
             assert mask.in_order and mask.num_queries == mask.num_keys
             length = mask.num_keys * self._degrees.cp
             segments, positions = (None if x is None else self.join(x) for x in (mask.key_segments, mask.key_positions))
-            queries = {"query_segments": segments, "query_positions": positions}
-            keys = {"key_segments": segments, "key_positions": positions}
-            whole = AttentionMask(length, length, self.causal, **queries, **keys)
+            both: dict[str, Any] = {"query_segments": segments, "query_positions": positions}
+            both |= {"key_segments": segments, "key_positions": positions}
+            whole = AttentionMask(length, length, self.causal, **both)
             self._masks[mask] = TiledMask(whole, on)
         return self._masks[mask]
 
