@@ -80,7 +80,7 @@ class Preference(SFT):
         raise_all(replace(problem, option="--ref-model", value=path) for problem in found.problems)
         assert source is not None, "its problems are raised"
         spec, rows = source.spec, source.spec.config.vocab_size
-        if run.vocab_size is not None and rows < run.vocab_size:
+        if run.vocab_size is not None and rows != run.vocab_size:
             why = f"it has {rows} tokens, the model that is trained has {run.vocab_size}"
             raise ProblemError([Problem("--ref-model", path, why, "give a model of the same tokenizer", "model")])
         if run.spec is not None and spec.shapes() == run.spec.shapes():  # options that change the model change both
