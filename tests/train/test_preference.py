@@ -17,6 +17,7 @@ from cordee.data.encode import column_of
 from cordee.data.messages import IGNORED
 from cordee.data.tuning import field_names
 from cordee.train import objectives
+from cordee.train.objectives.orpo import OBJECTIVE as ORPO
 from cordee.train.options import TrainConfig
 from cordee.train.plan import check_run, plan_run
 from cordee.train.preference import Answers
@@ -234,7 +235,7 @@ def test_kto_of_few_samples_is_what_the_formula_gives(models, tmp_path: Path, si
 def test_the_odds_of_what_is_certain_are_finite():
     logps = torch.tensor([0.0, -1e-9, -1e-3, -200.0], requires_grad=True)
     chosen, rejected = (Answers(side, side, torch.ones(4)) for side in (logps, logps.flip(0)))
-    losses, metrics = objectives.named("orpo").losses(chosen, rejected)  # type: ignore[attr-defined]
+    losses, metrics = ORPO.losses(chosen, rejected)
     losses.sum().backward()
     assert logps.grad is not None and logps.grad.isfinite().all() and losses.isfinite().all()
     c, r = logps.detach().double()[2:], logps.detach().double().flip(0)[2:].clamp(max=-1e-6)

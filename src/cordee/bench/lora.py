@@ -17,11 +17,8 @@ from cordee.bench import corpus, llama
 from cordee.bench.contest import Contender, Turn, hold
 from cordee.bench.options import BenchConfig
 from cordee.bench.report import Report
-from cordee.bench.sft import COLUMNS, CORDEE, compared, play_trainer, trained_per_row, write_dialogues
-from cordee.bench.train import LEARNING_RATE, TOKENIZER_CHARACTERS, play_cordee
-from cordee.config.load import config_from_dict
-from cordee.data.tuning_dataset import document
-from cordee.train.options import TrainConfig
+from cordee.bench.sft import COLUMNS, CORDEE, compared, play_trainer, train_config, trained_per_row, write_dialogues
+from cordee.bench.train import TOKENIZER_CHARACTERS, play_cordee
 
 PEERS = ("accelerate", "peft")
 STEPS, SEQ_LENGTH, BATCH = 2, 1024, 8
@@ -38,8 +35,10 @@ def run(config: BenchConfig, on_turn: Callable[[int, str, Turn], None]) -> Repor
         folder = Path(name)
         model = _model(folder, config.load)
         write_dialogues(folder, None, folder / "tokenizer", SEQ_LENGTH)
+        form = {"lora_target_modules": ("all-linear",), "lora_r": RANK, "lora_alpha": float(ALPHA)}
+        job = train_config(folder, total + 1, load=model, seq_length=SEQ_LENGTH, **form)
         contenders = [
-            Contender(CORDEE, play_cordee, (_train_config(folder, model, total + 1), steps)),
+            Contender(CORDEE, play_cordee, (job, steps)),
             Contender(PEFT, play_trainer, (steps, total, name, partial(_adapted, model), BATCH)),
         ]
         trained = {CORDEE: trained_per_row(folder / "packed"), PEFT: BATCH * trained_per_row(folder / "plain")}
@@ -64,25 +63,6 @@ def _model(folder: Path, given: str | None) -> str:
     for file in Path(given).glob("*token*"):
         shutil.copy(file, folder / "tokenizer")
     return given
-
-
-def _train_config(folder: Path, model: str, steps: int) -> TrainConfig:
-    given: dict[str, Any] = {
-        "stage": "sft",
-        "load": model,
-        "lora_target_modules": ("all-linear",),
-        "lora_r": RANK,
-        "lora_alpha": float(ALPHA),
-        "seq_length": SEQ_LENGTH,
-        "micro_batch_size": 1,
-        "train_iters": steps,
-        "train_data_path": (document(str(folder / "packed")),),
-        "eval_iters": 0,
-        "lr": LEARNING_RATE,
-        "lr_decay_style": "constant",
-        "log_interval": 10**6,
-    }
-    return config_from_dict(TrainConfig, given)
 
 
 def _adapted(model: str) -> Any:

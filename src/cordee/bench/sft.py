@@ -44,7 +44,7 @@ def run(config: BenchConfig, on_turn: Callable[[int, str, Turn], None]) -> Repor
         folder = Path(name)
         corpus.write_tokenizer(folder / "tokenizer", VOCAB_SIZE, TOKENIZER_CHARACTERS)
         write_dialogues(folder, config.load, folder / "tokenizer", SEQ_LENGTH)
-        job = _train_config(folder, total + 1)
+        job = train_config(folder, total + 1, **options(SEQ_LENGTH))
         contenders = [
             Contender(CORDEE, play_cordee, (job, steps)),
             Contender(TRAINER, play_trainer, (steps, total, name, partial(llama, SEQ_LENGTH), BATCH)),
@@ -92,10 +92,11 @@ def trained_per_row(prefix: Path) -> float:
     return sum(int((row != IGNORED).sum()) for row in labels[:]) / len(labels)
 
 
-def _train_config(folder: Path, steps: int) -> TrainConfig:
+def train_config(folder: Path, steps: int, **model: Any) -> TrainConfig:
+    """Packed rows, one a step, for a `model` by options."""
     given: dict[str, Any] = {
         "stage": "sft",
-        **options(SEQ_LENGTH),
+        **model,
         "micro_batch_size": 1,
         "train_iters": steps,
         "train_data_path": (document(str(folder / "packed")),),

@@ -73,10 +73,11 @@ def _read_checkpoint(location: Location, reading: Reading | None) -> Source:
     from cordee.weights.adapter import Merged
 
     base = location_of(found.base["path"], "base")
-    if base.local is None or (_is_checkpoint(base) and source.read(base).base is not None):
+    weights = None if base.local is None else source.read(base) if _is_checkpoint(base) else read(base)
+    if weights is None or (isinstance(weights, source.CheckpointSource) and weights.base is not None):
         why, fix = "what a checkpoint names as its base is at a URL, or has a base itself", "give the base as --load"
         raise ProblemError([Problem("base", str(base), why, fix, "base", ("load",))])
-    return Merged(weights := read(base), TrainedAdapter(found, weights))
+    return Merged(weights, TrainedAdapter(found, weights))
 
 
 def _is_checkpoint(location: Location) -> bool:

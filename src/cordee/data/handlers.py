@@ -291,9 +291,9 @@ def _openai_message(value: Any) -> Message:
         return Message(roles[given], _text({"content": content}, "content"), more=more)
     if given != "assistant":
         raise BadRecord(f"a message is of {given!r}")
-    if not isinstance(given := value.get("train", True), bool):
-        raise BadRecord(f"its 'train' is {given!r}, not true or false")
-    trained = given and value.get("weight") != 0
+    if not isinstance(flag := value.get("train", True), bool):
+        raise BadRecord(f"its 'train' is {flag!r}, not true or false")
+    trained = flag and value.get("weight") != 0
     if not calls:
         return _message(_text({"content": content}, "content"), trained=trained, more=more)
     said = [{**call.get("function", call), **({"id": call["id"]} if call.get("id") else {})} for call in calls]

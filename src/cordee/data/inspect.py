@@ -110,9 +110,10 @@ def run(config: InspectConfig) -> int:
     marked = config.html is None and not output.is_terminal
     sides = SIDES if form_of(dataset.indexed.prefix) == "pairs" else ("",)
     for index in range(config.start, min(config.start + config.num, len(dataset))):
+        batch = collate([dataset[index]])
         for row, side in enumerate(sides):
             name = f"sample {index}{side and ', '}{side.rstrip('_')}"
-            output.print(_row(name, row, collate([dataset[index]]), tokenizer, marked))
+            output.print(_row(name, row, batch, tokenizer, marked))
     doctor = Doctor(tokenizer, ends, config.seq_length)
     for fields, side in ((each, side) for each in dataset.whole() for side in sides):
         mask = fields[f"{side}attention_mask"]

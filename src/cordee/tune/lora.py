@@ -93,8 +93,7 @@ def targets_named(spec: ModelSpec, names: Collection[str]) -> tuple[str, ...]:
 def modules_named(spec: ModelSpec, names: Collection[str]) -> tuple[str, ...]:
     """The modules, canonical and shortened, whose names end with one of `names`."""
     rules = {name.removesuffix(".weight"): rule for name, rule in spec.rules().items() if name.endswith(".weight")}
-    whole = {path: rule.foreign[0].removesuffix(".weight") for path, rule in rules.items() if len(rule.foreign) == 1}
-    foreign = [(name, path) for path, name in whole.items()]
+    foreign = [(rule.foreign[0].removesuffix(".weight"), of) for of, rule in rules.items() if len(rule.foreign) == 1]
     return compressed(rules, _called("--lora-modules-to-save", names, spec, list(rules), foreign))
 
 
