@@ -1,7 +1,6 @@
 """Cordée trains large language models end to end.
 
-The names below are imported when first used, so that `import cordee` costs nothing.
-"""
+The names below are imported when first used, so that `import cordee` costs nothing."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING

@@ -1,7 +1,6 @@
 """Cordée from Python: a model that loads, writes and saves, and training with a configuration.
 
-Owns the public signatures; the jobs' own modules do the work.
-"""
+Owns the public signatures; the jobs' own modules do the work."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -54,8 +53,7 @@ class GPTModel(gpt.GPTModel):
 
         dtype: "float32", "bfloat16" or "float16"; None takes the stored type.
         device: None takes the fastest available.
-        Peak memory: the model and its largest tensor. Raises ProblemError with what is wrong with the files.
-        """
+        Peak memory: the model and its largest tensor. Raises ProblemError with what is wrong with the files."""
         source = formats.read(path)
         model = cls(source.spec, assets=source.assets, device=device_of(device), dtype=dtype_of(dtype, source))
         fill(model, source)
@@ -64,8 +62,7 @@ class GPTModel(gpt.GPTModel):
     def save_pretrained(self, path: str | Path, overwrite: bool = False) -> None:
         """Write the model in its family's Hugging Face format, with its assets.
 
-        `overwrite` replaces an existing model, which else raises ProblemError.
-        """
+        `overwrite` replaces an existing model, which else raises ProblemError."""
         with hf.write(path, self.spec, assets=self.assets, overwrite=overwrite) as sink:
             save_from(self, sink, {"base"})
 
@@ -93,8 +90,7 @@ class GPTModel(gpt.GPTModel):
 
         prompt: a text, token ids, or several of either; ids also as an int64 tensor `[seq]` or `[batch, seq]`.
         options: fields of `DecodingOptions`, such as do_sample, temperature, top_k, top_p, seed, batch_size.
-        A stop token that ends a continuation is the last of its ids, and not in its text.
-        """
+        A stop token that ends a continuation is the last of its ids, and not in its text."""
         decoding = config_from_dict(DecodingOptions, {"max_new_tokens": max_new_tokens, **options})
         raise_all(laws.problems(decoding))
         if isinstance(prompt, Tensor):

@@ -1,8 +1,7 @@
 """The `cordee` command: from arguments to a job and its exit code.
 
 Owns the table of commands, their help, and how a run ends: problems as text with exit code 2 (75 where other ranks are
-lost), Ctrl-C with 130. Imports a job's module only when the job runs, so that help and errors answer at once.
-"""
+lost), Ctrl-C with 130. Imports a job's module only when the job runs, so that help and errors answer at once."""
 
 import os
 import signal
@@ -28,8 +27,7 @@ class Command:
     """One command: `options` names its schema, `job` a module that has `run(config) -> exit code`, which checks first,
     and `check_run`, the check alone, unless `check` names another.
 
-    `start` replaces running the job where there is more to do.
-    """
+    `start` replaces running the job where there is more to do."""
 
     about: str
     example: str

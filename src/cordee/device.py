@@ -1,8 +1,7 @@
 """Devices: the only file that names one.
 
 Owns which device a process computes on, which collective backend serves it, what it can do and how much memory it
-uses. Everything else asks here, so a new kind of accelerator is a new row.
-"""
+uses. Everything else asks here, so a new kind of accelerator is a new row."""
 
 import ctypes
 import functools
@@ -29,8 +28,7 @@ class DeviceKind:
     `overlaps` tells whether collectives of parameters and gradients run beside its computation; `fused_rms_norm`
     whether torch's RMS norm is one operation there; `grouped_matmul` names the types that torch's grouped product takes
     there; `flash_parts` tells whether its flash attention can be taken in parts that are merged afterwards
-    (`cordee.ops.partial_attention`); `peak_flops` maps a part of the device's name to dense 16-bit FLOP/s.
-    """
+    (`cordee.ops.partial_attention`); `peak_flops` maps a part of the device's name to dense 16-bit FLOP/s."""
 
     name: str
     backend: str
@@ -96,8 +94,7 @@ def keep_freed_memory() -> None:
     """Let this process keep the memory it frees, as allocators of accelerators do.
 
     glibc gives large buffers back to the system and gets them anew for the next step, page by page and zeroed: 6 % of
-    a step. Its own environment variables come first; other C libraries are left alone.
-    """
+    a step. Its own environment variables come first; other C libraries are left alone."""
     settings = {"MALLOC_MMAP_MAX_": (-4, 0), "MALLOC_TRIM_THRESHOLD_": (-1, -1), "MALLOC_TOP_PAD_": (-2, 1 << 24)}
     if "GLIBC_TUNABLES" in os.environ or platform.libc_ver()[0] != "glibc":
         return

@@ -1,8 +1,7 @@
 """Problems that a user can fix: what is wrong, where, why, and what to do.
 
 Owns the one error type that reaches a user as text instead of a traceback, what becomes of an error that the world
-outside caused, and the laws between numbers that most checks are made of. Knows no option and no job.
-"""
+outside caused, and the laws between numbers that most checks are made of. Knows no option and no job."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -26,8 +25,7 @@ class Problem:
     kind: which law is broken, "invalid" for what is a case of its own; the functions below have the others.
     involves: names of further options, a change of which may solve it too, or without which it is not known.
     limit: what `value` was held against.
-    place: where the option was given, such as `run.yaml:3`, if not on the command line.
-    """
+    place: where the option was given, such as `run.yaml:3`, if not on the command line."""
 
     option: str
     value: object = field(hash=False)  # it may be anything that was given, a list too

@@ -1,8 +1,7 @@
 """How files of others are read and copied, and how own files appear.
 
 Owns the distrust of files: a model directory is other people's, and a folder in which output is made may be shared.
-Files are copied only from inside a model directory, and own files are made new, never written through what is there.
-"""
+Files are copied only from inside a model directory, and own files are made new, never written through what is there."""
 
 import errno
 import io
@@ -31,8 +30,7 @@ _BLOCK = 1 << 16  # bytes read at a time from a file's end
 
 def read_text(path: Path) -> str:
     """A text of some lines, in UTF-8. ValueError if it is something else or has more than `LARGEST_TEXT` bytes; OSError
-    if it cannot be read.
-    """
+    if it cannot be read."""
     from_shell = path == Path("/dev/stdin") or path.parent == Path("/dev/fd")  # `--config <(...)`: has a writer
     with open(path, "rb") if from_shell else open_regular(path) as file:
         content = file.read(LARGEST_TEXT + 1)
@@ -43,8 +41,7 @@ def read_text(path: Path) -> str:
 
 def read_json(path: Path) -> Any:
     """The value in a JSON file. ValueError if it holds something else, text that is none, a key with two values, more
-    than `LEVELS` levels or more than `LARGEST_JSON` bytes; OSError if it cannot be read.
-    """
+    than `LEVELS` levels or more than `LARGEST_JSON` bytes; OSError if it cannot be read."""
     with open_regular(path) as file:
         return load_json(file)
 
@@ -93,8 +90,7 @@ def copy_files(files: Iterable[Path], target: Path) -> list[Path]:
     """Copy `files` of a model directory into the directory `target`, those that `left_out` has nothing against; which.
 
     The others are reported once, each with the reason. What already is a name of the same file stays. OSError if a
-    copy cannot be made.
-    """
+    copy cannot be made."""
     reasons, copied = {}, []
     for file in files:
         if os.path.realpath(file) == os.path.realpath(target / file.name):
@@ -126,8 +122,7 @@ def _open_inside(file: Path) -> BinaryIO:
 
     A link may lead anywhere inside the directory, or, from a snapshot of Hugging Face's cache, to the blobs of the
     same repository; else it would give away whatever the user can read. What is judged is what was opened, so that a
-    link which changes meanwhile changes nothing.
-    """
+    link which changes meanwhile changes nothing."""
     directory = file.parent.resolve(strict=True)
     given = open_regular(file)
     try:
@@ -203,8 +198,7 @@ def is_within(path: str | Path | None, folder: str | Path) -> bool:
 
 def unwritable(option: str, given: object, folder: Path) -> Problems:
     """Why nothing can be put in `folder`, which `option` asks for by `given`; it need not be there yet: who writes to
-    it makes it.
-    """
+    it makes it."""
     folder = folder.absolute()
     place = next(path for path in (folder, *folder.parents) if os.path.lexists(path))  # a link may lead nowhere
     if not place.is_dir():
@@ -223,8 +217,7 @@ def unwritable(option: str, given: object, folder: Path) -> Problems:
 
 def create_new(path: Path, mode: int = 0o666) -> BinaryIO:
     """A new file, open for reading and writing; what was at `path` is removed, and what a link there led to is left
-    as it was. `mode`: permissions, from which the user's umask takes its part. OSError if that fails.
-    """
+    as it was. `mode`: permissions, from which the user's umask takes its part. OSError if that fails."""
     path.unlink(missing_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
     return cast(BinaryIO, open(descriptor, "w+b"))
@@ -234,8 +227,7 @@ def create_new(path: Path, mode: int = 0o666) -> BinaryIO:
 def durable(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
     """A stream to a file that is afterwards either the old or the new one, also after a power cut. OSError if not.
 
-    `mode`: as for `create_new`.
-    """
+    `mode`: as for `create_new`."""
     scratch = path.with_name(f".{path.name}.new")
     try:
         with create_new(scratch, mode) as file:
@@ -299,8 +291,7 @@ def sync_directory(path: Path) -> None:
 
 def remove_tree(path: Path) -> None:
     """Remove a file, a directory with all that is in it, or a link without what it leads to, if there is one. OSError
-    if that fails.
-    """
+    if that fails."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -1,7 +1,6 @@
 """Which process of how many this is, by the environment variables of its launcher.
 
-Owns the launchers' variables. Must not import torch: it runs before any job does.
-"""
+Owns the launchers' variables. Must not import torch: it runs before any job does."""
 
 import os
 import re
@@ -21,8 +20,7 @@ class RankInfo:
     """Place of this process in the run. `launcher` is who started it; empty for a process on its own.
 
     `agent_store`: its agent, not rank 0, listens at `master_port` for processes that want to find each other.
-    `listen_fd`: a socket's file descriptor, bound to that port, at which rank 0 listens.
-    """
+    `listen_fd`: a socket's file descriptor, bound to that port, at which rank 0 listens."""
 
     rank: int = 0
     world_size: int = 1
@@ -51,8 +49,7 @@ class RankInfo:
 def rank_info(environ: Mapping[str, str] | None = None) -> RankInfo:
     """Place of this process by the variables of torchrun, Slurm, Open MPI or PMI, in this order; else on its own.
 
-    Raises `ProblemError` if a launcher's variables are incomplete or contradict each other.
-    """
+    Raises `ProblemError` if a launcher's variables are incomplete or contradict each other."""
     environ = os.environ if environ is None else environ
     for read in (_from_torchrun, _from_slurm, _from_open_mpi, _from_pmi):
         if (info := read(environ)) is not None:

@@ -7,8 +7,7 @@ keeps others out and drops the lock of a process that died. Whether it reaches, 
 another machine, and without `flock` any, also has a lease: its holder renews the time of the file every
 `HEARTBEAT_SECONDS`, and who finds it waits `LEASE` seconds for that. Where locks do not reach, a process that is
 stopped for longer (SIGSTOP, a hung file server) loses its lock, and of two machines that start in the same moment both
-may get it: the one whose record was replaced reports that at its next heartbeat, or when it asks (`require_held`).
-"""
+may get it: the one whose record was replaced reports that at its next heartbeat, or when it asks (`require_held`)."""
 
 import errno
 import fcntl
@@ -140,8 +139,7 @@ class Lock(ABC):
 class FileLock(Lock):
     """The lock of a file. `acquire` makes it.
 
-    `path`: where the lock file is; who renames the directory it is in sets it anew.
-    """
+    `path`: where the lock file is; who renames the directory it is in sets it anew."""
 
     path: Path
 
@@ -170,8 +168,7 @@ def acquire(path: Path, patience: float = PATIENCE) -> FileLock:
     """The lock of the file `path`, made with its directories if it is not there.
 
     HeldError if another process has it and still does after `patience` seconds; OSError if it cannot be made, or
-    something else than a regular file is there.
-    """
+    something else than a regular file is there."""
     made = [place for place in path.parents if not place.exists()]
     end = time.monotonic() + patience
     try:
@@ -192,8 +189,7 @@ def holder(path: Path, patience: float = PATIENCE) -> HeldError | None:
     """Who has the lock of the file `path` and still does after `patience` seconds; None if nobody. Writes nothing.
 
     The kernel alone decides, no lease is waited for: a holder on another machine whose locks this one does not see is
-    found by `acquire`. None, too, if there is no file that can be read.
-    """
+    found by `acquire`. None, too, if there is no file that can be read."""
     end = time.monotonic() + patience
     with suppress(OSError):
         while True:

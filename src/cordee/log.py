@@ -1,8 +1,7 @@
 """Where messages for people go.
 
 Owns how the logger "cordee" prints, how numbers read, the console of tables, and progress bars. Knows nothing of ranks
-but the one given to `setup`.
-"""
+but the one given to `setup`."""
 
 import logging
 import sys
@@ -68,8 +67,7 @@ def progress_bar(
     """A bar on standard error, removed at the end; where that is no terminal, a log line every `SILENCE` seconds.
 
     Yields a function of what is completed of `total`, and of what else `rich.progress.Progress.update` takes, for the
-    bar. `nbytes`: these are bytes, of which amount and rate are shown.
-    """
+    bar. `nbytes`: these are bytes, of which amount and rate are shown."""
     if not sys.stderr.isatty():
         yield _progress_lines(text, total) if shown else lambda completed, **more: None
         return

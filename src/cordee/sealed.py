@@ -3,8 +3,7 @@
 Owns the checksum in such a file, reading one without believing it, and a few words to declare a form with. Knows no
 file in particular.
 
-A form is a function of a value that returns what is wrong with it, in words, or None.
-"""
+A form is a function of a value that returns what is wrong with it, in words, or None."""
 
 import json
 import re
@@ -42,8 +41,7 @@ def opened(found: Any, form: Form, version: int) -> dict[str, Any]:
     """The fields of the JSON value of a sealed file whose "format" is `version`, without that and the checksum.
 
     ValueError with what is wrong: no object, another format (`OlderFormat`), changed since it was sealed, or not of
-    `form`.
-    """
+    `form`."""
     if not isinstance(found, dict):
         raise ValueError("it is no JSON object")
     if (given := found.pop("format", None)) != version:

@@ -1,8 +1,7 @@
 """The local processes of one run: started, watched, ended together.
 
 Owns their life: signals go to all of them, one that dies takes the others with it, and none outlives the supervisor.
-Must not import torch: it runs before any job does.
-"""
+Must not import torch: it runs before any job does."""
 
 import os
 import signal
@@ -41,8 +40,7 @@ def spawn_local(
     The code is 0 if all end with 0, else that of the first process that failed (128 + number for a signal); when one
     fails the others are stopped. SIGINT, SIGTERM and SIGHUP are passed on once; the processes have
     `grace_seconds` to end, and a second signal kills them. Standard output is that of rank 0, the other ranks' is
-    shown only if they fail, their standard error with the rank before each line. Call it in the main thread.
-    """
+    shown only if they fail, their standard error with the rank before each line. Call it in the main thread."""
     lifeline, held = os.pipe()  # nothing is written: processes read the end of the file when this one is gone
     processes: list[_Process] = []
     # Held until rank 0 has it: a port that is only looked up may be another's when rank 0 comes to listen.
@@ -193,8 +191,7 @@ def _supervise(processes: Sequence[_Process], signals: Sequence[int], grace_seco
 
 def _first_failed(processes: Sequence[_Process]) -> _Process | None:
     """The process that failed; of several at once one that a signal killed, for the others fail in its wake, and last
-    of all one that says so itself.
-    """
+    of all one that says so itself."""
     failed = [process for process in processes if process.exit_code() not in (None, 0)]
 
     def order(process: _Process) -> tuple[bool, bool, int]:

@@ -3,8 +3,7 @@
 Owns their processes and whose turn it is. Each contender lives in a process of its own, so that its memory is its
 own, and works only while it holds the turn, so that none disturbs another. All of them meet the machine's slow and
 fast minutes in the same rounds, and only figures of the same round are compared. Must not import torch: the peak memory
-that the system reports for a process begins at that of the process that started it.
-"""
+that the system reports for a process begins at that of the process that started it."""
 
 from __future__ import annotations
 
@@ -108,8 +107,7 @@ def hold(
     """Let every contender work once a round, after a first round that is not counted.
 
     `threads` is the number of CPU threads of each; `on_turn(round, name, turn)` sees every turn, round 0 too.
-    Raises ProblemError for what a contender reports, RuntimeError with its traceback if it fails otherwise.
-    """
+    Raises ProblemError for what a contender reports, RuntimeError with its traceback if it fails otherwise."""
     turns: dict[str, list[Turn]] = {contender.name: [] for contender in contenders}
     with ExitStack() as stack:
         seats = [stack.enter_context(_Seat(contender, threads)) for contender in contenders]

@@ -1,8 +1,7 @@
 """`cordee bench convert`: memory and speed of a conversion to Megatron's ranks and back, beside `cp` of the same bytes.
 
 The checkpoint has the shape of a preset and holds zeros that take no room on disk; what is read from it and written
-is as long as with any other values. Each turn is a process of its own, and ends when its files are on disk.
-"""
+is as long as with any other values. Each turn is a process of its own, and ends when its files are on disk."""
 
 from __future__ import annotations
 
@@ -139,8 +138,7 @@ def _bytes(path: Path) -> tuple[int, int]:
 def discard(path: Path) -> None:
     """Give the disk back what tensors under `path` take, which are zeros with or without room of their own.
 
-    What a file holds is on disk before it is given back: whoever writes it writes at the pace of the disk.
-    """
+    What a file holds is on disk before it is given back: whoever writes it writes at the pace of the disk."""
     for file in filter(Path.is_file, path.rglob("*")):
         with suppress(FileNotFoundError), file.open("r+b") as opened:  # it may be renamed in between
             if os.fstat(opened.fileno()).st_blocks * 512 > 4 * HEADER:
@@ -191,8 +189,7 @@ def _swept(folder: Path, wanted: bool) -> Iterator[None]:
 def _sweep(folder: Path, over: threading.Event) -> None:
     """Discard whenever much has been written: the writer waits meanwhile, as it does for a disk.
 
-    A file of Megatron has all its length and headers from the first moment on, so that its zeros are known.
-    """
+    A file of Megatron has all its length and headers from the first moment on, so that its zeros are known."""
     while not over.wait(PAUSE):
         with suppress(FileNotFoundError):  # what is complete is renamed
             if sum(file.stat().st_blocks * 512 for file in folder.rglob("*")) > HELD:

@@ -2,8 +2,7 @@
 
 Both load the same Llama from the same Hugging Face directory and write the same number of tokens with their caches. Two
 sizes: the small one, on which calling modules costs most, and that of `cordee bench train`, which reads 92 MB of
-weights for every token.
-"""
+weights for every token."""
 
 import tempfile
 import zlib

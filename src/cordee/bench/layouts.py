@@ -1,7 +1,6 @@
 """The layouts that `cordee bench parity` compares.
 
-Owns the techniques in every form, and which of them are combined. Trains nothing.
-"""
+Owns the techniques in every form, and which of them are combined. Trains nothing."""
 
 import itertools
 import math

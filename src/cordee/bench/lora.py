@@ -1,8 +1,7 @@
 """`cordee bench lora`: adapters of one model on the same dialogues, trained by Cordée and by peft under `Trainer`.
 
 Cordée trains packed rows, `Trainer` batches padded to their longest sample, both in float32 with the labels of the
-answers. Writes the dialogues, what Cordée makes of them, and a model where none is given into a temporary directory.
-"""
+answers. Writes the dialogues, what Cordée makes of them, and a model where none is given into a temporary directory."""
 
 from __future__ import annotations
 

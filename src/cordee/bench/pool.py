@@ -1,8 +1,7 @@
 """Warm worker processes that run functions over several ranks, for parity runs and tests.
 
 Importing torch costs seconds, so the workers are forked once from a server that has imported it (forkserver) and are
-kept. Each call makes a fresh gloo group over as many of them as it asks for. Must not import torch itself.
-"""
+kept. Each call makes a fresh gloo group over as many of them as it asks for. Must not import torch itself."""
 
 from __future__ import annotations
 

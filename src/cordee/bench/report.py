@@ -1,7 +1,6 @@
 """The result of a measurement, for people and for programs.
 
-Owns how it looks, and the file it is written to. Knows no suite.
-"""
+Owns how it looks, and the file it is written to. Knows no suite."""
 
 from __future__ import annotations
 

@@ -2,8 +2,7 @@
 
 Owns the pairs. Runs of `cordee train` are stopped after two steps on each layout, and go on from their checkpoint on
 the next one of the list: the steps that are left must be those of one process that was never stopped, with the same
-samples. The learning rate decays meanwhile, so that the place in its schedule counts too.
-"""
+samples. The learning rate decays meanwhile, so that the place in its schedule counts too."""
 
 import itertools
 import tempfile
@@ -92,8 +91,7 @@ def resumed(pool: Pool, work: Path, model: str, first: Case, second: Case) -> di
 
 def other_samples(pool: Pool, work: Path, model: str, whole: dict[str, list[float]]) -> float:
     """How far the loss of a saved model is away, if it starts with the first samples instead of going on: what an
-    equal loss says of the samples.
-    """
+    equal loss says of the samples."""
     with tempfile.TemporaryDirectory(dir=work) as folder:
         _save(pool, work, model, ALONE, folder)
         found = trained(pool, work, model, ALONE, load=folder, finetune=True, **GIVEN)

@@ -2,8 +2,7 @@
 
 Cordée trains rows of samples that do not see each other (--neat-pack), transformers' `Trainer` batches padded to their
 longest sample, and TRL's `SFTTrainer`, where it is installed, packs by itself. Each learns the same labels: the answers
-and their ends. Writes the dialogues and what Cordée makes of them into a temporary directory.
-"""
+and their ends. Writes the dialogues and what Cordée makes of them into a temporary directory."""
 
 import json
 import tempfile

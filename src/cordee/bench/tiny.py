@@ -1,7 +1,6 @@
 """Tiny models and their training, a few steps on any layout, for the measurements that compare layouts.
 
-Owns models, data and the run of `cordee train` in warm workers. Knows no layout by name.
-"""
+Owns models, data and the run of `cordee train` in warm workers. Knows no layout by name."""
 
 import json
 import math
@@ -106,8 +105,7 @@ def trained(
     pool: Pool, work: Path, model: str, case: Case, steps: Sequence[int] = range(1, STEPS + 1), **given: Any
 ) -> dict[str, list[float]]:
     """Losses, gradient norms and consumed samples of the `steps` that a run reports; it takes `STEPS` in all, unless
-    options that are `given` besides say otherwise. ProblemError if the layout is refused.
-    """
+    options that are `given` besides say otherwise. ProblemError if the layout is refused."""
     records = work / "metrics.jsonl"
     records.unlink(missing_ok=True)
     options: dict[str, Any] = {

@@ -1,8 +1,7 @@
 """`cordee bench train`: the same Llama on the same tokens, trained by Cordée and by transformers in two ways.
 
 Every contender is driven as its users drive it: Cordée by the trainer of `cordee train`, transformers by a plain loop
-and by its `Trainer`, both with their defaults. In the rounds, the rate of matrix products is measured too.
-"""
+and by its `Trainer`, both with their defaults. In the rounds, the rate of matrix products is measured too."""
 
 import tempfile
 from collections.abc import Callable, Iterator

@@ -1,4 +1,3 @@
 """Native checkpoints: saved atomically, verified, resharded.
 
-Owns the directory of a run's checkpoints and what makes one complete. Knows no model and no trainer.
-"""
+Owns the directory of a run's checkpoints and what makes one complete. Knows no model and no trainer."""

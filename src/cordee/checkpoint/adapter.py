@@ -1,7 +1,6 @@
 """Adapters beside their base: checkpoints of runs that trained nothing else, and others that go into a model.
 
-Owns which base such a checkpoint belongs to, the sum of the two, and of which kind an adapter is.
-"""
+Owns which base such a checkpoint belongs to, the sum of the two, and of which kind an adapter is."""
 
 from collections.abc import Sequence
 from functools import cache

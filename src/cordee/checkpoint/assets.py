@@ -1,8 +1,7 @@
 """What lies beside the checkpoints of a run, so that they can be talked to and exported: a tokenizer and the like.
 
 Owns putting these there and, from a store, bringing them to a local directory, which is what libraries read. Knows of
-tokenizers only which file names make one.
-"""
+tokenizers only which file names make one."""
 
 import atexit
 import shutil
@@ -20,8 +19,7 @@ from cordee.tokenizer import VOCABULARIES, is_vocabulary
 def beside(checkpoint: Location) -> Path | None:
     """A local directory with the assets of a checkpoint; None if there is no tokenizer. OSError if they cannot be read.
 
-    One that they were brought to is there until the process ends.
-    """
+    One that they were brought to is there until the process ends."""
     root = checkpoint.parent
     return (root.local or _fetched(root)) if are_in(root) else None
 
@@ -45,8 +43,7 @@ def _fetched(root: Location) -> Path:
 def put_into(root: Location) -> Iterator[Path]:
     """A directory to make assets in; what is there at the end is put into `root`.
 
-    What makes them a tokenizer comes last: a process that is killed in between does it again the next time.
-    """
+    What makes them a tokenizer comes last: a process that is killed in between does it again the next time."""
     with TemporaryDirectory(prefix="cordee-assets-") as scratch:
         yield Path(scratch)
         for file in sorted(Path(scratch).iterdir(), key=lambda file: (file.name in VOCABULARIES, file.name)):

@@ -4,8 +4,7 @@ out, by those of Hugging Face.
 Owns finding out which names they are, and the files as torch's own reader takes them: tensors as `torch.save` writes
 them, one after the other, and metadata that says where each is. A `config.json` beside the data defines the model;
 other objects in a checkpoint, such as the state of an optimizer, are ignored. Archives are made without the bytes of
-their tensors, which are then written in place.
-"""
+their tensors, which are then written in place."""
 
 import math
 import os

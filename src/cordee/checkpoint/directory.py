@@ -21,8 +21,7 @@ and its manifest, the last object of it, makes it a checkpoint: it names every o
 has a checksum itself, so one that is torn is none. What it replaces is removed after that, and a checkpoint is removed
 manifest first. So whatever was interrupted, either the old or the new checkpoint is whole, and no folder has objects of
 two. Who reads takes the newest generation that is whole; `tidy` removes folders without a manifest and generations
-that have a successor. A list that lags hides a new checkpoint for a while, and then an older one is found.
-"""
+that have a successor. A list that lags hides a new checkpoint for a while, and then an older one is found."""
 
 import re
 import time
@@ -104,8 +103,7 @@ def is_root(path: Location) -> bool:
 
 def damage(directory: Location, *, contents: Collection[str] = ()) -> str | None:
     """What is wrong with the checkpoint in `directory`, None if nothing is: a manifest that was changed, missing or
-    short files, and changed bytes in the files named in `contents`, which are read for that.
-    """
+    short files, and changed bytes in the files named in `contents`, which are read for that."""
     try:
         return _damage(directory, read_manifest(directory), contents)
     except (OSError, ValueError) as error:
@@ -129,8 +127,7 @@ def _misfit(path: Location, expected: dict[str, int]) -> str | None:
 def changed(directory: Location, manifest: dict[str, Any], names: Iterable[str]) -> str | None:
     """Which of the files `names` of a checkpoint has other bytes than were saved, in words; None if none has.
 
-    They are read, several at a time, in blocks. A file that the manifest does not know counts as changed.
-    """
+    They are read, several at a time, in blocks. A file that the manifest does not know counts as changed."""
 
     def fault(name: str) -> str | None:
         expected = manifest["files"].get(name)
@@ -197,8 +194,7 @@ def latest(root: Location, avoid: Mapping[int, str] | None = None) -> tuple[int 
     `avoid` are iterations that are known to be damaged, and how.
 
     The tracker file has the first word, so that it can be edited to go back; if what it names is damaged, older
-    checkpoints come before newer ones.
-    """
+    checkpoints come before newer ones."""
     skipped = []
     try:
         named = tracked(root)
@@ -254,8 +250,7 @@ def retain(root: Location, newest: int, keep: int) -> list[int]:
     """Remove the oldest whole checkpoints up to iteration `newest` until `keep` of them are left, and the best, as its
     tracker file names it; those removed.
 
-    Later iterations belong to a run that was rewound. They and damaged checkpoints are left to the user.
-    """
+    Later iterations belong to a run that was rewound. They and damaged checkpoints are left to the user."""
     assert keep > 0
     try:
         best = tracked(root, BEST)

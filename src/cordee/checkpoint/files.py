@@ -2,8 +2,7 @@
 
 Owns the form of torch's distributed checkpoints: metadata, which is a pickle, and tensors, each an archive of
 `torch.save` in a file of many. Both are parsed as data (`weights/pickled.py`, `weights/torch_file.py`): nothing that a
-checkpoint names is imported or called, and nothing is read but files of its own directory.
-"""
+checkpoint names is imported or called, and nothing is read but files of its own directory."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -53,8 +52,7 @@ def read_metadata(directory: Location, wanted: Callable[[str], bool] = lambda na
     """What the data files of a checkpoint hold and where; of the objects beside tensors only the names are kept.
 
     wanted: of which names; nothing is known then of the others.
-    ValueError if it cannot be read, or the files do not have all that it says is in them.
-    """
+    ValueError if it cannot be read, or the files do not have all that it says is in them."""
     try:
         content, _ = load((directory / METADATA).read_bytes(), resolve=resolve)
         metadata = _metadata(content, wanted)
@@ -212,8 +210,7 @@ def read_tensor(
     """The tensor `name`, or the part of it at `index` (slices with step 1), assembled from its chunks.
 
     chunks: those of its own that the part is in; None: which these are is found.
-    ProblemError if what a chunk's place holds is another tensor, or none. Memory: the result.
-    """
+    ProblemError if what a chunk's place holds is another tensor, or none. Memory: the result."""
     kept = _described(metadata, name)
     box = _box(tuple(kept.size), index)
     result = torch.empty([stop - start for start, stop in box], dtype=kept.properties.dtype)
@@ -266,8 +263,7 @@ def _read_ranges(path: Location, region: Region, index: tuple[slice, ...]) -> Te
 def _fill(target: Tensor, path: Location, offset: int, strides: Shape) -> None:
     """Fill `target` with the elements that follow one another by `strides` from byte `offset` of an object on.
 
-    What lies between them is read with them, where all of it fits in one request: that is less than another request.
-    """
+    What lies between them is read with them, where all of it fits in one request: that is less than another request."""
     size = target.dtype.itemsize
     span = size * (1 + sum((count - 1) * stride for count, stride in zip(target.shape, strides, strict=True)))
     if not target.numel():

@@ -1,8 +1,7 @@
 """The formats of weights, recognised by what is on disk.
 
 Owns the table of formats that can be read, a row each: how one is recognised, and its reader. What is written is up to
-the job of conversion.
-"""
+the job of conversion."""
 
 from __future__ import annotations
 
@@ -28,8 +27,7 @@ class Format:
     """One format: its name, whether a directory (or file) holds it, and its reader, which alone imports torch.
 
     The second argument of `reader` sets how a Megatron checkpoint is read; other formats ignore it. Both functions take
-    a path, or, where the format need not be `local`, a location.
-    """
+    a path, or, where the format need not be `local`, a location."""
 
     name: str
     title: str

@@ -2,8 +2,7 @@
 
 Owns torch's distributed checkpoint as objects of a folder that is not a checkpoint yet, in the form that torch's own
 writer gives its files, and what the manifest keeps of them, which is found while they are written: reading them back
-would be a second transfer. What makes the folder a checkpoint is `directory.py`'s.
-"""
+would be a second transfer. What makes the folder a checkpoint is `directory.py`'s."""
 
 import pickle
 import zlib
@@ -26,8 +25,7 @@ from cordee.checkpoint.storage import Location
 class ObjectWriter(StorageWriter):
     """torch's writer of one rank: an object of tensors, and of the first rank one of metadata, in `folder`.
 
-    entries: bytes and CRC-32 of the objects that are written, by name.
-    """
+    entries: bytes and CRC-32 of the objects that are written, by name."""
 
     def __init__(self, folder: Location):
         self.folder = folder

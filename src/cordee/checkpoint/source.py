@@ -1,8 +1,7 @@
 """A checkpoint as a source of weights.
 
 Owns the `weights.codec.Source` of a checkpoint, by which `cordee convert`, `generate` and `evaluate` read it like any
-other format, in one process, a tensor or a part of one at a time.
-"""
+other format, in one process, a tensor or a part of one at a time."""
 
 import threading
 from pathlib import Path
@@ -26,8 +25,7 @@ _FORM = sealed.record({"model": STORED_SPEC}, {"base": directory.BASE})
 
 def read(path: str | Path | Location, iteration: int | None = None) -> "CheckpointSource":
     """The weights of the checkpoint in `path`, or, of a directory of checkpoints, that of `iteration`, else the newest
-    whole one. ProblemError if there is none or it is damaged.
-    """
+    whole one. ProblemError if there is none or it is damaged."""
     path = location_of(path)
     notes: list[str] = []  # what was skipped
     if not (path / directory.MANIFEST).is_file():

@@ -6,8 +6,7 @@ committed is in `directory.py`.
 
 What is assumed of a store: who reads an object after its `write` has ended sees all of it, and after `delete` nothing.
 Not assumed, but had by the local file system (`renames`): renaming, an atomic overwrite, that an object whose `write`
-did not end is absent, and that `list` shows what was written a moment ago.
-"""
+did not end is absent, and that `list` shows what was written a moment ago."""
 
 import importlib.util
 import io
@@ -33,8 +32,7 @@ BUFFER = 1 << 16  # bytes that are read at least, from where one is looking for 
 class Storage(ABC):
     """Objects by their URL. OSError, FileNotFoundError where that is the reason, if an operation fails.
 
-    renames: it has `rename`, and an overwrite is atomic.
-    """
+    renames: it has `rename`, and an overwrite is atomic."""
 
     renames: ClassVar[bool] = False
 
@@ -54,8 +52,7 @@ class Storage(ABC):
     def write(self, url: str, mode: int = 0o666) -> AbstractContextManager[BinaryIO]:
         """A stream to an object, which is there in place of an older one once the context has been left.
 
-        `mode`: permissions, less those that the user's umask takes, where objects have any of their own.
-        """
+        `mode`: permissions, less those that the user's umask takes, where objects have any of their own."""
 
     @abstractmethod
     def delete(self, url: str) -> None:
@@ -185,8 +182,7 @@ class Location:
 @dataclass(frozen=True)
 class FsspecStorage(Storage):
     """What fsspec's file system for the URLs that begin as `root` does. Credentials are where its package looks for
-    them, or in fsspec's own configuration (~/.config/fsspec, FSSPEC_S3_KEY and the like).
-    """
+    them, or in fsspec's own configuration (~/.config/fsspec, FSSPEC_S3_KEY and the like)."""
 
     root: str = field(compare=False)  # locations are compared by their own URLs
 
@@ -258,8 +254,7 @@ def local_path(given: str) -> Path | None:
 def location_of(given: str | Path | Location, option: str = "--load") -> Location:
     """What `given` names: a URL something in a store, a plain path or one behind `file://` something on this machine.
 
-    ProblemError, about `option`, if a package that such a store needs is missing, or nobody knows the scheme.
-    """
+    ProblemError, about `option`, if a package that such a store needs is missing, or nobody knows the scheme."""
     if isinstance(given, Location):
         return given
     if (path := local_path(str(given))) is not None:

@@ -4,8 +4,7 @@ Owns an object that names who writes there, and whose holder changes it every `h
 for three heartbeats whether it changes, and takes the place of a holder that is dead. There is no atomic exchange: of
 two runs that begin at the same moment the later to write has the lock, the other notices when it reads its own record
 back, at the latest at its next heartbeat or save, and stops. What both have saved stays whole: no two saves share a
-folder.
-"""
+folder."""
 
 import json
 import time
@@ -26,8 +25,7 @@ def acquire(path: Location) -> Lock:
 class StorageLock(Lock):
     """The lock at `path`, which this process has from the beginning until `release`.
 
-    HeldError if another process has it; OSError if the store cannot be read or written.
-    """
+    HeldError if another process has it; OSError if the store cannot be read or written."""
 
     path: Location
 

@@ -5,8 +5,7 @@ names, so that neither ranks nor shards show in what is stored. Files and names 
 of a run means is the trainer's.
 
     model.<parameter>                 float32 master weights
-    optimizer.<parameter>.<state>     such as exp_avg, exp_avg_sq, step
-"""
+    optimizer.<parameter>.<state>     such as exp_avg, exp_avg_sq, step"""
 
 import errno
 import warnings
@@ -51,8 +50,7 @@ class CheckpointStore:
     of their own, whose collectives must not mix with those of training. `keep_last` bounds how many checkpoints are
     kept; None keeps all. Parameters of `origins` are saved, with their state. `on_lost` is called in that thread when
     a checkpoint in the background has lost other ranks: training may hang then, and would never see it. With `lock`,
-    of the first rank, nothing is changed under `root` once another process has taken it.
-    """
+    of the first rank, nothing is changed under `root` once another process has taken it."""
 
     def __init__(
         self,
@@ -88,8 +86,7 @@ class CheckpointStore:
         checkpoint of iteration `best` is named the best one, and kept.
 
         With `background` it returns as soon as the tensors are copied; parameters may then change. An earlier save
-        that is still being written is waited for. ProblemError as `wait` has it.
-        """
+        that is still being written is waited for. ProblemError as `wait` has it."""
         self.wait()
         staged = _stage(tensors_of(model, optimizer, self._origins))
         if background:
@@ -293,8 +290,7 @@ def restore(
     Parameters of other `origins` stay as they are, and the checkpoint need not have them. So do those of `optional`
     origins of which it has none at all, which are returned.
     An optimizer that had no state when it was saved (every step was skipped) has none afterwards. All ranks of
-    `group` call it together. ProblemError names every parameter that does not fit.
-    """
+    `group` call it together. ProblemError names every parameter that does not fit."""
     metadata = collectives.together(lambda: _metadata(directory_), group)
     kept = tensors(metadata)
     absent: set[Origin] = {origin for origin in optional if not _has_any(kept, of_origins(model, {origin}), group)}

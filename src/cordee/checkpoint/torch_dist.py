@@ -3,8 +3,7 @@
 Owns how tensors and their names in such a folder differ from those of a rank that has all of the model: layers of one
 form are stacked in a tensor, and so are experts. Data and metadata are those of torch's distributed checkpoints; what
 is beside the weights is in `common.pt`, or, since core 0.19, one of the objects among the data. The state of optimizers
-is not looked at.
-"""
+is not looked at."""
 
 import math
 import re
@@ -75,8 +74,7 @@ def _object(path: Path, place: _StorageInfo) -> tuple[Any, list[str]]:
 class _Part:
     """A tensor of a rank: the one that is stored, or of those stacked in it the one at the numbers `at`.
 
-    chunks: in which it is.
-    """
+    chunks: in which it is."""
 
     stored: str
     at: tuple[int, ...]
@@ -133,8 +131,7 @@ def _around(stored: str, names: Mapping[str, object]) -> list[str]:
     """What stands around the numbers of layer and expert in the names of what is stacked in a tensor.
 
     Megatron's own layers save a norm by Transformer Engine's name, as part of the linear layer that follows it, also
-    where experts follow it, of which that engine's layers say otherwise.
-    """
+    where experts follow it, of which that engine's layers say otherwise."""
     if (match := _NORM.fullmatch(stored)) and f"{match[1]}mlp.router.weight" in names:
         stored = f"{match[1]}pre_mlp_layernorm.{match[2]}"
     match = _LAYERS.fullmatch(stored)

@@ -1,8 +1,7 @@
 """The command line of one command: its flags, its help, and what was given.
 
 Owns the argparse parser made from a schema. argparse splits the line and prints the help; values stay text, so that
-missing values, types, choices and unknown flags are checked in one place with those of YAML files, and all at once.
-"""
+missing values, types, choices and unknown flags are checked in one place with those of YAML files, and all at once."""
 
 import argparse
 import textwrap
@@ -20,8 +19,7 @@ from cordee.errors import Problem
 class CommandLine:
     """What a command line gives: `options` as (flag as written, text), `unknown` as (word, what follows it).
 
-    The text of a switch, and of a flag whose value is missing, is ().
-    """
+    The text of a switch, and of a flag whose value is missing, is ()."""
 
     options: list[tuple[str, Raw]]
     unknown: list[tuple[str, str]]
@@ -74,8 +72,7 @@ class _Collect(argparse.Action):
 class _Formatter(argparse.RawDescriptionHelpFormatter):
     """Keeps words whole, so that they can be searched for, and shows of values the metavar alone.
 
-    To argparse every value is optional, as it would stop at the first missing one.
-    """
+    To argparse every value is optional, as it would stop at the first missing one."""
 
     def _split_lines(self, text: str, width: int) -> list[str]:
         return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)

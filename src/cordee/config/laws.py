@@ -1,8 +1,7 @@
 """Laws between options, declared in the attribute `laws` of a schema class.
 
 Owns the forms of such laws, and the problems of a configuration that breaks them. Knows no option by name: a new
-technique declares its options and their laws in one class. Laws with arithmetic stand beside what computes with it.
-"""
+technique declares its options and their laws in one class. Laws with arithmetic stand beside what computes with it."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -37,8 +36,7 @@ class Law:
     """A law about each of the options `names`, where that is not at its default, or is "missing".
 
     `others`: conditions on other options, one of which is enough. `why`: the reason, where `others` is empty and the
-    law never holds. `mutual`, of options that exclude each other: either replaces the other of an earlier source.
-    """
+    law never holds. `mutual`, of options that exclude each other: either replaces the other of an earlier source."""
 
     kind: Literal["missing", "requires", "excludes", "at most", "ignored"]
     names: tuple[str, ...]
@@ -72,8 +70,7 @@ def needs(*names: str, **others: object) -> Law:
 def ignored(*names: str, why: str = "", **others: object) -> Law:
     """These options are ignored unless another is so: `ignored("sgd_momentum", optimizer="sgd")`; or always: `why`.
 
-    An ignored option is reported, but no problem: ported scripts are full of them.
-    """
+    An ignored option is reported, but no problem: ported scripts are full of them."""
     return Law("ignored", names, _wanted(others), why)
 
 
@@ -81,8 +78,7 @@ def excludes(name: str, *others: str, mutual: bool = True) -> Law:
     """The option must not be given together with one of `others`.
 
     Of two sources, such as a file and the command line, the later one's is taken; if that is not `mutual`, as the
-    option is only a detail of a run without the others, it replaces none of them.
-    """
+    option is only a detail of a run without the others, it replaces none of them."""
     return Law("excludes", (name,), dict.fromkeys(others, GIVEN), mutual=mutual)
 
 

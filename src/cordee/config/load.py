@@ -2,8 +2,7 @@
 
 Owns the order of precedence (defaults, files that options name, files in order, flags, overrides), also among options
 that exclude each other, and finds every unknown name, bad value and missing option before it raises. Judges each option
-alone; how options fit together is said by their laws.
-"""
+alone; how options fit together is said by their laws."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -51,8 +50,7 @@ def load_config(
 ) -> Loaded[T]:
     """Build a `schema` from YAML `files`, then those of `--config`, then the flags in `argv`, then `overrides`.
 
-    Raises `ProblemError` with every problem there is. `--help` in `argv` prints the help and raises SystemExit(0).
-    """
+    Raises `ProblemError` with every problem there is. `--help` in `argv` prints the help and raises SystemExit(0)."""
     loaded = load_as_far_as_possible(schema, argv, files=files, overrides=overrides, teaching=teaching)
     raise_all(loaded.problems)
     return loaded
@@ -68,8 +66,7 @@ def load_as_far_as_possible(
 ) -> Loaded[T]:
     """As `load_config`, but with the problems in `Loaded.problems`, so that checks of the whole run may find others.
 
-    Raises `ProblemError` where a source could not be read, or nothing can stand in for an option.
-    """
+    Raises `ProblemError` where a source could not be read, or nothing can stand in for an option."""
     line = parse(schema, argv, teaching)
     collected = _Collected(schema)
     for path in (*files, *line.files):

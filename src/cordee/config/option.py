@@ -1,8 +1,7 @@
 """How one option is declared: default, help, spellings, choices.
 
 Owns `option` and `required`, which declare a field of a schema class, and `options_of`, which reads the declarations
-back for the loader, the help and the renderer. Knows no option by name, no file and no command line.
-"""
+back for the loader, the help and the renderer. Knows no option by name, no file and no command line."""
 
 import dataclasses
 import functools
@@ -51,8 +50,7 @@ def option(default: Any, help: str, **details: Any) -> Any:
         elsewhere: what other programs call it: a name that is answered with ours, as its values may have another unit.
         empty: a text may have no characters, which is else what a variable that is not set leaves.
         reads: the value, such as a file, sets further options that are not given: those that a function,
-            `module:function`, returns as entries, with problems, for it, the values so far and the options given.
-    """
+            `module:function`, returns as entries, with problems, for it, the values so far and the options given."""
     declaration = _Declaration(help=help, **details)
     if isinstance(default, dict):
         return field(default_factory=dict, metadata={_KEY: declaration})

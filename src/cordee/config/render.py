@@ -1,7 +1,6 @@
 """A configuration as text: YAML that loads again, and the options that are not at their default.
 
-Owns how values are written. Reads `Loaded` only.
-"""
+Owns how values are written. Reads `Loaded` only."""
 
 import re
 import sys

@@ -2,8 +2,7 @@
 
 Owns the table from a spelling (`norm_epsilon`, `layernorm_epsilon`, `no_swiglu`, `use_distributed_optimizer`) to the
 option that it sets, and how, and that from a name of other programs to the option that it means. Flags and YAML keys
-share the tables: a flag is its key with dashes.
-"""
+share the tables: a flag is its key with dashes."""
 
 import functools
 from collections.abc import Iterable

@@ -1,8 +1,7 @@
 """YAML files as text: keys, values and the line each stands on.
 
 Owns reading a run file. Scalars stay text (the option's declaration gives them a type, see `values`), so YAML's
-surprises (`1e-5` as text, `no` as false) do not reach a run.
-"""
+surprises (`1e-5` as text, `no` as false) do not reach a run."""
 
 from collections.abc import Iterator
 from pathlib import Path

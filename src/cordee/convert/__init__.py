@@ -1,4 +1,3 @@
 """Weights from any format to any other.
 
-Owns the command: which reader, which writer, what their options must agree on. The formats are `weights`'.
-"""
+Owns the command: which reader, which writer, what their options must agree on. The formats are `weights`'."""

@@ -1,8 +1,7 @@
 """Checks of the options of `cordee convert`.
 
 Owns what options mean for each other, for the files to read and for their model; options of older converters that only
-restate files or model are compared with them here.
-"""
+restate files or model are compared with them here."""
 
 import os
 from collections.abc import Mapping

@@ -2,8 +2,7 @@
 
 Owns the loop from a source to a sink over canonical names, and what goes before and after it: which model it is, what
 would be written, whether it was written right. Needs no device and no other process; memory is about twice the largest
-tensor, whatever the model.
-"""
+tensor, whatever the model."""
 
 from __future__ import annotations
 
@@ -31,8 +30,7 @@ ORIGINAL = "mg2hf"  # where in the directory of the original model the way back 
 def run(options: ConvertConfig) -> int:
     """Convert what is at `load_dir` to `save_dir`.
 
-    ProblemError before anything is written, or if `verify` finds that it was written wrong.
-    """
+    ProblemError before anything is written, or if `verify` finds that it was written wrong."""
     for ignored in laws.ignored_options(options):
         logger.warning("%s", ignored)
     source, prepared, output = _prepare(options)

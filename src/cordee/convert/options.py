@@ -1,7 +1,6 @@
 """The options of `cordee convert`.
 
-Owns their names, types, defaults and help texts, and what each needs of others.
-"""
+Owns their names, types, defaults and help texts, and what each needs of others."""
 
 from dataclasses import dataclass
 from typing import Literal

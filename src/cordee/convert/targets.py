@@ -1,8 +1,7 @@
 """What `cordee convert` writes: from its options to a format, a layout and files.
 
 Owns the table of formats that are written, and the meaning of the options of MindSpeed-LLM's and AscendSpeed's
-converters. The formats themselves are codecs.
-"""
+converters. The formats themselves are codecs."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -37,8 +36,7 @@ class Prepared:
     dtypes: by canonical name, what is written.
     expected: what has to be read back, where that is not to the bit what there was; None: the source itself.
     compare_tokenizers: how the tokenizer that is read back differs from that of the source, None if it does not; where
-        the format does not copy it as it is.
-    """
+        the format does not copy it as it is."""
 
     files: list[PlannedFile]
     dtypes: Mapping[str, torch.dtype]

@@ -1,7 +1,6 @@
 """Whether what was written is what was read.
 
-Owns the comparison of two sources: every tensor bit for bit, by slices, what the models compute, and token ids.
-"""
+Owns the comparison of two sources: every tensor bit for bit, by slices, what the models compute, and token ids."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,8 +24,7 @@ ROUNDING = 4  # roundings by which computed values may differ
 def verify(source: Source, written: Source, dtypes: Mapping[str, torch.dtype]) -> list[str]:
     """Compare `written` with `source` in the types of `dtypes`; what was found, in words.
 
-    ProblemError if they differ.
-    """
+    ProblemError if they differ."""
     problems = [
         Problem(name, None, f"what was written differs from what was read: {why}", "convert again; check the disk")
         for name in source.names()
@@ -53,8 +51,7 @@ def verify_tokenizer(
     """`compare` the tokenizers in two directories; what was found, in words. Without one of the two there is nothing to
     compare.
 
-    ProblemError if they differ.
-    """
+    ProblemError if they differ."""
     if source is None or written is None or not holds_tokenizer(source):
         return []
     if (why := compare(source, written)) is not None:

@@ -1,8 +1,7 @@
 """A micro-batch: named tensors, each with declared axes.
 
 Owns what axes a field may have, and how samples become tensors and tensors are moved or cut along an axis, whatever
-fields an objective adds. Knows nothing of where samples come from or where the tensors go.
-"""
+fields an objective adds. Knows nothing of where samples come from or where the tensors go."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -37,8 +36,7 @@ class Batch:
     A sample has one or more sequences, all samples the same number, which follow each other in the batch.
 
     A subclass, a dataclass of keywords, adds fields, each declared by `axes`. Whatever is done to a batch is done to
-    all of them.
-    """
+    all of them."""
 
     input_ids: Tensor = axes("sequence", "token")
     labels: Tensor = axes("sequence", "token", pad=IGNORED)
@@ -51,8 +49,7 @@ class Batch:
     def of(cls, samples: Sequence[Sample], length: int) -> Self:
         """The batch of samples that hold its fields under their names: arrays with the axes of the field but for
         "sample", where a field has that. Sequences are padded at the end to `length` tokens. AssertionError for what
-        is no field, for a field that a sample lacks, and for sequences that are longer.
-        """
+        is no field, for a field that a sample lacks, and for sequences that are longer."""
         declared = {each.name: each.metadata for each in fields(cls)}
         names = samples[0].keys()
         assert all(sample.keys() == names for sample in samples), "samples of one batch have the same fields"

@@ -2,8 +2,7 @@
 
 Owns how `--data-path` and `--split` are read, which part of which file a dataset takes and how it is ordered. Knows
 nothing of ranks: in a run of several processes one calls `build_datasets` first, so that the others find those sample
-orders in the cache that are kept there.
-"""
+orders in the cache that are kept there."""
 
 import math
 import re
@@ -85,8 +84,7 @@ def build_datasets(
     the sample orders in the cache, so they are not read whole.
 
     Raises `ProblemError` for options or files that do not fit, which `cordee.data.gpt_check` finds all beforehand, and
-    for an order that is not in the cache and takes more memory to build than this machine has left.
-    """
+    for an order that is not in the cache and takes more memory to build than this machine has left."""
     parts = plan_parts(config)
     asked: dict[str, int] = dict(zip(SPLITS, (train_samples, valid_samples, test_samples), strict=True))
     files = {
@@ -140,8 +138,7 @@ def plan_order(
     `indexed`.
 
     `blocks`: epochs of a block of each dataset, and whether the last of them is shuffled apart, of the run that this
-    one resumes. Its order continues in such blocks, whatever the length of the run is now. Raises `ProblemError`.
-    """
+    one resumes. Its order continues in such blocks, whatever the length of the run is now. Raises `ProblemError`."""
     raise_all(problem for dataset in indexed for problem in part_problems(part, dataset))
     ranges = [part.sequences(dataset) for dataset in indexed]
     counts = [

@@ -1,7 +1,6 @@
 """One chunk of text to tokens: the work that runs in parallel.
 
-Owns what becomes of each record: its tokens, or the reason why it is left out. Knows nothing of files or processes.
-"""
+Owns what becomes of each record: its tokens, or the reason why it is left out. Knows nothing of files or processes."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -63,8 +62,7 @@ class Encode:
 
     An empty text is no document; with several keys the others of its record stay. A record of which any text has
     `seq_length` tokens or more is left out under all keys. With `eod` every document ends with it. With a `handler` a
-    record is one text, as that writes it.
-    """
+    record is one text, as that writes it."""
 
     tokenizer: Tokenizer
     keys: tuple[str, ...]

@@ -1,8 +1,7 @@
 """Everything about a run's data that can be known before the run.
 
 Owns the checks of `.bin/.idx` files against the run's options, its tokenizer and how it orders samples: all problems at
-once, without torch.
-"""
+once, without torch."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -37,8 +36,7 @@ def check(
 
     The numbers of samples say which parts are needed at all. `vocab_size` (of the model) and `tokenizer` are compared
     with what is known of each dataset. Reads every index once, and no tokens. The memory that building an order takes
-    is not checked: this machine may be another than the one that builds it, if it has to be built at all.
-    """
+    is not checked: this machine may be another than the one that builds it, if it has to be built at all."""
     parts, problems = read_parts(options)
     problems += (*share_problems(options), *_eod_problems(options, tokenizer))
     asked: dict[str, int] = dict(zip(SPLITS, (train_samples, valid_samples, test_samples), strict=True))

@@ -23,8 +23,7 @@ class GPTCollate:
 
     `eod_mask_loss`: the token after an eod is no target. `reset_position_ids`: positions begin anew after an eod.
     `reset_attention_mask`: what follows an eod does not see it, nor anything before it.
-    Raises `ProblemError` for a token that `vocab_size` does not hold.
-    """
+    Raises `ProblemError` for a token that `vocab_size` does not hold."""
 
     vocab_size: int | None = None
     eod: int | None = None

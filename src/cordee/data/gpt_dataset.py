@@ -7,8 +7,7 @@ The order is that of `megatron.core.datasets` (compared with its release 0.16 in
 split, repeated for as many epochs as the samples need and shuffled, form one stream of tokens; sample j holds the
 `seq_length + 1` tokens from token `j * seq_length` on, so the last token of a sample is also the first of the next;
 the samples are then shuffled. "Documents" are here the sequences of the indexed dataset, as in Megatron. Its release
-0.6 gives the same order for one dataset; for blends it rounds the parts differently, see `blend_sizes`.
-"""
+0.6 gives the same order for one dataset; for blends it rounds the parts differently, see `blend_sizes`."""
 
 import math
 import threading
@@ -56,8 +55,7 @@ class GPTDataset:
     is first asked for, and two are held. Blocks are kept in `cache_dir` under a name that follows from their content
     and opened by memory map, but for small ones. `verified`: another process of this machine has just verified or built
     what is kept of an order in one block, so its bytes are not compared with their checksum. ProblemError for a block
-    that has to be built and takes more memory than this machine has left.
-    """
+    that has to be built and takes more memory than this machine has left."""
 
     def __init__(
         self,
@@ -197,8 +195,7 @@ class BlendedDataset:
     """Samples of several datasets in the proportion of their weights, each dataset's own in order.
 
     Which dataset comes when is Megatron's choice for the first `period` samples (None: for all of them), and then the
-    same again; each dataset's own samples continue. `cache_dir`, `verified` and ProblemError: as for `GPTDataset`.
-    """
+    same again; each dataset's own samples continue. `cache_dir`, `verified` and ProblemError: as for `GPTDataset`."""
 
     def __init__(
         self,
@@ -268,8 +265,7 @@ def build_blend(weights: npt.NDArray[np.float64], size: int) -> tuple[npt.NDArra
     Each choice depends on all before it, yet a wrong count of what was drawn corrects itself after few samples. So the
     samples are cut in as many blocks as they are long, every block starts from a guess, and all take their steps
     together as one array. A block whose guess was not where the block before it ended is done again from there, until
-    none is left; the result is therefore the rule's, to the last sample.
-    """
+    none is left; the result is therefore the rule's, to the last sample."""
     length = max(1, math.isqrt(size))
     blocks = -(-size // length)
     begins = np.arange(blocks, dtype=np.int64) * length

@@ -1,8 +1,7 @@
 """Handlers: how records of each layout become dialogues, pairs of them, or text. The values of --handler-name.
 
 Owns the layouts, the names of their columns (--map-keys, dataset_info.json), and the templates that some of them fix.
-Knows no token.
-"""
+Knows no token."""
 
 import json
 import re
@@ -68,8 +67,7 @@ class Handler:
     columns: the fields of a record that it reads, of which no record may lack those `required`.
     templated: it takes --prompt-type, or the tokenizer's template; else `own_template` is the one that it fixes.
     pairwise: a record has a chosen and a rejected answer, read by `pairs`. is_text: it is plain text, read by `text`.
-    flags: the fields of which one says whether an answer is desirable. Each reading raises `BadRecord`.
-    """
+    flags: the fields of which one says whether an answer is desirable. Each reading raises `BadRecord`."""
 
     name: str
     read: Callable[[Record], Any]

@@ -5,8 +5,7 @@ in bounded memory. Knows nothing of text, tokenizers or samples.
 
 The `.idx`, little endian and without padding: 9 bytes of magic; u64 version 1; u8 code of the token type; u64 number
 of sequences N; u64 length D of the document index; N x i32 lengths in tokens; N x i64 offsets in the `.bin` in bytes;
-D x i64 document boundaries in sequences, from 0 to N. The `.bin` holds the tokens of all sequences back to back.
-"""
+D x i64 document boundaries in sequences, from 0 to N. The `.bin` holds the tokens of all sequences back to back."""
 
 import os
 import shutil
@@ -58,8 +57,7 @@ def fingerprint(path: Path, bound: int = 1 << 30) -> int:
     A file up to `bound` is read whole, and any change of up to 32 bits in a row is seen for certain. Of a larger one
     the first and last MiB and pieces evenly between them are read, `bound` bytes together: another tokenizer, order
     or selection of texts changes them, while a single change elsewhere is seen with the chance bound / size. No proof
-    against somebody who means to deceive. Takes about a second per GiB that is read.
-    """
+    against somebody who means to deceive. Takes about a second per GiB that is read."""
     size = path.stat().st_size
     value = zlib.crc32(size.to_bytes(8, "little"))
     count = -(-size // _PIECE) if size <= bound else max(2, bound // _PIECE)
@@ -79,8 +77,7 @@ class IndexedDataset:
 
     Opening checks what costs nothing (both files there, header, sizes); `problems` checks every entry.
 
-    Raises `ProblemError` if the pair is incomplete, damaged or of another format.
-    """
+    Raises `ProblemError` if the pair is incomplete, damaged or of another format."""
 
     def __init__(self, prefix: str | Path):
         self.prefix = str(prefix)
@@ -245,8 +242,7 @@ class IndexedDatasetBuilder:
 
         with IndexedDatasetBuilder("corpus_text_document") as builder:
             builder.add_sequence([1, 2, 3])
-            builder.end_document()
-    """
+            builder.end_document()"""
 
     def __init__(self, prefix: str | Path, dtype: npt.DTypeLike = np.int32):
         self.prefix = str(prefix)

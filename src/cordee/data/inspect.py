@@ -1,8 +1,7 @@
 """`cordee inspect`: what a model will see of data for tuning, and what is wrong with it.
 
 Owns how samples are shown, and the findings of the doctor. Samples come as training has them: `records.py` tokenizes,
-`TuningDataset` reads, `TuningCollate` makes labels, segments and positions.
-"""
+`TuningDataset` reads, `TuningCollate` makes labels, segments and positions."""
 
 from collections import Counter
 from collections.abc import Iterator

@@ -2,8 +2,7 @@
 
 Owns which samples a step takes and reading them ahead. The place in the data is one number, the samples consumed so
 far: whatever the number of ranks and the size of micro-batches, the same samples come next. Knows nothing of steps,
-process groups or models.
-"""
+process groups or models."""
 
 import functools
 import itertools
@@ -30,8 +29,7 @@ class Loader:
     `micro * size`, rank r the r-th `micro` of these. `order` "single" takes samples as the dataset numbers them,
     "cyclic" in a new permutation for every pass over the dataset (Megatron's cyclic sampler without data sharding, for
     one rank; its permutation depends on the ranks otherwise). With `num_workers` threads, the next step is read while
-    the current one is computed.
-    """
+    the current one is computed."""
 
     def __init__(
         self,
@@ -55,8 +53,7 @@ class Loader:
         """The micro-batches of the step that begins after `consumed` samples. Sizes may differ from step to step, and
         as a list, one for each micro-batch, within a step.
 
-        Raises `ProblemError` if the dataset ends before the step does, or holds a token that `collate` refuses.
-        """
+        Raises `ProblemError` if the dataset ends before the step does, or holds a token that `collate` refuses."""
         sizes = self._sizes(global_batch_size, micro_batch_size)
         parts = self._parts(consumed, sizes)
         self._order.require(consumed + global_batch_size)

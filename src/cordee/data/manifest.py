@@ -1,8 +1,7 @@
 """The note beside a dataset: how it was made and what it holds.
 
 Owns `<prefix>.json`: counts, the tokenizer's fingerprint, the sources and what was left out. A dataset without it (made
-by another tool) is as good; it can only be checked less.
-"""
+by another tool) is as good; it can only be checked less."""
 
 import dataclasses
 from collections import Counter
@@ -55,8 +54,7 @@ def manifest_path(prefix: str | Path) -> Path:
 def read_manifest(dataset: IndexedDataset) -> Manifest | None:
     """The manifest of a dataset, or None if it has none.
 
-    Raises `ProblemError` if it cannot be read or describes another dataset.
-    """
+    Raises `ProblemError` if it cannot be read or describes another dataset."""
     path = manifest_path(dataset.prefix)
     if not path.exists():
         return None

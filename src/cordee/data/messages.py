@@ -1,7 +1,6 @@
 """Dialogues: what instruction records become, whatever their layout, and what templates write.
 
-Owns the form of a message and of a dialogue, and of the JSON in them. Knows no record layout, template or tokenizer.
-"""
+Owns the form of a message and of a dialogue, and of the JSON in them. Knows no record layout, template or tokenizer."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -23,8 +22,7 @@ class Message:
     list of such; "observation" is what a tool returned. Unless `trained` it is not learned.
 
     more: further fields of an OpenAI message, such as reasoning_content, or the content beside tool calls. The
-    tokenizer's own template is given them.
-    """
+    tokenizer's own template is given them."""
 
     role: Role
     content: str

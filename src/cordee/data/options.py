@@ -1,7 +1,6 @@
 """The options of samples and batches, of the data that they come from, and of preprocessing.
 
-Owns their names, types, defaults and help texts, and what each needs of others.
-"""
+Owns their names, types, defaults and help texts, and what each needs of others."""
 
 from dataclasses import dataclass, fields
 from typing import Literal

@@ -1,8 +1,7 @@
 """How the samples of a dataset or a blend are ordered, in numbers: epochs, blocks, sizes, memory.
 
 Owns the laws by which a number of samples becomes epochs and blocks; they depend on the data and the options alone,
-never on a machine. Builds no array and reads no file.
-"""
+never on a machine. Builds no array and reads no file."""
 
 import math
 from collections.abc import Sequence
@@ -55,8 +54,7 @@ class Epochs:
 @dataclass(frozen=True)
 class Order:
     """The order of a dataset's samples: `blocks` blocks one after another, each of them Megatron's order for as many
-    samples as `block` has, with a seed of its own. One block is Megatron's order of the whole run.
-    """
+    samples as `block` has, with a seed of its own. One block is Megatron's order of the whole run."""
 
     documents: int  # of one epoch
     block: Epochs
@@ -131,8 +129,7 @@ def blend_sizes(weights: Sequence[float], size: int) -> tuple[list[int], int]:
 
     As Megatron from release 0.8 on, which adds the surplus of 0.5 % to the rounded share; release 0.6 adds it before
     rounding. A dataset can so be asked for one sample more than there, which matters to its order only where that
-    sample needs another epoch.
-    """
+    sample needs another epoch."""
     shares = [math.ceil(size * weight) for weight in normalise(weights).tolist()]
     return [math.ceil(share * (1 + _SURPLUS)) for share in shares], sum(shares)
 

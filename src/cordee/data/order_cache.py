@@ -1,8 +1,7 @@
 """Sample orders kept on disk, so that only the first start of a run computes them.
 
 Owns where such arrays lie, how they get there (complete or not at all) and when they are not believed. Knows nothing
-of what they mean.
-"""
+of what they mean."""
 
 import hashlib
 import json
@@ -57,8 +56,7 @@ def cached_arrays(
     Opening reads all bytes and compares them with the checksum at their end, unless they are `verified`: another
     process of this machine has just verified or built them. Of several processes that do this at the same time one
     builds, and the others wait for it, up to `PATIENCE` seconds. Without a directory, or where it cannot be written,
-    nobody waits and the arrays stay in memory.
-    """
+    nobody waits and the arrays stay in memory."""
     if directory is None:
         return build()
     paths = {name: directory / f"{key}-{name}.npy" for name in shapes}

@@ -1,8 +1,7 @@
 """`cordee preprocess`: text, instructions or preferences to `.bin/.idx`, or several such pairs to one.
 
 Owns the job: from input to output names, progress, what is reported, and that a failure leaves nothing behind. The
-readers read, `encode` and `tuning` tokenize, `indexed` has the byte format.
-"""
+readers read, `encode` and `tuning` tokenize, `indexed` has the byte format."""
 
 import signal
 import sys

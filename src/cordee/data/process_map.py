@@ -1,8 +1,7 @@
 """A function applied to a stream of items by several processes, results in the order of the items.
 
 Owns the processes: how many items are in flight, that none outlives its parent, and that one that dies is reported.
-Knows nothing of what the function does.
-"""
+Knows nothing of what the function does."""
 
 import multiprocessing
 import multiprocessing.process
@@ -32,8 +31,7 @@ def process_map(
 ) -> Iterator[Callable[[Iterable[Item]], Iterator[Result]]]:
     """What applies `function`, which is sent to each process once, to every item in order, with a bounded number of
     items in flight; one process is this one. The processes start here, so that this program's own threads can start
-    after them. The iteration raises `ProblemError` if a process dies.
-    """
+    after them. The iteration raises `ProblemError` if a process dies."""
     if processes == 1:
         with _one_thread():
             yield lambda items: map(function, items)

@@ -1,8 +1,7 @@
 """Records of dialogues or preferences, tokenized into pairs of files once.
 
 Owns where such files lie and when they are made anew: their names follow from the contents of the records, the
-tokenizer, the template and the options. Knows no run.
-"""
+tokenizer, the template and the options. Knows no run."""
 
 import functools
 import math

@@ -1,8 +1,7 @@
 """Dialogues to token ids and labels.
 
 Owns which tokens are trained. Labels come from where a token stands, never from its id, and text of a message that
-looks like a special token stays text.
-"""
+looks like a special token stays text."""
 
 import json
 import re
@@ -39,8 +38,7 @@ class Renderer:
     """A template for a tokenizer.
 
     train_on: "assistant" trains answers, "last" the last one, "all" the text before them too. mask_history: only the
-    last turn. Raises `ProblemError` if the tokenizer lacks a token that the template needs.
-    """
+    last turn. Raises `ProblemError` if the tokenizer lacks a token that the template needs."""
 
     def __init__(
         self,
@@ -163,8 +161,7 @@ class Renderer:
     def _borders(self, ids: list[int], text: str, ends: Iterable[int]) -> Iterator[int]:
         """How many of `ids`, those of a text, are of its beginning up to each of `ends`: none of a token beyond it.
 
-        What is before a special token has ids of its own, so it is tokenized once for all of `ends`, which go up.
-        """
+        What is before a special token has ids of its own, so it is tokenized once for all of `ends`, which go up."""
         at, known = 0, len(self._before)
         for end in ends:
             last = max((found.start() for found in self._ends.finditer(text, at, end)), default=at)

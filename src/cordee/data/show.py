@@ -1,7 +1,6 @@
 """`cordee data show`: what is in a `.bin/.idx` pair, as text.
 
-Owns the figures and how samples are shown. The byte format is `indexed.py`'s.
-"""
+Owns the figures and how samples are shown. The byte format is `indexed.py`'s."""
 
 import json
 from collections.abc import Iterator

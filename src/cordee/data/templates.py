@@ -42,8 +42,7 @@ class PromptTemplate:
     `separator`.
 
     efficient_eos: what follows an answer is to be predicted as eos instead of an eos that is written. replace_eos: eos
-    is the first stop word. system_in_user: the system text is glued to the first user message's.
-    """
+    is the first stop word. system_in_user: the system text is glued to the first user message's."""
 
     user: Pieces = ("{c}",)
     assistant: Pieces = ("{c}", EOS)
@@ -247,8 +246,7 @@ class ChatTemplate:
 
     tool_source: the one that is taken if there are tools. variables: what it may name, such as bos_token, and
     enable_thinking. around: the tokenizer puts its own special tokens around the text. last_only: only the last answer
-    is trained. efficient_eos: what follows an answer without an end is to be predicted as eos.
-    """
+    is trained. efficient_eos: what follows an answer without an end is to be predicted as eos."""
 
     source: str
     tool_source: str | None = None
@@ -270,8 +268,7 @@ class ChatTemplate:
         """The dialogue as text, and where the answers in it are. `ends` matches tokens that may end one.
 
         They are what `{% generation %}` encloses; in a template without it, what is rendered more if the answer is
-        there than when the model is asked for it, up to the token behind its text that ends it.
-        """
+        there than when the model is asked for it, up to the token behind its text that ends it."""
         messages, tools = self._variables(dialogue)
         whole = self._render(messages, tools)
         answers = [i for i, message in enumerate(dialogue.messages) if message.role in ANSWERS]

@@ -1,8 +1,7 @@
 """Samples of tuning to micro-batches.
 
 Owns padding, what segments and positions the samples of a row have, the fields that preferences add to a batch, and
-which of its rows belong together. Knows nothing of where samples come from.
-"""
+which of its rows belong together. Knows nothing of where samples come from."""
 
 import math
 from collections.abc import Sequence
@@ -26,8 +25,7 @@ class PreferenceBatch(Batch):
     """Rows are chosen and rejected answers by turns, or of KTO answers and mismatched ones.
 
     `reference` float32 [batch, seq] adds up, over the tokens of a row, to the log-probability of its answer by the
-    reference model, 0 without one.
-    """
+    reference model, 0 without one."""
 
     reference: Tensor = axes("sequence", "token")
 
@@ -53,8 +51,7 @@ class TuningCollate:
 
     Samples that are numbered in their attention mask do not see each other, and the first token of each is no target.
     Otherwise `reset_position_ids` and `reset_attention_mask` act behind every `eod`, as in Megatron. Raises
-    `ProblemError` for a token that `vocab_size` does not hold. Sides of a sample become rows, one after the other.
-    """
+    `ProblemError` for a token that `vocab_size` does not hold. Sides of a sample become rows, one after the other."""
 
     seq_length: int
     multiple: int | None

@@ -1,8 +1,7 @@
 """Samples of tuning: which sequence of a dataset sample i is.
 
 Owns the order of whole sequences, and how the pairs of files of a dataset belong together. What stands in them is
-`tuning.py`'s affair.
-"""
+`tuning.py`'s affair."""
 
 import functools
 from collections.abc import Iterator
@@ -78,8 +77,7 @@ class TuningDataset:
     The first pass is in MindSpeed-LLM's order; each further one has a seed of its own, so that no place depends on
     those before; without a seed they come as in the files. `order` says how many samples there are. A sample that is
     longer than `seq_length` is cut. Of pairs a sample has the fields of both sides. `reference`, if it is set, are the
-    log-probabilities of the answers of each sequence by a reference model, float32 [sequences, sides].
-    """
+    log-probabilities of the answers of each sequence by a reference model, float32 [sequences, sides]."""
 
     reference: npt.NDArray[np.float32] | None = None
 

@@ -28,8 +28,7 @@ class Document:
     """Token ids, int64 `[tokens]`.
 
     `num_bytes` is the length in UTF-8 of the text of all tokens but the first, None if it is not known. `done` is the
-    share of the source up to the document's end, `part` the number of the source.
-    """
+    share of the source up to the document's end, `part` the number of the source."""
 
     tokens: npt.NDArray[np.int64]
     num_bytes: int | None

@@ -2,8 +2,7 @@
 
 Owns what is computed together and by whom. Pieces of a portion of requests are sorted by length, the longest first, so
 that little is padding and a lack of memory shows at once; each copy of the model takes its share of the batches. An
-answer depends on its request alone, within rounding. Knows no task.
-"""
+answer depends on its request alone, within rounding. Knows no task."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,8 +34,7 @@ class Engine:
     """Answers requests by the model of `subject`, `batch_size` sequences at a time on each copy.
 
     finished: results of an earlier evaluation, to which those of this one are added; on all ranks, written by one.
-    All processes that share the model or the work ask the same and get the same.
-    """
+    All processes that share the model or the work ask the same and get the same."""
 
     def __init__(self, subject: Subject, batch_size: int, finished: Finished | None = None):
         self._subject = subject
@@ -54,8 +52,7 @@ class Engine:
     ) -> Iterator[tuple[D, list[Any]]]:
         """Each document with the answers to its requests, in order; `progress` gets the share of all that is done.
 
-        Documents are taken in portions. ProblemError if the model's outputs are not finite.
-        """
+        Documents are taken in portions. ProblemError if the model's outputs are not finite."""
         before = 0.0
         for portion in _portions(asked):
             pieces = {piece.key: piece for _, requests in portion for _, parts in requests for piece in parts}

@@ -1,7 +1,6 @@
 """Results that outlive a killed evaluation.
 
-Owns the file in which they are kept, a line of JSON each. Knows neither what was computed nor how.
-"""
+Owns the file in which they are kept, a line of JSON each. Knows neither what was computed nor how."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -19,8 +18,7 @@ class Finished:
     """Results by the key of what was computed, in a file from which an evaluation of the same `model` resumes.
 
     path: None keeps nothing. model: identifies the weights; results of other models are left alone.
-    ProblemError if the file cannot be read or written.
-    """
+    ProblemError if the file cannot be read or written."""
 
     def __init__(self, path: Path | None, model: str = ""):
         self._path = path

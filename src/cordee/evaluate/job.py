@@ -1,7 +1,6 @@
 """`cordee evaluate`: a model's scores on tasks, to the terminal and a file.
 
-Owns which processes have which part of the model, and which of them speaks.
-"""
+Owns which processes have which part of the model, and which of them speaks."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -54,8 +53,7 @@ def check_run(config: EvaluateConfig) -> list[Problem]:
 def run(config: EvaluateConfig) -> int:
     """Evaluate the model at `config.load`. ProblemError with all that keeps it from starting.
 
-    Processes that the degrees do not ask for hold further copies of the model and take their share of the work.
-    """
+    Processes that the degrees do not ask for hold further copies of the model and take their share of the work."""
     log.setup(launch.rank_info().rank)
     prepared = _prepare(config)
     with ExitStack() as stack:

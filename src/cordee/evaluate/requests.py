@@ -1,8 +1,7 @@
 """What a task asks of a model: log-probabilities of given tokens, and continuations.
 
 Owns the kinds of request, how text becomes one that fits the model, and the pieces of which each is computed, every one
-for itself and in any order. Knows no model and no processes.
-"""
+for itself and in any order. Knows no model and no processes."""
 
 import hashlib
 import json
@@ -38,8 +37,7 @@ class Window:
     """Tokens to score: `tokens[first:]`, each after all of `tokens` before it; `first` is at least 1.
 
     The result is their log-probability and, where `greedy` asks for it, whether each is the most likely token. `key`
-    names it: what has the same key is computed once. Windows of one `row` show the model the same.
-    """
+    names it: what has the same key is computed once. Windows of one `row` show the model the same."""
 
     tokens: Tokens
     first: int
@@ -92,8 +90,7 @@ class RollingLoglikelihood:
     """How likely all tokens but the first are, each after what the window that first reaches it gives.
 
     Windows show the model at most `window` tokens and begin `stride` apart. Answered by the log-probability in nats, 0
-    where there is no token to score.
-    """
+    where there is no token to score."""
 
     tokens: Tokens
     window: int
@@ -110,8 +107,7 @@ class RollingLoglikelihood:
 class GenerateUntil:
     """What the model writes after `prompt`, up to the first of the texts `until`, a stop token or a length.
 
-    options: length and sampling; the batch size is ignored. number: distinguishes samples of one prompt.
-    """
+    options: length and sampling; the batch size is ignored. number: distinguishes samples of one prompt."""
 
     prompt: tuple[int, ...]
     until: tuple[str, ...]
@@ -176,8 +172,7 @@ class Encoder:
 
     Every text begins with bos if `prepend_bos` and the tokenizer has one. What is too long is cut at its left, behind
     bos; `truncated` counts the requests to which that happened. ProblemError for a text with a token that the model
-    does not have.
-    """
+    does not have."""
 
     def __init__(self, tokenizer: "Tokenizer | None", window: int, *, vocab_size: int, prepend_bos: bool):
         self._tokenizer = tokenizer
@@ -191,8 +186,7 @@ class Encoder:
 
         Spaces at the end of the context belong to the continuation. The two are tokenized as one text and cut where the
         context ends when tokenized alone (as lm-evaluation-harness does). ProblemError if the continuation alone is too
-        long, or has no token.
-        """
+        long, or has no token."""
         stripped = context.rstrip()
         alone, joint = self._ids(stripped, context + continuation)
         before, after = joint[: len(alone)], joint[len(alone) :]

@@ -1,7 +1,6 @@
 """Tasks, one after the other, on one model.
 
-Owns their order, the progress shown and the two forms of the results: a table and JSON. Knows no task by name.
-"""
+Owns their order, the progress shown and the two forms of the results: a table and JSON. Knows no task by name."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -37,8 +36,7 @@ def run_tasks(
 ) -> list[Result]:
     """The result of each task. A bar on the terminal shows the progress.
 
-    finished: results of requests that were answered before, to which those of this run are added.
-    """
+    finished: results of requests that were answered before, to which those of this run are added."""
     engine = Engine(subject, options.evaluation_batch_size, finished)
     results = []
     for task in tasks:

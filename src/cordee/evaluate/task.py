@@ -1,8 +1,7 @@
 """What can be evaluated: the form of a task, of what it is given and of what it finds.
 
 Owns the seam between the runner and the tasks, and the list of tasks. A task says what is asked about each of its
-documents and what the answers are worth; how a model answers is the engine's affair.
-"""
+documents and what the answers are worth; how a model answers is the engine's affair."""
 
 import functools
 import importlib
@@ -30,8 +29,7 @@ class Subject:
     """What is evaluated: a model in evaluation mode, its tokenizer if there is one, and the tokens that end a text.
 
     `stage`: that of this process, among several that share the model or the work; all of them run the same tasks, and
-    find the same.
-    """
+    find the same."""
 
     model: "GPTModel"
     tokenizer: "Tokenizer | None"

@@ -4,8 +4,7 @@ Like LLaMA, but with q, k and v in one tensor. The larger models have no positio
 and Baichuan 2 compares hidden states with the rows of its head scaled to length one (Baichuan 2023).
 
 No key of the published files says so, but others tell: rotary models have `max_position_embeddings`, the rest only
-`model_max_length`; for Baichuan 2 see `is_second`.
-"""
+`model_max_length`; for Baichuan 2 see `is_second`."""
 
 from cordee.families import common
 from cordee.families.family import Family, keys

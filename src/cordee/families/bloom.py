@@ -2,8 +2,7 @@
 
 Layer norm before each half of a layer and after the embedding, scores that fall with distance instead of positions,
 the tanh form of GELU, biases everywhere, tied head (BigScience 2022; Press et al. 2022). q, k and v of each head are
-stored together.
-"""
+stored together."""
 
 from cordee.families import common
 from cordee.families.family import Family

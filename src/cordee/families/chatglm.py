@@ -1,8 +1,7 @@
 """ChatGLM 2 and 3, and GLM-4-9B in its own form.
 
 Query groups, SwiGLU, biases of q, k and v, and rotary positions of half of each head, in neighbouring pairs of dims
-(Du et al. 2022; GLM Team 2024). All q, all k and all v are one tensor, gate and up another.
-"""
+(Du et al. 2022; GLM Team 2024). All q, all k and all v are one tensor, gate and up another."""
 
 from cordee.families import common
 from cordee.families.family import Family

@@ -1,7 +1,6 @@
 """What most families share: the keys of LLaMA's `config.json` and the names of its tensors.
 
-Owns small functions, each for one part of a model, which families compose. Knows no family.
-"""
+Owns small functions, each for one part of a model, which families compose. Knows no family."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, TypedDict, TypeVar
@@ -43,8 +42,7 @@ class Heads(TypedDict):
 
 def read_heads(hf: ConfigReader, head_dim: int | None = None, groups: int | None = None) -> Heads:
     """Query heads, KV heads and head_dim. A missing key has the family's value, `groups` or `head_dim`; null, and a
-    missing key where the family has None, gives as many KV heads as query heads, and hidden size / heads.
-    """
+    missing key where the family has None, gives as many KV heads as query heads, and hidden size / heads."""
     hidden, heads = hf.integer("hidden_size"), hf.integer("num_attention_heads")
     num_groups = hf.nullable("num_key_value_heads", groups) or heads
     hf.divides("num_key_value_heads", num_groups, "num_attention_heads", heads)

@@ -1,7 +1,6 @@
 """Size and cost of a model, from its `ModelConfig` alone.
 
-Owns the number of parameters and the arithmetic of a token. Knows no torch: presets of any size are counted at once.
-"""
+Owns the number of parameters and the arithmetic of a token. Knows no torch: presets of any size are counted at once."""
 
 import math
 from collections.abc import Collection
@@ -51,8 +50,7 @@ def training_flops_per_token(config: ModelConfig, seq_length: int) -> int:
     """Floating point operations of one trained token in samples of `seq_length` tokens, forward and backward.
 
     A multiply-add counts two, the backward twice the forward, recomputation nothing, and attention scores are counted
-    for all pairs of positions, as in Megatron-LM (Narayanan et al. 2021, appendix) and PaLM (Chowdhery et al. 2022).
-    """
+    for all pairs of positions, as in Megatron-LM (Narayanan et al. 2021, appendix) and PaLM (Chowdhery et al. 2022)."""
     layers = sum(layer_flops(layer, config, seq_length) for layer in config.layers)
     return 3 * (layers + head_flops(config))
 

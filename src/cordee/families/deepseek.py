@@ -1,7 +1,6 @@
 """What DeepSeek's models from V2 on share: latent attention, dense layers before MoE layers, and the names of tensors.
 
-Owns the keys of their `config.json` and their layout in checkpoints. Routing differs: it is the families'.
-"""
+Owns the keys of their `config.json` and their layout in checkpoints. Routing differs: it is the families'."""
 
 from dataclasses import replace
 
@@ -59,8 +58,7 @@ def read_model(
     hf: ConfigReader, router: RouterConfig, balance: BalanceConfig, *, shared: int, dense_layers: int
 ) -> ModelConfig:
     """A model whose layers have experts from `first_k_dense_replace` on, every `moe_layer_freq`-th. `shared` experts
-    and so many `dense_layers` are the family's, where the keys are missing.
-    """
+    and so many `dense_layers` are the family's, where the keys are missing."""
     for key in DERIVED:
         hf.value(key, None)
     norm, dense = common.read_norm(hf), common.read_swiglu(hf)

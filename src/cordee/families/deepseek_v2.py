@@ -2,8 +2,7 @@
 
 Softmax over all experts; V2 limits each token to the best groups of them. Weights are scaled, or normalised instead.
 Agrees with the code published with the weights, which transformers differs from: it ignores `moe_layer_freq` and
-`norm_topk_prob`.
-"""
+`norm_topk_prob`."""
 
 from cordee.families import deepseek
 from cordee.families.experts import read_choice

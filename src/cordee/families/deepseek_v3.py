@@ -2,8 +2,7 @@
 
 Each expert is scored by a sigmoid. A bias, which is no weight but moved to keep experts evenly used, takes part in the
 choice alone. Weights are normalised and scaled. The layers that predict further tokens (`num_nextn_predict_layers`)
-are not built: their tensors are left out.
-"""
+are not built: their tensors are left out."""
 
 from cordee.families import deepseek
 from cordee.families.experts import read_choice

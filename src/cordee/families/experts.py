@@ -1,7 +1,6 @@
 """What MoE families share: keys of `config.json` and the layouts of experts in checkpoints.
 
-Owns small functions, each for one part of an MoE layer, which families compose. Knows no family.
-"""
+Owns small functions, each for one part of an MoE layer, which families compose. Knows no family."""
 
 from typing import TypedDict
 
@@ -29,8 +28,7 @@ def read_choice(hf: ConfigReader, experts_key: str, top_k_key: str = "num_expert
 def read_balance(hf: ConfigReader, default: float = 0.001) -> BalanceConfig:
     """The coefficient of each layer's load-balancing auxiliary loss, which is 1 for even load, as in Megatron.
 
-    transformers' loss is top-k times as large, a mean over layers, and off unless router logits are returned.
-    """
+    transformers' loss is top-k times as large, a mean over layers, and off unless router logits are returned."""
     return BalanceConfig(expert=hf.number("router_aux_loss_coef", default))
 
 
@@ -66,8 +64,7 @@ NARROW_EXPERTS = {"moe_intermediate_size": "moe_intermediate_size", "norm_topk_p
 def expert_list_weights(layer: LayerConfig, prefix: str, gate: str | None, up: str, down: str) -> list[Rule]:
     """Rules of experts with matrices of their own, named under `prefix`, in which `{e}` is the expert.
 
-    `gate` None: experts are not gated. A layer without experts has no rules.
-    """
+    `gate` None: experts are not gated. A layer without experts has no rules."""
     if not isinstance(layer.mlp, MoEConfig):
         return []
     experts = [prefix.format(e=e) for e in range(layer.mlp.router.num_experts)]
@@ -82,8 +79,7 @@ def expert_list_weights(layer: LayerConfig, prefix: str, gate: str | None, up: s
 def expert_stack_weights(prefix: str, branches: str) -> list[Rule]:
     """Rules of gated experts stored as stacks `[expert, in, out]`.
 
-    `branches` is "two f" where gates precede ups, "f two" where they alternate.
-    """
+    `branches` is "two f" where gates precede ups, "f two" where they alternate."""
     two = {"two": 2}
     return [
         Rule(

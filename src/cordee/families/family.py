@@ -1,8 +1,7 @@
 """What a family of models is.
 
 Owns the form of every family file: how its `config.json` reads, how its weights are laid out, its presets. Knows no
-single family.
-"""
+single family."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -56,8 +55,7 @@ class Preset:
 @dataclass(frozen=True)
 class LeftOut:
     """A part of published models that is not built: its description, the prefixes of its tensor names, and the
-    `config.json` without it.
-    """
+    `config.json` without it."""
 
     what: str
     prefixes: tuple[str, ...]
@@ -77,8 +75,7 @@ class Family:
     left_out: the part of published models that `read` leaves out, in a model of this `config.json`.
     keys: the keys that follow from a model. All others are as in the first preset.
     plain: models of options alone are matched with this family before others.
-    presets: published models by name; the registry takes them from `presets.yaml`.
-    """
+    presets: published models by name; the registry takes them from `presets.yaml`."""
 
     name: str
     architectures: tuple[str, ...]
@@ -116,8 +113,7 @@ class Family:
     def to_hf(self, config: ModelConfig, given: Words | None = None) -> HFConfig:
         """A `config.json` that reads as `config` if the family has such a model.
 
-        `given`: words as the user gave them, exact where those of `config` are rounded.
-        """
+        `given`: words as the user gave them, exact where those of `config` are rounded."""
         preset = next(iter(self.presets.values()), None)
         hf = {key: value for key, value in preset.config.items() if key not in OF_WEIGHTS} if preset else {}
         hf = {key: value for key, value in hf.items() if not key.endswith("_token_id")}  # of the preset's own tokenizer

@@ -1,8 +1,7 @@
 """Gemma.
 
 Like LLaMA, with the tanh form of GELU in the gated MLP, a tied head, embeddings scaled by the root of their size, heads
-of a size of their own, and norm weights stored as the distance from one (Gemma Team 2024).
-"""
+of a size of their own, and norm weights stored as the distance from one (Gemma Team 2024)."""
 
 import math
 from collections.abc import Iterable

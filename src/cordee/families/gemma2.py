@@ -1,8 +1,7 @@
 """Gemma 2.
 
 As `gemma.py`, with norms before and after each half of a layer, scores and logits capped by tanh, a window in every
-other layer, and scores scaled by a number of its own (Gemma Team 2024, arXiv 2408.00118).
-"""
+other layer, and scores scaled by a number of its own (Gemma Team 2024, arXiv 2408.00118)."""
 
 from cordee.families import common
 from cordee.families.family import Family, keys

@@ -1,8 +1,7 @@
 """Gemma 3, text only.
 
 As `gemma2.py`, with norms of queries and keys instead of caps, and after several layers with a window one without,
-whose RoPE has a larger base (Gemma Team 2025, arXiv 2503.19786).
-"""
+whose RoPE has a larger base (Gemma Team 2025, arXiv 2503.19786)."""
 
 from cordee.families import common
 from cordee.families.family import Family, keys

@@ -1,8 +1,7 @@
 """GLM-4-9B in the form of transformers.
 
 Like LLaMA, with gate and up in one tensor, biases of q, k and v, and rotary positions of half of each head, in
-neighbouring pairs of dims (GLM Team 2024). Its own form is in `chatglm.py`.
-"""
+neighbouring pairs of dims (GLM Team 2024). Its own form is in `chatglm.py`."""
 
 from cordee.families import common
 from cordee.families.family import Family, keys

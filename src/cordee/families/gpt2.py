@@ -2,8 +2,7 @@
 
 Layer norm before each half of a layer, learned positions, GELU, biases everywhere, tied head (Radford et al. 2019;
 Brown et al. 2020). Scores may be divided by the number of the layer besides (Karamcheti et al. 2021). Linear weights
-are stored `[in, out]`, the layout of the original's convolutions of width one.
-"""
+are stored `[in, out]`, the layout of the original's convolutions of width one."""
 
 import math
 

@@ -8,8 +8,7 @@ a format for such, never were. So the format is our own: keys and names as Mixtr
     attention_bias, mlp_bias          whether attention, and the experts, have biases
     moe_expert_capacity_factor        null: every token reaches its experts; else, as Megatron has them,
     moe_token_drop_policy             "probs" or "position", and
-    moe_pad_expert_input_to_capacity
-"""
+    moe_pad_expert_input_to_capacity"""
 
 from typing import Literal
 

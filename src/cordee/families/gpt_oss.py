@@ -1,8 +1,7 @@
 """GPT-OSS (OpenAI 2025, arXiv 2508.10925): every other layer with a window, attention sinks, clamped SwiGLU.
 
 A token's four experts are weighted by the softmax of their logits. Experts are stored as stacks `[expert, in, out]`,
-gate and up in turns along the last dim. The published files have them quantised.
-"""
+gate and up in turns along the last dim. The published files have them quantised."""
 
 from dataclasses import replace
 

@@ -2,8 +2,7 @@
 
 Attention scores are multiplied by a number of their own and capped at 30 by a tanh. A token's two experts are weighted
 by the softmax over all eight, not normalised. GELU is the tanh form, as in the original. That was published as a JAX
-program with its own files; names of tensors and keys are those of its conversions to PyTorch.
-"""
+program with its own files; names of tensors and keys are those of its conversions to PyTorch."""
 
 from cordee.families import common
 from cordee.families.experts import expert_keys, expert_list_weights, read_balance, read_choice

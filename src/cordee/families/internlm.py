@@ -1,7 +1,6 @@
 """InternLM: LLaMA's form with biases on q, k, v and o (InternLM team 2023).
 
-Past the length trained on, the base of the rotary positions grows with the text.
-"""
+Past the length trained on, the base of the rotary positions grows with the text."""
 
 from cordee.families import common
 from cordee.families.family import Family, keys

@@ -2,8 +2,7 @@
 
 Owns a lens for each word: how to read a word from a model, and how to put a word into one. Words are named as the
 options; a few, such as `activation`, stand for several. Of layers that differ, the first with the place is read. Knows
-no family: a family declares which key of its `config.json` holds a word.
-"""
+no family: a family declares which key of its `config.json` holds a word."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -47,8 +46,7 @@ class Lens:
     """How to read a word from a model, and to put a word into a draft that has the words before it in the table.
 
     neutral: the word of a model without the feature.
-    places: the places in a `ModelConfig` that the word sets, so that differences there are named by it.
-    """
+    places: the places in a `ModelConfig` that the word sets, so that differences there are named by it."""
 
     get: Callable[[ModelConfig], Any]
     put: Callable[[Draft, Any], Draft]
@@ -486,8 +484,7 @@ def flag_of(word: str) -> str:
 def differences(ours: ModelConfig, theirs: ModelConfig, **how: Any) -> dict[str, tuple[Any, Any]]:
     """The differences of two models, as pairs of values: by flag or, where no flag sets the place, by place.
 
-    how: arguments of `model.compare.differences`.
-    """
+    how: arguments of `model.compare.differences`."""
     found: dict[str, tuple[Any, Any]] = {}
     for place, values in differing_places(ours, theirs, **how).items():
         words = ((flag_of(name), (_shown(name, ours), _shown(name, theirs))) for name in _words_at(place))

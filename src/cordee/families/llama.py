@@ -1,8 +1,7 @@
 """LLaMA and what is built like it: LLaMA 1, 2, 3, 3.1, 3.2, Code Llama, Yi.
 
 RMS norm before each half of a layer, rotary positions, SwiGLU, query groups (Touvron et al. 2023; Grattafiori et al.
-2024).
-"""
+2024)."""
 
 from cordee.families import common
 from cordee.families.family import Family, keys

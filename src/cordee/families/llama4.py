@@ -2,8 +2,7 @@
 
 Queries and keys are normed after RoPE; layers without it (NoPE) scale queries by the position instead. The sigmoid
 of a token's best logit multiplies what its expert is given; a shared expert sees all tokens. Experts are stored as
-stacks `[expert, in, out]`, rotary dims in neighbouring pairs.
-"""
+stacks `[expert, in, out]`, rotary dims in neighbouring pairs."""
 
 from dataclasses import replace
 

@@ -1,8 +1,7 @@
 """MiniCPM, dense and MoE.
 
 Like LLaMA, with the scalings of maximal update parametrisation: of the embedding, of what each half of a layer adds,
-and of the logits (Hu et al. 2024; Yang et al. 2022). The MoE models route each token to its top two experts.
-"""
+and of the logits (Hu et al. 2024; Yang et al. 2022). The MoE models route each token to its top two experts."""
 
 import math
 

@@ -1,8 +1,7 @@
 """Mixtral (Jiang et al. 2024): LLaMA's form with eight experts in place of each MLP; each token is routed to two.
 
 The two are weighted by the softmax of their logits. Each expert has its own matrices, `w1` (gate), `w3` (up) and `w2`
-(down).
-"""
+(down)."""
 
 from cordee.families import common
 from cordee.families.experts import expert_keys, expert_list_weights, read_balance, read_choice

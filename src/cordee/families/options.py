@@ -1,8 +1,7 @@
 """The architecture options together: Megatron's defaults, what options imply for each other and for a known model, and
 which exclude each other.
 
-Owns the way from options to words (`families/lenses.py`). Knows no family.
-"""
+Owns the way from options to words (`families/lenses.py`). Knows no family."""
 
 from collections.abc import Iterator
 from dataclasses import fields
@@ -44,8 +43,7 @@ def resolve(
     """The words of the model's form that `options` set: on top of `base`, or on Megatron's defaults.
 
     `features` are those of the resulting model. `vocab_size` stands in where neither options nor base have one.
-    ProblemError with everything that is missing or contradictory.
-    """
+    ProblemError with everything that is missing or contradictory."""
     resolver = _Resolver(options, features, base)
     form = resolver.form(vocab_size)
     raise_all(resolver.problems)

@@ -1,8 +1,7 @@
 """Qwen, the first generation (Bai et al. 2023).
 
 LLaMA's form with biases on q, k and v, which are one matrix. In evaluation, texts longer than those trained on get a
-larger rotary base and sharper scores.
-"""
+larger rotary base and sharper scores."""
 
 from cordee.families import common
 from cordee.families.family import Family, keys

@@ -1,8 +1,7 @@
 """Qwen 1.5, 2 and 2.5, and CodeQwen 1.5.
 
 LLaMA's form with biases on queries, keys and values (Bai et al. 2023; Yang et al. 2024); the smaller ones tie the head.
-Longer texts than trained on are reached with YaRN.
-"""
+Longer texts than trained on are reached with YaRN."""
 
 from dataclasses import replace
 

@@ -1,8 +1,7 @@
 """Qwen1.5-MoE and Qwen2-MoE (Qwen team 2024): many small experts, and a shared one behind a gate.
 
 Softmax over all experts, the chosen weights not normalised. The shared expert's output is multiplied by a sigmoid of
-its own. Biases on q, k and v.
-"""
+its own. Biases on q, k and v."""
 
 from cordee.families import common
 from cordee.families.experts import (

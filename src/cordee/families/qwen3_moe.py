@@ -1,7 +1,6 @@
 """Qwen3-MoE (Qwen team 2025, arXiv 2505.09388): 128 small experts, none shared.
 
-Softmax over all experts, the chosen weights normalised. Norms of queries and keys over each head, no biases.
-"""
+Softmax over all experts, the chosen weights normalised. Norms of queries and keys over each head, no biases."""
 
 from dataclasses import replace
 

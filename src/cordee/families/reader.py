@@ -1,8 +1,7 @@
 """Strict reading of a Hugging Face `config.json`.
 
 Owns its problems: missing keys, wrong types, contradicting values, and keys that change the mathematics in a way the
-family does not implement. All are collected and reported at once. Knows no family.
-"""
+family does not implement. All are collected and reported at once. Knows no family."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path

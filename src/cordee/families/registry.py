@@ -59,8 +59,7 @@ def families() -> dict[str, Family]:
 class ModelSpec:
     """A model: its family, its `config.json`, and the `ModelConfig` that this reads as.
 
-    base_prefix: whether the family's `base_prefix` begins the names in its checkpoint.
-    """
+    base_prefix: whether the family's `base_prefix` begins the names in its checkpoint."""
 
     family: Family
     hf_config: HFConfig
@@ -266,8 +265,7 @@ def spec_from_options(options: ModelOptions, vocab_size: int | None = None) -> M
     """The model that options describe: `--model` and changes of it, or a model of flags alone.
 
     `vocab_size`, the tokenizer's, stands in where there is neither an option nor --model. ProblemError with all that is
-    missing or contradictory, or if no family has such a model.
-    """
+    missing or contradictory, or if no family has such a model."""
     if options.model is not None:
         return spec_named(options.model).with_options(options)
     wanted = with_defaults(given_features(options))
@@ -287,8 +285,7 @@ def spec_from_options(options: ModelOptions, vocab_size: int | None = None) -> M
 def _refused(before: ModelConfig, after: ModelConfig, form: Words, wanted: Words) -> set[str]:
     """The words that `after` lacks, and the features that it gains or loses unasked.
 
-    Experts may be lost: few layers may all be among the leading dense ones.
-    """
+    Experts may be lost: few layers may all be among the leading dense ones."""
     ours, theirs = features_of(before), features_of(after)
     switches = {name for words in (ours, theirs) for name, value in words.items() if value is True}
     unasked = {name for name in switches - wanted.keys() - {"norm_topk_prob"} if ours.get(name) != theirs.get(name)}

@@ -1,8 +1,7 @@
 """RoPE as configurations describe it.
 
 Owns both spellings, transformers 4's (`rope_theta`, `rope_scaling`) and 5's (`rope_parameters`), and every scaling type
-that transformers' `modeling_rope_utils` knows for text. Knows no family.
-"""
+that transformers' `modeling_rope_utils` knows for text. Knows no family."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -35,8 +34,7 @@ def read_rope(
     `theta` is the family's default. `partial` is the default of `partial_rotary_factor`, the fraction of head_dim that
     RoPE rotates; for None the family has no such key, and one is a problem. `layer_type` is the entry of
     `rope_parameters` where these are given per layer type. `theta_key` and `scaling_key` (None: not scaled) are the
-    older spelling's.
-    """
+    older spelling's."""
     hf.value("original_max_position_embeddings", None)  # often there without a scaling, and then without meaning
     section = rope_section(hf, layer_type, theta_key, scaling_key)
     theta = section.positive("rope_theta", theta)

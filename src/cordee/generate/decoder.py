@@ -2,8 +2,7 @@
 
 Owns how a model is driven over a batch of growing sequences: with a cache, each token goes through the model once;
 without, every step runs over everything. Both give the same logits. Knows nothing of how tokens are chosen, when a
-sequence ends, or text.
-"""
+sequence ends, or text."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -118,8 +117,7 @@ def _run_of(model: GPTModel, stage: InferenceStage | None) -> Callable[..., Tens
 def padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Prompts filled up on the left, so that all end together: ids and mask (1 = real), both int64 `[batch, longest]`.
 
-    The mask is None where there is nothing to fill up.
-    """
+    The mask is None where there is nothing to fill up."""
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
     if all(len(p) == longest for p in prompts):

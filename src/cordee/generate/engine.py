@@ -1,8 +1,7 @@
 """Generation: prompts in, new tokens out.
 
 Owns the loop over steps, batches, when a sample ends, and the checks of a request. What a step computes is
-`decoder.py`'s, which token it picks `sampling.py`'s. Knows nothing of text and files.
-"""
+`decoder.py`'s, which token it picks `sampling.py`'s. Knows nothing of text and files."""
 
 import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -57,8 +56,7 @@ def generate(
 ) -> list[list[int]]:
     """The new tokens of each prompt; a stop token that ended it comes last.
 
-    Parameters as for `stream`; `on_token` sees every token as soon as it is there.
-    """
+    Parameters as for `stream`; `on_token` sees every token as soon as it is there."""
     written: list[list[int]] = [[] for _ in prompts]
     for token in stream(model, prompts, options, stop_ids=stop_ids, vocab_size=vocab_size):
         written[token.sample].append(token.id)
@@ -88,8 +86,7 @@ def stream(
     stage: the one that `model` is of several processes, which all call this alike.
     names: of the samples; their numbers if none are given.
     ended: asked after every token whether it is its sample's last; stop tokens and length need not be looked at.
-    Raises ProblemError if the request does not fit the model, or the model gives no numbers.
-    """
+    Raises ProblemError if the request does not fit the model, or the model gives no numbers."""
     options = options or DecodingOptions()
     raise_all(check(model.config, prompts, options))
     samples = [_Sample(n, n if names is None else names[n], prompt) for n, prompt in enumerate(prompts)]

@@ -1,7 +1,6 @@
 """`cordee generate`: prompts from the command line or a file, continuations to the terminal and a file.
 
-Owns where prompts come from and where results go.
-"""
+Owns where prompts come from and where results go."""
 
 import json
 import sys

@@ -1,7 +1,6 @@
 """A model from stored weights, ready to run on one device or on several, and what its files say of its tokens.
 
-Owns what generation and evaluation need before they start. Where weights come from is the matter of their `Source`.
-"""
+Owns what generation and evaluation need before they start. Where weights come from is the matter of their `Source`."""
 
 from contextlib import ExitStack
 from datetime import timedelta
@@ -32,8 +31,7 @@ def load_model(source: Source, dtype: str | None = None, device: str | None = No
     """The model in `source`, in evaluation mode. Takes the memory of the model and its largest tensor.
 
     dtype: name of the type of its weights; None takes the stored one.
-    device: where it goes; None takes the fastest there is. ProblemError if there is none of that name.
-    """
+    device: where it goes; None takes the fastest there is. ProblemError if there is none of that name."""
     model = GPTModel(source.spec.config, device=device_of(device), dtype=dtype_of(dtype, source))
     fill(model, source)
     return model
@@ -44,8 +42,7 @@ def load_part(
 ) -> tuple[GPTModel, InferenceStage | None]:
     """The model in `source`, or this process's part of it and where that is, in a group that lasts as long as `stack`.
 
-    `phase` says in an error what the processes were doing when they lost each other ("while generating").
-    """
+    `phase` says in an error what the processes were doing when they lost each other ("while generating")."""
     if shape.world_size == 1:
         return load_model(source, config.dtype, config.device), None
     ranks = launch.rank_info()
@@ -117,8 +114,7 @@ def stop_ids(spec: ModelSpec, assets: Path | None, tokenizer: Tokenizer | None) 
 
     transformers takes `eos_token_id`, a token or a list of them, from the `generation_config.json` beside the model,
     and from `config.json` only where there is no such file. Ids that the model lacks are reported and ignored: it never
-    writes them. ProblemError for what is not an id.
-    """
+    writes them. ProblemError for what is not an id."""
     file = None if assets is None else assets / "generation_config.json"
     if file is not None and file.is_file():
         where, given = str(file), read_object(file).get("eos_token_id")

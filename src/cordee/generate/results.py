@@ -12,8 +12,7 @@ from cordee.files import unwritable
 
 def check_new(path: str | None) -> None:
     """ProblemError if `--output` names a file that exists, or that this process has to write and cannot; None is no
-    file.
-    """
+    file."""
     if path is None:
         return
     if os.path.lexists(path):
@@ -26,8 +25,7 @@ def check_new(path: str | None) -> None:
 
 class NewFile:
     """A file that was not there before, written line by line; its folder is made if need be. ProblemError for what
-    keeps it from being written.
-    """
+    keeps it from being written."""
 
     def __init__(self, path: str):
         self._path = path

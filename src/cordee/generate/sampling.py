@@ -1,7 +1,6 @@
 """Which token comes next, given the logits of one step.
 
-Owns the filters and the draws. Knows nothing of models, caches or text.
-"""
+Owns the filters and the draws. Knows nothing of models, caches or text."""
 
 import hashlib
 from collections.abc import Sequence
@@ -19,8 +18,7 @@ def choose(logits: Tensor, options: DecodingOptions, draws: Sequence[tuple[int, 
     """One token for each row of `logits` `[rows, vocab]`, int64 `[rows]`.
 
     Greedy, or with `do_sample` a draw from what the filters leave. `draws` names each row's draw, (sample, step):
-    together with the seed it decides the outcome, whatever rows are computed beside it.
-    """
+    together with the seed it decides the outcome, whatever rows are computed beside it."""
     if not options.do_sample:
         return logits.argmax(-1)
     kept = filtered(logits, options.temperature, options.top_k, options.top_p)
@@ -37,8 +35,7 @@ def filtered(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: fl
     top_k: keeps what is at least the k-th largest value, so ties stay together; 0 keeps all. top_p: of what is left,
     keeps the smallest set of most likely tokens whose probability reaches `top_p` (Holtzman et al. 2020), lower ids
     first where tokens are equally likely, and never less than one token; 1 keeps all. Probabilities are summed in
-    float64: in float32 the sum over a large vocabulary is off by more than a token's share.
-    """
+    float64: in float32 the sum over a large vocabulary is off by more than a token's share."""
     logits = logits.float() / temperature
     if 0 < top_k < logits.shape[-1]:
         smallest = logits.topk(top_k).values[..., -1:]

@@ -1,7 +1,6 @@
 """Self-attention with query groups: multi-head, grouped-query and multi-query attention in one form.
 
-Owns what stands between hidden states and an attention core: projections, norms, rotation, the cache.
-"""
+Owns what stands between hidden states and an attention core: projections, norms, rotation, the cache."""
 
 from dataclasses import dataclass, replace
 

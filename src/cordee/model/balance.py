@@ -1,8 +1,7 @@
 """The auxiliary losses of routers: that experts are evenly used, and that logits stay small.
 
 Owns the losses, how their gradients enter, and what is reported of them. `token_sums` takes all sums over tokens, so
-that a layout which splits the tokens of a micro-batch only has to add them up. Knows nothing of dispatch.
-"""
+that a layout which splits the tokens of a micro-batch only has to add them up. Knows nothing of dispatch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -33,8 +32,7 @@ class Balance:
     micro-batches, by weight, however the main loss is normalised. A tensor is read in the backward: it may be filled
     after the forward. `counted` bool `[batch, seq]` leaves padding out.
 
-    Layers report under their own name, so that one computed again in the backward reports the same again.
-    """
+    Layers report under their own name, so that one computed again in the backward reports the same again."""
 
     def __init__(self, scale: float | Tensor = 1.0, counted: Tensor | None = None):
         self.scale = torch.as_tensor(scale, dtype=torch.float32)
@@ -49,8 +47,7 @@ class Balance:
         """Means over the layers of what they reported, float32 scalars.
 
         Losses are without their coefficients; "largest_expert_load" is the busiest expert's number of tokens relative
-        to an even share, "dropped_fraction" the part of all routes that capacity cut off.
-        """
+        to an even share, "dropped_fraction" the part of all routes that capacity cut off."""
         names = {name for values in self.layers.values() for name in values}
         reports = {name: [values[name] for values in self.layers.values() if name in values] for name in sorted(names)}
         return {name: torch.stack(values).mean() for name, values in reports.items()}
@@ -70,8 +67,7 @@ def balanced(
     """`routing` of `[batch_size * seq]` tokens whose weights carry the gradient of the auxiliary losses.
 
     `reduce` adds a tensor of sums up over the processes that hold the other tokens of the same sequences; its backward
-    passes the gradient on unchanged. `share` is the part of the gradient that this process contributes.
-    """
+    passes the gradient on unchanged. `share` is the part of the gradient that this process contributes."""
     counted = None if balance.counted is None else balance.counted.flatten()
     sums = reduce(token_sums(routing, router, config, batch_size, counted))
     losses = auxiliary_losses(sums, router, config)
@@ -87,8 +83,7 @@ def token_sums(
 ) -> Tensor:
     """Sums over the tokens of each sequence, of all that the losses need: float32 `[batch, columns]` (`Sums`).
 
-    `counted` bool `[tokens]`: False leaves a token out.
-    """
+    `counted` bool `[tokens]`: False leaves a token out."""
     columns = [_visits(routing.experts, router.num_experts), probabilities(routing.logits, router)]
     if config.communication:
         devices = routing.experts // (router.num_experts // config.num_devices)
@@ -122,8 +117,7 @@ def auxiliary_losses(sums: Tensor, router: RouterConfig, config: BalanceConfig) 
 
     Expert level: sum over experts of f P, with f the visits relative to an even share and P the mean probability: one
     if balanced, whatever the sizes (Switch, arXiv 2101.03961; Megatron divides visits by top-k alike). Device and
-    communication level: DeepSeek-V2 (arXiv 2405.04434, section 2.2.3). z-loss: ST-MoE (arXiv 2202.08906).
-    """
+    communication level: DeepSeek-V2 (arXiv 2405.04434, section 2.2.3). z-loss: ST-MoE (arXiv 2202.08906)."""
     total = Sums.of(sums.sum(0, keepdim=True), router, config)
     s = Sums.of(sums, router, config) if config.per_sequence else total
     tokens = s.tokens.clamp(min=1)  # a sequence of padding alone has no loss
@@ -170,8 +164,7 @@ class _Attach(Function):
     """The weights as they are; in the backward the auxiliary loss gets `scale` for its gradient.
 
     The gradient enters where the layer is, not at the loss: that needs no loss on this pipeline stage, and no tensor
-    that outlives a recomputed layer.
-    """
+    that outlives a recomputed layer."""
 
     @staticmethod
     def forward(ctx, weights: Tensor, loss: Tensor, scale: Tensor) -> Tensor:

@@ -5,8 +5,7 @@ gives what its `forward` does as one function over its weights, which must not c
 projections add to the residual, all heads of a group are queries of one attention. Any cache serves both.
 
 Owns what bound modules share, and what a module must not have to be bound. Whatever is not known here to be without
-effect is refused: the model then decodes through its modules, which are the reference.
-"""
+effect is refused: the model then decodes through its modules, which are the reference."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -67,8 +66,7 @@ class Binding:
     def _table(self, rope: RopeConfig, head_dim: int, heads: int) -> tuple[Tensor, Tensor]:
         """cos and sin of all positions, float32 `[positions, 1, heads + 2, head_dim]`.
 
-        x cos + roll(x) sin rotates the queries and the key of a group, and leaves its value as it is.
-        """
+        x cos + roll(x) sin rotates the queries and the key of a group, and leaves its value as it is."""
         half_cos, half_sin = (half[0, :, 0] for half in self._positions.angles(rope, head_dim))
         cos = torch.cat((half_cos, half_cos), -1).expand(-1, heads + 1, -1)
         sin = torch.cat((-half_sin, half_sin), -1).expand(-1, heads + 1, -1)
@@ -100,8 +98,7 @@ def require_known(config: Any, known: str) -> None:
 def require_plain(module: nn.Module, kind: type[nn.Module], parts: str) -> None:
     """Refuse a module of another class than `kind`, or with other children and parameters than `parts`.
 
-    What is changed of it otherwise is for `placement.altered` to find.
-    """
+    What is changed of it otherwise is for `placement.altered` to find."""
     name = type(module).__name__
     if type(module) is not kind or module._compiled_call_impl is not None:
         raise Unsupported(f"it has a {name} with a forward of its own")

@@ -2,8 +2,7 @@
 
 Owns how many tokens each row of a batch holds, what a mask must know of them, and where their keys and values lie. A
 forward extends a cache by its tokens and every layer lets the cache do its attention, so that pages, sliding windows
-and shared prefixes are further caches and not further forwards. Knows nothing of sampling.
-"""
+and shared prefixes are further caches and not further forwards. Knows nothing of sampling."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -23,8 +22,7 @@ Core = Callable[[Tensor, Tensor, Tensor, AttentionMask], Tensor]  # an attention
 class CacheStep:
     """The tokens of one forward, `[batch, num_tokens]`, and where they go in the rows of a cache.
 
-    Row i holds `lengths[i]` tokens before and `counts[i]` more after; padding, where `real` is False, is not kept.
-    """
+    Row i holds `lengths[i]` tokens before and `counts[i]` more after; padding, where `real` is False, is not kept."""
 
     def __init__(self, cache: "Cache", num_tokens: int, real: Tensor | None, device: torch.device):
         self.cache = cache
@@ -72,8 +70,7 @@ class CacheStep:
     def mask_over(self, keys: Tensor | None) -> AttentionMask:
         """What the tokens see of keys with these indices, int64 `[1 or batch, any]`; one beyond the row is hidden.
 
-        None: all that are filled, in order.
-        """
+        None: all that are filled, in order."""
         noted, notes = {}, self.cache.notes
         for name in notes.keys() & {"segments", "positions"}:
             note = notes[name]
@@ -93,8 +90,7 @@ class Cache(ABC):
     """Tokens already seen: `lengths[i]` of them in row i, at most `max_length`.
 
     `notes` are what models need to know of them besides keys and values: "segments", "positions" and "tokens", int64
-    `[batch, max_length]`; segments that are not noted are all one, positions are the indices.
-    """
+    `[batch, max_length]`; segments that are not noted are all one, positions are the indices."""
 
     def __init__(self, batch_size: int, max_length: int):
         self.max_length = max_length
@@ -105,8 +101,7 @@ class Cache(ABC):
     def append(self, layer: int, kv: Tensor, step: CacheStep) -> None:
         """Keep keys and then values, `[batch, kv_heads, 2, num_tokens, head_dim]`, of the tokens of `step`.
 
-        `[batch, kv_heads, 1, ...]` where one vector a token is both, as of latent attention.
-        """
+        `[batch, kv_heads, 1, ...]` where one vector a token is both, as of latent attention."""
 
     @abstractmethod
     def attend(self, layer: int, q: Tensor, kv: Tensor, step: CacheStep, core: Core) -> Tensor:
@@ -115,8 +110,7 @@ class Cache(ABC):
     def extend(self, num_tokens: int, real: Tensor | None, device: torch.device) -> CacheStep:
         """Begin a forward of so many tokens a row; `real` `[batch, num_tokens]` is 0 at padding (None: there is none).
 
-        ValueError if they do not fit.
-        """
+        ValueError if they do not fit."""
         step = CacheStep(self, num_tokens, real, device)
         if step.filled > self.max_length:
             raise ValueError(
@@ -162,8 +156,7 @@ class Cache(ABC):
 class KVCache(Cache):
     """The plain cache, and reference of others: a buffer `[batch, kv_heads, 1 or 2, max_length, dim]` for every layer.
 
-    Of the layers only those of `spans` have any room (None: all), for the heads that one of `tensor_ranks` has.
-    """
+    Of the layers only those of `spans` have any room (None: all), for the heads that one of `tensor_ranks` has."""
 
     def __init__(
         self,

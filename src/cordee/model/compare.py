@@ -1,8 +1,7 @@
 """Two models compared: whether they compute the same, and in which places they differ.
 
 Owns the places of a `ModelConfig`, such as "layers.attention.num_heads": paths of fields, those of layers without the
-layer's number. Knows neither flags nor families: `families/lenses.py` names places as users do.
-"""
+layer's number. Knows neither flags nor families: `families/lenses.py` names places as users do."""
 
 from collections.abc import Callable, Collection
 from dataclasses import fields, is_dataclass, replace
@@ -53,8 +52,7 @@ def differences(
 ) -> dict[str, tuple[Any, Any]]:
     """Places in which two models differ, and what is there in each; of layers the first that differ.
 
-    Fields called as one of `without` are left out. Numbers are compared as they are `stored`.
-    """
+    Fields called as one of `without` are left out. Numbers are compared as they are `stored`."""
     found: dict[str, tuple[Any, Any]] = {}
 
     def walk(place: str, one: Any, other: Any) -> None:

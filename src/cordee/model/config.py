@@ -2,8 +2,7 @@
 
 Owns the words in which a model is described. A family reads its `config.json` into a `ModelConfig`; the model is built
 from nothing else. Whatever differs between layers differs in their `LayerConfig`, so no model code asks for a family or
-a layer number.
-"""
+a layer number."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -58,8 +57,7 @@ class QwenNTKScaling:
 class YarnScaling:
     """Frequencies blended between kept and stretched by their number of rotations (Peng et al. 2023).
 
-    `attention_factor` multiplies cos and sin. `truncate` rounds the borders of the blend to whole dims.
-    """
+    `attention_factor` multiplies cos and sin. `truncate` rounds the borders of the blend to whole dims."""
 
     factor: float
     original_max_position_embeddings: int
@@ -96,8 +94,7 @@ RopeScaling = LinearScaling | DynamicNTKScaling | QwenNTKScaling | YarnScaling |
 class RopeConfig:
     """Rotary positions (Su et al. 2021) on halves: dims j and j + half of the first `rotary_dim` (None: all).
 
-    Families whose files pair neighbouring dims are brought into this order by their weight rules.
-    """
+    Families whose files pair neighbouring dims are brought into this order by their weight rules."""
 
     theta: float = 10000.0
     rotary_dim: int | None = None
@@ -134,8 +131,7 @@ class AttentionConfig:
 
     `scale` multiplies the scores (None: head_dim ** -0.5). `window` w: key j is visible to query i iff 0 <= i - j < w.
     `chunk` c: only keys of the same c positions. `softcap` c: scores become c * tanh(score / c). `sinks`: one learned
-    score a head joins the softmax and drops out. `alibi`: scores fall by a slope a head times the distance.
-    """
+    score a head joins the softmax and drops out. `alibi`: scores fall by a slope a head times the distance."""
 
     num_heads: int
     num_kv_heads: int  # groups; equal to num_heads for multi-head, 1 for multi-query attention
@@ -166,8 +162,7 @@ class LatentAttentionConfig:
     """Multi-head latent attention (DeepSeek-V2): keys and values from one compressed vector a token.
 
     Each head has `nope_head_dim` dims without and `rope_head_dim` dims with rotary positions; the rotary key is shared
-    by all heads. Queries are compressed too if `q_lora_rank` is given.
-    """
+    by all heads. Queries are compressed too if `q_lora_rank` is given."""
 
     num_heads: int
     q_lora_rank: int | None
@@ -192,8 +187,7 @@ Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "swiglu_clamped"]
 class MLPConfig:
     """down(act(gate(x)) * up(x)) if `gated`, else down(act(up(x))).
 
-    "swiglu_clamped" (GPT-OSS) is gated: gate <= limit, |up| <= limit, gate * sigmoid(1.702 * gate) * (up + 1).
-    """
+    "swiglu_clamped" (GPT-OSS) is gated: gate <= limit, |up| <= limit, gate * sigmoid(1.702 * gate) * (up + 1)."""
 
     ffn_hidden_size: int
     activation: Activation
@@ -208,8 +202,7 @@ class RouterConfig:
 
     Scores are the softmax or sigmoid of the logits, over all experts ("before") or over the chosen ones ("after" the
     top-k). `correction_bias` is added for the choice only. With `num_groups` the choice is limited to the
-    `top_groups` groups with the largest `group_score`. Weights are normalised to sum to one, then scaled.
-    """
+    `top_groups` groups with the largest `group_score`. Weights are normalised to sum to one, then scaled."""
 
     num_experts: int
     top_k: int
@@ -230,8 +223,7 @@ class BalanceConfig:
 
     `expert` is E * sum_e f_e P_e (Fedus et al. 2021); `per_sequence` averages it over sequences (DeepSeek-V2);
     `device` and `communication` are DeepSeek-V2's losses over `num_devices` groups of experts; `z` is the mean squared
-    logsumexp of the logits (Zoph et al. 2022).
-    """
+    logsumexp of the logits (Zoph et al. 2022)."""
 
     expert: float = 0.0
     per_sequence: bool = False
@@ -245,8 +237,7 @@ class BalanceConfig:
 @dataclass(frozen=True, kw_only=True)
 class CapacityConfig:
     """In training at most ceil(tokens * top_k / experts * factor) tokens an expert; the rest is dropped, by weight or
-    position. The tokens are those of a micro-batch, so that results depend on its size.
-    """
+    position. The tokens are those of a micro-batch, so that results depend on its size."""
 
     factor: float
     drop: Literal["probs", "position"] = "probs"
@@ -258,8 +249,7 @@ class MoEConfig:
     """Mixture of experts (MoE), each an MLP, beside `shared` experts that see every token.
 
     `weight_input`: the router's weight multiplies the expert's input instead of its output (Llama 4). `shared_gate`:
-    the shared output is multiplied by a learned sigmoid (Qwen2-MoE).
-    """
+    the shared output is multiplied by a learned sigmoid (Qwen2-MoE)."""
 
     router: RouterConfig
     expert: MLPConfig
@@ -278,8 +268,7 @@ class LowRankConfig:
     every layer, "q", "experts.up", "out", "down", "kv_up", "head", "embedding" accordingly. A fused projection can be
     named whole ("qkv", "gate_up": its slices share an A) or by slices (q, k, v; gate, up). `scale` is alpha / rank, or
     alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023). `b_rate` multiplies the learning rate of B (LoRA+, Hayou et al.
-    2024).
-    """
+    2024)."""
 
     targets: tuple[str, ...]
     rank: int
@@ -337,8 +326,7 @@ class LayerConfig:
     """One layer; each half is `x + residual_scale * f(x)` with the norms where `norm_placement` says.
 
     "pre": f(norm(x)); "post": norm(f(x)) (OLMo 2); "sandwich": norm(f(norm(x))) (Gemma 2). With `residual_from_norm`
-    the sum starts from norm(x) instead of x (Bloom's apply_residual_connection_post_layernorm).
-    """
+    the sum starts from norm(x) instead of x (Bloom's apply_residual_connection_post_layernorm)."""
 
     attention: AttentionConfig | LatentAttentionConfig
     mlp: MLPConfig | MoEConfig
@@ -352,8 +340,7 @@ class LayerConfig:
 class ModelConfig:
     """A decoder. `norm_head`: logits are products with the L2-normalised rows of the head (Baichuan 2).
 
-    ProblemError for one that is larger than the limits above.
-    """
+    ProblemError for one that is larger than the limits above."""
 
     vocab_size: int
     hidden_size: int

@@ -1,8 +1,7 @@
 """The decoder: embedding, layers, final norm, head.
 
 Owns what is computed. Knows nothing of files, families, processes or optimizers; placement and memory techniques
-enter through the seams: parameter axes, the layer span and the `placement` of every module.
-"""
+enter through the seams: parameter axes, the layer span and the `placement` of every module."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -39,8 +38,7 @@ class GPTModel(nn.Module):
     """A decoder-only transformer. Parameters are left unset: fill them with `initialise` or from a checkpoint.
 
     It builds what `spans` name, without them everything; a forward runs one of these. Parameters have the same names
-    whatever is built. A head that is tied to an embedding of another process has a copy of it, under its name.
-    """
+    whatever is built. A head that is tied to an embedding of another process has a copy of it, under its name."""
 
     def __init__(
         self,
@@ -109,8 +107,7 @@ class GPTModel(nn.Module):
         inputs continues what its row of the cache holds. `balance` collects the auxiliary losses of MoE layers.
         In training `dropout_rng` seeds dropout (None: torch's random numbers do). A span without head returns
         hidden states. `span` is the one to run of those that were built, needed where there are several. Hidden states
-        that are only a part of a sequence, as between tensor-parallel ranks, need its `position_ids`.
-        """
+        that are only a part of a sequence, as between tensor-parallel ranks, need its `position_ids`."""
         span = span or self._only_span
         tokens, context = self._inputs.prepare(
             inputs, attention_mask, position_ids, segments, cache, balance, dropout_rng, self.training, self.placement
@@ -127,8 +124,7 @@ class GPTModel(nn.Module):
 
     def bind(self, rows: int, max_length: int) -> Callable[[Tensor, Cache], Tensor]:
         """The fused decode path (see `bound.py`) for about so many rows: tokens int64 `[batch]` and the cache that they
-        continue, to logits `[batch, vocab]`. Raises `Unsupported` if the model has none.
-        """
+        continue, to logits `[batch, vocab]`. Raises `Unsupported` if the model has none."""
         require_known(self.config, _BOUND)
         require_plain(self, type(self), "embedding position_embedding layers final_norm head")
         if (why := altered(self)) is not None:

@@ -25,8 +25,7 @@ class HeadPlacement(Placement):
 class Head(Projection[HeadPlacement]):
     """Rows of `weight` `[vocab, embed]` score the tokens. A tied head is given the embedding's parameter.
 
-    What the config asks for beyond products, scale, softcap and rows of length one, is part of both logits and loss.
-    """
+    What the config asks for beyond products, scale, softcap and rows of length one, is part of both logits and loss."""
 
     def __init__(self, config: ModelConfig, **factory):
         super().__init__(HeadPlacement(), table(config, "vocab", config.vocab_size), **factory)
@@ -44,16 +43,14 @@ class Head(Projection[HeadPlacement]):
         """Sum of the cross entropy over tokens and how many tokens that is (float32 and int64 scalars).
 
         hidden `[batch, seq, embed]`; labels int64 `[batch, seq]`: the token that follows each position, -100 where none
-        counts. The logits of the whole batch never exist together.
-        """
+        counts. The logits of the whole batch never exist together."""
         total = self._cross_entropy(hidden, labels, "sum")
         return total, (labels != IGNORED).sum()
 
     def token_logprobs(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """log softmax(logits)[label] of every token, float32 `[batch, seq]`, 0 where the label is -100.
 
-        hidden and labels as of `loss`; differentiable once. The logits of the whole batch never exist together.
-        """
+        hidden and labels as of `loss`; differentiable once. The logits of the whole batch never exist together."""
         return -self._cross_entropy(hidden, labels, "none").view_as(labels)
 
     def _cross_entropy(self, hidden: Tensor, labels: Tensor, reduction: Literal["sum", "none"]) -> Tensor:

@@ -2,8 +2,7 @@
 
 Owns the function: each value follows from (seed, canonical parameter name, global position), so a shard fills itself
 without its neighbours and every layout starts from the same model. The source of randomness is a counter hashed by
-the finaliser of SplitMix64 (Steele, Lea & Flood 2014), turned normal by the Box-Muller transform.
-"""
+the finaliser of SplitMix64 (Steele, Lea & Flood 2014), turned normal by the Box-Muller transform."""
 
 import hashlib
 import math

@@ -23,8 +23,7 @@ from cordee.ops.mask import AttentionMask
 class Context:
     """What all layers of one forward share: positions, mask, in generation the cache, in training router losses.
 
-    `mask` is over the tokens of this forward; the cache masks those that it holds.
-    """
+    `mask` is over the tokens of this forward; the cache masks those that it holds."""
 
     positions: Positions
     mask: AttentionMask
@@ -56,8 +55,7 @@ class Context:
     def drop(self, x: Tensor, rate: float, *site: str | int, first: int = 0, residual: bool = False) -> Tensor:
         """x `[batch, seq, channels]` with `dropout`: of the `residual` stream, or within a block, maybe after a prefix.
 
-        `first` is the number of the first channel that is here.
-        """
+        `first` is the number of the first channel that is here."""
         dropout = self.dropout(rate, *site)
         if dropout is None:
             return x
@@ -76,8 +74,7 @@ class ModelPlacement(Placement):
     """Where a layout gives this process other tokens than a sequence has.
 
     `token_positions` are those of as many tokens as are here, `outside_blocks` selects those of `[..., seq]` that are
-    here between blocks, `longest` is the last position of a sequence from that of the part that is here.
-    """
+    here between blocks, `longest` is the last position of a sequence from that of the part that is here."""
 
     token_positions: Callable[[int, torch.device], Tensor] = _in_order
     outside_blocks: Callable[[Tensor], Tensor] = unchanged
@@ -110,8 +107,7 @@ class Inputs:
     ) -> tuple[Tensor, Context]:
         """The inputs of the layers and their context.
 
-        All tokens of the cache come before the inputs if its keys are no longer valid.
-        """
+        All tokens of the cache come before the inputs if its keys are no longer valid."""
         real = None if attention_mask is None else attention_mask != 0
         step = None
         if cache is not None:
@@ -146,8 +142,7 @@ class Inputs:
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """The arguments, with all tokens of the cache before them if its keys are no longer valid; it is then empty.
 
-        Keys are invalid once a row is so long that rotary frequencies change, and with them all hidden states.
-        """
+        Keys are invalid once a row is so long that rotary frequencies change, and with them all hidden states."""
         given = inputs, real, position_ids, segments
         if self._changing_ropes and inputs.is_floating_point():
             raise ValueError(

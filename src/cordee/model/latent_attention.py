@@ -3,8 +3,7 @@
 Owns two forms of the same sum. Over a whole sequence, keys and values are expanded for every head. For tokens that
 continue a cache, which holds nothing but the compressed vectors, the expansion moves to the other side of the
 products: queries are brought into the compressed space, where all heads share one key, and what they gather there
-is expanded afterwards.
-"""
+is expanded afterwards."""
 
 from functools import partial
 

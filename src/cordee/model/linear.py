@@ -1,7 +1,6 @@
 """Projections and tables: parameters with logical axes that run as one GEMM or one look-up.
 
-Owns the seams around these. Knows not what they are part of.
-"""
+Owns the seams around these. Knows not what they are part of."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,8 +43,7 @@ class Linear(Projection[LinearPlacement]):
     ) -> Tensor:
         """`[..., in_size]` to `[..., product of out_shape]`; with a cheap function `before`, of before(x).
 
-        `drop` is the dropout of adapters, in training.
-        """
+        `drop` is the dropout of adapters, in training."""
         if self.adapters is not None and before is not None:
             x, before = before(x), None
         bias = self.local("bias")

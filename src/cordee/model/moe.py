@@ -1,7 +1,6 @@
 """Mixture of experts (MoE): each token goes through a few of many MLPs.
 
-Owns the block, its experts and the local dispatch. Where experts live is decided by what replaces `MoE.dispatch`.
-"""
+Owns the block, its experts and the local dispatch. Where experts live is decided by what replaces `MoE.dispatch`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -117,8 +116,7 @@ class Rows:
         """The rows of `num_experts` experts; `experts` `[tokens, top_k]` are the chosen ones, `num_experts` for none.
 
         `complete`: that does not occur. No loop; the host waits for the device only for routes without an expert whose
-        number is not fixed by padding every expert to `rows_per_expert`.
-        """
+        number is not fixed by padding every expert to `rows_per_expert`."""
         top_k = experts.shape[1]
         experts, weights = experts.flatten(), weights.flatten()
         order = experts.argsort(stable=True)
@@ -151,8 +149,7 @@ def kept_experts(routing: Routing) -> Tensor:
 def _padded(order: Tensor, experts: Tensor, counts: Tensor, rows_per_expert: int) -> Tensor:
     """Each expert's routes in the first of its `rows_per_expert` rows, the number of all routes in the others.
 
-    `experts` are those of the routes in `order`, sorted; the last of `counts` is of dropped routes.
-    """
+    `experts` are those of the routes in `order`, sorted; the last of `counts` is of dropped routes."""
     end = (len(counts) - 1) * rows_per_expert
     rows = experts * rows_per_expert + rank_in_group(experts, counts)
     padded = order.new_full((end + 1,), len(order))

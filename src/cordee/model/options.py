@@ -1,7 +1,6 @@
 """The options that set the architecture of a model, and how its experts are trained.
 
-Owns their names, types, defaults and help texts; what they mean together is `families/options.py`'s matter.
-"""
+Owns their names, types, defaults and help texts; what they mean together is `families/options.py`'s matter."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -1,8 +1,7 @@
 """Modules whose parameters carry a `ParameterSpec`.
 
 Tensor, expert and ZeRO sharding, initial values, optimizer groups and checkpoints read the specs, and this file knows
-none of them.
-"""
+none of them."""
 
 from collections.abc import Collection
 from typing import Any, ClassVar, Generic, TypeVar, get_args

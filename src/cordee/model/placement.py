@@ -13,8 +13,7 @@ either: what is not in the record cannot have happened.
     mlp.placement.replace("dispatch", "expert parallelism", dispatcher)   # instead of the default
     attention.placement.set("tensor parallelism", first_head=8)           # once
 
-Whoever computes what a module does without calling it asks `altered`, and calls it if anything is.
-"""
+Whoever computes what a module does without calling it asks `altered`, and calls it if anything is."""
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
@@ -93,8 +92,7 @@ class Placement:
     def wrap(self, hook: str, by: str, around: Callable[[Any], Any], *, compiles: bool = False) -> None:
         """Let the hook be `around(hook)`: the last technique to wrap is the outermost.
 
-        ConflictError where a technique that replaced the hook allows none after it.
-        """
+        ConflictError where a technique that replaced the hook allows none after it."""
         for change in self._changes(hook):
             if change.final:
                 raise ConflictError(self, hook, by, change.by)
@@ -112,8 +110,7 @@ class Placement:
     ) -> None:
         """Let the hook be `function` instead of its default, or of what the one technique `instead_of` made of it.
 
-        ConflictError where what another technique has done would be lost.
-        """
+        ConflictError where what another technique has done would be lost."""
         found = self._changes(hook)
         for change in found:
             if change.by != instead_of or change.final:
@@ -173,8 +170,7 @@ def changes(module: nn.Module) -> Iterator[Change]:
 def altered(module: nn.Module, honoured: Collection[str] = ()) -> str | None:
     """What `module` or one of its parts does beyond what its class says; None if nothing.
 
-    `honoured` are hooks and facts that whoever asks takes part in, whatever they are.
-    """
+    `honoured` are hooks and facts that whoever asks takes part in, whatever they are."""
     for change in changes(module):
         if change.hook not in honoured:
             return str(change)

@@ -1,7 +1,6 @@
 """Frequencies and angles of rotary positions, and what else depends on positions alone.
 
-Owns every way to stretch them. Knows nothing of heads; its caller gives the positions.
-"""
+Owns every way to stretch them. Knows nothing of heads; its caller gives the positions."""
 
 import math
 from collections.abc import Callable
@@ -34,8 +33,7 @@ def inverse_frequencies(
     """Radians a position for each pair of dims, float32 `[rotary_dim / 2]`.
 
     Where they depend on the `lengths` of the sequences, int64 `[..., 1]`: `[..., rotary_dim / 2]`, one set for each
-    sequence, so that none depends on its neighbours in the batch.
-    """
+    sequence, so that none depends on its neighbours in the batch."""
     dim, scaling = rope.rotary_dim or head_dim, rope.scaling
     exponent = torch.arange(0, dim, 2, dtype=torch.int64, device=device).float() / dim
     if isinstance(scaling, DynamicNTKScaling | QwenNTKScaling):
@@ -101,8 +99,7 @@ class Positions:
 
     Layers with the same rope share one table, made at its first use. Some scalings hold in evaluation only, not
     in `training`. `longest` maps the last position of a sequence that is here, `[1 or batch, 1]`, to the last of all
-    processes that hold its tokens.
-    """
+    processes that hold its tokens."""
 
     def __init__(self, ids: Tensor, training: bool = False, longest: Longest = unchanged):
         self.ids = ids

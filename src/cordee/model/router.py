@@ -1,8 +1,7 @@
 """Which experts a token visits, and how much each of them counts.
 
 Owns scores, choice, weights and the limits of capacity. Knows nothing of the experts themselves, of where they are,
-or of the losses that keep them evenly used.
-"""
+or of the losses that keep them evenly used."""
 
 import math
 from dataclasses import dataclass, replace
@@ -24,8 +23,7 @@ class Routing:
     """The routes of `[tokens]`: `top_k` experts each.
 
     `kept` marks the routes that capacity leaves (None: all). With `rows_per_expert` every expert computes that many
-    rows, whatever it is given.
-    """
+    rows, whatever it is given."""
 
     logits: Tensor  # float32 [tokens, num_experts]
     experts: Tensor  # int64 [tokens, top_k]
@@ -38,8 +36,7 @@ class Router(SpecifiedModule[Placement]):
     """Scores in float32, whatever the type of the tokens: near ties decide which expert learns.
 
     Covers the routers of Switch and Mixtral (softmax), GPT-OSS (softmax of the chosen), DeepSeek-V2 (limited to groups;
-    arXiv 2405.04434), DeepSeek-V3 (sigmoid, bias for the choice only; arXiv 2412.19437) and Llama 4 (sigmoid).
-    """
+    arXiv 2405.04434), DeepSeek-V3 (sigmoid, bias for the choice only; arXiv 2412.19437) and Llama 4 (sigmoid)."""
 
     weight: Tensor
     bias: Tensor | None
@@ -93,8 +90,7 @@ def limit_to_capacity(routing: Routing, config: CapacityConfig) -> Routing:
     """`routing` with at most a fixed number of tokens an expert, the rest marked as dropped (GShard, arXiv 2006.16668).
 
     Of the tokens that chose an expert, those with the largest weights are kept, or the first ones. The number depends
-    on how many tokens are routed together, so results depend on the size of micro-batches.
-    """
+    on how many tokens are routed together, so results depend on the size of micro-batches."""
     (tokens, num_experts), top_k = routing.logits.shape, routing.experts.shape[1]
     # No expert sees a token twice, so that more rows than tokens would stay empty.
     capacity = min(math.ceil(tokens * top_k / num_experts * config.factor), tokens)

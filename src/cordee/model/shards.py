@@ -1,8 +1,7 @@
 """What of a model ranks may shard, as far as its configuration tells, whoever shards it.
 
 Owns the table from logical axes to mesh axes, how a dim is cut, the numbers that degrees have to divide, and the laws
-that a run and a checkpoint of Megatron share. Knows no torch, no option and no rank of its own.
-"""
+that a run and a checkpoint of Megatron share. Knows no torch, no option and no rank of its own."""
 
 from collections.abc import Iterator, Sequence
 

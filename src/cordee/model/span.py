@@ -1,7 +1,6 @@
 """Which part of a model a process builds.
 
-Knows no torch, so that a layout can be worked out and checked before any process starts.
-"""
+Knows no torch, so that a layout can be worked out and checked before any process starts."""
 
 from dataclasses import dataclass
 

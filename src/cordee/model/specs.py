@@ -1,8 +1,7 @@
 """What every parameter of a model is, from its `ModelConfig` alone.
 
 Owns the shapes, logical axes and initial distributions: modules declare the parameters that are described here, and
-`families/count.py` counts them. Knows no torch, so that presets of any size are described at once.
-"""
+`families/count.py` counts them. Knows no torch, so that presets of any size are described at once."""
 
 import math
 from dataclasses import dataclass, replace
@@ -34,8 +33,7 @@ class ParameterSpec:
     Initial values are normal with `std` where it is positive, or `uniform` of that spread, else the constant `fill`.
     A parameter that is not `trained` gets no gradient; `rate` multiplies its learning rate. `origin`: "base" weights
     are what a checkpoint of the model holds, "tuned" are those of them that are trained beside adapters, "adapter"
-    parameters are added to it, and a further "head" replaces what scores tokens.
-    """
+    parameters are added to it, and a further "head" replaces what scores tokens."""
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
@@ -215,8 +213,7 @@ def low_rank(config: LowRankConfig, weight: ParameterSpec, path: str, name: str)
     """Factors a `[(expert,) rank, in_size]` and b `[(expert,) *shape of the slice, rank]` of an adapter.
 
     It belongs to slice `name` of the projection `path` with this `weight`. They begin as PEFT's: a uniform within
-    1 / sqrt(in_size), b zeros.
-    """
+    1 / sqrt(in_size), b zeros."""
     stack = int(weight.axes[0] == "expert")
     sizes, axes = list(weight.shape), list(weight.axes)
     if (cut := slice_of(path, name)) is not None:

@@ -1,4 +1,3 @@
 """Operators, each beside its reference.
 
-Owns kernels and the choice among them by capability.
-"""
+Owns kernels and the choice among them by capability."""

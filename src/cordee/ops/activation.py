@@ -1,7 +1,6 @@
 """Activations of the MLP, plain and gated.
 
-The gated forms take gate and up as they leave one GEMM and keep only that for the backward.
-"""
+The gated forms take gate and up as they leave one GEMM and keep only that for the backward."""
 
 from collections.abc import Callable
 

@@ -3,8 +3,7 @@
 A core is any `core(q, k, v, mask, scores)` with q `[batch, heads, queries, head_dim]`, k `[batch, kv_heads, keys,
 head_dim]` and v `[batch, kv_heads, keys, value_dim]`, giving `[batch, heads, queries, value_dim]`.
 `reference_attention` is the definition, in float32; `sdpa_attention` is torch's fused attention;
-`blockwise_attention` does what that cannot, with the scores of a few queries in memory at a time.
-"""
+`blockwise_attention` does what that cannot, with the scores of a few queries in memory at a time."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,8 +27,7 @@ class Scores:
 
     Without `softcap` the scaled product is kept; without `slopes` (one a head) distance does not count. `window` and
     `chunk` are the reach of `AttentionMask`. `sinks` `[heads]` are scores that join the softmax of every query and then
-    drop out (GPT-OSS). `dropout` drops weights after the softmax.
-    """
+    drop out (GPT-OSS). `dropout` drops weights after the softmax."""
 
     scale: float
     window: int | None = None
@@ -50,8 +48,7 @@ AttentionCore = Callable[[Tensor, Tensor, Tensor, AttentionMask, Scores], Tensor
 def alibi_slopes(num_heads: int) -> tuple[float, ...]:
     """Slopes of attention with linear biases (Press et al. 2022): a geometric series from the number of heads.
 
-    Where that is no power of two: those of the next smaller power, then every second one of the next larger.
-    """
+    Where that is no power of two: those of the next smaller power, then every second one of the next larger."""
     power = 1 << (num_heads.bit_length() - 1)
     more = 2 * (num_heads - power)
     slopes = [_geometric_slope(power, n) for n in range(power)]
@@ -108,8 +105,7 @@ def _dropped(
 def behind_prefix(core: AttentionCore, prefix: Tensor | None) -> AttentionCore:
     """`core`, with learned keys and values before those it is given; None: there are none.
 
-    `prefix` is `[kv_heads, 2, tokens, head_dim]`, keys and then values, or `[kv_heads, 1, ...]` where both are one.
-    """
+    `prefix` is `[kv_heads, 2, tokens, head_dim]`, keys and then values, or `[kv_heads, 1, ...]` where both are one."""
     if prefix is None:
         return core
 
@@ -125,8 +121,7 @@ def behind_prefix(core: AttentionCore, prefix: Tensor | None) -> AttentionCore:
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scores: Scores) -> Tensor:
     """torch's fused attention; a dense mask is made only where order and causality do not decide.
 
-    It has neither a softcap nor our dropout: those go to `blockwise_attention`.
-    """
+    It has neither a softcap nor our dropout: those go to `blockwise_attention`."""
     if scores.softcap is not None or scores.dropout is not None:
         return blockwise_attention(q, k, v, mask, scores)
     if not torch.compiler.is_compiling() and (spans := mask.segment_spans) is not None:
@@ -186,8 +181,7 @@ def _with_sink(
 
     It lives in a dim of its own, where queries hold the sink and other keys zero, so that a fused kernel does the
     rest: scores given as a mask would need memory for every pair of positions, and their gradient too. A causal kernel
-    gets a first query as well, which keeps the two in step.
-    """
+    gets a first query as well, which keeps the two in step."""
     sink = (sinks / scale).to(q.dtype)[None, :, None, None].expand(*q.shape[:3], 1)
     q = torch.cat((q, sink), -1)
     sink_key = F.pad(k.new_zeros(k.shape[0], k.shape[1], 1, k.shape[3]), (0, 1), value=1.0)
@@ -205,8 +199,7 @@ def blockwise_attention(
 ) -> Tensor:
     """As `reference_attention`, for `block_size` queries at a time, whose scores are made again in the backward.
 
-    Keys that order or a window hides from a whole block are left out of it.
-    """
+    Keys that order or a window hides from a whole block are left out of it."""
     per_query = 4 * q.shape[0] * q.shape[1] * k.shape[2]
     block_size = block_size or max(1, BLOCK_BYTES // per_query)
     visible = mask.dense(q.device, *scores.reach)

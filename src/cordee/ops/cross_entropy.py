@@ -6,8 +6,7 @@ exist and nothing is computed twice (the idea of Hsu et al. 2024, Liger Kernel).
 instead of their sum, the factors of their gradients are known only in the backward, which therefore computes the logits
 of every chunk again.
 
-Logits are products times `scale`, and within +-`softcap` where that is given: c * tanh(logit / c) (Gemma 2).
-"""
+Logits are products times `scale`, and within +-`softcap` where that is given: c * tanh(logit / c) (Gemma 2)."""
 
 from collections.abc import Sequence
 from typing import Literal, Protocol
@@ -81,8 +80,7 @@ def chunked_cross_entropy(
 
     With `reduction` "none" the loss of every token, float32 `[tokens]`, 0 where the label is -100. `chunk_size` is in
     tokens. The result can be differentiated once. With a `part`, `weight` are its rows only, and the gradient of
-    `hidden` is what comes through them: it has to be summed over all parts.
-    """
+    `hidden` is what comes through them: it has to be summed over all parts."""
     how = chunk_size or _chunk_size(weight, part), scale, softcap, part
     if reduction == "none":
         return _ChunkedTokenLosses.apply(hidden, weight, labels, *how)
@@ -164,8 +162,7 @@ def _walk(
     factors: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor | None, TransposedSum | None]:
     """Losses `[tokens, 1]` of every chunk, and those `needed` of the gradients of their sum by hidden states and
-    weight. In this sum each loss is multiplied with its one of `factors`, float32 `[tokens, 1]`.
-    """
+    weight. In this sum each loss is multiplied with its one of `factors`, float32 `[tokens, 1]`."""
     losses: list[Tensor] = []
     hidden_grad = torch.empty_like(hidden) if needed[0] else None
     weight_grad = TransposedSum(weight) if needed[1] else None
@@ -196,8 +193,7 @@ def _losses_and_products_grad(
 ) -> tuple[Tensor, Tensor]:
     """Losses `[tokens, 1]` and their gradients by the products of hidden states and head `[tokens, vocab]`.
 
-    The products are used up.
-    """
+    The products are used up."""
     if scale == 1.0 and softcap is None:
         return _losses_and_logits_grad(products, target, part)
     dtype = products.dtype

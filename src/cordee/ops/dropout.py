@@ -2,8 +2,7 @@
 
 Whether an element is dropped is a function of (seed, sample, site, position in the sample, channel), so ranks that hold
 parts of a sample, in whatever order, drop what one process would drop, and a layer computed again drops the same.
-Counters are hashed by the finaliser of MurmurHash3 (Appleby 2011), twice with the key between.
-"""
+Counters are hashed by the finaliser of MurmurHash3 (Appleby 2011), twice with the key between."""
 
 import functools
 import hashlib
@@ -19,8 +18,7 @@ _GOLDEN = -1640531527  # 2^32 / golden ratio, as int32: neighbours in a row get 
 class Dropout:
     """Dropout of `rate` at one site of a model; `keys` int32 `[batch]`: one for each sample.
 
-    `first_head`: which of the model's heads is the first one here.
-    """
+    `first_head`: which of the model's heads is the first one here."""
 
     rate: float
     keys: Tensor
@@ -48,8 +46,7 @@ class Dropout:
 @dataclass(frozen=True, eq=False)
 class DropoutRNG:
     """The random numbers of one forward: a function of `seed` and of `samples`, int64 `[batch]`, the numbers of the
-    samples in the run.
-    """
+    samples in the run."""
 
     seed: int
     samples: Tensor

@@ -2,8 +2,7 @@
 
 torch gives float32 products on a CPU to MKL. oneDNN, which it carries for other work, multiplies at twice MKL's rate
 on processors where MKL keeps to AVX2; `cordee.device` knows which those are. `linear` and `matmul` use it there, and
-are torch's own everywhere else or where `torch.backends.mkldnn.enabled` is off.
-"""
+are torch's own everywhere else or where `torch.backends.mkldnn.enabled` is off."""
 
 import functools
 from collections.abc import Callable
@@ -27,8 +26,7 @@ def linear(
     """x W^T + b as F.linear: x `[..., in]`, weight `[out, in]`, bias `[out]`; in oneDNN differentiable once.
 
     With a cheap function `before` of x alone it is before(x) W^T + b, differentiable once; autograd then keeps x and
-    not before(x), which is made again for the backward.
-    """
+    not before(x), which is made again for the backward."""
     if before is not None and torch.compiler.is_compiling():
         x, before = before(x), None  # compiled, it costs no memory
     fast = before is not None or in_onednn(x, weight, x.numel() * weight.shape[0])
@@ -40,8 +38,7 @@ def linear(
 def fixed_linear(weight: Tensor, bias: Tensor | None, rows: int) -> Callable[[Tensor], Tensor]:
     """`linear` of x `[rows, in]` outside of autograd with a weight that stays, for about `rows` rows.
 
-    The library is chosen and the weight transposed only once.
-    """
+    The library is chosen and the weight transposed only once."""
     if in_onednn(weight, weight, rows * weight.numel()):
         return lambda x: _onednn(x, weight, bias)
     transposed = weight.t()

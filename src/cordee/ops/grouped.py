@@ -1,7 +1,6 @@
 """Products of groups of rows with a matrix for each group, as MoE experts need them.
 
-Owns the grouped product and the loop that defines it. Knows nothing of routing: rows come sorted by group.
-"""
+Owns the grouped product and the loop that defines it. Knows nothing of routing: rows come sorted by group."""
 
 import functools
 
@@ -21,8 +20,7 @@ def reference_grouped_matmul(rows: Tensor, weight: Tensor, counts: Tensor) -> Te
     """x W_g^T for every row x of group g, one group after the other.
 
     `rows` `[rows, in]` hold counts[0] rows of group 0, then counts[1] of group 1 and so on; `counts` int64 `[groups]`
-    sums to the number of rows; `weight` is `[groups, out, in]`. Gives `[rows, out]`.
-    """
+    sums to the number of rows; `weight` is `[groups, out, in]`. Gives `[rows, out]`."""
     groups = rows.split(counts.tolist())
     return torch.cat([F.linear(group, matrix) for group, matrix in zip(groups, weight.unbind(), strict=True)])
 

@@ -1,8 +1,7 @@
 """Which key a query may see, and how far apart they are: one description for every attention core.
 
 Owns order, segments, causality and reach; each core renders what it can use (nothing, a flag, a dense mask). Knows
-nothing of heads or layers: a window or chunk belongs to the layer, which passes it to the core.
-"""
+nothing of heads or layers: a window or chunk belongs to the layer, which passes it to the core."""
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -23,8 +22,7 @@ class AttentionMask:
 
     `window` w hides keys w or more indices back; `chunk` c hides keys whose position lies in other c positions.
 
-    `num_prefix` virtual keys come before the `num_keys`; every query sees them, at no distance.
-    """
+    `num_prefix` virtual keys come before the `num_keys`; every query sees them, at no distance."""
 
     num_queries: int
     num_keys: int
@@ -89,8 +87,7 @@ class AttentionMask:
     ) -> Tensor:
         """A term of the scores, of the shape of `dense` for every head: -slope * distance, or -inf if hidden.
 
-        One slope a head; None: 0 for all heads. Made once for each reach.
-        """
+        One slope a head; None: 0 for all heads. Made once for each reach."""
         key = (slopes, dtype, *self._reach(window, chunk))
         if key not in self._rendered:
             term: Tensor | float = 0.0
@@ -111,8 +108,7 @@ class AttentionMask:
     def indices(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Indices of queries `[num_queries]` and of keys `[num_prefix + num_keys]`, or those of every row.
 
-        Those of the prefix are negative.
-        """
+        Those of the prefix are negative."""
         query, key = self._indices(device)
         if self.num_prefix:
             prefix = torch.arange(-self.num_prefix, 0, device=device)

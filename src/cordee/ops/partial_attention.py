@@ -6,8 +6,7 @@ of a part once the merged result is known (the online softmax of Milakov & Gimel
 `flash_gradients` are torch's fused attention on CPU, for parts with no mask or a causal one. Knows no processes.
 
 Shapes are those of `cordee.ops.attention`; `lse` is float32 `[batch, heads, queries]`, minus infinity for a query that
-sees none of the keys.
-"""
+sees none of the keys."""
 
 import torch
 from torch import Tensor

@@ -2,8 +2,7 @@
 
 `rotate_reference` is the definition (Su et al. 2021, in the half-split order of published checkpoints);
 `rotate` does the same with fewer passes over memory and keeps nothing but the angles for the backward.
-`split_rotated` also takes apart what comes out of one projection as queries, keys and values.
-"""
+`split_rotated` also takes apart what comes out of one projection as queries, keys and values."""
 
 import torch
 from torch import Tensor
@@ -13,8 +12,7 @@ from torch.autograd import Function
 def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x `[..., head_dim]` by angles given as cos, sin `[..., rotary_dim / 2]`, which broadcast.
 
-    Of the first `rotary_dim` dims, dims j and j + rotary_dim / 2 rotate together; the others stay.
-    """
+    Of the first `rotary_dim` dims, dims j and j + rotary_dim / 2 rotate together; the others stay."""
     half = cos.shape[-1]
     first, second, rest = x[..., :half].float(), x[..., half : 2 * half].float(), x[..., 2 * half :]
     rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
@@ -32,8 +30,7 @@ def split_rotated(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     """q `[batch, seq, groups, q heads, head_dim]` and k, v `[batch, seq, groups, head_dim]`, q and k rotated.
 
     `qkv` is `[batch, seq, groups, q heads + 2, head_dim]`. In training the three are copies, so that `qkv` itself need
-    not be kept, and its gradient is assembled once.
-    """
+    not be kept, and its gradient is assembled once."""
     if qkv.dtype == torch.float32 and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _SplitRotated.apply(qkv, cos, sin)
     qk = rotate(qkv[..., :-1, :], cos, sin)

@@ -1,4 +1,3 @@
 """Optimizers and schedules.
 
-Owns parameter groups, mixed precision, clipping, learning rates.
-"""
+Owns parameter groups, mixed precision, clipping, learning rates."""

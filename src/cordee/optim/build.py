@@ -1,8 +1,7 @@
 """Optimizers from options.
 
 Owns the parameter groups. Knows no model: a parameter's description says whether it
-decays.
-"""
+decays."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -32,8 +31,7 @@ def build_optimizer(
     """The optimizer of `options` over named `parameters`, plain tensors or DTensors, that take gradients.
 
     `specs` describes each by name; `fused` says that their device has fused optimizers. Rate and weight decay of its
-    groups are set before every step by `set_rates`.
-    """
+    groups are set before every step by `set_rates`."""
     return registry()[options.optimizer](options, parameter_groups(parameters, specs), fused)
 
 
@@ -41,8 +39,7 @@ def parameter_groups(parameters: Iterable[tuple[str, Tensor]], specs: Mapping[st
     """One group with weight decay and one without for each `rate` and mesh of parameters; an empty group is left out,
     unless nothing is trained on this rank: torch's optimizers want a group.
 
-    torch's operators on lists of tensors take one mesh at a time.
-    """
+    torch's operators on lists of tensors take one mesh at a time."""
     groups: dict[tuple[bool, float, object], list[Tensor]] = defaultdict(list)
     for name, parameter in parameters:
         if parameter.requires_grad:

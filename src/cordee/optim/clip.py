@@ -1,8 +1,7 @@
 """The global gradient norm, and scaling by it.
 
 Owns the arithmetic over gradients that live as plain tensors or as DTensors on several meshes, where a shard is
-counted once however often it is replicated. Knows no optimizer and no schedule.
-"""
+counted once however often it is replicated. Knows no optimizer and no schedule."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -22,8 +21,7 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
     """L2 norm over all elements of all `tensors`, a float32 scalar; NaN or inf where one of them is not finite.
 
     torch's operators on lists take one mesh at a time, so there is one norm a mesh. Every rank of the meshes calls
-    it with the same tensors in the same order.
-    """
+    it with the same tensors in the same order."""
     by_mesh: dict[object, list[Tensor]] = defaultdict(list)
     for tensor in tensors:
         by_mesh[tensor.device_mesh if isinstance(tensor, DTensor) else None].append(tensor)

@@ -1,8 +1,7 @@
 """The loss scale that keeps small fp16 gradients from vanishing.
 
 Owns the scale and the rule that moves it (Micikevicius et al. 2018, with Megatron's hysteresis). After each step it is
-given whether a gradient overflowed; it knows neither gradients nor devices.
-"""
+given whether a gradient overflowed; it knows neither gradients nor devices."""
 
 from dataclasses import dataclass
 
@@ -12,8 +11,7 @@ from cordee.optim.options import PrecisionOptions
 @dataclass(kw_only=True)
 class LossScaler:
     """Static: `dynamic` False. Dynamic: the scale doubles after `window` good steps in a row and, once `hysteresis`
-    overflows came without such a window between them, halves with each further one, never below `minimum`.
-    """
+    overflows came without such a window between them, halves with each further one, never below `minimum`."""
 
     scale: float = 1.0
     dynamic: bool = False

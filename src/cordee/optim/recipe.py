@@ -1,8 +1,7 @@
 """Optimizer options that pretrain well, as defaults where --model names what is trained.
 
 Flags that describe a model one by one are Megatron's, and come with Megatron's defaults. The values are those of
-Llama 2 (Touvron et al. 2023, section 2.2), with warm-up as a share of the run.
-"""
+Llama 2 (Touvron et al. 2023, section 2.2), with warm-up as a share of the run."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any

@@ -2,8 +2,7 @@
 
 Owns warmup, decay and the schedule of the weight decay. The number is the position of the run, counted in samples:
 those of all steps that changed the parameters so far. Nothing is stored, so a resumed run cannot disagree with an
-uninterrupted one. Knows no optimizer.
-"""
+uninterrupted one. Knows no optimizer."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -21,8 +20,7 @@ class Schedule:
     `warmup`, `decay` and `growth` are positions in samples; `warmup` may be a fraction of a sample. Styles are those
     of Megatron: "constant", "linear", "cosine" and, for the rate, "inverse-square-root" and "WSD", which stays at
     `max_lr` until the last `anneal` samples before `decay` and decays by `anneal_style`. The weight decay goes from
-    `start_weight_decay` at 0 to `end_weight_decay` at `growth`.
-    """
+    `start_weight_decay` at 0 to `end_weight_decay` at `growth`."""
 
     max_lr: float
     min_lr: float = 0.0

@@ -3,8 +3,7 @@
 Owns that order, which is meaning: parameters are sharded before blocks compute with their shards, attention is wrapped
 with the heads that tensor parallelism leaves it, wrappers (recompute, swap) go around all of that, compilation sees
 layers with their collectives and wrappers, and FSDP2 wraps the result. Each technique is a file of its own, which names
-its options, law and cost; its `apply(model, layout, options)` is called here.
-"""
+its options, law and cost; its `apply(model, layout, options)` is called here."""
 
 from collections.abc import Sequence
 
@@ -24,8 +23,7 @@ def apply(
 ) -> GPTModel:
     """Put `model`, built on the meta device, on `device` as `options` ask; its values are still to be filled.
 
-    `wrappers` run around each other in their order, the first inside. ProblemError if one does not fit the run.
-    """
+    `wrappers` run around each other in their order, the first inside. ProblemError if one does not fit the run."""
     raise_all(wrapper.check(wrappers, options))
     for technique in (sharding, tensor, overlap, expert, context, *wrappers, compile, data):
         technique.apply(model, layout, options)

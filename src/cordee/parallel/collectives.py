@@ -2,8 +2,7 @@
 
 Owns the few collectives of the training loop, gradient norms over a pipeline, and the messages of pipelines. Those
 within a forward and backward are `differentiable.py`'s, and `overlap.py`'s where they run under GEMMs: no other file
-communicates through torch.distributed. Alone in one process every function returns its own value.
-"""
+communicates through torch.distributed. Alone in one process every function returns its own value."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -115,8 +114,7 @@ def together(function: Callable[[], T], group: ProcessGroup | None) -> T:
 def contact(phase: str) -> Iterator[None]:
     """Raise `RankLostError`, naming this rank and `phase` ("in step 7"), where torch cannot reach other ranks.
 
-    Phases may be nested: the innermost is named.
-    """
+    Phases may be nested: the innermost is named."""
     try:
         yield
     except RuntimeError as error:

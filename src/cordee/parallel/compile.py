@@ -1,8 +1,7 @@
 """torch.compile over the layers of a model or over a whole forward.
 
 Option: `--compile` (options.py). Law: `pipeline/check.py`. No cost in memory. Owns what is compiled. Names of
-parameters stay: modules are compiled in place. Shapes are static, since every micro-batch of a run has the same.
-"""
+parameters stay: modules are compiled in place. Shapes are static, since every micro-batch of a run has the same."""
 
 from collections.abc import Callable, Iterable
 from typing import Any

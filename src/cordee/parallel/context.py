@@ -7,8 +7,7 @@ pair, in order. With one group, or if every token sees all others, each group ho
 
 Options: `--context-parallel-*`, `--cp-*`, `--ulysses-degree-in-cp` (options.py). Law: `laws.context`. Cost: none
 of its own; context-parallel ranks shard parameters as data-parallel ranks do (`cost.py`). Owns which rank holds which
-token positions, the shard of a micro-batch, and `apply`, by which attention and MoE layers see all tokens.
-"""
+token positions, the shard of a micro-batch, and `apply`, by which attention and MoE layers see all tokens."""
 
 import math
 from dataclasses import dataclass, replace
@@ -159,8 +158,7 @@ class ShardedTokens:
 class Ulysses:
     """All-to-all over heads and sequence, among the neighbours of a `group`; None is one rank.
 
-    `repeat`: key and value heads that the ranks do not divide are repeated before it, else gathered.
-    """
+    `repeat`: key and value heads that the ranks do not divide are repeated before it, else gathered."""
 
     group: ProcessGroup | None
     rank: int

@@ -1,8 +1,7 @@
 """Memory of parameters, gradients and optimizer state, worked out without torch.
 
 Owns the arithmetic of the ZeRO stages, as `data.py` has them, and which parameters a rank computes with, as
-`sharding.py` has them. Knows no activations.
-"""
+`sharding.py` has them. Knows no activations."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -23,8 +22,7 @@ _MASTER = 4  # bytes of a float32, in which parameters, their gradients and opti
 @dataclass(frozen=True, kw_only=True)
 class ParameterCount:
     """Parameters that one rank computes with, its shards of tensor- and expert-parallel ones: in all, those of sharded
-    `experts`, those `outside` of layers (embeddings, head, last norm), and those `frozen`.
-    """
+    `experts`, those `outside` of layers (embeddings, head, last norm), and those `frozen`."""
 
     parameters: int
     experts: int = 0
@@ -67,8 +65,7 @@ def cost(config: LayoutOptions, degrees: Degrees, count: ParameterCount) -> Memo
 
     Weights are those at rest and the copy that is computed with; of stage 3, which gathers layers one by one, only the
     copy of what is outside of layers is counted. Gradients are whole while they are summed over micro-batches at stages
-    below 2, else at most one layer's are whole at a time, which is not counted.
-    """
+    below 2, else at most one layer's are whole at a time, which is not counted."""
     kept, trained = _MASTER * _shard(degrees, count), 1 - count.frozen / count.parameters
     compute, whole = 2 if config.bf16 or config.fp16 else 4, 0
     copied = count.outside / count.parameters if config.zero_stage == 3 else 1.0

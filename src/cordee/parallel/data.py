@@ -16,8 +16,7 @@ At rest every stage but 0 keeps float32 shards. Stage 0 is FSDP2 over shards of 
 replication; during a step it holds the parameters twice, at rest and as computed with.
 
 On devices with streams FSDP2 has one bucket (a layer) of gradients in flight, and prefetches the next layer's
-parameters, under computation; `_overlap` makes that two, or none. On CPU collectives block where they are called.
-"""
+parameters, under computation; `_overlap` makes that two, or none. On CPU collectives block where they are called."""
 
 from collections.abc import Sequence
 
@@ -49,8 +48,7 @@ def apply(model: GPTModel, layout: Layout, options: LayoutOptions) -> None:
     """Make every parameter of `model` a float32 DTensor over the data ranks, unless it runs as it is.
 
     Each layer is gathered and reduced on its own; the rest of the model, with a tied embedding and head, is one more
-    group.
-    """
+    group."""
     if not needs_sharding(options, layout.world_size):
         return
     layers, stage = model.own_layers(), options.zero_stage
@@ -103,8 +101,7 @@ def _wrap(module: nn.Module, mesh: DeviceMesh, size: int, policy: MixedPrecision
 def shard_dim(parameter: Tensor, size: int) -> int:
     """The last dim that `size` ranks can shard evenly, else the first, which FSDP2 pads.
 
-    The last, because the first ones may be as short as two. A dim that other axes shard is the last resort.
-    """
+    The last, because the first ones may be as short as two. A dim that other axes shard is the last resort."""
     shape, taken = tuple(parameter.shape), set()
     if isinstance(parameter, DTensor):
         shape = tuple(parameter.to_local().shape)

@@ -1,8 +1,7 @@
 """A DeepSpeed configuration file as values of options.
 
 Owns which of its fields set options: the ZeRO stage, precision, batch sizes and gradient clipping. All others tune
-DeepSpeed's own engine and are reported as ignored.
-"""
+DeepSpeed's own engine and are reported as ignored."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,8 +1,7 @@
 """How many ways a run is divided along each axis, worked out without torch.
 
 Owns the axes, their order and the law that joins them. `layout.py` turns degrees into meshes; nothing here knows a
-device or a process.
-"""
+device or a process."""
 
 import math
 from dataclasses import dataclass
@@ -29,8 +28,7 @@ class Degrees:
 
     ep: shards of the experts. It is no axis of its own, but folds over the ranks that hold different tokens
     (replicate, shard and cp together), neighbours first, so that ep divides their number. `unsharded`: all of
-    those hold whole parameters (ZeRO stage 0).
-    """
+    those hold whole parameters (ZeRO stage 0)."""
 
     pp: int = 1
     replicate: int = 1

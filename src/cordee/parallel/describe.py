@@ -1,7 +1,6 @@
 """A layout as text: which ranks shard what.
 
-Owns the text that a run and `cordee check` show. Works from `Degrees` alone, without torch.
-"""
+Owns the text that a run and `cordee check` show. Works from `Degrees` alone, without torch."""
 
 import math
 from collections.abc import Callable, Sequence

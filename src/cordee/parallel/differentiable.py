@@ -2,8 +2,7 @@
 
 Owns the pairs. `x` is local to this rank; `group` is the group of an axis. Where ranks compute parts of a sum, the
 backward of "every rank gets the same" is "the gradients of all ranks are summed", and the reverse; each function says
-whether an operand's gradient is whole or a part on each rank.
-"""
+whether an operand's gradient is whole or a part on each rank."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -35,8 +34,7 @@ def all_reduce_fwd_all_reduce_bwd(x: Tensor, group: ProcessGroup) -> Tensor:
 
 def all_gather_fwd_reduce_scatter_bwd(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
     """The shards of all ranks, of one shape, joined along `dim`, for work that differs between them: the gradient of a
-    shard is the sum over ranks.
-    """
+    shard is the sum over ranks."""
     return _Pair.apply(x, partial(all_gather, group=group, dim=dim), partial(reduce_scatter, group=group, dim=dim))
 
 
@@ -47,8 +45,7 @@ def reduce_scatter_fwd_all_gather_bwd(x: Tensor, group: ProcessGroup, dim: int) 
 
 def all_gather_fwd_split_bwd(x: Tensor, group: ProcessGroup, dim: int, sizes: Sequence[int]) -> Tensor:
     """The shards of all ranks joined along `dim`, for work that is the same on all of them: the gradient of a shard is
-    its own shard of the gradient. `sizes` are those of the shards along `dim`.
-    """
+    its own shard of the gradient. `sizes` are those of the shards along `dim`."""
 
     def own(grad: Tensor) -> Tensor:
         return grad.split(list(sizes), dim)[dist.get_rank(group)]
@@ -64,8 +61,7 @@ def all_to_all_fwd_bwd(x: Tensor, group: ProcessGroup, split: int, joined: int) 
 
 def split_fwd_pad_bwd(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
     """This rank's shard along `dim` of x, the same on all ranks. The gradient of x is zero outside of the shard: a part
-    of the whole on each rank.
-    """
+    of the whole on each rank."""
     size = x.shape[dim] // dist.get_world_size(group)
     return x.narrow(dim, dist.get_rank(group) * size, size)
 
@@ -75,8 +71,7 @@ def all_gather_together_fwd_reduce_scatter_bwd(
 ) -> tuple[Tensor, ...]:
     """As `all_gather_fwd_reduce_scatter_bwd` along the first dim, of each x. Integers have no gradient.
 
-    `at_once`: all of them are in flight together.
-    """
+    `at_once`: all of them are in flight together."""
     options = {"group": group, "at_once": at_once}
     return _Pairs.apply(partial(all_gather_together, **options), partial(reduce_scatter_together, **options), *xs)
 
@@ -85,8 +80,7 @@ def all_to_all_rows_fwd_bwd(
     xs: Sequence[Tensor], group: ProcessGroup, sent: list[int], received: list[int], *, at_once: bool
 ) -> tuple[Tensor, ...]:
     """Of each x the first `sent[0]` rows to rank 0 and so on; the result has `received[0]` rows from rank 0 and so on.
-    Gradients go back likewise. `at_once`: all of them are in flight together.
-    """
+    Gradients go back likewise. `at_once`: all of them are in flight together."""
     rows = partial(all_to_all_rows, group=group, at_once=at_once)
     there, back = partial(rows, sent=sent, received=received), partial(rows, sent=received, received=sent)
     return _Pairs.apply(there, back, *xs)

@@ -1,8 +1,7 @@
 """Forward and backward of the micro-batches of a step, wherever the layers are.
 
 Owns the protocol of executors, and the plain one: one micro-batch after another, forward and backward, on a rank that
-has the whole model. `pipeline/executor.py` is the other. Knows no optimizer and no objective by name.
-"""
+has the whole model. `pipeline/executor.py` is the other. Knows no optimizer and no objective by name."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -39,8 +38,7 @@ class Loss(Protocol):
 class Criterion:
     """An objective on one rank, which may have a shard of the tokens of each sequence.
 
-    Ranks return parts of a sum over the axes along which they hold different tokens.
-    """
+    Ranks return parts of a sum over the axes along which they hold different tokens."""
 
     def __init__(self, objective: Loss, layout: Layout):
         self._objective = objective
@@ -69,8 +67,7 @@ class StepBatches:
     """The micro-batches of this rank in one step: its shard of the tokens of each, and the `weights` of whole ones.
 
     The gradient is that of the sum of losses times `scale / weight`, where `weight` is that of all ranks' micro-batches
-    together.
-    """
+    together."""
 
     batches: Sequence[Batch]
     weights: Sequence[float]
@@ -85,8 +82,7 @@ class Executor(Protocol):
         """Leave the gradients of `step` at the parameters, reduced over the data-parallel ranks.
 
         Returns sums over this rank's micro-batches, float32 scalars: of the loss under "", of metrics under their
-        names, those of routers weighted by tokens. All ranks return the same names.
-        """
+        names, those of routers weighted by tokens. All ranks return the same names."""
         ...
 
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:

@@ -6,8 +6,7 @@ tokens to experts of other ranks and back, as two dispatchers that replace the l
 shards the experts: blocks of equal size, in order.
 
 Every rank of the axis takes part in every dispatch: with no tokens at all it still sends, receives and multiplies,
-forward and backward, empty tensors.
-"""
+forward and backward, empty tensors."""
 
 from dataclasses import dataclass
 
@@ -28,8 +27,7 @@ NAME = "expert parallelism"
 def apply(model: nn.Module, layout: Layout, options: ParallelOptions) -> None:
     """Dispatch tokens of all ranks of the axis to the experts of `model`, whose parameters are sharded already.
 
-    Nothing happens where there is one.
-    """
+    Nothing happens where there is one."""
     group = layout.group("ep")
     if group is None:
         return

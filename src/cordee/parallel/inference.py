@@ -2,8 +2,7 @@
 
 Owns building this process's shard, and one forward through all processes of a replica. Each gets the logits, so that
 all choose the same tokens, or another output of the last hidden states. Knows nothing of sampling, nor of what each
-replica is given.
-"""
+replica is given."""
 
 from dataclasses import dataclass
 
@@ -41,8 +40,7 @@ def build(
 ) -> "tuple[GPTModel, InferenceStage]":
     """This process's shard of `model`, its values still to be filled, and which stage that is.
 
-    ProblemError if the processes do not fit the model.
-    """
+    ProblemError if the processes do not fit the model."""
     if problems := list(check(model, layout.degrees)):
         raise ProblemError(problems, everywhere=True)
     spans = by_cost(model, layout.degrees.pp)

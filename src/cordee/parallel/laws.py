@@ -1,8 +1,7 @@
 """The laws of layouts: one for each technique, all of one signature, without torch.
 
 Owns the laws between model, degrees and options. Those between degrees are `degrees.py`'s, those of pipelines
-`pipeline/check.py`'s; laws between the options of a technique are declared with these (options.py).
-"""
+`pipeline/check.py`'s; laws between the options of a technique are declared with these (options.py)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

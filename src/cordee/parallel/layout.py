@@ -1,7 +1,6 @@
 """The meshes and process groups of a run, seen from this rank.
 
-Owns all of them: they are made here, once, and looked up by name. Knows neither models nor data.
-"""
+Owns all of them: they are made here, once, and looked up by name. Knows neither models nor data."""
 
 import os
 from collections.abc import Iterator
@@ -30,8 +29,7 @@ class Layout:
     ring and ulysses. All are None without a process group, that is, alone in one process.
     `control` and `background` are gloo groups of all ranks, for values on the host: one for the training thread, one
     for a thread beside it, since collectives of two threads must never share a group. `timeout` is that of their
-    collectives, torch's own if None. `blocking`: a collective blocks its thread, as no accelerator's does.
-    """
+    collectives, torch's own if None. `blocking`: a collective blocks its thread, as no accelerator's does."""
 
     def __init__(self, degrees: Degrees, device_type: str = "cpu", timeout: timedelta | None = None):
         self.degrees = degrees

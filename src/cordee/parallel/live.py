@@ -1,8 +1,7 @@
 """A model that is being trained as a source of weights: for a model of another layout, or for a sink.
 
 Owns which rank sends which shard of a parameter. A shard is a box, an offset and a shape, so that no technique that
-shards or replicates parameters is known by name. Must not know what the weights are read for.
-"""
+shards or replicates parameters is known by name. Must not know what the weights are read for."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -26,8 +25,7 @@ Box = tuple[Shape, Shape]  # of a shard: the global position of its first elemen
 def refill(model: GPTModel, source: "LiveSource") -> None:
     """Fill `model`, of any layout over the ranks of `source`, with the current weights; all ranks call it.
 
-    Parameters of `model` keep their memory, type and device. ProblemError, on all ranks, if shapes differ.
-    """
+    Parameters of `model` keep their memory, type and device. ProblemError, on all ranks, if shapes differ."""
     collectives.raise_together(mismatches(dict(model.named_parameters()), source), source.layout.control)
     load_into(model, source)
 
@@ -35,8 +33,7 @@ def refill(model: GPTModel, source: "LiveSource") -> None:
 def save(source: "LiveSource", sink: Sink | None) -> None:
     """Put all weights into `sink`; all ranks call it, one with a sink, which holds one whole parameter at a time.
 
-    ProblemError, on all ranks, if they cannot be written; all is read to the end, for the other ranks take part.
-    """
+    ProblemError, on all ranks, if they cannot be written; all is read to the end, for the other ranks take part."""
     found = Findings()
     for name in source.names():
         if sink is None or found.problems:

@@ -1,8 +1,7 @@
 """The options of layouts: one class a technique, and what a layout follows from.
 
 Owns their names, types, defaults and help texts, and what those of a technique need of each other. Laws of model and
-degrees are `laws.py`'s.
-"""
+degrees are `laws.py`'s."""
 
 from dataclasses import dataclass
 from typing import Literal

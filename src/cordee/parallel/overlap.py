@@ -3,8 +3,7 @@
 Options: `--tp-comm-overlap`, `--tp-comm-overlap-parts` (options.py). Law: `laws.overlap`. Cost: one more part of
 the activations in flight. Owns GEMMs in parts: while the collective of one part is in flight, the next part is
 computed. They replace `tensor.py`'s borders and the plain GEMM where one GEMM enters a block or leaves it, and equal
-both.
-"""
+both."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -36,8 +35,7 @@ def apply(model: GPTModel, layout: Layout, options: ParallelOptions) -> None:
     """Move the collectives of attention and MLPs of a `model` that `tensor.apply` has prepared into their GEMMs.
 
     A GEMM is cut along the tokens, into fewer parts where these are too few. MoE and latent attention use what enters a
-    block more than once: there only what leaves it is overlapped.
-    """
+    block more than once: there only what leaves it is overlapped."""
     group, num_parts = layout.group("tp"), options.tp_comm_overlap_parts
     if group is None or not options.tp_comm_overlap or num_parts == 1:
         return
@@ -64,8 +62,7 @@ def _products(block: object) -> tuple[Linear | None, Linear | None]:
 class _Exchange:
     """How tokens are cut into parts and communicated. `sequence`: outside of blocks ranks have different tokens.
 
-    Then part i of a sequence `[batch, seq, ...]` is the i-th part of each rank's shard outside.
-    """
+    Then part i of a sequence `[batch, seq, ...]` is the i-th part of each rank's shard outside."""
 
     group: ProcessGroup
     num_parts: int

@@ -2,8 +2,7 @@
 
 Owns the name of the attempt. A launcher's agent keeps its store when it restarts its workers, and when these train once
 more: its keys may be from processes that are gone. The launcher's own number of the attempt is no help, for on several
-nodes each agent has its own: it counts the ends of its workers, not those of others.
-"""
+nodes each agent has its own: it counts the ends of its workers, not those of others."""
 
 import time
 from datetime import timedelta
@@ -19,8 +18,7 @@ def rendezvous(store: Store, rank: int, world_size: int, timeout: timedelta) -> 
 
     Every process draws a ticket. Rank 0 answers the newest ticket of each rank with a name, until all have acknowledged
     it; a process that is gone never does, and its successor has a newer ticket. DistStoreError if ranks are missing
-    after `timeout`.
-    """
+    after `timeout`."""
     ticket = str(store.add("tickets", 1))
     store.set(f"ticket_of_{rank}", ticket)
     if rank == 0:

@@ -2,8 +2,7 @@
 
 Owns the ring and its double form, in which keys and values rotate in a small inner ring while those of the next window
 are in flight (LoongTrain, Gu et al. 2024), and which tiles of the scores have to be computed at all. The attention of
-one tile is `cordee.ops.partial_attention`'s; the caller says which rank holds which token positions.
-"""
+one tile is `cordee.ops.partial_attention`'s; the caller says which rank holds which token positions."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,8 +27,7 @@ TokenRanges = Sequence[range]  # the token positions that a rank holds, in order
 class Ring:
     """The ring, seen from this rank. `window` consecutive ranks are an inner ring; 1: there is only the outer one.
 
-    `overlap`: the next keys and values are in flight while those at hand are used.
-    """
+    `overlap`: the next keys and values are in flight while those at hand are used."""
 
     group: ProcessGroup
     rank: int
@@ -72,8 +70,7 @@ class Ring:
     def reduce(self, gradients: Iterator[Tensor]) -> Tensor:
         """The sum of all ranks' gradients of this rank's keys and values; `gradients` are those of each step here.
 
-        A sum follows its keys and values, one step behind, and the last step brings it back to their rank.
-        """
+        A sum follows its keys and values, one step behind, and the last step brings it back to their rank."""
         coming: Transfer | None = None
         for _ in range(self.num_windows):
             for _ in range(self.window):
@@ -101,8 +98,7 @@ class Ring:
 class Tile(NamedTuple):
     """Some of this rank's queries and some of the keys at hand, as slices of both, and the mask between them.
 
-    A mask that is plain says that order alone decides, or nothing.
-    """
+    A mask that is plain says that order alone decides, or nothing."""
 
     queries: slice
     keys: slice
@@ -112,8 +108,7 @@ class Tile(NamedTuple):
 class TiledMask:
     """`whole`, the mask over all token positions of a sequence, cut into tiles.
 
-    Made once for a forward; its few numbers about segments and positions are kept on the host.
-    """
+    Made once for a forward; its few numbers about segments and positions are kept on the host."""
 
     def __init__(self, whole: AttentionMask, device: torch.device):
         self.whole = whole
@@ -127,8 +122,7 @@ class TiledMask:
         """The tiles to compute; what is hidden entirely is left out.
 
         `score_bytes`: of the scores of one query and one key, of all heads and sequences. `fused`: plain tiles keep no
-        scores in memory, and may be of any size. Dropout needs positions, which plain masks do not have.
-        """
+        scores in memory, and may be of any size. Dropout needs positions, which plain masks do not have."""
         query_start = 0
         for q in queries:
             key_start = 0

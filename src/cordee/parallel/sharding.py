@@ -1,8 +1,7 @@
 """Which dim of a parameter is sharded along which axis of the ranks that compute.
 
 Owns turning whole parameters into DTensors by the table from logical axes to mesh axes (`shards.ALONG`). `tensor.py`
-and `expert.py` compute with them, `data.py` keeps them between steps.
-"""
+and `expert.py` compute with them, `data.py` keeps them between steps."""
 
 from collections.abc import Iterable
 
@@ -27,8 +26,7 @@ def apply(model: nn.Module, layout: Layout, options: ParallelOptions) -> None:
 
     Experts are sharded over the expert and tensor axes, all else over the tensor axis; axes of one rank are left out,
     and a parameter without any stays as it is. The views of modules give the local shard and take its gradient; that of
-    a replicated parameter is taken to be the same on all ranks.
-    """
+    a replicated parameter is taken to be the same on all ranks."""
     made: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         if not isinstance(module, SpecifiedModule):

@@ -7,8 +7,7 @@ the mathematics runs on local shards of parameters that `sharding.py` has made.
 
 Between its borders a block computes another part of the work on every rank, from the same tokens: gradients of what
 is replicated there (a norm of queries, a router) are parts of a sum. Outside of blocks all ranks do the same, unless
-sequence parallelism gives each of them other tokens.
-"""
+sequence parallelism gives each of them other tokens."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -38,8 +37,7 @@ NAME = "tensor parallelism"
 def apply(model: GPTModel, layout: Layout, options: ParallelOptions) -> None:
     """Let `model`, whose parameters are sharded already, compute its part on each tensor-parallel rank.
 
-    Nothing happens where there is one.
-    """
+    Nothing happens where there is one."""
     sequence = options.sequence_parallel
     group = layout.group("tp")
     if group is None:
@@ -133,8 +131,7 @@ def _adds_parts(module: SpecifiedModule) -> bool:
 def _group_slots(spec: ParameterSpec, axis: _Axis) -> View:
     """Of `[kv_group, slot, ...]`, fewer groups than ranks: one group, some of its query heads, its key and value.
 
-    Every rank keeps all groups, and computes only these. Adapters and prefixes may have some of the slots only.
-    """
+    Every rank keeps all groups, and computes only these. Adapters and prefixes may have some of the slots only."""
     groups, slots = spec.shape[:2]
     ranks_per_group = axis.size // groups
     own = (slots - {"slot": 2, "q_slot": 0, "kv_slot": slots}[spec.axes[1]]) // ranks_per_group  # query heads
@@ -149,8 +146,7 @@ def _group_slots(spec: ParameterSpec, axis: _Axis) -> View:
 
 def _set_border(placement: Placement, group: ProcessGroup, sequence: bool) -> None:
     """Activations outside of blocks are the same on all ranks; with sequence parallelism `[batch, seq / ranks, embed]`,
-    of other tokens on every rank.
-    """
+    of other tokens on every rank."""
     enter, leave = differentiable.identity_fwd_all_reduce_bwd, differentiable.all_reduce_fwd_identity_bwd
     if sequence:
         enter = partial(differentiable.all_gather_fwd_reduce_scatter_bwd, dim=1)

@@ -1,7 +1,6 @@
 """Wrappers of layers, blocks and attention cores: what recompute and swap have in common.
 
-Owns where a wrapper goes (`apply`) and its law (`check`). Knows none of them: options and cost are theirs.
-"""
+Owns where a wrapper goes (`apply`) and its law (`check`). Knows none of them: options and cost are theirs."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,8 +19,7 @@ class Wrapper:
     """Technique `name` runs what is `inside`, of the layers that `layers` picks by their index, by `around(call)`.
 
     A call is given a forward and its inputs, as torch.utils.checkpoint is; a core is its own call. `compiles`:
-    torch.compile may trace it. `splits_backward`: input-gradient and weight-gradient backward may run apart.
-    """
+    torch.compile may trace it. `splits_backward`: input-gradient and weight-gradient backward may run apart."""
 
     name: str
     around: Callable[[Any], Any]

@@ -1,7 +1,6 @@
 """`cordee plan --schedule ...`: simulate, compare and draw pipeline schedules.
 
-Owns what the options mean for a simulation, their problems, and the table. How the picture looks is `picture`'s.
-"""
+Owns what the options mean for a simulation, their problems, and the table. How the picture looks is `picture`'s."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

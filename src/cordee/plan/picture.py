@@ -1,7 +1,6 @@
 """Timelines as a picture: ranks x time.
 
-Owns how it looks. Computes no figure. Imports matplotlib, so it is imported where a picture is asked for.
-"""
+Owns how it looks. Computes no figure. Imports matplotlib, so it is imported where a picture is asked for."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,8 +30,7 @@ LINE = 9.0  # font size of titles, in points
 def draw(timelines: Sequence[Timeline], path: Path) -> None:
     """Write one panel per timeline, one below the other, to an .svg or .png file.
 
-    Simulated panels share their scale of time; a measured one, in its own unit, is stretched to the same width.
-    """
+    Simulated panels share their scale of time; a measured one, in its own unit, is stretched to the same width."""
     heights = [timeline.num_ranks * ROW for timeline in timelines]
     total = sum(heights) + len(timelines) * (HEAD + BETWEEN) + FOOT
     figure = Figure(figsize=(WIDTH, total), facecolor="white")

@@ -1,7 +1,6 @@
 """A pipeline's step, simulated.
 
-Owns the model of time: how long an action takes and when it can start. Schedules come from `parallel.pipeline`.
-"""
+Owns the model of time: how long an action takes and when it can start. Schedules come from `parallel.pipeline`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,8 +17,7 @@ class Costs:
     forward, backward, backward_input: of one sample through one layer; the rest of a backward is wgrad.
     fixed: what every forward and every backward (also one in two parts, half of it each) takes besides, whatever its
     size. communication: of one sample's activations, or their gradients, between two ranks; it runs beside the work of
-    both. reduction: of one layer's gradients over the data-parallel ranks, beside the work, one stage after another.
-    """
+    both. reduction: of one layer's gradients over the data-parallel ranks, beside the work, one stage after another."""
 
     forward: float = 1.0
     backward: float = 2.0
@@ -45,8 +43,7 @@ def simulate(
 ) -> Timeline:
     """When each action starts and ends, if every rank works through its actions and waits for what an action needs.
 
-    `layers` of each stage and `sizes` (samples) of each micro-batch give the durations.
-    """
+    `layers` of each stage and `sizes` (samples) of each micro-batch give the durations."""
     assert not deadlocked(orders), f"the schedule deadlocks: {deadlocked(orders)[:3]}"
     computing = [0.0] * len(orders)  # until when each rank computes, and reduces
     reducing = [0.0] * len(orders)

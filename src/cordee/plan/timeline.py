@@ -1,8 +1,7 @@
 """When each rank of a pipeline did what, and the figures that follow from it.
 
 Owns the record of a step, simulated or measured, its file form, and how bubble and activations are counted. Knows no
-schedule.
-"""
+schedule."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -65,8 +64,7 @@ class Timeline:
         """For each rank, the most samples x layers whose activations it holds at one time.
 
         They are held from the start of the forward to the end of the whole backward, or of wgrad:
-        an upper bound for a backward in two parts, which frees some after the first.
-        """
+        an upper bound for a backward in two parts, which frees some after the first."""
         return [max(self._held(rank), default=0.0) for rank in range(self.num_ranks)]
 
     def _held(self, rank: int) -> list[float]:
@@ -88,8 +86,7 @@ class Timeline:
 def read_timeline(path: Path, *, layers: Sequence[float], sizes: Sequence[float]) -> Timeline:
     """A measured step: a JSON list of {rank, kind, stage, micro_batch, start, end}, times in seconds of one clock.
 
-    ProblemError if it is none, or has other stages and micro-batches than `layers` and `sizes`.
-    """
+    ProblemError if it is none, or has other stages and micro-batches than `layers` and `sizes`."""
     try:
         if (why := _MEASURED(records := read_json(path))) is not None:
             raise ValueError(why)

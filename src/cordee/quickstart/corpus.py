@@ -1,7 +1,6 @@
 """The text the quickstart learns from.
 
-Owns which files are read, which of them are held out, and how they are written as JSON lines. Knows no tokenizer.
-"""
+Owns which files are read, which of them are held out, and how they are written as JSON lines. Knows no tokenizer."""
 
 import hashlib
 import json

@@ -1,8 +1,7 @@
 """The whole way in one command: text, tokenizer, data, training on several processes, export, text, score, report.
 
 Owns the sequence of jobs and the small model's shape. Every phase is the job a user would run; the files they would
-have written are left in the output folder, so that each can be repeated by hand.
-"""
+have written are left in the output folder, so that each can be repeated by hand."""
 
 import json
 import os

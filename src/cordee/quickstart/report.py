@@ -1,7 +1,6 @@
 """One self-contained HTML page that shows what a run did.
 
-Owns the page and its pictures (SVG, drawn by matplotlib, nothing fetched). Is handed every figure; measures nothing.
-"""
+Owns the page and its pictures (SVG, drawn by matplotlib, nothing fetched). Is handed every figure; measures nothing."""
 
 import io
 from collections.abc import Sequence

@@ -1,8 +1,7 @@
 """How a canonical parameter is laid out in the tensors of a foreign checkpoint.
 
 Owns rules, and the usual operations that they are made of by their names. Knows no family and no file format, and never
-imports torch.
-"""
+imports torch."""
 
 from __future__ import annotations
 

@@ -13,8 +13,7 @@ one and gives the foreign ones. Both are made of five:
     Each        operations side by side, each with its own tensors
     Chain       operations one after the other
 
-An operation that does not fit these is a further class with `inputs`, `apply` and `inverse`.
-"""
+An operation that does not fit these is a further class with `inputs`, `apply` and `inverse`."""
 
 from __future__ import annotations
 
@@ -226,8 +225,7 @@ class Rearrange:
     """Dims split, permuted and merged: `Rearrange("(g d) ... -> g 1 d ...", {"d": 128})`.
 
     Both sides name the same axes, outermost first; parentheses merge axes into one dim, `1` is a dim of size one and
-    `...` stands for all remaining dims. `sizes` gives the axes of a merged dim, at most one of which is left out.
-    """
+    `...` stands for all remaining dims. `sizes` gives the axes of a merged dim, at most one of which is left out."""
 
     pattern: str
     sizes: Mapping[str, int] = field(default_factory=dict)

@@ -1,7 +1,6 @@
 """Tokenizers: one way from the options to ids, for preprocessing, training, generation and evaluation.
 
-Owns which files make which tokenizer. Each kind has its own module; no model's code is ever run.
-"""
+Owns which files make which tokenizer. Each kind has its own module; no model's code is ever run."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,8 +42,7 @@ T = TypeVar("T")
 def load_tokenizer(options: TokenizerOptions, directory: str | None = None) -> Tokenizer:
     """The tokenizer of the options; without any, that of `directory` (such as the model's).
 
-    Raises `ProblemError` if files are missing or not what they should be.
-    """
+    Raises `ProblemError` if files are missing or not what they should be."""
     raise_all(check_tokenizer(options, directory))
     match _type(options):
         case "NullTokenizer":

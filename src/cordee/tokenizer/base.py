@@ -1,7 +1,6 @@
 """What a tokenizer is to everything else.
 
-Owns the interface and the fingerprint that tells whether two tokenizers give the same ids. Knows no format.
-"""
+Owns the interface and the fingerprint that tells whether two tokenizers give the same ids. Knows no format."""
 
 import hashlib
 import json
@@ -47,8 +46,7 @@ class Tokenizer(ABC):
     """Text to ids and back. Ids are `0 <= id < vocab_size`; a special token that does not exist is None.
 
     `eod` ends a document and is the end-of-sequence token unless the format has one of its own; without a padding
-    token `pad` is `eod`.
-    """
+    token `pad` is `eod`."""
 
     type: str  # the --tokenizer-type that reads it
     probes: Sequence[str] = _PROBES  # sample texts for the fingerprint

@@ -1,8 +1,7 @@
 """Whether two tokenizers give the same ids where added tokens stand in a text.
 
 Owns the texts that show how a token is matched: with or without the spaces beside it, inside a word, before or after
-the text is normalised. Knows of a directory only what `special.py` reads.
-"""
+the text is normalised. Knows of a directory only what `special.py` reads."""
 
 from pathlib import Path
 from typing import Any, NamedTuple

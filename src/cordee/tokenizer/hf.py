@@ -3,8 +3,7 @@
 Owns how such files become a tokenizer, and `transformers`' conversion of formats that nothing here reads. A
 `tokenizer.json` is taken as it is written. (transformers 5 builds Llama-class tokenizers anew from its vocabulary
 instead, which for text that begins with spaces, has characters outside the vocabulary, or follows a special token
-(`legacy: false`), gives other ids than the file and than SentencePiece do: docs/tokenizers.md.)
-"""
+(`legacy: false`), gives other ids than the file and than SentencePiece do: docs/tokenizers.md.)"""
 
 from __future__ import annotations
 
@@ -203,8 +202,7 @@ def _add_tokens(backend: tokenizers.Tokenizer, special: SpecialTokens) -> None:
     """Make text match the tokens of the directory; those that the vocabulary lacks get the next ids. How a token is
     matched is set by the config, else by the file, else by its role.
 
-    Raises `ProblemError` if the vocabulary has another id for a token than its neighbours state.
-    """
+    Raises `ProblemError` if the vocabulary has another id for a token than its neighbours state."""
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     stated = [token for token in special.stated if special.in_config or token.content not in known]
     known |= {token.content for token in stated}

@@ -46,8 +46,7 @@ class MatchingTokenizer(Tokenizer):
     """A tokenizer that cuts a text at `added` tokens, given by id, which stand for themselves inside it.
 
     `special` is what the files of a Hugging Face `directory` say, if it was read from one; of the tokens that go around
-    a text, `add_bos` says what holds where they say nothing.
-    """
+    a text, `add_bos` says what holds where they say nothing."""
 
     def __init__(
         self,

@@ -1,8 +1,7 @@
 """What a Hugging Face tokenizer directory says beside its vocabulary, and what the user puts in its place.
 
 Owns the reading of `tokenizer_config.json` and its neighbours, in the order of precedence that `transformers` 5 has:
-one description that every kind of tokenizer obeys. Knows nothing of how text is cut.
-"""
+one description that every kind of tokenizer obeys. Knows nothing of how text is cut."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -63,8 +62,7 @@ class SpecialTokens:
     how they are matched), `roles` how the named ones are matched, `extra` further special tokens (`lists_extra`: a file
     has a list of them, be it empty), `absent` the roles that the config says no token has, `flags` whether bos and eos
     go around a text and `switches` the other settings that change ids (absent: not set), `notes` what of the files
-    is ignored or read otherwise than `transformers` does, `arguments` those of the user.
-    """
+    is ignored or read otherwise than `transformers` does, `arguments` those of the user."""
 
     named: Mapping[str, str] = field(default_factory=dict)
     ids: Mapping[str, int] = field(default_factory=dict)
@@ -341,8 +339,7 @@ def chat_sources(directory: Path) -> dict[str, str]:
 def copy_files(source: Path, target: Path, arguments: Arguments) -> None:
     """Copy the tokenizer's files, with the user's arguments written into its config.
 
-    ProblemError for files that must not be copied: without one of them the others are another tokenizer.
-    """
+    ProblemError for files that must not be copied: without one of them the others are another tokenizer."""
     target.mkdir(parents=True, exist_ok=True)
     found = [path for pattern in FILES for path in source.glob(pattern)]
     reasons = ((path, files.left_out(path)) for path in found)

@@ -1,8 +1,7 @@
 """Tokenizers of a SentencePiece model file, run by the `sentencepiece` library itself.
 
 Owns the three ways Megatron uses such a file, and the one of a Hugging Face directory that has nothing but it: they
-differ in which special tokens exist and which of them text may contain.
-"""
+differ in which special tokens exist and which of them text may contain."""
 
 from __future__ import annotations
 
@@ -39,8 +38,7 @@ class SentencePieceTokenizer(MatchingTokenizer):
     """A SentencePiece model with added tokens laid over it, between which pieces of text are encoded each on its own.
 
     SentencePiece puts a space before a text: before every piece (`prefix` "always"), only before a text that does not
-    begin with an added token ("first"), or never.
-    """
+    begin with an added token ("first"), or never."""
 
     def __init__(
         self,

@@ -1,8 +1,7 @@
 """Tokenizers of a tiktoken file: ranked byte strings, which the `tiktoken` library merges.
 
 Owns the two forms of such a file (lines of base64 and rank, as Llama 3 and Qwen have them; Megatron's JSON list) and
-what the files do not say: the pattern that cuts text into words, and the special tokens.
-"""
+what the files do not say: the pattern that cuts text into words, and the special tokens."""
 
 import base64
 import binascii

@@ -2,8 +2,7 @@
 
 Owns a run from its plan to its last step. The package is also the function that a program calls, `cordee.train(...)`:
 both want one name, and Python gives it to the package as soon as any of its modules is imported. So the package can be
-called, and is then `cordee.train.start.train`.
-"""
+called, and is then `cordee.train.start.train`."""
 
 import sys
 from collections.abc import Mapping

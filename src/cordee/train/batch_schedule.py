@@ -1,7 +1,6 @@
 """How many samples a step takes, as a function of how many were consumed before it.
 
-Owns the global batch, its ramp-up and its split into micro-batches. Knows neither torch nor data.
-"""
+Owns the global batch, its ramp-up and its split into micro-batches. Knows neither torch nor data."""
 
 import bisect
 import math
@@ -19,8 +18,7 @@ class BatchSchedule:
 
     `rampup` (start, increment, samples): the batch begins at `start` and reaches `global_batch_size` by equal steps of
     `increment`, each held for the same part of the first `samples` samples (Megatron's rule). `sizes`, if they are
-    given, are those of the micro-batches of a rank in every step.
-    """
+    given, are those of the micro-batches of a rank in every step."""
 
     micro_batch_size: int
     data_size: int

@@ -1,8 +1,7 @@
 """`cordee check`: what a run would be, and all that is wrong with it, before anything is started.
 
 Owns what of a run is shown, as far as it is known: where data or weights are missing, the rest is shown all the same.
-Knows no torch.
-"""
+Knows no torch."""
 
 from collections.abc import Iterator
 

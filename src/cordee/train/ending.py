@@ -1,7 +1,6 @@
 """What is said at the end of a run: where its checkpoint is, and the commands that take it further.
 
-Owns these lines, of which every command works as it stands. Knows no torch.
-"""
+Owns these lines, of which every command works as it stands. Knows no torch."""
 
 import shlex
 from collections.abc import Iterator

@@ -2,8 +2,7 @@
 
 Owns the reasons, and the handlers of SIGTERM and SIGINT, which only record a signal. Some reasons are seen by single
 ranks only (a signal, a clock): those are counted over all ranks between two steps, so that all stop at the same one.
-Knows no collective: the trainer adds up.
-"""
+Knows no collective: the trainer adds up."""
 
 import os
 import signal
@@ -42,8 +41,7 @@ def exit_code(number: int) -> int:
 def watch(enabled: bool = True) -> Iterator[Signals]:
     """Record signals instead of dying from them; the former handlers are restored at the end.
 
-    Python gives signals to the main thread: in any other none is recorded.
-    """
+    Python gives signals to the main thread: in any other none is recorded."""
     signals = Signals()
     if not enabled or threading.current_thread() is not threading.main_thread():
         yield signals
@@ -118,8 +116,7 @@ class ExitRule:
         """End the process after `LOST_SECONDS`, unless `settle` is called before. For any thread.
 
         Training and checkpoints have collectives of their own. Where one has failed, the other may wait for a rank
-        that waits for this one in turn, and torch aborts a wait of gloo's only with the process.
-        """
+        that waits for this one in turn, and torch aborts a wait of gloo's only with the process."""
         if self._timer is None:
             self._timer = threading.Timer(LOST_SECONDS, _end, [error])
             self._timer.daemon = True

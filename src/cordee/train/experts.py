@@ -1,8 +1,7 @@
 """How the experts of a model are trained: losses that balance them, and a capacity beyond which tokens are dropped.
 
 Owns what these options mean for a model, whatever its family, and when they mean nothing. They change no shape and no
-file of weights, so that a checkpoint does not hold them: like a learning rate they are given with every run.
-"""
+file of weights, so that a checkpoint does not hold them: like a learning rate they are given with every run."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, replace
@@ -27,8 +26,7 @@ _IGNORED_BY = {  # what MindSpeed-LLM's routers of these types do not look at; t
 def with_training(spec: ModelSpec, options: TrainConfig) -> ModelSpec:
     """The model with its experts trained as `options` say, but for those that `ignored` reports.
 
-    ProblemError for others that would have no effect.
-    """
+    ProblemError for others that would have no effect."""
     options = replace(options, **dict.fromkeys(_ignored(options)))
     raise_all(_problems(spec.config, options))
 

@@ -1,8 +1,7 @@
 """Where the weights of a run come from: a checkpoint, a model in any format, or neither, and then they are drawn.
 
 Owns what --load means, and finding out before anything starts whether what it names can be read. No torch is needed to
-choose; only what is no checkpoint brings it when it is opened.
-"""
+choose; only what is no checkpoint brings it when it is opened."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -22,8 +21,7 @@ def opened(config: TrainConfig, initial: InitialWeights, found: Findings) -> Ini
     """`initial` with its weights ready to be read, after names, shapes and sizes of their files are checked.
 
     Where weights cannot be read, `initial` has what their config.json says, so that other problems are found too; None
-    without one.
-    """
+    without one."""
     if (path := initial.weights) is None:
         return initial
     from cordee.weights.megatron.source import Reading

@@ -1,8 +1,7 @@
 """`cordee train` on one rank: from options to a finished run.
 
 Owns the phases before and after the loop: join the other ranks, plan, build the model, load, open the data, and close
-everything in order. The loop is `trainer.py`'s.
-"""
+everything in order. The loop is `trainer.py`'s."""
 
 import gc
 import os
@@ -63,8 +62,7 @@ def run(config: TrainConfig) -> int:
     """Train as `config` says, as the rank that the launcher's variables name. Returns the exit code of the process.
 
     ProblemError, on all ranks alike, for whatever is wrong with options, files or data, for a loss that is not finite
-    and for a checkpoint that cannot be written.
-    """
+    and for a checkpoint that cannot be written."""
     started = time.monotonic()
     ranks = launch.rank_info()
     log.setup(ranks.rank)

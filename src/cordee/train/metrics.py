@@ -33,8 +33,7 @@ class Record:
     """One line of a log. `loss` and `metrics` are means over the steps since the last line that were not skipped.
 
     Rates are over all of them and per device: tokens are positions the model computed, `mfu` is a fraction of the peak
-    and None where none is known. Memory is bytes on rank 0, reserved that which the allocator holds.
-    """
+    and None where none is known. Memory is bytes on rank 0, reserved that which the allocator holds."""
 
     iteration: int
     train_iterations: int
@@ -67,8 +66,7 @@ class Meter:
     """Collects steps and sums them up.
 
     `train_iterations` is the length of the run; `flops_per_token` counts forward and backward; `num_devices` share the
-    work; `peak_flops` is that of one device, in the type the run computes in.
-    """
+    work; `peak_flops` is that of one device, in the type the run computes in."""
 
     train_iterations: int
     flops_per_token: float
@@ -147,8 +145,7 @@ def measure_peak_flops(dtype: torch.dtype, on: torch.device) -> float:
     """FLOP/s of square matrix products in `dtype`, the best of as many as fit in a fifth of a second.
 
     For devices without a data sheet: a processor's rate depends on how many threads and processes share it, so it is
-    measured where the run takes place.
-    """
+    measured where the run takes place."""
     a = torch.randn(PROBE_SIZE, PROBE_SIZE, device=on).to(dtype)
     best = float("inf")
     end = time.perf_counter() + PROBE_SECONDS

@@ -1,7 +1,6 @@
 """A loss or gradient that is not finite: where it comes from, in words.
 
-Owns the search for the rank or the parameters, which costs time only when the run ends for it anyway.
-"""
+Owns the search for the rank or the parameters, which costs time only when the run ends for it anyway."""
 
 from torch import Tensor, nn
 
@@ -16,8 +15,7 @@ def find(model: nn.Module, local_loss: Tensor, layout: Layout, *, step: int, val
 
     `local_loss` is the sum of this rank's losses, `values` what was found not to be finite, `samples` what the step was
     taken on. Its kind is what is the first not to be: the "loss" of the ranks in its limit, the "gradient" of the
-    parameters in it, or the "norm" alone.
-    """
+    parameters in it, or the "norm" alone."""
     finite = collectives.gather(bool(local_loss.isfinite()), layout)
     ranks = [str(rank) for rank, is_finite in enumerate(finite) if not is_finite]
     if ranks:

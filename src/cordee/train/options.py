@@ -1,7 +1,6 @@
 """The options of a training run, and of its check.
 
-Owns how they are made of those of its parts, and those that belong to none.
-"""
+Owns how they are made of those of its parts, and those that belong to none."""
 
 from dataclasses import dataclass
 

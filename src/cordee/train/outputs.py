@@ -1,7 +1,6 @@
 """What a run writes belongs to one run at a time.
 
-Owns which places of a run's options are locked, and what is said of one that another run has.
-"""
+Owns which places of a run's options are locked, and what is said of one that another run has."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,8 +26,7 @@ def check_free(config: TrainConfig) -> list[Problem]:
 @contextmanager
 def held(config: TrainConfig) -> Iterator[dict[str, lock.Lock]]:
     """Have all places that a run with these options writes to, as its rank 0; ProblemError with those that it cannot
-    have. Yields the locks by option.
-    """
+    have. Yields the locks by option."""
     with ExitStack() as stack:
         locks: dict[Location, lock.Lock] = {}  # filled by threads
 

@@ -1,8 +1,7 @@
 """What a run is, worked out from its options before anything starts.
 
 Owns the decisions that need no torch: which model, from where, over how many ranks, for how long, on which data. All
-problems are found together, so `cordee check` and the start of a job are the same thing.
-"""
+problems are found together, so `cordee check` and the start of a job are the same thing."""
 
 import os
 from collections.abc import Mapping
@@ -55,8 +54,7 @@ def check_run(config: TrainConfig) -> list[Problem]:
     """Everything that is wrong with a run, as far as it can be known without starting it.
 
     The number of processes is the launcher's, or --nproc-per-node. The contents of the data are not compared with those
-    of a run to resume: the run itself does that when it starts.
-    """
+    of a run to resume: the run itself does that when it starts."""
     return examined(config)[1]
 
 
@@ -79,8 +77,7 @@ def plan_run(
 
     A run does not resume from checkpoints of the iterations in `avoid`: they are corrupt, and how. `fingerprint`
     is what `Objective.fingerprint` returned on this machine. With None, which is for plans that are not trained, the
-    contents of the data are neither in the plan nor compared with those of a run to resume.
-    """
+    contents of the data are neither in the plan nor compared with those of a run to resume."""
     return resume.join(draft_run(config, world_size, avoid, fingerprint).complete())
 
 

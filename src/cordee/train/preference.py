@@ -1,8 +1,7 @@
 """What objectives of preferences have in common: two sequences a sample, and a reference model.
 
 Owns the log-probabilities of answers, what is reported of them, and where the reference model comes from. The losses
-are the objectives' own.
-"""
+are the objectives' own."""
 
 from __future__ import annotations
 

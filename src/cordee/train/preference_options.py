@@ -1,7 +1,6 @@
 """The options of preference training.
 
-Owns their names, types, defaults and help texts, and which stages they are of.
-"""
+Owns their names, types, defaults and help texts, and which stages they are of."""
 
 from dataclasses import dataclass
 from typing import Literal

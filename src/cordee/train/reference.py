@@ -1,7 +1,6 @@
 """Log-probabilities of the whole data by a reference model, computed once.
 
-Owns what they follow from, and that every sequence gets its own. Files are `order_cache.py`'s.
-"""
+Owns what they follow from, and that every sequence gets its own. Files are `order_cache.py`'s."""
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress

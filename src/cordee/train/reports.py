@@ -1,7 +1,6 @@
 """Reports at their intervals.
 
-Owns which sinks a run has and how often each gets a record. Records are `metrics.py`'s, their form `sinks.py`'s.
-"""
+Owns which sinks a run has and how often each gets a record. Records are `metrics.py`'s, their form `sinks.py`'s."""
 
 import math
 import sys

@@ -1,7 +1,6 @@
 """The run's part of a checkpoint's manifest, and resuming from it.
 
-Owns what has to be the same for the samples, the schedule and the optimizer to continue as if never interrupted.
-"""
+Owns what has to be the same for the samples, the schedule and the optimizer to continue as if never interrupted."""
 
 from dataclasses import asdict, replace
 from importlib.metadata import version

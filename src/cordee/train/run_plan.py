@@ -1,7 +1,6 @@
 """What a run is, once it is planned: where it begins, what is trained, on what, over which ranks; and where it is.
 
-Owns these records. How they are worked out is `plan.py`'s, `initial_weights.py`'s and the objective's.
-"""
+Owns these records. How they are worked out is `plan.py`'s, `initial_weights.py`'s and the objective's."""
 
 import math
 from collections.abc import Mapping
@@ -41,8 +40,7 @@ class InitialWeights:
     source: those of `weights`, when they are opened; None if they cannot be read.
     base: what a checkpoint keeps of the base of adapters: its path and fingerprint.
     spec: the model in `weights`, as far as it is known.
-    assets: directory where the tokenizer may be that belongs to them.
-    """
+    assets: directory where the tokenizer may be that belongs to them."""
 
     checkpoint: Checkpoint | None = None
     weights: Location | None = None
@@ -117,8 +115,7 @@ class TrainState:
 
     `consumed_samples` is the position in the data. Steps skipped for an overflow consume samples as well, but do not
     move the schedule. `best_loss` and `best_iteration` are of the best validation so far, None before one;
-    `stale_validations` counts those since the last improvement; `validation_due`: this iteration lacks its own.
-    """
+    `stale_validations` counts those since the last improvement; `validation_due`: this iteration lacks its own."""
 
     iteration: int = 0
     consumed_samples: int = 0

@@ -1,8 +1,7 @@
 """Where records of a run go: lines on a terminal or in a log, files (TensorBoard, metrics.jsonl), and W&B.
 
 Owns the form of each; the figures are `metrics.py`'s. Only rank 0 has sinks: it knows every figure, for losses and
-norms are of all ranks. (Megatron prints on the last rank, the only one that knows its loss.)
-"""
+norms are of all ranks. (Megatron prints on the last rank, the only one that knows its loss.)"""
 
 import importlib
 import json
@@ -247,8 +246,7 @@ class TensorBoardSink(ScalarSink):
 class WandbSink(ScalarSink):
     """A run of Weights & Biases, which has the options of this one. `state` keeps its id: a run that resumes continues
     it, unless WANDB_RUN_ID names another. Where and as whom it logs in, and whether at all (WANDB_MODE=offline), is
-    W&B's own configuration. What it cannot do is an OSError, which never says the API key.
-    """
+    W&B's own configuration. What it cannot do is an OSError, which never says the API key."""
 
     def __init__(self, config: TrainConfig, folder: Path | None, loss_name: str, state: TrainState):
         super().__init__(loss_name)

@@ -1,8 +1,7 @@
 """Training from Python: the processes that `cordee train` would start.
 
 Owns what stands between a configuration and the job on each rank: a file with it, and the launch. The command line has
-its own way to the same job.
-"""
+its own way to the same job."""
 
 import json
 from collections.abc import Mapping
@@ -24,8 +23,7 @@ def train(config: TrainConfig | Mapping[str, object]) -> int:
     config: a `TrainConfig`, or the values that differ from its defaults, by option name.
     The run takes all local devices, or `nproc_per_node` of them. A single one is this process; several get a process
     each, for which it must be called in the main thread. In a process that torchrun or Slurm started it joins the
-    others. ProblemError with everything that is wrong, before anything is started.
-    """
+    others. ProblemError with everything that is wrong, before anything is started."""
     if isinstance(config, Mapping):
         config = config_from_dict(TrainConfig, config)
     launched = launch.rank_info().launcher

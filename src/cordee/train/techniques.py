@@ -1,7 +1,6 @@
 """What options of a run put on its model besides a layout: adapters, and wrappers of layers, blocks and cores.
 
-Owns what such a technique is, and their order, which is meaning. What they do is in files of their own.
-"""
+Owns what such a technique is, and their order, which is meaning. What they do is in files of their own."""
 
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, get_args

@@ -1,8 +1,7 @@
 """The training loop.
 
 Owns the order of things in a step and in a run: fetch, forward and backward, clip, optimizer, report, validate, save,
-stop. What any of them does is another file's. Runs the same on one process and on many.
-"""
+stop. What any of them does is another file's. Runs the same on one process and on many."""
 
 import gc
 import math
@@ -58,8 +57,7 @@ class Losses:
 @dataclass(frozen=True, kw_only=True)
 class Parts:
     """What a trainer works with, ready made. `models` are further ones of the objective, `loaders` those of "train",
-    "validation" and "test" that exist.
-    """
+    "validation" and "test" that exist."""
 
     model: GPTModel
     executor: Executor
@@ -80,8 +78,7 @@ class Trainer:
 
     Whatever decides anything is first summed over all ranks, so all ranks always do the same. Random numbers are a
     function of (seed, sample, place in the model), and all else of `state`: a resumed run repeats what the
-    uninterrupted one does.
-    """
+    uninterrupted one does."""
 
     def __init__(self, plan: RunPlan, parts: Parts, state: TrainState):
         self.plan = plan
@@ -209,8 +206,7 @@ class Trainer:
     ) -> Step | None:
         """Read micro-batches, and agree with all ranks on how to continue; None if a stop is requested.
 
-        ProblemError on all ranks if one of them cannot read its samples or write its part of a checkpoint.
-        """
+        ProblemError on all ranks if one of them cannot read its samples or write its part of a checkpoint."""
         layout, store, found = self.parts.layout, self.parts.store, Findings()
         loader = self.parts.loaders[split]
         batches = found.attempt(lambda: loader.next_step(consumed, global_batch_size, micro_batch_size)) or []

@@ -1,8 +1,7 @@
 """Which modules of a model have low-rank adapters, and of what form (LoRA, Hu et al. 2021), by options.
 
 Owns the names by which modules are given (canonical, of Hugging Face's and of Megatron's checkpoints), what options
-mean for a model, and what they say of adapters that are loaded. What an adapter computes is `model/low_rank.py`'s.
-"""
+mean for a model, and what they say of adapters that are loaded. What an adapter computes is `model/low_rank.py`'s."""
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator

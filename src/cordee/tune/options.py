@@ -1,7 +1,6 @@
 """The options of adapters, and of training them.
 
-Owns their names, types, defaults and help texts, and what each needs of others.
-"""
+Owns their names, types, defaults and help texts, and what each needs of others."""
 
 from dataclasses import dataclass
 

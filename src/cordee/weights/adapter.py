@@ -62,8 +62,7 @@ class Adapter(Protocol):
 
     def changes(self, name: str) -> tuple[Op, Sequence[Change | None]] | None:
         """For a canonical parameter that changes: the operation that makes it, and the change of each tensor it takes,
-        None for a tensor that stays.
-        """
+        None for a tensor that stays."""
         ...
 
 
@@ -71,8 +70,7 @@ class Adapter(Protocol):
 class LowRank:
     """The product scale * B A, `[out, in]`, and transposed where the tensor it is added to is `[in, out]`.
 
-    a, b: slices of `[r, in]` and `[out, r]`, asked for by rows and columns.
-    """
+    a, b: slices of `[r, in]` and `[out, r]`, asked for by rows and columns."""
 
     a: Callable[[Index], Tensor]
     b: Callable[[Index], Tensor]

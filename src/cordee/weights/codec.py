@@ -1,8 +1,7 @@
 """The two ends of every transfer of weights.
 
 Owns what a format has to offer to be read from (`Source`) and written to (`Sink`). Both speak of one model in
-canonical names and global shapes; which files, names and layouts are behind them is each format's own affair.
-"""
+canonical names and global shapes; which files, names and layouts are behind them is each format's own affair."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -56,8 +55,7 @@ class Source(ABC):
 
     notes: what reading left out or corrected, in words; the caller reports it once.
     assets: directory with the tokenizer and other files that go with the weights, None if none is known.
-    exact: whether a value has the same bits in whichever slice it is read; sums and products differ by a rounding.
-    """
+    exact: whether a value has the same bits in whichever slice it is read; sums and products differ by a rounding."""
 
     spec: ModelSpec
     notes: tuple[str, ...] = ()
@@ -87,8 +85,7 @@ class Source(ABC):
     def tensor(self, name: str, index: Sequence[slice] | None = None) -> Tensor:
         """A parameter on the CPU, or the part of it that `index` (slices of step 1) cuts out.
 
-        The result may share memory with the file behind it and must not be written to.
-        """
+        The result may share memory with the file behind it and must not be written to."""
         return self.view(name).read(normalise(index, self.shape(name)))
 
     def copy_into(self, out: Tensor, name: str, index: Sequence[slice] | None = None) -> None:

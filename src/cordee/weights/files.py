@@ -1,8 +1,7 @@
 """Tensors in the files of a Hugging Face directory, by the names they have there.
 
 Owns finding the files (single, sharded with an index, safetensors or `.bin`), opening them and everything that can be
-wrong with them. Knows no family and no canonical name.
-"""
+wrong with them. Knows no family and no canonical name."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -171,8 +170,7 @@ class _Directory(Findings):
 
 def open_files(path: Path) -> tuple[dict[str, TensorFile], tuple[str, ...]]:
     """The file that holds each tensor of a Hugging Face directory, and notes of what is not read in it. ProblemError
-    with all that is wrong with them.
-    """
+    with all that is wrong with them."""
     directory = _Directory(path=path)
     holders = {name: file for file in directory.open_all() for name in file.tensors}
     raise_all(directory.problems)

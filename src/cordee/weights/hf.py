@@ -1,8 +1,7 @@
 """Hugging Face directories: weights in and out.
 
 Owns matching a family's rules with the tensors in the files, both ways, and the files beside the weights.
-Nothing is read before it is asked for: memory is the tensors asked for, and when writing, some slices.
-"""
+Nothing is read before it is asked for: memory is the tensors asked for, and when writing, some slices."""
 
 import math
 import re
@@ -36,8 +35,7 @@ def read(path: str | Path, rename: Rename = str) -> "HFSource":
     """The weights of a Hugging Face directory, checked against its `config.json`.
 
     rename: maps the family's names of tensors to those in the files, where they are others.
-    ProblemError with everything that is wrong: configuration, files, names and shapes.
-    """
+    ProblemError with everything that is wrong: configuration, files, names and shapes."""
     path = Path(path)
     spec = spec_from_directory(path)
     files, notes = open_files(path)
@@ -46,8 +44,7 @@ def read(path: str | Path, rename: Rename = str) -> "HFSource":
 
 class HFSource(RuledSource):
     """Weights in a Hugging Face directory. `files` maps each foreign name to the file that holds it; `notes` are of
-    what is not read.
-    """
+    what is not read."""
 
     def __init__(
         self,
@@ -171,8 +168,7 @@ def write(
     assets: directory from which tokenizer and generation files are copied.
     overwrite: replace a model directory at `path`.
     workers: threads that write.
-    ProblemError if something is at `path` that must not be replaced.
-    """
+    ProblemError if something is at `path` that must not be replaced."""
     output = Output(Path(path), Path(assets) if assets else None, workers, overwrite)
     return HFSink(output, spec, dict.fromkeys(spec.shapes(), dtype) if dtype else {}, max_shard_size)
 

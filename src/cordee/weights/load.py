@@ -1,8 +1,7 @@
 """Weights into a model and out of one, wherever its parameters are.
 
 Owns copying between a `Source` or `Sink` and parameters, which may be whole, sharded or still without memory. One
-tensor is moved at a time, and of a sharded parameter only this process's part is read.
-"""
+tensor is moved at a time, and of a sharded parameter only this process's part is read."""
 
 import logging
 import math
@@ -43,8 +42,7 @@ def load_into(
 
     Parameters on the meta device get memory first: on the device of their mesh, else on the CPU, and of type `dtype`
     if that is given. A model that holds a span of the layers takes only those. ProblemError, before anything is
-    loaded, if a parameter is not in the source or has another shape there.
-    """
+    loaded, if a parameter is not in the source or has another shape there."""
     materialise(model, dtype)
     parameters = of_origins(model, origins)
     raise_all(mismatches(parameters, source))
@@ -76,8 +74,7 @@ def mismatches(parameters: Mapping[str, Tensor], source: Source) -> list[Problem
 def materialise(model: nn.Module, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> None:
     """Give memory to the parameters of `model` that are on the meta device; shared parameters stay shared.
 
-    `device`: where; None takes that of a sharded parameter's mesh, else the CPU.
-    """
+    `device`: where; None takes that of a sharded parameter's mesh, else the CPU."""
     made: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):

@@ -1,7 +1,6 @@
 """MindFormers: its names for the tensors of models of LLaMA's form, in files of safetensors.
 
-Owns the names, and how a directory of them is distinguished from one with Hugging Face's names. Knows no torch.
-"""
+Owns the names, and how a directory of them is distinguished from one with Hugging Face's names. Knows no torch."""
 
 import json
 import re

@@ -1,8 +1,7 @@
 """Adapters in the files of the PEFT library: `adapter_config.json` and `adapter_model.safetensors`.
 
 Owns what stands in them and which of it can be merged: LoRA of linear layers and embeddings, and whole tensors trained
-beside it. Names are those of Hugging Face's modules, so any base can take them, whatever its own format.
-"""
+beside it. Names are those of Hugging Face's modules, so any base can take them, whatever its own format."""
 
 import math
 import re
@@ -131,8 +130,7 @@ def _check_patterns(option: str, patterns: object, valid: Callable[[object], boo
 def _choices(pattern: str) -> int | None:
     """How many parts of a pattern can match in several ways, which multiply; None if it is not simple.
 
-    The signs that could repeat a group at a distance (comments, flags, spaces between) are not allowed at all.
-    """
+    The signs that could repeat a group at a distance (comments, flags, spaces between) are not allowed at all."""
     plain = re.sub(r"\\.", "x", pattern).replace("(?:", "(")
     choices = len(re.findall(r"[*+?{(]", plain))
     if len(pattern) > LONGEST or choices > 3 or re.search(r"\)[*+?{]|\(\?|[^\w.\-^$|()\[\]*+?{},/]", plain):

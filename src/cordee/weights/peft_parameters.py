@@ -2,8 +2,7 @@
 
 Owns which module of a family's checkpoint holds which slice of a projection, and the matrices A and B of both sides: a
 canonical B is laid out as the weight that it belongs to, so the rule of that weight brings it there and back. What may
-stand in PEFT's files is `peft.py`'s affair.
-"""
+stand in PEFT's files is `peft.py`'s affair."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -33,8 +32,7 @@ class Held:
     """What the weight of the module `foreign` of a checkpoint holds of the projection `path`.
 
     name, full: the slice, or the projection itself: all of it. expert: which one's, None of a single weight or a stack.
-    number: the place of its tensor in the rule of the projection's weight. transposed: it is `[in, out]`.
-    """
+    number: the place of its tensor in the rule of the projection's weight. transposed: it is `[in, out]`."""
 
     foreign: str
     path: str

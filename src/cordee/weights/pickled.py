@@ -3,8 +3,7 @@
 Owns what stands for it: a name is a `Name`, a call is a `Call`, and only the constructors that the reader hands in
 (`Builder`) are run. Plain data is read by the standard library's unpickler, the one that is written in Python, which is
 left with no opcode that imports, calls, or sets attributes. Text opcodes of protocols 0 and 1 and `copyreg` extensions,
-which no file of weights uses, are refused. Knows no format of weights.
-"""
+which no file of weights uses, are refused. Knows no format of weights."""
 
 import io
 import mmap
@@ -44,8 +43,7 @@ class Name:
 class Call:
     """What Python would build: `function`, called with `args`, then given `state`.
 
-    Items that a class of lists or dicts would be given are not kept: nothing that is read has such.
-    """
+    Items that a class of lists or dicts would be given are not kept: nothing that is read has such."""
 
     function: object
     args: tuple[object, ...]
@@ -83,8 +81,7 @@ def load(
 
     resolve: what stands for (module, name): plain data, a `Builder`, or a `Name`.
     persistent: what stands for the object that the file keeps elsewhere under an id.
-    ValueError if it is corrupt, or has opcodes that no file of weights has. Memory: a constant times the pickle.
-    """
+    ValueError if it is corrupt, or has opcodes that no file of weights has. Memory: a constant times the pickle."""
     file = data if isinstance(data, Mapped) else io.BytesIO(data)
     file.seek(start)
     try:

@@ -1,7 +1,6 @@
 """Tensors as ranges of bytes in files: what large files are read from and written into, piece by piece.
 
-Owns the reading and writing of such a range. Knows no names of models.
-"""
+Owns the reading and writing of such a range. Knows no names of models."""
 
 import math
 import os
@@ -33,8 +32,7 @@ class Region:
     def read(self, path: Path, index: Index = ()) -> Tensor:
         """A slice of the tensor: a copy if it is small and in one piece; else, and for all of it, sharing memory with
         the file, which is mapped as long as the slice lives. Reading is faster than touching a page at a time, but
-        takes memory beside the destination. OSError if it fails.
-        """
+        takes memory beside the destination. OSError if it fails."""
         if index and (piece := self._piece(index)) is not None and piece.nbytes <= COPIED:
             return piece.copy(path)
         return self._map(path)[index]

@@ -1,7 +1,6 @@
 """Formats whose tensors are made by rules: weights out of their files, and into them.
 
-Owns reading and writing by rules, whatever the files and the names in them, and the shapes that rules imply.
-"""
+Owns reading and writing by rules, whatever the files and the names in them, and the shapes that rules imply."""
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping

@@ -47,8 +47,7 @@ def starts(path: Path) -> dict[str, int]:
 class SafetensorsWriter:
     """A file in which tensors are laid out one after the other; `room` bytes are kept for its header.
 
-    OSError if it cannot be made.
-    """
+    OSError if it cannot be made."""
 
     def __init__(self, path: Path, room: int):
         self.path = path

@@ -4,8 +4,7 @@ Owns the life of such a sink (each parameter once, at the end all of it or nothi
 slice is read, converted and written by one thread, whatever tensor and file it belongs to, so the number of threads
 does not change what is written. Memory is that of a thread's slice, at most `SLICES_HELD` times `SLICE`, for each; only
 a source that cannot be read by slices holds a whole tensor. Which files there are, and where in them a tensor goes, is
-the format's.
-"""
+the format's."""
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -41,8 +40,7 @@ class Output:
 
     assets: directory from which files that go with the weights are copied.
     workers: threads that write, while one more reads.
-    overwrite: replace a model directory at `path`.
-    """
+    overwrite: replace a model directory at `path`."""
 
     path: Path
     assets: Path | None = None
@@ -54,8 +52,7 @@ class StagedSink(Sink):
     """The weights of `spec` in the making; they appear under their path when they are complete.
 
     dtypes: in which they are written, by canonical name; one that is not there is kept as it is put.
-    ProblemError if something is at the path that must not be replaced.
-    """
+    ProblemError if something is at the path that must not be replaced."""
 
     patterns: ClassVar[Iterable[str]] = ASSETS  # of the assets' names
 

@@ -1,7 +1,6 @@
 """A directory of output that appears under its name when it is complete.
 
-Owns the directory in which output is made, beside its final place, and what may be replaced by it. Knows no format.
-"""
+Owns the directory in which output is made, beside its final place, and what may be replaced by it. Knows no format."""
 
 import json
 import logging
@@ -32,8 +31,7 @@ class Staging:
     """Output for `path` in the making, in the directory `scratch`.
 
     overwrite: replace a model directory at `path`.
-    ProblemError if something is at `path` that must not be replaced.
-    """
+    ProblemError if something is at `path` that must not be replaced."""
 
     def __init__(self, path: str | Path, *, overwrite: bool = False):
         self.path = Path(path).absolute()
@@ -124,8 +122,7 @@ class Staging:
 def _is_ours(scratch: Path) -> bool:
     """Whether output was made in what is there: a directory of this user with our mark, or one that did not get it yet.
 
-    Into a directory of somebody else they could put links meanwhile.
-    """
+    Into a directory of somebody else they could put links meanwhile."""
     mark = scratch / UNFINISHED
     marked = mark.is_file() and not mark.is_symlink()
     own = scratch.is_dir() and not scratch.is_symlink() and scratch.stat().st_uid == os.geteuid()

@@ -47,8 +47,7 @@ class TorchFile:
     """What `torch.save` wrote: `content` as plain data, and `tensors` by the keys that lead to them in nested dicts.
 
     Objects that are neither tensors nor plain data stand in it as `Call`, never made; `not_read` are the names of what
-    would make them. One of `UNREADABLE` if the file is corrupt.
-    """
+    would make them. One of `UNREADABLE` if the file is corrupt."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -64,8 +63,7 @@ class TorchFile:
 
 def tensor_in(path: Opens, start: int, size: int) -> Region:
     """Where the tensor is that stands alone in an archive of `size` bytes from `start` on in a file. One of
-    `UNREADABLE` if it does not.
-    """
+    `UNREADABLE` if it does not."""
     with path.open("rb") as file:
         return _tensor_in(file, start, size)
 
@@ -73,8 +71,7 @@ def tensor_in(path: Opens, start: int, size: int) -> Region:
 def content_in(path: Opens, start: int, size: int) -> tuple[object, list[str]]:
     """What an archive of `size` bytes from `start` on in a file holds, as `content` and `not_read` of a `TorchFile`.
 
-    One of `UNREADABLE` if it is corrupt.
-    """
+    One of `UNREADABLE` if it is corrupt."""
     with path.open("rb") as file:
         return _read_archive(_window(file, start, size))
 
@@ -324,8 +321,7 @@ def _window(file: BinaryIO, start: int, size: int) -> BinaryIO:
 def create(path: Path, content: Mapping[str, object]) -> dict[Keys, Region]:
     """Write a file of `content` in which the bytes of all tensors are left out; where they go, by the tensors' keys.
 
-    The tensors need no values: take those of `torch.empty`, which cost no memory until they are written to.
-    """
+    The tensors need no values: take those of `torch.empty`, which cost no memory until they are written to."""
     with skip_data():
         torch.save(content, path)
     return TorchFile(path).tensors
@@ -334,8 +330,7 @@ def create(path: Path, content: Mapping[str, object]) -> dict[Keys, Region]:
 def append(file: BinaryIO, tensor: Tensor) -> Region:
     """Write an archive of one tensor at the end of `file`, its bytes left out; where they go. `file` is read for that.
 
-    The tensor is as for `create`. OSError if writing fails.
-    """
+    The tensor is as for `create`. OSError if writing fails."""
     start = file.seek(0, os.SEEK_END)
     try:
         with skip_data():

@@ -2,8 +2,7 @@
 
 Owns which reader reads which file, and what is read of a directory. A module in this package that has `EXTENSIONS` and
 `read(path, keys)` is a reader; adding one adds its format. With `read_whole(path, keys)` it can also take a
-file as one document.
-"""
+file as one document."""
 
 import importlib
 import pkgutil
@@ -40,8 +39,7 @@ def read_file(path: Path, keys: Sequence[str], *, whole: bool = False) -> Iterat
 @contextmanager
 def reading(option: str, given: object) -> Iterator[None]:
     """While a source is read that `option` names by `given`: ProblemError for files that cannot be read, and problems
-    of readers, which know --input only, are about `option`.
-    """
+    of readers, which know --input only, are about `option`."""
     try:
         yield
     except ProblemError as error:

@@ -1,7 +1,6 @@
 """Tables of Apache Arrow: Parquet, and Arrow's own files and streams (as `datasets` saves them).
 
-Owns reading their text columns a few rows at a time.
-"""
+Owns reading their text columns a few rows at a time."""
 
 import io
 from collections.abc import Iterator, Sequence

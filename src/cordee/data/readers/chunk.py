@@ -1,7 +1,6 @@
 """What readers hand on: pieces of a source, small enough to hold many and to send to another process.
 
-Owns the common part of all formats: what makes a record valid. Knows no format.
-"""
+Owns the common part of all formats: what makes a record valid. Knows no format."""
 
 import shlex
 from abc import ABC, abstractmethod

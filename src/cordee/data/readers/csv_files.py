@@ -1,7 +1,6 @@
 """CSV with a header line; fields in quotes may hold line ends.
 
-Owns where a record ends and how large it may be. What a field means is the library's affair.
-"""
+Owns where a record ends and how large it may be. What a field means is the library's affair."""
 
 import csv
 from collections.abc import Iterator, Sequence
@@ -18,8 +17,7 @@ EXTENSIONS = (".csv", ".csv.gz")
 class _Lines:
     """The lines of a file, as `csv.reader` takes them: up to the end of a record, which has a largest size.
 
-    A record that is larger ends the file, because only its closing quote would tell where the next one begins.
-    """
+    A record that is larger ends the file, because only its closing quote would tell where the next one begins."""
 
     def __init__(self, path: Path, text: TextIO):
         self._path = path

@@ -1,7 +1,6 @@
 """What `datasets.load_dataset` loads, with the user's own arguments to it.
 
-Owns `--hf-datasets-params`. The library is an extra; nothing else here needs it.
-"""
+Owns `--hf-datasets-params`. The library is an extra; nothing else here needs it."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -2,8 +2,7 @@
 
 Owns finding where objects begin and end, without reading a file whole and without parsing, which is the workers'.
 The beginning of a .json shows its form: `[` is an array, and a first line that is only `{` means that
-objects take several lines.
-"""
+objects take several lines."""
 
 import json
 import re
@@ -109,8 +108,7 @@ _WORD = re.compile(rb'[^"\[\]{},\ \t\r\n]*+')  # a number, true, null, or what i
 class _Scanner:
     """Values one after the other in a file, as bytes, found by their brackets and quotes alone.
 
-    Memory holds one block and one value; a value of more than `MAX_RECORD_BYTES` is skipped, and is None.
-    """
+    Memory holds one block and one value; a value of more than `MAX_RECORD_BYTES` is skipped, and is None."""
 
     def __init__(self, path: Path, file: IO[bytes]):
         self._path = path

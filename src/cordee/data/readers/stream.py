@@ -1,7 +1,6 @@
 """Reading files from the beginning to the end in pieces, compressed or not.
 
-Owns opening, what a line of text is, and cutting at line ends. Knows nothing of what the lines hold.
-"""
+Owns opening, what a line of text is, and cutting at line ends. Knows nothing of what the lines hold."""
 
 import gzip
 import io
@@ -30,8 +29,7 @@ class ByteStream:
         """The file as text: UTF-8 without a byte order mark, whose lines end in LF, CR LF or CR and nothing else.
 
         With `newline` None each of these reads as LF. Bytes that are no UTF-8 become lone surrogates, which
-        `Chunk.rows` finds.
-        """
+        `Chunk.rows` finds."""
         return io.TextIOWrapper(self.file, "utf-8-sig", "surrogateescape", newline=newline)  # type: ignore[arg-type]
 
     def done(self) -> float:

@@ -1,8 +1,7 @@
 """Perplexity: how well a model predicts texts, token by token.
 
 Owns the sums. Every token of a document but the first is predicted exactly once, from as much of what comes before it
-as the window gives; documents do not see each other.
-"""
+as the window gives; documents do not see each other."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence

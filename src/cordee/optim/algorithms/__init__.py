@@ -3,8 +3,7 @@
 Owns which value of --optimizer asks for which. A file has `ALGORITHMS`: by such a value, a function `(options, groups,
 fused) -> Optimizer`, where `groups` are torch's parameter groups and `fused` says whether the device has fused
 optimizers. All functions of a file keep the same state: a run resumes with any of them. Torch is imported in the
-functions, so that the names are known without it.
-"""
+functions, so that the names are known without it."""
 
 import functools
 import pkgutil

@@ -1,8 +1,7 @@
 """Which pipelines can run.
 
 Owns the laws between the schedule, ZeRO, compilation and micro-batches. Those of stages and layers are `split.py`'s,
-those of a schedule's numbers `schedules.py`'s, those of a list of micro-batches `micro_batches.py`'s.
-"""
+those of a schedule's numbers `schedules.py`'s, those of a list of micro-batches `micro_batches.py`'s."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace

@@ -4,8 +4,7 @@ Owns every private import the pipeline needs, so that a new torch is tried out h
 dgrad and wgrad apart are torch's own walk over the graph, which only its schedules call; and FSDP2 reduces gradients
 in hooks of a whole backward, of which a pipeline has several in flight, so the executor asks for the reduction itself,
 as torch's schedules do (`_PipelineStageBase.perform_reduce_grad`). Those schedules are not used whole: they give every
-micro-batch one shape and keep what was sent to the end of the step.
-"""
+micro-batch one shape and keep what was sent to the end of the step."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -37,8 +36,7 @@ def backward_weight(parameters: Iterable[nn.Parameter], param_groups: ParamGroup
 def begin_step(model: nn.Module, *, reshard: bool) -> None:
     """Let FSDP2 accumulate gradients on this rank, and leave what it does after every backward to `post_backward`.
 
-    `reshard`: free full parameters as soon as a layer is done with them, else at `finish_step`.
-    """
+    `reshard`: free full parameters as soon as a layer is done with them, else at `finish_step`."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(False)
         model.set_reshard_after_backward(reshard)
@@ -54,8 +52,7 @@ def fsdp_modules(modules: Iterable[nn.Module]) -> list[FSDPModule]:
 @torch.no_grad()
 def post_backward(modules: Iterable[FSDPModule], *, reduce: bool) -> None:
     """Accumulate what a backward has left at the parameters of `modules`, themselves only: in the type of reduction,
-    and with `reduce` over the data-parallel ranks.
-    """
+    and with `reduce` over the data-parallel ranks."""
     for module in modules:
         module.set_requires_gradient_sync(reduce, recurse=False)
         for group in _state(module)._fsdp_param_groups:

@@ -1,8 +1,7 @@
 """Forward and backward of a step through a pipeline.
 
 Owns running a program of actions and messages on this rank, and what ranks of a pipeline agree on: the names of
-metrics, and the gradient of a tied embedding that two of them have. Knows no schedule by name.
-"""
+metrics, and the gradient of a tied embedding that two of them have. Knows no schedule by name."""
 
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -238,8 +237,7 @@ class _StepMetrics:
 class _Mailbox:
     """Hidden states and their gradients in flight between stages, over ranks or within this one.
 
-    `like` has their shape and type for each micro-batch.
-    """
+    `like` has their shape and type for each micro-batch."""
 
     def __init__(self, layout: Layout, partition: StagePartition, device: torch.device, like: Sequence[Tensor]):
         group = layout.group("pp")

@@ -2,8 +2,7 @@
 
 Owns the list's notation, the two worked examples and the laws of a list. Small micro-batches at both ends of a step
 shorten the bubble; the schedule is 1F1B. A loss is weighted by the samples of each micro-batch, so that the step equals
-that of equal micro-batches. Knows neither data nor torch.
-"""
+that of equal micro-batches. Knows neither data nor torch."""
 
 from dataclasses import dataclass
 
@@ -47,8 +46,7 @@ def problems(text: str, *, num_ranks: int, micro_batch_size: int, num_samples: i
     """Why a list does not fit a run of `num_ranks` pipeline ranks.
 
     `num_samples`: of one step on one data-parallel rank, global batch / data-parallel ranks; `micro_batch_size` is the
-    mean number of samples of a micro-batch.
-    """
+    mean number of samples of a micro-batch."""
     if unread := list(unreadable(text)):
         yield from unread
         return

@@ -3,8 +3,7 @@
 Owns what an action depends on, the order in which the actions of all ranks can happen (the simulation of `cordee plan`
 keeps time by it), and where sends and receives lie between them. All messages follow from that one order, in which a
 message is expected as it is sent: two ranks name the messages between them in the same order, and no rank waits for a
-message whose sender waits for it. Knows neither torch nor schedules.
-"""
+message whose sender waits for it. Knows neither torch nor schedules."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -41,8 +40,7 @@ def gives(action: Action) -> Iterator[Event]:
 def topological_order(schedules: Sequence[Sequence[Action]]) -> Iterator[tuple[int, Action]]:
     """The actions of all ranks with their ranks, each after all it needs; stops early at a deadlock.
 
-    Ranks advance about as fast as each other, so that no message is expected long before it is sent.
-    """
+    Ranks advance about as fast as each other, so that no message is expected long before it is sent."""
     num_stages = 1 + max(action.stage for actions in schedules for action in actions)
     done = [0] * len(schedules)
     happened: set[Event] = set()
@@ -68,8 +66,7 @@ def deadlocked(schedules: Sequence[Sequence[Action]]) -> list[tuple[int, Action]
 class Message:
     """An activation (F) in flight to the next stage or a gradient (B) to the one before.
 
-    `stage` is the one that sends, or the one that receives.
-    """
+    `stage` is the one that sends, or the one that receives."""
 
     what: Literal["send", "receive"]
     kind: Literal["F", "B"]

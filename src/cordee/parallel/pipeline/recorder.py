@@ -1,7 +1,6 @@
 """The timeline of a pipeline, measured.
 
-Owns the clock of a recorded step and the file that `cordee plan --timeline` draws. Knows no schedule.
-"""
+Owns the clock of a recorded step and the file that `cordee plan --timeline` draws. Knows no schedule."""
 
 import json
 import time
@@ -22,8 +21,7 @@ RECORDED = 2  # steps: the first makes connections and buffers, the second stays
 class Recorder:
     """Records the first steps of a run into `path`, each in place of the one before; without a path, none.
 
-    All ranks begin a step together, and count time from there. Of several pipelines the first is recorded.
-    """
+    All ranks begin a step together, and count time from there. Of several pipelines the first is recorded."""
 
     def __init__(self, path: str | None, layout: Layout):
         self._path = path

@@ -2,8 +2,7 @@
 
 Owns the schedules by name, which rank each gives a stage, and its laws of ranks, stages and micro-batches. Stages are
 numbered along the model, micro-batches in the order of their samples. Knows neither torch nor time: the executor runs
-these schedules, `cordee.plan` simulates them.
-"""
+these schedules, `cordee.plan` simulates them."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -36,8 +35,7 @@ class Action:
 
     kind: F forward, B whole backward, I input-gradient backward (dgrad), W weight-gradient backward (wgrad, after I),
     R start the reduction of the stage's gradients over the data-parallel ranks; `micro_batch` of R is that of the last
-    backward.
-    """
+    backward."""
 
     kind: Kind
     stage: int
@@ -52,8 +50,7 @@ def rank_actions(schedule: str, num_ranks: int, stages_per_rank: int, num_micro_
 
     A backward in two parts is I directly followed by W where nothing is to be done between them. Sources: GPipe (Huang
     et al. 2019), 1f1b and interleaved (Narayanan et al. 2021), interleaved_zero_bubble (ZB-H1 over several stages) and
-    zbv (Qi et al. 2024), dualpipev (DeepSeek-V3, cut in half), fold_aiao and fold_fifo (AscendSpeed's Fold3D).
-    """
+    zbv (Qi et al. 2024), dualpipev (DeepSeek-V3, cut in half), fold_aiao and fold_fifo (AscendSpeed's Fold3D)."""
     raise_all(problems(schedule, num_ranks, stages_per_rank, num_micro_batches))
     build = _BUILDERS[schedule]
     return [list(build(rank, num_ranks, stages_per_rank, num_micro_batches)) for rank in range(num_ranks)]
@@ -150,8 +147,7 @@ def _alternate(forwards: Sequence[Action], backwards: Sequence[Sequence[Action]]
 def _zbv(rank: int, num_ranks: int, stages_per_rank: int, num_micro_batches: int) -> Iterator[Action]:
     """Both arms of the V: 0 goes down the ranks, 1 comes back up. Weight gradients at the end fill the bubble.
 
-    The pattern is that of a pipeline which is full at least once; micro-batches that do not exist are left out.
-    """
+    The pattern is that of a pipeline which is full at least once; micro-batches that do not exist are left out."""
     full = max(2 * num_ranks - 1, num_micro_batches)
     after = num_ranks - rank
     lacking = full - (2 * num_ranks - 1 - rank)  # forwards of arm 0 that the warm-up leaves
@@ -177,8 +173,7 @@ def _dualpipev(rank: int, num_ranks: int, stages_per_rank: int, num_micro_batche
 def _numbered(pattern: Iterable[str], rank: int, num_ranks: int) -> Iterator[Action]:
     """Steps such as "F0", "I1" (kind, arm of the V) to actions: the first F0 is micro-batch 0, the second 1, ...
 
-    "W1" is the oldest weight-gradient backward that arm 1 still owes, "W" that of either arm.
-    """
+    "W1" is the oldest weight-gradient backward that arm 1 still owes, "W" that of either arm."""
     stages = (rank, 2 * num_ranks - 1 - rank)
     forward, backward = [0, 0], [0, 0]
     owed: deque[tuple[int, int]] = deque()  # (arm, micro-batch)

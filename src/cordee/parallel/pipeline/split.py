@@ -1,8 +1,7 @@
 """Which layers each stage of a pipeline has, and which rank has the stage.
 
 Owns the partition of a model's layers: balanced by what layers cost, or set by `--num-layer-list`, `--noop-layers` and
-virtual stages; and the laws of these options. Knows neither torch nor time.
-"""
+virtual stages; and the laws of these options. Knows neither torch nor time."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -121,8 +120,7 @@ def _ends_by_cost(model: ModelConfig, seq_length: int, num_stages: int) -> list[
     """Where stages end so that the slowest costs least, and all others are as equal as that allows.
 
     Costs are FLOPs of the forward; the last stage has those of the head too, the embedding costs nothing. All stages
-    but the first and the last have a layer.
-    """
+    but the first and the last have a layer."""
     costs = [layer_flops(layer, model, seq_length) for layer in model.layers]
     scale = max(costs)  # small numbers, whose squares are exact enough
     sums = [0.0, *accumulate(cost / scale for cost in costs)]

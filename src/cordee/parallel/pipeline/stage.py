@@ -3,8 +3,7 @@
 Owns its forward and backward, and what it keeps of a micro-batch between them. Knows neither schedule nor ranks.
 
 The loss is taken of a copy of the last hidden states, so that every stage ends in hidden states: the backward of the
-head, always a whole one, runs before that of the layers, whose dgrad and wgrad may run apart.
-"""
+head, always a whole one, runs before that of the layers, whose dgrad and wgrad may run apart."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,8 +38,7 @@ class _InFlight:
 class Stage:
     """Stage `index` of a pipeline: `span` of `model`, run by `run`, and `loss` where it has the head.
 
-    `sharded` are its modules whose gradients are reduced, each by itself.
-    """
+    `sharded` are its modules whose gradients are reduced, each by itself."""
 
     def __init__(self, index: int, span: Span, model: GPTModel, run: Run, loss: RankLoss):
         self.index = index
@@ -59,8 +57,7 @@ class Stage:
     ) -> tuple[Tensor, LossParts | None]:
         """Hidden states, detached, and the parts of the loss in the last stage. `x` are token ids in the first.
 
-        The backward begins with the loss times `scale`.
-        """
+        The backward begins with the loss times `scale`."""
         if not self.span.embedding:
             x = x.detach().requires_grad_()
         output = self._run(x, batch, balance, self.span)

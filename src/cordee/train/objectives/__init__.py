@@ -2,8 +2,7 @@
 
 Owns what an objective is, and knows none. It is the only difference between pretraining, instruction tuning and
 preference training: its data and how samples become a batch, what a batch weighs, further models, and the loss. It sees
-micro-batches and no ranks; the trainer divides its loss by the weight of the whole step.
-"""
+micro-batches and no ranks; the trainer divides its loss by the weight of the whole step."""
 
 from __future__ import annotations
 
@@ -56,8 +55,7 @@ class Run:
     """What is known of a run when its data and its further models are planned.
 
     `spec` and `tokenizer` are None where there is none or something is wrong with it. `fingerprint` is what
-    `Objective.fingerprint` returned on this machine, None for a plan that is not trained.
-    """
+    `Objective.fingerprint` returned on this machine, None for a plan that is not trained."""
 
     config: TrainConfig
     batches: BatchSchedule
@@ -122,8 +120,7 @@ class Objective(ABC, Generic[B]):
 
     Options that are its own are a dataclass declared beside it, of which the configuration of a run is one too.
 
-    reduces: its loss is not a sum over tokens: it asks for sums over whole sequences, by `reduce`.
-    """
+    reduces: its loss is not a sum over tokens: it asks for sums over whole sequences, by `reduce`."""
 
     stage: ClassVar[str]
     loss_name: ClassVar[str]
@@ -188,8 +185,7 @@ class Objective(ABC, Generic[B]):
         `hidden` `[batch, seq, embed]` are the model's last hidden states, after the final norm. Where ranks share the
         tokens of a sequence, each is given its part, and what they return is added up. An objective that `reduces` gets
         by `reduce(x)`, which is differentiable, the sum of all their x of the same shape (in one process x itself), and
-        returns the loss of whole sequences: all of them the same, which counts once.
-        """
+        returns the loss of whole sequences: all of them the same, which counts once."""
 
 
 @functools.cache

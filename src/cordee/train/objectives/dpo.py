@@ -1,8 +1,7 @@
 """Direct preference optimisation (Rafailov et al. 2023), with the losses of SLiC (hinge) and of IPO (Azar et al. 2023).
 
 A reward is beta times what an answer's log-probability has gained over the reference model's: of the whole answer, of
-IPO the mean over its tokens.
-"""
+IPO the mean over its tokens."""
 
 from cordee.train.preference import Answers, Losses, PairPreference
 

@@ -2,8 +2,7 @@
 
 A reward, beta times what the log-probability of an answer has gained over the reference model's, is held against how
 far the policy is from the reference at all: the mean gain of mismatched answers, those to another prompt, over all
-samples of a step, at least 0 and without gradient.
-"""
+samples of a step, at least 0 and without gradient."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """The next token: cross entropy of every trained token of texts in `.bin/.idx` files.
 
 Owns what these files and their options mean for a run: how many samples it reads of each part, which comes when, and
-what has to be the same for a run to resume among them. Batches and the order of samples are `cordee.data`'s.
-"""
+what has to be the same for a run to resume among them. Batches and the order of samples are `cordee.data`'s."""
 
 from __future__ import annotations
 
@@ -70,8 +69,7 @@ IDENTITY = sealed.record(
 class GPTData:
     """The texts of a run. `samples` is how many it needs for "train", "valid" and "test".
 
-    sequences: what reads samples that are whole sequences of the files; None: samples are of --seq-length tokens.
-    """
+    sequences: what reads samples that are whole sequences of the files; None: samples are of --seq-length tokens."""
 
     config: TrainConfig
     vocab_size: int | None
@@ -224,8 +222,7 @@ def fingerprint_data(config: TrainConfig, pairs: Callable[[str], Sequence[str]] 
     """What tells changed bytes of the data to train on, all `pairs` of files of a dataset; ProblemError if it cannot be
     read.
 
-    The more datasets, the less is read of each, so that no blend takes longer to start than another.
-    """
+    The more datasets, the less is read of each, so that no blend takes longer to start than another."""
     prefixes = training_part(config).blend.prefixes
     bound = READ_OF_DATA // len(set(prefixes))
 

@@ -1,8 +1,7 @@
 """Odds ratio preference optimisation (Hong et al. 2024): the negative log-likelihood of the chosen answer, and beta
 times the log odds ratio of the two.
 
-Likelihoods are means over the tokens of an answer; none is over its prompt.
-"""
+Likelihoods are means over the tokens of an answer; none is over its prompt."""
 
 from cordee.train.preference import Answers, Losses, PairPreference
 

@@ -1,8 +1,7 @@
 """Supervised fine-tuning: the next token wherever a sample has a label, in whole samples of dialogues.
 
 Owns what data of dialogues means for a run: files that `cordee preprocess` has written, or records, which are tokenized
-into such files once, before the run. The order of samples, the loss and resuming are as those of the next token.
-"""
+into such files once, before the run. The order of samples, the loss and resuming are as those of the next token."""
 
 import math
 from collections.abc import Iterator

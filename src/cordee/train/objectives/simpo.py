@@ -1,6 +1,5 @@
 """Simple preference optimisation (Meng et al. 2024): rewards are beta times the mean log-probability of an answer's
-tokens, without a reference model, and differ by a margin.
-"""
+tokens, without a reference model, and differ by a margin."""
 
 from cordee.train.preference import Answers, Losses, PairPreference
 

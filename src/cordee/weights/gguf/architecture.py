@@ -2,8 +2,7 @@
 
 Owns the table of them. A row says what of a file becomes which key of a `config.json`. The other way all have the same
 keys, and a model is written as the architecture as which it is read again: no family needs to be named. Knows no files,
-and never imports torch.
-"""
+and never imports torch."""
 
 import math
 import re
@@ -65,8 +64,7 @@ class Architecture:
     keys: further keys of the file, and what `config.json` calls them.
     present: keys of `config.json` that say whether there are tensors of this name.
     derive: further keys of `config.json`, from those of the file.
-    paired: RoPE rotates neighbouring pairs of dims of queries and keys.
-    """
+    paired: RoPE rotates neighbouring pairs of dims of queries and keys."""
 
     name: str
     hf: HFConfig
@@ -156,8 +154,7 @@ def hf_config(row: Architecture, values: Values, names: Collection[str], factors
     """The `config.json` of a file with these values and tensors of these names.
 
     factors: what `ROPE_FACTORS` holds, if it is there.
-    ProblemError for a value that is no number, and for more layers than there are tensors.
-    """
+    ProblemError for a value that is no number, and for more layers than there are tensors."""
 
     def get(key: str) -> Any:
         value = values.get(f"{row.name}.{key}")
@@ -282,8 +279,7 @@ def choose(spec: ModelSpec, factors: Sequence[float] | None) -> tuple[Architectu
     """The architecture that a model is written as, the values that describe it, and warnings.
 
     factors: what `ROPE_FACTORS` will hold, if it is needed.
-    ProblemError if llama.cpp has no such model, as far as it is known here.
-    """
+    ProblemError if llama.cpp has no such model, as far as it is known here."""
     config, notes = _in_context(spec.config)
     experts, words = isinstance(config.layers[0].mlp, MoEConfig), words_of(config)
     described = {key: words[word] if isinstance(word, str) else word(words) for key, word in _WRITTEN.items()}
@@ -309,8 +305,7 @@ _SHOWN = 6  # differences that are listed
 def _in_context(config: ModelConfig) -> tuple[ModelConfig, list[str]]:
     """A model without what it does only beyond a length, in a context that is no longer; and warnings.
 
-    That is a window that all layers have, scores scaled by the logarithm of positions, and a base that grows.
-    """
+    That is a window that all layers have, scores scaled by the logarithm of positions, and a base that grows."""
     limits, layers = set(), []
     same_window = len({getattr(layer.attention, "window", None) for layer in config.layers}) == 1
     for layer in config.layers:

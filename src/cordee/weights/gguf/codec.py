@@ -1,8 +1,7 @@
 """GGUF: weights in and out, as llama.cpp has them.
 
 Owns matching an architecture's rules with the tensors of a file, both ways, and the checks of that. Memory is
-the tensors asked for; when writing, some slices.
-"""
+the tensors asked for; when writing, some slices."""
 
 import atexit
 import logging
@@ -68,8 +67,7 @@ def _file_of(path: Path) -> Path:
 class GGUFSource(RuledSource):
     """Weights in a file of GGUF; packed ones are unpacked as they are read.
 
-    `assets` is a directory with the tokenizer that the file describes; it is there until the process ends.
-    """
+    `assets` is a directory with the tokenizer that the file describes; it is there until the process ends."""
 
     def __init__(self, file: GGUFFile):
         self.path = file.path
@@ -149,8 +147,7 @@ def rope_factors(config: ModelConfig) -> Tensor | None:
 class GGUFPlan:
     """A file to be written: its values, the shapes and types of its tensors, and what becomes of each parameter.
 
-    dtypes: by canonical name, what is written.
-    """
+    dtypes: by canonical name, what is written."""
 
     spec: ModelSpec
     row: Architecture
@@ -185,8 +182,7 @@ def plan(spec: ModelSpec, dtypes: Mapping[str, torch.dtype], assets: Path | None
 
     dtypes: by canonical name; what llama.cpp wants in float32 is written so all the same.
     assets: directory with the tokenizer that goes into the file.
-    ProblemError if llama.cpp has no such model or no such tokenizer, or tensors are of another type.
-    """
+    ProblemError if llama.cpp has no such model or no such tokenizer, or tensors are of another type."""
     factors = rope_factors(spec.config)
     row, values, notes = choose(spec, None if factors is None else factors.tolist())
     found, shapes = rules(spec.config, row.paired), spec.shapes()

@@ -2,8 +2,7 @@
 
 Owns unpacking and writing, through the `gguf` library, which is there only if its extra is installed; the header of
 what is read is in `header`. Tensors that are stored in blocks of few bits are read as float32, and nothing is read
-before it is asked for. Knows no key and no model.
-"""
+before it is asked for. Knows no key and no model."""
 
 import math
 from collections.abc import Mapping

@@ -4,8 +4,7 @@ Owns the distrust of it: every count, length and offset is held against the size
 made for it, so that time and memory are bounded by that size. The format is that of ggml's `docs/gguf.md`, with what
 llama.cpp's own reader demands beyond it: no arrays of arrays, and tensors that follow one another in the order of
 their entries, each padded to the alignment; and the last has to end the file. Knows no key but the alignment, no model,
-and of packed types only sizes.
-"""
+and of packed types only sizes."""
 
 import math
 import struct
@@ -41,8 +40,7 @@ class Entry:
 @dataclass(frozen=True)
 class Header:
     """`values` by key, arrays of numbers as `array`, which takes no more memory than they take in the file; tensors by
-    name.
-    """
+    name."""
 
     values: dict[str, Any]
     entries: dict[str, Entry]
@@ -153,8 +151,7 @@ def _placed(entries: Mapping[str, Entry], end: int, size: int, alignment: int, s
     """The entries with offsets from the beginning of the file. ValueError if one is not where it has to be.
 
     end: of the header.
-    size: of the file.
-    """
+    size: of the file."""
     start, expected, placed = _padded(end, alignment), 0, {}
     for name, entry in entries.items():
         if entry.kind not in sizes:

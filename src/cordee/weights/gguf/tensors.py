@@ -1,7 +1,6 @@
 """The tensors of a file of GGUF: what they are called, and how parameters are laid out in them.
 
-Owns names and layouts, which all architectures share. Knows no keys, and never imports torch.
-"""
+Owns names and layouts, which all architectures share. Knows no keys, and never imports torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,8 +19,7 @@ if TYPE_CHECKING:
 def rules(config: ModelConfig, paired: bool) -> dict[str, Rule]:
     """How parameters are laid out in a file, by canonical name, in the order of the forward.
 
-    paired: RoPE rotates neighbouring pairs of dims of queries and keys.
-    """
+    paired: RoPE rotates neighbouring pairs of dims of queries and keys."""
     norm = _norm(config.final_norm.unit_offset)
     found = [
         *module("embedding", "token_embd"),

@@ -1,8 +1,7 @@
 """Tokenizers as files of GGUF hold them: tokens, merges or scores, special tokens, chat template.
 
 Owns both ways between the values of a file and the files of a Hugging Face tokenizer, for the two kinds that models of
-the architectures here have: byte-level BPE, and the BPE of SentencePiece. Knows no weights.
-"""
+the architectures here have: byte-level BPE, and the BPE of SentencePiece. Knows no weights."""
 
 import json
 import re
@@ -50,8 +49,7 @@ class Cut:
 
     names: what llama.cpp calls it; the first is written.
     whole: a word that is a token is one, whatever the merges say.
-    nfc: Hugging Face's tokenizers normalise the text before, which llama.cpp leaves out.
-    """
+    nfc: Hugging Face's tokenizers normalise the text before, which llama.cpp leaves out."""
 
     names: tuple[str, ...]
     patterns: tuple[str, ...]
@@ -97,8 +95,7 @@ def _patterns(pre_tokenizer: Any) -> tuple[str, ...] | None:
 def describe(directory: Path | None, rows: int) -> dict[str, Any]:
     """The values that describe the tokenizer of a directory, for a model with `rows` tokens.
 
-    Without a tokenizer they say so. ProblemError if llama.cpp has no such tokenizer.
-    """
+    Without a tokenizer they say so. ProblemError if llama.cpp has no such tokenizer."""
     if directory is None or not holds_tokenizer(directory):
         return {"tokenizer.ggml.model": NONE[0]}
     tokenizer, special = load_tokenizer(TokenizerOptions(), str(directory)), read_special_tokens(directory, {})
@@ -134,8 +131,7 @@ def compare_tokenizers(directory: Path, written: Path) -> str | None:
     than its own, in words; None if there are none.
 
     llama.cpp finds such tokens as they are written, anywhere, and before it normalises a text; nothing in a file says
-    otherwise.
-    """
+    otherwise."""
     added = added_tokens(directory)
     ours, theirs = (load_tokenizer(TokenizerOptions(), str(place)) for place in (directory, written))
     found = differences(ours, theirs, list(added))

@@ -1,8 +1,7 @@
 """Adapters that Megatron's training of LoRA saves: matrices A and B of each rank, in the files of a checkpoint.
 
 Owns finding them in their own layout. Of a linear layer split by its outputs a rank holds all of A and its rows of B,
-split by its inputs its columns of A and all of B: so each rank's product belongs to its own part of the weight.
-"""
+split by its inputs its columns of A and all of B: so each rank's product belongs to its own part of the weight."""
 
 import re
 from argparse import Namespace
@@ -31,8 +30,7 @@ _TRAINED_WHOLE = re.compile(r".*\.(modules_to_save|original_module)\..*")
 
 def read(given: Given, spec: ModelSpec, dialect: Dialect) -> "MegatronAdapter":
     """The adapter at `given.path`, for a base model `spec` with names of `dialect`. ProblemError with all that is
-    wrong with it.
-    """
+    wrong with it."""
     folder, files = open_checkpoint(given.path)
     return MegatronAdapter(given, folder, files, spec, dialect)
 

@@ -1,8 +1,7 @@
 """The settings that a checkpoint of Megatron carries, `args`: made from a model, and a model made from them.
 
 Owns which of Megatron's arguments say what a model is. Names of its arguments are given as Megatron and MindSpeed-LLM
-read them from a checkpoint to check or to complete the command line.
-"""
+read them from a checkpoint to check or to complete the command line."""
 
 from argparse import Namespace
 from dataclasses import fields
@@ -191,8 +190,7 @@ _LLAMA3 = {  # Megatron's defaults
 def spec_of_arguments(args: Namespace | None, vocab_size: int, where: str) -> ModelSpec:
     """The model that the arguments of a checkpoint describe, with `vocab_size` rows in its embedding.
 
-    ProblemError if they do not, or if arguments alone do not define the family.
-    """
+    ProblemError if they do not, or if arguments alone do not define the family."""
     if args is None:
         raise _undefined(where, "it carries no settings that define the model")
     if getattr(args, INCOMPLETE, False):

@@ -1,8 +1,7 @@
 """Megatron-Core: names of its parameters, with its own layers, with Transformer Engine's, and in MindSpeed-LLM.
 
 Owns the names and nothing else. Transformer Engine joins a norm with the linear layer that follows it. MindSpeed-LLM
-(1.0.RC3) packs the first projections of latent attention and leaves shared experts whole.
-"""
+(1.0.RC3) packs the first projections of latent attention and leaves shared experts whole."""
 
 from dataclasses import replace
 

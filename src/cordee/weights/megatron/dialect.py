@@ -1,8 +1,7 @@
 """How the parameters of a checkpoint of Megatron are called.
 
 Owns the form in which a dialect is written down: a table of names, and the few ways in which dialects lay parameters
-out differently. The dialects themselves are data, each in its codec's file.
-"""
+out differently. The dialects themselves are data, each in its codec's file."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -30,8 +29,7 @@ class Dialect:
     latent_split: whether the projections down to latent vectors are split over tensor ranks.
     shared_split: whether shared experts are.
     packed_latent: the queries' and the keys' projections from the residual stream are one tensor.
-    tail_padding: rows that fill up the vocabulary repeat the last ones, instead of the very last.
-    """
+    tail_padding: rows that fill up the vocabulary repeat the last ones, instead of the very last."""
 
     title: str
     names: Names

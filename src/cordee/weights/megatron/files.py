@@ -1,8 +1,7 @@
 """The files of a checkpoint of Megatron, opened, and the layout that they are in.
 
 Owns finding every rank's file, what may be wrong with them as files (missing, corrupt, at odds with each other), and
-reading the degrees of parallelism from them. Knows no model.
-"""
+reading the degrees of parallelism from them. Knows no model."""
 
 import math
 import re
@@ -204,8 +203,7 @@ def layout_of(folder: Path, files: dict[Rank, RankFile], dialect: Dialect, most:
     """The chunks by what layers the files hold.
 
     most: the layers of the model, of which some may have no tensors here; None: each layer has some.
-    ProblemError if layers or chunks have numbers that are not those of the first so many.
-    """
+    ProblemError if layers or chunks have numbers that are not those of the first so many."""
     before, after = dialect.layer_prefix.split("{n}")
     pattern = re.compile(re.escape(before) + r"(\d+)" + re.escape(after))
     stages = 1 + max(rank.pipeline for rank in files)

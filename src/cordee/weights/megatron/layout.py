@@ -3,8 +3,7 @@
 Owns the arithmetic of the layout and all that can be wrong with one. Knows no tensor and no parameter name.
 
 A checkpoint has a file for every (tensor, pipeline, expert) rank. A pipeline stage holds one run of layers, or with
-virtual stages several, its chunks; layers are numbered from 0 again in each chunk.
-"""
+virtual stages several, its chunks; layers are numbered from 0 again in each chunk."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -54,8 +53,7 @@ class Chunk:
 class MegatronLayout:
     """Degrees of parallelism, and the chunks in the order of the forward.
 
-    virtual: stages hold chunks of their own names, be it one: Megatron then writes `model0`, `model1`.
-    """
+    virtual: stages hold chunks of their own names, be it one: Megatron then writes `model0`, `model1`."""
 
     tensor: int = 1
     expert: int = 1
@@ -124,8 +122,7 @@ def backend(folder: Path) -> object:
 
 def folder_of(path: Path, iteration: int | None = None) -> Path:
     """The folder with the files: of a checkpoint that of `iteration`, or that which its tracker file names, or `path`
-    itself. ProblemError if there is none of `iteration`.
-    """
+    itself. ProblemError if there is none of `iteration`."""
     if iteration is None:
         is_one = rank_files(path) or layer_files(path) or backend(path) is not None
         return path if is_one else current(path) or path
@@ -188,8 +185,7 @@ def layer_files(folder: Path) -> dict[tuple[int, int], Path]:
 def even_chunks(num_layers: int, pipeline: int, per_chunk: int | None = None) -> tuple[Chunk, ...]:
     """`num_layers` in equal runs over the stages, or `per_chunk` at a time, going round over them.
 
-    Chunk v of stage p begins with layer (v * stages + p) * `per_chunk`.
-    """
+    Chunk v of stage p begins with layer (v * stages + p) * `per_chunk`."""
     size = per_chunk or num_layers // pipeline
     return chunks_of([size] * (num_layers // size), pipeline)
 

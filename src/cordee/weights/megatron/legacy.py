@@ -4,8 +4,7 @@ their parameters.
 Owns the names and nothing else. The model is dicts in dicts, except for the layers, whose names stand flat in one of
 them. It has no experts. AscendSpeed's names differ in the norms and the MLP, of which there are three forms: gate and
 up apart, under names that changed in November 2023, or one after the other in one tensor. Megatron of before core 0.6
-has the latter's form too.
-"""
+has the latter's form too."""
 
 from dataclasses import replace
 

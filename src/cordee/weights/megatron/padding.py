@@ -1,7 +1,6 @@
 """The rows that fill a vocabulary up to a multiple.
 
-Owns one more operation of the rules' algebra: reading cuts the filling off, writing makes it.
-"""
+Owns one more operation of the rules' algebra: reading cuts the filling off, writing makes it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -9,8 +9,7 @@ follow, until 2023 with a function between embedding and layers and one between 
                                         the `mp_rank_XX_model_states.pt` beside them have the settings
     mp_rank_03_model_states.pt          what AscendSpeed's converter of BLOOM writes: all modules of a stage, here of
                                         stage 1 and rank 1 of 2, as `5.input_layernorm.weight` and
-                                        `tied_modules.embed.word_embeddings.weight`
-"""
+                                        `tied_modules.embed.word_embeddings.weight`"""
 
 import logging
 import re
@@ -52,8 +51,7 @@ _NORM = re.compile(r"(?:final_layernorm\.)?(weight|bias)")
 def open_folder(folder: Path) -> dict[Rank, RankFile]:
     """The file of every rank in a folder of ranks or of a pipeline, of which each tensor rank is one file.
 
-    ProblemError with all that is wrong with them.
-    """
+    ProblemError with all that is wrong with them."""
     if layers := layer_files(folder):
         return _of_layers(folder, layers)
     ranks = open_ranks(folder)
@@ -147,8 +145,7 @@ def _module(full: str) -> tuple[int, str]:
 def _starts(folder: Path, modules: Mapping[int, set[str]]) -> dict[int, str]:
     """What AscendSpeed's names begin with in each module, by its number; `modules` are the names in it.
 
-    ProblemError if modules are missing.
-    """
+    ProblemError if modules are missing."""
     embeddings = [number for number, names in modules.items() if "word_embeddings.weight" in names]
     layers = sorted(number for number, names in modules.items() if "input_layernorm.weight" in names)
     norms = [number for number, names in modules.items() if names and all(map(_NORM.fullmatch, names))]

@@ -1,8 +1,7 @@
 """Where each canonical parameter is in a checkpoint of Megatron, and how it is laid out there.
 
 Owns the split of parameters over tensor ranks, of layers over stages and of experts over expert ranks, as operations of
-the rules' algebra: one description serves reading, writing and the check of shapes. Knows no file format.
-"""
+the rules' algebra: one description serves reading, writing and the check of shapes. Knows no file format."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -42,8 +41,7 @@ class Slot:
 class Placement:
     """The tensors of files that make one canonical parameter of `shape`, in the order `op` takes them.
 
-    Each tensor is in one slot or in several, of which all hold the same.
-    """
+    Each tensor is in one slot or in several, of which all hold the same."""
 
     shape: Shape
     op: Op
@@ -90,8 +88,7 @@ def tensors_of(placements: Mapping[str, Placement]) -> dict[Key, tuple[Shape, st
 class _Split:
     """How a parameter, or one expert's part of it, is made of the tensors of all tensor ranks.
 
-    `local` makes one rank's part of its tensors, the parts are laid along `dim`, and `whole` gives them their form.
-    """
+    `local` makes one rank's part of its tensors, the parts are laid along `dim`, and `whole` gives them their form."""
 
     dim: int | None  # None: every rank has all of it
     local: Op = IDENTITY

@@ -1,8 +1,7 @@
 """Weights into a checkpoint of Megatron.
 
 Owns the files: their folders, what stands in them beside the weights, and the order of writing. All files are laid out
-before the first tensor comes, so that each tensor is written to its final place at once and none is held back.
-"""
+before the first tensor comes, so that each tensor is written to its final place at once and none is held back."""
 
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
@@ -35,8 +34,7 @@ class Target:
     """A checkpoint to be written: its dialect, layout, the multiple for its vocabulary, and the form of its folders.
 
     form: Megatron's folders of an iteration, or of a `release`, or DeepSpeed's files in a `release` folder.
-    settings: arguments to store beside those that the model and the layout imply; None stores none at all.
-    """
+    settings: arguments to store beside those that the model and the layout imply; None stores none at all."""
 
     dialect: Dialect
     wanted: Wanted = field(default_factory=Wanted)

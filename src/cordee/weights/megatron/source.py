@@ -1,8 +1,7 @@
 """Weights out of a checkpoint of Megatron.
 
 Owns finding its files, and everything that can be wrong with them: missing ranks, ranks that disagree, names and shapes
-that are not the model's. Degrees of parallelism, dialect and, where it can be, the model are read from the files.
-"""
+that are not the model's. Degrees of parallelism, dialect and, where it can be, the model are read from the files."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -36,8 +35,7 @@ class Reading:
     spec: the model it holds; None: by the `config.json` beside it, else by the settings it carries.
     vocab_size: tokens, where the settings give only the number of padded rows.
     strict: refuse tensors that are not the model's.
-    iteration: which of a checkpoint; None: the one that its tracker file names.
-    """
+    iteration: which of a checkpoint; None: the one that its tracker file names."""
 
     spec: ModelSpec | None = None
     vocab_size: int | None = None
@@ -49,8 +47,7 @@ def read(path: str | Path, reading: Reading = Reading()) -> "MegatronSource":
     """The weights of a checkpoint of Megatron-Core, of Megatron's legacy format, of AscendSpeed, or of a pipeline of
     DeepSpeed.
 
-    path: a checkpoint, or the folder of an iteration. ProblemError with everything that is wrong.
-    """
+    path: a checkpoint, or the folder of an iteration. ProblemError with everything that is wrong."""
     path = Path(path)
     folder = folder_of(path, reading.iteration)
     return of_ranks(path, folder, pipe.open_folder(folder), reading)
