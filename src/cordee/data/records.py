@@ -113,7 +113,7 @@ class Records:
         return document(made, CHOSEN if form == "pairs" else FIELDS[0])
 
 
-def tokenizing(options: Any, seq_length: int, kto: bool = False) -> PreprocessConfig:
+def tokenizing(options: Any, seq_length: int | None, kto: bool = False) -> PreprocessConfig:
     """How records are tokenized for `options`, which have those of dialogues and of the tokenizer among them."""
     names = [each.name for kind in (DialogueOptions, TokenizerOptions) for each in fields(kind)]
     given = {name: getattr(options, name) for name in names}

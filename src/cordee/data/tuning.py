@@ -135,6 +135,15 @@ def source_length(labels: npt.NDArray[Any]) -> int:
     return int(trained.argmax()) if trained.any() else len(labels)
 
 
+def prompt_length(labels: npt.NDArray[Any]) -> int:
+    """How many tokens come before the last run of labels, all without any."""
+    places = np.flatnonzero(labels != IGNORED)
+    if not len(places):
+        return len(labels)
+    runs = np.flatnonzero(np.diff(places) > 1)
+    return int(places[runs[-1] + 1] if len(runs) else places[0])
+
+
 def _shares(source: int, target: int, limit: int) -> tuple[int, int]:
     """How many of the first tokens of a source and a target are kept within `limit`."""
     if target * 2 < limit:

@@ -40,6 +40,24 @@ class KTOBatch(PreferenceBatch):
     factor: Tensor = axes("sample")
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RolloutBatch(PreferenceBatch):
+    """Rows are prompts and what the policy has written to them, which has the labels.
+
+    Of tokens, float32 [batch, seq]: `advantages`; and, where they are of use, log-probabilities `old` by the policy
+    that wrote them, the `values` that it gave them, and `returns`. Of samples: `rewards` [samples, 1 + rewards], the
+    sum of weighted ones first, and [samples] `share`, by which the loss of a token counts, `lengths` and `truncated`."""
+
+    advantages: Tensor = axes("sequence", "token")
+    old: Tensor | None = axes("sequence", "token", default=None)
+    values: Tensor | None = axes("sequence", "token", default=None)
+    returns: Tensor | None = axes("sequence", "token", default=None)
+    rewards: Tensor = axes("sample", "reward")
+    share: Tensor = axes("sample")
+    lengths: Tensor = axes("sample")
+    truncated: Tensor = axes("sample")
+
+
 def paired(rows: Tensor) -> tuple[Tensor, Tensor]:
     """The first and the second row of every sample: `[2 * samples, ...]` to twice `[samples, ...]`."""
     return rows[::2], rows[1::2]

@@ -117,6 +117,13 @@ class TuningDataset:
         return {name: field.get(sequence).astype(np.int64) for name, field in self.fields.items()}
 
 
+class PromptDataset(TuningDataset):
+    """Samples whose last answer is written anew: none is cut."""
+
+    def __init__(self, indexed: IndexedDataset, first: int, last: int, order: Order, seq_length: int, seed: int | None):
+        super().__init__(indexed, first, last, order, int(indexed.sequence_lengths.max(initial=1)), seed)
+
+
 class MismatchedDataset(TuningDataset):
     """Samples of KTO, each with its prompt before the answer of another one of the files, drawn until its prompt is
     another too: as often desirable as all are."""

@@ -29,7 +29,7 @@ from cordee.model.placement import after
 from cordee.model.router import Routing, limit_to_capacity
 from cordee.ops.attention import AttentionCore, Scores
 from cordee.ops.mask import AttentionMask
-from cordee.parallel import differentiable
+from cordee.parallel import collectives, differentiable
 from cordee.parallel.degrees import Degrees
 from cordee.parallel.layout import Layout
 from cordee.parallel.options import ParallelOptions
@@ -64,6 +64,16 @@ def shard(batch: AnyBatch, layout: Layout, options: ParallelOptions) -> AnyBatch
     own = positions(length, degrees, layout.axis_rank("cp"), _is_causal(options)).to(batch.input_ids.device)
     part = batch.at("token", own)
     return part if part.position_ids is not None else replace(part, position_ids=own.expand(batch_size, -1))
+
+
+def whole(part: Tensor, layout: Layout, options: ParallelOptions) -> Tensor:
+    """`[..., tokens]` of whole sequences, of which this rank has those that `shard` gives it."""
+    if (degrees := layout.degrees).cp == 1:
+        return part
+    length = part.shape[-1] * degrees.cp
+    joined = part.new_zeros(*part.shape[:-1], length)
+    joined[..., positions(length, degrees, layout.axis_rank("cp"), _is_causal(options)).to(part.device)] = part
+    return collectives.sum_over(joined, layout, ("cp",))
 
 
 def _is_causal(options: ParallelOptions) -> bool:

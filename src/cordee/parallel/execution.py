@@ -140,19 +140,19 @@ class Frozen:
     """A model as it is, without dropout, as `executor` runs it over the ranks of `layout`."""
 
     def __init__(self, model: GPTModel, executor: Executor, layout: Layout):
-        self._model = model
+        self.model = model
         self._executor = executor
         self.layout = layout
 
     def forward(self, batches: Sequence[Batch], output: Output) -> list[Any]:
         """As `Executor.forward`; gathered parameters are freed."""
-        training = self._model.training
-        self._model.eval()
+        training = self.model.training
+        self.model.eval()
         try:
             return self._executor.forward(batches, output)
         finally:
-            data.release(self._model)
-            self._model.train(training)
+            data.release(self.model)
+            self.model.train(training)
 
 
 def own_parameters(model: GPTModel) -> list[nn.Parameter]:

@@ -14,6 +14,7 @@ from cordee.parallel.options import CompileOptions, LayoutOptions, ParallelOptio
 from cordee.tokenizer.options import TokenizerOptions
 from cordee.train.objectives import ObjectiveOptions
 from cordee.train.preference_options import PreferenceOptions
+from cordee.train.rollout_options import RolloutOptions
 from cordee.tune.options import LoRAOptions
 
 
@@ -103,6 +104,7 @@ class TrainConfig(
     DataOptions,
     TuningDataOptions,
     PreferenceOptions,
+    RolloutOptions,
     LoRAOptions,
     OptimizerOptions,
     PrecisionOptions,

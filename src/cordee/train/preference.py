@@ -50,7 +50,7 @@ class Preference(SFT):
     loss_name = "preference loss"
     reduces = True
     form: ClassVar[Form] = "pairs"
-    refers: ClassVar[bool] = False  # whether it has a reference model
+    refers: bool = False  # whether it has a reference model
     options: PreferenceOptions = PreferenceOptions()
 
     def with_options(self, config: TrainConfig) -> Self:
@@ -71,20 +71,7 @@ class Preference(SFT):
             return {}
         if (path := run.config.ref_model or _initial_weights(run.config)) is None:
             return {REFERENCE: FurtherModel(spec=run.spec)} if run.spec else {}
-        from cordee.weights.megatron.source import Reading
-
-        found, config = Findings(), run.config
-        reading = Reading(spec=spec_named(config.model) if config.model else None)
-        source = found.attempt(lambda: formats.read(path, reading))
-        raise_all(replace(problem, option="--ref-model", value=path) for problem in found.problems)
-        assert source is not None, "its problems are raised"
-        spec, rows = source.spec, source.spec.config.vocab_size
-        if run.vocab_size is not None and rows != run.vocab_size:
-            why = f"it has {rows} tokens, the model that is trained has {run.vocab_size}"
-            raise ProblemError([Problem("--ref-model", path, why, "give a model of the same tokenizer", "model")])
-        if run.spec is not None and spec.shapes() == run.spec.shapes():  # options that change the model change both
-            spec = spec.with_options(replace(config, vocab_size=None, make_vocab_size_divisible_by=None))
-        return {REFERENCE: FurtherModel(spec=spec, source=source)}
+        return {REFERENCE: opened("--ref-model", path, run)}
 
     def begin(self, make: Mapping[str, Callable[[], Frozen]], *start: Any) -> Mapping[str, Frozen]:
         if not (self.refers and self.options.precompute_reference):
@@ -97,18 +84,22 @@ class Preference(SFT):
     def prepare(self, batches: list[Any], models: Mapping[str, Frozen]) -> list[Any]:
         if (reference := models.get(REFERENCE)) is None:
             return batches
-        pairs = zip(batches, reference.forward(batches, token_logps), strict=True)
+        pairs = zip(batches, reference.forward(batches, self.token_logps), strict=True)
         return [batch if logps is None else replace(batch, reference=logps) for batch, logps in pairs]
 
     def weight(self, batch: Any) -> int:
         """Number of samples, such as pairs."""
         return len(batch.samples)
 
+    def token_logps(self, head: Head, hidden: Tensor, batch: Batch) -> Tensor:
+        """The log-probability of every label, float32 `[batch, seq]`, 0 where there is none."""
+        return head.token_logprobs(hidden, batch.labels)
+
     def answers(self, head: Head, hidden: Tensor, batch: PreferenceBatch, reduce: Reduce) -> Answers:
         """Those of all rows of a batch."""
         import torch
 
-        logps = token_logps(head, hidden, batch)
+        logps = self.token_logps(head, hidden, batch)
         gained, labelled = logps - batch.reference, batch.labels != IGNORED
         rows = reduce(torch.stack([logps.sum(1), gained.sum(1), labelled.sum(1)]))
         return Answers(rows[0], rows[1], rows[2].clamp(min=1))  # a row may be cut down to its prompt
@@ -133,9 +124,22 @@ class PairPreference(Preference):
         """The loss of each pair `[pairs]`, and so of what is reported: "rewards/chosen", "rewards/rejected", others."""
 
 
-def token_logps(head: Head, hidden: Tensor, batch: Batch) -> Tensor:
-    """The log-probability of every label, float32 `[batch, seq]`, 0 where there is none."""
-    return head.token_logprobs(hidden, batch.labels)
+def opened(flag: str, path: str, run: Run) -> FurtherModel:
+    """The model at `path`, which an option names. ProblemError if it cannot be read, or has other tokens."""
+    from cordee.weights.megatron.source import Reading
+
+    found, config = Findings(), run.config
+    reading = Reading(spec=spec_named(config.model) if config.model else None)
+    source = found.attempt(lambda: formats.read(path, reading))
+    raise_all(replace(problem, option=flag, value=path) for problem in found.problems)
+    assert source is not None, "its problems are raised"
+    spec, rows = source.spec, source.spec.config.vocab_size
+    if run.vocab_size is not None and rows != run.vocab_size:
+        why = f"it has {rows} tokens, the model that is trained has {run.vocab_size}"
+        raise ProblemError([Problem(flag, path, why, "give a model of the same tokenizer", "model")])
+    if run.spec is not None and spec.shapes() == run.spec.shapes():  # options that change the model change both
+        spec = spec.with_options(replace(config, vocab_size=None, make_vocab_size_divisible_by=None))
+    return FurtherModel(spec=spec, source=source)
 
 
 def _initial_weights(config: TrainConfig) -> str | None:

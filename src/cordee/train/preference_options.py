@@ -9,7 +9,8 @@ from cordee.config.laws import Wanted, ignored, needs
 from cordee.config.option import option
 
 _PAIRS = Wanted("dpo, orpo or simpo", lambda stage: stage in ("dpo", "orpo", "simpo"))
-_REFERRING = Wanted("dpo or kto", lambda stage: stage in ("dpo", "kto"))
+_SCORED = Wanted("dpo or kto", lambda stage: stage in ("dpo", "kto"))
+_REFERRING = Wanted("dpo, kto, grpo or ppo", lambda stage: stage in ("dpo", "kto", "grpo", "ppo"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,8 @@ class PreferenceOptions:
     laws = (
         needs("is_pairwise_dataset", stage=_PAIRS),
         needs("dpo_label_smoothing", dpo_loss_type="sigmoid"),
-        ignored("ref_model", "precompute_reference", stage=_REFERRING),
+        ignored("ref_model", stage=_REFERRING),
+        ignored("precompute_reference", stage=_SCORED),
         ignored("dpo_beta", "dpo_loss_type", "dpo_label_smoothing", "dpo_ftx", stage="dpo"),
         ignored("orpo_beta", stage="orpo"),
         ignored("simpo_beta", "simpo_gamma", stage="simpo"),

@@ -111,7 +111,7 @@ class Trainer:
                 consumed = self.state.consumed_samples
                 sizes = self.plan.batches.micro_batches(consumed)
                 step = self._fetch("train", consumed, self._batch_size, sizes)
-                result = None if step is None else self._step(step)
+                result = None if step is None else self._step(self._collected(step, self.state.iteration + 1))
             if result is None:
                 ending = self.stop_requested
                 break
@@ -224,6 +224,20 @@ class Trainer:
         self.stop_requested = self.parts.exits.decide([int(vote) for vote in votes])
         return Step(batches, weight, int(tokens)) if self.stop_requested is None else None
 
+    def _collected(self, step: Step, iteration: int | None) -> Step:
+        """`step` as the objective makes it of its samples. If it cannot, what was trained before is saved first."""
+        try:
+            batches = self.parts.objective.collect(step.batches, self.parts.models, iteration)
+        except ProblemError:
+            if iteration is not None:
+                self.save()
+            raise
+        if batches is step.batches:
+            return step
+        counted = batches if self.parts.layout.speaks_for_samples else []
+        (tokens,) = collectives.sum_numbers([sum(batch.num_tokens for batch in counted)], self.parts.layout)
+        return Step(batches, step.weight, int(tokens))
+
     def _step(self, step: Step) -> StepResult:
         """Forward, backward and optimizer; `state` moves on."""
         parts, state = self.parts, self.state
@@ -288,7 +302,7 @@ class Trainer:
             for index in range(self.config.eval_iters):
                 if (step := self._fetch(split, index * size, size, self.config.micro_batch_size)) is None:
                     return None
-                total = self.parts.executor.evaluate(self._own_parts(step.batches))
+                total = self.parts.executor.evaluate(self._own_parts(self._collected(step, None).batches))
                 loss += collectives.sum_over(total, self.parts.layout).item()
                 weight += step.weight
                 progress(index + 1)

@@ -168,6 +168,12 @@ class Objective(ABC, Generic[B]):
         any."""
         return None
 
+    def collect(self, batches: list[B], models: Mapping[str, Frozen], iteration: int | None) -> list[B]:
+        """The micro-batches that are trained on in the step `iteration`, None: validated on, made of `batches`, whole
+        sequences of as many samples: such as what the model that is trained now writes to prompts. All ranks call it
+        alike; ProblemError, on all ranks, if it cannot."""
+        return batches
+
     def prepare(self, batches: list[B], models: Mapping[str, Frozen]) -> list[B]:
         """`batches`, this rank's parts of the micro-batches of a step, with what `models` say of them in their fields.
         Called before they are trained on or evaluated."""

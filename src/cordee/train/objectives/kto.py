@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from cordee.data.tuning_dataset import Form, MismatchedDataset, TuningDataset
 from cordee.train.objectives import POLICY
 from cordee.train.objectives.sft import TuningData
-from cordee.train.preference import Preference, token_logps
+from cordee.train.preference import Preference
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,7 +43,7 @@ class KTO(Preference):
             [batch.at("sequence", torch.arange(side, len(batch.input_ids), 2)) for batch in batches] for side in (0, 1)
         )
         layout, flags = policy.layout, torch.cat([batch.desirable for batch in own])
-        gains = [float(gain) for gain in policy.forward(other, _gain) if gain is not None]
+        gains = [float(gain) for gain in policy.forward(other, self._gain) if gain is not None]
         counts = [len(flags), float(flags.sum())] if layout.speaks_for_samples else [0, 0]
         gain, count, desirable = collectives.sum_numbers([sum(gains) / layout.degrees.tp, *counts], layout)
         factors = torch.tensor([count / max(count - desirable, 1), count / max(desirable, 1)])
@@ -63,10 +63,9 @@ class KTO(Preference):
             metrics |= {f"rewards/{name}": rewards * share, f"logps/{name}": answers.logps * share}
         return losses.sum(), {name: values.detach().sum() for name, values in metrics.items()}
 
-
-def _gain(head: Head, hidden: Tensor, batch: Any) -> Tensor:
-    """By how much the log-probability of all answers is above that by the reference model."""
-    return (token_logps(head, hidden, batch) - batch.reference).double().sum()
+    def _gain(self, head: Head, hidden: Tensor, batch: Any) -> Tensor:
+        """By how much the log-probability of all answers is above that by the reference model."""
+        return (self.token_logps(head, hidden, batch) - batch.reference).double().sum()
 
 
 OBJECTIVE = KTO()

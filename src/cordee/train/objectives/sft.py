@@ -29,6 +29,7 @@ from cordee.train.options import TrainConfig
 
 if TYPE_CHECKING:
     from cordee.data.loader import Collate
+    from cordee.data.tuning_collate import TuningCollate
 
 _PATHS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 
@@ -40,13 +41,18 @@ class TuningData(GPTData):
     sequences: ClassVar[type[TuningDataset] | None] = TuningDataset
 
     def collate(self) -> "Collate":
+        config = self.config
+        parts = 2 * config.context_parallel_size * config.tensor_model_parallel_size  # of a sequence, on ranks
+        return self.rows(math.lcm(config.pad_to_multiple_of, parts) if config.variable_seq_lengths else None)
+
+    def rows(self, multiple: int | None) -> "TuningCollate":
+        """What makes a batch of samples, as long as `TuningCollate` has it."""
         from cordee.data.tuning_collate import TuningCollate
 
         config = self.config
-        parts = 2 * config.context_parallel_size * config.tensor_model_parallel_size  # of a sequence, on ranks
         return TuningCollate(
             seq_length=config.seq_length,
-            multiple=math.lcm(config.pad_to_multiple_of, parts) if config.variable_seq_lengths else None,
+            multiple=multiple,
             vocab_size=self.vocab_size,
             eod=self.eod,
             reset_position_ids=config.reset_position_ids,
@@ -58,10 +64,11 @@ class SFT(NextToken):
     stage = "sft"
     plan = TuningData
     form: ClassVar[Form] = "dialogues"  # of its samples
+    cuts: ClassVar[bool] = True  # whether samples of more than --seq-length tokens are cut to it
 
     def ready(self, config: TrainConfig) -> TrainConfig:
         """Paths become the prefixes of pairs of ids; records are tokenized into the cache if they are not there."""
-        options = tokenizing(config, config.seq_length, kto=self.form == "kto")
+        options = tokenizing(config, config.seq_length if self.cuts else None, kto=self.form == "kto")
         records = Records(options, config.data_cache_path, partial(_tokenizer, config), self.form)
         found = Findings()
         changed = {}
@@ -85,8 +92,12 @@ class SFT(NextToken):
     def data(self, run: Run, found: Findings) -> GPTData | None:
         plan = super().data(run, found)
         if plan is not None:
-            found.notes += _notes(run.config)
+            found.notes += self.notes(run.config)
         return plan
+
+    def notes(self, config: TrainConfig) -> Iterator[str]:
+        """Samples that are cut, and pairs that teach nothing, of what is trained on."""
+        return _notes(config)
 
 
 def _tokenizer(config: TrainConfig) -> tuple[Tokenizer, str | None] | None:
@@ -99,7 +110,6 @@ def _tokenizer(config: TrainConfig) -> tuple[Tokenizer, str | None] | None:
 
 
 def _notes(config: TrainConfig) -> Iterator[str]:
-    """Samples that are cut, and pairs that teach nothing, of what is trained on."""
     for prefix in dict.fromkeys(plan_parts(config)["train"].blend.prefixes):
         sides = ids_of(prefix)
         lengths = np.stack([each.sequence_lengths for each in sides])
