@@ -64,7 +64,7 @@ class GPTModel(gpt.GPTModel):
 
         `overwrite` replaces an existing model, which else raises ProblemError."""
         with hf.write(path, self.spec, assets=self.assets, overwrite=overwrite) as sink:
-            save_from(self, sink, {"base"})
+            save_from(self, sink, {"base", "head"})
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -61,7 +61,7 @@ class CheckpointSource(Source):
         self.assets = assets.beside(path)
         self.base: dict[str, str] | None = self.manifest.get("base")
         if self.base is not None:
-            self._shapes = shapes_of(self.spec.config, "tuned", "adapter")
+            self._shapes = shapes_of(self.spec.config, "tuned", "adapter", "head")
         self._kept = tensors(self._metadata)
         self._files: dict[str, set[str]] = {}
         for index, place in self._metadata.storage_data.items():

@@ -55,7 +55,7 @@ def layer_weights(layer: LayerConfig) -> list[Rule]:
 
 FAMILY = Family(
     name="bloom",
-    architectures=("BloomForCausalLM", "BloomModel"),
+    architectures=("BloomForCausalLM", "BloomModel", "BloomForSequenceClassification"),
     model_types=("bloom",),
     read=read,
     outer_weights=(

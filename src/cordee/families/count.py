@@ -19,19 +19,19 @@ def shapes_of(config: ModelConfig, *origins: Origin) -> dict[str, Shape]:
 
 
 def canonical_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """Those of the base model."""
-    return shapes_of(config, "base", "tuned")
+    """Those of the model without adapters."""
+    return shapes_of(config, "base", "tuned", "head")
 
 
-def count_parameters(config: ModelConfig, origins: Collection[Origin] = ("base", "tuned", "adapter")) -> int:
+def count_parameters(config: ModelConfig, origins: Collection[Origin] = ("base", "tuned", "adapter", "head")) -> int:
     """Number of parameters of these origins; those of a tied head count once."""
     return sum(math.prod(spec.shape) for spec in model_specs(config).values() if spec.origin in origins)
 
 
 def matmul_parameters(config: ModelConfig) -> int:
-    """Weights that a token is multiplied with: the matrices of the layers, of experts those chosen, and the head."""
+    """Weights that a token is multiplied with: the matrices of the layers, of experts those chosen, and heads."""
     layers = sum(_layer_matmuls(layer, config) for layer in config.layers)
-    return layers + config.vocab_size * config.hidden_size
+    return layers + head_flops(config) // 2
 
 
 def _layer_matmuls(layer: LayerConfig, model: ModelConfig) -> int:
@@ -62,7 +62,7 @@ def layer_flops(layer: LayerConfig, model: ModelConfig, seq_length: int) -> int:
 
 def head_flops(config: ModelConfig) -> int:
     """Of one token in the forward of the head."""
-    return 2 * config.vocab_size * config.hidden_size
+    return 2 * (config.lm_head * config.vocab_size + config.score) * config.hidden_size
 
 
 def _score_channels(layer: LayerConfig) -> int:

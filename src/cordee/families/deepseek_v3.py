@@ -46,7 +46,7 @@ def left_out(hf: HFConfig) -> LeftOut:
 
 FAMILY = Family(
     name="deepseek_v3",
-    architectures=("DeepseekV3ForCausalLM", "DeepseekV3Model"),
+    architectures=("DeepseekV3ForCausalLM", "DeepseekV3Model", "DeepseekV3ForSequenceClassification"),
     model_types=("deepseek_v3",),
     read=read,
     layer_weights=deepseek.layer_weights,

@@ -66,7 +66,8 @@ class LeftOut:
 class Family:
     """A family of models, as data.
 
-    architectures: names in `config.json`; the first is written where a configuration has none.
+    architectures: names in `config.json`; the first is written where a configuration has none, `classifier` is that of
+        transformers' classifiers of sequences, which reward models are written as.
     read: reads a `config.json`; problems are collected in the reader.
     layer_weights, layer_prefix: rules of the parameters of a layer, and what their names in a checkpoint begin with;
         `{i}` is the layer. By default LLaMA's, as are `outer_weights`, the rules of all other parameters.
@@ -95,6 +96,10 @@ class Family:
     plain: bool = False
     presets: Mapping[str, Preset] = field(default_factory=dict)
 
+    @property
+    def classifier(self) -> str | None:
+        return next((name for name in self.architectures if name.endswith("ForSequenceClassification")), None)
+
     def config(self, hf: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
         """The model that a `config.json` describes; ProblemError with all that is wrong with it."""
         reader = ConfigReader(hf, where)
@@ -104,7 +109,8 @@ class Family:
 
     def weights(self, config: ModelConfig) -> list[Rule]:
         """The rule of every parameter in a checkpoint, weight and bias of all modules, also of those it lacks."""
-        return [*self.outer_weights, *each_layer(config, self.layer_weights, self.layer_prefix)]
+        layers = each_layer(config, self.layer_weights, self.layer_prefix)
+        return [*self.outer_weights, *layers, *module("score", "score")]
 
     def written(self, words: Words) -> HFConfig:
         """The values of `keys` for a model with these words."""

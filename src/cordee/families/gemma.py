@@ -41,4 +41,9 @@ def read_model(hf: ConfigReader, layers: Iterable[LayerConfig], **more: Any) -> 
     return common.read_model(hf, layers, read_norm(hf), embedding_scale=scale, tie_word_embeddings=tied, **more)
 
 
-FAMILY = Family(name="gemma", architectures=("GemmaForCausalLM", "GemmaModel"), model_types=("gemma",), read=read)
+FAMILY = Family(
+    name="gemma",
+    architectures=("GemmaForCausalLM", "GemmaModel", "GemmaForSequenceClassification"),
+    model_types=("gemma",),
+    read=read,
+)

@@ -45,7 +45,7 @@ def layer_weights(layer: LayerConfig) -> list[Rule]:
 
 FAMILY = Family(
     name="gemma2",
-    architectures=("Gemma2ForCausalLM", "Gemma2Model"),
+    architectures=("Gemma2ForCausalLM", "Gemma2Model", "Gemma2ForSequenceClassification"),
     model_types=("gemma2",),
     read=read,
     layer_weights=layer_weights,

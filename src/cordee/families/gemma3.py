@@ -45,7 +45,7 @@ def far_scaling(config: ModelConfig) -> RopeScaling | None:
 
 FAMILY = Family(
     name="gemma3",
-    architectures=("Gemma3ForCausalLM", "Gemma3TextModel"),
+    architectures=("Gemma3ForCausalLM", "Gemma3TextModel", "Gemma3TextForSequenceClassification"),
     model_types=("gemma3_text",),
     read=read,
     layer_weights=layer_weights,

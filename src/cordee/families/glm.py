@@ -35,7 +35,7 @@ def layer_weights(layer: LayerConfig) -> list[Rule]:
 
 FAMILY = Family(
     name="glm",
-    architectures=("GlmForCausalLM", "GlmModel"),
+    architectures=("GlmForCausalLM", "GlmModel", "GlmForSequenceClassification"),
     model_types=("glm",),
     read=read,
     layer_weights=layer_weights,

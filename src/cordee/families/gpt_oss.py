@@ -81,7 +81,7 @@ def layer_weights(layer: LayerConfig) -> list[Rule]:
 
 FAMILY = Family(
     name="gpt_oss",
-    architectures=("GptOssForCausalLM", "GptOssModel"),
+    architectures=("GptOssForCausalLM", "GptOssModel", "GptOssForSequenceClassification"),
     model_types=("gpt_oss",),
     read=read,
     layer_weights=layer_weights,

@@ -21,7 +21,7 @@ def read(hf: ConfigReader) -> ModelConfig:
 
 FAMILY = Family(
     name="llama",
-    architectures=("LlamaForCausalLM", "LlamaModel"),
+    architectures=("LlamaForCausalLM", "LlamaModel", "LlamaForSequenceClassification"),
     model_types=("llama",),
     read=read,
     ignored=common.FREQUENCIES,

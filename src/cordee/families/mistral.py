@@ -16,7 +16,7 @@ def read(hf: ConfigReader) -> ModelConfig:
 
 FAMILY = Family(
     name="mistral",
-    architectures=("MistralForCausalLM", "MistralModel"),
+    architectures=("MistralForCausalLM", "MistralModel", "MistralForSequenceClassification"),
     model_types=("mistral",),
     read=read,
     ignored=common.FREQUENCIES,

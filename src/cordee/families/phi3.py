@@ -35,7 +35,7 @@ def layer_weights(layer: LayerConfig) -> list[Rule]:
 
 FAMILY = Family(
     name="phi3",
-    architectures=("Phi3ForCausalLM", "Phi3Model"),
+    architectures=("Phi3ForCausalLM", "Phi3Model", "Phi3ForSequenceClassification"),
     model_types=("phi3",),
     read=read,
     layer_weights=layer_weights,

@@ -31,7 +31,7 @@ def read_windows(hf: ConfigReader) -> list[int | None]:
 
 FAMILY = Family(
     name="qwen2",
-    architectures=("Qwen2ForCausalLM", "Qwen2Model"),
+    architectures=("Qwen2ForCausalLM", "Qwen2Model", "Qwen2ForSequenceClassification"),
     model_types=("qwen2",),
     read=read,
     ignored=common.FREQUENCIES,

@@ -67,7 +67,7 @@ def layer_weights(layer: LayerConfig) -> list[Rule]:
 
 FAMILY = Family(
     name="qwen2_moe",
-    architectures=("Qwen2MoeForCausalLM", "Qwen2MoeModel"),
+    architectures=("Qwen2MoeForCausalLM", "Qwen2MoeModel", "Qwen2MoeForSequenceClassification"),
     model_types=("qwen2_moe",),
     read=read,
     layer_weights=layer_weights,

@@ -25,4 +25,9 @@ def read(hf: ConfigReader) -> ModelConfig:
     return common.read_model(hf, layers, norm)
 
 
-FAMILY = Family(name="qwen3", architectures=("Qwen3ForCausalLM", "Qwen3Model"), model_types=("qwen3",), read=read)
+FAMILY = Family(
+    name="qwen3",
+    architectures=("Qwen3ForCausalLM", "Qwen3Model", "Qwen3ForSequenceClassification"),
+    model_types=("qwen3",),
+    read=read,
+)

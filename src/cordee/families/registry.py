@@ -127,7 +127,8 @@ class ModelSpec:
             hf["rope_theta"] = rope.get("rope_theta")
             hf["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
         spec = spec_from_hf(changed(hf, values), "model options")
-        return replace(spec, base_prefix=self.base_prefix).adapted(self.config.low_rank, self.config.tuned)
+        spec = replace(spec, base_prefix=self.base_prefix).adapted(self.config.low_rank, self.config.tuned)
+        return spec.with_heads(score=self.config.score, lm_head=self.config.lm_head)
 
     def _with_fitting_tokens(self) -> "ModelSpec":
         """The same model without special tokens that its vocabulary lacks."""
@@ -154,7 +155,9 @@ class ModelSpec:
         """The model as JSON, for `from_dict`."""
         found = {"family": self.family.name, "hf_config": self.hf_config, "base_prefix": self.base_prefix}
         adapters = {"low_rank": [asdict(each) for each in self.config.low_rank], "tuned": self.config.tuned}
-        return found | {name: value for name, value in adapters.items() if value}
+        heads = {"score": self.config.score, "lm_head": self.config.lm_head}
+        heads = {name: value for name, value in heads.items() if value != (name == "lm_head")}
+        return found | heads | {name: value for name, value in adapters.items() if value}
 
     @staticmethod
     def from_dict(stored: Mapping[str, Any]) -> "ModelSpec":
@@ -164,18 +167,50 @@ class ModelSpec:
             why = f"its configuration is of family {spec.family.name}"
             raise ProblemError([Problem("stored model: family", stored["family"], why, "copy the checkpoint again")])
         low_rank = [LowRankConfig(**{**each, "targets": tuple(each["targets"])}) for each in stored.get("low_rank", ())]
-        return replace(spec, base_prefix=stored["base_prefix"]).adapted(low_rank, stored.get("tuned", ()))
+        spec = replace(spec, base_prefix=stored["base_prefix"]).adapted(low_rank, stored.get("tuned", ()))
+        config = spec.config
+        return spec.with_heads(score=stored.get("score", config.score), lm_head=stored.get("lm_head", config.lm_head))
 
     def adapted(self, low_rank: Iterable[LowRankConfig], tuned: Iterable[str]) -> "ModelSpec":
         """The same model with these adapters, and these modules trained beside them. ProblemError if it has none."""
         return replace(self, config=replace(self.config, low_rank=tuple(low_rank), tuned=tuple(tuned)))
 
+    def with_heads(self, *, score: bool, lm_head: bool) -> "ModelSpec":
+        """The same model with or without a value head, and a head over the vocabulary.
+
+        The `config.json` of a reward model is that of transformers' classifier with one label, if the family has one.
+        """
+        hf, classifier = self.hf_config, self.family.classifier
+        if score and not lm_head and classifier and not _is_classifier(self.family, hf):
+            labels = {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+            padding = {"pad_token_id": _padding(hf, self.config.vocab_size)}
+            hf = hf | {"architectures": [classifier]} | labels | padding
+        return replace(self, hf_config=hf, config=replace(self.config, score=score, lm_head=lm_head))
+
 
 _NAMES = sealed.listed(sealed.text())
 STORED_SPEC = sealed.record(
     {"family": sealed.text(), "hf_config": sealed.record({}), "base_prefix": sealed.flag},
-    {"low_rank": sealed.listed(sealed.of(LowRankConfig, targets=_NAMES)), "tuned": _NAMES},
+    {
+        "score": sealed.flag,
+        "lm_head": sealed.flag,
+        "low_rank": sealed.listed(sealed.of(LowRankConfig, targets=_NAMES)),
+        "tuned": _NAMES,
+    },
 )
+
+
+def _padding(hf: Mapping[str, Any], vocab_size: int) -> int:
+    """The padding of a classifier, which takes the score at the last token that is another: what ends no sequence."""
+    if (known := hf.get("pad_token_id")) is not None:
+        return known
+    begin, ends = hf.get("bos_token_id"), hf.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [ends]
+    return begin if isinstance(begin, int) and begin not in ends else vocab_size - 1
+
+
+def _is_classifier(family: Family, hf: Mapping[str, Any]) -> bool:
+    return family.classifier is not None and hf.get("architectures") == [family.classifier]
 
 
 def _strange_tokens(hf: Mapping[str, Any], vocab_size: int) -> list[str]:
@@ -203,7 +238,13 @@ def _read(hf: Mapping[str, Any], where: str) -> tuple[ModelSpec, set[str]]:
     except ProblemError as error:  # of a model that is too large
         further = (replace(problem, option=f"{where}: {problem.option}") for problem in error.problems)
         raise ProblemError([*reader.problems, *further]) from error
+    if scores := _is_classifier(family, hf):
+        count = reader.integer("num_labels", len(reader.section("id2label")) or 2)
+        if count != 1:
+            fix = "take a reward model, which has one label: its score"
+            reader.problem("num_labels", f"it has {count} labels, and a reward model has one", fix, "labels", count)
     reader.finish()
+    config = replace(config, score=True, lm_head=False) if scores else config
     return ModelSpec(family, complete, config), set(reader.unread())
 
 

@@ -338,7 +338,9 @@ class LayerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder. `norm_head`: logits are products with the L2-normalised rows of the head (Baichuan 2).
+    """A decoder. `norm_head`: logits are products with the L2-normalised rows of the head (Baichuan 2). `score`: it
+    has a value head, which scores every position; a reward model has no other, for without `lm_head` there is none over
+    the vocabulary.
 
     ProblemError for one that is larger than the limits above."""
 
@@ -360,6 +362,8 @@ class ModelConfig:
     init_std: float = 0.02
     low_rank: tuple[LowRankConfig, ...] = ()  # the first one that names a projection counts there
     tuned: tuple[str, ...] = ()  # modules that are trained as a whole beside adapters, by the ends of their names
+    score: bool = False
+    lm_head: bool = True
     num_prefix_tokens: int = 0  # learned keys and values in every layer, which every query sees (Li & Liang 2021)
 
     def __post_init__(self) -> None:
@@ -393,7 +397,7 @@ class ModelConfig:
     def projections(self) -> Iterator[tuple[str, str, str]]:
         """What can be adapted: canonical name of a module, of it or of a slice of it, and the latter's full name."""
         layers = (f"layers.{i}.{name}" for i, layer in enumerate(self.layers) for name in _projections(layer))
-        for path in ("embedding", *layers, "head"):
+        for path in ("embedding", *layers, *(["head"] if self.lm_head else [])):
             parent, dot, leaf = path.rpartition(".")
             for name in (leaf, *SLICES.get(leaf, ())):
                 yield path, name, f"{parent}{dot}{name}"
@@ -418,6 +422,11 @@ class ModelConfig:
         yield "ffn_hidden_size", max(widths, default=0), MAX_WIDTH
         heads = (layer.attention.num_heads * layer.attention.key_dim for layer in self.layers)
         yield "num_attention_heads x kv_channels", max(heads, default=0), MAX_WIDTH
+
+    @property
+    def tied_head(self) -> bool:
+        """Whether there is a head over the vocabulary, and it is the embedding."""
+        return self.lm_head and self.tie_word_embeddings
 
     @property
     def num_layers(self) -> int:

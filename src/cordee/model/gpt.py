@@ -15,7 +15,7 @@ from cordee.model.balance import Balance
 from cordee.model.bound import Binding, Unsupported, require_known, require_plain, row_index
 from cordee.model.cache import Cache
 from cordee.model.config import AttentionConfig, ModelConfig
-from cordee.model.head import Head
+from cordee.model.head import Head, ValueHead
 from cordee.model.inputs import Context, Inputs, ModelPlacement
 from cordee.model.layer import Layer
 from cordee.model.linear import Embedding, factory_kwargs
@@ -31,7 +31,7 @@ Output = Callable[[Head, Tensor], Any]
 
 # What may be set of a model that has a fused decode path; all that concerns the head alone is the head's.
 _BOUND = """vocab_size hidden_size max_position_embeddings layers final_norm learned_positions tie_word_embeddings
-    norm_head logit_scale logit_softcap embedding_dropout attention_dropout hidden_dropout init_std"""
+    norm_head logit_scale logit_softcap embedding_dropout attention_dropout hidden_dropout init_std score"""
 
 
 class GPTModel(nn.Module):
@@ -66,8 +66,10 @@ class GPTModel(nn.Module):
         )
         if self.has_head:
             self.final_norm = Norm(config.final_norm, config.hidden_size, **factory)
-            self.head = Head(config, **factory)
-            if config.tie_word_embeddings:
+            if config.score:
+                self.score = ValueHead(config, **factory)
+            self.head = Head(config, self.score.forward if config.score else None, **factory)
+            if config.tied_head:
                 self.head.weight = self.embedding.weight
         add_low_rank(self, config, {"embedding"} if self.copies_embedding else set(), **factory)
         self._inputs = Inputs(config)
@@ -84,7 +86,7 @@ class GPTModel(nn.Module):
     @property
     def copies_embedding(self) -> bool:
         """Whether the rows of the head are a copy of an embedding that another process has."""
-        return self.config.tie_word_embeddings and self.has_head and not self.has_embedding
+        return self.config.tied_head and self.has_head and not self.has_embedding
 
     def forward(
         self,
@@ -126,7 +128,7 @@ class GPTModel(nn.Module):
         """The fused decode path (see `bound.py`) for about so many rows: tokens int64 `[batch]` and the cache that they
         continue, to logits `[batch, vocab]`. Raises `Unsupported` if the model has none."""
         require_known(self.config, _BOUND)
-        require_plain(self, type(self), "embedding position_embedding layers final_norm head")
+        require_plain(self, type(self), "embedding position_embedding layers final_norm head score")
         if (why := altered(self)) is not None:
             raise Unsupported(why)
         if type(self).forward is not GPTModel.forward:

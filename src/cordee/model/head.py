@@ -1,4 +1,4 @@
-"""From hidden states to vocabulary: logits when asked for, the loss without them."""
+"""From hidden states to vocabulary: logits when asked for, the loss without them; and to values of positions."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,8 +8,9 @@ from torch import Tensor
 
 from cordee.model.config import ModelConfig
 from cordee.model.low_rank import Projection
+from cordee.model.parameter import SpecifiedModule
 from cordee.model.placement import Placement, View, unchanged
-from cordee.model.specs import table
+from cordee.model.specs import score, table
 from cordee.ops.cross_entropy import IGNORED, VocabularyPart, adjusted, chunked_cross_entropy
 from cordee.ops.gemm import linear
 
@@ -25,10 +26,13 @@ class HeadPlacement(Placement):
 class Head(Projection[HeadPlacement]):
     """Rows of `weight` `[vocab, embed]` score the tokens. A tied head is given the embedding's parameter.
 
-    What the config asks for beyond products, scale, softcap and rows of length one, is part of both logits and loss."""
+    What the config asks for beyond products, scale, softcap and rows of length one, is part of both logits and loss.
+    A reward model has no such rows, and asking for either is an AssertionError. `values`: the model's value head."""
 
-    def __init__(self, config: ModelConfig, **factory):
-        super().__init__(HeadPlacement(), table(config, "vocab", config.vocab_size), **factory)
+    def __init__(self, config: ModelConfig, values: View | None = None, **factory):
+        specs = table(config, "vocab", config.vocab_size) if config.lm_head else {}
+        super().__init__(HeadPlacement(), specs, **factory)
+        self._values = values  # no part of this module: its parameter has a name of its own
         self.scale = config.logit_scale
         self.softcap = config.logit_softcap
         self.normalised = config.norm_head
@@ -38,6 +42,12 @@ class Head(Projection[HeadPlacement]):
         logits = adjusted(linear(self.placement.enter(hidden), self._rows()), self.scale, self.softcap)
         part = self.placement.vocabulary
         return logits if part is None else part.join(logits)
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """The value of every position, float32 `[batch, seq]`, of hidden states `[batch, seq, embed]`. AssertionError
+        for a model without a value head."""
+        assert self._values is not None, "the model has no value head"
+        return self._values(hidden)
 
     def loss(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Sum of the cross entropy over tokens and how many tokens that is (float32 and int64 scalars).
@@ -66,4 +76,26 @@ class Head(Projection[HeadPlacement]):
 
     def _rows(self) -> Tensor:
         weight = self.local("weight")
+        assert weight is not None, "the model has no head over the vocabulary"
         return self.merged(F.normalize(weight, dim=-1) if self.normalised else weight)
+
+
+@dataclass(eq=False, kw_only=True)
+class ValuePlacement(Placement):
+    """`exit` of the values `[batch, seq]`."""
+
+    exit: View = unchanged
+
+
+class ValueHead(SpecifiedModule[ValuePlacement]):
+    """The product of every hidden state with `weight` `[1, embed]`, in float32.
+
+    Outside of the blocks that tensor parallelism shards: ranks compute the same, or of their own tokens."""
+
+    def __init__(self, config: ModelConfig, **factory):
+        super().__init__(ValuePlacement())
+        self.declare(score(config), "weight", **factory)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """`[batch, seq, embed]` to float32 `[batch, seq]`."""
+        return self.placement.exit(linear(hidden.float(), self.local("weight").float())[..., 0])

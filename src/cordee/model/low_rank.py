@@ -92,8 +92,9 @@ class Projection(SpecifiedModule[P], Generic[P]):
         return y + delta
 
     def extra_repr(self) -> str:
-        spec = self.specs["weight"]
-        return ", ".join(f"{axis}={size}" for axis, size in zip(spec.axes, spec.shape, strict=True))
+        spec = self.specs.get("weight")
+        sizes = zip(spec.axes, spec.shape, strict=True) if spec else ()  # a reward model's head has none
+        return ", ".join(f"{axis}={size}" for axis, size in sizes)
 
     def merged(self, weight: Tensor) -> Tensor:
         """`weight` `[*out_shape, in]` with the adapters in it, for what is no plain product; one without dropout."""

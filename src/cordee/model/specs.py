@@ -29,11 +29,12 @@ class ParameterSpec:
 
     `axes` names each dim of the global `shape`: "vocab", "embed", "position", "kv_group", "slot" (the q heads of a
     group, then k, then v; "q_slot", "kv_slot": some of these), "head_dim", "heads", "branch" (gate, up), "ffn",
-    "latent", "expert", "choice" (what a router scores), "gate", "rank" (of an adapter), "virtual" (tokens of a prefix).
+    "latent", "expert", "choice" (what a router scores), "gate", "rank" (of an adapter), "virtual" (tokens of a prefix),
+    "score" (of the value head).
     Initial values are normal with `std` where it is positive, or `uniform` of that spread, else the constant `fill`.
     A parameter that is not `trained` gets no gradient; `rate` multiplies its learning rate. `origin`: "base" weights
     are what a checkpoint of the model holds, "tuned" are those of them that are trained beside adapters, "adapter"
-    parameters are added to it, and a further "head" replaces what scores tokens."""
+    parameters are added to it, and a "head" beside that over the vocabulary, or in its place, gives values."""
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
@@ -73,8 +74,10 @@ def model_specs(config: ModelConfig) -> Specs:
     for i, layer in enumerate(config.layers):
         specs |= _parts(**{f"layers.{i}": layers[layer]})
     specs |= _parts(final_norm=norm(config.final_norm, config.hidden_size))
-    if not config.tie_word_embeddings:
+    if config.lm_head and not config.tie_word_embeddings:
         specs |= _parts(head=table(config, "vocab", config.vocab_size))
+    if config.score:
+        specs |= _parts(score=score(config))
     for path, name, chosen in config.adapted():
         weight = specs.get(f"{path}.weight", specs["embedding.weight"])  # a tied head shares it
         specs |= _parts(**{f"{path}.adapters.{name}": low_rank(chosen, weight, path, name)})
@@ -200,6 +203,11 @@ def onto_residual(model: ModelConfig, axis: str, size: int, bias: bool, stack: d
 
 def table(model: ModelConfig, axis: str, num_rows: int) -> Specs:
     return {"weight": _spec({axis: num_rows, "embed": model.hidden_size}, std=model.init_std)}
+
+
+def score(config: ModelConfig) -> Specs:
+    """Of the value head."""
+    return {"weight": _spec({"score": 1, "embed": config.hidden_size}, std=config.init_std, origin="head")}
 
 
 def norm(config: NormConfig, size: int, axis: str = "embed") -> Specs:

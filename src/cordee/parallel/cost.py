@@ -92,8 +92,8 @@ def count(
     for name, spec in model_specs(model).items():
         part, _, rest = name.partition(".")
         in_layer = part == "layers"
-        at = "head" if part in ("final_norm", "head") else "embedding"
-        tied = part == "embedding" and model.tie_word_embeddings and ends["head"]
+        at = "head" if part in ("final_norm", "head", "score") else "embedding"
+        tied = part == "embedding" and model.tied_head and ends["head"]
         if not (int(rest.partition(".")[0]) in layers if in_layer else ends[at] or tied):
             continue
         size = _shard_size(spec, degrees)

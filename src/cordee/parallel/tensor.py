@@ -93,6 +93,13 @@ def _set_borders(model: GPTModel, axis: _Axis, sequence: bool) -> None:
     if model.has_head:
         border(model.head.placement)
         model.head.placement.set(NAME, vocabulary=vocabulary)
+    if model.has_head and model.config.score and sequence:
+        model.score.placement.wrap("exit", NAME, after(partial(_all_tokens, axis=axis)), compiles=True)
+
+
+def _all_tokens(values: Tensor, axis: _Axis) -> Tensor:
+    """Values `[batch, seq]` of the tokens of all ranks, on which they compute the same."""
+    return differentiable.all_gather_fwd_split_bwd(values, axis.group, 1, [values.shape[1]] * axis.size)
 
 
 def _prepare_attention(module: Attention, axis: _Axis) -> None:

@@ -311,6 +311,7 @@ def _fill(plan: RunPlan, model: GPTModel, optimizer: torch.optim.Optimizer, layo
     initial, left = plan.initial, set(ORIGINS)
     if (source := initial.source) is not None:
         loaded: set[Origin] = {"base", "tuned"} if initial.peft is None else {"base", "tuned", "adapter"}
+        loaded |= {"head"} if source.spec.config.score else set()
         report = together(lambda: load_into(model, source, origins=loaded), layout.control)
         logger.info("%s: %s", initial.weights, report)
         left -= loaded
@@ -318,7 +319,7 @@ def _fill(plan: RunPlan, model: GPTModel, optimizer: torch.optim.Optimizer, layo
         state = optimizer if checkpoint.resume and plan.config.load_optim else None
         optional: tuple[Origin, ...] = () if checkpoint.resume else ("adapter", "head")
         origins = ORIGINS if initial.base is None else techniques.trained(plan.spec.config, plan.config)
-        left = restore(checkpoint.path, model, state, group=layout.background, origins=origins, optional=optional)
+        left &= restore(checkpoint.path, model, state, group=layout.background, origins=origins, optional=optional)
     initialise(model, plan.config.seed, left)
 
 

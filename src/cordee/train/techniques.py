@@ -49,7 +49,7 @@ class LoRA(Technique):
         return lora.adapted(spec, options)
 
     def trains(self, model: ModelConfig, options: TrainConfig) -> Collection[Origin]:
-        return ("tuned", "adapter") if model.low_rank or model.tuned else get_args(Origin)
+        return ("tuned", "adapter", "head") if model.low_rank or model.tuned else get_args(Origin)
 
 
 TECHNIQUES: tuple[Technique, ...] = (LoRA(),)  # in the order in which they are put on

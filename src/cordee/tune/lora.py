@@ -33,7 +33,7 @@ def adapted(spec: ModelSpec, options: LoRAOptions) -> ModelConfig:
         names, modules, rank = options.lora_target_modules or (), options.lora_modules_to_save, options.lora_r or RANK
         targets = found.attempt(lambda: targets_named(spec, names)) or ()
         tuned = found.attempt(lambda: modules_named(spec, modules or ())) or ()
-        if spec.config.tie_word_embeddings and (tied := {"embedding", "head"}.intersection(targets)):
+        if spec.config.tied_head and (tied := {"embedding", "head"}.intersection(targets)):
             why = f"embedding and head are tied, of which {', '.join(tied)} would change alone"
             found.problems.append(Problem("--lora-target-modules", " ".join(names), why, "leave it out", "tied"))
         if spec.config.norm_head and "head" in targets:

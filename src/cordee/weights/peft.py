@@ -246,7 +246,7 @@ class PeftAdapter:
     def _check_tied(self) -> Iterator[Problem]:
         """PEFT trains one end of a tied pair alone, which one tensor for both cannot express."""
         (embedding,) = self._rules["embedding.weight"].foreign
-        if self._spec.config.tie_word_embeddings and embedding in self._factors:
+        if self._spec.config.tied_head and embedding in self._factors:
             why = "it changes the embedding, but not the head, which is tied to it"
             fix = 'untie them in the base first: a copy as head, and "tie_word_embeddings": false in config.json'
             yield Problem(f"{self.file.path}: {embedding}", None, why, fix, "tied")

@@ -159,7 +159,7 @@ def to_peft(spec: ModelSpec, read: Read) -> tuple[dict[str, Tensor], dict[str, A
                 part = parts[place.number].t() if place.transposed else parts[place.number]
                 pieces[place].append((a if place.expert is None else a[place.expert], part, config.scale))
     refused = [f"{place.foreign}, a stack of experts" for place, found in pieces.items() if found[0][0].ndim > 2]
-    if spec.config.tie_word_embeddings and spec.config.tunes("embedding.weight"):
+    if spec.config.tied_head and spec.config.tunes("embedding.weight"):
         refused.append("an embedding to which the head is tied")
     if refused:
         why = f"PEFT has no place for {refused[0]}"

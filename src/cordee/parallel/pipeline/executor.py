@@ -202,7 +202,7 @@ class PipelineExecutor:
     def _all_reduce_tied_embedding(self) -> None:
         """Sum the gradients of a tied embedding, of which the first and the last rank each have a copy."""
         first, last = self._partition.rank_of(0), self._partition.rank_of(self._partition.num_stages - 1)
-        if not self._model.config.tie_word_embeddings or first == last or self._rank not in (first, last):
+        if not self._model.config.tied_head or first == last or self._rank not in (first, last):
             return
         grad = self._model.embedding.weight.grad
         if grad is None:
