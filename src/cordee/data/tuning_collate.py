@@ -46,7 +46,7 @@ class RolloutBatch(PreferenceBatch):
 
     Of tokens, float32 [batch, seq]: `advantages`; and, where they are of use, log-probabilities `old` by the policy
     that wrote them, the `values` that it gave them, and `returns`. Of samples: `rewards` [samples, 1 + rewards], the
-    sum of weighted ones first, and [samples] `share`, by which the loss of a token counts, `lengths` and `truncated`."""
+    sum of weighted ones first, [samples] `share`, by which the loss of a token counts, `lengths` and `truncated`."""
 
     advantages: Tensor = axes("sequence", "token")
     old: Tensor | None = axes("sequence", "token", default=None)

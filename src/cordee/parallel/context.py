@@ -66,6 +66,14 @@ def shard(batch: AnyBatch, layout: Layout, options: ParallelOptions) -> AnyBatch
     return part if part.position_ids is not None else replace(part, position_ids=own.expand(batch_size, -1))
 
 
+def part(whole: Tensor, layout: Layout, options: ParallelOptions) -> Tensor:
+    """This rank's tokens of `[..., tokens]` of whole sequences."""
+    if (degrees := layout.degrees).cp == 1:
+        return whole
+    own = positions(whole.shape[-1], degrees, layout.axis_rank("cp"), _is_causal(options))
+    return whole[..., own.to(whole.device)]
+
+
 def whole(part: Tensor, layout: Layout, options: ParallelOptions) -> Tensor:
     """`[..., tokens]` of whole sequences, of which this rank has those that `shard` gives it."""
     if (degrees := layout.degrees).cp == 1:

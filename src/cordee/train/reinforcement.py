@@ -115,6 +115,7 @@ class Reinforcement(Preference):
     cuts: ClassVar[bool] = False
     default_kl: ClassVar[float]
     default_level: ClassVar[str]
+    in_loss: ClassVar[bool] = True  # whether the divergence from the reference is part of the loss
     learning: RolloutOptions = RolloutOptions()
     kl: float = 0.0  # weight of the divergence from the reference
 
@@ -189,7 +190,7 @@ class Reinforcement(Preference):
             found = self._rollouts.judged(found, made, model)
         totals = rollout.totals(found, options.reward_weights)
         if iteration is not None:
-            self._rollouts.keep(iteration, found, names, totals)
+            self._rollouts.keep(iteration, found, names)
         made = self._rewarded(made, found, totals)
         if iteration is not None:
             self._kept = Kept(self._block or 0, made)
@@ -278,7 +279,7 @@ class Reinforcement(Preference):
         if self.refers and self._block is not None:
             gap = batch.reference - logps
             kept["kl"] = gap.exp() - gap - 1  # of Schulman's estimators the third: never below 0, without bias
-            losses = losses + self.in_loss * kept["kl"]
+            losses = losses + self.kl * self.in_loss * kept["kl"]
         further, values = self.further(head, hidden, batch)
         losses, kept = losses + further, {name: value.detach() for name, value in {**kept, **values}.items()}
         rows = reduce(torch.stack([each.masked_fill(~mask, 0).sum(1) for each in (losses, *kept.values())]))
@@ -287,11 +288,6 @@ class Reinforcement(Preference):
         names = ("reward", *(f"reward/{name.rpartition(':')[2]}" for name in options.reward_function), "reward/model")
         metrics |= dict(zip(names, batch.rewards.T, strict=False))
         return (rows[0] * batch.share).sum(), {name: value.sum() for name, value in metrics.items()}
-
-    @property
-    def in_loss(self) -> float:
-        """The weight of the divergence from the reference in the loss."""
-        return self.kl
 
     def further(self, head: Head, hidden: Tensor, batch: RolloutBatch) -> tuple[Tensor | float, dict[str, Tensor]]:
         """More of the loss of each token, and what is reported of it."""

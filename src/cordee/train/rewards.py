@@ -50,11 +50,9 @@ def called(name: str, function: RewardFunction, texts: dict[str, list[str]]) -> 
         why = f"it returned {len(found)} rewards for {count} completions" if len(found) != count else None
     except Exception as error:  # a function of the user may fail with anything
         why, found = f"it raised {type(error).__name__}: {error}", []
-    if (
-        why is None
-        and (bad := next((i for i, reward in enumerate(found) if not math.isfinite(reward)), None)) is not None
-    ):
-        why = f"it returned {found[bad]} for the completion {texts['completions'][bad][:200]!r}"
+    for reward, completion in zip(found, texts["completions"], strict=False):
+        if not math.isfinite(reward):
+            why = f"it returned {reward} for the completion {completion[:200]!r}"
     if why is not None:
         fix = "let it return one finite number a completion; what was trained before is saved"
         raise ProblemError([Problem(FLAG, name, why, fix, "reward")])

@@ -17,7 +17,7 @@ from cordee.data.batch import Batch
 from cordee.data.messages import IGNORED
 from cordee.data.tuning import prompt_length
 from cordee.errors import Problem, ProblemError
-from cordee.files import durable
+from cordee.files import write_durably
 from cordee.generate.engine import stream
 from cordee.generate.loading import stop_ids
 from cordee.generate.options import DecodingOptions
@@ -132,38 +132,33 @@ class Rollouts:
         """What `tokens` read as behind a prompt."""
         return continuation(self._tokenizer, rollout.prompt, tokens, self._ends)
 
-    def keep(
-        self, iteration: int, found: Mapping[int, Rollout], names: Sequence[str], totals: Mapping[int, float]
-    ) -> None:
-        """Write the file of a step; rank 0 does. ProblemError on all ranks if it cannot be written."""
-        folder = directory(self._config)
-        if folder is not None:
-            write = (lambda: self._write(folder, iteration, found, names, totals)) if self._layout.rank == 0 else int
-            collectives.together(write, self._layout.control)
+    def keep(self, iteration: int, found: Mapping[int, Rollout], names: Sequence[str]) -> None:
+        """Write the file of a step, on rank 0. ProblemError on all ranks if it cannot be written."""
+        if (folder := directory(self._config)) is not None:
+            first, path = self._layout.rank == 0, folder / f"step-{iteration:08d}.jsonl"
+            lines = [self._record(found[number], names) for number in sorted(found)] if first else []
+            collectives.together(lambda: _write(path, lines) if first else None, self._layout.control)
 
-    def _write(
-        self, folder: Path, iteration: int, found: Mapping[int, Rollout], names: Sequence[str], totals: Any
-    ) -> None:
-        path = folder / f"step-{iteration:08d}.jsonl"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with durable(path) as file:
-                for number, each in sorted(found.items()):
-                    record = {
-                        "iteration": iteration,
-                        "sample": number,
-                        "prompt": self._tokenizer.decode(each.prompt, skip_special_tokens=False),
-                        "completion": self.text(each, each.tokens),
-                        "answer": self.text(each, each.answer),
-                        "tokens": len(each.tokens),
-                        "finish": "stop" if each.ended else "length",
-                        "rewards": dict(zip(names, each.scores, strict=True)),
-                        "reward": totals[number],
-                    }
-                    file.write(f"{json.dumps(record, ensure_ascii=False)}\n".encode())
-        except OSError as error:
-            fix = "make room, or give another --rollout-dir"
-            raise ProblemError([Problem("--rollout-dir", str(path), f"it cannot be written: {error}", fix)]) from error
+    def _record(self, rollout: Rollout, names: Sequence[str]) -> dict[str, Any]:
+        return {
+            "sample": rollout.sample,
+            "prompt": self._tokenizer.decode(rollout.prompt, skip_special_tokens=False),
+            "completion": self.text(rollout, rollout.tokens),
+            "answer": self.text(rollout, rollout.answer),
+            "tokens": len(rollout.tokens),
+            "finish": "stop" if rollout.ended else "length",
+            "rewards": dict(zip(names, rollout.scores, strict=True)),
+        }
+
+
+def _write(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    lines = [f"{json.dumps(record, ensure_ascii=False)}\n" for record in records]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(path, "".join(lines))
+    except OSError as error:
+        fix = "make room, or give another --rollout-dir"
+        raise ProblemError([Problem("--rollout-dir", str(path), f"it cannot be written: {error}", fix)]) from error
 
 
 def directory(config: TrainConfig) -> Path | None:
