@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cordee.data.batch import Batch
-    from cordee.data.tuning_collate import PreferenceBatch
+    from cordee.data.tuning_collate import PreferenceBatch, ScoredBatch
     from cordee.model.head import Head
     from cordee.parallel.execution import Frozen, LossParts, Reduce
 
@@ -78,7 +78,7 @@ class Preference(SFT):
         source = found.attempt(lambda: formats.read(path, reading))
         raise_all(replace(problem, option="--ref-model", value=path) for problem in found.problems)
         assert source is not None, "its problems are raised"
-        spec, rows = source.spec, source.spec.config.vocab_size
+        spec, rows = source.spec.without_values("--ref-model", []), source.spec.config.vocab_size
         if run.vocab_size is not None and rows != run.vocab_size:
             why = f"it has {rows} tokens, the model that is trained has {run.vocab_size}"
             raise ProblemError([Problem("--ref-model", path, why, "give a model of the same tokenizer", "model")])
@@ -123,14 +123,25 @@ class PairPreference(Preference):
         both = self.answers(head, hidden, batch, reduce)
         chosen, rejected = (Answers(*side) for side in zip(*map(paired, both), strict=True))
         losses, metrics = self.losses(chosen, rejected)
-        better, worse = metrics["rewards/chosen"], metrics["rewards/rejected"]
-        metrics |= {"rewards/margins": better - worse, "rewards/accuracies": (better > worse).float()}
-        metrics |= {"logps/chosen": chosen.logps, "logps/rejected": rejected.logps}
-        return losses.sum(), {name: values.detach().sum() for name, values in metrics.items()}
+        return of_pairs(losses, metrics | {"logps/chosen": chosen.logps, "logps/rejected": rejected.logps})
 
     @abstractmethod
     def losses(self, chosen: Answers, rejected: Answers) -> Losses:
         """The loss of each pair `[pairs]`, and so of what is reported: "rewards/chosen", "rewards/rejected", others."""
+
+
+def of_pairs(losses: Tensor, metrics: dict[str, Tensor]) -> LossParts:
+    """The parts of the loss of pairs, of theirs and what is reported of each, `[pairs]`, the two rewards among it."""
+    better, worse = metrics["rewards/chosen"], metrics["rewards/rejected"]
+    metrics = metrics | {"rewards/margins": better - worse, "rewards/accuracies": (better > worse).float()}
+    return losses.sum(), {name: values.detach().sum() for name, values in metrics.items()}
+
+
+def row_scores(head: Head, hidden: Tensor, batch: ScoredBatch) -> Tensor:
+    """The score of every row, float32 `[batch]`: the value of its last token, as transformers' classifiers have it.
+
+    Of a part of the tokens it is 0 where that token is in another: what context-parallel ranks return adds up."""
+    return head.scores(hidden).masked_fill(~batch.last, 0.0).sum(1)
 
 
 def token_logps(head: Head, hidden: Tensor, batch: Batch) -> Tensor:
