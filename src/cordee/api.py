@@ -91,6 +91,7 @@ class GPTModel(gpt.GPTModel):
         prompt: a text, token ids, or several of either; ids also as an int64 tensor `[seq]` or `[batch, seq]`.
         options: fields of `DecodingOptions`, such as do_sample, temperature, top_k, top_p, seed, batch_size.
         A stop token that ends a continuation is the last of its ids, and not in its text."""
+        self.spec.without_values("model", [])
         decoding = config_from_dict(DecodingOptions, {"max_new_tokens": max_new_tokens, **options})
         raise_all(laws.problems(decoding))
         if isinstance(prompt, Tensor):

@@ -55,7 +55,8 @@ def adapter_of(base: Source, path: str, options: AdapterOptions) -> Adapter:
 def check_base(base: Source, found: CheckpointSource, option: str) -> Problems:
     """Whether the adapters of a checkpoint were trained on `base`."""
     assert found.base is not None
-    if base.spec.shapes() != found.spec.shapes() or fingerprint(base) != found.base["fingerprint"]:
+    ours, theirs = (each.spec.with_heads(score=False, lm_head=False).shapes() for each in (base, found))
+    if ours != theirs or fingerprint(base) != found.base["fingerprint"]:
         why, path = "its adapters were trained on other weights than those of the base", found.base["path"]
         yield Problem(option, str(found.path), why, f"give --load {path}", "base", ("load", "load_dir"), path)
 
@@ -67,7 +68,7 @@ class TrainedAdapter:
 
     def __init__(self, found: CheckpointSource, base: Source):
         raise_all(check_base(base, found, "--lora-load"))
-        self._source, self._shapes, self._own = found, found.spec.shapes(), set(found.names())
+        self._source, self._shapes, self._own, self.heads = found, found.spec.shapes(), set(found.names()), found
         self._adapted = {f"{path}.weight" for path, _, _ in found.spec.config.adapted()}
         self._factors = cache(lambda name: list(factors(found.spec.config, name, self._shapes[name], found.tensor)))
 

@@ -54,7 +54,10 @@ def prepare(source: Source, path: Path, options: ConvertConfig) -> Prepared:
     wanted = getattr(torch, options.params_dtype) if options.params_dtype else None
     dtypes = {name: wanted or source.dtype(name) for name in source.names()}
     output = Output(path, source.assets, options.workers, options.overwrite)
-    target = TARGETS[target_type(options)]
+    target, kind = TARGETS[target_type(options)], target_type(options)
+    if source.spec.config.score and kind not in ("hf", "dcp", "peft"):
+        why, fix = "it has no place for the value head of a reward model", "give --save-model-type hf"
+        raise ProblemError([Problem("--save-model-type", kind, why, fix, "reward model", ("load_dir",))])
     if target is not _prepare_megatron:
         raise_all(_misplaced(options))
     return target(source, output, dtypes, options)
@@ -62,6 +65,7 @@ def prepare(source: Source, path: Path, options: ConvertConfig) -> Prepared:
 
 def _prepare_unsplit(source: Source, output: Output, dtypes: Dtypes, options: ConvertConfig) -> Prepared:
     kind = target_type(options)
+    raise_all(hf.check_heads(source.spec))
     if kind == "dcp":
         sink = partial(dcp.DistributedSink, output, source.spec, dtypes)
         return Prepared(dcp.planned_files(source.spec, dtypes), dtypes, sink)

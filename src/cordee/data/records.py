@@ -38,7 +38,7 @@ _LAYOUTS = {
     ("conversations",): "SharegptStyleInstructionHandler",
     ("instruction",): "AlpacaStyleInstructionHandler",
 }
-_NAMED = {"dialogues": "dialogues (sft)", "pairs": "pairs (dpo, orpo, simpo)", "kto": "samples with a flag (kto)"}
+_NAMED = {"dialogues": "dialogues (sft)", "pairs": "pairs (dpo, orpo, simpo, rm)", "kto": "samples with a flag (kto)"}
 _Load: TypeAlias = Callable[[], tuple[Tokenizer, str | None] | None]
 
 

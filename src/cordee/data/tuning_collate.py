@@ -21,7 +21,14 @@ from cordee.data.tuning_dataset import MISMATCHED
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class PreferenceBatch(Batch):
+class ScoredBatch(Batch):
+    """`last` bool [batch, seq] is True at the one token of every row whose value is the score of the row."""
+
+    last: Tensor = axes("sequence", "token")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PreferenceBatch(ScoredBatch):
     """Rows are chosen and rejected answers by turns, or of KTO answers and mismatched ones.
 
     `reference` float32 [batch, seq] adds up, over the tokens of a row, to the log-probability of its answer by the
@@ -58,6 +65,17 @@ class RolloutBatch(PreferenceBatch):
     truncated: Tensor = axes("sample")
 
 
+def last_tokens(labels: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Where the last token of each answer stands, bool [batch, seq]: behind the last label, for labels name the token
+    after them; in a row that has none, which was cut down to its prompt, the last one that is no padding.
+
+    labels, counted: as of a `Batch` of whole sequences, in which a label names a token of the row."""
+    places = torch.arange(labels.shape[1], device=labels.device)
+    ends = torch.where(labels != IGNORED, places + 1, 0).amax(1)
+    real = labels.new_ones(labels.shape) if counted is None else counted
+    return places == torch.where(ends > 0, ends, (places * real).amax(1))[:, None]
+
+
 def paired(rows: Tensor) -> tuple[Tensor, Tensor]:
     """The first and the second row of every sample: `[2 * samples, ...]` to twice `[samples, ...]`."""
     return rows[::2], rows[1::2]
@@ -86,10 +104,11 @@ class TuningCollate:
         reference = torch.zeros(batch.input_ids.shape)
         if "reference" in samples[0]:  # the sum stands at the first token
             reference[:, 0] = torch.from_numpy(np.concatenate([sample["reference"] for sample in samples]))
+        fields = {**vars(batch), "reference": reference, "last": last_tokens(batch.labels, batch.counted)}
         if MISMATCHED not in sides:
-            return PreferenceBatch(**vars(batch), reference=reference)
+            return PreferenceBatch(**fields)
         flags = torch.tensor([float(sample[DESIRABLE][0]) for sample in samples])
-        return KTOBatch(**vars(batch), reference=reference, desirable=flags, kl=0 * flags, factor=0 * flags)
+        return KTOBatch(**fields, desirable=flags, kl=0 * flags, factor=0 * flags)
 
     def _rows(self, samples: Sequence[Sample]) -> Batch:
         length = self.seq_length

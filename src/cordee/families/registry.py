@@ -187,6 +187,15 @@ class ModelSpec:
             hf = hf | {"architectures": [classifier]} | labels | padding
         return replace(self, hf_config=hf, config=replace(self.config, score=score, lm_head=lm_head))
 
+    def without_values(self, option: str, notes: list[str]) -> "ModelSpec":
+        """A language model without the value head that it may have. ProblemError, of `option`, for a reward model."""
+        if not self.config.lm_head:
+            why, fix = "it is a reward model, which has no head over the vocabulary", "give a language model"
+            raise ProblemError([Problem(option, self.hf_config["architectures"][0], why, fix, "reward model")])
+        if self.config.score:
+            notes.append("the value head of what is loaded is left out")
+        return self.with_heads(score=False, lm_head=True)
+
 
 _NAMES = sealed.listed(sealed.text())
 STORED_SPEC = sealed.record(

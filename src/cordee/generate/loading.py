@@ -43,6 +43,9 @@ def load_part(
     """The model in `source`, or this process's part of it and where that is, in a group that lasts as long as `stack`.
 
     `phase` says in an error what the processes were doing when they lost each other ("while generating")."""
+    source.spec = source.spec.without_values("--load", notes := [])
+    for note in notes:
+        logger.info(note)
     if shape.world_size == 1:
         return load_model(source, config.dtype, config.device), None
     ranks = launch.rank_info()
@@ -63,6 +66,7 @@ def check_part(source: Source | None, config: InferenceConfig, shape: Degrees) -
     found = Findings()
     if source is not None:
         found.attempt(lambda: dtype_of(config.dtype, source))
+        found.attempt(lambda: source.spec.without_values("--load", []))
     if config.device is not None:
         found.attempt(lambda: device_of(config.device))
     if shape.world_size > 1 and source is not None:

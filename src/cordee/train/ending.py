@@ -29,7 +29,7 @@ def describe_end(plan: RunPlan, iteration: int) -> Iterator[str]:
     if iteration < plan.iterations:
         yield f"{iteration} of {counted(plan.iterations, 'iteration')} are done; to resume, add --load {given}"
     yield "what to do with the model:"
-    if plan.tokenizer is not None:
+    if plan.tokenizer is not None and plan.spec.config.lm_head:
         room = min(plan.spec.config.max_position_embeddings // 2, TOKENS)
         yield from _command(f"generate --load {given}", '--prompt "Once upon a time"', f"--max-new-tokens {room}")
     if (data := plan.objective.evaluated(plan.config)) is not None:

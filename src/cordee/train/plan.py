@@ -106,7 +106,8 @@ def draft_run(
     iterations = length or (0 if config.skip_train else 1)  # one step stands in for a length that is not known
     schedule = build_schedule(config, config.train_iters, config.train_samples, batches.global_batch_size)
     contradictory = frozenset[str]().union(*(problem.names for problem in found.problems))
-    initial, tokenizer, spec = _start(config, avoid, found)
+    initial, tokenizer, loaded = _start(config, avoid, found)
+    spec = None if loaded is None else found.attempt(lambda: objective.model(loaded, found.notes))
     run = objectives.Run(
         config=config, batches=batches, iterations=iterations, spec=spec, tokenizer=tokenizer, fingerprint=fingerprint
     )
@@ -263,8 +264,11 @@ def _spec(
         return fresh.with_tokens(tokenizer.bos, tokenizer.eos) if tokenizer else fresh  # not those of a preset
     # What is loaded has its rows; options that count tokens, or say how rows were padded, only have to agree with them.
     shape = replace(config, vocab_size=None, make_vocab_size_divisible_by=None)
-    adapters = (loaded.config.low_rank, loaded.config.tuned)
-    wanted = (spec_named(config.model).adapted(*adapters) if config.model else loaded).with_options(shape)
+    adapters, heads = (loaded.config.low_rank, loaded.config.tuned), (loaded.config.score, loaded.config.lm_head)
+    wanted = loaded
+    if config.model:
+        wanted = spec_named(config.model).adapted(*adapters).with_heads(score=heads[0], lm_head=heads[1])
+    wanted = wanted.with_options(shape)
     problems = list(_vocabulary_problems(config, loaded.config.vocab_size))
     changed = differences(loaded.config, wanted.config)
     listed = ", ".join(f"{flag} {before} -> {after}" for flag, (before, after) in changed.items())

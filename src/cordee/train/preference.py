@@ -114,18 +114,30 @@ class PairPreference(Preference):
         both = self.answers(head, hidden, batch, reduce)
         chosen, rejected = (Answers(*side) for side in zip(*map(paired, both), strict=True))
         losses, metrics = self.losses(chosen, rejected)
-        better, worse = metrics["rewards/chosen"], metrics["rewards/rejected"]
-        metrics |= {"rewards/margins": better - worse, "rewards/accuracies": (better > worse).float()}
-        metrics |= {"logps/chosen": chosen.logps, "logps/rejected": rejected.logps}
-        return losses.sum(), {name: values.detach().sum() for name, values in metrics.items()}
+        return of_pairs(losses, metrics | {"logps/chosen": chosen.logps, "logps/rejected": rejected.logps})
 
     @abstractmethod
     def losses(self, chosen: Answers, rejected: Answers) -> Losses:
         """The loss of each pair `[pairs]`, and so of what is reported: "rewards/chosen", "rewards/rejected", others."""
 
 
-def opened(flag: str, path: str, run: Run) -> FurtherModel:
-    """The model at `path`, which an option names. ProblemError if it cannot be read, or has other tokens."""
+def of_pairs(losses: Tensor, metrics: dict[str, Tensor]) -> LossParts:
+    """The parts of the loss of pairs, of theirs and what is reported of each, `[pairs]`, the two rewards among it."""
+    better, worse = metrics["rewards/chosen"], metrics["rewards/rejected"]
+    metrics = metrics | {"rewards/margins": better - worse, "rewards/accuracies": (better > worse).float()}
+    return losses.sum(), {name: values.detach().sum() for name, values in metrics.items()}
+
+
+def row_scores(head: Head, hidden: Tensor, batch: Any) -> Tensor:
+    """The score of every row, float32 `[batch]`: the value of its last token, as transformers' classifiers have it.
+
+    Of a part of the tokens it is 0 where that token is in another: what context-parallel ranks return adds up."""
+    return head.scores(hidden).masked_fill(~batch.last, 0.0).sum(1)
+
+
+def opened(flag: str, path: str, run: Run, *, scores: bool = False) -> FurtherModel:
+    """The model at `path`, which an option names; if it `scores`, a reward model. ProblemError if it is none, cannot be
+    read, or has other tokens."""
     from cordee.weights.megatron.source import Reading
 
     found, config = Findings(), run.config
@@ -133,11 +145,18 @@ def opened(flag: str, path: str, run: Run) -> FurtherModel:
     source = found.attempt(lambda: formats.read(path, reading))
     raise_all(replace(problem, option=flag, value=path) for problem in found.problems)
     assert source is not None, "its problems are raised"
-    spec, rows = source.spec, source.spec.config.vocab_size
+    if scores and not source.spec.config.score:
+        why, fix = "it has no value head", "give a reward model, such as --stage rm trains"
+        raise ProblemError([Problem(flag, path, why, fix, "reward model")])
+    heads = {"score": True, "lm_head": False}
+    spec = source.spec.with_heads(**heads) if scores else source.spec.without_values(flag, [])
+    rows = spec.config.vocab_size
     if run.vocab_size is not None and rows != run.vocab_size:
         why = f"it has {rows} tokens, the model that is trained has {run.vocab_size}"
         raise ProblemError([Problem(flag, path, why, "give a model of the same tokenizer", "model")])
-    if run.spec is not None and spec.shapes() == run.spec.shapes():  # options that change the model change both
+    if (
+        run.spec is not None and spec.shapes() == run.spec.with_heads(score=False, lm_head=True).shapes()
+    ):  # options that change the model change both
         spec = spec.with_options(replace(config, vocab_size=None, make_vocab_size_divisible_by=None))
     return FurtherModel(spec=spec, source=source)
 

@@ -8,7 +8,7 @@ from typing import Literal
 from cordee.config.laws import Wanted, ignored, needs
 from cordee.config.option import option
 
-_PAIRS = Wanted("dpo, orpo or simpo", lambda stage: stage in ("dpo", "orpo", "simpo"))
+_PAIRS = Wanted("dpo, orpo, simpo or rm", lambda stage: stage in ("dpo", "orpo", "simpo", "rm"))
 _SCORED = Wanted("dpo or kto", lambda stage: stage in ("dpo", "kto"))
 _REFERRING = Wanted("dpo, kto, grpo or ppo", lambda stage: stage in ("dpo", "kto", "grpo", "ppo"))
 
@@ -31,6 +31,8 @@ class PreferenceOptions:
     kto_desirable_weight: float = option(1.0, "kto: weight of desirable answers", at_least=0)
     kto_undesirable_weight: float = option(1.0, "kto: weight of undesirable answers", at_least=0)
 
+    rm_center_coefficient: float = option(0.0, "rm: weight of the squared sum of a pair's scores", at_least=0)
+
     laws = (
         needs("is_pairwise_dataset", stage=_PAIRS),
         needs("dpo_label_smoothing", dpo_loss_type="sigmoid"),
@@ -40,4 +42,5 @@ class PreferenceOptions:
         ignored("orpo_beta", stage="orpo"),
         ignored("simpo_beta", "simpo_gamma", stage="simpo"),
         ignored("kto_beta", "kto_desirable_weight", "kto_undesirable_weight", stage="kto"),
+        ignored("rm_center_coefficient", stage="rm"),
     )

@@ -161,7 +161,7 @@ class Reinforcement(Preference):
 
     def models(self, run: Run) -> dict[str, FurtherModel]:
         found, path = super().models(run), run.config.reward_model
-        return found if path is None else found | {REWARD_MODEL: opened("--reward-model", path, run)}
+        return found if path is None else found | {REWARD_MODEL: opened("--reward-model", path, run, scores=True)}
 
     def begin(
         self, make: Mapping[str, Callable[[], Frozen]], plan: RunPlan, datasets: Mapping[str, Dataset], layout: Layout
@@ -200,7 +200,7 @@ class Reinforcement(Preference):
         """Their batch, without rewards."""
         import torch
 
-        from cordee.data.tuning_collate import RolloutBatch
+        from cordee.data.tuning_collate import RolloutBatch, last_tokens
 
         samples = []
         for each in rollouts:
@@ -215,6 +215,7 @@ class Reinforcement(Preference):
         return RolloutBatch(
             **vars(replace(batch, samples=numbers)),
             reference=zeros,
+            last=last_tokens(batch.labels, batch.counted),
             advantages=zeros,
             rewards=lengths[:, None],
             share=1 / lengths,

@@ -24,7 +24,7 @@ from cordee.generate.options import DecodingOptions
 from cordee.generate.text import continuation
 from cordee.log import progress_bar
 from cordee.model.gpt import GPTModel
-from cordee.parallel import collectives, data, inference
+from cordee.parallel import collectives, context, data, inference
 from cordee.parallel.degrees import Degrees
 from cordee.parallel.execution import Frozen
 from cordee.parallel.inference import InferenceStage
@@ -32,6 +32,7 @@ from cordee.parallel.layout import Layout
 from cordee.parallel.live import LiveSource, refill
 from cordee.train import rewards
 from cordee.train.options import TrainConfig
+from cordee.train.preference import row_scores
 from cordee.train.run_plan import RunPlan
 from cordee.weights.load import materialise
 
@@ -127,6 +128,18 @@ class Rollouts:
         }
         found = [rewards.called(name, function, texts) for name, function in self._functions.items() if made]
         return [replace(each, scores=list(scores)) for each, *scores in zip(made, *found, strict=True)]
+
+    def judged(self, found: Mapping[int, Rollout], batches: Sequence[Any], model: Frozen) -> dict[int, Rollout]:
+        """`found` with the scores by a reward model of `batches`, in which this rank's are."""
+        parts = [context.shard(batch, self._layout, self._config) for batch in batches]
+        own: dict[int, float] = {}
+        for batch, rows in zip(batches, model.forward(parts, row_scores), strict=True):
+            if rows is not None and self._layout.axis_rank("tp") == 0:
+                own |= zip(batch.samples.tolist(), rows.tolist(), strict=True)
+        scores = dict.fromkeys(found, 0.0)
+        for part in collectives.gather(own, self._layout):  # of context-parallel ranks one has the score, others 0
+            scores |= {number: scores[number] + score for number, score in part.items()}
+        return {number: replace(each, scores=[*each.scores, scores[number]]) for number, each in found.items()}
 
     def text(self, rollout: Rollout, tokens: Sequence[int]) -> str:
         """What `tokens` read as behind a prompt."""

@@ -18,6 +18,7 @@ from cordee.errors import Problem, Problems
 from cordee.tensors.views import Index, Leaf, Op, View
 from cordee.weights.codec import Source
 
+SCORE = "score.weight"
 Change = Callable[[View, torch.dtype], View]  # what an adapter makes of a tensor of the checkpoint, in that type
 
 
@@ -56,9 +57,13 @@ def fingerprint(source: Source) -> str:
 
 
 class Adapter(Protocol):
-    """notes: what reading left out or assumed, in words."""
+    """notes: what reading left out or assumed, in words.
+    heads: the model whose heads were trained beside it, and the value head of that; None: the base keeps its own."""
 
     notes: tuple[str, ...]
+
+    @property
+    def heads(self) -> Source | None: ...
 
     def changes(self, name: str) -> tuple[Op, Sequence[Change | None]] | None:
         """For a canonical parameter that changes: the operation that makes it, and the change of each tensor it takes,
@@ -96,17 +101,22 @@ class Merged(Source):
 
     def __init__(self, base: Source, adapter: Adapter):
         self.spec = base.spec
+        if adapter.heads is not None:
+            heads = adapter.heads.spec.config
+            self.spec = base.spec.with_heads(score=heads.score, lm_head=heads.lm_head)
         self.assets = base.assets
         self._base = base
         self._adapter = adapter
-        self.changed = [name for name in base.names() if adapter.changes(name) is not None]
-        merged = f"an adapter was merged into {len(self.changed)} of {len(base.names())} tensors"
+        self.changed = [name for name in self.names() if adapter.changes(name) is not None]
+        merged = f"an adapter was merged into {len(self.changed)} of {len(self.names())} tensors"
         self.notes = (*base.notes, *adapter.notes, merged)
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._base.dtype(name)
+        return self._base.dtype("embedding.weight" if name == SCORE else name)
 
     def view(self, name: str) -> View:
+        if name == SCORE and (heads := self._adapter.heads) is not None:
+            return Leaf(self.shape(name), lambda index: heads.tensor(name, index).to(self.dtype(name)))
         base, changes = self._base.view(name), self._adapter.changes(name)
         if changes is None:
             return base

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from cordee.errors import Problem, raise_all
+from cordee.errors import Problem, Problems, raise_all
 from cordee.families.registry import ModelSpec, spec_from_directory
 from cordee.log import counted
 from cordee.tensors.rules import Rule
@@ -169,8 +169,17 @@ def write(
     overwrite: replace a model directory at `path`.
     workers: threads that write.
     ProblemError if something is at `path` that must not be replaced."""
+    raise_all(check_heads(spec))
     output = Output(Path(path), Path(assets) if assets else None, workers, overwrite)
     return HFSink(output, spec, dict.fromkeys(spec.shapes(), dtype) if dtype else {}, max_shard_size)
+
+
+def check_heads(spec: ModelSpec) -> Problems:
+    """Value heads that transformers has no place for: it has one for that of a reward model of some families."""
+    if spec.config.score and (spec.config.lm_head or spec.family.classifier is None):
+        name = spec.family.name
+        why = f"transformers has no {'language model' if spec.config.lm_head else name} with a value head"
+        yield Problem("model", name, why, "keep the checkpoint, which --load reads", "reward model")
 
 
 def planned_files(

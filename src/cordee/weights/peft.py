@@ -158,6 +158,8 @@ def _open(path: Path) -> TensorFile:
 class PeftAdapter:
     """LoRA in a file of PEFT, by the family's names of tensors."""
 
+    heads = None
+
     def __init__(self, given: Given, config: Mapping[str, Any], spec: ModelSpec, file: TensorFile):
         self.notes: tuple[str, ...] = ()
         self.path = given.path

@@ -18,6 +18,7 @@ from cordee.families.registry import ModelSpec
 from cordee.model.config import SLICES, LowRankConfig, ModelConfig, slice_of
 from cordee.tensors.rules import shapes_made
 from cordee.tensors.views import Index, Leaf, Shape, View
+from cordee.weights.adapter import SCORE
 from cordee.weights.codec import Sink, Source, type_of
 from cordee.weights.peft import CONFIG, FILES, PREFIX, PeftAdapter
 from cordee.weights.staged_sink import Output
@@ -173,13 +174,13 @@ def to_peft(spec: ModelSpec, read: Read) -> tuple[dict[str, Tensor], dict[str, A
             named = {"lora_embedding_A": b.t(), "lora_embedding_B": a.t()}
         tensors |= {f"{PREFIX}{place.foreign}.{factor}": value for factor, value in named.items()}
         forms[place.foreign] = len(a), scale * len(a)
-    tuned = [rule for name, rule in rules.items() if spec.config.tunes(name)]
+    tuned = [rule for name, rule in rules.items() if spec.config.tunes(name) or name == SCORE]
     for rule in tuned:
         parts = zip(rule.foreign, rule.inverse(read(rule.canonical)), strict=True)
         tensors |= {f"{PREFIX}{name}": part for name, part in parts}
     settings = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if spec.config.lm_head else "SEQ_CLS",
         "fan_in_fan_out": any(place.transposed for place in pieces),
         "lora_dropout": max((each.dropout for each in spec.config.low_rank), default=0.0),
         "modules_to_save": modules_of(name for rule in tuned for name in rule.foreign) or None,

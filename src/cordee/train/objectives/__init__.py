@@ -45,7 +45,7 @@ class ObjectiveOptions:
     stage: str = option(
         "pretrain",
         "training objective: pretrain (next token of texts), sft (answers of dialogues), dpo, orpo or simpo (pairs of "
-        "a chosen and a rejected answer), kto (answers that are desirable or not)",
+        "a chosen and a rejected answer), kto (answers that are desirable or not), rm (a reward model, of pairs)",
         shorthands={"--is-instruction-dataset": "sft"},
     )
 
@@ -134,6 +134,10 @@ class Objective(ABC, Generic[B]):
         """`config` with its data in the form that training reads, made now if it is not there: before processes join,
         for it may take long. ProblemError if it cannot be made."""
         return config
+
+    def model(self, spec: ModelSpec, notes: list[str]) -> ModelSpec:
+        """The model to train, by its heads, of what is loaded or described. ProblemError if it cannot be made."""
+        return spec.without_values("--load", notes)
 
     def fingerprint(self, config: TrainConfig) -> Any:
         """What tells changed bytes of the data, read by one process of a machine; ProblemError if they cannot be read.

@@ -1,4 +1,4 @@
-"""Proximal policy optimisation (Schulman et al. 2017) as of Ouyang et al. 2022: a value head says what is to be expected.
+"""Proximal policy optimisation (Schulman et al. 2017) as of Ouyang et al. 2022: values say what is to be expected.
 
 A token is rewarded by how little it moves away from the reference model, the last one by the rollout's reward too.
 Advantages are estimated over the tokens of a rollout (GAE, Schulman et al. 2016) and have mean 0 and variance 1 over
@@ -50,7 +50,7 @@ class PPO(Reinforcement):
         spread = max(squares / max(count, 1) - mean**2, 0.0) ** 0.5 + 1e-8
         return [replace(batch, advantages=(batch.advantages - mean) / spread) for batch in made]
 
-    def _seen(self, head: Head, hidden: Tensor, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
+    def _seen(self, head: Head, hidden: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
         return self.token_logps(head, hidden, batch), head.scores(hidden)
 
     def _estimated(self, batch: RolloutBatch, layout: Layout) -> RolloutBatch:
@@ -76,7 +76,7 @@ class PPO(Reinforcement):
         part = context.part(torch.stack([advantages, advantages + values]), layout, self._data.config)
         return replace(batch, advantages=part[0], returns=part[1])
 
-    def further(self, head: Head, hidden: Tensor, batch: RolloutBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def further(self, head: Head, hidden: Tensor, batch: RolloutBatch) -> tuple[Tensor | float, dict[str, Tensor]]:
         if batch.returns is None or batch.values is None:  # of a validation
             return super().further(head, hidden, batch)
         import torch

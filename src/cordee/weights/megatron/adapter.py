@@ -38,6 +38,8 @@ def read(given: Given, spec: ModelSpec, dialect: Dialect) -> "MegatronAdapter":
 class MegatronAdapter:
     """LoRA in a checkpoint of Megatron. `files` are those of all its ranks."""
 
+    heads = None
+
     def __init__(self, given: Given, folder: Path, files: dict[Rank, RankFile], spec: ModelSpec, dialect: Dialect):
         self.notes: tuple[str, ...] = ()
         self._path = folder
