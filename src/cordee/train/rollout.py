@@ -158,7 +158,7 @@ class Rollouts:
             "prompt": self._tokenizer.decode(rollout.prompt, skip_special_tokens=False),
             "completion": self.text(rollout, rollout.tokens),
             "answer": self.text(rollout, rollout.answer),
-            "tokens": len(rollout.tokens),
+            "tokens": rollout.tokens,
             "finish": "stop" if rollout.ended else "length",
             "rewards": dict(zip(names, rollout.scores, strict=True)),
         }
