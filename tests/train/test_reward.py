@@ -25,6 +25,7 @@ from cordee.families.registry import spec_from_directory
 from cordee.generate import job as generate
 from cordee.generate.loading import load_model
 from cordee.generate.options import GenerateConfig
+from cordee.model import gpt
 from cordee.train.options import TrainConfig
 from cordee.train.plan import check_run, plan_run
 from tests.matrix import sampled
@@ -191,6 +192,7 @@ def test_transformers_has_the_same_scores(alone, models, tmp_path: Path, kind: s
     wanted = scores(trained, rows)
     assert their_scores(classifier(written), rows) == pytest.approx(wanted, rel=1e-5, abs=1e-5)
     settings = json.loads((written / "config.json").read_text())
+    assert check_run(rewarding(tmp_path, {kind: str(written)}, kind, save=str(tmp_path / "next"))) == []
     assert settings["id2label"] == {"0": "LABEL_0"} and settings["pad_token_id"] == PAD
     assert scores(GPTModel.from_pretrained(written), rows) == pytest.approx(wanted, rel=1e-6)
     again = converted(str(converted(str(written), tmp_path / "dcp", save_model_type="dcp")), tmp_path / "again")
@@ -253,6 +255,15 @@ def test_what_has_no_head_over_the_vocabulary_writes_no_text(alone, models, tmp_
     assert kinds(referring) == [("--ref-model", "reward model")]
     with pytest.raises(ProblemError):
         GPTModel.from_pretrained(load).generate([1, 2])
+
+
+def test_a_language_model_with_values_writes_text(models):
+    """The value head is no part of what writes; what trains a language model leaves it out."""
+    spec, notes = spec_from_directory(models["adapters"]).with_heads(score=True, lm_head=True), []
+    model = gpt.GPTModel(spec.config)
+    model.bind(1, 8)
+    assert "score.weight" in dict(model.named_parameters())
+    assert not spec.without_values("--load", notes).config.score and notes
 
 
 def test_only_transformers_has_a_place_for_it(alone, tmp_path: Path):

@@ -101,7 +101,7 @@ class GPTModel(nn.Module):
         output: Output | None = None,
         span: Span | None = None,
     ) -> Any:
-        """Logits `[batch, seq, vocab]`, of a reward model scores `[batch, seq]`, or whatever `output(head, hidden)` makes
+        """Logits `[batch, seq, vocab]`, of a reward model scores `[batch, seq]`, or what `output(head, hidden)` makes
         of the last hidden states.
 
         `inputs` are token ids int64 `[batch, seq]`; for a span without embedding, hidden states `[batch, seq, embed]`.
