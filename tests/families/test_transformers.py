@@ -12,11 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from cordee import GPTModel
 from cordee.errors import ProblemError
 from cordee.families import common
 from cordee.families.registry import families, spec_from_directory, spec_from_preset
+from cordee.model import gpt
 from cordee.model.compare import canonical
-from cordee.model.gpt import GPTModel
 from cordee.model.init import initialise
 from cordee.ops import activation
 from cordee.weights import hf
@@ -25,6 +26,7 @@ from tests.families import oracle
 from tests.families.random_mixtures import MIXTURES
 from tests.families.random_models import MODELS, SCALINGS, decoders, with_rope
 
+SUFFIX = "ForSequenceClassification"
 GPT2 = {"vocab_size": 61, "n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 32}
 
 
@@ -66,6 +68,41 @@ def check(kind, config):
         oracle.check_mathematics(made)
         oracle.check_cache(made)
         oracle.check_round_trip(made, Path(scratch) / "out")
+
+
+CLASSIFIERS = sorted(name.removesuffix(SUFFIX) for each in families().values() if (name := each.classifier))
+
+
+@pytest.mark.parametrize("kind", CLASSIFIERS)
+@settings(max_examples=1, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_reward_models(kind, data):
+    """The scores of a classifier with one label, read, and written again."""
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(
+        **data.draw((MODELS | MIXTURES)[kind]), pad_token_id=0, num_labels=1, architectures=[f"{kind}{SUFFIX}"]
+    )
+    torch.manual_seed(1)
+    classifier = transformers.AutoModelForSequenceClassification
+    how = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    with TemporaryDirectory() as scratch, torch.no_grad():
+        model = oracle.randomised(classifier.from_config(config, **how)).eval()
+        model.save_pretrained(f"{scratch}/theirs")
+        ids = torch.randint(1, config.vocab_size, (1, 12))
+        ours = GPTModel.from_pretrained(f"{scratch}/theirs")
+        torch.testing.assert_close(ours(ids)[:, -1:], model(ids).logits, rtol=1e-4, atol=1e-5)
+        ours.save_pretrained(f"{scratch}/ours")
+        again, info = classifier.from_pretrained(f"{scratch}/ours", output_loading_info=True, **how)
+        assert not any(info.values())
+        torch.testing.assert_close(again(ids).logits, model(ids).logits)
+
+
+def test_every_classifier_of_transformers_is_known():
+    """Of the classes of which there are random models here."""
+    import transformers
+
+    assert sorted(kind for kind in MODELS | MIXTURES if hasattr(transformers, f"{kind}{SUFFIX}")) == CLASSIFIERS
 
 
 def test_gpt2_without_its_prefix(tmp_path):
@@ -170,7 +207,7 @@ def test_transformers_reads_what_we_write(preset, groups, tmp_path):
     small |= {"vocab_size": 50, "padded_vocab_size": 50}
     options = ModelOptions(**small, kv_channels=8, num_query_groups=groups)
     spec = spec_from_preset(preset).with_options(options)
-    model = GPTModel(spec.config).eval()
+    model = gpt.GPTModel(spec.config).eval()
     initialise(model, seed=1)
     with hf.write(tmp_path / "out", spec) as sink:
         save_from(model, sink)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -27,6 +28,7 @@ from cordee.model.config import (
     RouterConfig,
 )
 from cordee.model.gpt import GPTModel
+from cordee.model.head import Head
 from cordee.model.init import initialise
 from cordee.ops.dropout import DropoutRNG
 from cordee.optim.build import build_optimizer, set_rates
@@ -127,6 +129,7 @@ MODELS: dict[str, ModelConfig] = {
         norm_head=True,
         logit_scale=0.5,
     ),
+    "values": model(layer(), layer(), score=True),
     "latent": _latent(),
     "mixture": _mixture(),
 }
@@ -175,13 +178,14 @@ def train(built: GPTModel, layout: Layout, config: TrainConfig, steps: int = 2) 
             data.begin_micro_batch(built, config.zero_stage, last=index == len(parts) - 1)
             whole = Batch(part[:, :-1].contiguous(), part[:, 1:].contiguous(), samples=torch.tensor([sample]))
             batch = context.shard(whole, layout, config)
-            loss, _ = built(
+            loss, values = built(
                 batch.input_ids,
                 position_ids=batch.position_ids,
                 balance=Balance(LENGTH / count),
                 dropout_rng=DropoutRNG(1, batch.samples),
-                output=lambda head, hidden, labels=batch.labels: head.loss(hidden, labels),
+                output=partial(_loss, labels=batch.labels),
             )
+            loss = loss if values is None else loss + values.square().sum()
             (loss / count).backward()
             total += loss.detach()
         if step == 0:
@@ -192,6 +196,11 @@ def train(built: GPTModel, layout: Layout, config: TrainConfig, steps: int = 2) 
         optimizer.step()
         optimizer.zero_grad()
     return found
+
+
+def _loss(head: Head, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The sum of the cross entropy, and the values of all tokens where there is a head for them."""
+    return head.loss(hidden, labels)[0], None if head._values is None else head.scores(hidden)
 
 
 @functools.cache

@@ -211,7 +211,7 @@ STORED_SPEC = sealed.record(
 
 def _padding(hf: Mapping[str, Any], vocab_size: int) -> int:
     """The padding of a classifier, which takes the score at the last token that is another: what ends no sequence."""
-    if (known := hf.get("pad_token_id")) is not None:
+    if isinstance(known := hf.get("pad_token_id"), int) and known >= 0:
         return known
     begin, ends = hf.get("bos_token_id"), hf.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [ends]
@@ -219,7 +219,7 @@ def _padding(hf: Mapping[str, Any], vocab_size: int) -> int:
 
 
 def _is_classifier(family: Family, hf: Mapping[str, Any]) -> bool:
-    return family.classifier is not None and hf.get("architectures") == [family.classifier]
+    return family.classifier in (hf.get("architectures") or ())[:1]
 
 
 def _strange_tokens(hf: Mapping[str, Any], vocab_size: int) -> list[str]:

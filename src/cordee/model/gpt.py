@@ -101,7 +101,8 @@ class GPTModel(nn.Module):
         output: Output | None = None,
         span: Span | None = None,
     ) -> Any:
-        """Logits `[batch, seq, vocab]`, or whatever `output(head, hidden)` makes of the last hidden states.
+        """Logits `[batch, seq, vocab]`, of a reward model scores `[batch, seq]`, or what `output(head, hidden)` makes
+        of the last hidden states.
 
         `inputs` are token ids int64 `[batch, seq]`; for a span without embedding, hidden states `[batch, seq, embed]`.
         `attention_mask` `[batch, seq]` is 1 at real tokens and 0 at padding; positions then count real tokens.
@@ -122,7 +123,9 @@ class GPTModel(nn.Module):
         if not span.head:
             return hidden
         hidden = self.final_norm(hidden)
-        return self.head.logits(hidden) if output is None else output(self.head, hidden)
+        if output is not None:
+            return output(self.head, hidden)
+        return self.head.logits(hidden) if self.config.lm_head else self.head.scores(hidden)
 
     def bind(self, rows: int, max_length: int) -> Callable[[Tensor, Cache], Tensor]:
         """The fused decode path (see `bound.py`) for about so many rows: tokens int64 `[batch]` and the cache that they

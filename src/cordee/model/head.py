@@ -1,4 +1,6 @@
-"""From hidden states to vocabulary: logits when asked for, the loss without them; and to values of positions."""
+"""From hidden states to vocabulary: logits when asked for, the loss without them; and to values of positions.
+
+Owns both heads, of which a reward model has the value head alone."""
 
 from dataclasses import dataclass
 from typing import Literal
