@@ -202,6 +202,26 @@ def test_one_loss_under_every_layout(pool, alone, models, tmp_path: Path, layout
         assert found[figure] == pytest.approx(values, rel=1e-4, abs=1e-5), figure
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_rewards_by_a_model_are_those_of_transformers(pool, models, tmp_path: Path, ranks: int):  # noqa: F811
+    """Beside those of a function; the policy has adapters."""
+    from transformers import AutoModelForSequenceClassification
+
+    judge = AutoModelForSequenceClassification.from_pretrained(models[1], num_labels=1, pad_token_id=0)
+    judge.save_pretrained(tmp_path / "judge")
+    adapters = {"lora_target_modules": ("all-linear",), "lora_r": 4, "zero_stage": 3 if ranks == 2 else 0}
+    config = given(tmp_path, models, stage="grpo", reward_model=str(tmp_path / "judge"), train_iters=1, **adapters)
+    config = replace(config, reward_weights=(1.0, 0.5, 2.0))
+    pool.run(train, ranks, config) if ranks > 1 else train(0, 1, config)
+    found = rollouts(config, 1)
+    for each in found:
+        with torch.no_grad():
+            wanted = judge(torch.tensor([ids(each["prompt"]) + each["tokens"]])).logits.item()
+        assert each["rewards"]["reward model"] == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+    totals = [np.dot(config.reward_weights, list(each["rewards"].values())) for each in found]
+    assert figures(config)["reward"] == pytest.approx([np.mean(totals)], rel=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["grpo", "ppo"])
 def test_several_steps_on_the_same_rollouts(models, tmp_path: Path, kind: str):  # noqa: F811
     """Are clipped against the policy that wrote them, and a run that resumes between blocks goes on as it would."""

@@ -13,6 +13,7 @@ from cordee.errors import Findings, Problem, ProblemError
 from cordee.families.registry import ModelSpec
 from cordee.model.gpt import GPTModel
 from cordee.model.parameter import local_shard
+from cordee.model.specs import model_specs
 from cordee.parallel import collectives
 from cordee.parallel.layout import Layout
 from cordee.tensors.views import Index, Leaf, Shape, View, normalise
@@ -35,7 +36,7 @@ def save(source: "LiveSource", sink: Sink | None) -> None:
 
     ProblemError, on all ranks, if they cannot be written; all is read to the end, for the other ranks take part."""
     found = Findings()
-    for name in source.names():
+    for name in source.spec.shapes():  # what is added to the model has no place there
         if sink is None or found.problems:
             source.skip(name)
         else:
@@ -63,6 +64,7 @@ class LiveSource(Source):
 
     def __init__(self, model: GPTModel, spec: ModelSpec, layout: Layout, dtype: torch.dtype | None = None):
         self.spec = spec
+        self._shapes = {name: each.shape for name, each in model_specs(spec.config).items()}  # adapters too
         self.layout = layout
         self._parameters = dict(model.named_parameters())
         self._device = next(model.parameters()).device

@@ -91,16 +91,14 @@ class Rollouts:
             refill(self._model, self._source)
         asked = [each for batch in batches for each in _prompts(batch, self._room)]
         mine = asked[layout.axis_rank("cp") :: layout.degrees.cp]
-        made = self._complete(mine, f"rollouts of step {iteration}" if iteration else "rollouts of the validation")
-        speaks = layout.axis_rank("tp") == layout.axis_rank("pp") == 0
-        scored = collectives.together(lambda: self._scored(made) if speaks else [], layout.control)
+        scored = collectives.together(lambda: self._scored(self._complete(mine, iteration)), layout.control)
         return {each.sample: each for part in collectives.gather(scored, layout) for each in part}
 
     @property
     def _room(self) -> int:
         return self._config.seq_length - self._config.max_completion_length
 
-    def _complete(self, asked: Sequence[Rollout], text: str) -> list[Rollout]:
+    def _complete(self, asked: Sequence[Rollout], iteration: int | None) -> list[Rollout]:
         config = self._config
         options = DecodingOptions(
             max_new_tokens=config.max_completion_length,
@@ -113,6 +111,7 @@ class Rollouts:
         )
         prompts, names, done = [each.prompt for each in asked], [each.sample for each in asked], 0
         kind = {"stop_ids": self._ends, "vocab_size": self._tokenizer.vocab_size, "stage": self._stage, "names": names}
+        text = f"rollouts of step {iteration}" if iteration else "rollouts of the validation"
         with progress_bar(text, len(asked), shown=self._layout.rank == 0) as progress:
             for token in stream(self._model, prompts, options, **kind):
                 asked[token.sample].tokens.append(token.id)
@@ -121,6 +120,9 @@ class Rollouts:
         return [replace(each, ended=each.tokens[-1] in self._ends) for each in asked]
 
     def _scored(self, made: Sequence[Rollout]) -> list[Rollout]:
+        """With rewards; nothing on all but one of the ranks that have made the same."""
+        if self._layout.axis_rank("tp") or self._layout.axis_rank("pp"):
+            return []
         texts = {
             "prompts": [self._tokenizer.decode(each.prompt, skip_special_tokens=True) for each in made],
             "completions": [self.text(each, each.tokens) for each in made],
