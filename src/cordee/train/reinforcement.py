@@ -304,6 +304,9 @@ def _problems(run: Run) -> Problems:
     if config.reward_weights is not None and len(config.reward_weights) != count:
         why = f"there are {counted(count, 'reward')}: those of the functions, then that of the model"
         yield Problem("--reward-weights", config.reward_weights, why, f"give {count} numbers", "length", limit=count)
+    if group == 1 and config.stage == "grpo":
+        why, fix = "a rollout is held against others to its prompt, and there are none", "give 2 or more"
+        yield Problem("--num-generations", group, why, fix, "at least", ("stage",), 2)
     for size in sorted({size for size in run.batches.batch_sizes() if size % group}):
         why = f"a step of {counted(size, 'rollout')} has not {group} of every prompt"
         fix = f"give a multiple of {group}, or another --num-generations"
