@@ -35,7 +35,8 @@ def describe_end(plan: RunPlan, iteration: int) -> Iterator[str]:
     if (data := plan.objective.evaluated(plan.config)) is not None:
         texts = f"--task-data-path {shlex.quote(data)}"
         yield from _command(f"evaluate --load {given}", texts, f"--max-eval-samples {DOCUMENTS}")
-    yield from _command(f"convert --load-dir {given}", f"--save-dir {shlex.quote(f'{root.name}-hf')}")
+    if plan.spec.config.lm_head or plan.spec.family.classifier:
+        yield from _command(f"convert --load-dir {given}", f"--save-dir {shlex.quote(f'{root.name}-hf')}")
 
 
 def _command(first: str, *parts: str) -> Iterator[str]:
