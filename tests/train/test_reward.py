@@ -227,6 +227,21 @@ def test_goes_on_from_what_it_has_written(alone, models, tmp_path: Path):
     assert figures(runs[0])["loss"] == pytest.approx(figures(runs[1])["loss"], rel=1e-5)
 
 
+def test_begins_at_the_checkpoint_of_a_language_model(models, tmp_path: Path):
+    """The head that is drawn is a function of the seed, whatever the format of the weights beside it."""
+    options = {"train_iters": 1, "lr_warmup_iters": 0, "lr_decay_style": "constant"}
+    tuned = given(tmp_path / "sft", (models["adapters"],) * 2, stage="simpo", save_interval=1, **options)
+    train(0, 1, tuned)
+    loads = {"run": str(tuned.save), "hf": str(converted(str(tuned.save), tmp_path / "hf"))}
+    runs = [
+        rewarding(tmp_path / f"of {name}", {"llama": path}, "llama", finetune=name == "run", **options)
+        for name, path in loads.items()
+    ]
+    for each in runs:
+        train(0, 1, each)
+    assert figures(runs[0])["loss"] == pytest.approx(figures(runs[1])["loss"], rel=1e-6)
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 
