@@ -81,7 +81,7 @@ def _dispatch(argv: list[str]) -> int:
     if name not in COMMANDS:
         names = nearest(name, [*COMMANDS, "models"])
         fix = f"did you mean {' or '.join(names)}?" if names else "`cordee --help` lists the commands"
-        raise ProblemError([Problem("cordee", name, "no such command", fix, "unknown")])
+        raise ProblemError.of("cordee", name, "no such command", fix, "unknown")
     command = COMMANDS[name]
     try:
         teaching = Teaching(f"cordee {name}", command.about, command.example)
@@ -185,7 +185,7 @@ def _models(argv: Sequence[str]) -> int:
     elif argv[0] in ("-h", "--help"):
         print("usage: cordee models              list the presets\n       cordee models show NAME    show one of them")
     else:
-        raise ProblemError([Problem("cordee models", " ".join(argv), "no such form", "`cordee models show NAME`")])
+        raise ProblemError.of("cordee models", " ".join(argv), "no such form", "`cordee models show NAME`")
     return 0
 
 

@@ -174,7 +174,7 @@ def _from_mpi(
     local_world_size = _integer(environ, local_size, world_size)
     if local_world_size < world_size and "MASTER_ADDR" not in environ:
         why = f"{launcher} has started processes on several nodes, without the address of rank 0"
-        raise ProblemError([Problem("MASTER_ADDR", None, why, "export MASTER_ADDR=<host of rank 0> to all processes")])
+        raise ProblemError.of("MASTER_ADDR", None, why, "export MASTER_ADDR=<host of rank 0> to all processes")
     return RankInfo(
         rank=_integer(environ, rank),
         world_size=world_size,

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from cordee.checkpoint.files import METADATA, metadata_in, read_tensor, tensors
 from cordee.checkpoint.storage import location_of
-from cordee.errors import Problem, ProblemError
+from cordee.errors import ProblemError
 from cordee.families.registry import ModelSpec, spec_from_directory
 from cordee.tensors.views import Index, Leaf, Shape, View
 from cordee.weights.codec import PlannedFile, Source
@@ -72,7 +72,7 @@ def read(path: str | Path) -> Source:
     names = ", ".join(sorted(tensors(metadata))[:3]) or "none at all"
     why = f"its tensors have neither the names of family {spec.family.name} nor Cordée's; there are {names}"
     fix = "put the config.json that belongs to the weights beside them"
-    raise ProblemError([Problem(str(path), None, why, fix, "unknown", limit=spec.family.name)])
+    raise ProblemError.of(str(path), None, why, fix, "unknown", limit=spec.family.name)
 
 
 class CanonicalSource(Source):
@@ -86,7 +86,7 @@ class CanonicalSource(Source):
             if (found := file.tensors[name].shape) != shape:
                 why = f"its shape is {list(found)}, but by config.json it is {list(shape)}"
                 fix = "put the config.json that belongs to the weights beside them"
-                raise ProblemError([Problem(f"{path}: {name}", None, why, fix)])
+                raise ProblemError.of(f"{path}: {name}", None, why, fix)
 
     def dtype(self, name: str) -> torch.dtype:
         dtype = self._file.tensors[name].dtype

@@ -248,7 +248,7 @@ def _read_chunk(
         return _read_ranges(path, region, index)
     except UNREADABLE as error:
         why = f"{list(chunk.sizes)} of {name} cannot be read at byte {place.offset}: {error}"
-        raise ProblemError([Problem("checkpoint", str(path), why, "take another checkpoint", "corrupt")]) from error
+        raise ProblemError.of("checkpoint", str(path), why, "take another checkpoint", "corrupt") from error
 
 
 def _read_ranges(path: Location, region: Region, index: tuple[slice, ...]) -> Tensor:

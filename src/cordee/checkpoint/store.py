@@ -321,7 +321,7 @@ def _metadata(path: Location) -> dcp.Metadata:
         if unknown:
             raise ValueError(f"its tensors are in {', '.join(sorted(unknown))}, which is none of its files")
     except ValueError as error:
-        raise ProblemError([Problem("--load", str(path), str(error), "take another checkpoint", "corrupt")]) from error
+        raise ProblemError.of("--load", str(path), str(error), "take another checkpoint", "corrupt") from error
     return metadata
 
 

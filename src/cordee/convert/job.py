@@ -141,9 +141,7 @@ def _count_tokens(file: str | None) -> int | None:
     try:
         return len(read_json(Path(file)))
     except (OSError, ValueError, TypeError) as error:
-        raise ProblemError(
-            [Problem("--vocab-file", file, f"it cannot be read: {error}", "give a vocab.json")]
-        ) from error
+        raise ProblemError.of("--vocab-file", file, f"it cannot be read: {error}", "give a vocab.json") from error
 
 
 def _show(source: Source, prepared: Prepared, output: Path, options: ConvertConfig) -> None:

@@ -97,7 +97,7 @@ def _misplaced(options: ConvertConfig) -> Problems:
 def _prepare_peft(source: Source, output: Output, dtypes: Dtypes, options: ConvertConfig) -> Prepared:
     if not isinstance(source, CheckpointSource) or source.base is None:
         why, fix = "what is read are no adapters of a run", "give what training with --lora-target-modules has saved"
-        raise ProblemError([Problem("--save-model-type", "peft", why, fix, "whole", ("load_dir",))])
+        raise ProblemError.of("--save-model-type", "peft", why, fix, "whole", ("load_dir",))
     tensors, settings = peft_parameters.to_peft(source.spec, source.tensor)
     tensors = {name: tensor.to(next(iter(dtypes.values()))) for name, tensor in tensors.items()}
     files = [PlannedFile(peft_parameters.TENSORS, sum(tensor.nbytes for tensor in tensors.values()))]

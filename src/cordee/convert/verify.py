@@ -56,7 +56,7 @@ def verify_tokenizer(
         return []
     if (why := compare(source, written)) is not None:
         fix = "choose another format, or give its reader the ids that the model's own tokenizer makes"
-        raise ProblemError([Problem("tokenizer", source, why, fix)])
+        raise ProblemError.of("tokenizer", source, why, fix)
     return ["verified: texts with added tokens have the same token ids"]
 
 

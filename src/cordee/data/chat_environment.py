@@ -16,7 +16,7 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from cordee.errors import Problem, ProblemError
+from cordee.errors import ProblemError
 
 # What a template raises on messages that it is not made for: by its own word, or as the program that it is.
 REFUSALS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
@@ -44,7 +44,7 @@ def compiled(source: str) -> jinja2.Template:
         return _environment().from_string(source)
     except (jinja2.TemplateError, RecursionError) as error:
         why, fix = f"it is no Jinja template: {error}", "correct it, or give --prompt-type"
-        raise ProblemError([Problem("--hf-chat-template", None, why, fix)]) from error
+        raise ProblemError.of("--hf-chat-template", None, why, fix) from error
 
 
 @cache

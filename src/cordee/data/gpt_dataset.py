@@ -129,7 +129,7 @@ def _require_memory(option: str, value: str | None, what: str, needed: int) -> N
     if needed > (available := device.available_memory()):
         why = f"{what} takes {_gib(needed)} of memory to build, and this machine has {_gib(available)} left"
         fix = "ask for fewer samples, take a larger --seq-length, or build it on a machine with more memory"
-        raise ProblemError([Problem(option, value, why, fix)])
+        raise ProblemError.of(option, value, why, fix)
 
 
 def _gib(size: int) -> str:

@@ -377,25 +377,21 @@ def handler_named(name: str, map_keys: str | None = None) -> Handler:
     """Raises `ProblemError` for an unknown name and for --map-keys that are not such of this handler."""
     if name == LLAMA_FACTORY:
         why = "its datasets are those of a dataset_info.json"
-        raise ProblemError(
-            [Problem("--handler-name", name, why, "give --dataset-dir", "requires", limit="--dataset-dir")]
-        )
+        raise ProblemError.of("--handler-name", name, why, "give --dataset-dir", "requires", limit="--dataset-dir")
     if name not in HANDLER_NAMES:
         fix = f"give one of {', '.join(HANDLER_NAMES)}"
-        raise ProblemError(
-            [Problem("--handler-name", name, "there is no such handler", fix, "choice", limit=HANDLER_NAMES)]
-        )
+        raise ProblemError.of("--handler-name", name, "there is no such handler", fix, "choice", limit=HANDLER_NAMES)
     if name in _FIXED:
         if map_keys is not None:
             fix = f"leave it out, or give one of {', '.join(_LAYOUTS)}"
             why = f"the columns of {name} have no other names"
-            raise ProblemError([Problem("--map-keys", map_keys, why, fix, "excludes", ("handler_name",), name)])
+            raise ProblemError.of("--map-keys", map_keys, why, fix, "excludes", ("handler_name",), name)
         return _FIXED[name]
     try:
         given = json.loads(map_keys or "{}")
     except (ValueError, RecursionError) as error:
         why, fix = f"it is not JSON: {error}", 'write it as {"prompt": "question"}'
-        raise ProblemError([Problem("--map-keys", map_keys, why, fix, "format")]) from error
+        raise ProblemError.of("--map-keys", map_keys, why, fix, "format") from error
     return _mapped(name, given, "--map-keys", _LAYOUTS[name][1])
 
 
@@ -446,16 +442,16 @@ def from_dataset_info(directory: Path, name: str) -> tuple[Path, Handler]:
         info = read_json(path)
     except (OSError, ValueError) as error:
         fix = "give the directory of a dataset_info.json"
-        raise ProblemError([Problem("--dataset-dir", directory, f"{path.name}: {error}", fix, "unreadable")]) from error
+        raise ProblemError.of("--dataset-dir", directory, f"{path.name}: {error}", fix, "unreadable") from error
     if not isinstance(info, dict) or not isinstance(entry := info.get(name), dict):
         names = ", ".join(info) if isinstance(info, dict) else "no object"
-        raise ProblemError([Problem("--input", name, f"{path} has {names}", "give one of its datasets", "choice")])
+        raise ProblemError.of("--input", name, f"{path} has {names}", "give one of its datasets", "choice")
     if not isinstance(file := entry.get("file_name"), str):
-        raise ProblemError([Problem("--input", name, f"{path} names no file of it", "download it; give file_name")])
+        raise ProblemError.of("--input", name, f"{path} names no file of it", "download it; give file_name")
     style = {"alpaca": "AlpacaStyle", "sharegpt": "SharegptStyle"}.get(entry.get("formatting", "alpaca"))
     if style is None:
         why = f"{path}: its formatting is {entry['formatting']!r}"
-        raise ProblemError([Problem("--input", name, why, "alpaca and sharegpt are known", "choice")])
+        raise ProblemError.of("--input", name, why, "alpaca and sharegpt are known", "choice")
     kind = f"{style}{'PairwiseHandler' if entry.get('ranking') else 'InstructionHandler'}"
     columns = entry.get("columns")
     # Where columns are given, one that is not listed is none; the messages and the answers of a pair are always there.

@@ -278,7 +278,7 @@ class IndexedDatasetBuilder:
         if other.dtype != self.dtype:
             why = f"its tokens are {other.dtype}, those before it {self.dtype}"
             fix = "preprocess it again, or merge it apart"
-            raise ProblemError([Problem("dataset", prefix, why, fix, "type", limit=self.dtype)])
+            raise ProblemError.of("dataset", prefix, why, fix, "type", limit=self.dtype)
         for start in range(0, len(other.document_indices), _BLOCK):
             # The first boundary is the end of what is already here.
             self._end_documents(other.document_indices[max(start, 1) : start + _BLOCK] + self.sequences)

@@ -16,7 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from cordee.errors import Problem, ProblemError
+from cordee.errors import ProblemError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -56,7 +56,7 @@ def _map(pool: ProcessPoolExecutor, processes: int, items: Iterable[Any]) -> Ite
             yield in_flight.popleft().result()
     except BrokenProcessPool as error:
         why = "one of the processes was killed or could not start, perhaps because memory ran out"
-        raise ProblemError([Problem("--workers", processes, why, "start again with fewer")]) from error
+        raise ProblemError.of("--workers", processes, why, "start again with fewer") from error
 
 
 def _start_method() -> str:

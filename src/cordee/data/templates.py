@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from cordee.data.messages import ANSWERS, BadRecord, Dialogue, Message, calls_of, raise_unless_alternating, tools_of
-from cordee.errors import Problem, ProblemError
+from cordee.errors import ProblemError
 from cordee.tokenizer.special import NAMES, chat_sources, read_special_tokens
 
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ def template_named(prompt_type: str) -> PromptTemplate:
     """Raises `ProblemError` for an unknown name."""
     if prompt_type not in PROMPT_TYPES:
         fix = f"give one of {', '.join(PROMPT_TYPES)}"
-        raise ProblemError([Problem("--prompt-type", prompt_type, "there is no such template", fix, "choice")])
+        raise ProblemError.of("--prompt-type", prompt_type, "there is no such template", fix, "choice")
     return PROMPT_TYPES[prompt_type]
 
 
@@ -397,7 +397,7 @@ def chat_template(directory: Path, **variables: Any) -> ChatTemplate:
     if "default" not in sources:
         named = f"; it has {', '.join(sources)}" if sources else ""
         why, fix = f"its tokenizer has no default chat template{named}", "give --prompt-type"
-        raise ProblemError([Problem("--hf-chat-template", directory, why, fix, "missing")])
+        raise ProblemError.of("--hf-chat-template", directory, why, fix, "missing")
     tokens = read_special_tokens(directory, {}).named
     named = {name: token for name, token in tokens.items() if name in NAMES}
     template = ChatTemplate(

@@ -71,7 +71,7 @@ def read_documents(
         if len(strange):
             why = f"document {number} holds token {strange[0]}, but the model has only {vocab_size} tokens"
             fix = "give the model's own tokenizer, or data made with it"
-            raise ProblemError([Problem("--task-data-path", path, why, fix, "range", limit=int(strange[0]))])
+            raise ProblemError.of("--task-data-path", path, why, fix, "range", limit=int(strange[0]))
         yield document
 
 

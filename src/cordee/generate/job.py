@@ -142,7 +142,7 @@ def _prompts(options: GenerateOptions) -> dict[str, str]:
     raise_all(Problem(option, record.place, record.why, fix, "records") for record in broken)
     prompts = {f"{file}: line {number}": line for number, line in enumerate(lines, 1) if line.strip()}
     if not prompts:
-        raise ProblemError([Problem(option, file, "it holds no prompt", "write one per line", "empty")])
+        raise ProblemError.of(option, file, "it holds no prompt", "write one per line", "empty")
     if len(prompts) < len(lines):
         logger.warning("%s: %s left out", file, counted(len(lines) - len(prompts), "blank line"))
     return prompts

@@ -53,7 +53,7 @@ def run(config: PlanConfig) -> int:
             draw(timelines, Path(config.output))
         except OSError as error:
             why = f"it cannot be written: {error.strerror}"
-            raise ProblemError([Problem("--output", config.output, why, "give another place")]) from error
+            raise ProblemError.of("--output", config.output, why, "give another place") from error
         print(f"drawn: {config.output}")
     return 0
 

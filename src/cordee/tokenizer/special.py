@@ -309,9 +309,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = files.read_json(path)
     except (OSError, ValueError) as error:
-        raise ProblemError([Problem("tokenizer", path, f"it is not JSON: {error}", "copy it again")]) from error
+        raise ProblemError.of("tokenizer", path, f"it is not JSON: {error}", "copy it again") from error
     if not isinstance(value, dict):
-        raise ProblemError([Problem("tokenizer", path, "it is no JSON object", "copy it again")])
+        raise ProblemError.of("tokenizer", path, "it is no JSON object", "copy it again")
     return value
 
 
@@ -321,9 +321,7 @@ def chat_sources(directory: Path) -> dict[str, str]:
         try:
             given: Any = files.read_text(file)
         except (OSError, ValueError) as error:
-            raise ProblemError(
-                [Problem("--hf-chat-template", file, str(error), "copy it again", "unreadable")]
-            ) from error
+            raise ProblemError.of("--hf-chat-template", file, str(error), "copy it again", "unreadable") from error
     else:
         given = read_json(directory / "chat_template.json").get("chat_template")
         given = given or read_json(directory / "tokenizer_config.json").get("chat_template")
@@ -332,7 +330,7 @@ def chat_sources(directory: Path) -> dict[str, str]:
     found = given if isinstance(given, dict) else {"default": given} if given else {}
     if not all(isinstance(value, str) and len(value) <= files.LARGEST_TEXT for value in found.values()):
         why = f"a template is no text of at most {files.LARGEST_TEXT:,} characters"
-        raise ProblemError([Problem("--hf-chat-template", directory, why, "correct it")])
+        raise ProblemError.of("--hf-chat-template", directory, why, "correct it")
     return found
 
 

@@ -128,9 +128,7 @@ def read_model(path: Path, option: str) -> SentencePieceProcessor:
         return _model_of(path.read_bytes())
     except (RuntimeError, TypeError, OSError) as error:
         why = f"it is no SentencePiece model: {error}"
-        raise ProblemError(
-            [Problem(option, path, why, "give the tokenizer.model of a SentencePiece tokenizer")]
-        ) from error
+        raise ProblemError.of(option, path, why, "give the tokenizer.model of a SentencePiece tokenizer") from error
 
 
 def llama2(path: Path) -> SentencePieceTokenizer:

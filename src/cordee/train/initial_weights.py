@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from cordee.checkpoint import assets, directory, formats
 from cordee.checkpoint.storage import Location, location_of, reached
-from cordee.errors import Findings, Problem, ProblemError, raise_all, requires
+from cordee.errors import Findings, ProblemError, raise_all, requires
 from cordee.families.registry import spec_from_directory, spec_named
 from cordee.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
 from cordee.tokenizer.options import TokenizerOptions
@@ -89,7 +89,7 @@ def choose(config: TrainConfig, avoid: Mapping[int, str] | None, notes: list[str
     adapters = found.checkpoint and found.weights
     if not adapters and (found.weights or found.checkpoint or not config.lora_target_modules):
         why, fix = "it holds no adapters", "give a directory of PEFT, or checkpoints of a run that trains adapters"
-        raise ProblemError([Problem(option, given, why, fix, "unknown")])
+        raise ProblemError.of(option, given, why, fix, "unknown")
     return replace(found, weights=base)
 
 
@@ -145,4 +145,4 @@ def _of_checkpoint(config: TrainConfig, path: Location) -> InitialWeights:
 
 
 def _unfit(option: str, path: Location, why: str, fix: str, kind: str, limit: object = None) -> ProblemError:
-    return ProblemError([Problem(option, str(path), why, fix, kind, limit=limit)])
+    return ProblemError.of(option, str(path), why, fix, kind, limit=limit)

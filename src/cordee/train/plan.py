@@ -211,9 +211,7 @@ def _iterations(config: TrainConfig, batches: BatchSchedule, notes: list[str]) -
     steps, used = batches.whole_steps(config.train_samples)
     if not steps:
         why = f"the first step takes {counted(batches.batch_size(0), 'sample')}"
-        raise ProblemError(
-            [Problem("--train-samples", config.train_samples, why, "give more", limit=batches.batch_size(0))]
-        )
+        raise ProblemError.of("--train-samples", config.train_samples, why, "give more", limit=batches.batch_size(0))
     if left := config.train_samples - used:
         notes.append(f"left out: {counted(left, 'sample')} of --train-samples after the last whole step")
     return steps

@@ -89,10 +89,10 @@ def opened(path: Path, opener: Callable[[Path], T], fix: str = COPY_AGAIN) -> T:
             raise ValueError("it is no regular file")
         return opener(path)
     except FileNotFoundError as error:
-        raise ProblemError([Problem(str(path), None, "the file is missing", fix, "missing")]) from error
+        raise ProblemError.of(str(path), None, "the file is missing", fix, "missing") from error
     except UNREADABLE as error:
         why = f"the file cannot be read: {str(error).partition(chr(10))[0] or type(error).__name__}"
-        raise ProblemError([Problem(str(path), None, why, fix, "unreadable")]) from error
+        raise ProblemError.of(str(path), None, why, fix, "unreadable") from error
 
 
 def unfit(file: TensorFile, name: str, shape: Shape, fix: str) -> Problems:

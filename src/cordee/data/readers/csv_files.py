@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 from cordee.data.readers.chunk import MAX_RECORD_BYTES, Broken, Chunk, missing_columns, table_chunks, too_large
 from cordee.data.readers.stream import ByteStream, open_stream
-from cordee.errors import Problem, ProblemError, raise_all
+from cordee.errors import ProblemError, raise_all
 
 EXTENSIONS = (".csv", ".csv.gz")
 
@@ -41,7 +41,7 @@ class _Lines:
         if self._characters > MAX_RECORD_BYTES:
             fix = "close its quote if that is missing, else cut its text"
             place = f"{self._path}:{self.first}"
-            raise ProblemError([Problem("--input", place, too_large("the record"), fix, "too large")])
+            raise ProblemError.of("--input", place, too_large("the record"), fix, "too large")
         if not line:
             raise StopIteration
         return line
@@ -62,7 +62,7 @@ def _rows(
     records = _records(csv.reader(lines, strict=True), lines)
     header = next(records, [])
     if isinstance(header, Broken):
-        raise ProblemError([Problem("--input", path, f"in its header: {header.why}", "give a CSV file", "corrupt")])
+        raise ProblemError.of("--input", path, f"in its header: {header.why}", "give a CSV file", "corrupt")
     raise_all(missing_columns(str(path), keys, header))
     columns = [header.index(key) for key in keys]
     for fields in records:

@@ -147,7 +147,7 @@ def architecture_of(values: Values, where: str) -> Architecture:
     known = ", ".join(dict.fromkeys(row.name for row in ARCHITECTURES))
     why = f"no family reads this architecture{' with experts' * experts}; known are {known}"
     fix = "take the Hugging Face model"
-    raise ProblemError([Problem(f"{where}: general.architecture", name, why, fix, "unknown")])
+    raise ProblemError.of(f"{where}: general.architecture", name, why, fix, "unknown")
 
 
 def hf_config(row: Architecture, values: Values, names: Collection[str], factors: Sequence[float] | None) -> HFConfig:
@@ -296,7 +296,7 @@ def choose(spec: ModelSpec, factors: Sequence[float] | None) -> tuple[Architectu
     why = f"family {spec.family.name}: none of the models of llama.cpp that are known here is such a one; the nearest, "
     why += f"{name}, differs: {'; '.join([*differing.values()][:_SHOWN])}{more}"
     fix = "choose another format"
-    raise ProblemError([Problem("--save-model-type", "gguf", why, fix, "inexpressible", limit=list(differing))])
+    raise ProblemError.of("--save-model-type", "gguf", why, fix, "inexpressible", limit=list(differing))
 
 
 _SHOWN = 6  # differences that are listed

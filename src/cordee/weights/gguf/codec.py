@@ -60,7 +60,7 @@ def _file_of(path: Path) -> Path:
     if len(found) > 1:
         why = f"it holds several files of GGUF: {', '.join(file.name for file in found)}"
         fix = "give the path of one of them"
-        raise ProblemError([Problem("model directory", path, why, fix, "several", limit=found)])
+        raise ProblemError.of("model directory", path, why, fix, "several", limit=found)
     return found[0]
 
 
@@ -191,7 +191,7 @@ def plan(spec: ModelSpec, dtypes: Mapping[str, torch.dtype], assets: Path | None
     }
     if strange := {str(dtype) for dtype in dtypes.values()} - {str(dtype) for dtype in NAMES_OF_TYPES}:
         why = f"weights are stored as {', '.join(sorted(strange))}, which llama.cpp does not compute with"
-        raise ProblemError([Problem("--params-dtype", None, why, "give float32, float16 or bfloat16", "dtype")])
+        raise ProblemError.of("--params-dtype", None, why, "give float32, float16 or bfloat16", "dtype")
     tensors = {} if factors is None else {ROPE_FACTORS: (tuple(factors.shape), torch.float32)}
     tensors |= {foreign: (shape, dtypes[name]) for name, foreign, shape in foreign_tensors(found, shapes)}
     values |= {

@@ -12,7 +12,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cordee.errors import Problem, ProblemError
+from cordee.errors import ProblemError
 from cordee.files import left_out
 from cordee.log import logger
 from cordee.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
@@ -101,7 +101,7 @@ def describe(directory: Path | None, rows: int) -> dict[str, Any]:
     tokenizer, special = load_tokenizer(TokenizerOptions(), str(directory)), read_special_tokens(directory, {})
     if tokenizer.vocab_size > rows:
         why, fix = f"it has {tokenizer.vocab_size} tokens, the model only {rows} rows", "give the model's own tokenizer"
-        raise ProblemError([Problem("tokenizer", directory, why, fix, "at most", limit=rows)])
+        raise ProblemError.of("tokenizer", directory, why, fix, "at most", limit=rows)
     words, raw = tokenizer.vocabulary(), read_json(directory / "tokenizer.json")
     if raw:
         values = _of_json(raw, words, directory)
@@ -151,7 +151,7 @@ def _of_json(raw: Mapping[str, Any], words: Mapping[int, str], directory: Path) 
     )
     if model.get("type", "BPE") != "BPE" or "merges" not in model:
         why = f"it is {model.get('type')}, not BPE"
-        raise ProblemError([Problem("tokenizer", directory, why, fix, "unsupported", limit=model.get("type"))])
+        raise ProblemError.of("tokenizer", directory, why, fix, "unsupported", limit=model.get("type"))
     merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
     if '"ByteLevel"' not in json.dumps(pre_tokenizer):
         ranks: dict[str, int] = {}
@@ -164,7 +164,7 @@ def _of_json(raw: Mapping[str, Any], words: Mapping[int, str], directory: Path) 
     cut = next((cut for cut in CUTS if cut.patterns == patterns), None)
     if cut is None:
         why = f"llama.cpp has no name for how it cuts text: {json.dumps(pre_tokenizer, ensure_ascii=False)}"
-        raise ProblemError([Problem("tokenizer", directory, why, fix, "unsupported", limit=patterns)])
+        raise ProblemError.of("tokenizer", directory, why, fix, "unsupported", limit=patterns)
     joined = [" ".join(merge) for merge in merges]
     return {"tokenizer.ggml.model": _BYTE_LEVEL, "tokenizer.ggml.pre": cut.names[0], "tokenizer.ggml.merges": joined}
 
@@ -173,14 +173,14 @@ def _of_pieces(directory: Path, words: Mapping[int, str]) -> dict[str, Any]:
     """What a `tokenizer.model` of SentencePiece says of scores; those of its BPE are 0, -1, -2, ..."""
     if not (directory / "tokenizer.model").is_file():
         why, fix = "it has neither a tokenizer.json nor a tokenizer.model", "save it with a tokenizer.json"
-        raise ProblemError([Problem("tokenizer", directory, why, fix)])
+        raise ProblemError.of("tokenizer", directory, why, fix)
     from cordee.tokenizer.spm import read_model
 
     model = read_model(directory / "tokenizer.model", "tokenizer")
     scores = [float(model.get_score(i)) for i in range(model.vocab_size())]
     if any(score != round(score) for score in scores):
         why = "it is a unigram model, which models of this architecture do not have in llama.cpp"
-        raise ProblemError([Problem("tokenizer", directory, why, "choose another format")])
+        raise ProblemError.of("tokenizer", directory, why, "choose another format")
     scores += [-float(len(scores))] * (max(words, default=-1) + 1 - len(scores))
     return {"tokenizer.ggml.model": _PIECES, "tokenizer.ggml.pre": "default", "tokenizer.ggml.scores": scores}
 

@@ -46,7 +46,7 @@ class MegatronAdapter:
         if (found := layout.num_layers) != spec.config.num_layers:
             why = f"its ranks hold adapters of {found} layers, but the model has {spec.config.num_layers}"
             fix = "take the adapter of this model"
-            raise ProblemError([Problem(str(folder), None, why, fix, "layers", limit=spec.config.num_layers)])
+            raise ProblemError.of(str(folder), None, why, fix, "layers", limit=spec.config.num_layers)
         self._placements = place(spec, layout, dialect, padded_rows(spec.config.vocab_size, layout.tensor))
         self._factors = _factors(files)
         raise_all([*self._check_names(), *given.check_modules(name for *_, name in self._factors)])
@@ -113,10 +113,10 @@ class MegatronAdapter:
         args: Namespace | None = self._files[Rank()].args
         stored = getattr(args, "lora_alpha", None)
         if stored is not None and not is_factor(stored):
-            raise ProblemError([Problem("args.lora_alpha", shown(stored), "it must be a positive number", COPY_AGAIN)])
+            raise ProblemError.of("args.lora_alpha", shown(stored), "it must be a positive number", COPY_AGAIN)
         if stored is not None and given.alpha not in (None, stored):
             why = f"the adapter was trained with {stored}"
-            raise ProblemError([Problem("--lora-alpha", given.alpha, why, "leave it out", "stated", limit=stored)])
+            raise ProblemError.of("--lora-alpha", given.alpha, why, "leave it out", "stated", limit=stored)
         if stored is None and given.alpha is None:
             self.notes = (*self.notes, f"the adapter does not say its alpha: taken as {ALPHA:g} (--lora-alpha)")
         return float(stored or given.alpha or ALPHA)

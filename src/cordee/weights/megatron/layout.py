@@ -129,7 +129,7 @@ def folder_of(path: Path, iteration: int | None = None) -> Path:
     if not (folder := path / _name_of(iteration)).is_dir():
         present = sorted(int(at.name[5:]) for at in path.glob("iter_*") if at.name[5:].isdecimal())
         fix = f"choose one of those that are there: {', '.join(map(str, present)) or 'none'}"
-        raise ProblemError([Problem("--ckpt-step", iteration, f"there is no {folder}", fix, "missing", limit=present)])
+        raise ProblemError.of("--ckpt-step", iteration, f"there is no {folder}", fix, "missing", limit=present)
     return folder
 
 

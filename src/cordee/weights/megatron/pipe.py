@@ -102,7 +102,7 @@ def _of_stages(folder: Path, ranks: Mapping[tuple[int, ...], RankFile]) -> dict[
     """Stage by stage, all tensor ranks of one after the other; those of the first hold tensors of the same names."""
     if wrong := next((numbers for numbers in sorted(ranks) if len(numbers) > 1), None):
         why = f"files of a pipeline have one number, but one of these has {len(wrong)}"
-        raise ProblemError([Problem(str(folder), None, why, COPY_AGAIN)])
+        raise ProblemError.of(str(folder), None, why, COPY_AGAIN)
     files = {number: file for (number,), file in sorted(ranks.items())}
     last = max(files)
     raise_all(_missing(folder, (f"mp_rank_{n:02d}_model_states.pt" for n in range(last) if n not in files)))
@@ -152,7 +152,7 @@ def _starts(folder: Path, modules: Mapping[int, set[str]]) -> dict[int, str]:
     sought = {"the embedding": embeddings, "layers": layers, "the final norm": norms}
     if absent := [what for what, numbers in sought.items() if not numbers]:
         why = f"no file holds {' or '.join(absent)}"
-        raise ProblemError([Problem(str(folder), None, why, COPY_AGAIN, "missing", limit=absent)])
+        raise ProblemError.of(str(folder), None, why, COPY_AGAIN, "missing", limit=absent)
     embedding, norm = min(embeddings), max(norms)
     gap = min(layers[0] - embedding, norm - layers[-1], max(GAPS))
     lost = (number for number in range(embedding + gap, norm - gap + 1) if number not in layers)
