@@ -219,8 +219,7 @@ def create_new(path: Path, mode: int = 0o666) -> BinaryIO:
     """A new file, open for reading and writing; what was at `path` is removed, and what a link there led to is left
     as it was. `mode`: permissions, from which the user's umask takes its part. OSError if that fails."""
     path.unlink(missing_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
-    return cast(BinaryIO, open(descriptor, "w+b"))
+    return cast(BinaryIO, open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode), "w+b"))
 
 
 @contextmanager

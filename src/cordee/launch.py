@@ -145,8 +145,7 @@ def _slurm_tasks_here(environ: Mapping[str, str]) -> int:
     counts: list[int] = []
     for count, repeat in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
         counts += [int(count)] * int(repeat or 1)
-    node = _integer(environ, "SLURM_NODEID", 0)
-    return counts[min(node, len(counts) - 1)]
+    return counts[min(_integer(environ, "SLURM_NODEID", 0), len(counts) - 1)]
 
 
 def first_host(nodelist: str) -> str:

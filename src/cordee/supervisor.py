@@ -181,8 +181,7 @@ def _supervise(processes: Sequence[_Process], signals: Sequence[int], grace_seco
                 _send(running, signal.SIGTERM)
                 deadline = time.monotonic() + min(grace_seconds, _GRACE_AFTER_FAILURE)
         if time.monotonic() > deadline:
-            code = _shell_code(failed) if failed else 128 + signals[0]
-            return _kill(running, code, "it did not end in time")
+            return _kill(running, _shell_code(failed) if failed else 128 + signals[0], "it did not end in time")
         time.sleep(_POLL_SECONDS)
     if failed is None and (failed := _first_failed(processes)) and not signals:
         _report(failed)

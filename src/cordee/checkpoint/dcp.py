@@ -102,8 +102,7 @@ DATA = "__0_0.distcp"  # as torch names the first file of the first rank
 
 def planned_files(spec: ModelSpec, dtypes: Mapping[str, torch.dtype]) -> list[PlannedFile]:
     """The one file of data; each tensor takes some hundred bytes beside its own in it."""
-    shapes = spec.shapes()
-    return [PlannedFile(DATA, sum(math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()))]
+    return [PlannedFile(DATA, sum(math.prod(shape) * dtypes[name].itemsize for name, shape in spec.shapes().items()))]
 
 
 class DistributedSink(RuledSink):

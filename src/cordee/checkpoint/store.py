@@ -300,8 +300,7 @@ def restore(
     if optimizer is not None:
         wanted |= _optimizer_slots(kept, parameters, optimizer)
     try:
-        reader = SafeReader(directory_, metadata)
-        dcp.load(wanted, storage_reader=reader, process_group=group, no_dist=group is None)
+        dcp.load(wanted, storage_reader=SafeReader(directory_, metadata), process_group=group, no_dist=group is None)
     except dcp.CheckpointException as error:  # of all ranks, to all of them
         raise ProblemError(dict.fromkeys(_unread(directory_, error)), everywhere=True) from error
     return absent

@@ -222,8 +222,7 @@ class _Collected:
         shown = None if isinstance(raw, Unfit | Mapping) else _shown(raw)
         problem = replace(self._unknown(source.label, shown, key), place=source.place)
         if isinstance(raw, Mapping):
-            fix = "options are flat: move the keys to the top level"
-            return replace(problem, fix=fix, kind="nested")
+            return replace(problem, fix="options are flat: move the keys to the top level", kind="nested")
         return problem
 
     def _unknown_word(self, word: str, rest: str) -> Problem:

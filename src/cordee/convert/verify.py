@@ -94,5 +94,4 @@ def _logits(source: Source, dtypes: Mapping[str, torch.dtype], length: int) -> T
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(parameter.to(dtypes[name]))
-        prompt = torch.arange(length)[None] * 7 % source.spec.config.vocab_size
-        return model(prompt)
+        return model(torch.arange(length)[None] * 7 % source.spec.config.vocab_size)

@@ -183,8 +183,7 @@ def build_sample_index(
 
 def build_shuffle_index(boundary: int, samples: int, random: np.random.RandomState) -> npt.NDArray[Any]:
     """A permutation of the samples, [samples], that keeps those before `boundary` and those after it apart."""
-    dtype = np.uint32 if samples < np.iinfo(np.uint32).max - 1 else np.int64
-    index = np.arange(samples, dtype=dtype)
+    index = np.arange(samples, dtype=np.uint32 if samples < np.iinfo(np.uint32).max - 1 else np.int64)
     random.shuffle(index[:boundary])
     if boundary < samples:
         random.shuffle(index[boundary:])

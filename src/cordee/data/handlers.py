@@ -234,8 +234,7 @@ def _sharegpt_message(value: Any, tags: Mapping[str, str]) -> Message:
     role: Role | None = next((role for tag, role in _ROLES.items() if tags.get(tag) == said_by), None)
     if role is None:
         raise BadRecord(f"a message is of {said_by!r}")
-    content = _text(value, tags["content_tag"])
-    return _message(content, role)
+    return _message(_text(value, tags["content_tag"]), role)
 
 
 def _sharegpt_messages(

@@ -227,8 +227,7 @@ def _entry_problems(dataset: IndexedDataset) -> Iterator[Problem]:
         if np.any(wrong):
             sequence = start + int(np.argmax(wrong))
             end = offset if sequence == start else int(ends[sequence - start - 1])
-            why = f"sequence {sequence} does not begin where the one before it ends"
-            yield _corrupt(path, why, (sequence, end))
+            yield _corrupt(path, f"sequence {sequence} does not begin where the one before it ends", (sequence, end))
             return
         offset = int(ends[-1])
 

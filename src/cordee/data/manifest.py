@@ -43,8 +43,7 @@ class Manifest:
     left_out: dict[str, int] = field(default_factory=dict)
 
     def write(self, prefix: str | Path) -> None:
-        text = sealed.seal({"format": FORMAT, **dataclasses.asdict(self)})
-        write_durably(manifest_path(prefix), text + "\n")
+        write_durably(manifest_path(prefix), sealed.seal({"format": FORMAT, **dataclasses.asdict(self)}) + "\n")
 
 
 def manifest_path(prefix: str | Path) -> Path:

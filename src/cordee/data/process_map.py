@@ -36,8 +36,7 @@ def process_map(
         with _one_thread():
             yield lambda items: map(function, items)
         return
-    context = multiprocessing.get_context(_start_method())
-    pool = ProcessPoolExecutor(processes, context, _prepare, (function,))
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context(_start_method()), _prepare, (function,))
     pool.submit(int)  # the pool starts its processes with its first task
     try:
         yield lambda items: _map(pool, processes, items)

@@ -398,8 +398,7 @@ def chat_template(directory: Path, **variables: Any) -> ChatTemplate:
         named = f"; it has {', '.join(sources)}" if sources else ""
         why, fix = f"its tokenizer has no default chat template{named}", "give --prompt-type"
         raise ProblemError.of("--hf-chat-template", directory, why, fix, "missing")
-    tokens = read_special_tokens(directory, {}).named
-    named = {name: token for name, token in tokens.items() if name in NAMES}
+    named = {name: token for name, token in read_special_tokens(directory, {}).named.items() if name in NAMES}
     template = ChatTemplate(
         source=sources["default"], tool_source=sources.get("tool_use"), variables={**named, **variables}
     )

@@ -68,8 +68,7 @@ def _asked(
         try:
             requests = task.requests(doc, encoder, options)
         except ProblemError as error:
-            place = f"document {number} of {task.name}"
-            named = [replace(problem, place=place) for problem in error.problems]
+            named = [replace(problem, place=f"document {number} of {task.name}") for problem in error.problems]
             raise ProblemError(named, error.everywhere) from error
         yield doc, requests
 

@@ -89,5 +89,4 @@ def all_tasks() -> dict[str, Task]:
     modules = (
         importlib.import_module(f"{tasks.__name__}.{info.name}") for info in pkgutil.iter_modules(tasks.__path__)
     )
-    found = [module.TASK for module in modules if hasattr(module, "TASK")]
-    return {task.name: task for task in found}
+    return {module.TASK.name: module.TASK for module in modules if hasattr(module, "TASK")}

@@ -75,8 +75,7 @@ def transposed(canonical: str, foreign: str, op: Op | None = None) -> list[Rule]
 
 
 def write_activation(words: Words) -> str | None:
-    names = (name for name, computed in common.ACTIVATIONS.items() if computed == words["activation"])
-    return next(names, None)
+    return next((name for name, computed in common.ACTIVATIONS.items() if computed == words["activation"]), None)
 
 
 def write_plain(words: Words) -> bool:

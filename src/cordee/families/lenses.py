@@ -81,8 +81,7 @@ def at(*places: str, neutral: Any = None, read: Mapping[Any, Any] | None = None)
     meant = {word: value for value, word in read.items()} if read else {}
 
     def get(config: ModelConfig) -> Any:
-        values = (_read(config, place) for place in places)
-        value = next((value for value in values if value is not _ABSENT), None)
+        value = next((value for value in (_read(config, place) for place in places) if value is not _ABSENT), None)
         word = read.get(value) if read else value
         return neutral if word is None else word
 

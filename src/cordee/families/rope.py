@@ -69,8 +69,7 @@ def rope_section(
 
 def _rotary_dim(hf: ConfigReader, section: ConfigReader, head_dim: int, default: float) -> int:
     """The number of dims of a head that RoPE rotates, from the section or a key beside it."""
-    outside = hf.positive("partial_rotary_factor", default)
-    return int(head_dim * section.positive("partial_rotary_factor", outside))
+    return int(head_dim * section.positive("partial_rotary_factor", hf.positive("partial_rotary_factor", default)))
 
 
 SCALINGS = {LinearScaling: "linear", Llama3Scaling: "llama3", YarnScaling: "yarn"}  # those that options can set
@@ -96,8 +95,7 @@ def mscale(factor: float, strength: float = 1.0) -> float:
 
 def _scaling(section: ConfigReader, hf: ConfigReader, rotary_dim: int) -> RopeScaling | None:
     """The scaling that a section describes; its type is `rope_type`, in older files `type`."""
-    older = section.value("type", "default")
-    kind = section.value("rope_type", older)
+    kind = section.value("rope_type", section.value("type", "default"))
     if kind == "default":
         return None
     if not isinstance(kind, str) or kind not in _SCALINGS:
@@ -159,8 +157,7 @@ def _longrope(section: ConfigReader, hf: ConfigReader, rotary_dim: int) -> LongR
 def _original_length(section: ConfigReader, hf: ConfigReader) -> int:
     """Context length in tokens before scaling; a key beside the section comes first (Phi-3)."""
     inside = section.integer("original_max_position_embeddings", None)
-    outside = hf.integer("original_max_position_embeddings", None)
-    return outside or inside or hf.integer("max_position_embeddings")
+    return hf.integer("original_max_position_embeddings", None) or inside or hf.integer("max_position_embeddings")
 
 
 def _factors(section: ConfigReader, key: str, count: int) -> tuple[float, ...]:

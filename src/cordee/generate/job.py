@@ -49,8 +49,7 @@ class _Sample:
         self.finish = "stop" if self.tokens[-1] in stop else "length"
 
     def record(self) -> dict[str, object]:
-        kept = ("prompt", "number", "text", "tokens", "finish")
-        return {name: getattr(self, name) for name in kept}
+        return {name: getattr(self, name) for name in ("prompt", "number", "text", "tokens", "finish")}
 
 
 @dataclass(frozen=True)

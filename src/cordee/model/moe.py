@@ -106,8 +106,7 @@ class Rows:
     def of(routing: Routing) -> "Rows":
         """The rows of all experts."""
         num_experts, facts = routing.logits.shape[1], {"rows_per_expert": routing.rows_per_expert}
-        complete = routing.kept is None
-        return Rows.sorted(kept_experts(routing), routing.weights, num_experts, complete=complete, **facts)
+        return Rows.sorted(kept_experts(routing), routing.weights, num_experts, complete=routing.kept is None, **facts)
 
     @staticmethod
     def sorted(

@@ -62,8 +62,7 @@ class AllToAllDispatcher(_Dispatcher):
         if self.overlap:
             wait()
         counts = counts.view(self.size, -1)  # [ranks, own experts]: rows that come for each
-        sizes = torch.stack((rows.counts.view(self.size, -1).sum(1), counts.sum(1)))
-        sent, received = sizes.tolist()
+        sent, received = torch.stack((rows.counts.view(self.size, -1).sum(1), counts.sum(1))).tolist()
         inputs, weights = differentiable.all_to_all_rows_fwd_bwd(
             (inputs, rows.weights), self.group, sent, received, at_once=self.overlap
         )

@@ -98,8 +98,7 @@ def _cases(config: PlanConfig) -> list[Case]:
         stages = STAGES_PER_RANK[schedule][1] or config.stages_per_rank or 2
         cases.append(Case(schedule=schedule, num_ranks=num_ranks, stages_per_rank=stages, sizes=equal))
         if schedule == "1f1b" and config.manual_mbs:
-            sizes = micro_batches.sizes(config.manual_mbs)
-            cases.append(replace(cases[-1], sizes=sizes, manual=config.manual_mbs))
+            cases.append(replace(cases[-1], sizes=micro_batches.sizes(config.manual_mbs), manual=config.manual_mbs))
     return cases
 
 

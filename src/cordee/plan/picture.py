@@ -86,8 +86,7 @@ def _chunks(timeline: Timeline) -> dict[int, float]:
 
 
 def _box(axes: Axes, span: Span, lightness: float, inches_per_unit: float) -> None:
-    base = colors.to_rgb(COLOURS[span.action.kind])
-    shade = tuple(channel + 0.5 * lightness * (1 - channel) for channel in base)
+    shade = tuple(channel + 0.5 * lightness * (1 - channel) for channel in colors.to_rgb(COLOURS[span.action.kind]))
     length = span.end - span.start
     below = span.action.kind == "R"  # beside the rank's work: a strip along the row's lower edge
     y, height = (span.rank + 0.84, 0.14) if below else (span.rank + 0.06, 0.88)

@@ -347,8 +347,7 @@ def copy_files(source: Path, target: Path, arguments: Arguments) -> None:
     files.copy_files(found, target)
     if arguments:
         path = target / "tokenizer_config.json"
-        config = read_json(path) | dict(arguments)
-        files.write_durably(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        files.write_durably(path, json.dumps(read_json(path) | dict(arguments), indent=2, ensure_ascii=False) + "\n")
 
 
 def save_directory(source: Path, target: Path, arguments: Arguments) -> None:
@@ -357,8 +356,7 @@ def save_directory(source: Path, target: Path, arguments: Arguments) -> None:
     older = target / "special_tokens_map.json"
     named = {name: arguments[name] for name in NAMES if name in arguments}
     if named and older.is_file():  # without added_tokens_decoder this file comes before the config
-        content = read_json(older) | named
-        files.write_durably(older, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        files.write_durably(older, json.dumps(read_json(older) | named, indent=2, ensure_ascii=False) + "\n")
 
 
 def report_deviations(directory: Path, special: SpecialTokens, deviations: Iterable[str]) -> None:

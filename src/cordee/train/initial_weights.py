@@ -30,8 +30,7 @@ def opened(config: TrainConfig, initial: InitialWeights, found: Findings) -> Ini
     step = config.ckpt_step if initial.checkpoint is None else None
     source = found.attempt(lambda: formats.read(path, Reading(spec=spec, iteration=step)))
     if source is None:
-        there = (path / "config.json").is_file()
-        spec = found.attempt(lambda: spec_from_directory(str(path))) if there else None
+        spec = found.attempt(lambda: spec_from_directory(str(path))) if (path / "config.json").is_file() else None
         return spec and replace(initial, spec=spec, assets=path.local)
     initial = replace(initial, source=source, spec=source.spec, assets=initial.assets or source.assets)
     has_adapters = config.lora_target_modules or initial.peft or initial.checkpoint

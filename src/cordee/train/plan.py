@@ -97,8 +97,7 @@ def draft_run(
         found.notes += settings.ignored()
     found.problems += degree_problems(config, world_size)
     objective = objectives.named(config.stage).with_options(config)
-    sizes = found.attempt(lambda: pipeline_check.sizes(config))
-    batches = build_batch_schedule(config, shape.data, sizes)
+    batches = build_batch_schedule(config, shape.data, found.attempt(lambda: pipeline_check.sizes(config)))
     if (counted_out := _with_length(config, objective, batches, found)) is not config:
         config = counted_out
         found.problems += optim_schedule.problems(config, config.train_iters, None)
@@ -157,8 +156,7 @@ def option_problems(config: TrainConfig) -> Problems:
 def _adapted(spec: ModelSpec, config: TrainConfig, found: Findings) -> ModelSpec:
     """The model that is trained, with what techniques add to it."""
     for technique in techniques.TECHNIQUES:
-        adapted = found.attempt(partial(technique.adapt, spec, config))
-        spec = replace(spec, config=adapted or spec.config)
+        spec = replace(spec, config=found.attempt(partial(technique.adapt, spec, config)) or spec.config)
     return spec
 
 

@@ -40,8 +40,7 @@ class _Lines:
         self._characters += len(line)
         if self._characters > MAX_RECORD_BYTES:
             fix = "close its quote if that is missing, else cut its text"
-            place = f"{self._path}:{self.first}"
-            raise ProblemError.of("--input", place, too_large("the record"), fix, "too large")
+            raise ProblemError.of("--input", f"{self._path}:{self.first}", too_large("the record"), fix, "too large")
         if not line:
             raise StopIteration
         return line

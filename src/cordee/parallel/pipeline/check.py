@@ -71,8 +71,7 @@ def _dynamic(options: LayoutOptions, degrees: Degrees) -> Problems:
     if schedule_of(options) != "1f1b" or degrees.pp == 1:
         why = "micro-batches of different sizes need a pipeline with the schedule 1F1B"
         fix = "give --pipeline-model-parallel-size, and no other schedule"
-        involved = ("pipeline_model_parallel_size", *_SCHEDULE)
-        yield Problem("--optimized-pipeline", True, why, fix, "requires", involved)
+        yield Problem("--optimized-pipeline", True, why, fix, "requires", ("pipeline_model_parallel_size", *_SCHEDULE))
     num_samples = (options.global_batch_size or options.micro_batch_size * degrees.data) // degrees.data
     size = options.micro_batch_size
     yield from micro_batches.problems(

@@ -52,8 +52,7 @@ def rank_actions(schedule: str, num_ranks: int, stages_per_rank: int, num_micro_
     et al. 2019), 1f1b and interleaved (Narayanan et al. 2021), interleaved_zero_bubble (ZB-H1 over several stages) and
     zbv (Qi et al. 2024), dualpipev (DeepSeek-V3, cut in half), fold_aiao and fold_fifo (AscendSpeed's Fold3D)."""
     raise_all(problems(schedule, num_ranks, stages_per_rank, num_micro_batches))
-    build = _BUILDERS[schedule]
-    return [list(build(rank, num_ranks, stages_per_rank, num_micro_batches)) for rank in range(num_ranks)]
+    return [list(_BUILDERS[schedule](rank, num_ranks, stages_per_rank, num_micro_batches)) for rank in range(num_ranks)]
 
 
 def rank_of(schedule: str, stage: int, num_ranks: int) -> int:

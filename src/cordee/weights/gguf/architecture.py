@@ -146,8 +146,7 @@ def architecture_of(values: Values, where: str) -> Architecture:
             return row
     known = ", ".join(dict.fromkeys(row.name for row in ARCHITECTURES))
     why = f"no family reads this architecture{' with experts' * experts}; known are {known}"
-    fix = "take the Hugging Face model"
-    raise ProblemError.of(f"{where}: general.architecture", name, why, fix, "unknown")
+    raise ProblemError.of(f"{where}: general.architecture", name, why, "take the Hugging Face model", "unknown")
 
 
 def hf_config(row: Architecture, values: Values, names: Collection[str], factors: Sequence[float] | None) -> HFConfig:

@@ -59,8 +59,7 @@ def _file_of(path: Path) -> Path:
     found = sorted(path.glob(f"*{SUFFIX}"))
     if len(found) > 1:
         why = f"it holds several files of GGUF: {', '.join(file.name for file in found)}"
-        fix = "give the path of one of them"
-        raise ProblemError.of("model directory", path, why, fix, "several", limit=found)
+        raise ProblemError.of("model directory", path, why, "give the path of one of them", "several", limit=found)
     return found[0]
 
 
@@ -78,8 +77,7 @@ class GGUFSource(RuledSource):
         factors = _factors(file)
         hf = hf_config(row, values, names, None if factors is None else factors.tolist())
         if (embedding := file.tensors.get("token_embd.weight")) is not None:
-            stored = str(embedding.dtype).removeprefix("torch.")
-            hf |= {"vocab_size": embedding.shape[0], "torch_dtype": stored}
+            hf |= {"vocab_size": embedding.shape[0], "torch_dtype": str(embedding.dtype).removeprefix("torch.")}
         self.spec = spec_from_hf(hf, str(file.path))
         self._rules = rules(self.spec.config, row.paired)
         self.files = dict.fromkeys(names, file)

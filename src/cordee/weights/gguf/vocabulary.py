@@ -139,8 +139,7 @@ def compare_tokenizers(directory: Path, written: Path) -> str | None:
         f"{token!r} ({', '.join(added[token]) or 'plain'}): the ids of {text!r} are {expected}, in the file {other}"
         for token, (text, expected, other) in list(found.items())[:SHOWN]
     ]
-    more = [f"and so for {len(found) - SHOWN} more"] if len(found) > SHOWN else []
-    return "; ".join(shown + more) or None
+    return "; ".join(shown + ([f"and so for {len(found) - SHOWN} more"] if len(found) > SHOWN else [])) or None
 
 
 def _of_json(raw: Mapping[str, Any], words: Mapping[int, str], directory: Path) -> dict[str, Any]:
