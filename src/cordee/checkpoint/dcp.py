@@ -16,13 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import Metadata
+from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 from cordee.checkpoint.files import METADATA, metadata_in, read_tensor, tensors
 from cordee.checkpoint.storage import location_of
@@ -109,8 +104,8 @@ class DistributedSink(RuledSink):
     """A distributed checkpoint in the making."""
 
     def __init__(self, output: Output, spec: ModelSpec, dtypes: Mapping[str, torch.dtype]):
-        self._tensors: dict[str, TensorStorageMetadata] = {}
-        self._places: dict[MetadataIndex, _StorageInfo] = {}
+        self._tensors: dict[str, dcp.TensorStorageMetadata] = {}
+        self._places: dict[dcp.MetadataIndex, _StorageInfo] = {}
         super().__init__(output, spec, spec.rules(), dtypes)
 
     def begin(self, folder: Path) -> None:
@@ -121,13 +116,13 @@ class DistributedSink(RuledSink):
         start, nowhere = self._file.seek(0, os.SEEK_END), torch.Size([0] * len(shape))
         region = append(self._file, torch.empty(shape, dtype=dtype))
         self._file.flush()  # before other threads write into it
-        self._tensors[foreign] = TensorStorageMetadata(
-            properties=TensorProperties(dtype=dtype),
+        self._tensors[foreign] = dcp.TensorStorageMetadata(
+            properties=dcp.TensorProperties(dtype=dtype),
             size=torch.Size(shape),
-            chunks=[ChunkStorageMetadata(offsets=nowhere, sizes=torch.Size(shape))],
+            chunks=[dcp.ChunkStorageMetadata(offsets=nowhere, sizes=torch.Size(shape))],
         )
         place = _StorageInfo(relative_path=DATA, offset=start, length=self._file.seek(0, os.SEEK_END) - start)
-        self._places[MetadataIndex(foreign, nowhere)] = place
+        self._places[dcp.MetadataIndex(foreign, nowhere)] = place
         return Destination(self._folder / DATA, region)
 
     def finish(self) -> None:

@@ -8,15 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from cordee.families.reader import ConfigReader
-from cordee.model.config import (
-    DynamicNTKScaling,
-    LinearScaling,
-    Llama3Scaling,
-    LongRopeScaling,
-    RopeConfig,
-    RopeScaling,
-    YarnScaling,
-)
+from cordee.model import config as configs
+from cordee.model.config import LinearScaling, RopeConfig, RopeScaling, YarnScaling
 
 
 def read_rope(
@@ -72,7 +65,7 @@ def _rotary_dim(hf: ConfigReader, section: ConfigReader, head_dim: int, default:
     return int(head_dim * section.positive("partial_rotary_factor", hf.positive("partial_rotary_factor", default)))
 
 
-SCALINGS = {LinearScaling: "linear", Llama3Scaling: "llama3", YarnScaling: "yarn"}  # those that options can set
+SCALINGS = {LinearScaling: "linear", configs.Llama3Scaling: "llama3", YarnScaling: "yarn"}  # those that options can set
 
 
 def write_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
@@ -80,9 +73,9 @@ def write_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
     match scaling:
         case None:
             return None
-        case DynamicNTKScaling(factor=factor):  # on the length that the model was trained on
+        case configs.DynamicNTKScaling(factor=factor):  # on the length that the model was trained on
             return {"rope_type": "dynamic", "factor": factor}
-        case LongRopeScaling():
+        case configs.LongRopeScaling():
             lists = {name: list(getattr(scaling, name)) for name in ("short_factor", "long_factor")}
             return {"rope_type": "longrope", **vars(scaling), **lists}
     return {"rope_type": SCALINGS[type(scaling)], **vars(scaling)}
@@ -109,8 +102,8 @@ def _linear(section: ConfigReader, hf: ConfigReader, rotary_dim: int) -> LinearS
     return LinearScaling(factor=section.positive("factor"))
 
 
-def _dynamic(section: ConfigReader, hf: ConfigReader, rotary_dim: int) -> DynamicNTKScaling:
-    return DynamicNTKScaling(
+def _dynamic(section: ConfigReader, hf: ConfigReader, rotary_dim: int) -> configs.DynamicNTKScaling:
+    return configs.DynamicNTKScaling(
         factor=section.positive("factor"), original_max_position_embeddings=hf.integer("max_position_embeddings")
     )
 
@@ -133,8 +126,8 @@ def _yarn(section: ConfigReader, hf: ConfigReader, rotary_dim: int) -> YarnScali
     )
 
 
-def _llama3(section: ConfigReader, hf: ConfigReader, rotary_dim: int) -> Llama3Scaling:
-    return Llama3Scaling(
+def _llama3(section: ConfigReader, hf: ConfigReader, rotary_dim: int) -> configs.Llama3Scaling:
+    return configs.Llama3Scaling(
         factor=section.positive("factor"),
         low_freq_factor=section.positive("low_freq_factor"),
         high_freq_factor=section.positive("high_freq_factor"),
@@ -142,11 +135,11 @@ def _llama3(section: ConfigReader, hf: ConfigReader, rotary_dim: int) -> Llama3S
     )
 
 
-def _longrope(section: ConfigReader, hf: ConfigReader, rotary_dim: int) -> LongRopeScaling:
+def _longrope(section: ConfigReader, hf: ConfigReader, rotary_dim: int) -> configs.LongRopeScaling:
     original = _original_length(section, hf)
     factor = section.positive("factor", None) or hf.integer("max_position_embeddings") / original
     suggested = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 and original > 1 else 1.0
-    return LongRopeScaling(
+    return configs.LongRopeScaling(
         short_factor=_factors(section, "short_factor", rotary_dim // 2),
         long_factor=_factors(section, "long_factor", rotary_dim // 2),
         original_max_position_embeddings=original,

@@ -18,16 +18,9 @@ from cordee.families.family import HFConfig, Keys
 from cordee.families.lenses import MODEL, Scaling, Words, at, differences, words_of
 from cordee.families.registry import ModelSpec, spec_from_hf
 from cordee.families.rope import SCALINGS
+from cordee.model import config as configs
 from cordee.model.compare import OF_TRAINING
-from cordee.model.config import (
-    AttentionConfig,
-    DynamicNTKScaling,
-    Llama3Scaling,
-    LogNScaling,
-    ModelConfig,
-    MoEConfig,
-    QwenNTKScaling,
-)
+from cordee.model.config import AttentionConfig, ModelConfig, MoEConfig
 from cordee.weights.gguf.tensors import rules
 
 Values = Mapping[str, Any]  # of a file, by key
@@ -242,7 +235,7 @@ def _llama3(factors: Sequence[float], original: int, hf: HFConfig) -> HFConfig:
 def _outside_tensors(words: Words) -> Scaling | None:
     """The scaling, but not Llama 3's: its factors are a tensor, and as keys they would scale all once more."""
     scaling = words["rope_scaling"]
-    return None if isinstance(scaling, Llama3Scaling) else scaling
+    return None if isinstance(scaling, configs.Llama3Scaling) else scaling
 
 
 # The keys of every file in their order, without the architecture's name before them, and the words of the model there.
@@ -313,10 +306,12 @@ def _in_context(config: ModelConfig) -> tuple[ModelConfig, list[str]]:
             if attention.window is not None and same_window:
                 limits.add(attention.window)
                 attention = replace(attention, window=None)
-            if isinstance(attention.query_scaling, LogNScaling):
+            if isinstance(attention.query_scaling, configs.LogNScaling):
                 limits.add(attention.query_scaling.length)
                 attention = replace(attention, query_scaling=None)
-            if attention.rope and isinstance(attention.rope.scaling, DynamicNTKScaling | QwenNTKScaling):
+            if attention.rope and isinstance(
+                attention.rope.scaling, configs.DynamicNTKScaling | configs.QwenNTKScaling
+            ):
                 limits.add(attention.rope.scaling.original_max_position_embeddings)
                 attention = replace(attention, rope=replace(attention.rope, scaling=None))
         layers.append(replace(layer, attention=attention))
