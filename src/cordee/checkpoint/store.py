@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from traceback import StackSummary
-from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import torch
@@ -121,9 +120,7 @@ class CheckpointStore:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Close. What stopped the run and what kept the last checkpoint from being written are both reported."""
         try:
             self.close()
@@ -339,9 +336,7 @@ def _misfits(path: Location, kept: dict[str, Any], wanted: Tensors) -> Problems:
         found = list(kept[name].size) if name in kept else None
         if found != list(tensor.shape):
             why = f"parameter {name} has shape {list(tensor.shape)} in the model, {found or 'none'} in the checkpoint"
-            yield Problem(
-                "--load", str(path), why, "load it into the model that it was saved from", "shape", limit=name
-            )
+            yield Problem("--load", str(path), why, "load it into the model it was saved from", "shape", limit=name)
 
 
 def _optimizer_slots(kept: dict[str, Any], parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> Tensors:

@@ -89,9 +89,8 @@ _SPLITTING = (
 def _misplaced(options: ConvertConfig) -> Problems:
     """Options that mean nothing for files that are not split."""
     for flag, value in not_default(options, *_SPLITTING).items():
-        yield from requires(
-            flag, value, "--save-model-type mg", f"{target_type(options)} is not split", "save_model_type"
-        )
+        why = f"{target_type(options)} is not split"
+        yield from requires(flag, value, "--save-model-type mg", why, "save_model_type")
 
 
 def _prepare_peft(source: Source, output: Output, dtypes: Dtypes, options: ConvertConfig) -> Prepared:

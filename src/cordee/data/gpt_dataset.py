@@ -25,6 +25,7 @@ from cordee.data.order import Epochs, Order, block_seed, normalise
 from cordee.data.order_cache import Arrays, cached_arrays, content_key
 from cordee.errors import Problem, ProblemError, raise_all
 
+Ints = npt.NDArray[np.int32]
 _CHUNK = 1 << 16  # numbers of an index that are worked out at a time
 _HELD = 2  # blocks of an order
 _BLEND_ENTRY = 10  # bytes of a sample in the index of a blend
@@ -136,9 +137,7 @@ def _gib(size: int) -> str:
     return f"{size / 2**30:,.1f} GiB"
 
 
-def _build_indexes(
-    sequence_lengths: npt.NDArray[np.int32], first: int, last: int, plan: Epochs, seq_length: int, seed: int
-) -> Arrays:
+def _build_indexes(sequence_lengths: Ints, first: int, last: int, plan: Epochs, seq_length: int, seed: int) -> Arrays:
     # The legacy generator is part of the order: numpy promises its stream never to change.
     random = np.random.RandomState(seed)
     documents = build_document_index(np.arange(first, last, dtype=np.int32), plan.epochs, random, plan.last_apart)
@@ -147,9 +146,7 @@ def _build_indexes(
     return {"documents": documents, "samples": samples, "shuffle": shuffle}
 
 
-def build_document_index(
-    documents: npt.NDArray[np.int32], epochs: int, random: np.random.RandomState, last_apart: bool
-) -> npt.NDArray[np.int32]:
+def build_document_index(documents: Ints, epochs: int, random: np.random.RandomState, last_apart: bool) -> Ints:
     """The documents of all epochs, shuffled: int32 [epochs x documents]."""
     if last_apart and epochs > 1:
         before = build_document_index(documents, epochs - 1, random, False)
@@ -159,9 +156,7 @@ def build_document_index(
     return index
 
 
-def build_sample_index(
-    sequence_lengths: npt.NDArray[np.int32], document_index: npt.NDArray[np.int32], seq_length: int, samples: int
-) -> npt.NDArray[Any]:
+def build_sample_index(sequence_lengths: Ints, document_index: Ints, seq_length: int, samples: int) -> npt.NDArray[Any]:
     """Where each sample begins, int32 (or int64 where needed) [samples + 1, 2]: position in the document index and
     token in that document.
 

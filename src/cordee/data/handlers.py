@@ -18,12 +18,11 @@ from cordee.errors import Problem, ProblemError, raise_all
 from cordee.files import read_json
 
 Record = Mapping[str, Any]
+Columns = Mapping[str, str]  # of a record, or its tags, by the names that handlers have for them
 
 _ASSISTANT = "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
 _ASSISTANT += "detailed, and polite answers to the user's questions."
-_INSTRUCTED = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-)
+_INSTRUCT = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 # The template of AscendSpeed's Prompter, tokenized as one text; only its last answer is trained, and no eos.
 PROMPTER = ChatTemplate(
     source="\nBelow is an instruction that describes a task, paired with an input that provides further context. Write "
@@ -195,7 +194,7 @@ def _squad(record: Record) -> list[Dialogue]:
     return [_dialogue(asked, _text(answers[0], "text"))]
 
 
-def _alpaca_asked(record: Record, columns: Mapping[str, str]) -> list[Message]:
+def _alpaca_asked(record: Record, columns: Columns) -> list[Message]:
     history = record.get(columns["history"]) if "history" in columns else None
     said = []
     for pair in [] if history is None else _list(history, "its history"):
@@ -208,11 +207,11 @@ def _alpaca_asked(record: Record, columns: Mapping[str, str]) -> list[Message]:
     return _asked(*said, "\n".join(filter(None, parts)), system=system)
 
 
-def _alpaca(record: Record, columns: Mapping[str, str]) -> list[Dialogue]:
+def _alpaca(record: Record, columns: Columns) -> list[Dialogue]:
     return [Dialogue((*_alpaca_asked(record, columns), _message(_text(record, columns["response"]))))]
 
 
-def _alpaca_pair(record: Record, columns: Mapping[str, str]) -> tuple[Dialogue, Dialogue]:
+def _alpaca_pair(record: Record, columns: Columns) -> tuple[Dialogue, Dialogue]:
     asked = _alpaca_asked(record, columns)
     chosen, rejected = (Dialogue((*asked, _message(_text(record, columns[key])))) for key in ("chosen", "rejected"))
     return chosen, rejected
@@ -227,7 +226,7 @@ _ROLES: Mapping[str, Role] = {
 }
 
 
-def _sharegpt_message(value: Any, tags: Mapping[str, str]) -> Message:
+def _sharegpt_message(value: Any, tags: Columns) -> Message:
     if not isinstance(value, Mapping):
         raise BadRecord("a message is no object")
     said_by = value.get(tags["role_tag"])
@@ -237,9 +236,7 @@ def _sharegpt_message(value: Any, tags: Mapping[str, str]) -> Message:
     return _message(_text(value, tags["content_tag"]), role)
 
 
-def _sharegpt_messages(
-    record: Record, columns: Mapping[str, str], tags: Mapping[str, str], answered: bool
-) -> list[Message]:
+def _sharegpt_messages(record: Record, columns: Columns, tags: Columns, answered: bool) -> list[Message]:
     column = columns["messages"]
     messages = [_sharegpt_message(value, tags) for value in _list(record.get(column), f"its {column!r}")]
     system = [Message("system", text)] if (text := _text(record, columns.get("system", ""), optional=True)) else []
@@ -251,12 +248,12 @@ def _sharegpt_messages(
     return system + messages
 
 
-def _sharegpt(record: Record, columns: Mapping[str, str], tags: Mapping[str, str]) -> list[Dialogue]:
+def _sharegpt(record: Record, columns: Columns, tags: Columns) -> list[Dialogue]:
     messages = _sharegpt_messages(record, columns, tags, answered=True)
     return [Dialogue(tuple(messages), _tools(record.get(columns.get("tools", ""))))]
 
 
-def _sharegpt_pair(record: Record, columns: Mapping[str, str], tags: Mapping[str, str]) -> tuple[Dialogue, Dialogue]:
+def _sharegpt_pair(record: Record, columns: Columns, tags: Columns) -> tuple[Dialogue, Dialogue]:
     asked = _sharegpt_messages(record, columns, tags, answered=False)
     tools = _tools(record.get(columns.get("tools", "")))
     answers = [_sharegpt_message(record.get(columns[key]), tags) for key in ("chosen", "rejected")]
@@ -265,7 +262,7 @@ def _sharegpt_pair(record: Record, columns: Mapping[str, str], tags: Mapping[str
     return Dialogue((*asked, answers[0]), tools), Dialogue((*asked, answers[1]), tools)
 
 
-def _openai(record: Record, columns: Mapping[str, str]) -> list[Dialogue]:
+def _openai(record: Record, columns: Columns) -> list[Dialogue]:
     column = columns["messages"]
     messages = [_openai_message(value) for value in _list(record.get(column), f"its {column!r}")]
     if not messages or messages[-1].role not in ANSWERS:
@@ -301,7 +298,7 @@ def _openai_message(value: Any) -> Message:
 def _alpaca_text(record: Record) -> str:
     given = _text(record, "input", optional=True)
     given = f" Input:\n{given}" if given else None  # written as the word None, as AscendSpeed does
-    asked = f"{_INSTRUCTED}\n\n### Instruction:\n{_text(record, 'instruction')}\n\n###{given}\n\n### Response:"
+    asked = f"{_INSTRUCT}\n\n### Instruction:\n{_text(record, 'instruction')}\n\n###{given}\n\n### Response:"
     return f"{_ASSISTANT}USER: {asked} ASSISTANT: {_text(record, 'output')}"
 
 

@@ -18,17 +18,15 @@ from typing import Any, TypeVar
 
 from cordee.errors import ProblemError
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+In = TypeVar("In")
+Out = TypeVar("Out")
 
 _AHEAD = 3  # items per process that are waiting or done: enough that none idles, few enough to hold in memory
 _SERIAL = "TOKENIZERS_PARALLELISM"
 
 
 @contextmanager
-def process_map(
-    function: Callable[[Item], Result], processes: int
-) -> Iterator[Callable[[Iterable[Item]], Iterator[Result]]]:
+def process_map(function: Callable[[In], Out], processes: int) -> Iterator[Callable[[Iterable[In]], Iterator[Out]]]:
     """What applies `function`, which is sent to each process once, to every item in order, with a bounded number of
     items in flight; one process is this one. The processes start here, so that this program's own threads can start
     after them. The iteration raises `ProblemError` if a process dies."""

@@ -33,6 +33,7 @@ class Special:
 BOS, EOS = Special("bos_token"), Special("eos_token")
 Piece: TypeAlias = str | Special  # each text is tokenized by itself
 Pieces: TypeAlias = tuple[Piece, ...]
+Objects: TypeAlias = list[dict[str, Any]]  # as OpenAI has messages and tools
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,9 +284,7 @@ class ChatTemplate:
             spans.append(Span(len(asked), end, i, closed, proved))
         return whole, spans
 
-    def _end(
-        self, shown: str, start: int, messages: list[dict[str, Any]], tools: Any, ends: re.Pattern[str]
-    ) -> tuple[int, bool]:
+    def _end(self, shown: str, start: int, messages: Objects, tools: Any, ends: re.Pattern[str]) -> tuple[int, bool]:
         """Where the last answer of `shown` ends, and whether by a token that ends it: the first behind its text, or
         the last if the template looks into the text, as into tool calls."""
         *before, answer = messages
@@ -310,7 +309,7 @@ class ChatTemplate:
             at = spans[-1].end
         return spans
 
-    def _variables(self, dialogue: Dialogue) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+    def _variables(self, dialogue: Dialogue) -> tuple[Objects, Objects | None]:
         """Messages and tools as OpenAI has them."""
         tools = (
             [{"type": "function", "function": tool} for tool in tools_of(dialogue.tools)] if dialogue.tools else None
@@ -358,7 +357,7 @@ class ChatTemplate:
         return {source: compiled(source) for source in (self.source, self.tool_source) if source is not None}
 
     def _render(
-        self, messages: list[dict[str, Any]], tools: Any, *, generation: bool = False, marks: tuple[str, str] = ("", "")
+        self, messages: Objects, tools: Any, *, generation: bool = False, marks: tuple[str, str] = ("", "")
     ) -> str:
         from cordee.data.chat_environment import REFUSALS
 

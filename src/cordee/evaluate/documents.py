@@ -75,12 +75,10 @@ def read_documents(
         yield document
 
 
-def _indexed_documents(
-    prefix: str, tokenizer: Tokenizer | None, vocab_size: int, bos: int | None
-) -> Iterator[Document]:
-    dataset = IndexedDataset(prefix)
+def _indexed_documents(path: str, tokenizer: Tokenizer | None, vocab_size: int, bos: int | None) -> Iterator[Document]:
+    dataset = IndexedDataset(path)
     if (manifest := read_manifest(dataset)) is not None:
-        raise_all(token_problems(prefix, manifest, vocab_size, tokenizer))
+        raise_all(token_problems(path, manifest, vocab_size, tokenizer))
     count = dataset.num_documents
     for number in range(count):
         sequences = dataset[int(dataset.document_indices[number]) : int(dataset.document_indices[number + 1])]

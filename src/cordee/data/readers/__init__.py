@@ -43,9 +43,7 @@ def reading(option: str, given: object) -> Iterator[None]:
     try:
         yield
     except ProblemError as error:
-        named = (
-            replace(problem, option=option) if problem.option == "--input" else problem for problem in error.problems
-        )
+        named = (replace(each, option=option) if each.option == "--input" else each for each in error.problems)
         raise ProblemError(named, error.everywhere) from error
     except OSError as error:
         kind = "missing" if isinstance(error, FileNotFoundError) else "unreadable"

@@ -7,7 +7,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from cordee.data.readers.chunk import MAX_RECORD_BYTES, Broken, Chunk, missing_columns, table_chunks, too_large
+from cordee.data.readers.chunk import (
+    MAX_RECORD_BYTES,
+    Broken,
+    Chunk,
+    Numbered,
+    missing_columns,
+    table_chunks,
+    too_large,
+)
 from cordee.data.readers.stream import ByteStream, open_stream
 from cordee.errors import ProblemError, raise_all
 
@@ -54,9 +62,7 @@ def read(path: Path, keys: Sequence[str]) -> Iterator[Chunk]:
         yield from table_chunks(str(path), _rows(path, stream, keys), "line")
 
 
-def _rows(
-    path: Path, stream: ByteStream, keys: Sequence[str]
-) -> Iterator[tuple[int, tuple[object, ...] | Broken, float]]:
+def _rows(path: Path, stream: ByteStream, keys: Sequence[str]) -> Iterator[Numbered]:
     lines = _Lines(path, stream.text(newline=""))
     records = _records(csv.reader(lines, strict=True), lines)
     header = next(records, [])
