@@ -151,9 +151,7 @@ def _fields(found: object, kind: str) -> Mapping[str, Any]:
 
 def tensors(metadata: Metadata) -> dict[str, dcp.TensorStorageMetadata]:
     """Shape, type and chunks of every tensor by its name in the checkpoint."""
-    return {
-        name: kept for name, kept in metadata.state_dict_metadata.items() if isinstance(kept, dcp.TensorStorageMetadata)
-    }
+    return {name: t for name, t in metadata.state_dict_metadata.items() if isinstance(t, dcp.TensorStorageMetadata)}
 
 
 def _described(metadata: Metadata, name: str) -> dcp.TensorStorageMetadata:
@@ -230,10 +228,8 @@ def _read_chunk(
     directory: Location, metadata: Metadata, name: str, chunk: dcp.ChunkStorageMetadata, index: tuple[slice, ...]
 ) -> Tensor:
     """A slice of a chunk, which may share memory with the file."""
-    place, expected = (
-        metadata.storage_data[dcp.MetadataIndex(name, chunk.offsets)],
-        _described(metadata, name).properties,
-    )
+    place = metadata.storage_data[dcp.MetadataIndex(name, chunk.offsets)]
+    expected = _described(metadata, name).properties
     path = directory / place.relative_path
     try:
         region = tensor_in(path, place.offset, place.length)

@@ -45,16 +45,14 @@ def verify(source: Source, written: Source, dtypes: Mapping[str, torch.dtype]) -
     return [*notes, f"verified: the logits of {length} tokens are the same"]
 
 
-def verify_tokenizer(
-    source: Path | None, written: Path | None, compare: Callable[[Path, Path], str | None]
-) -> list[str]:
+def verify_tokenizer(source: Path | None, made: Path | None, compare: Callable[[Path, Path], str | None]) -> list[str]:
     """`compare` the tokenizers in two directories; what was found, in words. Without one of the two there is nothing to
     compare.
 
     ProblemError if they differ."""
-    if source is None or written is None or not holds_tokenizer(source):
+    if source is None or made is None or not holds_tokenizer(source):
         return []
-    if (why := compare(source, written)) is not None:
+    if (why := compare(source, made)) is not None:
         fix = "choose another format, or give its reader the ids that the model's own tokenizer makes"
         raise ProblemError.of("tokenizer", source, why, fix)
     return ["verified: texts with added tokens have the same token ids"]

@@ -97,7 +97,5 @@ def token_problems(prefix: str, manifest: Manifest, vocab_size: int | None, toke
     made_with: Any = manifest.tokenizer
     if tokenizer is None or made_with is None or tokenizer.fingerprint() == made_with.fingerprint:
         return
-    why = (
-        f"it was made with {made_with.type} of {made_with.vocab_size} tokens; this tokenizer has {tokenizer.vocab_size}"
-    )
+    why = f"it was made with {made_with.type} of {made_with.vocab_size} tokens; this tokenizer: {tokenizer.vocab_size}"
     yield Problem("dataset", prefix, why, "give the tokenizer it was made with, or preprocess again", limit=made_with)

@@ -420,9 +420,7 @@ def _mapped(name: str, given: Any, option: str, defaults: Mapping[str, str | Non
             wrong(f"{key} = {column}", "it is no name of a column")
     raise_all(problems)
     found = {key: column for key, column in {**defaults, **columns}.items() if column is not None}
-    raise_all(
-        Problem(option, key, f"{name} needs this column", "name it", "missing") for key in needed if key not in found
-    )
+    raise_all(Problem(option, key, f"{name} needs it", "name it", "missing") for key in needed if key not in found)
     required = tuple(found[key] for key in dict.fromkeys((*needed, *columns)))
     reading = partial(read, columns=found, tags=tags) if tagged else partial(read, columns=found)
     handler = Handler(name=name, read=reading, columns=tuple(found.values()), required=required)

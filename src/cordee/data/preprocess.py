@@ -272,9 +272,8 @@ class _Tally:
 
     def require_documents(self, builders: dict[str, IndexedDatasetBuilder]) -> None:
         """Raises `ProblemError` if there are none: an empty dataset is of no use to anyone."""
-        records = f"the input has {counted(self.records, 'record')}" + (
-            f" ({self._counts()})" if self._counts() else ""
-        )
+        counts = f" ({found})" if (found := self._counts()) else ""
+        records = f"the input has {counted(self.records, 'record')}{counts}"
         fix = "give text, or other --json-keys"
         raise_all(
             Problem("--input", None, f"{records} and no text in {key!r}", fix, "empty", limit=self.records)

@@ -311,9 +311,7 @@ class ChatTemplate:
 
     def _variables(self, dialogue: Dialogue) -> tuple[Objects, Objects | None]:
         """Messages and tools as OpenAI has them."""
-        tools = (
-            [{"type": "function", "function": tool} for tool in tools_of(dialogue.tools)] if dialogue.tools else None
-        )
+        tools = [{"type": "function", "function": one} for one in tools_of(dialogue.tools)] if dialogue.tools else None
         if tools and not self._writes_tools:
             raise BadRecord("the chat template has no place for tools")
         return [self._message(message) for message in dialogue.messages], tools

@@ -48,10 +48,9 @@ def run_tasks(
 def _run(
     task: Task, subject: Subject, engine: Engine, options: EvaluateOptions, progress: Callable[[float], None]
 ) -> Result:
-    window = options.seq_length or subject.model.config.max_position_embeddings
-    encoder = Encoder(
-        subject.tokenizer, window, vocab_size=subject.model.config.vocab_size, prepend_bos=options.prepend_bos
-    )
+    config = subject.model.config
+    window = options.seq_length or config.max_position_embeddings
+    encoder = Encoder(subject.tokenizer, window, vocab_size=config.vocab_size, prepend_bos=options.prepend_bos)
     result = task.score(engine.answers(_asked(task, subject, encoder, options), progress), options)
     if not encoder.truncated:
         return result

@@ -26,12 +26,8 @@ def read(hf: ConfigReader) -> ModelConfig:
         bias=True,
     )
     head_dim, count = max(1, hidden // heads), hf.integer("n_layer")
-    attentions = [
-        AttentionConfig(
-            num_heads=heads, num_kv_heads=heads, head_dim=head_dim, qkv_bias=True, out_bias=True, scale=scale
-        )
-        for scale in read_scales(hf, head_dim, count)
-    ]
+    form = {"num_heads": heads, "num_kv_heads": heads, "head_dim": head_dim, "qkv_bias": True, "out_bias": True}
+    attentions = [AttentionConfig(**form, scale=scale) for scale in read_scales(hf, head_dim, count)]
     return ModelConfig(
         vocab_size=hf.integer("vocab_size"),
         hidden_size=hidden,

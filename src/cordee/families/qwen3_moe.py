@@ -21,9 +21,8 @@ def read(hf: ConfigReader) -> ModelConfig:
     )
     attention, norm, dense = read_attention(hf, groups=4), common.read_norm(hf), common.read_swiglu(hf)
     attention = replace(attention, window=read_window(hf))
-    layers = [
-        LayerConfig(attention=attention, mlp=moe if s else dense, norm=norm) for s in experts.read_sparse_layers(hf)
-    ]
+    sparse = experts.read_sparse_layers(hf)
+    layers = [LayerConfig(attention=attention, mlp=moe if s else dense, norm=norm) for s in sparse]
     return common.read_model(hf, layers, norm)
 
 

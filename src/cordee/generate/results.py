@@ -48,6 +48,4 @@ class NewFile:
             yield
         except OSError as error:
             fix = "give the name of a new file in a place that can be written to and has room"
-            raise ProblemError.of(
-                "--output", self._path, f"it cannot be written: {error}", fix, "unwritable"
-            ) from error
+            raise ProblemError.of("--output", self._path, f"it is not writable: {error}", fix, "unwritable") from error

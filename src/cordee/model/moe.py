@@ -195,9 +195,8 @@ class MoE(SpecifiedModule[MoEPlacement]):
         super().__init__(MoEPlacement())
         self.config = config
         self.router = Router(config.router, model, **factory)
-        self.experts = Experts(
-            config.expert, config.router.num_experts, model, weight_input=config.weight_input, **factory
-        )
+        count = config.router.num_experts
+        self.experts = Experts(config.expert, count, model, weight_input=config.weight_input, **factory)
         self.shared = None if config.shared is None else MLP(config.shared, model, **factory)
         gate = specs.of_part(specs.moe(config, model), "shared_gate")
         self.shared_gate = Linear(gate, **factory) if gate else None

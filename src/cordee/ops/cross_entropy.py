@@ -141,9 +141,8 @@ class _ChunkedTokenLosses(Function):
     def backward(ctx, grad: Tensor):
         hidden, weight, labels = ctx.saved_tensors
         factors = grad[:, None].float()
-        _, hidden_grad, weight_grad = _walk(
-            hidden, weight, labels, *ctx.how, needed=ctx.needs_input_grad, factors=factors
-        )
+        needed = ctx.needs_input_grad
+        _, hidden_grad, weight_grad = _walk(hidden, weight, labels, *ctx.how, needed=needed, factors=factors)
         if weight_grad is not None:
             weight_grad = weight_grad.times(factors.new_ones(())).to(weight.dtype)
         return hidden_grad, weight_grad, None, None, None, None, None

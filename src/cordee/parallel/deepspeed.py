@@ -132,13 +132,12 @@ def _accumulation(config: LayoutOptions, file: Settings, data_ranks: int) -> Pro
         return
     samples = config.micro_batch_size * data_ranks
     if (config.global_batch_size or samples) != samples * passes:
+        needed = samples * passes
         why = f"{where} is {passes}: {passes} x {config.micro_batch_size} per micro-batch x {data_ranks} data-parallel "
-        why += f"ranks are {samples * passes} samples"
-        fix = f"give {samples * passes}, or leave {ACCUMULATION} out"
+        why += f"ranks are {needed} samples"
+        fix = f"give {needed}, or leave {ACCUMULATION} out"
         involved = ("deepspeed_config", "micro_batch_size", *RANKS)
-        yield Problem(
-            "--global-batch-size", config.global_batch_size, why, fix, "accumulates", involved, samples * passes
-        )
+        yield Problem("--global-batch-size", config.global_batch_size, why, fix, "accumulates", involved, needed)
 
 
 def _entry(name: str, value: object) -> Entry:

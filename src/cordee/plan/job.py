@@ -19,7 +19,7 @@ from cordee.plan.schedule import Costs, simulate
 from cordee.plan.timeline import Timeline, read_timeline
 
 FORMATS = (".svg", ".png")
-_MOST_PASSES = 2**18  # forward passes of stages that are simulated in seconds
+_MOST = 2**18  # forward passes of stages that are simulated in seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,15 +133,12 @@ def check_run(config: PlanConfig) -> list[Problem]:
 def _options(config: PlanConfig) -> Problems:
     """What is wrong with single options, so that the rest can be read."""
     yield from laws.problems(config)
-    passes = (
-        (config.num_micro_batches or 8) * (config.pipeline_model_parallel_size or 4) * (config.stages_per_rank or 1)
-    )
-    if passes > _MOST_PASSES:
+    ranks, stages = config.pipeline_model_parallel_size or 4, config.stages_per_rank or 1
+    passes = (config.num_micro_batches or 8) * ranks * stages
+    if passes > _MOST:
         why = f"{passes} forward passes of a stage are too many to simulate"
         involved = ("pipeline_model_parallel_size", "stages_per_rank")
-        yield Problem(
-            "--num-micro-batches", config.num_micro_batches, why, "give less", "at most", involved, _MOST_PASSES
-        )
+        yield Problem("--num-micro-batches", config.num_micro_batches, why, "give less", "at most", involved, _MOST)
     if config.manual_mbs:
         yield from micro_batches.unreadable(config.manual_mbs)
         if "1f1b" not in config.schedule:
@@ -162,9 +159,7 @@ def _options(config: PlanConfig) -> Problems:
 
 def _output(path: Path) -> Problems:
     if path.suffix.lower() not in FORMATS:
-        yield Problem(
-            "--output", path, "a picture is drawn as SVG or PNG", "let the name end in .svg or .png", "format"
-        )
+        yield Problem("--output", path, "a picture is drawn as SVG or PNG", "end the name in .svg or .png", "format")
     yield from unwritable("--output", path, path.parent)
 
 

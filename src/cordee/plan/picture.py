@@ -78,11 +78,7 @@ def _chunks(timeline: Timeline) -> dict[int, float]:
     of_rank: dict[int, set[int]] = {}
     for span in timeline.spans:
         of_rank.setdefault(span.rank, set()).add(span.action.stage)
-    return {
-        stage: place / max(1, len(stages) - 1)
-        for stages in of_rank.values()
-        for place, stage in enumerate(sorted(stages))
-    }
+    return {stage: i / max(1, len(stages) - 1) for stages in of_rank.values() for i, stage in enumerate(sorted(stages))}
 
 
 def _box(axes: Axes, span: Span, lightness: float, inches_per_unit: float) -> None:

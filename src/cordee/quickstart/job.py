@@ -265,9 +265,8 @@ def _launch(job: Run, name: str, values: dict[str, Any]) -> int:
 
 def _train(job: Run, values: dict[str, Any]) -> int:
     processes = job.config.nproc_per_node
-    with job.phase(
-        f"pretrain on {counted(processes, 'process', 'processes')}, {counted(values['train_iters'], 'step')}"
-    ):
+    where = counted(processes, "process", "processes")
+    with job.phase(f"pretrain on {where}, {counted(values['train_iters'], 'step')}"):
         return _launch(job, "train.yaml", values)
 
 

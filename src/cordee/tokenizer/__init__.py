@@ -132,11 +132,8 @@ def _from_directory(directory: Path, options: TokenizerOptions) -> Tokenizer:
         return hf.from_tokenizer_json(directory, arguments)
     if model.is_file():
         # Two formats share the name: SentencePiece's is binary, tiktoken's is lines of text.
-        return (
-            tik.from_directory(directory, model, arguments)
-            if _is_text(model)
-            else spm.from_directory(directory, arguments)
-        )
+        text = _is_text(model)
+        return tik.from_directory(directory, model, arguments) if text else spm.from_directory(directory, arguments)
     if files := sorted(path for path in directory.glob("*.tiktoken") if path.is_file()):
         return tik.from_directory(directory, files[0], arguments)
     return hf.from_transformers(directory, arguments)

@@ -286,9 +286,7 @@ def raise_unknown(arguments: Arguments) -> None:
     """Raise `ProblemError` for arguments that would have no effect, or not the one that is meant."""
     known = (*NAMES, *AROUND)
     fix = f"only these are understood: {', '.join(known)}"
-    problems = [
-        Problem("--tokenizer-kwargs", name, "it has no effect here", fix) for name in arguments if name not in known
-    ]
+    problems = [Problem("--tokenizer-kwargs", name, "it has no effect", fix) for name in arguments if name not in known]
     problems += [
         Problem("--tokenizer-kwargs", f"{name} {arguments[name]}", "it is neither true nor false", "write one of them")
         for name in AROUND
@@ -341,9 +339,7 @@ def copy_files(source: Path, target: Path, arguments: Arguments) -> None:
     target.mkdir(parents=True, exist_ok=True)
     found = [path for pattern in FILES for path in source.glob(pattern)]
     reasons = ((path, files.left_out(path)) for path in found)
-    raise_all(
-        Problem("tokenizer", path, why, "put the file itself in the link's place") for path, why in reasons if why
-    )
+    raise_all(Problem("tokenizer", path, why, "put the file in the link's place") for path, why in reasons if why)
     files.copy_files(found, target)
     if arguments:
         path = target / "tokenizer_config.json"

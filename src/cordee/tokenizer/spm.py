@@ -167,11 +167,8 @@ def from_directory(directory: Path, arguments: Arguments) -> SentencePieceTokeni
     matched = _with_ids(model, [*special.tokens(), *_control_tokens(model, special)])
     report_deviations(directory, special, _deviations(model, special, matched))
     ids = {token.content: i for i, token in matched.items()}
-    own = {
-        role: i
-        for role, i in (("bos", own.bos), ("eos", own.eos), ("unk", own.unk))
-        if f"{role}_token" not in special.absent
-    }
+    roles = {"bos": own.bos, "eos": own.eos, "unk": own.unk}
+    own = {role: i for role, i in roles.items() if f"{role}_token" not in special.absent}
     legacy = special.switches.get("legacy", True)
     return SentencePieceTokenizer(
         "PretrainedFromHF",

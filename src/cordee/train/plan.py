@@ -197,9 +197,8 @@ def _with_length(
         found.problems.append(Problem("--num-epochs", config.num_epochs, why, "give --train-iters", "length"))
     if size is None or config.train_iters or config.train_samples:
         return config
-    return replace(
-        config, num_epochs=None, train_iters=batches.steps_of(config.num_epochs * sum(size.samples.values()))
-    )
+    samples = config.num_epochs * sum(size.samples.values())
+    return replace(config, num_epochs=None, train_iters=batches.steps_of(samples))
 
 
 def _iterations(config: TrainConfig, batches: BatchSchedule, notes: list[str]) -> int:
@@ -229,14 +228,12 @@ def _start(
     tokens = _MANY_TOKENS if len(found.problems) > before else tokenizer and tokenizer.vocab_size
     if initial is None:  # the options may have the whole shape, too
         alone = Findings()
-        spec = alone.attempt(
-            lambda: _spec(config, InitialWeights(), tokenizer, tokens or _MANY_TOKENS, []), involves=_MODEL
-        )
+        tokens = tokens or _MANY_TOKENS
+        spec = alone.attempt(lambda: _spec(config, InitialWeights(), tokenizer, tokens, []), involves=_MODEL)
         found.problems += () if any(problem.kind == "missing" for problem in alone.problems) else alone.problems
         return None, tokenizer, spec
-    spec = found.attempt(
-        lambda: _spec(config, initial, tokenizer, tokens, found.notes), involves=(*_MODEL, *_TOKENIZER)
-    )
+    involved = (*_MODEL, *_TOKENIZER)
+    spec = found.attempt(lambda: _spec(config, initial, tokenizer, tokens, found.notes), involves=involved)
     if spec is not None:
         found.notes += ignored(config, words_of(spec.config))
     return initial, tokenizer, spec

@@ -53,9 +53,7 @@ class SafetensorsFile:
         self.path = path
         with safe_open(path, "pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            self.tensors = {
-                name: Stored(tuple(part.get_shape()), DTYPES.get(part.get_dtype())) for name, part in slices.items()
-            }
+            self.tensors = {name: Stored(tuple(s.get_shape()), DTYPES.get(s.get_dtype())) for name, s in slices.items()}
         self._starts = starts(path)
 
     def read(self, name: str, index: Index) -> Tensor:

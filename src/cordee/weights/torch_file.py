@@ -234,9 +234,7 @@ def _settings(value: object) -> object:
 def _read_archive(file: BinaryIO) -> tuple[object, list[str]]:
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
-    root = next(
-        (entry.filename.removesuffix(_PICKLE) for entry in entries if entry.filename.endswith("/" + _PICKLE)), ""
-    )
+    root = next((each.filename.removesuffix(_PICKLE) for each in entries if each.filename.endswith("/" + _PICKLE)), "")
     found = {entry.filename.removeprefix(root): entry for entry in entries}
     if _PICKLE not in found or len(found) < len(entries):
         raise ValueError("it is an archive, but not of torch.save")

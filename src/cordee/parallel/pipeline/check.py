@@ -72,11 +72,9 @@ def _dynamic(options: LayoutOptions, degrees: Degrees) -> Problems:
         why = "micro-batches of different sizes need a pipeline with the schedule 1F1B"
         fix = "give --pipeline-model-parallel-size, and no other schedule"
         yield Problem("--optimized-pipeline", True, why, fix, "requires", ("pipeline_model_parallel_size", *_SCHEDULE))
-    num_samples = (options.global_batch_size or options.micro_batch_size * degrees.data) // degrees.data
-    size = options.micro_batch_size
-    yield from micro_batches.problems(
-        options.manual_mbs, num_ranks=degrees.pp, micro_batch_size=size, num_samples=num_samples
-    )
+    mbs, size = options.manual_mbs, options.micro_batch_size
+    samples = (options.global_batch_size or size * degrees.data) // degrees.data
+    yield from micro_batches.problems(mbs, num_ranks=degrees.pp, micro_batch_size=size, num_samples=samples)
 
 
 def _split_backward(options: LayoutOptions, schedule: str) -> Problems:

@@ -309,10 +309,9 @@ def _in_context(config: ModelConfig) -> tuple[ModelConfig, list[str]]:
             if isinstance(attention.query_scaling, configs.LogNScaling):
                 limits.add(attention.query_scaling.length)
                 attention = replace(attention, query_scaling=None)
-            if attention.rope and isinstance(
-                attention.rope.scaling, configs.DynamicNTKScaling | configs.QwenNTKScaling
-            ):
-                limits.add(attention.rope.scaling.original_max_position_embeddings)
+            scaling = attention.rope and attention.rope.scaling
+            if attention.rope and isinstance(scaling, configs.DynamicNTKScaling | configs.QwenNTKScaling):
+                limits.add(scaling.original_max_position_embeddings)
                 attention = replace(attention, rope=replace(attention.rope, scaling=None))
         layers.append(replace(layer, attention=attention))
     if not limits:

@@ -176,9 +176,7 @@ def plan(spec: ModelSpec, dtypes: Mapping[str, torch.dtype], assets: Path | None
     factors = rope_factors(spec.config)
     row, values, notes = architecture.choose(spec, None if factors is None else factors.tolist())
     found, shapes = rules(spec.config, row.paired), spec.shapes()
-    dtypes = {
-        name: dtypes[name] if _keeps_type(name, rule, shapes[name]) else torch.float32 for name, rule in found.items()
-    }
+    dtypes = {name: dtypes[name] if _keeps(name, rule, shapes[name]) else torch.float32 for name, rule in found.items()}
     if strange := {str(dtype) for dtype in dtypes.values()} - {str(dtype) for dtype in NAMES_OF_TYPES}:
         why = f"weights are stored as {', '.join(sorted(strange))}, which llama.cpp does not compute with"
         raise ProblemError.of("--params-dtype", None, why, "give float32, float16 or bfloat16", "dtype")
@@ -213,7 +211,7 @@ def _notes_on_tokenizer(values: Mapping[str, Any], assets: Path | None) -> Itera
             yield f"llama.cpp does not match tokens as {assets} does: {lost}"
 
 
-def _keeps_type(name: str, rule: Rule, shape: Shape) -> bool:
+def _keeps(name: str, rule: Rule, shape: Shape) -> bool:
     """llama.cpp computes with vectors, and chooses experts, in float32."""
     return not name.endswith("router.weight") and all(len(foreign) > 1 for foreign in rule.foreign_shapes(shape))
 

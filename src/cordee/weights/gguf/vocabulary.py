@@ -145,9 +145,7 @@ def compare_tokenizers(directory: Path, written: Path) -> str | None:
 def _of_json(raw: Mapping[str, Any], words: Mapping[int, str], directory: Path) -> dict[str, Any]:
     """What a `tokenizer.json` says of tokens and merges."""
     model, pre_tokenizer = raw["model"], raw.get("pre_tokenizer")
-    fix = (
-        "choose another format; this one knows byte-level BPE, cut as GPT-2, Llama 3, Qwen2, ... cut, and SentencePiece"
-    )
+    fix = "choose another format; this one knows byte-level BPE, cut as GPT-2, Llama 3, Qwen2, ..., and SentencePiece"
     if model.get("type", "BPE") != "BPE" or "merges" not in model:
         why = f"it is {model.get('type')}, not BPE"
         raise ProblemError.of("tokenizer", directory, why, fix, "unsupported", limit=model.get("type"))
@@ -223,11 +221,10 @@ def restore(values: Values, directory: Path) -> str | None:
     if model == _BYTE_LEVEL and cut is None:
         return f"the tokenizer is left out: how it cuts text, {pre!r}, is unknown here"
     try:
-        backend = (
-            _byte_level(values, tokens, cut)
-            if cut is not None and model == _BYTE_LEVEL
-            else _pieces(values, tokens, kinds)
-        )
+        if cut is None or model != _BYTE_LEVEL:
+            backend = _pieces(values, tokens, kinds)
+        else:
+            backend = _byte_level(values, tokens, cut)
     except Exception as error:  # the library raises plain `Exception` for merges of what is no token
         return f"the tokenizer is left out: {error}"
     _write(backend, values, tokens, kinds, directory)
@@ -269,9 +266,8 @@ def _byte_level(values: Values, tokens: list[str], cut: Cut) -> "tokenizers.Toke
     if cut.nfc:
         backend.normalizer = normalizers.NFC()
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in cut.patterns]
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
     backend.decoder = decoders.ByteLevel()
     return backend
 

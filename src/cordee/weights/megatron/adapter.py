@@ -104,9 +104,7 @@ class MegatronAdapter:
                 fits = len(a) == len(b) == len(shape) == 2 and a[0] == b[1] > 0 and a[1] == shape[1]
                 if not fits or b[0] < slot.row + shape[0]:
                     why = f"A of {list(a)} and B of {list(b)} do not make {list(shape)} of {slot.name}"
-                    yield Problem(
-                        str(self._path), None, why, "take the adapter of this model", "shape", limit=slot.name
-                    )
+                    yield Problem(str(self._path), None, why, "take this model's adapter", "shape", limit=slot.name)
 
     def _alpha_of(self, given: Given) -> float:
         """As the settings in the checkpoint say, else as the user does, else what is usual."""

@@ -198,7 +198,7 @@ def spec_of_arguments(args: Namespace | None, vocab_size: int, where: str) -> Mo
         raise _undefined(where, "its settings do not define a mixture of experts or latent attention completely")
     if given.get("position_embedding_type") == "alibi" and not hasattr(args, "lm_norm_weight"):
         raise _undefined(
-            where, "its settings do not define whether the head is normalised, as it is in some models with alibi"
+            where, "its settings do not define whether the head is normalised, as in some models with alibi"
         )
     values = {name: given[name] for name in _SAME & given.keys()}
     values |= {name: given[name] for name in _WHERE_ON & given.keys() if given[name]}

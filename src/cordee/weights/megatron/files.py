@@ -139,8 +139,7 @@ def by_rank(folder: Path, files: dict[tuple[int, ...], RankFile]) -> dict[Rank, 
             raise ProblemError.of(str(folder), None, why, "leave only those of one checkpoint in it")
         found[rank] = file
     sizes = [
-        max(size_of(args, axis), *(1 + getattr(rank, axis) for rank in found))
-        for axis in ("tensor", "pipeline", "expert")
+        max(size_of(args, axis), *(1 + getattr(r, axis) for r in found)) for axis in ("tensor", "pipeline", "expert")
     ]
     problems = []
     if missing := math.prod(sizes) - len(found):

@@ -213,9 +213,8 @@ class Wanted:
             chunks = chunks_of(self.layer_list, self.pipeline)
         else:
             chunks = even_chunks(model.num_layers, self.pipeline, self.layers_per_chunk)
-        return MegatronLayout(
-            tensor=self.tensor, expert=self.expert, chunks=chunks, virtual=self.layers_per_chunk is not None
-        )
+        virtual = self.layers_per_chunk is not None
+        return MegatronLayout(tensor=self.tensor, expert=self.expert, chunks=chunks, virtual=virtual)
 
     def _stages(self, layers: int) -> Problems:
         virtual, size = "--num-layers-per-virtual-pipeline-stage", self.layers_per_chunk
