@@ -161,8 +161,7 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def _copy(given: BinaryIO, target: Path) -> None:
-    """Copy a file, which `target` then is a new one of. Its owner may write it; no one else may do what they may not
-    with the file that is given."""
+    """Copy a file to a new `target`, which its owner may write, and no one else use more than the original."""
     with create_new(target, os.fstat(given.fileno()).st_mode & 0o666 | 0o600) as copy:
         shutil.copyfileobj(given, copy, 1 << 20)
 

@@ -189,8 +189,7 @@ def _supervise(processes: Sequence[_Process], signals: Sequence[int], grace_seco
 
 
 def _first_failed(processes: Sequence[_Process]) -> _Process | None:
-    """The process that failed; of several at once one that a signal killed, for the others fail in its wake, and last
-    of all one that says so itself."""
+    """The process that failed first: of several, one that a signal killed, and last one that reports itself lost."""
     failed = [process for process in processes if process.exit_code() not in (None, 0)]
 
     def order(process: _Process) -> tuple[bool, bool, int]:

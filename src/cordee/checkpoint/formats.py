@@ -103,10 +103,6 @@ def _read_megatron(path: Path, reading: Reading | None) -> Source:
     return torch_dist.read(path, folder, reading)
 
 
-def _is_megatron(path: Path) -> bool:
-    return is_megatron(path) or is_distributed(path)
-
-
 def _read_gguf(path: Path, reading: Reading | None) -> Source:
     from cordee.weights.gguf import codec
 
@@ -121,7 +117,7 @@ def _refuse_partitions(path: Path, reading: Reading | None) -> Source:
 
 
 FORMATS = (  # the first that recognises a directory reads it
-    Format("mg", "Megatron checkpoint", _is_megatron, _read_megatron),
+    Format("mg", "Megatron checkpoint", lambda path: is_megatron(path) or is_distributed(path), _read_megatron),
     Format("cordee", "checkpoint of a run", _is_checkpoint, _read_checkpoint, local=False),
     Format("dcp", "distributed checkpoint with a config.json", _is_distributed, _read_distributed),
     Format("mindformers", "directory with MindFormers' names", mindformers.recognises, _read_mindformers),

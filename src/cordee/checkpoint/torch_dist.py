@@ -72,9 +72,7 @@ def _object(path: Path, place: _StorageInfo) -> tuple[Any, list[str]]:
 
 @dataclass(frozen=True)
 class _Part:
-    """A tensor of a rank: the one that is stored, or of those stacked in it the one at the numbers `at`.
-
-    chunks: in which it is."""
+    """A tensor of a rank, or of those stacked in it the one at the numbers `at`; `chunks`: in which it is."""
 
     stored: str
     at: tuple[int, ...]

@@ -64,9 +64,7 @@ class _Collect(argparse.Action):
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps words whole, so that they can be searched for, and shows of values the metavar alone.
-
-    To argparse every value is optional, as it would stop at the first missing one."""
+    """Keeps words whole, for searching, and shows of values the metavar alone: to argparse every value is optional."""
 
     def _split_lines(self, text: str, width: int) -> list[str]:
         return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)

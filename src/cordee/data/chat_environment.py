@@ -52,7 +52,8 @@ def _environment() -> jinja2.Environment:
     extensions = [_Generation, "jinja2.ext.loopcontrols"]
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.filters["tojson"] = _tojson
-    environment.globals |= {"raise_exception": _raise, "strftime_now": _now}
+    now = datetime.datetime.now
+    environment.globals |= {"raise_exception": _raise, "strftime_now": lambda form: now().strftime(form)}
     return environment
 
 
@@ -68,7 +69,3 @@ def _tojson(
 
 def _raise(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
-
-
-def _now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)

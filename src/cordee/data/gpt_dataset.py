@@ -231,8 +231,7 @@ class BlendedDataset:
         return self.datasets[dataset][turn * self.drawn[dataset] + int(self.dataset_sample_index[place])]
 
     def _oversampled(self) -> Iterator[Problem]:
-        """Datasets of which a blend of few samples draws more than there are: rounding up the shares of many datasets
-        makes it larger than was asked for, and Megatron refuses these too."""
+        """Datasets of which a small blend draws more than there are, by rounding up; Megatron refuses these too."""
         turns, rest = divmod(self.size, self.period)
         last = _count(self.dataset_index[:rest], len(self.datasets))
         for number, (dataset, each, more) in enumerate(zip(self.datasets, self.drawn, last, strict=True), 1):

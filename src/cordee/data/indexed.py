@@ -148,8 +148,7 @@ class IndexedDataset:
 
 
 def _read_header(prefix: str) -> tuple[np.dtype[Any], int, int]:
-    """Type of the tokens, number of sequences and length of the document index; both files are there and the `.idx`
-    is complete."""
+    """Type of the tokens, number of sequences, length of the document index; both files are there, `.idx` whole."""
     raise_all(_missing(prefix))
     path = idx_path(prefix)
     size = path.stat().st_size

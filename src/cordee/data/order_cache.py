@@ -85,8 +85,7 @@ def cached_arrays(
 
 
 def _build(directory: Path, paths: Mapping[str, Path], shapes: Shapes, build: Callable[[], Arrays]) -> Arrays:
-    """Build and keep the arrays, unless another process has done so before this one got the lock. A file that is whole
-    stays as it is: others may have it open."""
+    """Build and keep the arrays that are not there whole by now; files that are stay, as others may have them open."""
     whole: Arrays = {}
     for name, path in paths.items():
         with suppress(*_DAMAGE):

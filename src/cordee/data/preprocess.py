@@ -327,8 +327,7 @@ class _Tally:
 
 @contextmanager
 def _progress(tally: _Tally, log_interval: int) -> Iterator[Callable[[], None]]:
-    """A function to call after every step: it keeps a progress bar going on a terminal and writes log lines elsewhere,
-    one every `log_interval` documents but not more than one a second. A last line always gives the totals."""
+    """A function to call after every step: a bar on a terminal, else a line every `log_interval`, or every second."""
     if sys.stderr.isatty():
         with progress_bar() as show:
             # Without a known size the bar only shows that something happens.

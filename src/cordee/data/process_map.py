@@ -57,8 +57,7 @@ def _map(pool: ProcessPoolExecutor, processes: int, items: Iterable[Any]) -> Ite
 
 
 def _start_method() -> str:
-    """A forked process has the function at once, without loading it again; but a fork of a program in which libraries
-    run threads can hang, so it is for programs that have not loaded such libraries."""
+    """Fork, as it has the function at once, unless libraries that run threads are loaded, with which it can hang."""
     threads = threading.active_count() > 1 or any(name in sys.modules for name in ("torch", "pyarrow"))
     return "fork" if sys.platform == "linux" and not threads else "spawn"
 

@@ -285,8 +285,7 @@ class ChatTemplate:
         return whole, spans
 
     def _end(self, shown: str, start: int, messages: Objects, tools: Any, ends: re.Pattern[str]) -> tuple[int, bool]:
-        """Where the last answer of `shown` ends, and whether by a token that ends it: the first behind its text, or
-        the last if the template looks into the text, as into tool calls."""
+        """Where the last answer of `shown` ends: at the first end token, or the last if the template looks inside."""
         *before, answer = messages
         text, at = "" if "tool_calls" in answer else answer["content"], -1
         for marked in filter(None, dict.fromkeys((text, text.rstrip()))):  # a template may strip it
@@ -327,8 +326,7 @@ class ChatTemplate:
 
     @cached_property
     def _arguments(self) -> Callable[[dict[str, Any]], dict[str, Any]] | None:
-        """How the template takes a call: with arguments as an object, or, where it would write them as Python does, as
-        JSON. None if it writes neither."""
+        """How the template takes a call: arguments as an object, as JSON where it writes Python, None if neither."""
         for form in (_call_of_object, _call_of_text):
             call = form({"name": "probe", "arguments": {"probed": "value"}, "id": "probed000"})
             probe = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [call]}]

@@ -156,8 +156,7 @@ def _written(
     options: GenerateOptions,
     progress: Callable[[int], None],
 ) -> Iterator[_Sample]:
-    """The samples in their order, each as soon as it and all before it have ended. `progress` gets the number of tokens
-    that are written or will not be."""
+    """The samples in order, once they and all before have ended; `progress` gets the tokens written or void."""
     prompts = [sample.prompt_tokens for sample in samples]
     given = done = 0
     for token in stream(model, prompts, options, stop_ids=stop, vocab_size=tokenizer.vocab_size, stage=stage):

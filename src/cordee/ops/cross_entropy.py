@@ -190,9 +190,7 @@ def _walk(
 def _losses_and_products_grad(
     products: Tensor, target: Tensor, scale: float, softcap: float | None, part: VocabularyPart | None
 ) -> tuple[Tensor, Tensor]:
-    """Losses `[tokens, 1]` and their gradients by the products of hidden states and head `[tokens, vocab]`.
-
-    The products are used up."""
+    """Losses `[tokens, 1]` and their gradients by the products `[tokens, vocab]`, which are used up."""
     if scale == 1.0 and softcap is None:
         return _losses_and_logits_grad(products, target, part)
     dtype = products.dtype

@@ -86,7 +86,7 @@ def names_tokenizer(options: TokenizerOptions) -> bool:
 
 def holds_tokenizer(directory: str | Path) -> bool:
     """Whether a directory has the files of a tokenizer."""
-    return any(_vocabulary_files(Path(directory)))
+    return any(is_vocabulary(path.name) and path.is_file() for path in Path(directory).glob("*"))
 
 
 def _type(options: TokenizerOptions) -> str:
@@ -118,13 +118,8 @@ def is_vocabulary(name: str) -> bool:
     return name in VOCABULARIES or name.endswith(".tiktoken")
 
 
-def _vocabulary_files(directory: Path) -> Iterator[Path]:
-    return (path for path in directory.glob("*") if is_vocabulary(path.name) and path.is_file())
-
-
 def _from_directory(directory: Path, options: TokenizerOptions) -> Tokenizer:
-    """The most exact reading of what is there: the file that says everything, then the libraries that made the others,
-    then `transformers`' conversion."""
+    """The most exact reading of what is there: tokenizer.json, the libraries of others, `transformers`' conversion."""
     arguments = options.tokenizer_kwargs
     special.raise_unknown(arguments)
     model = directory / "tokenizer.model"

@@ -183,8 +183,7 @@ def from_directory(directory: Path, arguments: Arguments) -> SentencePieceTokeni
 
 
 def _control_tokens(model: SentencePieceProcessor, special: SpecialTokens) -> list[AddedToken]:
-    """The model's own tokens in roles that the config leaves open, and if no file lists further special tokens, all its
-    control tokens."""
+    """The model's own tokens in roles left open, and all control tokens if no file lists further special ones."""
     own = {"bos_token": model.bos_id(), "eos_token": model.eos_id(), "unk_token": model.unk_id()}
     ids = [i for name, i in own.items() if i >= 0 and name not in special.named and name not in special.absent]
     if not special.lists_extra:

@@ -186,8 +186,7 @@ def _name_problems(config: TrainConfig) -> Problems:
 def _with_length(
     config: TrainConfig, objective: Objective[Any], batches: BatchSchedule, found: Findings
 ) -> TrainConfig:
-    """--num-epochs as the iterations that it means here; what keeps the data from being read is found with all else of
-    it."""
+    """--num-epochs as the iterations that it means here; problems of the data are found with all else of it."""
     if config.num_epochs is None or config.skip_train:
         return config
     unread = Findings()

@@ -135,8 +135,7 @@ def _views(content: object) -> Iterator[tuple[Keys, _View]]:
 
 
 def _view(storage: object, first: Any, shape: Any, strides: Any, *more: object) -> _View:
-    """`more`: whether it has gradients, hooks, and whether its values are to be negated or conjugated; an NPU's format
-    of memory in its place."""
+    """`more`: whether it has gradients, hooks, is to be negated or conjugated; an NPU's memory format in its place."""
     if not isinstance(storage, _Storage):
         raise TypeError("a tensor without a storage")
     if any(isinstance(flags, dict) and flags for flags in more[2:]):

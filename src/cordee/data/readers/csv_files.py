@@ -15,9 +15,7 @@ EXTENSIONS = (".csv", ".csv.gz")
 
 
 class _Lines:
-    """The lines of a file, as `csv.reader` takes them: up to the end of a record, which has a largest size.
-
-    A record that is larger ends the file, because only its closing quote would tell where the next one begins."""
+    """The lines of a file up to the end of a record; one too large ends the file, as only its quote ends it."""
 
     def __init__(self, path: Path, text: TextIO):
         self._path = path

@@ -106,9 +106,7 @@ _WORD = re.compile(rb'[^"\[\]{},\ \t\r\n]*+')  # a number, true, null, or what i
 
 
 class _Scanner:
-    """Values one after the other in a file, as bytes, found by their brackets and quotes alone.
-
-    Memory holds one block and one value; a value of more than `MAX_RECORD_BYTES` is skipped, and is None."""
+    """Values one after the other in a file, as bytes, found by brackets and quotes; None for one too large."""
 
     def __init__(self, path: Path, file: IO[bytes]):
         self._path = path

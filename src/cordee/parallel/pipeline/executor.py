@@ -234,9 +234,7 @@ class _StepMetrics:
 
 
 class _Mailbox:
-    """Hidden states and their gradients in flight between stages, over ranks or within this one.
-
-    `like` has their shape and type for each micro-batch."""
+    """Hidden states and gradients in flight between stages; `like` has their shape and type for each micro-batch."""
 
     def __init__(self, layout: Layout, partition: StagePartition, device: torch.device, like: Sequence[Tensor]):
         group = layout.group("pp")

@@ -170,9 +170,7 @@ def _dualpipev(rank: int, num_ranks: int, stages_per_rank: int, num_micro_batche
 
 
 def _numbered(pattern: Iterable[str], rank: int, num_ranks: int) -> Iterator[Action]:
-    """Steps such as "F0", "I1" (kind, arm of the V) to actions: the first F0 is micro-batch 0, the second 1, ...
-
-    "W1" is the oldest weight-gradient backward that arm 1 still owes, "W" that of either arm."""
+    """Steps such as "F0", "I1" (kind, arm of the V) to actions; "W1" is the oldest arm 1 owes, "W" either's."""
     stages = (rank, 2 * num_ranks - 1 - rank)
     forward, backward = [0, 0], [0, 0]
     owed: deque[tuple[int, int]] = deque()  # (arm, micro-batch)

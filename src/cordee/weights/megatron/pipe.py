@@ -70,7 +70,7 @@ def _of_layers(folder: Path, paths: Mapping[tuple[int, int], Path]) -> dict[Rank
     size = max(megatron.size_of(first.args, "tensor"), *(1 + rank for _, rank in layers))
     numbers = sorted({number for number, _ in layers})
     lost = (key for key in product(numbers, range(size)) if key not in layers)
-    raise_all(_missing(folder, (_file_name(number, rank) for number, rank in lost)))
+    raise_all(_missing(folder, (f"layer_{number:02d}-model_{rank:02d}-model_states.pt" for number, rank in lost)))
     modules = {number: {keys[0] for keys in layers[number, 0].tensors} for number in numbers}
     starts = _starts(folder, modules)
     found = {}
@@ -81,10 +81,6 @@ def _of_layers(folder: Path, paths: Mapping[tuple[int, int], Path]) -> dict[Rank
         )
     raise_all(megatron.disagreements(folder, found))
     return found
-
-
-def _file_name(number: int, rank: int) -> str:
-    return f"layer_{number:02d}-model_{rank:02d}-model_states.pt"
 
 
 def _of_stages(folder: Path, ranks: Mapping[tuple[int, ...], megatron.RankFile]) -> dict[Rank, megatron.RankFile]:
@@ -132,9 +128,7 @@ def _module(full: str) -> tuple[int, str]:
 
 
 def _starts(folder: Path, modules: Mapping[int, set[str]]) -> dict[int, str]:
-    """What AscendSpeed's names begin with in each module, by its number; `modules` are the names in it.
-
-    ProblemError if modules are missing."""
+    """What AscendSpeed's names begin with in each of `modules`, names by number. ProblemError if one lacks."""
     embeddings = [number for number, names in modules.items() if "word_embeddings.weight" in names]
     layers = sorted(number for number, names in modules.items() if "input_layernorm.weight" in names)
     norms = [number for number, names in modules.items() if names and all(map(_NORM.fullmatch, names))]
