@@ -54,9 +54,8 @@ def read_model(
     norm, dense = common.read_norm(hf), common.read_swiglu(hf)
     expert = common.read_swiglu(hf, key="moe_intermediate_size")
     width = (hf.nullable("n_shared_experts", shared) or 0) * expert.ffn_hidden_size
-    moe = config.MoEConfig(
-        router=router, expert=expert, shared=replace(expert, ffn_hidden_size=width) if width else None, balance=balance
-    )
+    shared_expert = replace(expert, ffn_hidden_size=width) if width else None
+    moe = config.MoEConfig(router=router, expert=expert, shared=shared_expert, balance=balance)
     attention = read_latent_attention(hf)
     first, every = hf.number("first_k_dense_replace", dense_layers), hf.integer("moe_layer_freq", 1)
     layers = [

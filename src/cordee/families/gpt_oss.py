@@ -23,16 +23,14 @@ def read(hf: ConfigReader) -> config.ModelConfig:
         hf.value("rope_scaling")  # where neither is given, transformers stretches positions as the published models do
     heads, norm = common.read_heads(hf, head_dim=64, groups=8), common.read_norm(hf)
     bias = hf.flag("attention_bias", True)
-    attention = config.AttentionConfig(
-        **heads, qkv_bias=bias, out_bias=bias, rope=read_rope(hf, heads["head_dim"], theta=150000.0), sinks=True
-    )
+    rope = read_rope(hf, heads["head_dim"], theta=150000.0)
+    attention = config.AttentionConfig(**heads, qkv_bias=bias, out_bias=bias, rope=rope, sinks=True)
     choice = read_choice(hf, "num_local_experts", hf.alias("num_experts_per_tok", "experts_per_token"))
     balance = read_balance(hf)
     if not hf.flag("output_router_logits", False):
         balance = config.BalanceConfig()  # published files give 0.9, which transformers uses with that flag only
-    moe = config.MoEConfig(
-        router=config.RouterConfig(**choice, score_when="after", bias=True), expert=read_expert(hf), balance=balance
-    )
+    router = config.RouterConfig(**choice, score_when="after", bias=True)
+    moe = config.MoEConfig(router=router, expert=read_expert(hf), balance=balance)
     windows = common.read_windows(hf, hf.integer("sliding_window", 128), lambda i: i % 2 == 0)
     layers = [config.LayerConfig(attention=replace(attention, window=window), mlp=moe, norm=norm) for window in windows]
     return common.read_model(hf, layers, norm)

@@ -103,9 +103,8 @@ def _linear(section: ConfigReader, hf: ConfigReader, rotary_dim: int) -> LinearS
 
 
 def _dynamic(section: ConfigReader, hf: ConfigReader, rotary_dim: int) -> configs.DynamicNTKScaling:
-    return configs.DynamicNTKScaling(
-        factor=section.positive("factor"), original_max_position_embeddings=hf.integer("max_position_embeddings")
-    )
+    length = hf.integer("max_position_embeddings")
+    return configs.DynamicNTKScaling(factor=section.positive("factor"), original_max_position_embeddings=length)
 
 
 def _yarn(section: ConfigReader, hf: ConfigReader, rotary_dim: int) -> YarnScaling:

@@ -169,9 +169,8 @@ def _fit(config: PlanConfig, cases: Sequence[Case]) -> Problems:
         yield from problems(case.schedule, case.num_ranks, case.stages_per_rank, len(case.sizes))
         if case.manual:
             size, count = config.micro_batch_size or 1, config.num_micro_batches or 1
-            yield from micro_batches.problems(
-                case.manual, num_ranks=case.num_ranks, micro_batch_size=size, num_samples=size * count
-            )
+            sizes = {"micro_batch_size": size, "num_samples": size * count}
+            yield from micro_batches.problems(case.manual, num_ranks=case.num_ranks, **sizes)
         else:
             yield from _uneven(config, case)
     if config.stages_per_rank and all(STAGES_PER_RANK[case.schedule][1] for case in cases):

@@ -224,11 +224,8 @@ class _Reader:
             for key, value in config.items()
             if key not in named and (every or (key.endswith("_token") and (isinstance(value, str) or _is_token(value))))
         ]
-        tokens = {
-            name: self.token(name, config[name], not _is_token(config[name]))
-            for name in named
-            if config[name] not in (None, "")
-        }
+        told = {name: config[name] for name in named if config[name] not in (None, "")}
+        tokens = {name: self.token(name, value, not _is_token(value)) for name, value in told.items()}
         return {name: token for name, token in tokens.items() if token is not None and token.content}
 
     def extra(self, config: Mapping[str, Any]) -> list[AddedToken]:

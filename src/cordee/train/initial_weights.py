@@ -57,11 +57,8 @@ def _with_adapter(config: TrainConfig, initial: InitialWeights) -> InitialWeight
 
 def tokenizer_of(config: TrainConfig, initial: InitialWeights) -> Tokenizer | None:
     """The tokenizer of the options, else that beside the weights; None if there is neither."""
-    given = any(
-        getattr(config, name)
-        for name in TokenizerOptions.__dataclass_fields__
-        if name not in ("vocab_size", "tokenizer_use_fast")
-    )
+    names = TokenizerOptions.__dataclass_fields__.keys() - {"vocab_size", "tokenizer_use_fast"}
+    given = any(getattr(config, name) for name in names)
     beside = str(initial.assets) if initial.assets and holds_tokenizer(initial.assets) else None
     return load_tokenizer(config, beside) if given or beside else None
 

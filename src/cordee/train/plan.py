@@ -285,9 +285,8 @@ def _vocabulary_problems(config: TrainConfig, rows: int) -> Problems:
     loaded = f"the {rows} tokens of the model that is loaded"
     yield from at_most("--vocab-size", config.vocab_size, rows, loaded, "load")
     if config.make_vocab_size_divisible_by is not None:
-        yield from divides(
-            "--make-vocab-size-divisible-by", config.make_vocab_size_divisible_by, rows, "tokens of the model", "load"
-        )
+        by = config.make_vocab_size_divisible_by
+        yield from divides("--make-vocab-size-divisible-by", by, rows, "tokens of the model", "load")
 
 
 def _save_problems(config: TrainConfig, initial: InitialWeights | None) -> Problems:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from cordee.data.readers import chunk
+from cordee.data.readers.chunk import MAX_RECORD_BYTES
 from cordee.data.readers.stream import ByteStream, open_stream
 from cordee.errors import ProblemError, raise_all
 
@@ -33,14 +34,12 @@ class _Lines:
         return self
 
     def __next__(self) -> str:
-        line = self._text.readline(chunk.MAX_RECORD_BYTES + 1)
+        line = self._text.readline(MAX_RECORD_BYTES + 1)
         self._number += 1
         self._characters += len(line)
-        if self._characters > chunk.MAX_RECORD_BYTES:
-            fix = "close its quote if that is missing, else cut its text"
-            raise ProblemError.of(
-                "--input", f"{self._path}:{self.first}", chunk.too_large("the record"), fix, "too large"
-            )
+        if self._characters > MAX_RECORD_BYTES:
+            why, fix = chunk.too_large("the record"), "close its quote if that is missing, else cut its text"
+            raise ProblemError.of("--input", f"{self._path}:{self.first}", why, fix, "too large")
         if not line:
             raise StopIteration
         return line
@@ -49,7 +48,7 @@ class _Lines:
 def read(path: Path, keys: Sequence[str]) -> Iterator[chunk.Chunk]:
     """The chunks of one file. Raises `ProblemError` if its header lacks a key, or a record is too large."""
     # The library's own limit of 128 Ki characters is too small for documents.
-    csv.field_size_limit(max(csv.field_size_limit(), chunk.MAX_RECORD_BYTES))
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_RECORD_BYTES))
     with open_stream(path) as stream:
         yield from chunk.table_chunks(str(path), _rows(path, stream, keys), "line")
 

@@ -48,10 +48,8 @@ class GGUFFile:
             raise ProblemError.of(str(path), None, why, fix, "part", limit=parts)
         self._entries = header.entries
         self._kinds = {name: library().GGMLQuantizationType(entry.kind) for name, entry in header.entries.items()}
-        self.tensors = {
-            name: Stored(entry.shape, _PLAIN.get(self._kinds[name].name, torch.float32))
-            for name, entry in header.entries.items()
-        }
+        types = {name: _PLAIN.get(kind.name, torch.float32) for name, kind in self._kinds.items()}
+        self.tensors = {name: Stored(entry.shape, types[name]) for name, entry in header.entries.items()}
         raise_all(self._unknown_types())
 
     def _unknown_types(self) -> list[Problem]:

@@ -116,9 +116,8 @@ def describe(directory: Path | None, rows: int) -> dict[str, Any]:
     if pieces and "unk_token" in special.named:
         kinds[special.named["unk_token"]] = Kind.UNKNOWN
     values["tokenizer.ggml.tokens"] = [words.get(i, f"[PAD{i}]") for i in range(rows)]
-    values["tokenizer.ggml.token_type"] = [
-        int(kinds.get(words[i], Kind.NORMAL) if i in words else Kind.UNUSED) for i in range(rows)
-    ]
+    types = (kinds.get(words[i], Kind.NORMAL) if i in words else Kind.UNUSED for i in range(rows))
+    values["tokenizer.ggml.token_type"] = list(map(int, types))
     if pieces:
         values["tokenizer.ggml.scores"] += [-float(rows)] * (rows - len(values["tokenizer.ggml.scores"]))
         first = words[tokenizer.encode("a", add_special_tokens=False)[0]]

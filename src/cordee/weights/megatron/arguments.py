@@ -197,9 +197,7 @@ def spec_of_arguments(args: Namespace | None, vocab_size: int, where: str) -> Mo
     if given.get("num_experts") or given.get("multi_latent_attention") or given.get("multi_head_latent_attention"):
         raise _undefined(where, "its settings do not define a mixture of experts or latent attention completely")
     if given.get("position_embedding_type") == "alibi" and not hasattr(args, "lm_norm_weight"):
-        raise _undefined(
-            where, "its settings do not define whether the head is normalised, as in some models with alibi"
-        )
+        raise _undefined(where, "its settings do not define whether the head is normalised, as some with alibi do")
     values = {name: given[name] for name in _SAME & given.keys()}
     values |= {name: given[name] for name in _WHERE_ON & given.keys() if given[name]}
     values |= {"vocab_size": vocab_size, "padded_vocab_size": vocab_size}

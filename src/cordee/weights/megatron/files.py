@@ -138,9 +138,7 @@ def by_rank(folder: Path, files: dict[tuple[int, ...], RankFile]) -> dict[Rank, 
             why = f"several files are of {rank}"
             raise ProblemError.of(str(folder), None, why, "leave only those of one checkpoint in it")
         found[rank] = file
-    sizes = [
-        max(size_of(args, axis), *(1 + getattr(r, axis) for r in found)) for axis in ("tensor", "pipeline", "expert")
-    ]
+    sizes = [max(size_of(args, a), *(1 + getattr(rank, a) for rank in found)) for a in ("tensor", "pipeline", "expert")]
     problems = []
     if missing := math.prod(sizes) - len(found):
         absent = [*islice((rank for rank in starmap(Rank, product(*map(range, sizes))) if rank not in found), 20)]
