@@ -81,7 +81,7 @@ def _dispatch(argv: list[str]) -> int:
     if name not in COMMANDS:
         names = nearest(name, [*COMMANDS, "models"])
         fix = f"did you mean {' or '.join(names)}?" if names else "`cordee --help` lists the commands"
-        raise ProblemError([Problem("cordee", name, "no such command", fix, "unknown")])
+        raise ProblemError.of("cordee", name, "no such command", fix, "unknown")
     command = COMMANDS[name]
     try:
         teaching = Teaching(f"cordee {name}", command.about, command.example)
@@ -176,16 +176,15 @@ def _models(argv: Sequence[str]) -> int:
         rows = _load("cordee.families.catalogue:describe")()
         print(f"{'preset':<20} {'family':<10} {'parameters':>10} {'context':>8}  licence of the weights")
         for row in rows:
-            print(
-                f"{row.preset:<20} {row.family:<10} {log.shortened(row.parameters):>10} {row.context:>8}  {row.licence}"
-            )
+            size = log.shortened(row.parameters)
+            print(f"{row.preset:<20} {row.family:<10} {size:>10} {row.context:>8}  {row.licence}")
     elif len(argv) == 2 and argv[0] == "show":
         for label, value in _load("cordee.families.catalogue:show")(argv[1]):
             print(f"{label:<34} {value}")
     elif argv[0] in ("-h", "--help"):
         print("usage: cordee models              list the presets\n       cordee models show NAME    show one of them")
     else:
-        raise ProblemError([Problem("cordee models", " ".join(argv), "no such form", "`cordee models show NAME`")])
+        raise ProblemError.of("cordee models", " ".join(argv), "no such form", "`cordee models show NAME`")
     return 0
 
 
@@ -276,10 +275,7 @@ COMMANDS = {
 
 
 def _overview() -> str:
-    commands = {
-        **{name: command.about for name, command in COMMANDS.items()},
-        "models": "List the presets for --model.",
-    }
+    commands = {name: command.about for name, command in COMMANDS.items()} | {"models": "List the presets for --model."}
     return "\n".join(
         [
             "usage: cordee COMMAND [--config run.yaml] [options]",

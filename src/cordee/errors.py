@@ -5,7 +5,7 @@ outside caused, and the laws between numbers that most checks are made of. Knows
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Self, TypeAlias, TypeVar
+from typing import Any, ClassVar, Self, TypeAlias, TypeVar
 
 T = TypeVar("T")
 
@@ -72,6 +72,11 @@ class ProblemError(ValueError):
         self.everywhere = everywhere
         assert self.problems, "ProblemError needs at least one problem"
         super().__init__(self.problems)
+
+    @classmethod
+    def of(cls, option: str, value: object, why: str, fix: str, *more: Any, **details: Any) -> Self:
+        """With one `Problem`, of these fields."""
+        return cls([Problem(option, value, why, fix, *more, **details)])
 
     def __str__(self) -> str:
         return "\n".join(f"{n}. {problem}" for n, problem in enumerate(self.problems, 1))

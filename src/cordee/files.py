@@ -161,8 +161,7 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def _copy(given: BinaryIO, target: Path) -> None:
-    """Copy a file, which `target` then is a new one of. Its owner may write it; no one else may do what they may not
-    with the file that is given."""
+    """Copy a file to a new `target`, which its owner may write, and no one else use more than the original."""
     with create_new(target, os.fstat(given.fileno()).st_mode & 0o666 | 0o600) as copy:
         shutil.copyfileobj(given, copy, 1 << 20)
 
@@ -219,8 +218,7 @@ def create_new(path: Path, mode: int = 0o666) -> BinaryIO:
     """A new file, open for reading and writing; what was at `path` is removed, and what a link there led to is left
     as it was. `mode`: permissions, from which the user's umask takes its part. OSError if that fails."""
     path.unlink(missing_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
-    return cast(BinaryIO, open(descriptor, "w+b"))
+    return cast(BinaryIO, open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode), "w+b"))
 
 
 @contextmanager

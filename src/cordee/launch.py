@@ -145,8 +145,7 @@ def _slurm_tasks_here(environ: Mapping[str, str]) -> int:
     counts: list[int] = []
     for count, repeat in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
         counts += [int(count)] * int(repeat or 1)
-    node = _integer(environ, "SLURM_NODEID", 0)
-    return counts[min(node, len(counts) - 1)]
+    return counts[min(_integer(environ, "SLURM_NODEID", 0), len(counts) - 1)]
 
 
 def first_host(nodelist: str) -> str:
@@ -174,7 +173,7 @@ def _from_mpi(
     local_world_size = _integer(environ, local_size, world_size)
     if local_world_size < world_size and "MASTER_ADDR" not in environ:
         why = f"{launcher} has started processes on several nodes, without the address of rank 0"
-        raise ProblemError([Problem("MASTER_ADDR", None, why, "export MASTER_ADDR=<host of rank 0> to all processes")])
+        raise ProblemError.of("MASTER_ADDR", None, why, "export MASTER_ADDR=<host of rank 0> to all processes")
     return RankInfo(
         rank=_integer(environ, rank),
         world_size=world_size,

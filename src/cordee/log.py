@@ -71,20 +71,12 @@ def progress_bar(
     if not sys.stderr.isatty():
         yield _progress_lines(text, total) if shown else lambda completed, **more: None
         return
+    from rich import progress as bars
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
 
-    amount = (DownloadColumn(), TransferSpeedColumn()) if nbytes else (TaskProgressColumn(),)
-    columns = (TextColumn("{task.description}"), BarColumn(), *amount, TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown) as progress:
+    amount = (bars.DownloadColumn(), bars.TransferSpeedColumn()) if nbytes else (bars.TaskProgressColumn(),)
+    columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), *amount, bars.TimeRemainingColumn())
+    with bars.Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown) as progress:
         task = progress.add_task(text, total=total)
         yield lambda completed, **more: progress.update(task, completed=completed, **more)
 

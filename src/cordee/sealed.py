@@ -180,7 +180,7 @@ def table(form: Form, names: str = ".*", least: int = 0) -> Form:
 
 def _shown(value: Any) -> str:
     """A value in a message: what is long is cut, and what is no character is escaped."""
-    kept = (
-        ascii(value) if not isinstance(value, dict | list) else "an array" if isinstance(value, list) else "an object"
-    )
+    if isinstance(value, dict | list):
+        return "an array" if isinstance(value, list) else "an object"
+    kept = ascii(value)
     return kept if len(kept) <= 40 else f"{kept[:40]}..."

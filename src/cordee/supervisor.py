@@ -181,8 +181,7 @@ def _supervise(processes: Sequence[_Process], signals: Sequence[int], grace_seco
                 _send(running, signal.SIGTERM)
                 deadline = time.monotonic() + min(grace_seconds, _GRACE_AFTER_FAILURE)
         if time.monotonic() > deadline:
-            code = _shell_code(failed) if failed else 128 + signals[0]
-            return _kill(running, code, "it did not end in time")
+            return _kill(running, _shell_code(failed) if failed else 128 + signals[0], "it did not end in time")
         time.sleep(_POLL_SECONDS)
     if failed is None and (failed := _first_failed(processes)) and not signals:
         _report(failed)
@@ -190,8 +189,7 @@ def _supervise(processes: Sequence[_Process], signals: Sequence[int], grace_seco
 
 
 def _first_failed(processes: Sequence[_Process]) -> _Process | None:
-    """The process that failed; of several at once one that a signal killed, for the others fail in its wake, and last
-    of all one that says so itself."""
+    """The process that failed first: of several, one that a signal killed, and last one that reports itself lost."""
     failed = [process for process in processes if process.exit_code() not in (None, 0)]
 
     def order(process: _Process) -> tuple[bool, bool, int]:

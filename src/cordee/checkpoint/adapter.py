@@ -44,11 +44,11 @@ def adapter_of(base: Source, path: str, options: AdapterOptions) -> Adapter:
         return TrainedAdapter(found, base)
     if form is None or form.name != "mg":
         why = "it is neither PEFT's (no adapter_config.json), nor a checkpoint of adapters of a run or of Megatron"
-        raise ProblemError([Problem("--lora-load", path, why, "give the directory of an adapter", "unknown")])
+        raise ProblemError.of("--lora-load", path, why, "give the directory of an adapter", "unknown")
     if not isinstance(base, MegatronSource):
         why = "it has Megatron's names, and what it is to be merged into is no Megatron checkpoint"
         fix = "give the Megatron checkpoint that it was trained on as --load-dir"
-        raise ProblemError([Problem("--lora-load", path, why, fix, "base", ("load_dir",))])
+        raise ProblemError.of("--lora-load", path, why, fix, "base", ("load_dir",))
     return megatron.read(given, base.spec, base.dialect)
 
 

@@ -16,17 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import Metadata
+from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 from cordee.checkpoint.files import METADATA, metadata_in, read_tensor, tensors
 from cordee.checkpoint.storage import location_of
-from cordee.errors import Problem, ProblemError
+from cordee.errors import ProblemError
 from cordee.families.registry import ModelSpec, spec_from_directory
 from cordee.tensors.views import Index, Leaf, Shape, View
 from cordee.weights.codec import PlannedFile, Source
@@ -72,7 +67,7 @@ def read(path: str | Path) -> Source:
     names = ", ".join(sorted(tensors(metadata))[:3]) or "none at all"
     why = f"its tensors have neither the names of family {spec.family.name} nor Cordée's; there are {names}"
     fix = "put the config.json that belongs to the weights beside them"
-    raise ProblemError([Problem(str(path), None, why, fix, "unknown", limit=spec.family.name)])
+    raise ProblemError.of(str(path), None, why, fix, "unknown", limit=spec.family.name)
 
 
 class CanonicalSource(Source):
@@ -86,7 +81,7 @@ class CanonicalSource(Source):
             if (found := file.tensors[name].shape) != shape:
                 why = f"its shape is {list(found)}, but by config.json it is {list(shape)}"
                 fix = "put the config.json that belongs to the weights beside them"
-                raise ProblemError([Problem(f"{path}: {name}", None, why, fix)])
+                raise ProblemError.of(f"{path}: {name}", None, why, fix)
 
     def dtype(self, name: str) -> torch.dtype:
         dtype = self._file.tensors[name].dtype
@@ -102,16 +97,15 @@ DATA = "__0_0.distcp"  # as torch names the first file of the first rank
 
 def planned_files(spec: ModelSpec, dtypes: Mapping[str, torch.dtype]) -> list[PlannedFile]:
     """The one file of data; each tensor takes some hundred bytes beside its own in it."""
-    shapes = spec.shapes()
-    return [PlannedFile(DATA, sum(math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()))]
+    return [PlannedFile(DATA, sum(math.prod(shape) * dtypes[name].itemsize for name, shape in spec.shapes().items()))]
 
 
 class DistributedSink(RuledSink):
     """A distributed checkpoint in the making."""
 
     def __init__(self, output: Output, spec: ModelSpec, dtypes: Mapping[str, torch.dtype]):
-        self._tensors: dict[str, TensorStorageMetadata] = {}
-        self._places: dict[MetadataIndex, _StorageInfo] = {}
+        self._tensors: dict[str, dcp.TensorStorageMetadata] = {}
+        self._places: dict[dcp.MetadataIndex, _StorageInfo] = {}
         super().__init__(output, spec, spec.rules(), dtypes)
 
     def begin(self, folder: Path) -> None:
@@ -122,13 +116,13 @@ class DistributedSink(RuledSink):
         start, nowhere = self._file.seek(0, os.SEEK_END), torch.Size([0] * len(shape))
         region = append(self._file, torch.empty(shape, dtype=dtype))
         self._file.flush()  # before other threads write into it
-        self._tensors[foreign] = TensorStorageMetadata(
-            properties=TensorProperties(dtype=dtype),
+        self._tensors[foreign] = dcp.TensorStorageMetadata(
+            properties=dcp.TensorProperties(dtype=dtype),
             size=torch.Size(shape),
-            chunks=[ChunkStorageMetadata(offsets=nowhere, sizes=torch.Size(shape))],
+            chunks=[dcp.ChunkStorageMetadata(offsets=nowhere, sizes=torch.Size(shape))],
         )
         place = _StorageInfo(relative_path=DATA, offset=start, length=self._file.seek(0, os.SEEK_END) - start)
-        self._places[MetadataIndex(foreign, nowhere)] = place
+        self._places[dcp.MetadataIndex(foreign, nowhere)] = place
         return Destination(self._folder / DATA, region)
 
     def finish(self) -> None:

@@ -40,9 +40,8 @@ BEST = "best_checkpointed_iteration.txt"
 MANIFEST = "cordee.json"
 FORMAT = 2  # 1 had no checksum, so that changes in it, and its data, cannot be verified
 _FILE = sealed.record({"bytes": sealed.count(), "crc32": sealed.count()}, exact=True)
-_MANIFEST = sealed.record(
-    {"iteration": sealed.count(), "files": sealed.table(_FILE, r"(?!\.\.?$)[A-Za-z0-9._-]{1,255}", least=1)}
-)
+_FILES = sealed.table(_FILE, r"(?!\.\.?$)[A-Za-z0-9._-]{1,255}", least=1)
+_MANIFEST = sealed.record({"iteration": sealed.count(), "files": _FILES})
 # What a manifest says of the weights that its checkpoint lacks, for it has only what was trained beside them.
 BASE = sealed.record({"path": sealed.text(), "fingerprint": sealed.text()})
 _NAME = re.compile(r"iter_([0-9]{7,18})(?:\.([0-9]{1,20}))?")

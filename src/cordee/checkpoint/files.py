@@ -14,15 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner, Metadata
+from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 from torch.futures import Future
 
 from cordee.checkpoint.storage import Location, location_of
@@ -70,10 +63,10 @@ def _metadata(content: object, wanted: Callable[[str], bool]) -> Metadata:
     stored = ((_index(at), place) for at, place in _pairs(fields["storage_data"]))
     kept = {name: _kept(name, found) for name, found in described.items() if wanted(name)}
     places = {at: _place(place) for at, place in stored if wanted(at.fqn)}
-    metadata = Metadata(kept, storage_data=places, storage_meta=StorageMeta())
+    metadata = Metadata(kept, storage_data=places, storage_meta=dcp.StorageMeta())
     for name, tensor in tensors(metadata).items():
         for chunk in tensor.chunks:
-            place = places.get(MetadataIndex(name, chunk.offsets))
+            place = places.get(dcp.MetadataIndex(name, chunk.offsets))
             if place is None or place.length < math.prod(chunk.sizes) * tensor.properties.dtype.itemsize:
                 raise ValueError(f"the chunk of {name} at {list(chunk.offsets)} is nowhere, or in too few bytes")
     return metadata
@@ -85,9 +78,9 @@ def _name(name: object) -> str:
     return name
 
 
-def _kept(name: str, described: object) -> TensorStorageMetadata | BytesStorageMetadata:
+def _kept(name: str, described: object) -> dcp.TensorStorageMetadata | dcp.BytesStorageMetadata:
     if _kind(described) == "BytesStorageMetadata":
-        return BytesStorageMetadata()
+        return dcp.BytesStorageMetadata()
     fields = _fields(described, "TensorStorageMetadata")
     size, dtype = _sizes(fields["size"]), _state(fields["properties"], "TensorProperties")[0]
     if not isinstance(dtype, torch.dtype):
@@ -99,14 +92,14 @@ def _kept(name: str, described: object) -> TensorStorageMetadata | BytesStorageM
         ends = map(add, offsets, sizes)
         if not len(offsets) == len(sizes) == len(size) or any(map(gt, ends, size)):
             raise ValueError(f"the chunk of {name} at {offsets} of {sizes} is not in {size}")
-        chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
-    return TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(size), chunks)
+        chunks.append(dcp.ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
+    return dcp.TensorStorageMetadata(dcp.TensorProperties(dtype=dtype), torch.Size(size), chunks)
 
 
-def _index(at: object) -> MetadataIndex:
+def _index(at: object) -> dcp.MetadataIndex:
     fields = _fields(at, "MetadataIndex")
     name, offset = fields["fqn"], fields.get("offset")
-    return MetadataIndex(_name(name), None if offset is None else torch.Size(_sizes(offset)))
+    return dcp.MetadataIndex(_name(name), None if offset is None else torch.Size(_sizes(offset)))
 
 
 def _place(place: object) -> _StorageInfo:
@@ -156,16 +149,14 @@ def _fields(found: object, kind: str) -> Mapping[str, Any]:
     return state
 
 
-def tensors(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
+def tensors(metadata: Metadata) -> dict[str, dcp.TensorStorageMetadata]:
     """Shape, type and chunks of every tensor by its name in the checkpoint."""
-    return {
-        name: kept for name, kept in metadata.state_dict_metadata.items() if isinstance(kept, TensorStorageMetadata)
-    }
+    return {name: t for name, t in metadata.state_dict_metadata.items() if isinstance(t, dcp.TensorStorageMetadata)}
 
 
-def _described(metadata: Metadata, name: str) -> TensorStorageMetadata:
+def _described(metadata: Metadata, name: str) -> dcp.TensorStorageMetadata:
     kept = metadata.state_dict_metadata[name]
-    assert isinstance(kept, TensorStorageMetadata), f"{name} is no tensor"
+    assert isinstance(kept, dcp.TensorStorageMetadata), f"{name} is no tensor"
     return kept
 
 
@@ -183,7 +174,7 @@ def missing_bytes(directory: Location, metadata: Metadata) -> str | None:
     return None
 
 
-def _tile(size: Sequence[int], chunks: Sequence[ChunkStorageMetadata]) -> bool:
+def _tile(size: Sequence[int], chunks: Sequence[dcp.ChunkStorageMetadata]) -> bool:
     """Whether chunks cover a tensor of `size`, each element once. They have to lie in a grid, as those of meshes do."""
     cuts = []
     for dim, end in enumerate(size):
@@ -205,7 +196,7 @@ def read_tensor(
     metadata: Metadata,
     name: str,
     index: tuple[slice, ...] | None = None,
-    chunks: Sequence[ChunkStorageMetadata] | None = None,
+    chunks: Sequence[dcp.ChunkStorageMetadata] | None = None,
 ) -> Tensor:
     """The tensor `name`, or the part of it at `index` (slices with step 1), assembled from its chunks.
 
@@ -234,10 +225,11 @@ def _box(shape: tuple[int, ...], index: tuple[slice, ...] | None) -> list[tuple[
 
 
 def _read_chunk(
-    directory: Location, metadata: Metadata, name: str, chunk: ChunkStorageMetadata, index: tuple[slice, ...]
+    directory: Location, metadata: Metadata, name: str, chunk: dcp.ChunkStorageMetadata, index: tuple[slice, ...]
 ) -> Tensor:
     """A slice of a chunk, which may share memory with the file."""
-    place, expected = metadata.storage_data[MetadataIndex(name, chunk.offsets)], _described(metadata, name).properties
+    place = metadata.storage_data[dcp.MetadataIndex(name, chunk.offsets)]
+    expected = _described(metadata, name).properties
     path = directory / place.relative_path
     try:
         region = tensor_in(path, place.offset, place.length)
@@ -248,7 +240,7 @@ def _read_chunk(
         return _read_ranges(path, region, index)
     except UNREADABLE as error:
         why = f"{list(chunk.sizes)} of {name} cannot be read at byte {place.offset}: {error}"
-        raise ProblemError([Problem("checkpoint", str(path), why, "take another checkpoint", "corrupt")]) from error
+        raise ProblemError.of("checkpoint", str(path), why, "take another checkpoint", "corrupt") from error
 
 
 def _read_ranges(path: Location, region: Region, index: tuple[slice, ...]) -> Tensor:

@@ -74,7 +74,7 @@ def _read_checkpoint(location: Location, reading: Reading | None) -> Source:
     weights = None if base.local is None else source.read(base) if _is_checkpoint(base) else read(base)
     if weights is None or (isinstance(weights, source.CheckpointSource) and weights.base is not None):
         why, fix = "what a checkpoint names as its base is at a URL, or has a base itself", "give the base as --load"
-        raise ProblemError([Problem("base", str(base), why, fix, "base", ("load",))])
+        raise ProblemError.of("base", str(base), why, fix, "base", ("load",))
     return Merged(weights, TrainedAdapter(found, weights))
 
 
@@ -103,10 +103,6 @@ def _read_megatron(path: Path, reading: Reading | None) -> Source:
     return torch_dist.read(path, folder, reading)
 
 
-def _is_megatron(path: Path) -> bool:
-    return is_megatron(path) or is_distributed(path)
-
-
 def _read_gguf(path: Path, reading: Reading | None) -> Source:
     from cordee.weights.gguf import codec
 
@@ -117,11 +113,11 @@ def _refuse_partitions(path: Path, reading: Reading | None) -> Source:
     why = "it is a checkpoint of DeepSpeed's ZeRO stage 3, in which no file has a whole weight"
     fix = "run the zero_to_fp32.py that DeepSpeed saved beside them and give what it writes; training with "
     fix += '"stage3_gather_16bit_weights_on_model_save": true in zero_optimization saves weights'
-    raise ProblemError([Problem("model directory", path, why, fix, "partitioned")])
+    raise ProblemError.of("model directory", path, why, fix, "partitioned")
 
 
 FORMATS = (  # the first that recognises a directory reads it
-    Format("mg", "Megatron checkpoint", _is_megatron, _read_megatron),
+    Format("mg", "Megatron checkpoint", lambda path: is_megatron(path) or is_distributed(path), _read_megatron),
     Format("cordee", "checkpoint of a run", _is_checkpoint, _read_checkpoint, local=False),
     Format("dcp", "distributed checkpoint with a config.json", _is_distributed, _read_distributed),
     Format("mindformers", "directory with MindFormers' names", mindformers.recognises, _read_mindformers),
@@ -145,16 +141,16 @@ def format_of(given: str | Path | Location) -> Format:
         return form
     if (path := location.local) is None:
         fix = "give a directory that --save has written, or copy it to a local one"
-        raise ProblemError([Problem("model directory", str(location), "it holds no checkpoint of a run", fix)])
+        raise ProblemError.of("model directory", str(location), "it holds no checkpoint of a run", fix)
     if not path.exists():
-        raise ProblemError([Problem("model directory", path, "there is no such directory", "give one that exists")])
+        raise ProblemError.of("model directory", path, "there is no such directory", "give one that exists")
     from cordee.weights import peft
 
     if peft.is_adapter(path):
         why, fix = "it is an adapter of PEFT", "give the model it belongs to, and this as --lora-load"
-        raise ProblemError([Problem("model directory", path, why, fix, "adapter")])
+        raise ProblemError.of("model directory", path, why, fix, "adapter")
     known = ", ".join(form.title for form in FORMATS)
-    raise ProblemError([Problem("model directory", path, f"it is none of {known}", "give a directory with a model")])
+    raise ProblemError.of("model directory", path, f"it is none of {known}", "give a directory with a model")
 
 
 def read(path: str | Path | Location, reading: Reading | None = None) -> Source:

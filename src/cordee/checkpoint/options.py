@@ -10,15 +10,11 @@ from cordee.config.option import option
 class CheckpointOptions:
     """Checkpoints."""
 
-    save: str | None = option(
-        None, "checkpoint directory to write, or a URL of fsspec", metavar="DIR|URL", elsewhere=("output_dir",)
-    )
+    save: str | None = option(None, "checkpoint directory or fsspec URL", metavar="DIR|URL", elsewhere=("output_dir",))
     save_interval: int | None = option(
         None, "iterations between checkpoints; the last is always saved [only that]", above=0, elsewhere=("save_steps",)
     )
-    keep_last: int | None = option(
-        None, "keep only this many newest checkpoints [all]", above=0, elsewhere=("save_total_limit",)
-    )
+    keep_last: int | None = option(None, "newest checkpoints to keep [all]", above=0, elsewhere=("save_total_limit",))
     save_best: bool = option(False, "also save the best checkpoint by validation loss; --keep-last never removes it")
     async_save: bool = option(True, "asynchronous checkpoints: write in the background while training continues")
     save_optim: bool = option(True, "save optimizer state; a run cannot resume exactly without it")
@@ -29,15 +25,11 @@ class CheckpointOptions:
         metavar="DIR|URL|FILE",
         elsewhere=("model_name_or_path", "resume_from_checkpoint"),
     )
-    ckpt_step: int | None = option(
-        None, "iteration to load, of a run or of Megatron [the last good one; Megatron's tracker file]", at_least=0
-    )
+    ckpt_step: int | None = option(None, "iteration to load [last good one; Megatron's: its tracker file]", at_least=0)
     finetune: bool = option(False, "load only the weights of --load, start at iteration 0")
     load_optim: bool = option(True, "resume the optimizer state of --load")
     load_rng: bool = option(True, "resume the random number generator (RNG) state of --load")
-    exit_on_missing_checkpoint: bool = option(
-        False, "exit if --load is --save and holds no checkpoint, instead of starting anew"
-    )
+    exit_on_missing_checkpoint: bool = option(False, "exit if --load is --save and has no checkpoint; else start anew")
 
     laws = (
         needs("save_interval", "keep_last", "save_best", save=GIVEN),

@@ -33,8 +33,7 @@ def read(path: str | Path | Location, iteration: int | None = None) -> "Checkpoi
             iteration, notes = directory.latest(path)
         if iteration is None:
             why = "; ".join(["there is no good checkpoint", *notes])
-            fix = "give a directory that --save has written"
-            raise ProblemError([Problem("checkpoint", str(path), why, fix, "missing")])
+            raise ProblemError.of("checkpoint", str(path), why, "give a directory that --save has written", "missing")
         path = directory.folder_of(path, iteration)
     if (why := directory.damage(path)) is not None:
         raise _corrupt(path, why)
@@ -98,5 +97,4 @@ class CheckpointSource(Source):
 
 
 def _corrupt(path: Location, why: str) -> ProblemError:
-    fix = "take another checkpoint, or copy this one again"
-    return ProblemError([Problem("checkpoint", str(path), why, fix, "corrupt")])
+    return ProblemError.of("checkpoint", str(path), why, "take another checkpoint, or copy this one again", "corrupt")

@@ -21,7 +21,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Literal, cast
 
-from cordee.errors import Problem, ProblemError
+from cordee.errors import ProblemError
 from cordee.files import RangeFile, durable, open_regular, remove_tree, sync_directory
 
 _URL = re.compile(r"([a-z][a-z0-9+.-]+)://(.*)", re.DOTALL)
@@ -260,7 +260,7 @@ def location_of(given: str | Path | Location, option: str = "--load") -> Locatio
     if (path := local_path(str(given))) is not None:
         if is_url(str(given)) and not path.is_absolute():
             why, fix = ("it names a host, or no whole path", "give file:/// and the path from the root, or a path")
-            raise ProblemError([Problem(option, str(given), why, fix, "host")])
+            raise ProblemError.of(option, str(given), why, fix, "host")
         return Location(LocalStorage(), str(path))
     scheme = str(given).partition("://")[0]
     why, fix = None, 'pip install "cordee[storage]"'
@@ -276,7 +276,7 @@ def location_of(given: str | Path | Location, option: str = "--load") -> Locatio
         except ValueError:
             why, fix = f"fsspec knows no {scheme}", f"give one of {', '.join(fsspec.available_protocols())}"
     if why is not None:
-        raise ProblemError([Problem(option, str(given), why, fix)])
+        raise ProblemError.of(option, str(given), why, fix)
     url = str(given).rstrip("/")
     return Location(FsspecStorage(url), url)
 
@@ -288,4 +288,4 @@ def reached(option: str, given: str) -> Iterator[None]:
         yield
     except OSError as error:
         fix = "check the address, the network and the credentials, or give another place"
-        raise ProblemError([Problem(option, given, f"it cannot be read or written: {error}", fix)]) from error
+        raise ProblemError.of(option, given, f"it cannot be read or written: {error}", fix) from error

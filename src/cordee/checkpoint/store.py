@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from traceback import StackSummary
-from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import torch
@@ -121,9 +120,7 @@ class CheckpointStore:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Close. What stopped the run and what kept the last checkpoint from being written are both reported."""
         try:
             self.close()
@@ -300,8 +297,7 @@ def restore(
     if optimizer is not None:
         wanted |= _optimizer_slots(kept, parameters, optimizer)
     try:
-        reader = SafeReader(directory_, metadata)
-        dcp.load(wanted, storage_reader=reader, process_group=group, no_dist=group is None)
+        dcp.load(wanted, storage_reader=SafeReader(directory_, metadata), process_group=group, no_dist=group is None)
     except dcp.CheckpointException as error:  # of all ranks, to all of them
         raise ProblemError(dict.fromkeys(_unread(directory_, error)), everywhere=True) from error
     return absent
@@ -321,7 +317,7 @@ def _metadata(path: Location) -> dcp.Metadata:
         if unknown:
             raise ValueError(f"its tensors are in {', '.join(sorted(unknown))}, which is none of its files")
     except ValueError as error:
-        raise ProblemError([Problem("--load", str(path), str(error), "take another checkpoint", "corrupt")]) from error
+        raise ProblemError.of("--load", str(path), str(error), "take another checkpoint", "corrupt") from error
     return metadata
 
 
@@ -340,9 +336,7 @@ def _misfits(path: Location, kept: dict[str, Any], wanted: Tensors) -> Problems:
         found = list(kept[name].size) if name in kept else None
         if found != list(tensor.shape):
             why = f"parameter {name} has shape {list(tensor.shape)} in the model, {found or 'none'} in the checkpoint"
-            yield Problem(
-                "--load", str(path), why, "load it into the model that it was saved from", "shape", limit=name
-            )
+            yield Problem("--load", str(path), why, "load it into the model it was saved from", "shape", limit=name)
 
 
 def _optimizer_slots(kept: dict[str, Any], parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> Tensors:

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
 from cordee.checkpoint.files import metadata_in, read_tensor, tensors
 from cordee.checkpoint.storage import location_of
-from cordee.errors import Problem, ProblemError
+from cordee.errors import ProblemError
 from cordee.tensors.views import Index, Shape
 from cordee.weights import files
 from cordee.weights.megatron.files import COPY_AGAIN, RankFile, open_file, shown
@@ -43,13 +43,13 @@ def read(root: Path, folder: Path, reading: Reading) -> MegatronSource:
     """The weights in a folder, itself of the checkpoint `root`. ProblemError with what is wrong with them."""
     if (found := backend(folder)) != BACKEND:
         why, fix = f"its tensors are stored by {shown(found)}", f"save it with --ckpt-format {BACKEND} in Megatron"
-        raise ProblemError([Problem(str(folder / DISTRIBUTED), None, why, fix, "unknown", limit=BACKEND)])
+        raise ProblemError.of(str(folder / DISTRIBUTED), None, why, fix, "unknown", limit=BACKEND)
     metadata = metadata_in(folder, lambda name: not _OF_OPTIMIZERS.match(name))
     content, not_read = _common(folder, metadata)
     try:
         file = _Whole(folder, metadata, content, not_read)
     except ValueError as error:
-        raise ProblemError([Problem(str(folder), None, str(error), COPY_AGAIN, "unreadable")]) from error
+        raise ProblemError.of(str(folder), None, str(error), COPY_AGAIN, "unreadable") from error
     return of_ranks(root, folder, {Rank(): RankFile(file, {(0, name): (name,) for (name,) in file.tensors})}, reading)
 
 
@@ -72,9 +72,7 @@ def _object(path: Path, place: _StorageInfo) -> tuple[Any, list[str]]:
 
 @dataclass(frozen=True)
 class _Part:
-    """A tensor of a rank: the one that is stored, or of those stacked in it the one at the numbers `at`.
-
-    chunks: in which it is."""
+    """A tensor of a rank, or of those stacked in it the one at the numbers `at`; `chunks`: in which it is."""
 
     stored: str
     at: tuple[int, ...]

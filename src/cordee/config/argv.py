@@ -57,22 +57,14 @@ def parse(schema: type, argv: Sequence[str], teaching: Teaching | None = None) -
 class _Collect(argparse.Action):
     """Appends the flag as it was written, and its values."""
 
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         if option_string or values is not None:  # else a positional that is not given
             flag = option_string or self.dest
             namespace.options.append((flag, values if isinstance(values, str) else tuple(values or ())))
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps words whole, so that they can be searched for, and shows of values the metavar alone.
-
-    To argparse every value is optional, as it would stop at the first missing one."""
+    """Keeps words whole, for searching, and shows of values the metavar alone: to argparse every value is optional."""
 
     def _split_lines(self, text: str, width: int) -> list[str]:
         return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
@@ -112,15 +104,9 @@ def _parser(options: Sequence[Option], teaching: Teaching) -> argparse.ArgumentP
 
 def _add_general(parser: argparse.ArgumentParser) -> None:
     section = parser.add_argument_group("General", "[...] in a help text: what holds where the option is not given")
-    section.add_argument(
-        "-h", "--help", nargs="*", metavar="[WORD ...]", help="show this text, or the options about it"
-    )
-    section.add_argument(
-        "--config", nargs="+", action="extend", metavar="FILE ...", help="YAML of the options below; later files win"
-    )
-    section.add_argument(
-        "--print-config", action="store_true", help="write all options and where each comes from as YAML, then stop"
-    )
+    section.add_argument("-h", "--help", nargs="*", metavar="[WORD ...]", help="show this, or the options about it")
+    section.add_argument("--config", nargs="+", action="extend", metavar="FILE ...", help="YAML of options; later wins")
+    section.add_argument("--print-config", action="store_true", help="write all options and their origin as YAML, stop")
 
 
 def _add(section: argparse._ArgumentGroup, option: Option) -> None:

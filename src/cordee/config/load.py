@@ -129,9 +129,7 @@ class _Collected:
             name = flag if flag.startswith("--") else to_flag(flag)  # a positional is named by its field
             spelling = self.table[name_of(flag)]
             missing = raw == () and spelling.kind == "value" and not spelling.option.is_switch
-            value = (
-                Unfit("no value follows the flag", f"give {describe(spelling.option)}", "missing") if missing else raw
-            )
+            value = Unfit("no value follows it", f"give {describe(spelling.option)}", "missing") if missing else raw
             self._add(flag, value, _Source(name, name, "the command line"))
         for word, rest in line.unknown:
             self.problems.append(self._unknown_word(word, rest))
@@ -222,8 +220,7 @@ class _Collected:
         shown = None if isinstance(raw, Unfit | Mapping) else _shown(raw)
         problem = replace(self._unknown(source.label, shown, key), place=source.place)
         if isinstance(raw, Mapping):
-            fix = "options are flat: move the keys to the top level"
-            return replace(problem, fix=fix, kind="nested")
+            return replace(problem, fix="options are flat: move the keys to the top level", kind="nested")
         return problem
 
     def _unknown_word(self, word: str, rest: str) -> Problem:
@@ -240,9 +237,7 @@ class _Collected:
             why, fix = "another program's name", f"give {write(option.name)}: {option.declared.help}"
             return Problem(label, shown, why, fix, "unknown", [option.name], option.name)
         meant = nearest(name_of(key), self.table)
-        fix = (
-            f"did you mean {' or '.join(map(write, meant))}?" if meant else "--help lists all options; remove this one"
-        )
+        fix = f"did you mean {' or '.join(map(write, meant))}?" if meant else "--help lists all; remove this one"
         return Problem(label, shown, "no such option", fix, "unknown", [self.table[name].option.name for name in meant])
 
 

@@ -112,8 +112,7 @@ def options_of(schema: type) -> tuple[Option, ...]:
 
 
 def _groups(schema: type) -> dict[str, str]:
-    """Title of the class that declares each field, in the order of the schema's bases: its `group`, or the first line
-    of its docstring."""
+    """Title of the class that declares each field, in order of bases: its `group`, or its docstring's first line."""
     return {
         name: (vars(base).get("group") or base.__doc__ or "").splitlines()[0].rstrip(".")
         for base in schema.__mro__

@@ -32,9 +32,7 @@ def changes(loaded: Loaded[Any]) -> str:
 
 def with_origins(problems: Iterable[Problem], loaded: Loaded[Any]) -> list[Problem]:
     """The problems, each with the file and line that sets its option, if a file does."""
-    return [
-        replace(problem, place=_place(loaded.origins.get(problem.subject, "")) or problem.place) for problem in problems
-    ]
+    return [replace(each, place=_place(loaded.origins.get(each.subject, "")) or each.place) for each in problems]
 
 
 def _place(origin: str) -> str:

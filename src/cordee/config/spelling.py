@@ -55,8 +55,7 @@ def nearest(word: str, known: Iterable[str], count: int = 3) -> list[str]:
 
     known = sorted(known)
     alike = difflib.get_close_matches(word, known, n=count, cutoff=0.7)
-    parts = [name for name in known if len(word) > 3 and word in name]
-    return list(dict.fromkeys([*alike, *parts]))[:count]
+    return list(dict.fromkeys([*alike, *[name for name in known if len(word) > 3 and word in name]]))[:count]
 
 
 def unknown(option: str, word: str, known: Iterable[str], why: str) -> Problem:

@@ -124,9 +124,8 @@ def _read(form: Format, model: ModelSpec | None, options: ConvertConfig) -> Sour
         return form.read(location_of(options.load_dir, "--load-dir"))
     from cordee.weights.megatron.source import MegatronSource, Reading
 
-    reading = Reading(
-        spec=model, vocab_size=options.true_vocab_size or _count_tokens(options.vocab_file), strict=options.checking
-    )
+    vocab_size = options.true_vocab_size or _count_tokens(options.vocab_file)
+    reading = Reading(spec=model, vocab_size=vocab_size, strict=options.checking)
     source = form.read(location_of(options.load_dir, "--load-dir"), reading)
     assert isinstance(source, MegatronSource)
     raise_all(check_dialect(source, options))
@@ -141,9 +140,7 @@ def _count_tokens(file: str | None) -> int | None:
     try:
         return len(read_json(Path(file)))
     except (OSError, ValueError, TypeError) as error:
-        raise ProblemError(
-            [Problem("--vocab-file", file, f"it cannot be read: {error}", "give a vocab.json")]
-        ) from error
+        raise ProblemError.of("--vocab-file", file, f"it cannot be read: {error}", "give a vocab.json") from error
 
 
 def _show(source: Source, prepared: Prepared, output: Path, options: ConvertConfig) -> None:

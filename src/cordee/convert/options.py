@@ -10,13 +10,8 @@ from cordee.config.option import option, required
 from cordee.model.options import DTYPE_SYNONYMS
 from cordee.tune.options import MergeOptions
 
-_FORMAT_SYNONYMS = {
-    "huggingface": "hf",
-    "llama2_hf": "hf",
-    "megatron": "mg",
-    "save_huggingface_llama": "hf",
-    "loader_llama2_hf": "hf",
-}
+_NAMES_OF_HF = ("huggingface", "llama2_hf", "save_huggingface_llama", "loader_llama2_hf")
+_FORMAT_SYNONYMS = {"megatron": "mg"} | dict.fromkeys(_NAMES_OF_HF, "hf")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +36,7 @@ class ConvertOptions:
     )
     saver: Literal["megatron"] | None = option(None, "older name of --save-model-type mg")
     model_type: Literal["GPT", "BERT"] = option("GPT", "model architecture; only decoders (GPT) are supported")
-    model_type_hf: str | None = option(
-        None, "require this model, by MindSpeed-LLM's name (llama2, mixtral, ...) [any]", metavar="NAME"
-    )
+    model_type_hf: str | None = option(None, "require this model of MindSpeed-LLM (llama2, ...) [any]", metavar="NAME")
     model: str | None = option(
         None, "model of a Megatron checkpoint: preset, or directory with config.json [in it]", metavar="PRESET|DIR"
     )
@@ -56,14 +49,9 @@ class ConvertOptions:
     checking: bool = option(True, "refuse a Megatron checkpoint with tensors that the model does not have (strict)")
     workers: int = option(1, "threads that read, convert and write, besides the main thread", above=0)
     max_queue_size: int | None = option(None, "ignored: there is no queue (an option of MindSpeed-LLM scripts)")
-    megatron_path: str | None = option(
-        None, "ignored: Megatron's code is not needed (an option of MindSpeed-LLM scripts)", metavar="DIR"
-    )
+    megatron_path: str | None = option(None, "ignored: Megatron's code is not needed (of MindSpeed-LLM)", metavar="DIR")
 
-    laws = (
-        ignored("max_queue_size", why="there is no queue"),
-        ignored("megatron_path", why="Megatron's code is not needed"),
-    )
+    laws = (ignored("max_queue_size", why="there is no queue"), ignored("megatron_path", why="it is not needed"))
 
 
 def _of_ranks(kind: str) -> tuple[str, ...]:
@@ -84,12 +72,8 @@ class MegatronTargetOptions:
     target_tensor_parallel_size: int = option(
         1, "tensor-parallel degree of the output: shards per weight", aliases=_of_ranks("tensor"), above=0
     )
-    src_tensor_model_parallel_size: int | None = option(
-        None, "require this tensor-parallel degree of the input [as detected]", above=0
-    )
-    src_pipeline_model_parallel_size: int | None = option(
-        None, "require this pipeline-parallel degree of the input [as detected]", above=0
-    )
+    src_tensor_model_parallel_size: int | None = option(None, "require this TP degree of the input [any]", above=0)
+    src_pipeline_model_parallel_size: int | None = option(None, "require this PP degree of the input [any]", above=0)
     target_pipeline_parallel_size: int = option(
         1, "pipeline-parallel degree of the output: stages", aliases=_of_ranks("pipeline"), above=0
     )
@@ -97,23 +81,17 @@ class MegatronTargetOptions:
         1, "expert-parallel degree of the output", aliases=("--target-expert-model-parallel-size",), above=0
     )
     num_layer_list: str | None = option(None, "layers of each pipeline stage: 7,8,8,9 [equal]", metavar="N,N,...")
-    num_layers_per_virtual_pipeline_stage: int | None = option(
-        None, "layers per virtual pipeline stage [no virtual stages]", above=0
-    )
+    num_layers_per_virtual_pipeline_stage: int | None = option(None, "layers per virtual stage (PP) [none]", above=0)
     moe_grouped_gemm: bool = option(False, "store the experts of a rank as grouped GEMM weights")
     make_vocab_size_divisible_by: int | None = option(
         None, "pad embedding rows to a multiple of this x TP [1; ascendspeed: 128]", above=0
     )
-    true_vocab_size: int | None = option(
-        None, "vocabulary size, where Megatron's is padded", aliases=("--orig-vocab-size",), above=0
-    )
+    true_vocab_size: int | None = option(None, "unpadded vocabulary size", aliases=("--orig-vocab-size",), above=0)
     vocab_file: str | None = option(None, "as --true-vocab-size: count the tokens of this vocab.json", metavar="FILE")
     tokenizer_model: str | None = option(None, "tokenizer path to record in the checkpoint's arguments", metavar="FILE")
     deepspeed: bool = option(False, "ascendspeed: DeepSpeed file names")
     merge_mlp: bool = option(False, "ascendspeed: fuse gate and up projection in one tensor")
-    w_pack: bool | None = option(
-        None, "require q, k and v fused in one W_pack in the Hugging Face model, or apart", shorthands={"--pse": True}
-    )
+    w_pack: bool | None = option(None, "require q, k, v of the HF model in W_pack or apart", shorthands={"--pse": True})
     add_qkv_bias: bool | None = option(None, "require q, k and v biases in the model, or none")
     add_dense_bias: bool | None = option(None, "require a bias after attention in the model, or none")
     embed_layernorm: bool | None = option(None, "require a norm after the embedding in the model, or none")

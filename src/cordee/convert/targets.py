@@ -93,15 +93,14 @@ _SPLITTING = (
 def _misplaced(options: ConvertConfig) -> Problems:
     """Options that mean nothing for files that are not split."""
     for flag, value in not_default(options, *_SPLITTING).items():
-        yield from requires(
-            flag, value, "--save-model-type mg", f"{target_type(options)} is not split", "save_model_type"
-        )
+        why = f"{target_type(options)} is not split"
+        yield from requires(flag, value, "--save-model-type mg", why, "save_model_type")
 
 
 def _prepare_peft(source: Source, output: Output, dtypes: Dtypes, options: ConvertConfig) -> Prepared:
     if not isinstance(source, CheckpointSource) or source.base is None:
         why, fix = "what is read are no adapters of a run", "give what training with --lora-target-modules has saved"
-        raise ProblemError([Problem("--save-model-type", "peft", why, fix, "whole", ("load_dir",))])
+        raise ProblemError.of("--save-model-type", "peft", why, fix, "whole", ("load_dir",))
     tensors, settings = peft_parameters.to_peft(source.spec, source.tensor)
     tensors = {name: tensor.to(next(iter(dtypes.values()))) for name, tensor in tensors.items()}
     files = [PlannedFile(peft_parameters.TENSORS, sum(tensor.nbytes for tensor in tensors.values()))]

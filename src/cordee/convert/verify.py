@@ -45,18 +45,16 @@ def verify(source: Source, written: Source, dtypes: Mapping[str, torch.dtype]) -
     return [*notes, f"verified: the logits of {length} tokens are the same"]
 
 
-def verify_tokenizer(
-    source: Path | None, written: Path | None, compare: Callable[[Path, Path], str | None]
-) -> list[str]:
+def verify_tokenizer(source: Path | None, made: Path | None, compare: Callable[[Path, Path], str | None]) -> list[str]:
     """`compare` the tokenizers in two directories; what was found, in words. Without one of the two there is nothing to
     compare.
 
     ProblemError if they differ."""
-    if source is None or written is None or not holds_tokenizer(source):
+    if source is None or made is None or not holds_tokenizer(source):
         return []
-    if (why := compare(source, written)) is not None:
+    if (why := compare(source, made)) is not None:
         fix = "choose another format, or give its reader the ids that the model's own tokenizer makes"
-        raise ProblemError([Problem("tokenizer", source, why, fix)])
+        raise ProblemError.of("tokenizer", source, why, fix)
     return ["verified: texts with added tokens have the same token ids"]
 
 
@@ -94,5 +92,4 @@ def _logits(source: Source, dtypes: Mapping[str, torch.dtype], length: int) -> T
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(parameter.to(dtypes[name]))
-        prompt = torch.arange(length)[None] * 7 % source.spec.config.vocab_size
-        return model(prompt)
+        return model(torch.arange(length)[None] * 7 % source.spec.config.vocab_size)

@@ -142,8 +142,7 @@ def plan_order(
     raise_all(problem for dataset in indexed for problem in part_problems(part, dataset))
     ranges = [part.sequences(dataset) for dataset in indexed]
     counts = [
-        (last - first, dataset.tokens_between(first, last))
-        for dataset, (first, last) in zip(indexed, ranges, strict=True)
+        (end - start, data.tokens_between(start, end)) for data, (start, end) in zip(indexed, ranges, strict=True)
     ]
 
     def orders(sizes: Sequence[int]) -> list[Order]:

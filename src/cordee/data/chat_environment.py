@@ -16,7 +16,7 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from cordee.errors import Problem, ProblemError
+from cordee.errors import ProblemError
 
 # What a template raises on messages that it is not made for: by its own word, or as the program that it is.
 REFUSALS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
@@ -44,7 +44,7 @@ def compiled(source: str) -> jinja2.Template:
         return _environment().from_string(source)
     except (jinja2.TemplateError, RecursionError) as error:
         why, fix = f"it is no Jinja template: {error}", "correct it, or give --prompt-type"
-        raise ProblemError([Problem("--hf-chat-template", None, why, fix)]) from error
+        raise ProblemError.of("--hf-chat-template", None, why, fix) from error
 
 
 @cache
@@ -52,7 +52,8 @@ def _environment() -> jinja2.Environment:
     extensions = [_Generation, "jinja2.ext.loopcontrols"]
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.filters["tojson"] = _tojson
-    environment.globals |= {"raise_exception": _raise, "strftime_now": _now}
+    now = datetime.datetime.now
+    environment.globals |= {"raise_exception": _raise, "strftime_now": lambda form: now().strftime(form)}
     return environment
 
 
@@ -68,7 +69,3 @@ def _tojson(
 
 def _raise(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
-
-
-def _now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)

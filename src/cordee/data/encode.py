@@ -4,6 +4,7 @@ Owns what becomes of each record: its tokens, or the reason why it is left out. 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any, TypeVar
 
 import numpy as np
@@ -84,9 +85,7 @@ class Encode:
         kept = [True] * len(rows)
         if self.seq_length is not None:
             kept = [max(map(len, record)) < self.seq_length for record in zip(*documents.values(), strict=True)]
-            documents = {
-                key: [ids for ids, keep in zip(batch, kept, strict=True) if keep] for key, batch in documents.items()
-            }
+            documents = {key: list(compress(batch, kept)) for key, batch in documents.items()}
         empty = sum(not ids for batch in documents.values() for ids in batch)
         return Encoded(
             columns={key: column_of(batch) for key, batch in documents.items()},

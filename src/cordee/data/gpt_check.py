@@ -3,7 +3,6 @@
 Owns the checks of `.bin/.idx` files against the run's options, its tokenizer and how it orders samples: all problems at
 once, without torch."""
 
-from collections.abc import Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ from cordee.data.indexed import IndexedDataset
 from cordee.data.manifest import Manifest, read_manifest
 from cordee.data.options import DataOptions, SampleOptions
 from cordee.data.tuning_dataset import sibling_problems
-from cordee.errors import Problem, ProblemError
+from cordee.errors import Problem, ProblemError, Problems
 
 if TYPE_CHECKING:
     from cordee.tokenizer import Tokenizer
@@ -53,7 +52,7 @@ def check(
     return problems
 
 
-def _permutation_problems(part: Part, seq_length: int | None, samples: int) -> Iterator[Problem]:
+def _permutation_problems(part: Part, seq_length: int | None, samples: int) -> Problems:
     """Why the samples of a part cannot be permuted: their order is in blocks, since all at once they are too many."""
     indexed = [IndexedDataset(prefix) for prefix in part.blend.prefixes]
     order = plan_order(part, indexed, seq_length, samples)
@@ -65,7 +64,7 @@ def _permutation_problems(part: Part, seq_length: int | None, samples: int) -> I
         yield Problem("--dataloader-type", "cyclic", why, fix)
 
 
-def _eod_problems(options: DataOptions, tokenizer: "Tokenizer | None") -> Iterator[Problem]:
+def _eod_problems(options: DataOptions, tokenizer: "Tokenizer | None") -> Problems:
     for name in _NEED_EOD:
         if getattr(options, name) and (tokenizer is None or tokenizer.eod is None):
             what = "no tokenizer is given" if tokenizer is None else "the tokenizer has none"
@@ -89,9 +88,7 @@ def _dataset_problems(
     return problems
 
 
-def token_problems(
-    prefix: str, manifest: Manifest, vocab_size: int | None, tokenizer: "Tokenizer | None"
-) -> Iterator[Problem]:
+def token_problems(prefix: str, manifest: Manifest, vocab_size: int | None, tokenizer: "Tokenizer | None") -> Problems:
     """Conflicts of a dataset's manifest with the model's vocabulary and the tokenizer, where they are given."""
     if vocab_size is not None and manifest.max_token >= vocab_size:
         why = f"it holds token {manifest.max_token}, but the model has only {vocab_size} tokens"
@@ -100,8 +97,5 @@ def token_problems(
     made_with: Any = manifest.tokenizer
     if tokenizer is None or made_with is None or tokenizer.fingerprint() == made_with.fingerprint:
         return
-    why = (
-        f"it was made with another tokenizer: {made_with.type} of {made_with.vocab_size} tokens; "
-        f"this one has {tokenizer.vocab_size}"
-    )
+    why = f"it was made with {made_with.type} of {made_with.vocab_size} tokens; this tokenizer: {tokenizer.vocab_size}"
     yield Problem("dataset", prefix, why, "give the tokenizer it was made with, or preprocess again", limit=made_with)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cordee.data.batch import Batch, Sample
 from cordee.data.messages import IGNORED
-from cordee.errors import Problem, ProblemError
+from cordee.errors import ProblemError
 
 
 @dataclass(frozen=True)
@@ -65,4 +65,4 @@ def check_tokens(tokens: npt.NDArray[np.int64], vocab_size: int) -> None:
         token = lowest if lowest < 0 else highest
         why = f"the data holds token {token}, but the vocabulary has only tokens 0 to {vocab_size - 1}"
         fix = "take the tokenizer that the data was made with, or preprocess again"
-        raise ProblemError([Problem("--vocab-size", vocab_size, why, fix, "range", limit=token)])
+        raise ProblemError.of("--vocab-size", vocab_size, why, fix, "range", limit=token)

@@ -25,6 +25,7 @@ from cordee.data.order import Epochs, Order, block_seed, normalise
 from cordee.data.order_cache import Arrays, cached_arrays, content_key
 from cordee.errors import Problem, ProblemError, raise_all
 
+Ints = npt.NDArray[np.int32]
 _CHUNK = 1 << 16  # numbers of an index that are worked out at a time
 _HELD = 2  # blocks of an order
 _BLEND_ENTRY = 10  # bytes of a sample in the index of a blend
@@ -129,16 +130,14 @@ def _require_memory(option: str, value: str | None, what: str, needed: int) -> N
     if needed > (available := device.available_memory()):
         why = f"{what} takes {_gib(needed)} of memory to build, and this machine has {_gib(available)} left"
         fix = "ask for fewer samples, take a larger --seq-length, or build it on a machine with more memory"
-        raise ProblemError([Problem(option, value, why, fix)])
+        raise ProblemError.of(option, value, why, fix)
 
 
 def _gib(size: int) -> str:
     return f"{size / 2**30:,.1f} GiB"
 
 
-def _build_indexes(
-    sequence_lengths: npt.NDArray[np.int32], first: int, last: int, plan: Epochs, seq_length: int, seed: int
-) -> Arrays:
+def _build_indexes(sequence_lengths: Ints, first: int, last: int, plan: Epochs, seq_length: int, seed: int) -> Arrays:
     # The legacy generator is part of the order: numpy promises its stream never to change.
     random = np.random.RandomState(seed)
     documents = build_document_index(np.arange(first, last, dtype=np.int32), plan.epochs, random, plan.last_apart)
@@ -147,9 +146,7 @@ def _build_indexes(
     return {"documents": documents, "samples": samples, "shuffle": shuffle}
 
 
-def build_document_index(
-    documents: npt.NDArray[np.int32], epochs: int, random: np.random.RandomState, last_apart: bool
-) -> npt.NDArray[np.int32]:
+def build_document_index(documents: Ints, epochs: int, random: np.random.RandomState, last_apart: bool) -> Ints:
     """The documents of all epochs, shuffled: int32 [epochs x documents]."""
     if last_apart and epochs > 1:
         before = build_document_index(documents, epochs - 1, random, False)
@@ -159,9 +156,7 @@ def build_document_index(
     return index
 
 
-def build_sample_index(
-    sequence_lengths: npt.NDArray[np.int32], document_index: npt.NDArray[np.int32], seq_length: int, samples: int
-) -> npt.NDArray[Any]:
+def build_sample_index(sequence_lengths: Ints, document_index: Ints, seq_length: int, samples: int) -> npt.NDArray[Any]:
     """Where each sample begins, int32 (or int64 where needed) [samples + 1, 2]: position in the document index and
     token in that document.
 
@@ -183,8 +178,7 @@ def build_sample_index(
 
 def build_shuffle_index(boundary: int, samples: int, random: np.random.RandomState) -> npt.NDArray[Any]:
     """A permutation of the samples, [samples], that keeps those before `boundary` and those after it apart."""
-    dtype = np.uint32 if samples < np.iinfo(np.uint32).max - 1 else np.int64
-    index = np.arange(samples, dtype=dtype)
+    index = np.arange(samples, dtype=np.uint32 if samples < np.iinfo(np.uint32).max - 1 else np.int64)
     random.shuffle(index[:boundary])
     if boundary < samples:
         random.shuffle(index[boundary:])
@@ -237,8 +231,7 @@ class BlendedDataset:
         return self.datasets[dataset][turn * self.drawn[dataset] + int(self.dataset_sample_index[place])]
 
     def _oversampled(self) -> Iterator[Problem]:
-        """Datasets of which a blend of few samples draws more than there are: rounding up the shares of many datasets
-        makes it larger than was asked for, and Megatron refuses these too."""
+        """Datasets of which a small blend draws more than there are, by rounding up; Megatron refuses these too."""
         turns, rest = divmod(self.size, self.period)
         last = _count(self.dataset_index[:rest], len(self.datasets))
         for number, (dataset, each, more) in enumerate(zip(self.datasets, self.drawn, last, strict=True), 1):

@@ -18,12 +18,11 @@ from cordee.errors import Problem, ProblemError, raise_all
 from cordee.files import read_json
 
 Record = Mapping[str, Any]
+Columns = Mapping[str, str]  # of a record, or its tags, by the names that handlers have for them
 
 _ASSISTANT = "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
 _ASSISTANT += "detailed, and polite answers to the user's questions."
-_INSTRUCTED = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-)
+_INSTRUCT = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 # The template of AscendSpeed's Prompter, tokenized as one text; only its last answer is trained, and no eos.
 PROMPTER = ChatTemplate(
     source="\nBelow is an instruction that describes a task, paired with an input that provides further context. Write "
@@ -195,7 +194,7 @@ def _squad(record: Record) -> list[Dialogue]:
     return [_dialogue(asked, _text(answers[0], "text"))]
 
 
-def _alpaca_asked(record: Record, columns: Mapping[str, str]) -> list[Message]:
+def _alpaca_asked(record: Record, columns: Columns) -> list[Message]:
     history = record.get(columns["history"]) if "history" in columns else None
     said = []
     for pair in [] if history is None else _list(history, "its history"):
@@ -208,11 +207,11 @@ def _alpaca_asked(record: Record, columns: Mapping[str, str]) -> list[Message]:
     return _asked(*said, "\n".join(filter(None, parts)), system=system)
 
 
-def _alpaca(record: Record, columns: Mapping[str, str]) -> list[Dialogue]:
+def _alpaca(record: Record, columns: Columns) -> list[Dialogue]:
     return [Dialogue((*_alpaca_asked(record, columns), _message(_text(record, columns["response"]))))]
 
 
-def _alpaca_pair(record: Record, columns: Mapping[str, str]) -> tuple[Dialogue, Dialogue]:
+def _alpaca_pair(record: Record, columns: Columns) -> tuple[Dialogue, Dialogue]:
     asked = _alpaca_asked(record, columns)
     chosen, rejected = (Dialogue((*asked, _message(_text(record, columns[key])))) for key in ("chosen", "rejected"))
     return chosen, rejected
@@ -227,20 +226,17 @@ _ROLES: Mapping[str, Role] = {
 }
 
 
-def _sharegpt_message(value: Any, tags: Mapping[str, str]) -> Message:
+def _sharegpt_message(value: Any, tags: Columns) -> Message:
     if not isinstance(value, Mapping):
         raise BadRecord("a message is no object")
     said_by = value.get(tags["role_tag"])
     role: Role | None = next((role for tag, role in _ROLES.items() if tags.get(tag) == said_by), None)
     if role is None:
         raise BadRecord(f"a message is of {said_by!r}")
-    content = _text(value, tags["content_tag"])
-    return _message(content, role)
+    return _message(_text(value, tags["content_tag"]), role)
 
 
-def _sharegpt_messages(
-    record: Record, columns: Mapping[str, str], tags: Mapping[str, str], answered: bool
-) -> list[Message]:
+def _sharegpt_messages(record: Record, columns: Columns, tags: Columns, answered: bool) -> list[Message]:
     column = columns["messages"]
     messages = [_sharegpt_message(value, tags) for value in _list(record.get(column), f"its {column!r}")]
     system = [Message("system", text)] if (text := _text(record, columns.get("system", ""), optional=True)) else []
@@ -252,12 +248,12 @@ def _sharegpt_messages(
     return system + messages
 
 
-def _sharegpt(record: Record, columns: Mapping[str, str], tags: Mapping[str, str]) -> list[Dialogue]:
+def _sharegpt(record: Record, columns: Columns, tags: Columns) -> list[Dialogue]:
     messages = _sharegpt_messages(record, columns, tags, answered=True)
     return [Dialogue(tuple(messages), _tools(record.get(columns.get("tools", ""))))]
 
 
-def _sharegpt_pair(record: Record, columns: Mapping[str, str], tags: Mapping[str, str]) -> tuple[Dialogue, Dialogue]:
+def _sharegpt_pair(record: Record, columns: Columns, tags: Columns) -> tuple[Dialogue, Dialogue]:
     asked = _sharegpt_messages(record, columns, tags, answered=False)
     tools = _tools(record.get(columns.get("tools", "")))
     answers = [_sharegpt_message(record.get(columns[key]), tags) for key in ("chosen", "rejected")]
@@ -266,7 +262,7 @@ def _sharegpt_pair(record: Record, columns: Mapping[str, str], tags: Mapping[str
     return Dialogue((*asked, answers[0]), tools), Dialogue((*asked, answers[1]), tools)
 
 
-def _openai(record: Record, columns: Mapping[str, str]) -> list[Dialogue]:
+def _openai(record: Record, columns: Columns) -> list[Dialogue]:
     column = columns["messages"]
     messages = [_openai_message(value) for value in _list(record.get(column), f"its {column!r}")]
     if not messages or messages[-1].role not in ANSWERS:
@@ -302,7 +298,7 @@ def _openai_message(value: Any) -> Message:
 def _alpaca_text(record: Record) -> str:
     given = _text(record, "input", optional=True)
     given = f" Input:\n{given}" if given else None  # written as the word None, as AscendSpeed does
-    asked = f"{_INSTRUCTED}\n\n### Instruction:\n{_text(record, 'instruction')}\n\n###{given}\n\n### Response:"
+    asked = f"{_INSTRUCT}\n\n### Instruction:\n{_text(record, 'instruction')}\n\n###{given}\n\n### Response:"
     return f"{_ASSISTANT}USER: {asked} ASSISTANT: {_text(record, 'output')}"
 
 
@@ -377,25 +373,21 @@ def handler_named(name: str, map_keys: str | None = None) -> Handler:
     """Raises `ProblemError` for an unknown name and for --map-keys that are not such of this handler."""
     if name == LLAMA_FACTORY:
         why = "its datasets are those of a dataset_info.json"
-        raise ProblemError(
-            [Problem("--handler-name", name, why, "give --dataset-dir", "requires", limit="--dataset-dir")]
-        )
+        raise ProblemError.of("--handler-name", name, why, "give --dataset-dir", "requires", limit="--dataset-dir")
     if name not in HANDLER_NAMES:
         fix = f"give one of {', '.join(HANDLER_NAMES)}"
-        raise ProblemError(
-            [Problem("--handler-name", name, "there is no such handler", fix, "choice", limit=HANDLER_NAMES)]
-        )
+        raise ProblemError.of("--handler-name", name, "there is no such handler", fix, "choice", limit=HANDLER_NAMES)
     if name in _FIXED:
         if map_keys is not None:
             fix = f"leave it out, or give one of {', '.join(_LAYOUTS)}"
             why = f"the columns of {name} have no other names"
-            raise ProblemError([Problem("--map-keys", map_keys, why, fix, "excludes", ("handler_name",), name)])
+            raise ProblemError.of("--map-keys", map_keys, why, fix, "excludes", ("handler_name",), name)
         return _FIXED[name]
     try:
         given = json.loads(map_keys or "{}")
     except (ValueError, RecursionError) as error:
         why, fix = f"it is not JSON: {error}", 'write it as {"prompt": "question"}'
-        raise ProblemError([Problem("--map-keys", map_keys, why, fix, "format")]) from error
+        raise ProblemError.of("--map-keys", map_keys, why, fix, "format") from error
     return _mapped(name, given, "--map-keys", _LAYOUTS[name][1])
 
 
@@ -428,9 +420,7 @@ def _mapped(name: str, given: Any, option: str, defaults: Mapping[str, str | Non
             wrong(f"{key} = {column}", "it is no name of a column")
     raise_all(problems)
     found = {key: column for key, column in {**defaults, **columns}.items() if column is not None}
-    raise_all(
-        Problem(option, key, f"{name} needs this column", "name it", "missing") for key in needed if key not in found
-    )
+    raise_all(Problem(option, key, f"{name} needs it", "name it", "missing") for key in needed if key not in found)
     required = tuple(found[key] for key in dict.fromkeys((*needed, *columns)))
     reading = partial(read, columns=found, tags=tags) if tagged else partial(read, columns=found)
     handler = Handler(name=name, read=reading, columns=tuple(found.values()), required=required)
@@ -446,16 +436,16 @@ def from_dataset_info(directory: Path, name: str) -> tuple[Path, Handler]:
         info = read_json(path)
     except (OSError, ValueError) as error:
         fix = "give the directory of a dataset_info.json"
-        raise ProblemError([Problem("--dataset-dir", directory, f"{path.name}: {error}", fix, "unreadable")]) from error
+        raise ProblemError.of("--dataset-dir", directory, f"{path.name}: {error}", fix, "unreadable") from error
     if not isinstance(info, dict) or not isinstance(entry := info.get(name), dict):
         names = ", ".join(info) if isinstance(info, dict) else "no object"
-        raise ProblemError([Problem("--input", name, f"{path} has {names}", "give one of its datasets", "choice")])
+        raise ProblemError.of("--input", name, f"{path} has {names}", "give one of its datasets", "choice")
     if not isinstance(file := entry.get("file_name"), str):
-        raise ProblemError([Problem("--input", name, f"{path} names no file of it", "download it; give file_name")])
+        raise ProblemError.of("--input", name, f"{path} names no file of it", "download it; give file_name")
     style = {"alpaca": "AlpacaStyle", "sharegpt": "SharegptStyle"}.get(entry.get("formatting", "alpaca"))
     if style is None:
         why = f"{path}: its formatting is {entry['formatting']!r}"
-        raise ProblemError([Problem("--input", name, why, "alpaca and sharegpt are known", "choice")])
+        raise ProblemError.of("--input", name, why, "alpaca and sharegpt are known", "choice")
     kind = f"{style}{'PairwiseHandler' if entry.get('ranking') else 'InstructionHandler'}"
     columns = entry.get("columns")
     # Where columns are given, one that is not listed is none; the messages and the answers of a pair are always there.

@@ -148,8 +148,7 @@ class IndexedDataset:
 
 
 def _read_header(prefix: str) -> tuple[np.dtype[Any], int, int]:
-    """Type of the tokens, number of sequences and length of the document index; both files are there and the `.idx`
-    is complete."""
+    """Type of the tokens, number of sequences, length of the document index; both files are there, `.idx` whole."""
     raise_all(_missing(prefix))
     path = idx_path(prefix)
     size = path.stat().st_size
@@ -227,8 +226,7 @@ def _entry_problems(dataset: IndexedDataset) -> Iterator[Problem]:
         if np.any(wrong):
             sequence = start + int(np.argmax(wrong))
             end = offset if sequence == start else int(ends[sequence - start - 1])
-            why = f"sequence {sequence} does not begin where the one before it ends"
-            yield _corrupt(path, why, (sequence, end))
+            yield _corrupt(path, f"sequence {sequence} does not begin where the one before it ends", (sequence, end))
             return
         offset = int(ends[-1])
 
@@ -278,7 +276,7 @@ class IndexedDatasetBuilder:
         if other.dtype != self.dtype:
             why = f"its tokens are {other.dtype}, those before it {self.dtype}"
             fix = "preprocess it again, or merge it apart"
-            raise ProblemError([Problem("dataset", prefix, why, fix, "type", limit=self.dtype)])
+            raise ProblemError.of("dataset", prefix, why, fix, "type", limit=self.dtype)
         for start in range(0, len(other.document_indices), _BLOCK):
             # The first boundary is the end of what is already here.
             self._end_documents(other.document_indices[max(start, 1) : start + _BLOCK] + self.sequences)

@@ -150,7 +150,7 @@ def _opened(config: InspectConfig) -> tuple[TuningDataset, Tokenizer | None, fro
     indexed = IndexedDataset(records.prefix("data", config.data))
     raise_all([*indexed.problems(), *sibling_problems(indexed)])
     if not len(indexed):
-        raise ProblemError([Problem("dataset", config.data, "it holds no sample", "give other data", "empty")])
+        raise ProblemError.of("dataset", config.data, "it holds no sample", "give other data", "empty")
     order = Order.of_sequences(len(indexed), None)
     own = (tokenizer.eos, tokenizer.eod) if tokenizer else ()
     ends = records.ends or frozenset(end for end in own if end is not None)

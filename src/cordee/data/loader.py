@@ -17,7 +17,7 @@ import torch
 
 from cordee.data.batch import Batch, Sample
 from cordee.data.gpt_dataset import Dataset
-from cordee.errors import Problem, ProblemError
+from cordee.errors import ProblemError
 
 Collate = Callable[[Sequence[Sample]], Batch]
 
@@ -122,7 +122,7 @@ class _Single:
         if not self.holds(end):
             why = f"the dataset has {self.length} samples, and the step needs the first {end}"
             fix = "build it for more samples, shorten the run, or take --dataloader-type cyclic"
-            raise ProblemError([Problem("data", self.length, why, fix, "at least", limit=end)])
+            raise ProblemError.of("data", self.length, why, fix, "at least", limit=end)
 
     def indices(self, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         return places
@@ -141,7 +141,7 @@ class _Cyclic:
 
     def require(self, end: int) -> None:
         if not self.holds(end):
-            raise ProblemError([Problem("data", 0, "the dataset has no samples", "give it more text", "empty")])
+            raise ProblemError.of("data", 0, "the dataset has no samples", "give it more text", "empty")
 
     def indices(self, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         passes, within = np.divmod(places, self.length)

@@ -12,7 +12,7 @@ from typing import Any
 
 from cordee import sealed
 from cordee.data.indexed import IndexedDataset
-from cordee.errors import Problem, ProblemError
+from cordee.errors import ProblemError
 from cordee.files import write_durably
 from cordee.log import logger
 
@@ -43,8 +43,7 @@ class Manifest:
     left_out: dict[str, int] = field(default_factory=dict)
 
     def write(self, prefix: str | Path) -> None:
-        text = sealed.seal({"format": FORMAT, **dataclasses.asdict(self)})
-        write_durably(manifest_path(prefix), text + "\n")
+        write_durably(manifest_path(prefix), sealed.seal({"format": FORMAT, **dataclasses.asdict(self)}) + "\n")
 
 
 def manifest_path(prefix: str | Path) -> Path:
@@ -80,9 +79,7 @@ def merged(manifests: Sequence[Manifest]) -> Manifest:
     if len(tokenizers) > 1:
         kinds = ", ".join(sorted(f"{note.type} {note.fingerprint[:8]}" for note in tokenizers if note))
         why = f"they were made with different tokenizers: {kinds}"
-        raise ProblemError(
-            [Problem("--merge-group-keys", None, why, "preprocess them with one tokenizer", "tokenizers")]
-        )
+        raise ProblemError.of("--merge-group-keys", None, why, "preprocess them with one tokenizer", "tokenizers")
     left_out = Counter[str]()
     for manifest in manifests:
         left_out.update(manifest.left_out)
@@ -104,4 +101,4 @@ def _from_fields(fields: dict[str, Any]) -> Manifest:
 
 def _unusable(path: Path, why: str, limit: object = None) -> ProblemError:
     fix = "remove it (the dataset works without), or preprocess again"
-    return ProblemError([Problem("dataset", path, why, fix, limit=limit)])
+    return ProblemError.of("dataset", path, why, fix, limit=limit)

@@ -14,9 +14,7 @@ from cordee.tokenizer.options import TokenizerOptions
 class BatchOptions:
     """Batch, gradient accumulation and length of the run."""
 
-    seq_length: int = required(
-        "sequence length: tokens per sample", above=0, elsewhere=("max_seq_length", "block_size", "cutoff_len")
-    )
+    seq_length: int = required("tokens per sample", above=0, elsewhere=("max_seq_length", "block_size", "cutoff_len"))
     micro_batch_size: int = option(
         1,
         "samples of one forward and backward on a data-parallel rank",
@@ -32,9 +30,7 @@ class BatchOptions:
     rampup_batch_size: tuple[int, int, int] | None = option(
         None, "batch size ramp-up, START INCREMENT SAMPLES: over so many samples up to --global-batch-size", above=0
     )
-    train_iters: int | None = option(
-        None, "length of the run in iterations (optimizer steps)", above=0, elsewhere=("max_steps",)
-    )
+    train_iters: int | None = option(None, "length of the run in optimizer steps", above=0, elsewhere=("max_steps",))
     train_samples: int | None = option(None, "length of the run in samples", above=0)
     num_epochs: float | None = option(
         None,
@@ -58,9 +54,7 @@ class BatchOptions:
 class DataOptions:
     """Data."""
 
-    data_path: tuple[str, ...] = option(
-        (), ".bin/.idx prefix, or a blend: WEIGHT PREFIX WEIGHT PREFIX ...; --split divides it in three"
-    )
+    data_path: tuple[str, ...] = option((), ".bin/.idx prefix, or blend: WEIGHT PREFIX ...; --split divides it in 3")
     train_data_path: tuple[str, ...] = option((), "as --data-path, for training only; --split is then ignored")
     valid_data_path: tuple[str, ...] = option((), "as --data-path, for validation only")
     test_data_path: tuple[str, ...] = option((), "as --data-path, for the final test only")
@@ -68,9 +62,7 @@ class DataOptions:
         False, "report the validation loss of each dataset of the blend too; --valid-data-path may then have no weights"
     )
     split: str = option("969, 30, 1", "proportions of --data-path for training, validation and test", metavar="A,B,C")
-    data_cache_path: str | None = option(
-        None, "cache directory of shuffled orders and of tokenized records [beside the data]", metavar="DIR"
-    )
+    data_cache_path: str | None = option(None, "cache: shuffled orders, tokenized records [beside data]", metavar="DIR")
     dataloader_type: Literal["single", "cyclic"] = option(
         "single", "sampler: single: sequential over the dataset's own shuffled index; cyclic: reshuffled every epoch"
     )
@@ -79,9 +71,7 @@ class DataOptions:
     )
     eod_mask_loss: bool = option(False, "loss mask: no loss on the token after an end-of-document (EOD) token")
     reset_position_ids: bool = option(False, "restart position ids at every document of a sample")
-    reset_attention_mask: bool = option(
-        False, "block-diagonal attention mask: documents packed into one sample do not attend to each other"
-    )
+    reset_attention_mask: bool = option(False, "block-diagonal mask: documents of a sample do not see each other")
 
     laws = (ignored("split", data_path=GIVEN), needs("multiple_validation_sets", eval_iters=POSITIVE))
 
@@ -111,12 +101,8 @@ class DialogueOptions:
     )
     mask_history: bool = option(False, "as --train-on last")
     pack: bool = option(False, "pack several samples into rows of exactly --seq-length tokens", elsewhere=("packing",))
-    neat_pack: bool = option(
-        False, "as --pack; samples of a row do not see each other, positions begin anew", elsewhere=("neat_packing",)
-    )
-    dataset_dir: str | None = option(
-        None, "LlamaFactoryInstructionHandler: directory of dataset_info.json [data]", metavar="DIR"
-    )
+    neat_pack: bool = option(False, "as --pack, with attention and positions per sample", elsewhere=("neat_packing",))
+    dataset_dir: str | None = option(None, "LlamaFactoryInstructionHandler: of dataset_info.json [data]", metavar="DIR")
     skip_invalid: bool = option(False, "count and skip records that cannot be used, instead of aborting")
 
     laws = (
@@ -130,9 +116,7 @@ class DialogueOptions:
 class TuningDataOptions(DialogueOptions):
     """Instruction and preference data."""
 
-    variable_seq_lengths: bool = option(
-        False, "pad each micro-batch to its longest sample, not to --seq-length", aliases=("--dynamic-padding",)
-    )
+    variable_seq_lengths: bool = option(False, "pad to the longest of each micro-batch", aliases=("--dynamic-padding",))
     pad_to_multiple_of: int = option(8, "with --variable-seq-lengths: lengths are multiples of this", above=0)
 
     laws = (
@@ -153,28 +137,16 @@ class PreprocessOptions:
     )
     output_prefix: str = required("writes PREFIX_KEY_document.bin and .idx", metavar="PREFIX")
     whole_files: bool = option(False, "take a .txt file as one document, not every line as one")
-    hf_datasets_params: str | None = option(
-        None, "JSON file with the arguments of datasets.load_dataset, instead of --input", metavar="FILE"
-    )
+    hf_datasets_params: str | None = option(None, "instead of --input: JSON for datasets.load_dataset", metavar="FILE")
     streaming: bool = option(False, "with --hf-datasets-params: stream, do not download; local files always stream")
-    json_keys: tuple[str, ...] = option(
-        ("text",), "fields of a record to tokenize, each into its own .bin/.idx pair", aliases=("--json-key",)
-    )
-    kto: bool = option(
-        False, "samples for --stage kto: each with the flag kto_tag or label of its record, pairs as two samples"
-    )
+    json_keys: tuple[str, ...] = option(("text",), "fields to tokenize, a .bin/.idx pair each", aliases=("--json-key",))
+    kto: bool = option(False, "samples for --stage kto: with the flag kto_tag or label of the record, pairs as two")
     append_eod: bool = option(False, "append the tokenizer's end-of-document (EOD) token to every document")
-    seq_length: int | None = option(
-        None, "skip documents of this many tokens or more; of instruction data: of more than this many", above=0
-    )
-    cut_long: bool = option(
-        False, "instruction data: cut what is longer than --seq-length, prompts and answers in proportion; skip nothing"
-    )
+    seq_length: int | None = option(None, "skip documents of this many tokens or more; instructions: of more", above=0)
+    cut_long: bool = option(False, "instruction data: cut prompts and answers to --seq-length in proportion, skip none")
     workers: int = option(1, "tokenizer processes; the output does not depend on their number", above=0)
     n_subs: int = option(1, "multiplies --workers: number of parts that are tokenized in parallel", above=0)
-    merge_group_keys: tuple[str, ...] = option(
-        (), "merge .bin/.idx pairs of --input with the key in their name into PREFIX_KEY; no tokenizing"
-    )
+    merge_group_keys: tuple[str, ...] = option((), "merge pairs of --input with the key in their name into PREFIX_KEY")
     overwrite: bool = option(False, "overwrite existing output")
     log_interval: int = option(100, "documents between progress lines", above=0)
 
@@ -211,9 +183,7 @@ class ShowDataConfig(ShowOptions, TokenizerOptions):
 class InspectOptions:
     """What is shown."""
 
-    data: str = required(
-        "prefix of files of `cordee preprocess`, or a file or directory of records", positional=True, metavar="DATA"
-    )
+    data: str = required("`cordee preprocess` prefix, or file or directory of records", positional=True, metavar="DATA")
     seq_length: int = option(2048, "sequence length of the run: tokens per sample", above=0)
     num: int = option(3, "samples to show", at_least=0)
     start: int = option(0, "first sample to show", at_least=0)

@@ -22,6 +22,7 @@ from cordee.files import create_new, sync_directory
 from cordee.log import logger
 
 Arrays = dict[str, npt.NDArray[Any]]
+Shapes = Mapping[str, tuple[int, ...]]
 
 PATIENCE = 600.0  # seconds for which another process may build: one that is hung must not keep this one for ever
 _POLL = 0.5
@@ -45,11 +46,7 @@ def content_key(**facts: object) -> str:
 
 
 def cached_arrays(
-    directory: Path | None,
-    key: str,
-    shapes: Mapping[str, tuple[int, ...]],
-    build: Callable[[], Arrays],
-    verified: bool = False,
+    directory: Path | None, key: str, shapes: Shapes, build: Callable[[], Arrays], verified: bool = False
 ) -> Arrays:
     """The arrays that `build` makes, from `directory` if it holds them whole, else built and put there.
 
@@ -87,11 +84,8 @@ def cached_arrays(
         time.sleep(_POLL)
 
 
-def _build(
-    directory: Path, paths: Mapping[str, Path], shapes: Mapping[str, tuple[int, ...]], build: Callable[[], Arrays]
-) -> Arrays:
-    """Build and keep the arrays, unless another process has done so before this one got the lock. A file that is whole
-    stays as it is: others may have it open."""
+def _build(directory: Path, paths: Mapping[str, Path], shapes: Shapes, build: Callable[[], Arrays]) -> Arrays:
+    """Build and keep the arrays that are not there whole by now; files that are stay, as others may have them open."""
     whole: Arrays = {}
     for name, path in paths.items():
         with suppress(*_DAMAGE):

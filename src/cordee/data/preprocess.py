@@ -61,7 +61,7 @@ def _writing(config: PreprocessConfig) -> Iterator[None]:
     except OSError as error:
         why = f"the output cannot be written: {error}"
         fix = "make room or give another place; nothing incomplete is left under the final names"
-        raise ProblemError([Problem("--output-prefix", config.output_prefix, why, fix, "unwritable")]) from error
+        raise ProblemError.of("--output-prefix", config.output_prefix, why, fix, "unwritable") from error
 
 
 def check_run(config: PreprocessConfig) -> list[Problem]:
@@ -180,7 +180,7 @@ def _own(config: PreprocessConfig, prefixes: Iterable[str]) -> Iterator[None]:
                 raise ProblemError([problem]) from None
             except OSError as error:
                 why, fix = f"{prefix} cannot be written: {error}", "make room or allow it, or give another prefix"
-                raise ProblemError([Problem("--output-prefix", config.output_prefix, why, fix)]) from error
+                raise ProblemError.of("--output-prefix", config.output_prefix, why, fix) from error
         raise_all(_output_problems(config, prefixes))
         yield
 
@@ -206,7 +206,7 @@ def _sources(config: PreprocessConfig, keys: Sequence[str], handler: Handler | N
         return [Source(str(params.get("path", "dataset")), None, lambda: hub.read(params, keys))]
     if not config.input:
         why = "there is nothing to read"
-        raise ProblemError([Problem("--input", None, why, "give a file or a directory, or --hf-datasets-params")])
+        raise ProblemError.of("--input", None, why, "give a file or a directory, or --hf-datasets-params")
     with reading("--input", config.input):
         instead = "give a dataset of a hub by --hf-datasets-params"
         files = input_files(Path(config.input), instead, whole=config.whole_files)
@@ -222,7 +222,7 @@ def _eod(config: PreprocessConfig, tokenizer: Tokenizer) -> int | None:
     if config.append_eod and tokenizer.eod is None:
         why = "the tokenizer has no token that ends a document"
         fix = "name one: --tokenizer-kwargs eos_token TOKEN"
-        raise ProblemError([Problem("--append-eod", True, why, fix, "requires", limit="eod")])
+        raise ProblemError.of("--append-eod", True, why, fix, "requires", limit="eod")
     return tokenizer.eod if config.append_eod else None
 
 
@@ -268,13 +268,12 @@ class _Tally:
                 raise_all(other_keys(tuple(self._max_token), result.invalid))
             why = f"{count} of the first {counted(self.records, 'record')} cannot be used:{self._places(count)}"
             fix = "fix them, or skip all such records: --skip-invalid"
-            raise ProblemError([Problem("--input", None, why, fix, "records", limit=self.records)])
+            raise ProblemError.of("--input", None, why, fix, "records", limit=self.records)
 
     def require_documents(self, builders: dict[str, IndexedDatasetBuilder]) -> None:
         """Raises `ProblemError` if there are none: an empty dataset is of no use to anyone."""
-        records = f"the input has {counted(self.records, 'record')}" + (
-            f" ({self._counts()})" if self._counts() else ""
-        )
+        counts = f" ({found})" if (found := self._counts()) else ""
+        records = f"the input has {counted(self.records, 'record')}{counts}"
         fix = "give text, or other --json-keys"
         raise_all(
             Problem("--input", None, f"{records} and no text in {key!r}", fix, "empty", limit=self.records)
@@ -328,8 +327,7 @@ class _Tally:
 
 @contextmanager
 def _progress(tally: _Tally, log_interval: int) -> Iterator[Callable[[], None]]:
-    """A function to call after every step: it keeps a progress bar going on a terminal and writes log lines elsewhere,
-    one every `log_interval` documents but not more than one a second. A last line always gives the totals."""
+    """A function to call after every step: a bar on a terminal, else a line every `log_interval`, or every second."""
     if sys.stderr.isatty():
         with progress_bar() as show:
             # Without a known size the bar only shows that something happens.
@@ -363,12 +361,12 @@ def _pairs(directory: Path, key: str, output: str) -> list[str]:
     """The prefixes in `directory` whose names hold `key`, by name; never the output itself."""
     if not directory.is_dir():
         why, fix = "there is no such directory", "give that of the pairs"
-        raise ProblemError([Problem("--input", directory, why, fix, "missing")])
+        raise ProblemError.of("--input", directory, why, fix, "missing")
     names = {path.stem for path in directory.iterdir() if path.suffix in (".bin", ".idx") and key in path.stem}
     prefixes = [str(directory / name) for name in sorted(names)]
     prefixes = [prefix for prefix in prefixes if Path(prefix).absolute() != Path(output).absolute()]
     if not prefixes:
-        raise ProblemError([Problem("--merge-group-keys", key, f"no pair in {directory} holds it", "give another key")])
+        raise ProblemError.of("--merge-group-keys", key, f"no pair in {directory} holds it", "give another key")
     found = Findings()
     for prefix in prefixes:
         found.attempt(partial(IndexedDataset, prefix))

@@ -16,19 +16,17 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from cordee.errors import Problem, ProblemError
+from cordee.errors import ProblemError
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+In = TypeVar("In")
+Out = TypeVar("Out")
 
 _AHEAD = 3  # items per process that are waiting or done: enough that none idles, few enough to hold in memory
 _SERIAL = "TOKENIZERS_PARALLELISM"
 
 
 @contextmanager
-def process_map(
-    function: Callable[[Item], Result], processes: int
-) -> Iterator[Callable[[Iterable[Item]], Iterator[Result]]]:
+def process_map(function: Callable[[In], Out], processes: int) -> Iterator[Callable[[Iterable[In]], Iterator[Out]]]:
     """What applies `function`, which is sent to each process once, to every item in order, with a bounded number of
     items in flight; one process is this one. The processes start here, so that this program's own threads can start
     after them. The iteration raises `ProblemError` if a process dies."""
@@ -36,8 +34,7 @@ def process_map(
         with _one_thread():
             yield lambda items: map(function, items)
         return
-    context = multiprocessing.get_context(_start_method())
-    pool = ProcessPoolExecutor(processes, context, _prepare, (function,))
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context(_start_method()), _prepare, (function,))
     pool.submit(int)  # the pool starts its processes with its first task
     try:
         yield lambda items: _map(pool, processes, items)
@@ -56,12 +53,11 @@ def _map(pool: ProcessPoolExecutor, processes: int, items: Iterable[Any]) -> Ite
             yield in_flight.popleft().result()
     except BrokenProcessPool as error:
         why = "one of the processes was killed or could not start, perhaps because memory ran out"
-        raise ProblemError([Problem("--workers", processes, why, "start again with fewer")]) from error
+        raise ProblemError.of("--workers", processes, why, "start again with fewer") from error
 
 
 def _start_method() -> str:
-    """A forked process has the function at once, without loading it again; but a fork of a program in which libraries
-    run threads can hang, so it is for programs that have not loaded such libraries."""
+    """Fork, as it has the function at once, unless libraries that run threads are loaded, with which it can hang."""
     threads = threading.active_count() > 1 or any(name in sys.modules for name in ("torch", "pyarrow"))
     return "fork" if sys.platform == "linux" and not threads else "spawn"
 

@@ -23,7 +23,7 @@ from cordee.data.readers import input_files, read_file, reading
 from cordee.data.render import Renderer
 from cordee.data.tuning import FIELDS
 from cordee.data.tuning_dataset import CHOSEN, Form, document, form_of
-from cordee.errors import Problem, ProblemError
+from cordee.errors import ProblemError
 from cordee.log import logger
 from cordee.tokenizer import Tokenizer
 from cordee.tokenizer.options import TokenizerOptions
@@ -77,7 +77,7 @@ class Records:
         """ProblemError if the samples are of another form."""
         if form and self._form and form != self._form:
             why, fix = f"it holds {_NAMED[form]}", f"give {_NAMED[self._form]}, or another --stage"
-            raise ProblemError([Problem(flag, value, why, fix, "form", ("stage",), form)])
+            raise ProblemError.of(flag, value, why, fix, "form", ("stage",), form)
 
     def _tokenized(self, flag: str, path: str) -> str:
         with reading(flag, path):
@@ -86,7 +86,7 @@ class Records:
         if (loaded := self._load()) is None:
             why = "it holds records, and no tokenizer is given"
             fix = "give the tokenizer of the model: --tokenizer-name-or-path DIR"
-            raise ProblemError([Problem(flag, path, why, fix, "tokenizer")])
+            raise ProblemError.of(flag, path, why, fix, "tokenizer")
         tokenizer, directory = loaded
         large = sum(file.stat().st_size for file in files) >= _SMALL
         name = self._options.handler_name or _layout(flag, files[0])
@@ -95,7 +95,7 @@ class Records:
         ((_, handler),) = tuning.inputs_of(config, path)
         if handler is None or handler.is_text:
             why, fix = "it is of text without labels", "give the handler of the records, or --stage pretrain"
-            raise ProblemError([Problem("--handler-name", config.handler_name, why, fix)])
+            raise ProblemError.of("--handler-name", config.handler_name, why, fix)
         form: Form = "kto" if config.kto else "pairs" if handler.pairwise else "dialogues"
         self._require(flag, path, form)
         self._rendered = partial(tuning.renderer_of, config, handler, tokenizer, directory, config.kto)
@@ -129,7 +129,7 @@ def _layout(flag: str, file: Path) -> str:
     name = next((name for known, name in _LAYOUTS.items() if set(known) <= {*keys}), None)
     if name is None:
         why = f"what the records of {file} are cannot be told by their keys: {', '.join(keys) or 'none'}"
-        raise ProblemError([Problem("--handler-name", None, why, "name the handler", "missing", limit=keys)])
+        raise ProblemError.of("--handler-name", None, why, "name the handler", "missing", limit=keys)
     logger.info("records of %s: --handler-name %s", file, name)
     return name
 

@@ -173,8 +173,7 @@ class Renderer:
             yield known + next((i for i, (own, whole) in pairs if own != whole), len(head))
 
     def _labelled(self, parts: Sequence[_Part], closed: Sequence[bool], rest: list[int]) -> list[Turn]:
-        """Turns of sources and targets, each with whether it is trained; `rest` is what follows the last one. What
-        follows a trained answer that is not `closed` is to be predicted as eos."""
+        """Turns, each with whether it is trained, and `rest`; eos is to follow a trained answer not `closed`."""
         turns = []
         awaited = False  # an eos in place of the next token
         for n, (source, target, trained, unproved) in enumerate(parts):

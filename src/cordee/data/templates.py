@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from cordee.data.messages import ANSWERS, BadRecord, Dialogue, Message, calls_of, raise_unless_alternating, tools_of
-from cordee.errors import Problem, ProblemError
+from cordee.errors import ProblemError
 from cordee.tokenizer.special import NAMES, chat_sources, read_special_tokens
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ class Special:
 BOS, EOS = Special("bos_token"), Special("eos_token")
 Piece: TypeAlias = str | Special  # each text is tokenized by itself
 Pieces: TypeAlias = tuple[Piece, ...]
+Objects: TypeAlias = list[dict[str, Any]]  # as OpenAI has messages and tools
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +225,7 @@ def template_named(prompt_type: str) -> PromptTemplate:
     """Raises `ProblemError` for an unknown name."""
     if prompt_type not in PROMPT_TYPES:
         fix = f"give one of {', '.join(PROMPT_TYPES)}"
-        raise ProblemError([Problem("--prompt-type", prompt_type, "there is no such template", fix, "choice")])
+        raise ProblemError.of("--prompt-type", prompt_type, "there is no such template", fix, "choice")
     return PROMPT_TYPES[prompt_type]
 
 
@@ -283,11 +284,8 @@ class ChatTemplate:
             spans.append(Span(len(asked), end, i, closed, proved))
         return whole, spans
 
-    def _end(
-        self, shown: str, start: int, messages: list[dict[str, Any]], tools: Any, ends: re.Pattern[str]
-    ) -> tuple[int, bool]:
-        """Where the last answer of `shown` ends, and whether by a token that ends it: the first behind its text, or
-        the last if the template looks into the text, as into tool calls."""
+    def _end(self, shown: str, start: int, messages: Objects, tools: Any, ends: re.Pattern[str]) -> tuple[int, bool]:
+        """Where the last answer of `shown` ends: at the first end token, or the last if the template looks inside."""
         *before, answer = messages
         text, at = "" if "tool_calls" in answer else answer["content"], -1
         for marked in filter(None, dict.fromkeys((text, text.rstrip()))):  # a template may strip it
@@ -310,11 +308,9 @@ class ChatTemplate:
             at = spans[-1].end
         return spans
 
-    def _variables(self, dialogue: Dialogue) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+    def _variables(self, dialogue: Dialogue) -> tuple[Objects, Objects | None]:
         """Messages and tools as OpenAI has them."""
-        tools = (
-            [{"type": "function", "function": tool} for tool in tools_of(dialogue.tools)] if dialogue.tools else None
-        )
+        tools = [{"type": "function", "function": one} for one in tools_of(dialogue.tools)] if dialogue.tools else None
         if tools and not self._writes_tools:
             raise BadRecord("the chat template has no place for tools")
         return [self._message(message) for message in dialogue.messages], tools
@@ -330,8 +326,7 @@ class ChatTemplate:
 
     @cached_property
     def _arguments(self) -> Callable[[dict[str, Any]], dict[str, Any]] | None:
-        """How the template takes a call: with arguments as an object, or, where it would write them as Python does, as
-        JSON. None if it writes neither."""
+        """How the template takes a call: arguments as an object, as JSON where it writes Python, None if neither."""
         for form in (_call_of_object, _call_of_text):
             call = form({"name": "probe", "arguments": {"probed": "value"}, "id": "probed000"})
             probe = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [call]}]
@@ -358,7 +353,7 @@ class ChatTemplate:
         return {source: compiled(source) for source in (self.source, self.tool_source) if source is not None}
 
     def _render(
-        self, messages: list[dict[str, Any]], tools: Any, *, generation: bool = False, marks: tuple[str, str] = ("", "")
+        self, messages: Objects, tools: Any, *, generation: bool = False, marks: tuple[str, str] = ("", "")
     ) -> str:
         from cordee.data.chat_environment import REFUSALS
 
@@ -397,9 +392,8 @@ def chat_template(directory: Path, **variables: Any) -> ChatTemplate:
     if "default" not in sources:
         named = f"; it has {', '.join(sources)}" if sources else ""
         why, fix = f"its tokenizer has no default chat template{named}", "give --prompt-type"
-        raise ProblemError([Problem("--hf-chat-template", directory, why, fix, "missing")])
-    tokens = read_special_tokens(directory, {}).named
-    named = {name: token for name, token in tokens.items() if name in NAMES}
+        raise ProblemError.of("--hf-chat-template", directory, why, fix, "missing")
+    named = {name: token for name, token in read_special_tokens(directory, {}).named.items() if name in NAMES}
     template = ChatTemplate(
         source=sources["default"], tool_source=sources.get("tool_use"), variables={**named, **variables}
     )

@@ -71,16 +71,14 @@ def read_documents(
         if len(strange):
             why = f"document {number} holds token {strange[0]}, but the model has only {vocab_size} tokens"
             fix = "give the model's own tokenizer, or data made with it"
-            raise ProblemError([Problem("--task-data-path", path, why, fix, "range", limit=int(strange[0]))])
+            raise ProblemError.of("--task-data-path", path, why, fix, "range", limit=int(strange[0]))
         yield document
 
 
-def _indexed_documents(
-    prefix: str, tokenizer: Tokenizer | None, vocab_size: int, bos: int | None
-) -> Iterator[Document]:
-    dataset = IndexedDataset(prefix)
+def _indexed_documents(path: str, tokenizer: Tokenizer | None, vocab_size: int, bos: int | None) -> Iterator[Document]:
+    dataset = IndexedDataset(path)
     if (manifest := read_manifest(dataset)) is not None:
-        raise_all(token_problems(prefix, manifest, vocab_size, tokenizer))
+        raise_all(token_problems(path, manifest, vocab_size, tokenizer))
     count = dataset.num_documents
     for number in range(count):
         sequences = dataset[int(dataset.document_indices[number]) : int(dataset.document_indices[number + 1])]

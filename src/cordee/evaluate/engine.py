@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cordee.errors import Problem, ProblemError
+from cordee.errors import ProblemError
 from cordee.evaluate.finished import Finished
 from cordee.evaluate.requests import GenerateUntil, Piece, Request, Window
 from cordee.evaluate.task import Doc, Subject
@@ -191,7 +191,7 @@ def _require_numbers(results: Iterable[Any], subject: Subject) -> None:
     if not all(math.isfinite(result[0]) for result in results if not isinstance(result, str)):
         dtype = str(next(subject.model.parameters()).dtype).removeprefix("torch.")
         why = "the model's loss is not finite: its weights are damaged, or too large for this dtype"
-        raise ProblemError([Problem("--dtype", dtype, why, "try --dtype float32", "not finite")])
+        raise ProblemError.of("--dtype", dtype, why, "try --dtype float32", "not finite")
 
 
 def _cut(text: str, until: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from cordee.checkpoint.directory import MANIFEST
 from cordee.checkpoint.storage import Location
-from cordee.errors import Problem, ProblemError
+from cordee.errors import ProblemError
 from cordee.evaluate.requests import Piece, digest
 from cordee.files import append_durably, end_last_line
 
@@ -37,7 +37,7 @@ class Finished:
             append_durably(self._path, lines)
         except OSError as error:
             why, fix = f"it cannot be written: {error}", "make room or allow it, or give --output another name"
-            raise ProblemError([Problem("--output", self._path, why, fix, "unwritable")]) from error
+            raise ProblemError.of("--output", self._path, why, fix, "unwritable") from error
 
     def remove(self) -> None:
         """Remove the file: there is nothing left to resume."""
@@ -56,7 +56,7 @@ class Finished:
         except (OSError, ValueError, TypeError, RecursionError) as error:
             why = f"it does not hold the results of an interrupted evaluation: {error}"
             fix = "remove that file, or give --output another name"
-            raise ProblemError([Problem("--output", path, why, fix, "corrupt")]) from error
+            raise ProblemError.of("--output", path, why, fix, "corrupt") from error
 
 
 def fingerprint_files(location: Location) -> str:

@@ -12,12 +12,8 @@ class EvaluateOptions:
     """Evaluation."""
 
     task: tuple[str, ...] = option(("perplexity",), "benchmark tasks to run: perplexity")
-    task_data_path: tuple[str, ...] = option(
-        (), "text files or prefixes of .bin/.idx, or a directory of texts with its subfolders"
-    )
-    json_keys: tuple[str, ...] = option(
-        ("text",), "fields of a record that hold text, each a document of its own", aliases=("--json-key",)
-    )
+    task_data_path: tuple[str, ...] = option((), "text files or .bin/.idx prefixes, or a directory with its subfolders")
+    json_keys: tuple[str, ...] = option(("text",), "fields with text, each its own document", aliases=("--json-key",))
     whole_files: bool = option(False, "take a .txt file as one document, not every line as one")
     seq_length: int | None = option(None, "context window in tokens [the model's max-position-embeddings]", above=0)
     stride: int | None = option(None, "sliding window perplexity: tokens between windows [the window]", above=0)
@@ -27,9 +23,7 @@ class EvaluateOptions:
     )
     max_eval_samples: int | None = option(None, "evaluate only the first documents [all]", above=0)
     skip_invalid: bool = option(False, "count and skip records that cannot be read, instead of aborting")
-    output: str | None = option(
-        None, "also write the results as JSON; an interrupted evaluation resumes from FILE.partial", metavar="FILE"
-    )
+    output: str | None = option(None, "results as JSON, too; if interrupted, resumes from FILE.partial", metavar="FILE")
 
     laws = (required_unless("task_data_path"), at_most("stride", other="seq_length"))
 
@@ -38,6 +32,4 @@ class EvaluateOptions:
 class EvaluateConfig(InferenceConfig, EvaluateOptions):
     """Scores of a model."""
 
-    nproc_per_node: int | None = option(
-        None, "processes of this node, data-parallel over copies of the model [one copy]", above=0
-    )
+    nproc_per_node: int | None = option(None, "processes, data-parallel over copies of the model [one copy]", above=0)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from cordee.errors import Problem, ProblemError
+from cordee.errors import ProblemError
 from cordee.generate.options import DecodingOptions
 from cordee.tokenizer.base import outside
 
@@ -194,7 +194,7 @@ class Encoder:
             before, (after,) = alone, self._ids(context[len(stripped) :] + continuation)
         if not after:
             why, fix = "what is to be scored has no token", "leave out documents that end in no text"
-            raise ProblemError([Problem("continuation", repr(continuation), why, fix, "empty")])
+            raise ProblemError.of("continuation", repr(continuation), why, fix, "empty")
         before = self._fitted(before, self.window + 1 - len(after))
         return Loglikelihood(np.array(self._known(before + after), np.int64), len(before))
 
@@ -215,7 +215,7 @@ class Encoder:
         if (wrong := outside(ids, self._vocab_size)) is not None:
             why = f"token id {wrong} of a text is none of the model's {self._vocab_size}"
             fix = "use the tokenizer that the model was trained with"
-            raise ProblemError([Problem("tokenizer", self._tokenizer.type, why, fix, "range", limit=wrong)])
+            raise ProblemError.of("tokenizer", self._tokenizer.type, why, fix, "range", limit=wrong)
         return ids
 
     def _fitted(self, ids: list[int], room: int) -> list[int]:
@@ -227,10 +227,10 @@ class Encoder:
             start = [token for token in (bos, eod) if token is not None][:1]
         if not start and not ids:
             why = "an empty context needs a token to begin with, and it has neither bos nor eos"
-            raise ProblemError([Problem("tokenizer", self._tokenizer.type, why, "give another tokenizer")])
+            raise ProblemError.of("tokenizer", self._tokenizer.type, why, "give another tokenizer")
         if room < max(1, len(start)):
             why = "a text that is to be scored or written is so long that no token of its context fits before it"
-            raise ProblemError([Problem("--seq-length", self.window, why, "raise it if the model holds more")])
+            raise ProblemError.of("--seq-length", self.window, why, "raise it if the model holds more")
         excess = max(0, len(start) + len(ids) - room)
         self.truncated += excess > 0
         return start + ids[excess:]

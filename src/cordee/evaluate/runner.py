@@ -48,10 +48,9 @@ def run_tasks(
 def _run(
     task: Task, subject: Subject, engine: Engine, options: EvaluateOptions, progress: Callable[[float], None]
 ) -> Result:
-    window = options.seq_length or subject.model.config.max_position_embeddings
-    encoder = Encoder(
-        subject.tokenizer, window, vocab_size=subject.model.config.vocab_size, prepend_bos=options.prepend_bos
-    )
+    config = subject.model.config
+    window = options.seq_length or config.max_position_embeddings
+    encoder = Encoder(subject.tokenizer, window, vocab_size=config.vocab_size, prepend_bos=options.prepend_bos)
     result = task.score(engine.answers(_asked(task, subject, encoder, options), progress), options)
     if not encoder.truncated:
         return result
@@ -68,8 +67,7 @@ def _asked(
         try:
             requests = task.requests(doc, encoder, options)
         except ProblemError as error:
-            place = f"document {number} of {task.name}"
-            named = [replace(problem, place=place) for problem in error.problems]
+            named = [replace(problem, place=f"document {number} of {task.name}") for problem in error.problems]
             raise ProblemError(named, error.everywhere) from error
         yield doc, requests
 

@@ -4,10 +4,10 @@ Owns the seam between the runner and the tasks, and the list of tasks. A task sa
 documents and what the answers are worth; how a model answers is the engine's affair."""
 
 import functools
-import importlib
 import pkgutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cordee.errors import Problem
@@ -86,8 +86,5 @@ class Task(Protocol):
 @functools.cache
 def all_tasks() -> dict[str, Task]:
     """Every task by its name."""
-    modules = (
-        importlib.import_module(f"{tasks.__name__}.{info.name}") for info in pkgutil.iter_modules(tasks.__path__)
-    )
-    found = [module.TASK for module in modules if hasattr(module, "TASK")]
-    return {task.name: task for task in found}
+    modules = (import_module(f"{tasks.__name__}.{info.name}") for info in pkgutil.iter_modules(tasks.__path__))
+    return {module.TASK.name: module.TASK for module in modules if hasattr(module, "TASK")}

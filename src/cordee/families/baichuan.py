@@ -20,10 +20,8 @@ def read(hf: ConfigReader) -> ModelConfig:
     heads, norm = common.read_plain_heads(hf, grouped=False), common.read_norm(hf)
     rotary = hf.value("max_position_embeddings", None) is not None
     length = hf.integer("model_max_length", None) or hf.integer("max_position_embeddings")
-    rope = read_rope(hf, heads["head_dim"]) if rotary else None
-    attention = AttentionConfig(**heads, rope=rope, alibi=not rotary)
-    layer = LayerConfig(attention=attention, mlp=common.read_swiglu(hf), norm=norm)
-    layers = [layer] * hf.integer("num_hidden_layers")
+    attention = AttentionConfig(**heads, rope=read_rope(hf, heads["head_dim"]) if rotary else None, alibi=not rotary)
+    layers = [LayerConfig(attention=attention, mlp=common.read_swiglu(hf), norm=norm)] * hf.integer("num_hidden_layers")
     return common.read_model(hf, layers, norm, max_position_embeddings=length, norm_head=is_second(hf))
 
 

@@ -16,9 +16,8 @@ def read(hf: ConfigReader) -> ModelConfig:
     hidden, heads = hf.integer(hidden_key), hf.integer(heads_key)
     hf.divides(heads_key, heads, hidden_key, hidden)
     norm = NormConfig(kind="layer", eps=hf.number("layer_norm_epsilon", 1e-5))
-    attention = AttentionConfig(
-        num_heads=heads, num_kv_heads=heads, head_dim=max(1, hidden // heads), qkv_bias=True, out_bias=True, alibi=True
-    )
+    form = {"num_heads": heads, "num_kv_heads": heads, "head_dim": max(1, hidden // heads)}
+    attention = AttentionConfig(**form, qkv_bias=True, out_bias=True, alibi=True)
     ffn = 4 * hidden
     if hf.integer("n_inner", ffn) != ffn:
         hf.problem("n_inner", f"it is always four times {hidden_key}", f"take {ffn}, or leave it out")

@@ -2,13 +2,7 @@
 
 from dataclasses import dataclass
 
-from cordee.families.count import (
-    FLOPS_FORMULA,
-    canonical_shapes,
-    count_parameters,
-    matmul_parameters,
-    training_flops_per_token,
-)
+from cordee.families import count as counting
 from cordee.families.lenses import FORM, features_of
 from cordee.families.registry import families, spec_from_preset
 from cordee.model.config import ModelConfig, MoEConfig
@@ -31,7 +25,7 @@ def describe() -> list[Row]:
     for family in families().values():
         for name, preset in family.presets.items():
             config = spec_from_preset(name).config
-            count, context = count_parameters(config), config.max_position_embeddings
+            count, context = counting.count_parameters(config), config.max_position_embeddings
             rows.append(Row(family.name, name, count, context, preset.licence))
     return rows
 
@@ -43,7 +37,7 @@ def show(name: str) -> list[tuple[str, str]]:
     seq_length = config.max_position_embeddings
     moe = dict(_moe(config))
     features = {name: str(value) for name, value in features_of(config).items() if name not in moe}
-    flops = training_flops_per_token(config, seq_length)
+    flops = counting.training_flops_per_token(config, seq_length)
     return [
         ("family", spec.family.name),
         ("architecture", spec.hf_config["architectures"][0]),
@@ -51,9 +45,9 @@ def show(name: str) -> list[tuple[str, str]]:
         *((name, str(lens.get(config))) for name, lens in FORM.items()),
         *features.items(),
         *moe.items(),
-        ("tensors", str(len(canonical_shapes(config)))),
-        ("parameters", f"{count_parameters(config):,}"),
-        ("training FLOPs per token", f"{flops:,} at {seq_length} tokens a sample = {FLOPS_FORMULA}"),
+        ("tensors", str(len(counting.canonical_shapes(config)))),
+        ("parameters", f"{counting.count_parameters(config):,}"),
+        ("training FLOPs per token", f"{flops:,} at {seq_length} tokens a sample = {counting.FLOPS_FORMULA}"),
     ]
 
 
@@ -69,5 +63,5 @@ def _moe(config: ModelConfig) -> list[tuple[str, str]]:
         ("moe_router_topk", str(moe.router.top_k)),
         ("moe_ffn_hidden_size", str(moe.expert.ffn_hidden_size)),
         ("ffn_hidden_size of shared experts", str(moe.shared.ffn_hidden_size if moe.shared else 0)),
-        ("matmul weights a token meets", f"{matmul_parameters(config):,}"),
+        ("matmul weights a token meets", f"{counting.matmul_parameters(config):,}"),
     ]

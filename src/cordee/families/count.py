@@ -30,8 +30,7 @@ def count_parameters(config: ModelConfig, origins: Collection[Origin] = ("base",
 
 def matmul_parameters(config: ModelConfig) -> int:
     """Weights that a token is multiplied with: the matrices of the layers, of experts those chosen, and heads."""
-    layers = sum(_layer_matmuls(layer, config) for layer in config.layers)
-    return layers + head_flops(config) // 2
+    return sum(_layer_matmuls(layer, config) for layer in config.layers) + head_flops(config) // 2
 
 
 def _layer_matmuls(layer: LayerConfig, model: ModelConfig) -> int:
@@ -51,8 +50,7 @@ def training_flops_per_token(config: ModelConfig, seq_length: int) -> int:
 
     A multiply-add counts two, the backward twice the forward, recomputation nothing, and attention scores are counted
     for all pairs of positions, as in Megatron-LM (Narayanan et al. 2021, appendix) and PaLM (Chowdhery et al. 2022)."""
-    layers = sum(layer_flops(layer, config, seq_length) for layer in config.layers)
-    return 3 * (layers + head_flops(config))
+    return 3 * (sum(layer_flops(layer, config, seq_length) for layer in config.layers) + head_flops(config))
 
 
 def layer_flops(layer: LayerConfig, model: ModelConfig, seq_length: int) -> int:

@@ -10,17 +10,7 @@ from cordee.families.family import HFConfig, keys
 from cordee.families.lenses import LATENT_EPS, Words, scaling_of
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import mscale, read_rope, rope_section, write_scaling
-from cordee.model.config import (
-    BalanceConfig,
-    LatentAttentionConfig,
-    LayerConfig,
-    ModelConfig,
-    MoEConfig,
-    NormConfig,
-    RopeConfig,
-    RouterConfig,
-    YarnScaling,
-)
+from cordee.model import config
 from cordee.tensors.rules import Rule, module, rotary_halves
 from cordee.tensors.views import Chain, Rearrange
 
@@ -55,8 +45,8 @@ DERIVED = ("ep_size", "head_dim", "num_key_value_heads", "qk_head_dim")
 
 
 def read_model(
-    hf: ConfigReader, router: RouterConfig, balance: BalanceConfig, *, shared: int, dense_layers: int
-) -> ModelConfig:
+    hf: ConfigReader, router: config.RouterConfig, balance: config.BalanceConfig, *, shared: int, dense_layers: int
+) -> config.ModelConfig:
     """A model whose layers have experts from `first_k_dense_replace` on, every `moe_layer_freq`-th. `shared` experts
     and so many `dense_layers` are the family's, where the keys are missing."""
     for key in DERIVED:
@@ -64,13 +54,12 @@ def read_model(
     norm, dense = common.read_norm(hf), common.read_swiglu(hf)
     expert = common.read_swiglu(hf, key="moe_intermediate_size")
     width = (hf.nullable("n_shared_experts", shared) or 0) * expert.ffn_hidden_size
-    moe = MoEConfig(
-        router=router, expert=expert, shared=replace(expert, ffn_hidden_size=width) if width else None, balance=balance
-    )
+    shared_expert = replace(expert, ffn_hidden_size=width) if width else None
+    moe = config.MoEConfig(router=router, expert=expert, shared=shared_expert, balance=balance)
     attention = read_latent_attention(hf)
     first, every = hf.number("first_k_dense_replace", dense_layers), hf.integer("moe_layer_freq", 1)
     layers = [
-        LayerConfig(attention=attention, mlp=moe if i >= first and i % every == 0 else dense, norm=norm)
+        config.LayerConfig(attention=attention, mlp=moe if i >= first and i % every == 0 else dense, norm=norm)
         for i in range(hf.integer("num_hidden_layers"))
     ]
     return common.read_model(hf, layers, norm)
@@ -86,32 +75,32 @@ def read_groups(hf: ConfigReader, choice: Choice, groups: int = 1, top_groups: i
     return groups, top_groups
 
 
-def read_latent_attention(hf: ConfigReader) -> LatentAttentionConfig:
+def read_latent_attention(hf: ConfigReader) -> config.LatentAttentionConfig:
     nope_dim, rope_dim = hf.integer("qk_nope_head_dim"), hf.integer("qk_rope_head_dim")
     rope = read_rope(hf, rope_dim)
-    return LatentAttentionConfig(
+    return config.LatentAttentionConfig(
         num_heads=hf.integer("num_attention_heads"),
         q_lora_rank=hf.nullable("q_lora_rank", 1536),
         kv_lora_rank=hf.integer("kv_lora_rank"),
         nope_head_dim=nope_dim,
         rope_head_dim=rope_dim,
         v_head_dim=hf.integer("v_head_dim"),
-        norm=NormConfig(kind="rms", eps=LATENT_EPS),  # whatever `rms_norm_eps` says
+        norm=config.NormConfig(kind="rms", eps=LATENT_EPS),  # whatever `rms_norm_eps` says
         rope=rope,
         scale=(nope_dim + rope_dim) ** -0.5 * read_mscale(hf, rope) ** 2,
         bias=hf.flag("attention_bias", False),
     )
 
 
-def read_mscale(hf: ConfigReader, rope: RopeConfig) -> float:
+def read_mscale(hf: ConfigReader, rope: config.RopeConfig) -> float:
     """By what queries and keys are multiplied where YaRN stretches positions."""
-    if not isinstance(rope.scaling, YarnScaling):
+    if not isinstance(rope.scaling, config.YarnScaling):
         return 1.0
     strength = rope_section(hf).number("mscale_all_dim", 0)
     return mscale(rope.scaling.factor, strength) if strength else 1.0
 
 
-def layer_weights(layer: LayerConfig) -> list[Rule]:
+def layer_weights(layer: config.LayerConfig) -> list[Rule]:
     return [
         *module("attention_norm", "input_layernorm"),
         *latent_attention_weights(layer),
@@ -124,10 +113,10 @@ def layer_weights(layer: LayerConfig) -> list[Rule]:
     ]
 
 
-def latent_attention_weights(layer: LayerConfig) -> list[Rule]:
+def latent_attention_weights(layer: config.LayerConfig) -> list[Rule]:
     """Rules of latent attention, whose rotary dims are the last of each query and of the compressed keys."""
     attention = layer.attention
-    assert isinstance(attention, LatentAttentionConfig)
+    assert isinstance(attention, config.LatentAttentionConfig)
     rope, nope, latent = attention.rope_head_dim, attention.nope_head_dim, attention.kv_lora_rank
     heads = Rearrange("(n d) ... -> n d ...", {"n": attention.num_heads})
     queries = Chain((rotary_halves(nope + rope, rope, nope), heads))

@@ -48,10 +48,10 @@ def read_layer_numbers(hf: ConfigReader, key: str, default: list[int]) -> list[i
     return default
 
 
-def expert_keys(experts: str) -> dict[str, str]:
-    """The usual keys of an MoE model; `experts` is that of the number of experts."""
+def expert_keys(count: str) -> dict[str, str]:
+    """The usual keys of an MoE model; `count` is that of the number of experts."""
     return {
-        experts: "num_experts",
+        count: "num_experts",
         "num_experts_per_tok": "moe_router_topk",
         "router_aux_loss_coef": "moe_aux_loss_coeff",
     }
@@ -80,14 +80,10 @@ def expert_stack_weights(prefix: str, branches: str) -> list[Rule]:
     """Rules of gated experts stored as stacks `[expert, in, out]`.
 
     `branches` is "two f" where gates precede ups, "f two" where they alternate."""
-    two = {"two": 2}
+    gate_up, two = f"{prefix}.gate_up_proj", {"two": 2}
     return [
-        Rule(
-            "mlp.experts.gate_up.weight", (f"{prefix}.gate_up_proj",), Rearrange(f"e h ({branches}) -> e two f h", two)
-        ),
-        Rule(
-            "mlp.experts.gate_up.bias", (f"{prefix}.gate_up_proj_bias",), Rearrange(f"e ({branches}) -> e two f", two)
-        ),
+        Rule("mlp.experts.gate_up.weight", (gate_up,), Rearrange(f"e h ({branches}) -> e two f h", two)),
+        Rule("mlp.experts.gate_up.bias", (f"{gate_up}_bias",), Rearrange(f"e ({branches}) -> e two f", two)),
         Rule("mlp.experts.down.weight", (f"{prefix}.down_proj",), Rearrange("e f h -> e h f")),
         Rule("mlp.experts.down.bias", (f"{prefix}.down_proj_bias",)),
     ]

@@ -26,12 +26,8 @@ def read(hf: ConfigReader) -> ModelConfig:
         bias=True,
     )
     head_dim, count = max(1, hidden // heads), hf.integer("n_layer")
-    attentions = [
-        AttentionConfig(
-            num_heads=heads, num_kv_heads=heads, head_dim=head_dim, qkv_bias=True, out_bias=True, scale=scale
-        )
-        for scale in read_scales(hf, head_dim, count)
-    ]
+    form = {"num_heads": heads, "num_kv_heads": heads, "head_dim": head_dim, "qkv_bias": True, "out_bias": True}
+    attentions = [AttentionConfig(**form, scale=scale) for scale in read_scales(hf, head_dim, count)]
     return ModelConfig(
         vocab_size=hf.integer("vocab_size"),
         hidden_size=hidden,
@@ -75,8 +71,7 @@ def transposed(canonical: str, foreign: str, op: Op | None = None) -> list[Rule]
 
 
 def write_activation(words: Words) -> str | None:
-    names = (name for name, computed in common.ACTIVATIONS.items() if computed == words["activation"])
-    return next(names, None)
+    return next((name for name, computed in common.ACTIVATIONS.items() if computed == words["activation"]), None)
 
 
 def write_plain(words: Words) -> bool:

@@ -18,36 +18,27 @@ from cordee.families.family import Family, keys
 from cordee.families.gpt2 import write_activation
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import read_rope
-from cordee.model.config import (
-    AttentionConfig,
-    CapacityConfig,
-    LayerConfig,
-    MLPConfig,
-    ModelConfig,
-    MoEConfig,
-    NormConfig,
-    RouterConfig,
-)
+from cordee.model import config
 from cordee.tensors.rules import Rule, module
 
 
-def read(hf: ConfigReader) -> ModelConfig:
+def read(hf: ConfigReader) -> config.ModelConfig:
     heads, bias = common.read_heads(hf), hf.flag("attention_bias", True)
-    norm = NormConfig(kind="layer", eps=hf.number("layer_norm_eps"))
-    attention = AttentionConfig(**heads, qkv_bias=bias, out_bias=bias, rope=read_rope(hf, heads["head_dim"]))
-    expert = MLPConfig(
+    norm = config.NormConfig(kind="layer", eps=hf.number("layer_norm_eps"))
+    attention = config.AttentionConfig(**heads, qkv_bias=bias, out_bias=bias, rope=read_rope(hf, heads["head_dim"]))
+    expert = config.MLPConfig(
         ffn_hidden_size=hf.integer("intermediate_size"),
         activation=hf.choice("hidden_act", common.ACTIVATIONS, "gelu"),
         gated=False,
         bias=hf.flag("mlp_bias", True),
     )
-    moe = MoEConfig(
-        router=RouterConfig(**read_choice(hf, "num_local_experts"), score_when="after"),
+    moe = config.MoEConfig(
+        router=config.RouterConfig(**read_choice(hf, "num_local_experts"), score_when="after"),
         expert=expert,
         balance=read_balance(hf, 0.01),
         capacity=read_capacity(hf),
     )
-    layer = LayerConfig(attention=attention, mlp=moe, norm=norm)
+    layer = config.LayerConfig(attention=attention, mlp=moe, norm=norm)
     tied = hf.flag("tie_word_embeddings", True)
     return common.read_model(hf, [layer] * hf.integer("num_hidden_layers"), norm, tie_word_embeddings=tied)
 
@@ -55,14 +46,14 @@ def read(hf: ConfigReader) -> ModelConfig:
 DROP_POLICIES: dict[str, Literal["probs", "position"]] = {"probs": "probs", "position": "position"}
 
 
-def read_capacity(hf: ConfigReader) -> CapacityConfig | None:
+def read_capacity(hf: ConfigReader) -> config.CapacityConfig | None:
     factor = hf.positive("moe_expert_capacity_factor", None)
     drop = hf.choice("moe_token_drop_policy", DROP_POLICIES, "probs")
     pad = hf.flag("moe_pad_expert_input_to_capacity", False)
-    return None if factor is None else CapacityConfig(factor=factor, drop=drop, pad=pad)
+    return None if factor is None else config.CapacityConfig(factor=factor, drop=drop, pad=pad)
 
 
-def layer_weights(layer: LayerConfig) -> list[Rule]:
+def layer_weights(layer: config.LayerConfig) -> list[Rule]:
     return [
         *common.layer_weights(layer),
         *module("mlp.router", "mlp.gate"),

@@ -10,40 +10,29 @@ from cordee.families.experts import expert_keys, expert_stack_weights, read_bala
 from cordee.families.family import Family, keys
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import read_rope
-from cordee.model.config import (
-    Activation,
-    AttentionConfig,
-    BalanceConfig,
-    LayerConfig,
-    MLPConfig,
-    ModelConfig,
-    MoEConfig,
-    RouterConfig,
-)
+from cordee.model import config
 from cordee.tensors.rules import Rule, module
 
-CLAMPED: dict[str, Activation] = {name: "swiglu_clamped" for name in common.names_of("silu")}
+CLAMPED: dict[str, config.Activation] = {name: "swiglu_clamped" for name in common.names_of("silu")}
 
 
-def read(hf: ConfigReader) -> ModelConfig:
+def read(hf: ConfigReader) -> config.ModelConfig:
     refuse_quantised(hf)
     hf.value("initial_context_length", None)  # said again among the rotary positions
     if hf.value("rope_parameters", None) is None:
         hf.value("rope_scaling")  # where neither is given, transformers stretches positions as the published models do
     heads, norm = common.read_heads(hf, head_dim=64, groups=8), common.read_norm(hf)
     bias = hf.flag("attention_bias", True)
-    attention = AttentionConfig(
-        **heads, qkv_bias=bias, out_bias=bias, rope=read_rope(hf, heads["head_dim"], theta=150000.0), sinks=True
-    )
+    rope = read_rope(hf, heads["head_dim"], theta=150000.0)
+    attention = config.AttentionConfig(**heads, qkv_bias=bias, out_bias=bias, rope=rope, sinks=True)
     choice = read_choice(hf, "num_local_experts", hf.alias("num_experts_per_tok", "experts_per_token"))
     balance = read_balance(hf)
     if not hf.flag("output_router_logits", False):
-        balance = BalanceConfig()  # published files give 0.9, which transformers uses with that flag only
-    moe = MoEConfig(
-        router=RouterConfig(**choice, score_when="after", bias=True), expert=read_expert(hf), balance=balance
-    )
+        balance = config.BalanceConfig()  # published files give 0.9, which transformers uses with that flag only
+    router = config.RouterConfig(**choice, score_when="after", bias=True)
+    moe = config.MoEConfig(router=router, expert=read_expert(hf), balance=balance)
     windows = common.read_windows(hf, hf.integer("sliding_window", 128), lambda i: i % 2 == 0)
-    layers = [LayerConfig(attention=replace(attention, window=window), mlp=moe, norm=norm) for window in windows]
+    layers = [config.LayerConfig(attention=replace(attention, window=window), mlp=moe, norm=norm) for window in windows]
     return common.read_model(hf, layers, norm)
 
 
@@ -60,8 +49,8 @@ def refuse_quantised(hf: ConfigReader) -> None:
         )
 
 
-def read_expert(hf: ConfigReader) -> MLPConfig:
-    return MLPConfig(
+def read_expert(hf: ConfigReader) -> config.MLPConfig:
+    return config.MLPConfig(
         ffn_hidden_size=hf.integer("intermediate_size"),
         activation=hf.choice("hidden_act", CLAMPED, "silu"),
         gated=True,
@@ -70,7 +59,7 @@ def read_expert(hf: ConfigReader) -> MLPConfig:
     )
 
 
-def layer_weights(layer: LayerConfig) -> list[Rule]:
+def layer_weights(layer: config.LayerConfig) -> list[Rule]:
     return [
         *common.layer_weights(layer),
         Rule("attention.sinks", ("self_attn.sinks",)),

@@ -11,28 +11,14 @@ from typing import Any
 
 from cordee.config.option import to_flag
 from cordee.families.rope import mscale
+from cordee.model import config as configs
 from cordee.model.compare import differences as differing_places
 from cordee.model.compare import rounded
-from cordee.model.config import (
-    AttentionConfig,
-    LatentAttentionConfig,
-    LayerConfig,
-    LinearScaling,
-    Llama3Scaling,
-    MLPConfig,
-    ModelConfig,
-    MoEConfig,
-    NormConfig,
-    QKNormConfig,
-    RopeConfig,
-    RopeScaling,
-    RouterConfig,
-    YarnScaling,
-)
+from cordee.model.config import AttentionConfig, LatentAttentionConfig, ModelConfig
 from cordee.model.options import FeatureOptions
 
 Words = Mapping[str, Any]  # values by the name of a lens
-Scaling = LinearScaling | Llama3Scaling | YarnScaling  # RoPE scalings that options can set
+Scaling = configs.LinearScaling | configs.Llama3Scaling | configs.YarnScaling  # RoPE scalings that options can set
 Draft = dict[str, Any]  # the fields of an unfinished `ModelConfig`
 
 LATENT_EPS = 1e-6  # of the norms of compressed vectors, in every model that has them
@@ -81,8 +67,7 @@ def at(*places: str, neutral: Any = None, read: Mapping[Any, Any] | None = None)
     meant = {word: value for value, word in read.items()} if read else {}
 
     def get(config: ModelConfig) -> Any:
-        values = (_read(config, place) for place in places)
-        value = next((value for value in values if value is not _ABSENT), None)
+        value = next((value for value in (_read(config, place) for place in places) if value is not _ABSENT), None)
         word = read.get(value) if read else value
         return neutral if word is None else word
 
@@ -109,16 +94,16 @@ def _position_type(config: ModelConfig) -> str:
 def _put_position_type(draft: Draft, kind: str) -> Draft:
     draft = _written(draft, "learned_positions", kind == "learned_absolute")
     draft = _written(draft, "layers.attention.alibi", kind == "alibi")
-    return _written(draft, "layers.attention.rope", RopeConfig() if kind == "rope" else None)
+    return _written(draft, "layers.attention.rope", configs.RopeConfig() if kind == "rope" else None)
 
 
-def _scaling(config: ModelConfig) -> tuple[Scaling | None, RopeScaling | None]:
+def _scaling(config: ModelConfig) -> tuple[Scaling | None, configs.RopeScaling | None]:
     """The RoPE scaling as a pair, of which one is None: one that options can set, one that they cannot."""
     scaling = at("layers.attention.rope.scaling").get(config)
     return (scaling, None) if isinstance(scaling, Scaling) else (None, scaling)
 
 
-def scaling_of(words: Words) -> RopeScaling | None:
+def scaling_of(words: Words) -> configs.RopeScaling | None:
     """The RoPE scaling of a model with these words."""
     return words["rope_scaling"] or _scaling(words[MODEL])[1]
 
@@ -132,8 +117,8 @@ def _put_latent(draft: Draft) -> Draft:
             nope_head_dim=1,
             rope_head_dim=1,
             v_head_dim=1,
-            norm=NormConfig(kind="rms", eps=LATENT_EPS),
-            rope=plain.rope or RopeConfig(),
+            norm=configs.NormConfig(kind="rms", eps=LATENT_EPS),
+            rope=plain.rope or configs.RopeConfig(),
             scale=1.0,
             bias=plain.qkv_bias,
         )
@@ -144,7 +129,7 @@ def _put_latent(draft: Draft) -> Draft:
 def _sharper(attention: LatentAttentionConfig, strength: float) -> float:
     """The factor by which YaRN of this strength (mscale) multiplies queries and keys."""
     scaling = attention.rope.scaling
-    return mscale(scaling.factor, strength) if isinstance(scaling, YarnScaling) else 1.0
+    return mscale(scaling.factor, strength) if isinstance(scaling, configs.YarnScaling) else 1.0
 
 
 def _put_strength(draft: Draft, strength: float) -> Draft:
@@ -159,7 +144,7 @@ def _put_strength(draft: Draft, strength: float) -> Draft:
 def _strength(config: ModelConfig) -> float:
     """The strength (mscale_all_dim) with which YaRN scales attention scores; 0.0 if it does not."""
     attention = config.layers[0].attention
-    if not isinstance(attention, LatentAttentionConfig) or not isinstance(attention.rope.scaling, YarnScaling):
+    if not isinstance(attention, LatentAttentionConfig) or not isinstance(attention.rope.scaling, configs.YarnScaling):
         return 0.0
     sharper = attention.scale / attention.key_dim**-0.5
     return 0.0 if math.isclose(sharper, 1.0) else (math.sqrt(sharper) - 1.0) / (_sharper(attention, 1.0) - 1.0)
@@ -178,7 +163,7 @@ def _has_qk_norm(config: ModelConfig) -> bool:
 
 def _put_qk_norm(draft: Draft) -> Draft:
     norm = replace(draft["final_norm"], unit_offset=False)
-    return _written(draft, "layers.attention.qk_norm", QKNormConfig(norm=norm))
+    return _written(draft, "layers.attention.qk_norm", configs.QKNormConfig(norm=norm))
 
 
 def _rotary_percent(config: ModelConfig) -> float:
@@ -226,8 +211,8 @@ def sparse_layers(num_layers: int, words: Words) -> list[bool]:
 
 
 def _put_experts(draft: Draft, count: int | None) -> Draft:
-    def mixture(number: int, mlp: MLPConfig) -> MoEConfig:
-        return MoEConfig(router=RouterConfig(num_experts=count or 1, top_k=1), expert=mlp)
+    def mixture(number: int, mlp: configs.MLPConfig) -> configs.MoEConfig:
+        return configs.MoEConfig(router=configs.RouterConfig(num_experts=count or 1, top_k=1), expert=mlp)
 
     return _each(draft, "mlp", mixture) if count else draft
 
@@ -236,7 +221,7 @@ def _pattern(name: str) -> Lens:
     """Where experts begin, or how often they come, if such a rule gives the layers that have them."""
 
     def get(config: ModelConfig) -> int | None:
-        have = [isinstance(layer.mlp, MoEConfig) for layer in config.layers]
+        have = [isinstance(layer.mlp, configs.MoEConfig) for layer in config.layers]
         if not any(have):
             return _NO_PATTERN[name]
         first, *more = (i for i, sparse in enumerate(have) if sparse)
@@ -264,7 +249,7 @@ def _shared_experts(config: ModelConfig) -> int | float | None:
 
 def _put_shared_experts(draft: Draft, count: int) -> Draft:
     def shared(number: int, mlp: Any) -> Any:
-        if isinstance(mlp, MLPConfig):
+        if isinstance(mlp, configs.MLPConfig):
             return mlp
         return replace(mlp, shared=replace(mlp.expert, ffn_hidden_size=count * mlp.expert.ffn_hidden_size))
 
@@ -440,10 +425,10 @@ def features_of(config: ModelConfig) -> dict[str, Any]:
 
 def model_of(words: Words) -> ModelConfig:
     """The model with these words, and the defaults of `ModelConfig` for everything else."""
-    norm = NormConfig(kind="layer", eps=1e-5)
-    layer = LayerConfig(
+    norm = configs.NormConfig(kind="layer", eps=1e-5)
+    layer = configs.LayerConfig(
         attention=AttentionConfig(num_heads=1, num_kv_heads=1, head_dim=1),
-        mlp=MLPConfig(ffn_hidden_size=1, activation="gelu", gated=False),
+        mlp=configs.MLPConfig(ffn_hidden_size=1, activation="gelu", gated=False),
         norm=norm,
     )
     draft: Draft = {"layers": (layer,), "final_norm": norm}
@@ -469,7 +454,7 @@ def missing(config: ModelConfig, wanted: Words) -> dict[str, Any]:
     pattern = {name: wanted[name] for name in PATTERN if name in wanted}
     if pattern:
         found = {name: value for name, value in found.items() if name not in PATTERN}
-        have = [isinstance(layer.mlp, MoEConfig) for layer in config.layers]
+        have = [isinstance(layer.mlp, configs.MoEConfig) for layer in config.layers]
         asked = sparse_layers(config.num_layers, {**{name: there[name] for name in PATTERN}, **pattern})
         dense = not any(have) and all(asked)  # neutral values, for a model without experts
         found |= {} if have == asked or dense else pattern

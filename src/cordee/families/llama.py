@@ -14,8 +14,7 @@ def read(hf: ConfigReader) -> ModelConfig:
     heads, norm = common.read_heads(hf), common.read_norm(hf)
     bias = hf.flag("attention_bias", False)
     attention = AttentionConfig(**heads, qkv_bias=bias, out_bias=bias, rope=read_rope(hf, heads["head_dim"]))
-    mlp = common.read_swiglu(hf, bias=hf.flag("mlp_bias", False))
-    layer = LayerConfig(attention=attention, mlp=mlp, norm=norm)
+    layer = LayerConfig(attention=attention, mlp=common.read_swiglu(hf, bias=hf.flag("mlp_bias", False)), norm=norm)
     return common.read_model(hf, [layer] * hf.integer("num_hidden_layers"), norm)
 
 

@@ -12,16 +12,8 @@ from cordee.families.family import Family, keys
 from cordee.families.lenses import MODEL
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import read_rope
-from cordee.model.config import (
-    AttentionConfig,
-    LayerConfig,
-    ModelConfig,
-    MoEConfig,
-    NormConfig,
-    QKNormConfig,
-    RouterConfig,
-    TemperatureScaling,
-)
+from cordee.model import config as configs
+from cordee.model.config import LayerConfig, ModelConfig, MoEConfig
 from cordee.tensors.rules import Rule, module
 
 CHUNKED = "chunked_attention"
@@ -31,7 +23,7 @@ def read(hf: ConfigReader) -> ModelConfig:
     norm, count = common.read_norm(hf), hf.integer("num_hidden_layers")
     expert, dense = common.read_swiglu(hf), common.read_swiglu(hf, key="intermediate_size_mlp")
     moe = MoEConfig(
-        router=RouterConfig(**read_choice(hf, "num_local_experts"), score="sigmoid"),
+        router=configs.RouterConfig(**read_choice(hf, "num_local_experts"), score="sigmoid"),
         expert=expert,
         shared=expert,
         weight_input=True,
@@ -46,22 +38,22 @@ def read(hf: ConfigReader) -> ModelConfig:
     return common.read_model(hf, layers, norm)
 
 
-def read_attention(hf: ConfigReader) -> list[AttentionConfig]:
+def read_attention(hf: ConfigReader) -> list[configs.AttentionConfig]:
     """Attention of every layer."""
     heads, bias = common.read_heads(hf, head_dim=128, groups=8), hf.flag("attention_bias", False)
-    plain = AttentionConfig(**heads, qkv_bias=bias, out_bias=bias)
-    growth = TemperatureScaling(scale=hf.number("attn_scale", 0.1), floor_scale=hf.positive("floor_scale", 8192))
-    without_rope = replace(plain, query_scaling=growth if hf.value("attn_temperature_tuning", True) else None)
-    norm = QKNormConfig(norm=NormConfig(kind="rms", eps=hf.number("rms_norm_eps"), affine=False), after_rope=True)
+    plain = configs.AttentionConfig(**heads, qkv_bias=bias, out_bias=bias)
+    grown = configs.TemperatureScaling(scale=hf.number("attn_scale", 0.1), floor_scale=hf.positive("floor_scale", 8192))
+    without_rope = replace(plain, query_scaling=grown if hf.value("attn_temperature_tuning", True) else None)
+    norm = configs.NormConfig(kind="rms", eps=hf.number("rms_norm_eps"), affine=False)
+    qk_norm = configs.QKNormConfig(norm=norm, after_rope=True)
     rope = read_rope(hf, heads["head_dim"], theta=500000.0)
-    with_rope = replace(plain, rope=rope, qk_norm=norm if hf.flag("use_qk_norm", True) else None)
+    with_rope = replace(plain, rope=rope, qk_norm=qk_norm if hf.flag("use_qk_norm", True) else None)
 
     interval, chunk = hf.integer("no_rope_layer_interval", 4), hf.integer("attention_chunk_size", 8192)
     rotated = [int((i + 1) % interval != 0) for i in range(hf.integer("num_hidden_layers"))]
     rotated = common.read_of_layers(hf, "no_rope_layers", (0, 1), rotated)  # 1 where there is rope, despite the name
-    types = common.read_of_layers(
-        hf, "layer_types", (CHUNKED, common.FULL), [CHUNKED if r else common.FULL for r in rotated]
-    )
+    default = [CHUNKED if r else common.FULL for r in rotated]
+    types = common.read_of_layers(hf, "layer_types", (CHUNKED, common.FULL), default)
     return [
         replace(with_rope if r else without_rope, chunk=chunk if kind == CHUNKED else None)
         for r, kind in zip(rotated, types, strict=True)

@@ -10,23 +10,15 @@ from cordee.families.experts import expert_keys, expert_list_weights, read_choic
 from cordee.families.family import Family, keys
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import read_rope
-from cordee.model.config import (
-    AttentionConfig,
-    BalanceConfig,
-    LayerConfig,
-    MLPConfig,
-    ModelConfig,
-    MoEConfig,
-    RouterConfig,
-)
+from cordee.model import config
 from cordee.tensors.rules import Rule, module
 
 
-def read(hf: ConfigReader) -> ModelConfig:
+def read(hf: ConfigReader) -> config.ModelConfig:
     heads, norm, bias = common.read_heads(hf), common.read_norm(hf), hf.flag("attention_bias", False)
     count, hidden = hf.integer("num_hidden_layers"), hf.integer("hidden_size")
-    layer = LayerConfig(
-        attention=AttentionConfig(**heads, qkv_bias=bias, out_bias=bias, rope=read_rope(hf, heads["head_dim"])),
+    layer = config.LayerConfig(
+        attention=config.AttentionConfig(**heads, qkv_bias=bias, out_bias=bias, rope=read_rope(hf, heads["head_dim"])),
         mlp=read_mlp(hf),
         norm=norm,
         residual_scale=hf.positive("scale_depth", 1.0) / math.sqrt(count),
@@ -41,17 +33,18 @@ def read(hf: ConfigReader) -> ModelConfig:
     )
 
 
-def read_mlp(hf: ConfigReader) -> MLPConfig | MoEConfig:
+def read_mlp(hf: ConfigReader) -> config.MLPConfig | config.MoEConfig:
     mlp = common.read_swiglu(hf)
     if not hf.value("num_experts", 0):
         return mlp
-    router = RouterConfig(**read_choice(hf, "num_experts"), normalise=True)
+    router = config.RouterConfig(**read_choice(hf, "num_experts"), normalise=True)
     # Published files leave the coefficient out; this is the one of the published training scripts.
-    return MoEConfig(router=router, expert=mlp, balance=BalanceConfig(expert=hf.number("router_aux_loss_coef", 0.01)))
+    balance = config.BalanceConfig(expert=hf.number("router_aux_loss_coef", 0.01))
+    return config.MoEConfig(router=router, expert=mlp, balance=balance)
 
 
-def layer_weights(layer: LayerConfig) -> list[Rule]:
-    if isinstance(layer.mlp, MLPConfig):
+def layer_weights(layer: config.LayerConfig) -> list[Rule]:
+    if isinstance(layer.mlp, config.MLPConfig):
         return common.layer_weights(layer)
     return [
         *common.layer_weights(layer),

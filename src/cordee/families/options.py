@@ -177,9 +177,7 @@ class _Resolver:
             return self.pick("kv_channels", 0)  # independent of the base's hidden size, so of that of the options
         if options.kv_channels is None and hidden % heads:
             why = f"--hidden-size {hidden} is not divisible by {heads} heads"
-            self.problem(
-                "num_attention_heads", why, "take a divisor of --hidden-size, or give --kv-channels", "divides"
-            )
+            self.problem("num_attention_heads", why, "take a divisor of --hidden-size or give --kv-channels", "divides")
         return self.first(options.kv_channels, max(1, hidden // heads))
 
     def groups(self, heads: int) -> int:

@@ -13,9 +13,8 @@ from cordee.tensors.rules import GATE_UP, Rule, module, packed_qkv
 
 def read(hf: ConfigReader) -> ModelConfig:
     heads, norm = common.read_heads(hf), common.read_norm(hf)
-    attention = AttentionConfig(
-        **heads, rope=read_rope(hf, heads["head_dim"], partial=1.0), window=common.read_window(hf)
-    )
+    rope = read_rope(hf, heads["head_dim"], partial=1.0)
+    attention = AttentionConfig(**heads, rope=rope, window=common.read_window(hf))
     layer = LayerConfig(attention=attention, mlp=common.read_swiglu(hf), norm=norm)
     embedding_dropout, hidden_dropout = hf.probability("embd_pdrop", 0.0), hf.probability("resid_pdrop", 0.0)
     layers = [layer] * hf.integer("num_hidden_layers")

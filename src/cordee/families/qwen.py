@@ -7,27 +7,18 @@ from cordee.families import common
 from cordee.families.family import Family, keys
 from cordee.families.lenses import MODEL, at, scaling_of
 from cordee.families.reader import ConfigReader
-from cordee.model.config import (
-    AttentionConfig,
-    LayerConfig,
-    LogNScaling,
-    MLPConfig,
-    ModelConfig,
-    NormConfig,
-    QwenNTKScaling,
-    RopeConfig,
-)
+from cordee.model import config
 from cordee.tensors.rules import Rule, module, packed_qkv, stack
 
 
-def read(hf: ConfigReader) -> ModelConfig:
+def read(hf: ConfigReader) -> config.ModelConfig:
     bias = not hf.flag("no_bias", True)  # of all matrices but q, k and v
-    norm = NormConfig(kind="rms", eps=hf.number("layer_norm_epsilon"))
+    norm = config.NormConfig(kind="rms", eps=hf.number("layer_norm_epsilon"))
     ffn = hf.integer("intermediate_size")
     hf.divides("intermediate_size", 2, "intermediate_size", ffn)
-    layer = LayerConfig(
+    layer = config.LayerConfig(
         attention=read_attention(hf, bias),
-        mlp=MLPConfig(ffn_hidden_size=max(1, ffn // 2), activation="silu", gated=True, bias=bias),
+        mlp=config.MLPConfig(ffn_hidden_size=max(1, ffn // 2), activation="silu", gated=True, bias=bias),
         norm=norm,
     )
     return common.read_model(
@@ -39,30 +30,30 @@ def read(hf: ConfigReader) -> ModelConfig:
     )
 
 
-def read_attention(hf: ConfigReader, bias: bool) -> AttentionConfig:
+def read_attention(hf: ConfigReader, bias: bool) -> config.AttentionConfig:
     hidden, heads, length = hf.integer("hidden_size"), hf.integer("num_attention_heads"), hf.integer("seq_length")
     hf.divides("num_attention_heads", heads, "hidden_size", hidden)
     head_dim = hf.integer("kv_channels", max(1, hidden // heads))
     if head_dim * heads != hidden:
         hf.problem("kv_channels", f"{heads} heads of {head_dim} channels are not {hidden}", "correct kv_channels")
-    ntk = QwenNTKScaling(original_max_position_embeddings=length)
+    ntk = config.QwenNTKScaling(original_max_position_embeddings=length)
     rotary_dim = int(head_dim * hf.positive("rotary_pct", 1.0))
-    return AttentionConfig(
+    return config.AttentionConfig(
         num_heads=heads,
         num_kv_heads=heads,
         head_dim=head_dim,
         qkv_bias=True,
         out_bias=bias,
-        rope=RopeConfig(
+        rope=config.RopeConfig(
             theta=float(hf.positive(hf.alias("rotary_emb_base", "rope_theta"), 10000.0)),
             rotary_dim=None if rotary_dim == head_dim else rotary_dim,
             scaling=ntk if hf.flag("use_dynamic_ntk", True) else None,
         ),
-        query_scaling=LogNScaling(length=length) if hf.flag("use_logn_attn", True) else None,
+        query_scaling=config.LogNScaling(length=length) if hf.flag("use_logn_attn", True) else None,
     )
 
 
-def layer_weights(layer: LayerConfig) -> list[Rule]:
+def layer_weights(layer: config.LayerConfig) -> list[Rule]:
     return [
         *module("attention_norm", "ln_1"),
         *module("attention.qkv", "attn.c_attn", op=common.qkv_op(layer, packed_qkv)),
@@ -94,7 +85,9 @@ FAMILY = Family(
         kv_channels="kv_channels",
         layer_norm_epsilon="norm_epsilon",
         rotary_emb_base="rotary_base",
-        use_dynamic_ntk=lambda words: isinstance(scaling_of(words), QwenNTKScaling),
-        use_logn_attn=lambda words: isinstance(at("layers.attention.query_scaling").get(words[MODEL]), LogNScaling),
+        use_dynamic_ntk=lambda words: isinstance(scaling_of(words), config.QwenNTKScaling),
+        use_logn_attn=lambda words: isinstance(
+            at("layers.attention.query_scaling").get(words[MODEL]), config.LogNScaling
+        ),
     ),
 )

@@ -15,9 +15,7 @@ from cordee.model.config import AttentionConfig, LayerConfig, ModelConfig
 def read(hf: ConfigReader) -> ModelConfig:
     heads, norm, mlp = common.read_heads(hf, groups=32), common.read_norm(hf), common.read_swiglu(hf)
     attention = AttentionConfig(**heads, qkv_bias=True, rope=read_rope(hf, heads["head_dim"]))
-    layers = [
-        LayerConfig(attention=replace(attention, window=window), mlp=mlp, norm=norm) for window in read_windows(hf)
-    ]
+    layers = [LayerConfig(attention=replace(attention, window=w), mlp=mlp, norm=norm) for w in read_windows(hf)]
     return common.read_model(hf, layers, norm)
 
 

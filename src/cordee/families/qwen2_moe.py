@@ -3,15 +3,7 @@
 Softmax over all experts, the chosen weights not normalised. The shared expert's output is multiplied by a sigmoid of
 its own. Biases on q, k and v."""
 
-from cordee.families import common
-from cordee.families.experts import (
-    NARROW_EXPERTS,
-    expert_keys,
-    expert_list_weights,
-    read_balance,
-    read_choice,
-    read_sparse_layers,
-)
+from cordee.families import common, experts
 from cordee.families.family import Family, keys
 from cordee.families.lenses import MODEL, at
 from cordee.families.reader import ConfigReader
@@ -24,11 +16,11 @@ def read(hf: ConfigReader) -> ModelConfig:
     heads, norm = common.read_heads(hf, groups=16), common.read_norm(hf)
     bias, rope = hf.flag("qkv_bias", True), read_rope(hf, heads["head_dim"])
     moe = MoEConfig(
-        router=RouterConfig(**read_choice(hf, "num_experts"), normalise=hf.flag("norm_topk_prob", False)),
+        router=RouterConfig(**experts.read_choice(hf, "num_experts"), normalise=hf.flag("norm_topk_prob", False)),
         expert=common.read_swiglu(hf, key="moe_intermediate_size"),
         shared=common.read_swiglu(hf, key="shared_expert_intermediate_size"),
         shared_gate=True,
-        balance=read_balance(hf),
+        balance=experts.read_balance(hf),
     )
     dense = common.read_swiglu(hf)
     return common.read_model(
@@ -39,7 +31,7 @@ def read(hf: ConfigReader) -> ModelConfig:
                 mlp=moe if sparse else dense,
                 norm=norm,
             )
-            for window, sparse in zip(read_windows(hf), read_sparse_layers(hf), strict=True)
+            for window, sparse in zip(read_windows(hf), experts.read_sparse_layers(hf), strict=True)
         ],
         norm,
     )
@@ -59,7 +51,7 @@ def layer_weights(layer: LayerConfig) -> list[Rule]:
     return [
         *common.layer_weights(layer),
         *module("mlp.router", "mlp.gate"),
-        *expert_list_weights(layer, "mlp.experts.{e}.", "gate_proj", "up_proj", "down_proj"),
+        *experts.expert_list_weights(layer, "mlp.experts.{e}.", "gate_proj", "up_proj", "down_proj"),
         *common.mlp_weights("mlp.shared", "mlp.shared_expert"),
         *module("mlp.shared_gate", "mlp.shared_expert_gate"),
     ]
@@ -74,7 +66,7 @@ FAMILY = Family(
     keys=keys(
         "intermediate_size",
         shared_expert_intermediate_size=lambda words: at("layers.mlp.shared.ffn_hidden_size").get(words[MODEL]),
-        **expert_keys("num_experts"),
-        **NARROW_EXPERTS,
+        **experts.expert_keys("num_experts"),
+        **experts.NARROW_EXPERTS,
     ),
 )

@@ -19,9 +19,7 @@ def read_attention(hf: ConfigReader, **defaults: int) -> AttentionConfig:
 
 def read(hf: ConfigReader) -> ModelConfig:
     attention, norm, mlp = read_attention(hf, head_dim=128, groups=32), common.read_norm(hf), common.read_swiglu(hf)
-    layers = [
-        LayerConfig(attention=replace(attention, window=window), mlp=mlp, norm=norm) for window in read_windows(hf)
-    ]
+    layers = [LayerConfig(attention=replace(attention, window=w), mlp=mlp, norm=norm) for w in read_windows(hf)]
     return common.read_model(hf, layers, norm)
 
 

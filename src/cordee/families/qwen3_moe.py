@@ -4,15 +4,7 @@ Softmax over all experts, the chosen weights normalised. Norms of queries and ke
 
 from dataclasses import replace
 
-from cordee.families import common
-from cordee.families.experts import (
-    NARROW_EXPERTS,
-    expert_keys,
-    expert_list_weights,
-    read_balance,
-    read_choice,
-    read_sparse_layers,
-)
+from cordee.families import common, experts
 from cordee.families.family import Family, keys
 from cordee.families.qwen3 import read_attention
 from cordee.families.reader import ConfigReader
@@ -21,15 +13,16 @@ from cordee.tensors.rules import Rule, module
 
 
 def read(hf: ConfigReader) -> ModelConfig:
-    choice = read_choice(hf, hf.alias("num_experts", "num_local_experts"))
+    choice = experts.read_choice(hf, hf.alias("num_experts", "num_local_experts"))
     moe = MoEConfig(
         router=RouterConfig(**choice, normalise=hf.flag("norm_topk_prob", False)),
         expert=common.read_swiglu(hf, key="moe_intermediate_size"),
-        balance=read_balance(hf),
+        balance=experts.read_balance(hf),
     )
     attention, norm, dense = read_attention(hf, groups=4), common.read_norm(hf), common.read_swiglu(hf)
     attention = replace(attention, window=read_window(hf))
-    layers = [LayerConfig(attention=attention, mlp=moe if s else dense, norm=norm) for s in read_sparse_layers(hf)]
+    sparse = experts.read_sparse_layers(hf)
+    layers = [LayerConfig(attention=attention, mlp=moe if s else dense, norm=norm) for s in sparse]
     return common.read_model(hf, layers, norm)
 
 
@@ -44,7 +37,7 @@ def layer_weights(layer: LayerConfig) -> list[Rule]:
     return [
         *common.layer_weights(layer),
         *module("mlp.router", "mlp.gate"),
-        *expert_list_weights(layer, "mlp.experts.{e}.", "gate_proj", "up_proj", "down_proj"),
+        *experts.expert_list_weights(layer, "mlp.experts.{e}.", "gate_proj", "up_proj", "down_proj"),
     ]
 
 
@@ -54,5 +47,5 @@ FAMILY = Family(
     model_types=("qwen3_moe",),
     read=read,
     layer_weights=layer_weights,
-    keys=keys("intermediate_size", **expert_keys("num_experts"), **NARROW_EXPERTS),
+    keys=keys("intermediate_size", **experts.expert_keys("num_experts"), **experts.NARROW_EXPERTS),
 )

@@ -89,7 +89,7 @@ def read_object(file: Path) -> dict[str, Any]:
             return found
     except (OSError, ValueError) as error:
         why = f"not JSON: {error}"
-    raise ProblemError([Problem(str(file), None, why, "copy the file again", "corrupt")])
+    raise ProblemError.of(str(file), None, why, "copy the file again", "corrupt")
 
 
 class ConfigReader:

@@ -8,15 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from cordee.families.reader import ConfigReader
-from cordee.model.config import (
-    DynamicNTKScaling,
-    LinearScaling,
-    Llama3Scaling,
-    LongRopeScaling,
-    RopeConfig,
-    RopeScaling,
-    YarnScaling,
-)
+from cordee.model import config as configs
+from cordee.model.config import LinearScaling, RopeConfig, RopeScaling, YarnScaling
 
 
 def read_rope(
@@ -69,11 +62,10 @@ def rope_section(
 
 def _rotary_dim(hf: ConfigReader, section: ConfigReader, head_dim: int, default: float) -> int:
     """The number of dims of a head that RoPE rotates, from the section or a key beside it."""
-    outside = hf.positive("partial_rotary_factor", default)
-    return int(head_dim * section.positive("partial_rotary_factor", outside))
+    return int(head_dim * section.positive("partial_rotary_factor", hf.positive("partial_rotary_factor", default)))
 
 
-SCALINGS = {LinearScaling: "linear", Llama3Scaling: "llama3", YarnScaling: "yarn"}  # those that options can set
+SCALINGS = {LinearScaling: "linear", configs.Llama3Scaling: "llama3", YarnScaling: "yarn"}  # those that options can set
 
 
 def write_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
@@ -81,9 +73,9 @@ def write_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
     match scaling:
         case None:
             return None
-        case DynamicNTKScaling(factor=factor):  # on the length that the model was trained on
+        case configs.DynamicNTKScaling(factor=factor):  # on the length that the model was trained on
             return {"rope_type": "dynamic", "factor": factor}
-        case LongRopeScaling():
+        case configs.LongRopeScaling():
             lists = {name: list(getattr(scaling, name)) for name in ("short_factor", "long_factor")}
             return {"rope_type": "longrope", **vars(scaling), **lists}
     return {"rope_type": SCALINGS[type(scaling)], **vars(scaling)}
@@ -96,8 +88,7 @@ def mscale(factor: float, strength: float = 1.0) -> float:
 
 def _scaling(section: ConfigReader, hf: ConfigReader, rotary_dim: int) -> RopeScaling | None:
     """The scaling that a section describes; its type is `rope_type`, in older files `type`."""
-    older = section.value("type", "default")
-    kind = section.value("rope_type", older)
+    kind = section.value("rope_type", section.value("type", "default"))
     if kind == "default":
         return None
     if not isinstance(kind, str) or kind not in _SCALINGS:
@@ -111,10 +102,9 @@ def _linear(section: ConfigReader, hf: ConfigReader, rotary_dim: int) -> LinearS
     return LinearScaling(factor=section.positive("factor"))
 
 
-def _dynamic(section: ConfigReader, hf: ConfigReader, rotary_dim: int) -> DynamicNTKScaling:
-    return DynamicNTKScaling(
-        factor=section.positive("factor"), original_max_position_embeddings=hf.integer("max_position_embeddings")
-    )
+def _dynamic(section: ConfigReader, hf: ConfigReader, rotary_dim: int) -> configs.DynamicNTKScaling:
+    length = hf.integer("max_position_embeddings")
+    return configs.DynamicNTKScaling(factor=section.positive("factor"), original_max_position_embeddings=length)
 
 
 def _yarn(section: ConfigReader, hf: ConfigReader, rotary_dim: int) -> YarnScaling:
@@ -135,8 +125,8 @@ def _yarn(section: ConfigReader, hf: ConfigReader, rotary_dim: int) -> YarnScali
     )
 
 
-def _llama3(section: ConfigReader, hf: ConfigReader, rotary_dim: int) -> Llama3Scaling:
-    return Llama3Scaling(
+def _llama3(section: ConfigReader, hf: ConfigReader, rotary_dim: int) -> configs.Llama3Scaling:
+    return configs.Llama3Scaling(
         factor=section.positive("factor"),
         low_freq_factor=section.positive("low_freq_factor"),
         high_freq_factor=section.positive("high_freq_factor"),
@@ -144,11 +134,11 @@ def _llama3(section: ConfigReader, hf: ConfigReader, rotary_dim: int) -> Llama3S
     )
 
 
-def _longrope(section: ConfigReader, hf: ConfigReader, rotary_dim: int) -> LongRopeScaling:
+def _longrope(section: ConfigReader, hf: ConfigReader, rotary_dim: int) -> configs.LongRopeScaling:
     original = _original_length(section, hf)
     factor = section.positive("factor", None) or hf.integer("max_position_embeddings") / original
     suggested = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 and original > 1 else 1.0
-    return LongRopeScaling(
+    return configs.LongRopeScaling(
         short_factor=_factors(section, "short_factor", rotary_dim // 2),
         long_factor=_factors(section, "long_factor", rotary_dim // 2),
         original_max_position_embeddings=original,
@@ -159,8 +149,7 @@ def _longrope(section: ConfigReader, hf: ConfigReader, rotary_dim: int) -> LongR
 def _original_length(section: ConfigReader, hf: ConfigReader) -> int:
     """Context length in tokens before scaling; a key beside the section comes first (Phi-3)."""
     inside = section.integer("original_max_position_embeddings", None)
-    outside = hf.integer("original_max_position_embeddings", None)
-    return outside or inside or hf.integer("max_position_embeddings")
+    return hf.integer("original_max_position_embeddings", None) or inside or hf.integer("max_position_embeddings")
 
 
 def _factors(section: ConfigReader, key: str, count: int) -> tuple[float, ...]:

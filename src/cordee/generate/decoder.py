@@ -122,5 +122,4 @@ def padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tens
     ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
     if all(len(p) == longest for p in prompts):
         return ids, None
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-    return ids, mask
+    return ids, torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)

@@ -49,8 +49,7 @@ class _Sample:
         self.finish = "stop" if self.tokens[-1] in stop else "length"
 
     def record(self) -> dict[str, object]:
-        kept = ("prompt", "number", "text", "tokens", "finish")
-        return {name: getattr(self, name) for name in kept}
+        return {name: getattr(self, name) for name in ("prompt", "number", "text", "tokens", "finish")}
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ def _prompts(options: GenerateOptions) -> dict[str, str]:
     raise_all(Problem(option, record.place, record.why, fix, "records") for record in broken)
     prompts = {f"{file}: line {number}": line for number, line in enumerate(lines, 1) if line.strip()}
     if not prompts:
-        raise ProblemError([Problem(option, file, "it holds no prompt", "write one per line", "empty")])
+        raise ProblemError.of(option, file, "it holds no prompt", "write one per line", "empty")
     if len(prompts) < len(lines):
         logger.warning("%s: %s left out", file, counted(len(lines) - len(prompts), "blank line"))
     return prompts
@@ -157,8 +156,7 @@ def _written(
     options: GenerateOptions,
     progress: Callable[[int], None],
 ) -> Iterator[_Sample]:
-    """The samples in their order, each as soon as it and all before it have ended. `progress` gets the number of tokens
-    that are written or will not be."""
+    """The samples in order, once they and all before have ended; `progress` gets the tokens written or void."""
     prompts = [sample.prompt_tokens for sample in samples]
     given = done = 0
     for token in stream(model, prompts, options, stop_ids=stop, vocab_size=tokenizer.vocab_size, stage=stage):

@@ -79,9 +79,7 @@ def dtype_of(name: str | None, source: Source) -> torch.dtype:
     if name is None:
         return source.dtype(source.names()[0])
     if name not in DTYPES:
-        raise ProblemError(
-            [Problem("--dtype", name, "there is no such type", f"give one of {', '.join(DTYPES)}", "missing")]
-        )
+        raise ProblemError.of("--dtype", name, "there is no such type", f"give one of {', '.join(DTYPES)}", "missing")
     return getattr(torch, name)
 
 
@@ -93,7 +91,7 @@ def device_of(name: str | None) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, ImportError) as error:  # which one hangs on how torch was built
         why = str(error).splitlines()[0]
-        raise ProblemError([Problem("--device", name, why, f"give {devices.kind().name}, or leave it out")]) from error
+        raise ProblemError.of("--device", name, why, f"give {devices.kind().name}, or leave it out") from error
 
 
 def fill(model: GPTModel, source: Source) -> None:
@@ -132,7 +130,7 @@ def _token_ids(given: object, where: str, vocab_size: int) -> set[int]:
     listed = [] if given is None else given if isinstance(given, list) else [given]
     ids = {i for i in listed if type(i) is int}  # which true is not
     if len(ids) < len(set(map(repr, listed))):
-        raise ProblemError([Problem(where, given, "not a token id or a list of token ids", "correct the file")])
+        raise ProblemError.of(where, given, "not a token id or a list of token ids", "correct the file")
     if strange := {i for i in ids if not 0 <= i < vocab_size}:
         logger.warning("%s: ignored, as the model has %d tokens: %s", where, vocab_size, sorted(strange))
     return ids - strange

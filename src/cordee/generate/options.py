@@ -34,9 +34,7 @@ class DecodingOptions:
     do_sample: bool = option(False, "sample tokens [off: greedy decoding]")
     temperature: float = option(1.0, "with --do-sample: softmax temperature; lower is more deterministic", above=0)
     top_k: int = option(0, "with --do-sample: sample from the k most likely tokens; 0: no limit", at_least=0)
-    top_p: float = option(
-        1.0, "with --do-sample: nucleus sampling, smallest set with this probability", above=0, at_most=1
-    )
+    top_p: float = option(1.0, "with --do-sample, nucleus: smallest set with this probability", above=0, at_most=1)
     batch_size: int = option(8, "sequences decoded in one batch", above=0)
     use_kv_cache: bool = option(True, "keep keys and values of earlier tokens (KV cache)", negations=("--no-kv-cache",))
     straight_decoding: bool = option(True, "fused decode path for single tokens, if the model supports it")
@@ -54,9 +52,7 @@ class InferenceConfig(InferenceOptions, MergeOptions, InferenceLayoutOptions, To
 class GenerateOptions(DecodingOptions):
     """Generation."""
 
-    prompt: tuple[str, ...] = option(
-        (), "prompt text; several prompts are one batch", aliases=("--prompts",), empty=True
-    )
+    prompt: tuple[str, ...] = option((), "prompt text; several are one batch", aliases=("--prompts",), empty=True)
     prompts_file: str | None = option(None, "file with one prompt per line", metavar="FILE")
     num_return_sequences: int = option(1, "sequences per prompt, with --do-sample", aliases=("--num-samples",), above=0)
     output: str | None = option(None, "also write one JSON line per generated sequence", metavar="FILE")

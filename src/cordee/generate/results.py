@@ -6,7 +6,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cordee import launch
-from cordee.errors import Problem, ProblemError, raise_all
+from cordee.errors import ProblemError, raise_all
 from cordee.files import unwritable
 
 
@@ -16,9 +16,7 @@ def check_new(path: str | None) -> None:
     if path is None:
         return
     if os.path.lexists(path):
-        raise ProblemError(
-            [Problem("--output", path, "there is such a file already", "give the name of a new one", "taken")]
-        )
+        raise ProblemError.of("--output", path, "there is such a file already", "give the name of a new one", "taken")
     if launch.rank_info().rank == 0:  # the machines of others need not have the folder
         raise_all(unwritable("--output", path, Path(path).parent))
 
@@ -50,6 +48,4 @@ class NewFile:
             yield
         except OSError as error:
             fix = "give the name of a new file in a place that can be written to and has room"
-            raise ProblemError(
-                [Problem("--output", self._path, f"it cannot be written: {error}", fix, "unwritable")]
-            ) from error
+            raise ProblemError.of("--output", self._path, f"it is not writable: {error}", fix, "unwritable") from error

@@ -73,9 +73,8 @@ def balanced(
     losses = auxiliary_losses(sums, router, config)
     balance.report(layer, {name: loss.detach() for name, loss in losses.items()} | _load(routing, sums, router, reduce))
     total = torch.stack([getattr(config, COEFFICIENTS[name]) * loss for name, loss in losses.items()]).sum()
-    return replace(
-        routing, weights=_Attach.apply(routing.weights, total if share == 1.0 else total * share, balance.scale)
-    )
+    own = total if share == 1.0 else total * share
+    return replace(routing, weights=_Attach.apply(routing.weights, own, balance.scale))
 
 
 def token_sums(

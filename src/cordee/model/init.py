@@ -38,8 +38,7 @@ def fill(local: Tensor, spec: ParameterSpec, offset: tuple[int, ...], key: int) 
         local.fill_(spec.fill)
         return
     if local.numel():
-        drawn = _uniform_at if spec.uniform else normal_at
-        _fill_drawn(local, spec.shape, offset, spec.std, partial(drawn, key=key))
+        _fill_drawn(local, spec.shape, offset, spec.std, partial(_uniform_at if spec.uniform else normal_at, key=key))
 
 
 def _fill_drawn(

@@ -65,10 +65,6 @@ class Context:
         return dropout.of_tokens(x, torch.cat((prefix, indices), 1), first)
 
 
-def _in_order(count: int, device: torch.device) -> Tensor:
-    return torch.arange(count, device=device)
-
-
 @dataclass(eq=False, kw_only=True)
 class ModelPlacement(Placement):
     """Where a layout gives this process other tokens than a sequence has.
@@ -76,7 +72,7 @@ class ModelPlacement(Placement):
     `token_positions` are those of as many tokens as are here, `outside_blocks` selects those of `[..., seq]` that are
     here between blocks, `longest` is the last position of a sequence from that of the part that is here."""
 
-    token_positions: Callable[[int, torch.device], Tensor] = _in_order
+    token_positions: Callable[[int, torch.device], Tensor] = lambda count, device: torch.arange(count, device=device)
     outside_blocks: Callable[[Tensor], Tensor] = unchanged
     longest: Longest = unchanged
 
@@ -140,9 +136,7 @@ class Inputs:
     def _with_cached(
         self, cache: Cache, inputs: Tensor, real: Tensor | None, position_ids: Tensor | None, segments: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """The arguments, with all tokens of the cache before them if its keys are no longer valid; it is then empty.
-
-        Keys are invalid once a row is so long that rotary frequencies change, and with them all hidden states."""
+        """The arguments, with all the cache's tokens if a row got so long that RoPE changes: it is then empty."""
         given = inputs, real, position_ids, segments
         if self._changing_ropes and inputs.is_floating_point():
             raise ValueError(

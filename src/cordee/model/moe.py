@@ -106,8 +106,7 @@ class Rows:
     def of(routing: Routing) -> "Rows":
         """The rows of all experts."""
         num_experts, facts = routing.logits.shape[1], {"rows_per_expert": routing.rows_per_expert}
-        complete = routing.kept is None
-        return Rows.sorted(kept_experts(routing), routing.weights, num_experts, complete=complete, **facts)
+        return Rows.sorted(kept_experts(routing), routing.weights, num_experts, complete=routing.kept is None, **facts)
 
     @staticmethod
     def sorted(
@@ -196,9 +195,8 @@ class MoE(SpecifiedModule[MoEPlacement]):
         super().__init__(MoEPlacement())
         self.config = config
         self.router = Router(config.router, model, **factory)
-        self.experts = Experts(
-            config.expert, config.router.num_experts, model, weight_input=config.weight_input, **factory
-        )
+        count = config.router.num_experts
+        self.experts = Experts(config.expert, count, model, weight_input=config.weight_input, **factory)
         self.shared = None if config.shared is None else MLP(config.shared, model, **factory)
         gate = specs.of_part(specs.moe(config, model), "shared_gate")
         self.shared_gate = Linear(gate, **factory) if gate else None

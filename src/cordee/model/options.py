@@ -40,20 +40,14 @@ class FeatureOptions:
     )
     q_lora_rank: int | None = option(None, "MLA: rank of the compressed queries [not compressed]", above=0)
     kv_lora_rank: int | None = option(None, "MLA: rank of the KV latent", above=0)
-    qk_nope_head_dim: int | None = option(
-        None, "MLA: dims of a query or key head without RoPE", aliases=("--qk-head-dim",), above=0
-    )
-    qk_rope_head_dim: int | None = option(
-        None, "MLA: dims of a query or key head with RoPE", aliases=("--qk-pos-emb-head-dim",), above=0
-    )
+    qk_nope_head_dim: int | None = option(None, "MLA: q, k dims without RoPE", aliases=("--qk-head-dim",), above=0)
+    qk_rope_head_dim: int | None = option(None, "MLA: q, k dims with RoPE", aliases=("--qk-pos-emb-head-dim",), above=0)
     v_head_dim: int | None = option(None, "MLA: dims of a value head", above=0)
     rope_scaling_mscale_all_dim: float | None = option(
         None, "MLA with YaRN: mscale_all_dim of DeepSeek, by which the softmax scale grows [0]", at_least=0
     )
     qk_layernorm: bool | None = option(None, "QK-norm: normalise queries and keys before the scores")
-    rotary_percent: float | None = option(
-        None, "partial rotary factor: fraction of head_dim that RoPE rotates [1]", above=0, at_most=1
-    )
+    rotary_percent: float | None = option(None, "partial rotary factor: RoPE's share of dims [1]", above=0, at_most=1)
     sliding_window: int | None = option(None, "sliding window attention: tokens, all layers [full]", above=0)
     interleave_sliding_window: int | None = option(None, "the same in every second layer [full]", above=0)
     attn_logit_softcapping: float | None = option(None, "soft cap of attention scores: cap * tanh(score/cap)", above=0)
@@ -65,9 +59,7 @@ class FeatureOptions:
     apply_residual_connection_post_layernorm: bool | None = option(None, "residual connection from the norm's output")
     lm_norm_weight: bool | None = option(None, "L2-normalise the rows of the output head (NormHead)")
     input_embeds_norm: bool | None = option(None, "scale embeddings by sqrt(hidden-size) (Gemma)")
-    scale_emb: float | None = option(
-        None, "scale embeddings by this [1]", aliases=("--embedding-multiplier-scale",), above=0
-    )
+    scale_emb: float | None = option(None, "embedding scale [1]", aliases=("--embedding-multiplier-scale",), above=0)
     output_multiplier_scale: float | None = option(None, "scale the output logits by this [1]", above=0)
     dim_model_base: float | None = option(None, "scale the output logits by this / hidden-size [not]", above=0)
     scale_depth: float | None = option(None, "scale residual branches by this / sqrt(num-layers) [not]", above=0)
@@ -90,9 +82,7 @@ class ModelOptions(FeatureOptions, VocabularyOptions):
         metavar="PRESET|DIR",
         reads="cordee.optim.recipe:entries",
     )
-    num_layers: int | None = option(
-        None, "transformer layers", aliases=("--encoder-num-layers",), above=0, at_most=10_000
-    )
+    num_layers: int | None = option(None, "decoder layers", aliases=("--encoder-num-layers",), above=0, at_most=10_000)
     hidden_size: int | None = option(None, "hidden size (model dimension)", above=0)
     ffn_hidden_size: int | None = option(
         None, "FFN (MLP) hidden size [4 x hidden; with --swiglu 8/3 x hidden, floored to a multiple of 64]", above=0
@@ -109,38 +99,25 @@ class ModelOptions(FeatureOptions, VocabularyOptions):
         synonyms={"absolute": "learned_absolute"},
     )
     rotary_base: float | None = option(None, "RoPE base (theta) [10000]", above=0)
-    rotary_seq_len_interpolation_factor: float | None = option(
-        None, "RoPE linear scaling: position interpolation factor [1]", at_least=1
-    )
+    rotary_seq_len_interpolation_factor: float | None = option(None, "RoPE linear interpolation factor [1]", at_least=1)
     rope_scaling_type: Literal["llama3", "yarn"] | None = option(None, "RoPE scaling for longer contexts [none]")
     rope_scaling_factor: float | None = option(None, "llama3 and yarn RoPE scaling: factor", above=0)
     low_freq_factor: float | None = option(None, "llama3: wavelengths above original / this are fully scaled", above=0)
     high_freq_factor: float | None = option(None, "llama3: wavelengths below original / this are not scaled", above=0)
     original_max_position_embeddings: int | None = option(
-        None,
-        "llama3, yarn: context before scaling",
-        aliases=("--rope-scaling-original-max-position-embeddings",),
-        above=0,
+        None, "llama3, yarn: unscaled context", aliases=("--rope-scaling-original-max-position-embeddings",), above=0
     )
-    rope_scaling_beta_fast: float | None = option(
-        None, "yarn: dims with more rotations than this are not scaled [32]", above=0
-    )
-    rope_scaling_beta_slow: float | None = option(
-        None, "yarn: dims with fewer rotations than this are fully scaled [1]", above=0
-    )
+    rope_scaling_beta_fast: float | None = option(None, "yarn: more rotations than this are not scaled [32]", above=0)
+    rope_scaling_beta_slow: float | None = option(None, "yarn: fewer rotations than this are fully scaled [1]", above=0)
     rope_scaling_mscale: float | None = option(None, "yarn: mscale, scale of queries and keys [1]", at_least=0)
     normalization: Literal["LayerNorm", "RMSNorm"] | None = option(None, "norm type [LayerNorm]")
     norm_epsilon: float | None = option(None, "epsilon of the norms [1e-5]", aliases=("--layernorm-epsilon",), above=0)
     swiglu: bool | None = option(None, "SwiGLU, gated MLP: down(silu(gate) * up) [off: GELU]")
-    add_gate: bool | None = option(
-        None, "AscendSpeed's switch of a separate gate matrix: as --swiglu; --no-add-gate: no separate one"
-    )
+    add_gate: bool | None = option(None, "AscendSpeed's gate matrix: as --swiglu; --no-add-gate: no separate one")
     openai_gelu: bool | None = option(None, "tanh approximation of GELU, as in GPT-2 [off: exact GELU]")
     geglu: bool | None = option(None, "GEGLU, gated MLP: down(gelu(gate) * up) [off]")
     gelu_tanh: bool | None = option(None, "GEGLU with the tanh approximation of GELU, as in Gemma [off]")
-    add_bias_linear: bool | None = option(
-        None, "biases of all linear layers of attention and MLP [on]", negations=("--disable-bias-linear",)
-    )
+    add_bias_linear: bool | None = option(None, "biases of attention, MLP [on]", negations=("--disable-bias-linear",))
     add_qkv_bias: bool | None = option(None, "biases of the query, key and value projections [as add-bias-linear]")
     add_dense_bias: bool | None = option(None, "bias of the attention output projection [as add-bias-linear]")
     untie_embeddings_and_output_weights: bool | None = option(
@@ -149,9 +126,7 @@ class ModelOptions(FeatureOptions, VocabularyOptions):
     make_vocab_size_divisible_by: int | None = option(
         None, "pad the embedding rows to a multiple of this [128 from flags, 1 otherwise]", above=0
     )
-    padded_vocab_size: int | None = option(
-        None, "padded vocabulary size: embedding rows, exactly", aliases=("--pad-vocab-size-to",), above=0
-    )
+    padded_vocab_size: int | None = option(None, "embedding rows (padded)", aliases=("--pad-vocab-size-to",), above=0)
     init_method_std: float | None = option(None, "standard deviation of weight initialization [0.02]", above=0)
     attention_dropout: float | None = option(None, "dropout of attention weights [0.1]", at_least=0, below=1)
     hidden_dropout: float | None = option(None, "dropout of embedding and residual branches [0.1]", at_least=0, below=1)
@@ -172,16 +147,12 @@ class ExpertTrainingOptions:
         None, "weight of the load-balancing loss [the model's; 0 from flags]", aliases=("--moe-loss-coeff",), at_least=0
     )
     seq_aux: bool | None = option(None, "load-balancing auxiliary loss per sequence [the model's]")
-    moe_device_level_aux_loss_coeff: float | None = option(
-        None, "auxiliary loss that balances expert groups: coefficient [0]", at_least=0
-    )
-    moe_comm_aux_loss_coeff: float | None = option(
-        None, "auxiliary loss that balances all-to-all traffic: coefficient [0]", at_least=0
-    )
+    moe_device_level_aux_loss_coeff: float | None = option(None, "group balancing loss: coefficient [0]", at_least=0)
+    moe_comm_aux_loss_coeff: float | None = option(None, "all-to-all balancing loss: coefficient [0]", at_least=0)
     moe_z_loss_coeff: float | None = option(None, "router z-loss: coefficient [0]", at_least=0)
     moe_expert_capacity_factor: float | None = option(
         None,
-        "capacity factor: experts drop tokens beyond this x an even share; < 0: none",
+        "capacity factor: drop tokens above this x even share; < 0: none",
         aliases=("--moe-train-capacity-factor",),
     )
     moe_token_drop_policy: Literal["probs", "position"] | None = option(

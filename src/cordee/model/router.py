@@ -111,5 +111,4 @@ def count_by_expert(experts: Tensor, num_experts: int) -> Tensor:
 
 def rank_in_group(sorted_experts: Tensor, counts: Tensor) -> Tensor:
     """For each entry of the sorted `[routes]`, how many entries of its expert come before it."""
-    starts = counts.cumsum(0) - counts
-    return torch.arange(len(sorted_experts), device=counts.device) - starts[sorted_experts]
+    return torch.arange(len(sorted_experts), device=counts.device) - (counts.cumsum(0) - counts)[sorted_experts]

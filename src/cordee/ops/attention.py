@@ -137,9 +137,8 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scores:
         q, k, v, dense = _with_sink(q, k, v, dense, causal, sinks, scores.scale)
     if v.shape[-1] != q.shape[-1]:
         q, k, v = of_one_dim(q, k, v)
-    y = F.scaled_dot_product_attention(
-        q, k, v, dense, 0.0, causal, scale=scores.scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    grouped = q.shape[1] != k.shape[1]
+    y = F.scaled_dot_product_attention(q, k, v, dense, 0.0, causal, scale=scores.scale, enable_gqa=grouped)
     if sinks is not None and causal:
         y = y[:, :, 1:]
     return y if y.shape[-1] == value_dim else y[..., :value_dim]

@@ -141,9 +141,8 @@ class _ChunkedTokenLosses(Function):
     def backward(ctx, grad: Tensor):
         hidden, weight, labels = ctx.saved_tensors
         factors = grad[:, None].float()
-        _, hidden_grad, weight_grad = _walk(
-            hidden, weight, labels, *ctx.how, needed=ctx.needs_input_grad, factors=factors
-        )
+        needed = ctx.needs_input_grad
+        _, hidden_grad, weight_grad = _walk(hidden, weight, labels, *ctx.how, needed=needed, factors=factors)
         if weight_grad is not None:
             weight_grad = weight_grad.times(factors.new_ones(())).to(weight.dtype)
         return hidden_grad, weight_grad, None, None, None, None, None
@@ -191,9 +190,7 @@ def _walk(
 def _losses_and_products_grad(
     products: Tensor, target: Tensor, scale: float, softcap: float | None, part: VocabularyPart | None
 ) -> tuple[Tensor, Tensor]:
-    """Losses `[tokens, 1]` and their gradients by the products of hidden states and head `[tokens, vocab]`.
-
-    The products are used up."""
+    """Losses `[tokens, 1]` and their gradients by the products `[tokens, vocab]`, which are used up."""
     if scale == 1.0 and softcap is None:
         return _losses_and_logits_grad(products, target, part)
     dtype = products.dtype

@@ -67,8 +67,7 @@ class DropoutRNG:
 @functools.cache
 def _stream(*names: str | int) -> int:
     """A 63-bit number that only the same names have."""
-    text = "/".join(map(str, names))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+    return int.from_bytes(hashlib.sha256("/".join(map(str, names)).encode()).digest()[:8], "little") >> 1
 
 
 def _mixed(x: Tensor) -> Tensor:

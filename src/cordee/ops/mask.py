@@ -62,8 +62,7 @@ class AttentionMask:
             return None
         rows = []
         for row in segments.tolist():
-            begins = [0, *(i for i in range(1, len(row)) if row[i] != row[i - 1]), len(row)]
-            rows.append(list(pairwise(begins)))
+            rows.append(list(pairwise([0, *(i for i in range(1, len(row)) if row[i] != row[i - 1]), len(row)])))
             if len({row[begin] for begin, _ in rows[-1]}) < len(rows[-1]):
                 return None  # a segment of several runs
         pairs = sum((end - begin) ** 2 for row in rows for begin, end in row)
@@ -111,8 +110,7 @@ class AttentionMask:
         Those of the prefix are negative."""
         query, key = self._indices(device)
         if self.num_prefix:
-            prefix = torch.arange(-self.num_prefix, 0, device=device)
-            key = torch.cat((prefix.expand(*key.shape[:-1], -1), key), -1)
+            key = torch.cat((torch.arange(-self.num_prefix, 0, device=device).expand(*key.shape[:-1], -1), key), -1)
         return query, key
 
     def _indices(self, device: torch.device) -> tuple[Tensor, Tensor]:

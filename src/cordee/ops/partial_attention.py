@@ -29,8 +29,7 @@ def has_flash(on: torch.device, scores: Scores) -> bool:
 
 def part(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scores: Scores) -> tuple[Tensor, Tensor]:
     """Result of these keys alone, and its lse; sinks are not a part's to add (see `Merged`)."""
-    fused = mask.is_plain() and has_flash(q.device, scores)
-    return (flash_part if fused else plain_part)(q, k, v, mask, scores)
+    return (flash_part if mask.is_plain() and has_flash(q.device, scores) else plain_part)(q, k, v, mask, scores)
 
 
 def gradients(
@@ -65,8 +64,7 @@ class Merged:
 
 def sinks_gradient(grad: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
     """`[heads]`, of the merged result with the sinks in it."""
-    share = (sinks.float()[None, :, None] - lse).exp()
-    return -(share * _inner(grad, out)).sum((0, 2)).to(sinks.dtype)
+    return -((sinks.float()[None, :, None] - lse).exp() * _inner(grad, out)).sum((0, 2)).to(sinks.dtype)
 
 
 def _weight(lse: Tensor, merged: Tensor) -> Tensor:

@@ -21,11 +21,6 @@ ACCUMULATION = "gradient_accumulation_steps"
 AUTO = "auto"  # a value that other programs fill in before DeepSpeed reads the file: not given
 
 
-def _fixed_scale(value: object) -> Raw:
-    """A loss scale of 0 is a dynamic one."""
-    return None if value == 0 else to_raw(value)
-
-
 def _power_of_two(value: object) -> Raw:
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 100:
         raise Unfit("the value is no exponent of two", "give a number from 0 to 100", "range")
@@ -37,7 +32,7 @@ _OPTIONS: dict[str, tuple[str, Callable[[object], Raw]]] = {
     "fp16.enabled": ("fp16", to_raw),
     "bf16.enabled": ("bf16", to_raw),
     "bfloat16.enabled": ("bf16", to_raw),
-    "fp16.loss_scale": ("loss_scale", _fixed_scale),
+    "fp16.loss_scale": ("loss_scale", lambda value: None if value == 0 else to_raw(value)),  # 0: a dynamic one
     "fp16.initial_scale_power": ("initial_loss_scale", _power_of_two),
     "fp16.loss_scale_window": ("loss_scale_window", to_raw),
     "fp16.hysteresis": ("hysteresis", to_raw),
@@ -132,13 +127,12 @@ def _accumulation(config: LayoutOptions, file: Settings, data_ranks: int) -> Pro
         return
     samples = config.micro_batch_size * data_ranks
     if (config.global_batch_size or samples) != samples * passes:
+        needed = samples * passes
         why = f"{where} is {passes}: {passes} x {config.micro_batch_size} per micro-batch x {data_ranks} data-parallel "
-        why += f"ranks are {samples * passes} samples"
-        fix = f"give {samples * passes}, or leave {ACCUMULATION} out"
+        why += f"ranks are {needed} samples"
+        fix = f"give {needed}, or leave {ACCUMULATION} out"
         involved = ("deepspeed_config", "micro_batch_size", *RANKS)
-        yield Problem(
-            "--global-batch-size", config.global_batch_size, why, fix, "accumulates", involved, samples * passes
-        )
+        yield Problem("--global-batch-size", config.global_batch_size, why, fix, "accumulates", involved, needed)
 
 
 def _entry(name: str, value: object) -> Entry:

@@ -129,11 +129,8 @@ def ulysses_ranks(options: ParallelOptions) -> int:
 def problems(options: ParallelOptions, world_size: int) -> Problems:
     """Why degrees do not fit each other or `world_size`."""
     tp, cp, pp = options.tensor_model_parallel_size, options.context_parallel_size, options.pipeline_model_parallel_size
-    model, instances, ep = (
-        model_ranks(options),
-        options.num_distributed_optimizer_instances,
-        options.expert_model_parallel_size,
-    )
+    model, ep = model_ranks(options), options.expert_model_parallel_size
+    instances = options.num_distributed_optimizer_instances
     if options.context_parallel_algo == "hybrid_cp_algo":
         involved = ("context_parallel_size", "context_parallel_algo")
         yield from divides("--ulysses-degree-in-cp", ulysses_ranks(options), cp, "context-parallel ranks", *involved)

@@ -203,8 +203,7 @@ def _each(
 
 def all_to_all(x: Tensor, group: ProcessGroup, split: int, joined: int) -> Tensor:
     """As `all_to_all_fwd_bwd`, for dims counted from 0."""
-    size = dist.get_world_size(group)
-    parts = x.unflatten(split, (size, -1)).movedim(split, 0).contiguous()
+    parts = x.unflatten(split, (dist.get_world_size(group), -1)).movedim(split, 0).contiguous()
     received = torch.empty_like(parts)
     dist.all_to_all_single(received, parts, group=group)
     return received.movedim(0, joined).flatten(joined, joined + 1)

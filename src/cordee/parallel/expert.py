@@ -62,11 +62,9 @@ class AllToAllDispatcher(_Dispatcher):
         if self.overlap:
             wait()
         counts = counts.view(self.size, -1)  # [ranks, own experts]: rows that come for each
-        sizes = torch.stack((rows.counts.view(self.size, -1).sum(1), counts.sum(1)))
-        sent, received = sizes.tolist()
-        inputs, weights = differentiable.all_to_all_rows_fwd_bwd(
-            (inputs, rows.weights), self.group, sent, received, at_once=self.overlap
-        )
+        sent, received = torch.stack((rows.counts.view(self.size, -1).sum(1), counts.sum(1))).tolist()
+        both = (inputs, rows.weights)
+        inputs, weights = differentiable.all_to_all_rows_fwd_bwd(both, self.group, sent, received, at_once=self.overlap)
         order = _by_expert(counts, len(inputs))
         y = experts(inputs.index_select(0, order), weights.index_select(0, order), counts.sum(0))
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))

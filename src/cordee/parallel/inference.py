@@ -43,8 +43,7 @@ def build(
     ProblemError if the processes do not fit the model."""
     if problems := list(check(model, layout.degrees)):
         raise ProblemError(problems, everywhere=True)
-    spans = by_cost(model, layout.degrees.pp)
-    own = spans[layout.axis_rank("pp")]
+    own = by_cost(model, layout.degrees.pp)[layout.axis_rank("pp")]
     built = GPTModel(model, spans=[own], device="meta", dtype=dtype)
     options = ParallelOptions(tensor_model_parallel_size=layout.degrees.tp)
     sharding.apply(built, layout, options)
@@ -73,8 +72,7 @@ class InferenceStage:
         self, model: GPTModel, ids: Tensor, attention_mask: Tensor | None = None, *, cache: Cache | None = None
     ) -> Tensor:
         """As `model(..., output=last_logits)` of a whole model; all processes of a copy call it alike."""
-        dtype = next(model.parameters()).dtype
-        like = torch.empty(len(ids), model.config.vocab_size, dtype=dtype, device="meta")
+        like = torch.empty(len(ids), model.config.vocab_size, dtype=next(model.parameters()).dtype, device="meta")
         return self.output(model, ids, last_logits, like, attention_mask, cache=cache)
 
     def output(
@@ -105,7 +103,6 @@ class InferenceStage:
     def _receive(self, model: GPTModel, ids: Tensor) -> Tensor:
         group = self.layout.group("pp")
         assert group is not None
-        parameter = next(model.parameters())
-        x = torch.empty(*ids.shape, model.config.hidden_size, dtype=parameter.dtype, device=ids.device)
+        x = torch.empty(*ids.shape, model.config.hidden_size, dtype=next(model.parameters()).dtype, device=ids.device)
         collectives.receive(x, self.layout.axis_rank("pp") - 1, group).wait()
         return x

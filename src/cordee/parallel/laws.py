@@ -41,19 +41,15 @@ def tensor(run: PlacedRun) -> Problems:
     """Tensor-parallel ranks shard heads, widths and the vocabulary; with sequence parallelism the tokens too."""
     size, tokens = run.degrees.tp, run.options.seq_length // run.degrees.cp
     if size == 1:
-        given = run.options.sequence_parallel or None
-        yield from requires(
-            "--sequence-parallel", given, f"{TENSOR} 2 or more", f"{TENSOR} is 1", "tensor_model_parallel_size"
-        )
+        given, why = run.options.sequence_parallel or None, f"{TENSOR} is 1"
+        yield from requires("--sequence-parallel", given, f"{TENSOR} 2 or more", why, "tensor_model_parallel_size")
         return
     if run.model is not None:
         yield from sharded(run.model, size)
     if run.options.sequence_parallel and tokens % size:
         why = f"the {tokens} tokens of a rank are not divisible by {size} tensor-parallel ranks"
         involved = ("seq_length", "tensor_model_parallel_size", "context_parallel_size")
-        yield Problem(
-            "--sequence-parallel", True, why, f"take a multiple of {size} tokens", "divisible", involved, size
-        )
+        yield Problem("--sequence-parallel", True, why, f"take a multiple of {size}", "divisible", involved, size)
 
 
 def sharded(model: ModelConfig, size: int) -> Problems:

@@ -127,9 +127,8 @@ RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
 @contextmanager
 def process_group(ranks: RankInfo, backend: str, timeout: timedelta) -> Iterator[None]:
     """The default process group of a run, destroyed at the end; its store is this run's alone (`rendezvous.py`)."""
-    dist.init_process_group(
-        backend, store=_store(ranks, timeout), rank=ranks.rank, world_size=ranks.world_size, timeout=timeout
-    )
+    store, size = _store(ranks, timeout), ranks.world_size
+    dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=size, timeout=timeout)
     try:
         yield
     finally:

@@ -39,17 +39,13 @@ class TensorOptions:
     tensor_model_parallel_size: int = option(
         1, "tensor parallelism (TP): ranks that shard the weights: heads, MLP width, vocabulary", above=0
     )
-    sequence_parallel: bool = option(
-        False, "with TP, shard activations of norms and dropout by tokens: all-gather and reduce-scatter"
-    )
+    sequence_parallel: bool = option(False, "with TP, norms and dropout shard by tokens: all-gather, reduce-scatter")
     tp_comm_overlap: bool = option(
         False,
         "run the GEMMs of TP in chunks: all-gather or reduce-scatter of one chunk overlaps the GEMM of the next",
         aliases=("--use-mc2", "--use-ascend-mc2", "--use-ascend-coc"),
     )
-    tp_comm_overlap_parts: int = option(
-        4, "--tp-comm-overlap: chunks of a GEMM", aliases=("--coc-parallel-num",), above=0
-    )
+    tp_comm_overlap_parts: int = option(4, "--tp-comm-overlap: GEMM chunks", aliases=("--coc-parallel-num",), above=0)
 
     laws = (ignored("tp_comm_overlap", "tp_comm_overlap_parts", tensor_model_parallel_size=SEVERAL),)
 
@@ -59,9 +55,7 @@ class PipelineOptions:
     """Pipeline parallelism."""
 
     group = _PARALLELISM
-    pipeline_model_parallel_size: int = option(
-        1, "pipeline parallelism (PP): ranks that shard the layers into stages", above=0
-    )
+    pipeline_model_parallel_size: int = option(1, "pipeline parallelism (PP): ranks that shard the layers", above=0)
     pipeline_schedule: PipelineSchedule | None = option(
         None,
         "pipeline schedule; zero-bubble ones split backward in input-gradient (dgrad) and weight-gradient (wgrad)"
@@ -82,13 +76,9 @@ class PipelineOptions:
         None, "samples of each micro-batch of a step and rank: 1,2,3,2, or example-config-1 or -2", metavar="N,N,..."
     )
     fold_mode: Literal["aiao", "fifo"] | None = option(
-        None,
-        "virtual stages one by one (aiao) or in turns (fifo), reducing under the backward",
-        aliases=("--foldx-mode",),
+        None, "virtual stages one by one (aiao) or in turns (fifo), reducing under backward", aliases=("--foldx-mode",)
     )
-    pipeline_timeline: str | None = option(
-        None, "write the timeline of the second step, per pipeline rank, as JSON", metavar="FILE"
-    )
+    pipeline_timeline: str | None = option(None, "JSON timeline of the second step, per pipeline rank", metavar="FILE")
 
     laws = (
         needs("pipeline_schedule", "num_layers_per_virtual_pipeline_stage", pipeline_model_parallel_size=SEVERAL),
@@ -107,9 +97,7 @@ class ContextOptions:
     """Context parallelism."""
 
     group = _PARALLELISM
-    context_parallel_size: int = option(
-        1, "context parallelism (CP): ranks over which the tokens of each sequence are sharded", above=0
-    )
+    context_parallel_size: int = option(1, "context parallelism (CP): ranks that shard sequences by tokens", above=0)
     context_parallel_algo: Literal["ulysses_cp_algo", "megatron_cp_algo", "hybrid_cp_algo"] = option(
         "ulysses_cp_algo",
         "Ulysses (all-to-all over heads and sequence), ring attention (megatron_cp_algo, rotates KV), or both (hybrid)",
@@ -122,9 +110,7 @@ class ContextOptions:
     kv_head_repeat_before_uly_alltoall: bool = option(
         True, "Ulysses, KV heads not divisible by its ranks: repeat them; off: all-gather them"
     )
-    cp_attention_mask_type: Literal["causal", "full"] = option(
-        "causal", "attention mask under context parallelism; full: bidirectional"
-    )
+    cp_attention_mask_type: Literal["causal", "full"] = option("causal", "attention mask under CP; full: bidirectional")
 
     laws = (
         ignored("context_parallel_algo", "ulysses_degree_in_cp", "cp_window_size", context_parallel_size=SEVERAL),
@@ -146,9 +132,7 @@ class ExpertOptions:
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = option(
         "alltoall", "MoE token dispatch over EP ranks: all-to-all, or all-gather and reduce-scatter"
     )
-    moe_permutation_async_comm: bool = option(
-        False, "overlap expert communication with token permutation; results are bit-identical"
-    )
+    moe_permutation_async_comm: bool = option(False, "overlap EP communication with token permutation; bit-identical")
 
     laws = (ignored("moe_token_dispatcher_type", "moe_permutation_async_comm", expert_model_parallel_size=SEVERAL),)
 
@@ -164,19 +148,11 @@ class ZeroOptions:
         "parameters too",
         shorthands={"--use-distributed-optimizer": 1},
     )
-    num_distributed_optimizer_instances: int = option(
-        1, "HSDP: replicas of the sharded state, each over fewer data-parallel ranks", above=0
-    )
-    overlap_grad_reduce: bool = option(
-        False, "two gradient buckets (layers) in flight, not one: reduce-scatter overlaps more of backward"
-    )
+    num_distributed_optimizer_instances: int = option(1, "HSDP: replicas of the state, each on fewer ranks", above=0)
+    overlap_grad_reduce: bool = option(False, "two gradient buckets in flight, not one: more overlap of reduce-scatter")
     delay_grad_reduce: bool = option(False, "delay gradient reduce-scatter until all pipeline stages can start theirs")
-    overlap_param_gather: bool = option(
-        False, "prefetch two layers, not one: all-gather of parameters overlaps more compute; more memory"
-    )
-    delay_param_gather: bool = option(
-        False, "--zero-stage 3: no prefetch in backward; all-gather parameters when a layer needs them"
-    )
+    overlap_param_gather: bool = option(False, "prefetch two layers, not one: all-gather overlaps more; more memory")
+    delay_param_gather: bool = option(False, "ZeRO 3: no prefetch in backward; all-gather when a layer needs it")
 
     laws = (
         ignored("overlap_grad_reduce", "overlap_param_gather", "delay_param_gather", nproc_per_node=SEVERAL),
@@ -210,12 +186,8 @@ class CollectiveOptions:
     """Collectives."""
 
     group = _PARALLELISM
-    distributed_backend: Literal["gloo", "nccl", "hccl"] | None = option(
-        None, "collective communication library [the device's]"
-    )
-    distributed_timeout_minutes: float = option(
-        45.0, "minutes until a collective or rendezvous times out", above=0, at_most=LONGEST
-    )
+    distributed_backend: Literal["gloo", "nccl", "hccl"] | None = option(None, "library of collectives [the device's]")
+    distributed_timeout_minutes: float = option(45, "minutes for a collective or rendezvous", above=0, at_most=LONGEST)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,9 +210,7 @@ class CompileOptions:
 
     group = "Performance"
 
-    compile: Literal["none", "blocks", "model"] = option(
-        "none", "torch.compile of each transformer layer (blocks) or of the whole model"
-    )
+    compile: Literal["none", "blocks", "model"] = option("none", "torch.compile of layers (blocks) or the whole model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,7 +224,5 @@ class InferenceLayoutOptions:
 
     tensor_model_parallel_size: int = option(1, "tensor parallelism: processes that shard the weights", above=0)
     pipeline_model_parallel_size: int = option(1, "pipeline parallelism: processes that shard the layers", above=0)
-    distributed_backend: Literal["gloo", "nccl", "hccl"] | None = option(
-        None, "collective communication library [the device's]"
-    )
+    distributed_backend: Literal["gloo", "nccl", "hccl"] | None = option(None, "library of collectives [the device's]")
     distributed_timeout_minutes: float = option(45, "minutes until a collective times out", above=0, at_most=LONGEST)

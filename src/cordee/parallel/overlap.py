@@ -198,6 +198,5 @@ class _RowParallelLinear(Function):
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
         need_x, *need_parameters, _ = ctx.needs_input_grad
-        through = partial(_through, weight=weight) if need_x else unchanged
-        grad, x_grad = ctx.exchange.gathered_and(grad, through)
+        grad, x_grad = ctx.exchange.gathered_and(grad, partial(_through, weight=weight) if need_x else unchanged)
         return x_grad if need_x else None, *_parameter_gradients(grad, x, *need_parameters), None

@@ -187,8 +187,7 @@ class _Vocabulary:
     def lookup(self, index: Tensor, rows: Tensor) -> Tensor:
         """Zeros for tokens of other shards, so that the sum over ranks is the embedding."""
         here = (index >= self.start) & (index < self.stop)
-        own = (index - self.start).clamp(0, len(rows) - 1)
-        return F.embedding(own, rows).masked_fill(~here[..., None], 0.0)
+        return F.embedding((index - self.start).clamp(0, len(rows) - 1), rows).masked_fill(~here[..., None], 0.0)
 
     def largest(self, x: Tensor) -> Tensor:
         return differentiable.all_reduce_max(x, self.group)

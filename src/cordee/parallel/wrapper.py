@@ -43,6 +43,4 @@ def check(wrappers: Sequence[Wrapper], options: LayoutOptions) -> Iterator[Probl
         return
     for name in dict.fromkeys(wrapper.name for wrapper in wrappers if not wrapper.splits_backward):
         why = f"its input-gradient and weight-gradient backward run apart, and {name} would run in each of them"
-        yield Problem(
-            "--pipeline-schedule", schedule, why, f"give another schedule, or no {name}", "excludes", limit=name
-        )
+        yield Problem("--pipeline-schedule", schedule, why, f"give another, or no {name}", "excludes", limit=name)

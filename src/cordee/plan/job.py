@@ -19,7 +19,7 @@ from cordee.plan.schedule import Costs, simulate
 from cordee.plan.timeline import Timeline, read_timeline
 
 FORMATS = (".svg", ".png")
-_MOST_PASSES = 2**18  # forward passes of stages that are simulated in seconds
+_MOST = 2**18  # forward passes of stages that are simulated in seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ def run(config: PlanConfig) -> int:
             draw(timelines, Path(config.output))
         except OSError as error:
             why = f"it cannot be written: {error.strerror}"
-            raise ProblemError([Problem("--output", config.output, why, "give another place")]) from error
+            raise ProblemError.of("--output", config.output, why, "give another place") from error
         print(f"drawn: {config.output}")
     return 0
 
@@ -98,8 +98,7 @@ def _cases(config: PlanConfig) -> list[Case]:
         stages = STAGES_PER_RANK[schedule][1] or config.stages_per_rank or 2
         cases.append(Case(schedule=schedule, num_ranks=num_ranks, stages_per_rank=stages, sizes=equal))
         if schedule == "1f1b" and config.manual_mbs:
-            sizes = micro_batches.sizes(config.manual_mbs)
-            cases.append(replace(cases[-1], sizes=sizes, manual=config.manual_mbs))
+            cases.append(replace(cases[-1], sizes=micro_batches.sizes(config.manual_mbs), manual=config.manual_mbs))
     return cases
 
 
@@ -134,15 +133,12 @@ def check_run(config: PlanConfig) -> list[Problem]:
 def _options(config: PlanConfig) -> Problems:
     """What is wrong with single options, so that the rest can be read."""
     yield from laws.problems(config)
-    passes = (
-        (config.num_micro_batches or 8) * (config.pipeline_model_parallel_size or 4) * (config.stages_per_rank or 1)
-    )
-    if passes > _MOST_PASSES:
+    ranks, stages = config.pipeline_model_parallel_size or 4, config.stages_per_rank or 1
+    passes = (config.num_micro_batches or 8) * ranks * stages
+    if passes > _MOST:
         why = f"{passes} forward passes of a stage are too many to simulate"
         involved = ("pipeline_model_parallel_size", "stages_per_rank")
-        yield Problem(
-            "--num-micro-batches", config.num_micro_batches, why, "give less", "at most", involved, _MOST_PASSES
-        )
+        yield Problem("--num-micro-batches", config.num_micro_batches, why, "give less", "at most", involved, _MOST)
     if config.manual_mbs:
         yield from micro_batches.unreadable(config.manual_mbs)
         if "1f1b" not in config.schedule:
@@ -163,9 +159,7 @@ def _options(config: PlanConfig) -> Problems:
 
 def _output(path: Path) -> Problems:
     if path.suffix.lower() not in FORMATS:
-        yield Problem(
-            "--output", path, "a picture is drawn as SVG or PNG", "let the name end in .svg or .png", "format"
-        )
+        yield Problem("--output", path, "a picture is drawn as SVG or PNG", "end the name in .svg or .png", "format")
     yield from unwritable("--output", path, path.parent)
 
 
@@ -175,9 +169,8 @@ def _fit(config: PlanConfig, cases: Sequence[Case]) -> Problems:
         yield from problems(case.schedule, case.num_ranks, case.stages_per_rank, len(case.sizes))
         if case.manual:
             size, count = config.micro_batch_size or 1, config.num_micro_batches or 1
-            yield from micro_batches.problems(
-                case.manual, num_ranks=case.num_ranks, micro_batch_size=size, num_samples=size * count
-            )
+            sizes = {"micro_batch_size": size, "num_samples": size * count}
+            yield from micro_batches.problems(case.manual, num_ranks=case.num_ranks, **sizes)
         else:
             yield from _uneven(config, case)
     if config.stages_per_rank and all(STAGES_PER_RANK[case.schedule][1] for case in cases):

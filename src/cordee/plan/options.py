@@ -25,18 +25,14 @@ class PlanConfig:
         None, "compare 1f1b with such micro-batches: example-config-1, example-config-2, or 1,2,3,...", metavar="LIST"
     )
     forward_time: float = option(1.0, "forward time of one sample through one layer, in any unit of time", above=0)
-    backward_time: float | None = option(
-        None, "backward time (dgrad + wgrad) of one sample through one layer [2 x forward-time]", above=0
-    )
+    backward_time: float | None = option(None, "backward time (dgrad + wgrad) of a sample, layer [2x forward]", above=0)
     backward_input_time: float | None = option(
         None, "input-gradient (dgrad) part of --backward-time; the rest is weight-gradient (wgrad) [half]", above=0
     )
     fixed_time: float = option(0.0, "overhead per forward or backward, independent of its size", at_least=0)
     communication_time: float = option(0.0, "send/recv time of one sample's activations between stages", at_least=0)
     reduction_time: float = option(0.0, "gradient reduce-scatter of one layer over data-parallel ranks", at_least=0)
-    timeline: str | None = option(
-        None, "compare with a measured timeline: the JSON file of cordee train --pipeline-timeline", metavar="FILE"
-    )
+    timeline: str | None = option(None, "compare with a timeline of cordee train --pipeline-timeline", metavar="FILE")
     output: str | None = option(None, "draw the schedules: .svg or .png", metavar="FILE")
 
     laws = (excludes("num_layers", "num_layer_list"),)

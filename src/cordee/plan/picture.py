@@ -78,16 +78,11 @@ def _chunks(timeline: Timeline) -> dict[int, float]:
     of_rank: dict[int, set[int]] = {}
     for span in timeline.spans:
         of_rank.setdefault(span.rank, set()).add(span.action.stage)
-    return {
-        stage: place / max(1, len(stages) - 1)
-        for stages in of_rank.values()
-        for place, stage in enumerate(sorted(stages))
-    }
+    return {stage: i / max(1, len(stages) - 1) for stages in of_rank.values() for i, stage in enumerate(sorted(stages))}
 
 
 def _box(axes: Axes, span: Span, lightness: float, inches_per_unit: float) -> None:
-    base = colors.to_rgb(COLOURS[span.action.kind])
-    shade = tuple(channel + 0.5 * lightness * (1 - channel) for channel in base)
+    shade = tuple(channel + 0.5 * lightness * (1 - channel) for channel in colors.to_rgb(COLOURS[span.action.kind]))
     length = span.end - span.start
     below = span.action.kind == "R"  # beside the rank's work: a strip along the row's lower edge
     y, height = (span.rank + 0.84, 0.14) if below else (span.rank + 0.06, 0.88)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from cordee import sealed
-from cordee.errors import Problem, ProblemError
+from cordee.errors import ProblemError
 from cordee.files import read_json
 from cordee.parallel.pipeline.schedules import Action, Kind
 
@@ -93,15 +93,15 @@ def read_timeline(path: Path, *, layers: Sequence[float], sizes: Sequence[float]
         spans = [_span(record) for record in records]
     except (OSError, ValueError) as error:
         fix = "give the file that a run wrote: a list of {rank, kind, stage, micro_batch, start, end}"
-        raise ProblemError([Problem("--timeline", path, f"it is no timeline: {error!r}", fix, "format")]) from error
+        raise ProblemError.of("--timeline", path, f"it is no timeline: {error!r}", fix, "format") from error
     stages = 1 + max((span.action.stage for span in spans), default=-1)
     micro_batches = 1 + max((span.action.micro_batch for span in spans), default=-1)
     if (stages, micro_batches) != (len(layers), len(sizes)):
         why = f"it has {stages} stages and {micro_batches} micro-batches, the schedule {len(layers)} and {len(sizes)}"
-        raise ProblemError([Problem("--timeline", path, why, "give the schedule and numbers of the run", "shape")])
+        raise ProblemError.of("--timeline", path, why, "give the schedule and numbers of the run", "shape")
     if not any(span.action.kind != "R" and span.end > span.start for span in spans):
         fix = "give the file that a run wrote"
-        raise ProblemError([Problem("--timeline", path, "nothing in it takes time", fix, "empty")])
+        raise ProblemError.of("--timeline", path, "nothing in it takes time", fix, "empty")
     first = min(span.start for span in spans)
     shifted = [Span(span.rank, span.action, span.start - first, span.end - first) for span in spans]
     return Timeline(name="measured", spans=shifted, layers=layers, sizes=sizes, measured=True)

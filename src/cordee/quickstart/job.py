@@ -151,10 +151,10 @@ def _own_folder(config: QuickstartConfig) -> Iterator[Path]:
         own = lock.acquire(folder.with_name(f".{folder.name}.lock"))
     except lock.HeldError as who:
         why = f"another quickstart writes to it: {who}"
-        raise ProblemError([Problem("--output", folder, why, "wait for that one, or give another folder")]) from None
+        raise ProblemError.of("--output", folder, why, "wait for that one, or give another folder") from None
     except OSError as error:
         fix = "give a folder in a place that can be written to"
-        raise ProblemError([Problem("--output", folder, f"it cannot be made: {error}", fix)]) from error
+        raise ProblemError.of("--output", folder, f"it cannot be made: {error}", fix) from error
     with own:
         yield _fresh_folder(config)
 
@@ -169,7 +169,7 @@ def _fresh_folder(config: QuickstartConfig) -> Path:
         (folder / MARKER).write_text("made by `cordee quickstart`, which may replace this folder\n", encoding="utf-8")
     except OSError as error:
         fix = "give a folder in a place that can be written to"
-        raise ProblemError([Problem("--output", folder, f"it cannot be made: {error}", fix)]) from error
+        raise ProblemError.of("--output", folder, f"it cannot be made: {error}", fix) from error
     return folder
 
 
@@ -265,9 +265,8 @@ def _launch(job: Run, name: str, values: dict[str, Any]) -> int:
 
 def _train(job: Run, values: dict[str, Any]) -> int:
     processes = job.config.nproc_per_node
-    with job.phase(
-        f"pretrain on {counted(processes, 'process', 'processes')}, {counted(values['train_iters'], 'step')}"
-    ):
+    where = counted(processes, "process", "processes")
+    with job.phase(f"pretrain on {where}, {counted(values['train_iters'], 'step')}"):
         return _launch(job, "train.yaml", values)
 
 

@@ -9,9 +9,7 @@ from cordee.config.option import option
 class QuickstartConfig:
     """Quickstart."""
 
-    input: str | None = option(
-        None, "training text: a file or a directory [the sources of Python's standard library]", metavar="PATH"
-    )
+    input: str | None = option(None, "training text: file or directory [Python's standard library]", metavar="PATH")
     output: str = option("quickstart-run", "directory for all results", metavar="DIR")
     nproc_per_node: int = option(2, "training processes (ranks)", above=0)
     train_iters: int | None = option(None, "training iterations [as many as fit in --train-seconds]", above=0)

@@ -170,14 +170,12 @@ class _Joined(View):
         out.narrow(self.dim, 0, first.shape[self.dim]).copy_(first)
         del first  # at most one part beside the result
         for view, inner, start in parts[1:]:
-            size = inner[self.dim].stop - inner[self.dim].start
-            view.read_into(out.narrow(self.dim, start, size), inner)
+            view.read_into(out.narrow(self.dim, start, inner[self.dim].stop - inner[self.dim].start), inner)
         return out
 
     def read_into(self, out: Tensor, index: Index) -> None:
         for view, inner, start in self._parts(index):
-            size = inner[self.dim].stop - inner[self.dim].start
-            view.read_into(out.narrow(self.dim, start, size), inner)
+            view.read_into(out.narrow(self.dim, start, inner[self.dim].stop - inner[self.dim].start), inner)
 
 
 @dataclass(frozen=True)

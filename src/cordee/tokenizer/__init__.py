@@ -86,7 +86,7 @@ def names_tokenizer(options: TokenizerOptions) -> bool:
 
 def holds_tokenizer(directory: str | Path) -> bool:
     """Whether a directory has the files of a tokenizer."""
-    return any(_vocabulary_files(Path(directory)))
+    return any(is_vocabulary(path.name) and path.is_file() for path in Path(directory).glob("*"))
 
 
 def _type(options: TokenizerOptions) -> str:
@@ -118,13 +118,8 @@ def is_vocabulary(name: str) -> bool:
     return name in VOCABULARIES or name.endswith(".tiktoken")
 
 
-def _vocabulary_files(directory: Path) -> Iterator[Path]:
-    return (path for path in directory.glob("*") if is_vocabulary(path.name) and path.is_file())
-
-
 def _from_directory(directory: Path, options: TokenizerOptions) -> Tokenizer:
-    """The most exact reading of what is there: the file that says everything, then the libraries that made the others,
-    then `transformers`' conversion."""
+    """The most exact reading of what is there: tokenizer.json, the libraries of others, `transformers`' conversion."""
     arguments = options.tokenizer_kwargs
     special.raise_unknown(arguments)
     model = directory / "tokenizer.model"
@@ -132,11 +127,8 @@ def _from_directory(directory: Path, options: TokenizerOptions) -> Tokenizer:
         return hf.from_tokenizer_json(directory, arguments)
     if model.is_file():
         # Two formats share the name: SentencePiece's is binary, tiktoken's is lines of text.
-        return (
-            tik.from_directory(directory, model, arguments)
-            if _is_text(model)
-            else spm.from_directory(directory, arguments)
-        )
+        text = _is_text(model)
+        return tik.from_directory(directory, model, arguments) if text else spm.from_directory(directory, arguments)
     if files := sorted(path for path in directory.glob("*.tiktoken") if path.is_file()):
         return tik.from_directory(directory, files[0], arguments)
     return hf.from_transformers(directory, arguments)

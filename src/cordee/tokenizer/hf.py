@@ -149,7 +149,7 @@ def from_tokenizer_json(directory: Path, arguments: Arguments) -> HFTokenizer:
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain `Exception` for every damage
-        raise ProblemError([Problem("tokenizer", path, f"it cannot be read: {error}", "copy it again")]) from error
+        raise ProblemError.of("tokenizer", path, f"it cannot be read: {error}", "copy it again") from error
     special = read_special_tokens(directory, arguments)
     _add_tokens(backend, special)
     report_deviations(directory, special, _deviations(backend, special))
@@ -166,12 +166,12 @@ def from_vocabulary_and_merges(vocabulary: Path, merges: Path) -> HFTokenizer:
         backend = tokenizers.Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
     except Exception as error:  # the library raises plain `Exception` for every damage
         option, path = ("--merge-file", merges) if "erge" in str(error) else ("--vocab-file", vocabulary)
-        raise ProblemError([Problem(option, path, f"it cannot be read: {error}", "copy it again")]) from error
+        raise ProblemError.of(option, path, f"it cannot be read: {error}", "copy it again") from error
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     if backend.token_to_id(END_OF_TEXT) is None:
         why = f"it has no {END_OF_TEXT}, which ends a document"
-        raise ProblemError([Problem("--vocab-file", vocabulary, why, "take the vocabulary of a GPT-2 tokenizer")])
+        raise ProblemError.of("--vocab-file", vocabulary, why, "take the vocabulary of a GPT-2 tokenizer")
     return HFTokenizer(backend, SpecialTokens(named={"eos_token": END_OF_TEXT}), "GPT2BPETokenizer")
 
 
@@ -187,10 +187,10 @@ def from_transformers(directory: Path, arguments: Arguments) -> HFTokenizer:
     except Exception as error:  # its errors depend on the format
         why = f"there is no tokenizer that can be read: {error}"
         fix = "give a directory with tokenizer.json, tokenizer.model, or vocab.json and merges.txt"
-        raise ProblemError([Problem("--tokenizer-name-or-path", directory, why, fix)]) from error
+        raise ProblemError.of("--tokenizer-name-or-path", directory, why, fix) from error
     if not tokenizer.is_fast:
         why = f"its {type(tokenizer).__name__} has no fast form"
-        raise ProblemError([Problem("--tokenizer-name-or-path", directory, why, "save it with a tokenizer.json")])
+        raise ProblemError.of("--tokenizer-name-or-path", directory, why, "save it with a tokenizer.json")
     _raise_contradictions(tokenizer.backend_tokenizer, special)
     # Class defaults count too: what transformers calls the bos token is one even if no file says so.
     found = {name: getattr(tokenizer, name) for name in NAMES if getattr(tokenizer, name) is not None}

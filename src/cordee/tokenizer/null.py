@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 
-from cordee.errors import Problem, ProblemError
+from cordee.errors import ProblemError
 from cordee.tokenizer.base import Roles, Tokenizer, outside
 
 
@@ -23,13 +23,11 @@ class NullTokenizer(Tokenizer):
             batch = [[int(word) for word in text.split()] for text in texts]
         except ValueError as error:
             fix = "give text that is numbers with spaces between them, or another tokenizer"
-            raise ProblemError([Problem("--tokenizer-type", self.type, f"the text is not: {error}", fix)]) from error
+            raise ProblemError.of("--tokenizer-type", self.type, f"the text is not: {error}", fix) from error
         wrong = outside(chain.from_iterable(batch), self.vocab_size)
         if wrong is not None:
             why = f"the text holds {wrong}, which is not among 0 to {self.vocab_size - 1}"
-            raise ProblemError(
-                [Problem("--vocab-size", self.vocab_size, why, "give a larger one", "range", limit=wrong)]
-            )
+            raise ProblemError.of("--vocab-size", self.vocab_size, why, "give a larger one", "range", limit=wrong)
         return batch
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:

@@ -36,9 +36,5 @@ class TokenizerOptions(VocabularyOptions):
     tokenizer_model: str | None = option(None, "SentencePiece, Llama2 and TikTokenizer: the model file", metavar="FILE")
     vocab_file: str | None = option(None, "GPT2BPETokenizer: vocabulary, JSON", metavar="FILE")
     merge_file: str | None = option(None, "GPT2BPETokenizer: BPE merges, text", metavar="FILE")
-    tokenizer_kwargs: Mapping[str, str | int | bool] = option(
-        {}, "PretrainedFromHF: further keyword arguments: key value key value ..."
-    )
-    tokenizer_use_fast: bool = option(
-        True, "PretrainedFromHF: use the fast (Rust) implementation", negations=("--tokenizer-not-use-fast",)
-    )
+    tokenizer_kwargs: Mapping[str, str | int | bool] = option({}, "PretrainedFromHF: further arguments: KEY VALUE ...")
+    tokenizer_use_fast: bool = option(True, "PretrainedFromHF: fast (Rust)", negations=("--tokenizer-not-use-fast",))

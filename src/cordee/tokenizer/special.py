@@ -224,11 +224,8 @@ class _Reader:
             for key, value in config.items()
             if key not in named and (every or (key.endswith("_token") and (isinstance(value, str) or _is_token(value))))
         ]
-        tokens = {
-            name: self.token(name, config[name], not _is_token(config[name]))
-            for name in named
-            if config[name] not in (None, "")
-        }
+        told = {name: config[name] for name in named if config[name] not in (None, "")}
+        tokens = {name: self.token(name, value, not _is_token(value)) for name, value in told.items()}
         return {name: token for name, token in tokens.items() if token is not None and token.content}
 
     def extra(self, config: Mapping[str, Any]) -> list[AddedToken]:
@@ -286,9 +283,7 @@ def raise_unknown(arguments: Arguments) -> None:
     """Raise `ProblemError` for arguments that would have no effect, or not the one that is meant."""
     known = (*NAMES, *AROUND)
     fix = f"only these are understood: {', '.join(known)}"
-    problems = [
-        Problem("--tokenizer-kwargs", name, "it has no effect here", fix) for name in arguments if name not in known
-    ]
+    problems = [Problem("--tokenizer-kwargs", name, "it has no effect", fix) for name in arguments if name not in known]
     problems += [
         Problem("--tokenizer-kwargs", f"{name} {arguments[name]}", "it is neither true nor false", "write one of them")
         for name in AROUND
@@ -309,9 +304,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = files.read_json(path)
     except (OSError, ValueError) as error:
-        raise ProblemError([Problem("tokenizer", path, f"it is not JSON: {error}", "copy it again")]) from error
+        raise ProblemError.of("tokenizer", path, f"it is not JSON: {error}", "copy it again") from error
     if not isinstance(value, dict):
-        raise ProblemError([Problem("tokenizer", path, "it is no JSON object", "copy it again")])
+        raise ProblemError.of("tokenizer", path, "it is no JSON object", "copy it again")
     return value
 
 
@@ -321,9 +316,7 @@ def chat_sources(directory: Path) -> dict[str, str]:
         try:
             given: Any = files.read_text(file)
         except (OSError, ValueError) as error:
-            raise ProblemError(
-                [Problem("--hf-chat-template", file, str(error), "copy it again", "unreadable")]
-            ) from error
+            raise ProblemError.of("--hf-chat-template", file, str(error), "copy it again", "unreadable") from error
     else:
         given = read_json(directory / "chat_template.json").get("chat_template")
         given = given or read_json(directory / "tokenizer_config.json").get("chat_template")
@@ -332,7 +325,7 @@ def chat_sources(directory: Path) -> dict[str, str]:
     found = given if isinstance(given, dict) else {"default": given} if given else {}
     if not all(isinstance(value, str) and len(value) <= files.LARGEST_TEXT for value in found.values()):
         why = f"a template is no text of at most {files.LARGEST_TEXT:,} characters"
-        raise ProblemError([Problem("--hf-chat-template", directory, why, "correct it")])
+        raise ProblemError.of("--hf-chat-template", directory, why, "correct it")
     return found
 
 
@@ -343,14 +336,11 @@ def copy_files(source: Path, target: Path, arguments: Arguments) -> None:
     target.mkdir(parents=True, exist_ok=True)
     found = [path for pattern in FILES for path in source.glob(pattern)]
     reasons = ((path, files.left_out(path)) for path in found)
-    raise_all(
-        Problem("tokenizer", path, why, "put the file itself in the link's place") for path, why in reasons if why
-    )
+    raise_all(Problem("tokenizer", path, why, "put the file in the link's place") for path, why in reasons if why)
     files.copy_files(found, target)
     if arguments:
         path = target / "tokenizer_config.json"
-        config = read_json(path) | dict(arguments)
-        files.write_durably(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        files.write_durably(path, json.dumps(read_json(path) | dict(arguments), indent=2, ensure_ascii=False) + "\n")
 
 
 def save_directory(source: Path, target: Path, arguments: Arguments) -> None:
@@ -359,8 +349,7 @@ def save_directory(source: Path, target: Path, arguments: Arguments) -> None:
     older = target / "special_tokens_map.json"
     named = {name: arguments[name] for name in NAMES if name in arguments}
     if named and older.is_file():  # without added_tokens_decoder this file comes before the config
-        content = read_json(older) | named
-        files.write_durably(older, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        files.write_durably(older, json.dumps(read_json(older) | named, indent=2, ensure_ascii=False) + "\n")
 
 
 def report_deviations(directory: Path, special: SpecialTokens, deviations: Iterable[str]) -> None:

@@ -128,9 +128,7 @@ def read_model(path: Path, option: str) -> SentencePieceProcessor:
         return _model_of(path.read_bytes())
     except (RuntimeError, TypeError, OSError) as error:
         why = f"it is no SentencePiece model: {error}"
-        raise ProblemError(
-            [Problem(option, path, why, "give the tokenizer.model of a SentencePiece tokenizer")]
-        ) from error
+        raise ProblemError.of(option, path, why, "give the tokenizer.model of a SentencePiece tokenizer") from error
 
 
 def llama2(path: Path) -> SentencePieceTokenizer:
@@ -169,11 +167,8 @@ def from_directory(directory: Path, arguments: Arguments) -> SentencePieceTokeni
     matched = _with_ids(model, [*special.tokens(), *_control_tokens(model, special)])
     report_deviations(directory, special, _deviations(model, special, matched))
     ids = {token.content: i for i, token in matched.items()}
-    own = {
-        role: i
-        for role, i in (("bos", own.bos), ("eos", own.eos), ("unk", own.unk))
-        if f"{role}_token" not in special.absent
-    }
+    roles = {"bos": own.bos, "eos": own.eos, "unk": own.unk}
+    own = {role: i for role, i in roles.items() if f"{role}_token" not in special.absent}
     legacy = special.switches.get("legacy", True)
     return SentencePieceTokenizer(
         "PretrainedFromHF",
@@ -188,8 +183,7 @@ def from_directory(directory: Path, arguments: Arguments) -> SentencePieceTokeni
 
 
 def _control_tokens(model: SentencePieceProcessor, special: SpecialTokens) -> list[AddedToken]:
-    """The model's own tokens in roles that the config leaves open, and if no file lists further special tokens, all its
-    control tokens."""
+    """The model's own tokens in roles left open, and all control tokens if no file lists further special ones."""
     own = {"bos_token": model.bos_id(), "eos_token": model.eos_id(), "unk_token": model.unk_id()}
     ids = [i for name, i in own.items() if i >= 0 and name not in special.named and name not in special.absent]
     if not special.lists_extra:

@@ -115,7 +115,7 @@ class TikTokenizer(MatchingTokenizer):
         except ValueError as error:  # the library's regular expressions have a stack of limited size
             why = f"it cannot cut a text of {len(text):,} characters that holds a run of spaces too long: {error}"
             fix = "take such texts out of the input"
-            raise ProblemError([Problem("tokenizer", self._source, why, fix, "too long", limit=len(text))]) from error
+            raise ProblemError.of("tokenizer", self._source, why, fix, "too long", limit=len(text)) from error
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
         skipped = {i for i, token in self._added.items() if token.special} if skip_special_tokens else set()
@@ -188,7 +188,7 @@ def _with_ids(ranks: Mapping[bytes, int], kind: _Kind, config: SpecialTokens, pa
         special = {len(ranks) + i: AddedToken(content) for i, content in enumerate(kind.special)}
     if (largest := max(special)) - len(ranks) > _MOST_GAPS:
         why = f"its id is {largest}, and the file of ranks has {len(ranks)}"
-        raise ProblemError([Problem("added tokens", special[largest].content, why, "correct the id")])
+        raise ProblemError.of("added tokens", special[largest].content, why, "correct the id")
     for i in range(len(ranks), largest):
         special.setdefault(i, AddedToken(f"<|reserved_token_{i}|>"))
     known = {token.content for token in special.values()}
@@ -217,17 +217,17 @@ def read_ranks(path: Path, option: str) -> dict[bytes, int]:
             ranks[base64.b64decode(token, validate=True)] = int(rank)
     except (ValueError, binascii.Error, OSError) as error:
         why = f"it is no tiktoken file: {error}"
-        raise ProblemError([Problem(option, path, why, "give a file with lines of base64 and rank")]) from error
+        raise ProblemError.of(option, path, why, "give a file with lines of base64 and rank") from error
     if sorted(ranks.values()) != list(range(len(ranks))):
         why = "its ranks are not the numbers from 0 on, so lines are missing or doubled"
-        raise ProblemError([Problem(option, path, why, "copy it again")])
+        raise ProblemError.of(option, path, why, "copy it again")
     return ranks
 
 
 def _kind(ranks: Mapping[bytes, int], path: Path, option: str) -> _Kind:
     if len(ranks) not in _KINDS:
         why = f"it has {len(ranks)} ranks; how it cuts text is known only for {sorted(_KINDS)} (Llama 3, Qwen)"
-        raise ProblemError([Problem(option, path, why, "give a Hugging Face directory with a tokenizer.json")])
+        raise ProblemError.of(option, path, why, "give a Hugging Face directory with a tokenizer.json")
     return _KINDS[len(ranks)]
 
 
@@ -239,7 +239,7 @@ def _from_megatron(path: Path) -> TikTokenizer:
     except (ValueError, TypeError, KeyError, OSError) as error:
         why = f"it is no list of rank, token_bytes and token_str: {error}"
         fix = "give Megatron's JSON vocabulary, or a file with lines of base64 and rank"
-        raise ProblemError([Problem("--tokenizer-model", path, why, fix)]) from error
+        raise ProblemError.of("--tokenizer-model", path, why, fix) from error
     ids = {token: i for i, token in enumerate(special)}
     roles = Roles(bos=ids["<s>"], eos=ids["</s>"], pad=ids["<pad>"])
     added = {i: AddedToken(token) for token, i in ids.items()}

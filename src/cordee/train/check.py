@@ -106,6 +106,5 @@ def _memory(draft: Draft) -> Iterator[str]:
     trained = techniques.trained(draft.spec.config, config)
     counts = [cost.count(draft.spec.config, degrees, of_rank, trained) for of_rank in spans]
     most = max((cost.cost(config, degrees, count) for count in counts), key=lambda each: each.total)
-    yield most.describe(
-        "the process" if degrees.world_size == 1 else "a rank" if len(spans) == 1 else "the rank with the most"
-    )
+    several = "a rank" if len(spans) == 1 else "the rank with the most"
+    yield most.describe("the process" if degrees.world_size == 1 else several)

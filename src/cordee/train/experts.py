@@ -33,10 +33,8 @@ def with_training(spec: ModelSpec, options: TrainConfig) -> ModelSpec:
     def trained(moe: MoEConfig) -> MoEConfig:
         return replace(moe, balance=_balance(moe, options), capacity=_capacity(moe.capacity, options))
 
-    layers = (
-        replace(layer, mlp=trained(layer.mlp)) if isinstance(layer.mlp, MoEConfig) else layer
-        for layer in spec.config.layers
-    )
+    old = spec.config.layers
+    layers = (replace(x, mlp=trained(x.mlp)) if isinstance(x.mlp, MoEConfig) else x for x in old)
     return replace(spec, config=replace(spec.config, layers=tuple(layers)))
 
 

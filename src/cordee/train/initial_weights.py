@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from cordee.checkpoint import assets, directory, formats
 from cordee.checkpoint.storage import Location, location_of, reached
-from cordee.errors import Findings, Problem, ProblemError, raise_all, requires
+from cordee.errors import Findings, ProblemError, raise_all, requires
 from cordee.families.registry import spec_from_directory, spec_named
 from cordee.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
 from cordee.tokenizer.options import TokenizerOptions
@@ -30,8 +30,7 @@ def opened(config: TrainConfig, initial: InitialWeights, found: Findings) -> Ini
     step = config.ckpt_step if initial.checkpoint is None else None
     source = found.attempt(lambda: formats.read(path, Reading(spec=spec, iteration=step)))
     if source is None:
-        there = (path / "config.json").is_file()
-        spec = found.attempt(lambda: spec_from_directory(str(path))) if there else None
+        spec = found.attempt(lambda: spec_from_directory(str(path))) if (path / "config.json").is_file() else None
         return spec and replace(initial, spec=spec, assets=path.local)
     initial = replace(initial, source=source, spec=source.spec, assets=initial.assets or source.assets)
     has_adapters = config.lora_target_modules or initial.peft or initial.checkpoint
@@ -58,11 +57,8 @@ def _with_adapter(config: TrainConfig, initial: InitialWeights) -> InitialWeight
 
 def tokenizer_of(config: TrainConfig, initial: InitialWeights) -> Tokenizer | None:
     """The tokenizer of the options, else that beside the weights; None if there is neither."""
-    given = any(
-        getattr(config, name)
-        for name in TokenizerOptions.__dataclass_fields__
-        if name not in ("vocab_size", "tokenizer_use_fast")
-    )
+    names = TokenizerOptions.__dataclass_fields__.keys() - {"vocab_size", "tokenizer_use_fast"}
+    given = any(getattr(config, name) for name in names)
     beside = str(initial.assets) if initial.assets and holds_tokenizer(initial.assets) else None
     return load_tokenizer(config, beside) if given or beside else None
 
@@ -89,7 +85,7 @@ def choose(config: TrainConfig, avoid: Mapping[int, str] | None, notes: list[str
     adapters = found.checkpoint and found.weights
     if not adapters and (found.weights or found.checkpoint or not config.lora_target_modules):
         why, fix = "it holds no adapters", "give a directory of PEFT, or checkpoints of a run that trains adapters"
-        raise ProblemError([Problem(option, given, why, fix, "unknown")])
+        raise ProblemError.of(option, given, why, fix, "unknown")
     return replace(found, weights=base)
 
 
@@ -145,4 +141,4 @@ def _of_checkpoint(config: TrainConfig, path: Location) -> InitialWeights:
 
 
 def _unfit(option: str, path: Location, why: str, fix: str, kind: str, limit: object = None) -> ProblemError:
-    return ProblemError([Problem(option, str(path), why, fix, kind, limit=limit)])
+    return ProblemError.of(option, str(path), why, fix, kind, limit=limit)

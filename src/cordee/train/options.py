@@ -59,9 +59,7 @@ class LoggingOptions:
     log_throughput: bool = option(True, "log TFLOP/s per device (model FLOPs: recompute does not count)")
     log_params_norm: bool = option(False, "log the L2 norm of all parameters")
     log_num_zeros_in_grad: bool = option(False, "log the number of zeros in the gradients")
-    tensorboard_dir: str | None = option(
-        None, "write TensorBoard events to this directory", metavar="DIR", elsewhere=("logging_dir",)
-    )
+    tensorboard_dir: str | None = option(None, "TensorBoard event directory", metavar="DIR", elsewhere=("logging_dir",))
     tensorboard_log_interval: int = option(1, "iterations between TensorBoard and W&B values", above=0)
     wandb_project: str | None = option(None, 'log to this Weights & Biases (W&B) project; needs "cordee[wandb]"')
     wandb_exp_name: str | None = option(None, "name of the W&B run [one that W&B makes up]", elsewhere=("run_name",))
@@ -69,9 +67,7 @@ class LoggingOptions:
         None, "local directory of W&B, which makes wandb/ there [--save, or where the command runs]", metavar="DIR"
     )
     metrics_file: str | None = option(None, "one JSON line per log line [metrics.jsonl in --save]", metavar="FILE")
-    peak_tflops: float | None = option(
-        None, "peak TFLOP/s of a device, for MFU [known for the device, or measured]", above=0
-    )
+    peak_tflops: float | None = option(None, "peak TFLOP/s of a device, for MFU [known, or measured]", above=0)
 
     laws = (
         ignored("tensorboard_log_interval", tensorboard_dir=GIVEN, wandb_project=GIVEN),
@@ -85,9 +81,7 @@ class PerformanceOptions:
 
     manual_gc: bool = option(False, "run Python's garbage collector on all ranks at the same iterations only")
     manual_gc_interval: int = option(0, "--manual-gc: iterations between collections; 0: at validations", at_least=0)
-    use_deter_comp: bool = option(
-        False, "deterministic kernels only: two runs are bit-identical", aliases=("--deterministic-mode",)
-    )
+    use_deter_comp: bool = option(False, "deterministic kernels: bit-identical runs", aliases=("--deterministic-mode",))
 
     laws = (needs("manual_gc_interval", manual_gc=True),)
 
@@ -126,6 +120,4 @@ class TrainConfig(
 class CheckConfig(TrainConfig):
     """A training run that is only checked."""
 
-    world_size: int | None = option(
-        None, "processes of all nodes, for a run on other machines than this [as train would start here]", above=0
-    )
+    world_size: int | None = option(None, "processes of all nodes, on other machines [as train starts here]", above=0)

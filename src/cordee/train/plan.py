@@ -97,8 +97,7 @@ def draft_run(
         found.notes += settings.ignored()
     found.problems += degree_problems(config, world_size)
     objective = objectives.named(config.stage).with_options(config)
-    sizes = found.attempt(lambda: pipeline_check.sizes(config))
-    batches = build_batch_schedule(config, shape.data, sizes)
+    batches = build_batch_schedule(config, shape.data, found.attempt(lambda: pipeline_check.sizes(config)))
     if (counted_out := _with_length(config, objective, batches, found)) is not config:
         config = counted_out
         found.problems += optim_schedule.problems(config, config.train_iters, None)
@@ -158,8 +157,7 @@ def option_problems(config: TrainConfig) -> Problems:
 def _adapted(spec: ModelSpec, config: TrainConfig, found: Findings) -> ModelSpec:
     """The model that is trained, with what techniques add to it."""
     for technique in techniques.TECHNIQUES:
-        adapted = found.attempt(partial(technique.adapt, spec, config))
-        spec = replace(spec, config=adapted or spec.config)
+        spec = replace(spec, config=found.attempt(partial(technique.adapt, spec, config)) or spec.config)
     return spec
 
 
@@ -189,8 +187,7 @@ def _name_problems(config: TrainConfig) -> Problems:
 def _with_length(
     config: TrainConfig, objective: Objective[Any], batches: BatchSchedule, found: Findings
 ) -> TrainConfig:
-    """--num-epochs as the iterations that it means here; what keeps the data from being read is found with all else of
-    it."""
+    """--num-epochs as the iterations that it means here; problems of the data are found with all else of it."""
     if config.num_epochs is None or config.skip_train:
         return config
     unread = Findings()
@@ -200,9 +197,8 @@ def _with_length(
         found.problems.append(Problem("--num-epochs", config.num_epochs, why, "give --train-iters", "length"))
     if size is None or config.train_iters or config.train_samples:
         return config
-    return replace(
-        config, num_epochs=None, train_iters=batches.steps_of(config.num_epochs * sum(size.samples.values()))
-    )
+    samples = config.num_epochs * sum(size.samples.values())
+    return replace(config, num_epochs=None, train_iters=batches.steps_of(samples))
 
 
 def _iterations(config: TrainConfig, batches: BatchSchedule, notes: list[str]) -> int:
@@ -212,9 +208,7 @@ def _iterations(config: TrainConfig, batches: BatchSchedule, notes: list[str]) -
     steps, used = batches.whole_steps(config.train_samples)
     if not steps:
         why = f"the first step takes {counted(batches.batch_size(0), 'sample')}"
-        raise ProblemError(
-            [Problem("--train-samples", config.train_samples, why, "give more", limit=batches.batch_size(0))]
-        )
+        raise ProblemError.of("--train-samples", config.train_samples, why, "give more", limit=batches.batch_size(0))
     if left := config.train_samples - used:
         notes.append(f"left out: {counted(left, 'sample')} of --train-samples after the last whole step")
     return steps
@@ -234,14 +228,12 @@ def _start(
     tokens = _MANY_TOKENS if len(found.problems) > before else tokenizer and tokenizer.vocab_size
     if initial is None:  # the options may have the whole shape, too
         alone = Findings()
-        spec = alone.attempt(
-            lambda: _spec(config, InitialWeights(), tokenizer, tokens or _MANY_TOKENS, []), involves=_MODEL
-        )
+        tokens = tokens or _MANY_TOKENS
+        spec = alone.attempt(lambda: _spec(config, InitialWeights(), tokenizer, tokens, []), involves=_MODEL)
         found.problems += () if any(problem.kind == "missing" for problem in alone.problems) else alone.problems
         return None, tokenizer, spec
-    spec = found.attempt(
-        lambda: _spec(config, initial, tokenizer, tokens, found.notes), involves=(*_MODEL, *_TOKENIZER)
-    )
+    involved = (*_MODEL, *_TOKENIZER)
+    spec = found.attempt(lambda: _spec(config, initial, tokenizer, tokens, found.notes), involves=involved)
     if spec is not None:
         found.notes += ignored(config, words_of(spec.config))
     return initial, tokenizer, spec
@@ -297,9 +289,8 @@ def _vocabulary_problems(config: TrainConfig, rows: int) -> Problems:
     loaded = f"the {rows} tokens of the model that is loaded"
     yield from at_most("--vocab-size", config.vocab_size, rows, loaded, "load")
     if config.make_vocab_size_divisible_by is not None:
-        yield from divides(
-            "--make-vocab-size-divisible-by", config.make_vocab_size_divisible_by, rows, "tokens of the model", "load"
-        )
+        by = config.make_vocab_size_divisible_by
+        yield from divides("--make-vocab-size-divisible-by", by, rows, "tokens of the model", "load")
 
 
 def _save_problems(config: TrainConfig, initial: InitialWeights | None) -> Problems:

@@ -53,9 +53,7 @@ class SafetensorsFile:
         self.path = path
         with safe_open(path, "pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            self.tensors = {
-                name: Stored(tuple(part.get_shape()), DTYPES.get(part.get_dtype())) for name, part in slices.items()
-            }
+            self.tensors = {name: Stored(tuple(s.get_shape()), DTYPES.get(s.get_dtype())) for name, s in slices.items()}
         self._starts = starts(path)
 
     def read(self, name: str, index: Index) -> Tensor:
@@ -89,10 +87,10 @@ def opened(path: Path, opener: Callable[[Path], T], fix: str = COPY_AGAIN) -> T:
             raise ValueError("it is no regular file")
         return opener(path)
     except FileNotFoundError as error:
-        raise ProblemError([Problem(str(path), None, "the file is missing", fix, "missing")]) from error
+        raise ProblemError.of(str(path), None, "the file is missing", fix, "missing") from error
     except UNREADABLE as error:
         why = f"the file cannot be read: {str(error).partition(chr(10))[0] or type(error).__name__}"
-        raise ProblemError([Problem(str(path), None, why, fix, "unreadable")]) from error
+        raise ProblemError.of(str(path), None, why, fix, "unreadable") from error
 
 
 def unfit(file: TensorFile, name: str, shape: Shape, fix: str) -> Problems:

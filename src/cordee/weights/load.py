@@ -29,9 +29,8 @@ class LoadReport:
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
-        return "; ".join(
-            (f"{counted(self.parameters, 'tensor')}, {counted(self.elements, 'parameter')} loaded", *self.notes)
-        )
+        loaded = f"{counted(self.parameters, 'tensor')}, {counted(self.elements, 'parameter')} loaded"
+        return "; ".join((loaded, *self.notes))
 
 
 @torch.no_grad()

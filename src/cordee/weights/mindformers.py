@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from cordee.errors import Problem, ProblemError
+from cordee.errors import ProblemError
 from cordee.families.registry import ModelSpec
 
 EMBEDDING = "model.tok_embeddings.embedding_weight"
@@ -49,7 +49,7 @@ def check(spec: ModelSpec) -> None:
     if nameless:
         why = f"it has no names for {', '.join(sorted(nameless))} of family {spec.family.name}"
         fix = "choose another format; this one is for models of LLaMA's form"
-        raise ProblemError([Problem("--save-model-type", "mindformers", why, fix, "inexpressible", limit=nameless)])
+        raise ProblemError.of("--save-model-type", "mindformers", why, fix, "inexpressible", limit=nameless)
 
 
 _LARGEST = 10**8  # bytes that are read of a header or an index; the library of safetensors takes no larger header

@@ -66,11 +66,7 @@ class SafetensorsWriter:
         assert self.fits(dtype.itemsize), f"{name} would not be aligned"
         region = contiguous(8 + self._room + self.nbytes, tuple(shape), dtype)
         start, self.nbytes = self.nbytes, self.nbytes + region.nbytes
-        self._header[name] = {
-            "dtype": NAMES_OF_TYPES[dtype],
-            "shape": list(shape),
-            "data_offsets": [start, self.nbytes],
-        }
+        self._header[name] = {"dtype": NAMES_OF_TYPES[dtype], "shape": [*shape], "data_offsets": [start, self.nbytes]}
         self.names.append(name)
         return region
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from cordee import lock
-from cordee.errors import Problem, ProblemError, raise_all
+from cordee.errors import ProblemError, raise_all
 from cordee.files import copy_files, create_new, left_out, remove_tree, unwritable
 from cordee.tokenizer.special import FILES as TOKENIZER_FILES
 
@@ -42,16 +42,14 @@ class Staging:
         mark = self.scratch / UNFINISHED
         if os.path.lexists(self.scratch) and not _is_ours(self.scratch):
             why = f"output is made in {self.scratch} until it is complete, and something else is there"
-            raise ProblemError(
-                [Problem("output directory", self.path, why, "move that away, or give another", "foreign")]
-            )
+            raise ProblemError.of("output directory", self.path, why, "move that away, or give another", "foreign")
         try:
             with self.writing():
                 self._lock = lock.acquire(mark)
                 self._remove_what_was_left()
         except lock.HeldError as who:
             why, fix = f"another process is writing it: {who}", "wait for that one, or give another"
-            raise ProblemError([Problem("output directory", self.path, why, fix, "in use")]) from None
+            raise ProblemError.of("output directory", self.path, why, fix, "in use") from None
         try:
             check_output(self.path, overwrite=overwrite)  # another process may have completed it meanwhile
         except ProblemError:
@@ -116,7 +114,7 @@ class Staging:
             yield
         except OSError as error:
             why, fix = f"it cannot be written: {error}", "make room or allow it, or give another"
-            raise ProblemError([Problem("output directory", self.path, why, fix, "unwritable")]) from error
+            raise ProblemError.of("output directory", self.path, why, fix, "unwritable") from error
 
 
 def _is_ours(scratch: Path) -> bool:
@@ -133,12 +131,12 @@ def check_output(path: Path, *, overwrite: bool = False) -> None:
     """ProblemError if output must not go to `path`."""
     if os.path.lexists(path) and not path.is_dir():
         why, fix = "there is a file of this name", "give another directory"
-        raise ProblemError([Problem("output directory", path, why, fix, "file")])
+        raise ProblemError.of("output directory", path, why, fix, "file")
     raise_all(unwritable("output directory", path, path.parent))
     if path.is_dir() and any(path.iterdir()):
         if not overwrite:
             fix = "give another directory, or --overwrite"
-            raise ProblemError([Problem("output directory", path, "it is not empty", fix, "not empty", ("overwrite",))])
+            raise ProblemError.of("output directory", path, "it is not empty", fix, "not empty", ("overwrite",))
         if not any(any(path.glob(mark)) for mark in MARKS):
             why = "it holds something else than a model, which --overwrite does not replace"
-            raise ProblemError([Problem("output directory", path, why, "give another directory", "foreign")])
+            raise ProblemError.of("output directory", path, why, "give another directory", "foreign")

@@ -135,8 +135,7 @@ def _views(content: object) -> Iterator[tuple[Keys, _View]]:
 
 
 def _view(storage: object, first: Any, shape: Any, strides: Any, *more: object) -> _View:
-    """`more`: whether it has gradients, hooks, and whether its values are to be negated or conjugated; an NPU's format
-    of memory in its place."""
+    """`more`: whether it has gradients, hooks, is to be negated or conjugated; an NPU's memory format in its place."""
     if not isinstance(storage, _Storage):
         raise TypeError("a tensor without a storage")
     if any(isinstance(flags, dict) and flags for flags in more[2:]):
@@ -234,9 +233,7 @@ def _settings(value: object) -> object:
 def _read_archive(file: BinaryIO) -> tuple[object, list[str]]:
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
-    root = next(
-        (entry.filename.removesuffix(_PICKLE) for entry in entries if entry.filename.endswith("/" + _PICKLE)), ""
-    )
+    root = next((each.filename.removesuffix(_PICKLE) for each in entries if each.filename.endswith("/" + _PICKLE)), "")
     found = {entry.filename.removeprefix(root): entry for entry in entries}
     if _PICKLE not in found or len(found) < len(entries):
         raise ValueError("it is an archive, but not of torch.save")

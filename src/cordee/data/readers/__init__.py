@@ -43,14 +43,12 @@ def reading(option: str, given: object) -> Iterator[None]:
     try:
         yield
     except ProblemError as error:
-        named = (
-            replace(problem, option=option) if problem.option == "--input" else problem for problem in error.problems
-        )
+        named = (replace(each, option=option) if each.option == "--input" else each for each in error.problems)
         raise ProblemError(named, error.everywhere) from error
     except OSError as error:
         kind = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
         why, fix = f"it cannot be read: {error.strerror or error}", "check that it is there, whole, and may be read"
-        raise ProblemError([Problem(option, given, why, fix, kind)]) from error
+        raise ProblemError.of(option, given, why, fix, kind) from error
 
 
 def extension(path: Path) -> str | None:
@@ -82,16 +80,16 @@ def _known_files(path: Path, instead: str, preferred: Collection[str]) -> list[P
         if extension(path) is None:
             why = "the format of this file is unknown"
             fix = f"give a file that ends in {known}, or such with .gz"
-            raise ProblemError([Problem("--input", path, why, fix, "format")])
+            raise ProblemError.of("--input", path, why, fix, "format")
         return [path]
     if not path.is_dir():
         why, fix = "there is no such file or directory", either("check the path", instead)
-        raise ProblemError([Problem("--input", path, why, fix, "missing")])
+        raise ProblemError.of("--input", path, why, fix, "missing")
     files = sorted(_files(path))
     counts = Counter(ending for file in files if (ending := extension(file)))
     if not counts:
         why = f"it holds no file that ends in {known}"
-        raise ProblemError([Problem("--input", path, why, "check the path", "empty")])
+        raise ProblemError.of("--input", path, why, "check the path", "empty")
     chosen = max(counts, key=lambda ending: (ending in preferred, counts[ending]))
     others = [str(file.relative_to(path)) for file in files if extension(file) != chosen]
     if others:

@@ -28,7 +28,7 @@ def read(path: Path, keys: Sequence[str]) -> Iterator[Chunk]:
         yield from table_chunks(str(path), numbered(rows(path, list(keys))))
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         why = f"it is damaged or no {path.suffix[1:]} file: {error}"
-        raise ProblemError([Problem("--input", path, why, "copy it again", "corrupt")]) from error
+        raise ProblemError.of("--input", path, why, "copy it again", "corrupt") from error
 
 
 def _parquet_rows(path: Path, keys: list[str]) -> Iterator[tuple[tuple[object, ...], float]]:

@@ -15,6 +15,7 @@ CHUNK_BYTES = 1 << 18  # about a tenth of a second of tokenizing
 MAX_RECORD_BYTES = 1 << 24
 
 Row = tuple[str, ...]  # one text per key
+Numbered = tuple[int, "tuple[object, ...] | Broken", float]  # a record with its number, and the share read with it
 
 
 @dataclass(frozen=True)
@@ -122,9 +123,7 @@ class _Missing:
 MISSING = _Missing()
 
 
-def table_chunks(
-    source: str, rows: Iterable[tuple[int, tuple[object, ...] | Broken, float]], unit: str = "row"
-) -> Iterator[TableChunk]:
+def table_chunks(source: str, rows: Iterable[Numbered], unit: str = "row") -> Iterator[TableChunk]:
     """Group rows, given with their number and the share of the source that is read with each, to chunks of bounded
     size."""
     numbers: list[int] = []

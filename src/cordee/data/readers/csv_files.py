@@ -7,17 +7,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from cordee.data.readers.chunk import MAX_RECORD_BYTES, Broken, Chunk, missing_columns, table_chunks, too_large
+from cordee.data.readers import chunk
+from cordee.data.readers.chunk import MAX_RECORD_BYTES
 from cordee.data.readers.stream import ByteStream, open_stream
-from cordee.errors import Problem, ProblemError, raise_all
+from cordee.errors import ProblemError, raise_all
 
 EXTENSIONS = (".csv", ".csv.gz")
 
 
 class _Lines:
-    """The lines of a file, as `csv.reader` takes them: up to the end of a record, which has a largest size.
-
-    A record that is larger ends the file, because only its closing quote would tell where the next one begins."""
+    """The lines of a file up to the end of a record; one too large ends the file, as only its quote ends it."""
 
     def __init__(self, path: Path, text: TextIO):
         self._path = path
@@ -39,43 +38,40 @@ class _Lines:
         self._number += 1
         self._characters += len(line)
         if self._characters > MAX_RECORD_BYTES:
-            fix = "close its quote if that is missing, else cut its text"
-            place = f"{self._path}:{self.first}"
-            raise ProblemError([Problem("--input", place, too_large("the record"), fix, "too large")])
+            why, fix = chunk.too_large("the record"), "close its quote if that is missing, else cut its text"
+            raise ProblemError.of("--input", f"{self._path}:{self.first}", why, fix, "too large")
         if not line:
             raise StopIteration
         return line
 
 
-def read(path: Path, keys: Sequence[str]) -> Iterator[Chunk]:
+def read(path: Path, keys: Sequence[str]) -> Iterator[chunk.Chunk]:
     """The chunks of one file. Raises `ProblemError` if its header lacks a key, or a record is too large."""
     # The library's own limit of 128 Ki characters is too small for documents.
     csv.field_size_limit(max(csv.field_size_limit(), MAX_RECORD_BYTES))
     with open_stream(path) as stream:
-        yield from table_chunks(str(path), _rows(path, stream, keys), "line")
+        yield from chunk.table_chunks(str(path), _rows(path, stream, keys), "line")
 
 
-def _rows(
-    path: Path, stream: ByteStream, keys: Sequence[str]
-) -> Iterator[tuple[int, tuple[object, ...] | Broken, float]]:
+def _rows(path: Path, stream: ByteStream, keys: Sequence[str]) -> Iterator[chunk.Numbered]:
     lines = _Lines(path, stream.text(newline=""))
     records = _records(csv.reader(lines, strict=True), lines)
     header = next(records, [])
-    if isinstance(header, Broken):
-        raise ProblemError([Problem("--input", path, f"in its header: {header.why}", "give a CSV file", "corrupt")])
-    raise_all(missing_columns(str(path), keys, header))
+    if isinstance(header, chunk.Broken):
+        raise ProblemError.of("--input", path, f"in its header: {header.why}", "give a CSV file", "corrupt")
+    raise_all(chunk.missing_columns(str(path), keys, header))
     columns = [header.index(key) for key in keys]
     for fields in records:
-        if isinstance(fields, Broken):
+        if isinstance(fields, chunk.Broken):
             yield lines.first, fields, stream.done()
         elif fields and len(fields) != len(header):
-            yield lines.first, Broken(f"it has {len(fields)} fields, the header {len(header)}"), stream.done()
+            yield lines.first, chunk.Broken(f"it has {len(fields)} fields, the header {len(header)}"), stream.done()
         elif fields:  # an empty line is no record
             record = tuple(fields[column] for column in columns)
             yield lines.first, record if keys else (dict(zip(header, fields, strict=True)),), stream.done()
 
 
-def _records(reader: Any, lines: _Lines) -> Iterator[list[str] | Broken]:
+def _records(reader: Any, lines: _Lines) -> Iterator[list[str] | chunk.Broken]:
     while True:
         lines.begin()
         try:
@@ -83,4 +79,4 @@ def _records(reader: Any, lines: _Lines) -> Iterator[list[str] | Broken]:
         except StopIteration:
             return
         except csv.Error as error:
-            yield Broken(f"it is not CSV: {error}")
+            yield chunk.Broken(f"it is not CSV: {error}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cordee.data.readers.chunk import MISSING, Chunk, missing_columns, numbered, table_chunks
-from cordee.errors import Problem, ProblemError, raise_all
+from cordee.errors import ProblemError, raise_all
 from cordee.files import read_json
 
 _OPTION = "--hf-datasets-params"
@@ -20,9 +20,9 @@ def read_params(path: Path) -> dict[str, Any]:
         params = read_json(path)
     except (OSError, ValueError) as error:
         fix = 'write the arguments as JSON, for example {"path": "json", "data_files": "x.jsonl", "streaming": true}'
-        raise ProblemError([Problem(_OPTION, path, f"it cannot be read as JSON: {error}", fix)]) from error
+        raise ProblemError.of(_OPTION, path, f"it cannot be read as JSON: {error}", fix) from error
     if not isinstance(params, dict):
-        raise ProblemError([Problem(_OPTION, path, "it is no JSON object", "write {name: value, ...}")])
+        raise ProblemError.of(_OPTION, path, "it is no JSON object", "write {name: value, ...}")
     return params
 
 
@@ -32,20 +32,18 @@ def read(params: dict[str, Any], keys: Sequence[str]) -> Iterator[Chunk]:
         import datasets
     except ImportError as error:
         why = "it needs the library `datasets`, which is not installed"
-        raise ProblemError(
-            [Problem(_OPTION, None, why, 'pip install "cordee[datasets]"', "missing", limit="datasets")]
+        raise ProblemError.of(
+            _OPTION, None, why, 'pip install "cordee[datasets]"', "missing", limit="datasets"
         ) from error
     try:
         loaded = datasets.load_dataset(**params)
     except Exception as error:  # its errors depend on the dataset
         why = f"the dataset cannot be loaded: {type(error).__name__}: {error}"
-        raise ProblemError(
-            [Problem(_OPTION, params, why, "correct the arguments of load_dataset", "unreadable")]
-        ) from error
+        raise ProblemError.of(_OPTION, params, why, "correct the arguments of load_dataset", "unreadable") from error
     if isinstance(loaded, dict):
         if "train" not in loaded:
             why = f"it has the splits {', '.join(loaded)} and no train"
-            raise ProblemError([Problem(_OPTION, params, why, 'choose one: "split": ...')])
+            raise ProblemError.of(_OPTION, params, why, 'choose one: "split": ...')
         loaded = loaded["train"]
     name = str(params.get("path", "dataset"))
     if loaded.column_names and keys:

@@ -13,7 +13,7 @@ from typing import IO
 
 from cordee.data.readers.chunk import CHUNK_BYTES, MAX_RECORD_BYTES, Broken, Chunk, lacks, large_line, too_large
 from cordee.data.readers.stream import BOM, line_blocks, open_stream
-from cordee.errors import Problem, ProblemError
+from cordee.errors import ProblemError
 
 EXTENSIONS = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
 _START = 1 << 16  # bytes that show the form of a file
@@ -106,9 +106,7 @@ _WORD = re.compile(rb'[^"\[\]{},\ \t\r\n]*+')  # a number, true, null, or what i
 
 
 class _Scanner:
-    """Values one after the other in a file, as bytes, found by their brackets and quotes alone.
-
-    Memory holds one block and one value; a value of more than `MAX_RECORD_BYTES` is skipped, and is None."""
+    """Values one after the other in a file, as bytes, found by brackets and quotes; None for one too large."""
 
     def __init__(self, path: Path, file: IO[bytes]):
         self._path = path
@@ -219,7 +217,7 @@ class _Scanner:
         """What is wrong here, and where that is."""
         line = self._lines + self._block.count(b"\n", 0, self._place)
         why, fix = f"after record {self._values}: {why}", "copy it again, or write one object a line"
-        return ProblemError([Problem("--input", f"{self._path}:{line}", why, fix, kind, limit=self._values)])
+        return ProblemError.of("--input", f"{self._path}:{line}", why, fix, kind, limit=self._values)
 
 
 def _end(pattern: re.Pattern[bytes], block: bytes, place: int) -> int:

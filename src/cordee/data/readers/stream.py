@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any, AnyStr
 
 from cordee.data.readers.chunk import CHUNK_BYTES, MAX_RECORD_BYTES
-from cordee.errors import Problem, ProblemError
+from cordee.errors import ProblemError
 from cordee.files import open_regular
 
 BOM = b"\xef\xbb\xbf"
@@ -47,7 +47,7 @@ def open_stream(path: Path) -> Iterator[ByteStream]:
             yield ByteStream(path, raw, file)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             why = f"it cannot be decompressed: {error}"
-            raise ProblemError([Problem("--input", path, why, "copy it again", "corrupt")]) from error
+            raise ProblemError.of("--input", path, why, "copy it again", "corrupt") from error
 
 
 def line_blocks(file: Any, end: AnyStr) -> Iterator[tuple[AnyStr | None, int]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cordee.data.readers.chunk import MAX_RECORD_BYTES, Broken, Chunk, TableChunk, large_line
 from cordee.data.readers.stream import line_blocks, open_stream
-from cordee.errors import Problem, ProblemError
+from cordee.errors import ProblemError
 
 EXTENSIONS = (".txt", ".txt.gz")
 KEY = "text"
@@ -57,4 +57,4 @@ def _require_key(path: Path, keys: Sequence[str]) -> None:
     if keys and tuple(keys) != (KEY,):
         why = f"{path} is plain text, whose lines have no key but {KEY!r}"
         fix = f"leave it out, or write --json-keys {KEY}"
-        raise ProblemError([Problem("--json-keys", " ".join(keys), why, fix, "missing", limit=(KEY,))])
+        raise ProblemError.of("--json-keys", " ".join(keys), why, fix, "missing", limit=(KEY,))

@@ -71,13 +71,10 @@ def _dynamic(options: LayoutOptions, degrees: Degrees) -> Problems:
     if schedule_of(options) != "1f1b" or degrees.pp == 1:
         why = "micro-batches of different sizes need a pipeline with the schedule 1F1B"
         fix = "give --pipeline-model-parallel-size, and no other schedule"
-        involved = ("pipeline_model_parallel_size", *_SCHEDULE)
-        yield Problem("--optimized-pipeline", True, why, fix, "requires", involved)
-    num_samples = (options.global_batch_size or options.micro_batch_size * degrees.data) // degrees.data
-    size = options.micro_batch_size
-    yield from micro_batches.problems(
-        options.manual_mbs, num_ranks=degrees.pp, micro_batch_size=size, num_samples=num_samples
-    )
+        yield Problem("--optimized-pipeline", True, why, fix, "requires", ("pipeline_model_parallel_size", *_SCHEDULE))
+    mbs, size = options.manual_mbs, options.micro_batch_size
+    samples = (options.global_batch_size or size * degrees.data) // degrees.data
+    yield from micro_batches.problems(mbs, num_ranks=degrees.pp, micro_batch_size=size, num_samples=samples)
 
 
 def _split_backward(options: LayoutOptions, schedule: str) -> Problems:

@@ -73,8 +73,7 @@ class PipelineExecutor:
         metrics = _StepMetrics()
 
         def forward(stage: Stage, micro_batch: int, x: Tensor) -> Tensor:
-            counts = batches[micro_batch].counted
-            balance = Balance(step.scale * step.weights[micro_batch] / step.weight, counts)
+            balance = Balance(step.scale * step.weights[micro_batch] / step.weight, batches[micro_batch].counted)
             output, parts = stage.forward(micro_batch, x, batches[micro_batch], balance, step.scale / step.weight)
             metrics.add_layers(balance, weights[micro_batch], first=micro_batch == 0)
             if parts is not None:
@@ -235,9 +234,7 @@ class _StepMetrics:
 
 
 class _Mailbox:
-    """Hidden states and their gradients in flight between stages, over ranks or within this one.
-
-    `like` has their shape and type for each micro-batch."""
+    """Hidden states and gradients in flight between stages; `like` has their shape and type for each micro-batch."""
 
     def __init__(self, layout: Layout, partition: StagePartition, device: torch.device, like: Sequence[Tensor]):
         group = layout.group("pp")

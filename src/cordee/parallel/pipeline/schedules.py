@@ -52,8 +52,7 @@ def rank_actions(schedule: str, num_ranks: int, stages_per_rank: int, num_micro_
     et al. 2019), 1f1b and interleaved (Narayanan et al. 2021), interleaved_zero_bubble (ZB-H1 over several stages) and
     zbv (Qi et al. 2024), dualpipev (DeepSeek-V3, cut in half), fold_aiao and fold_fifo (AscendSpeed's Fold3D)."""
     raise_all(problems(schedule, num_ranks, stages_per_rank, num_micro_batches))
-    build = _BUILDERS[schedule]
-    return [list(build(rank, num_ranks, stages_per_rank, num_micro_batches)) for rank in range(num_ranks)]
+    return [list(_BUILDERS[schedule](rank, num_ranks, stages_per_rank, num_micro_batches)) for rank in range(num_ranks)]
 
 
 def rank_of(schedule: str, stage: int, num_ranks: int) -> int:
@@ -171,9 +170,7 @@ def _dualpipev(rank: int, num_ranks: int, stages_per_rank: int, num_micro_batche
 
 
 def _numbered(pattern: Iterable[str], rank: int, num_ranks: int) -> Iterator[Action]:
-    """Steps such as "F0", "I1" (kind, arm of the V) to actions: the first F0 is micro-batch 0, the second 1, ...
-
-    "W1" is the oldest weight-gradient backward that arm 1 still owes, "W" that of either arm."""
+    """Steps such as "F0", "I1" (kind, arm of the V) to actions; "W1" is the oldest arm 1 owes, "W" either's."""
     stages = (rank, 2 * num_ranks - 1 - rank)
     forward, backward = [0, 0], [0, 0]
     owed: deque[tuple[int, int]] = deque()  # (arm, micro-batch)

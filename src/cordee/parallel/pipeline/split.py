@@ -56,8 +56,7 @@ def _describe(span: Span) -> str:
     layers = ""
     if span.layers:
         layers = f"layers {span.start} to {span.stop - 1}" if len(span.layers) > 1 else f"layer {span.start}"
-    parts = ("embedding" if span.embedding else "", layers, "head" if span.head else "")
-    return ", ".join(filter(None, parts))
+    return ", ".join(filter(None, ("embedding" if span.embedding else "", layers, "head" if span.head else "")))
 
 
 def schedule_of(options: ParallelOptions) -> str:

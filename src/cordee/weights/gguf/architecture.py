@@ -18,16 +18,9 @@ from cordee.families.family import HFConfig, Keys
 from cordee.families.lenses import MODEL, Scaling, Words, at, differences, words_of
 from cordee.families.registry import ModelSpec, spec_from_hf
 from cordee.families.rope import SCALINGS
+from cordee.model import config as configs
 from cordee.model.compare import OF_TRAINING
-from cordee.model.config import (
-    AttentionConfig,
-    DynamicNTKScaling,
-    Llama3Scaling,
-    LogNScaling,
-    ModelConfig,
-    MoEConfig,
-    QwenNTKScaling,
-)
+from cordee.model.config import AttentionConfig, ModelConfig, MoEConfig
 from cordee.weights.gguf.tensors import rules
 
 Values = Mapping[str, Any]  # of a file, by key
@@ -146,8 +139,7 @@ def architecture_of(values: Values, where: str) -> Architecture:
             return row
     known = ", ".join(dict.fromkeys(row.name for row in ARCHITECTURES))
     why = f"no family reads this architecture{' with experts' * experts}; known are {known}"
-    fix = "take the Hugging Face model"
-    raise ProblemError([Problem(f"{where}: general.architecture", name, why, fix, "unknown")])
+    raise ProblemError.of(f"{where}: general.architecture", name, why, "take the Hugging Face model", "unknown")
 
 
 def hf_config(row: Architecture, values: Values, names: Collection[str], factors: Sequence[float] | None) -> HFConfig:
@@ -243,7 +235,7 @@ def _llama3(factors: Sequence[float], original: int, hf: HFConfig) -> HFConfig:
 def _outside_tensors(words: Words) -> Scaling | None:
     """The scaling, but not Llama 3's: its factors are a tensor, and as keys they would scale all once more."""
     scaling = words["rope_scaling"]
-    return None if isinstance(scaling, Llama3Scaling) else scaling
+    return None if isinstance(scaling, configs.Llama3Scaling) else scaling
 
 
 # The keys of every file in their order, without the architecture's name before them, and the words of the model there.
@@ -296,7 +288,7 @@ def choose(spec: ModelSpec, factors: Sequence[float] | None) -> tuple[Architectu
     why = f"family {spec.family.name}: none of the models of llama.cpp that are known here is such a one; the nearest, "
     why += f"{name}, differs: {'; '.join([*differing.values()][:_SHOWN])}{more}"
     fix = "choose another format"
-    raise ProblemError([Problem("--save-model-type", "gguf", why, fix, "inexpressible", limit=list(differing))])
+    raise ProblemError.of("--save-model-type", "gguf", why, fix, "inexpressible", limit=list(differing))
 
 
 _SHOWN = 6  # differences that are listed
@@ -314,11 +306,12 @@ def _in_context(config: ModelConfig) -> tuple[ModelConfig, list[str]]:
             if attention.window is not None and same_window:
                 limits.add(attention.window)
                 attention = replace(attention, window=None)
-            if isinstance(attention.query_scaling, LogNScaling):
+            if isinstance(attention.query_scaling, configs.LogNScaling):
                 limits.add(attention.query_scaling.length)
                 attention = replace(attention, query_scaling=None)
-            if attention.rope and isinstance(attention.rope.scaling, DynamicNTKScaling | QwenNTKScaling):
-                limits.add(attention.rope.scaling.original_max_position_embeddings)
+            scaling = attention.rope and attention.rope.scaling
+            if attention.rope and isinstance(scaling, configs.DynamicNTKScaling | configs.QwenNTKScaling):
+                limits.add(scaling.original_max_position_embeddings)
                 attention = replace(attention, rope=replace(attention.rope, scaling=None))
         layers.append(replace(layer, attention=attention))
     if not limits:

@@ -24,15 +24,7 @@ from cordee.tensors.rules import Rule
 from cordee.tensors.views import Shape, View, whole
 from cordee.weights.codec import PlannedFile, Source
 from cordee.weights.files import unfit
-from cordee.weights.gguf import vocabulary
-from cordee.weights.gguf.architecture import (
-    ROPE_FACTORS,
-    Architecture,
-    architecture_of,
-    choose,
-    further_ends,
-    hf_config,
-)
+from cordee.weights.gguf import architecture, vocabulary
 from cordee.weights.gguf.file import NAMES_OF_TYPES, GGUFFile, create
 from cordee.weights.gguf.header import SUFFIX
 from cordee.weights.gguf.tensors import rules
@@ -59,8 +51,7 @@ def _file_of(path: Path) -> Path:
     found = sorted(path.glob(f"*{SUFFIX}"))
     if len(found) > 1:
         why = f"it holds several files of GGUF: {', '.join(file.name for file in found)}"
-        fix = "give the path of one of them"
-        raise ProblemError([Problem("model directory", path, why, fix, "several", limit=found)])
+        raise ProblemError.of("model directory", path, why, "give the path of one of them", "several", limit=found)
     return found[0]
 
 
@@ -74,12 +65,11 @@ class GGUFSource(RuledSource):
         strange = vocabulary.strange_ids(file.values)
         self.notes = tuple(f"{key} is {value!r}, which is no token: ignored" for key, value in strange.items())
         values = {key: value for key, value in file.values.items() if key not in strange}
-        row, names = architecture_of(values, str(file.path)), file.tensors.keys()
+        row, names = architecture.architecture_of(values, str(file.path)), file.tensors.keys()
         factors = _factors(file)
-        hf = hf_config(row, values, names, None if factors is None else factors.tolist())
+        hf = architecture.hf_config(row, values, names, None if factors is None else factors.tolist())
         if (embedding := file.tensors.get("token_embd.weight")) is not None:
-            stored = str(embedding.dtype).removeprefix("torch.")
-            hf |= {"vocab_size": embedding.shape[0], "torch_dtype": stored}
+            hf |= {"vocab_size": embedding.shape[0], "torch_dtype": str(embedding.dtype).removeprefix("torch.")}
         self.spec = spec_from_hf(hf, str(file.path))
         self._rules = rules(self.spec.config, row.paired)
         self.files = dict.fromkeys(names, file)
@@ -93,7 +83,7 @@ class GGUFSource(RuledSource):
         if missing := needed.keys() - file.tensors.keys():
             why = f"tensors are missing: {', '.join(sorted(missing))}"
             yield Problem(str(self.path), None, why, "take a whole file of the model", "missing", limit=missing)
-        if unknown := file.tensors.keys() - needed.keys() - {ROPE_FACTORS}:
+        if unknown := file.tensors.keys() - needed.keys() - {architecture.ROPE_FACTORS}:
             why = f"tensors that its architecture does not have: {', '.join(sorted(unknown))}"
             yield Problem(str(self.path), None, why, "take the Hugging Face model", "unknown", limit=unknown)
         for name in needed.keys() & file.tensors.keys():
@@ -119,9 +109,9 @@ class GGUFSource(RuledSource):
 
 def _factors(file: GGUFFile) -> Tensor | None:
     """What `ROPE_FACTORS` holds, float32 `[rotary_dim / 2]`, if it is there. ProblemError if it cannot be factors."""
-    if (stored := file.tensors.get(ROPE_FACTORS)) is None:
+    if (stored := file.tensors.get(architecture.ROPE_FACTORS)) is None:
         return None
-    factors = file.read(ROPE_FACTORS, whole(stored.shape)).float()
+    factors = file.read(architecture.ROPE_FACTORS, whole(stored.shape)).float()
     if factors.ndim != 1 or not bool(((factors > 0) & factors.isfinite()).all()):
         raise ProblemError([_strange_factors(file.path)])
     return factors
@@ -129,7 +119,7 @@ def _factors(file: GGUFFile) -> Tensor | None:
 
 def _strange_factors(path: Path) -> Problem:
     why = "they are not those of Llama 3's scaling, the only one that is read from factors"
-    return Problem(f"{path}: {ROPE_FACTORS}", None, why, "take the Hugging Face model")
+    return Problem(f"{path}: {architecture.ROPE_FACTORS}", None, why, "take the Hugging Face model")
 
 
 def rope_factors(config: ModelConfig) -> Tensor | None:
@@ -150,7 +140,7 @@ class GGUFPlan:
     dtypes: by canonical name, what is written."""
 
     spec: ModelSpec
-    row: Architecture
+    row: architecture.Architecture
     values: dict[str, Any]
     tensors: dict[str, tuple[Shape, torch.dtype]]
     rules: dict[str, Rule]
@@ -184,15 +174,13 @@ def plan(spec: ModelSpec, dtypes: Mapping[str, torch.dtype], assets: Path | None
     assets: directory with the tokenizer that goes into the file.
     ProblemError if llama.cpp has no such model or no such tokenizer, or tensors are of another type."""
     factors = rope_factors(spec.config)
-    row, values, notes = choose(spec, None if factors is None else factors.tolist())
+    row, values, notes = architecture.choose(spec, None if factors is None else factors.tolist())
     found, shapes = rules(spec.config, row.paired), spec.shapes()
-    dtypes = {
-        name: dtypes[name] if _keeps_type(name, rule, shapes[name]) else torch.float32 for name, rule in found.items()
-    }
+    dtypes = {name: dtypes[name] if _keeps(name, rule, shapes[name]) else torch.float32 for name, rule in found.items()}
     if strange := {str(dtype) for dtype in dtypes.values()} - {str(dtype) for dtype in NAMES_OF_TYPES}:
         why = f"weights are stored as {', '.join(sorted(strange))}, which llama.cpp does not compute with"
-        raise ProblemError([Problem("--params-dtype", None, why, "give float32, float16 or bfloat16", "dtype")])
-    tensors = {} if factors is None else {ROPE_FACTORS: (tuple(factors.shape), torch.float32)}
+        raise ProblemError.of("--params-dtype", None, why, "give float32, float16 or bfloat16", "dtype")
+    tensors = {} if factors is None else {architecture.ROPE_FACTORS: (tuple(factors.shape), torch.float32)}
     tensors |= {foreign: (shape, dtypes[name]) for name, foreign, shape in foreign_tensors(found, shapes)}
     values |= {
         "general.type": "model",
@@ -201,7 +189,7 @@ def plan(spec: ModelSpec, dtypes: Mapping[str, torch.dtype], assets: Path | None
         "general.quantization_version": 2,
         **vocabulary.describe(assets, spec.config.vocab_size),
     }
-    ends, left = further_ends(spec.hf_config, values.get("tokenizer.ggml.eos_token_id"))
+    ends, left = architecture.further_ends(spec.hf_config, values.get("tokenizer.ggml.eos_token_id"))
     values |= ends
     if left:
         notes.append(f"a file of GGUF has no place for more tokens that end a text; left out: {left}")
@@ -223,7 +211,7 @@ def _notes_on_tokenizer(values: Mapping[str, Any], assets: Path | None) -> Itera
             yield f"llama.cpp does not match tokens as {assets} does: {lost}"
 
 
-def _keeps_type(name: str, rule: Rule, shape: Shape) -> bool:
+def _keeps(name: str, rule: Rule, shape: Shape) -> bool:
     """llama.cpp computes with vectors, and chooses experts, in float32."""
     return not name.endswith("router.weight") and all(len(foreign) > 1 for foreign in rule.foreign_shapes(shape))
 
@@ -241,7 +229,7 @@ class GGUFSink(RuledSink):
         self._path = folder / FILE
         self._offsets = create(self._path, self.plan.values, self.plan.tensors)
         if (factors := self.plan.factors) is not None:
-            self.place(ROPE_FACTORS, tuple(factors.shape), factors.dtype).write(factors)
+            self.place(architecture.ROPE_FACTORS, tuple(factors.shape), factors.dtype).write(factors)
 
     def place(self, foreign: str, shape: Shape, dtype: torch.dtype) -> Destination:
         assert self.plan.tensors[foreign] == (shape, dtype), f"{foreign}: {shape}, {dtype}"

@@ -31,7 +31,7 @@ def library() -> ModuleType:
         import gguf
     except ImportError as error:
         why, fix = f"files of GGUF need this package: {error}", "pip install 'cordee[gguf]'"
-        raise ProblemError([Problem("gguf", None, why, fix, "requires")]) from error
+        raise ProblemError.of("gguf", None, why, fix, "requires") from error
     return gguf
 
 
@@ -45,13 +45,11 @@ class GGUFFile:
         self.values = header.values
         if (parts := self.values.get("split.count", 1)) not in (0, 1):
             why, fix = f"it is one of {parts} parts", "join them with llama.cpp's llama-gguf-split --merge"
-            raise ProblemError([Problem(str(path), None, why, fix, "part", limit=parts)])
+            raise ProblemError.of(str(path), None, why, fix, "part", limit=parts)
         self._entries = header.entries
         self._kinds = {name: library().GGMLQuantizationType(entry.kind) for name, entry in header.entries.items()}
-        self.tensors = {
-            name: Stored(entry.shape, _PLAIN.get(self._kinds[name].name, torch.float32))
-            for name, entry in header.entries.items()
-        }
+        types = {name: _PLAIN.get(kind.name, torch.float32) for name, kind in self._kinds.items()}
+        self.tensors = {name: Stored(entry.shape, types[name]) for name, entry in header.entries.items()}
         raise_all(self._unknown_types())
 
     def _unknown_types(self) -> list[Problem]:

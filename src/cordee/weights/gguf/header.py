@@ -148,10 +148,7 @@ def _alignment(values: Mapping[str, Any]) -> int:
 
 
 def _placed(entries: Mapping[str, Entry], end: int, size: int, alignment: int, sizes: Sizes) -> dict[str, Entry]:
-    """The entries with offsets from the beginning of the file. ValueError if one is not where it has to be.
-
-    end: of the header.
-    size: of the file."""
+    """The entries with offsets in the file, after the header's `end`, within `size`. ValueError if one is misplaced."""
     start, expected, placed = _padded(end, alignment), 0, {}
     for name, entry in entries.items():
         if entry.kind not in sizes:

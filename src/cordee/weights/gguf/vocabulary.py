@@ -12,7 +12,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cordee.errors import Problem, ProblemError
+from cordee.errors import ProblemError
 from cordee.files import left_out
 from cordee.log import logger
 from cordee.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
@@ -101,7 +101,7 @@ def describe(directory: Path | None, rows: int) -> dict[str, Any]:
     tokenizer, special = load_tokenizer(TokenizerOptions(), str(directory)), read_special_tokens(directory, {})
     if tokenizer.vocab_size > rows:
         why, fix = f"it has {tokenizer.vocab_size} tokens, the model only {rows} rows", "give the model's own tokenizer"
-        raise ProblemError([Problem("tokenizer", directory, why, fix, "at most", limit=rows)])
+        raise ProblemError.of("tokenizer", directory, why, fix, "at most", limit=rows)
     words, raw = tokenizer.vocabulary(), read_json(directory / "tokenizer.json")
     if raw:
         values = _of_json(raw, words, directory)
@@ -116,9 +116,8 @@ def describe(directory: Path | None, rows: int) -> dict[str, Any]:
     if pieces and "unk_token" in special.named:
         kinds[special.named["unk_token"]] = Kind.UNKNOWN
     values["tokenizer.ggml.tokens"] = [words.get(i, f"[PAD{i}]") for i in range(rows)]
-    values["tokenizer.ggml.token_type"] = [
-        int(kinds.get(words[i], Kind.NORMAL) if i in words else Kind.UNUSED) for i in range(rows)
-    ]
+    types = (kinds.get(words[i], Kind.NORMAL) if i in words else Kind.UNUSED for i in range(rows))
+    values["tokenizer.ggml.token_type"] = list(map(int, types))
     if pieces:
         values["tokenizer.ggml.scores"] += [-float(rows)] * (rows - len(values["tokenizer.ggml.scores"]))
         first = words[tokenizer.encode("a", add_special_tokens=False)[0]]
@@ -139,19 +138,16 @@ def compare_tokenizers(directory: Path, written: Path) -> str | None:
         f"{token!r} ({', '.join(added[token]) or 'plain'}): the ids of {text!r} are {expected}, in the file {other}"
         for token, (text, expected, other) in list(found.items())[:SHOWN]
     ]
-    more = [f"and so for {len(found) - SHOWN} more"] if len(found) > SHOWN else []
-    return "; ".join(shown + more) or None
+    return "; ".join(shown + ([f"and so for {len(found) - SHOWN} more"] if len(found) > SHOWN else [])) or None
 
 
 def _of_json(raw: Mapping[str, Any], words: Mapping[int, str], directory: Path) -> dict[str, Any]:
     """What a `tokenizer.json` says of tokens and merges."""
     model, pre_tokenizer = raw["model"], raw.get("pre_tokenizer")
-    fix = (
-        "choose another format; this one knows byte-level BPE, cut as GPT-2, Llama 3, Qwen2, ... cut, and SentencePiece"
-    )
+    fix = "choose another format; this one knows byte-level BPE, cut as GPT-2, Llama 3, Qwen2, ..., and SentencePiece"
     if model.get("type", "BPE") != "BPE" or "merges" not in model:
         why = f"it is {model.get('type')}, not BPE"
-        raise ProblemError([Problem("tokenizer", directory, why, fix, "unsupported", limit=model.get("type"))])
+        raise ProblemError.of("tokenizer", directory, why, fix, "unsupported", limit=model.get("type"))
     merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
     if '"ByteLevel"' not in json.dumps(pre_tokenizer):
         ranks: dict[str, int] = {}
@@ -164,7 +160,7 @@ def _of_json(raw: Mapping[str, Any], words: Mapping[int, str], directory: Path) 
     cut = next((cut for cut in CUTS if cut.patterns == patterns), None)
     if cut is None:
         why = f"llama.cpp has no name for how it cuts text: {json.dumps(pre_tokenizer, ensure_ascii=False)}"
-        raise ProblemError([Problem("tokenizer", directory, why, fix, "unsupported", limit=patterns)])
+        raise ProblemError.of("tokenizer", directory, why, fix, "unsupported", limit=patterns)
     joined = [" ".join(merge) for merge in merges]
     return {"tokenizer.ggml.model": _BYTE_LEVEL, "tokenizer.ggml.pre": cut.names[0], "tokenizer.ggml.merges": joined}
 
@@ -173,14 +169,14 @@ def _of_pieces(directory: Path, words: Mapping[int, str]) -> dict[str, Any]:
     """What a `tokenizer.model` of SentencePiece says of scores; those of its BPE are 0, -1, -2, ..."""
     if not (directory / "tokenizer.model").is_file():
         why, fix = "it has neither a tokenizer.json nor a tokenizer.model", "save it with a tokenizer.json"
-        raise ProblemError([Problem("tokenizer", directory, why, fix)])
+        raise ProblemError.of("tokenizer", directory, why, fix)
     from cordee.tokenizer.spm import read_model
 
     model = read_model(directory / "tokenizer.model", "tokenizer")
     scores = [float(model.get_score(i)) for i in range(model.vocab_size())]
     if any(score != round(score) for score in scores):
         why = "it is a unigram model, which models of this architecture do not have in llama.cpp"
-        raise ProblemError([Problem("tokenizer", directory, why, "choose another format")])
+        raise ProblemError.of("tokenizer", directory, why, "choose another format")
     scores += [-float(len(scores))] * (max(words, default=-1) + 1 - len(scores))
     return {"tokenizer.ggml.model": _PIECES, "tokenizer.ggml.pre": "default", "tokenizer.ggml.scores": scores}
 
@@ -224,11 +220,10 @@ def restore(values: Values, directory: Path) -> str | None:
     if model == _BYTE_LEVEL and cut is None:
         return f"the tokenizer is left out: how it cuts text, {pre!r}, is unknown here"
     try:
-        backend = (
-            _byte_level(values, tokens, cut)
-            if cut is not None and model == _BYTE_LEVEL
-            else _pieces(values, tokens, kinds)
-        )
+        if cut is None or model != _BYTE_LEVEL:
+            backend = _pieces(values, tokens, kinds)
+        else:
+            backend = _byte_level(values, tokens, cut)
     except Exception as error:  # the library raises plain `Exception` for merges of what is no token
         return f"the tokenizer is left out: {error}"
     _write(backend, values, tokens, kinds, directory)
@@ -270,9 +265,8 @@ def _byte_level(values: Values, tokens: list[str], cut: Cut) -> "tokenizers.Toke
     if cut.nfc:
         backend.normalizer = normalizers.NFC()
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in cut.patterns]
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
     backend.decoder = decoders.ByteLevel()
     return backend
 

@@ -48,7 +48,7 @@ class MegatronAdapter:
         if (found := layout.num_layers) != spec.config.num_layers:
             why = f"its ranks hold adapters of {found} layers, but the model has {spec.config.num_layers}"
             fix = "take the adapter of this model"
-            raise ProblemError([Problem(str(folder), None, why, fix, "layers", limit=spec.config.num_layers)])
+            raise ProblemError.of(str(folder), None, why, fix, "layers", limit=spec.config.num_layers)
         self._placements = place(spec, layout, dialect, padded_rows(spec.config.vocab_size, layout.tensor))
         self._factors = _factors(files)
         raise_all([*self._check_names(), *given.check_modules(name for *_, name in self._factors)])
@@ -106,19 +106,17 @@ class MegatronAdapter:
                 fits = len(a) == len(b) == len(shape) == 2 and a[0] == b[1] > 0 and a[1] == shape[1]
                 if not fits or b[0] < slot.row + shape[0]:
                     why = f"A of {list(a)} and B of {list(b)} do not make {list(shape)} of {slot.name}"
-                    yield Problem(
-                        str(self._path), None, why, "take the adapter of this model", "shape", limit=slot.name
-                    )
+                    yield Problem(str(self._path), None, why, "take this model's adapter", "shape", limit=slot.name)
 
     def _alpha_of(self, given: Given) -> float:
         """As the settings in the checkpoint say, else as the user does, else what is usual."""
         args: Namespace | None = self._files[Rank()].args
         stored = getattr(args, "lora_alpha", None)
         if stored is not None and not is_factor(stored):
-            raise ProblemError([Problem("args.lora_alpha", shown(stored), "it must be a positive number", COPY_AGAIN)])
+            raise ProblemError.of("args.lora_alpha", shown(stored), "it must be a positive number", COPY_AGAIN)
         if stored is not None and given.alpha not in (None, stored):
             why = f"the adapter was trained with {stored}"
-            raise ProblemError([Problem("--lora-alpha", given.alpha, why, "leave it out", "stated", limit=stored)])
+            raise ProblemError.of("--lora-alpha", given.alpha, why, "leave it out", "stated", limit=stored)
         if stored is None and given.alpha is None:
             self.notes = (*self.notes, f"the adapter does not say its alpha: taken as {ALPHA:g} (--lora-alpha)")
         return float(stored or given.alpha or ALPHA)

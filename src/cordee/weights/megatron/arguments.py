@@ -15,16 +15,9 @@ from cordee.families.lenses import FEATURES, Words, differences, features_of, wo
 from cordee.families.options import ACTIVATIONS, SCALED_BY
 from cordee.families.registry import ModelSpec, spec_from_options
 from cordee.families.rope import SCALINGS
+from cordee.model import config as configs
 from cordee.model.compare import canonical
-from cordee.model.config import (
-    AttentionConfig,
-    LatentAttentionConfig,
-    LinearScaling,
-    ModelConfig,
-    MoEConfig,
-    RopeConfig,
-    YarnScaling,
-)
+from cordee.model.config import AttentionConfig, LatentAttentionConfig, ModelConfig, MoEConfig
 from cordee.model.options import ModelOptions
 from cordee.weights.megatron.layout import MegatronLayout
 
@@ -105,7 +98,7 @@ def _features(config: ModelConfig) -> dict[str, Any]:
     return found
 
 
-def _rope(rope: RopeConfig, attention: AttentionConfig | LatentAttentionConfig) -> dict[str, Any]:
+def _rope(rope: configs.RopeConfig, attention: AttentionConfig | LatentAttentionConfig) -> dict[str, Any]:
     head_dim = attention.head_dim if isinstance(attention, AttentionConfig) else attention.rope_head_dim
     values: dict[str, Any] = {
         "rotary_base": rope.theta,
@@ -113,11 +106,11 @@ def _rope(rope: RopeConfig, attention: AttentionConfig | LatentAttentionConfig) 
         "rotary_interleaved": False,
     }
     scaling = rope.scaling
-    if isinstance(scaling, LinearScaling):
+    if isinstance(scaling, configs.LinearScaling):
         return {**values, "rotary_seq_len_interpolation_factor": scaling.factor}
     if scaling is None or type(scaling) not in SCALINGS:  # else not Megatron's: nobody shall take it for none
         return {**values, **({} if scaling is None else {"rope_scaling_type": type(scaling).__name__})}
-    yarn, original = isinstance(scaling, YarnScaling), scaling.original_max_position_embeddings
+    yarn, original = isinstance(scaling, configs.YarnScaling), scaling.original_max_position_embeddings
     own = {name: getattr(scaling, name) for name in _OF_SCALING if hasattr(scaling, name)}
     return {
         **values,
@@ -204,9 +197,7 @@ def spec_of_arguments(args: Namespace | None, vocab_size: int, where: str) -> Mo
     if given.get("num_experts") or given.get("multi_latent_attention") or given.get("multi_head_latent_attention"):
         raise _undefined(where, "its settings do not define a mixture of experts or latent attention completely")
     if given.get("position_embedding_type") == "alibi" and not hasattr(args, "lm_norm_weight"):
-        raise _undefined(
-            where, "its settings do not define whether the head is normalised, as it is in some models with alibi"
-        )
+        raise _undefined(where, "its settings do not define whether the head is normalised, as some with alibi do")
     values = {name: given[name] for name in _SAME & given.keys()}
     values |= {name: given[name] for name in _WHERE_ON & given.keys() if given[name]}
     values |= {"vocab_size": vocab_size, "padded_vocab_size": vocab_size}

@@ -115,7 +115,7 @@ def open_ranks(folder: Path) -> dict[tuple[int, ...], RankFile]:
     """The file of every rank by the numbers in its name. ProblemError with all that cannot be read."""
     paths = rank_files(folder)
     if not paths:
-        raise ProblemError([Problem(str(folder), None, "there are no folders of ranks in it", COPY_AGAIN, "missing")])
+        raise ProblemError.of(str(folder), None, "there are no folders of ranks in it", COPY_AGAIN, "missing")
     return open_all(paths, RankFile.open)
 
 
@@ -136,12 +136,9 @@ def by_rank(folder: Path, files: dict[tuple[int, ...], RankFile]) -> dict[Rank, 
         rank = Rank(ranks[0], 0, ranks[1]) if len(ranks) == 2 and second_is_expert else Rank(*ranks)
         if rank in found:
             why = f"several files are of {rank}"
-            raise ProblemError([Problem(str(folder), None, why, "leave only those of one checkpoint in it")])
+            raise ProblemError.of(str(folder), None, why, "leave only those of one checkpoint in it")
         found[rank] = file
-    sizes = [
-        max(size_of(args, axis), *(1 + getattr(rank, axis) for rank in found))
-        for axis in ("tensor", "pipeline", "expert")
-    ]
+    sizes = [max(size_of(args, a), *(1 + getattr(rank, a) for rank in found)) for a in ("tensor", "pipeline", "expert")]
     problems = []
     if missing := math.prod(sizes) - len(found):
         absent = [*islice((rank for rank in starmap(Rank, product(*map(range, sizes))) if rank not in found), 20)]
@@ -159,7 +156,7 @@ def size_of(args: Namespace | None, kind: str) -> int:
     size = getattr(args, name, None)
     if size is not None and (type(size) is not int or not 0 <= size <= MOST_RANKS):
         why = f"it must be a number up to {MOST_RANKS}"
-        raise ProblemError([Problem(f"args.{name}", shown(size), why, COPY_AGAIN)])
+        raise ProblemError.of(f"args.{name}", shown(size), why, COPY_AGAIN)
     return size or 1
 
 

@@ -129,7 +129,7 @@ def folder_of(path: Path, iteration: int | None = None) -> Path:
     if not (folder := path / _name_of(iteration)).is_dir():
         present = sorted(int(at.name[5:]) for at in path.glob("iter_*") if at.name[5:].isdecimal())
         fix = f"choose one of those that are there: {', '.join(map(str, present)) or 'none'}"
-        raise ProblemError([Problem("--ckpt-step", iteration, f"there is no {folder}", fix, "missing", limit=present)])
+        raise ProblemError.of("--ckpt-step", iteration, f"there is no {folder}", fix, "missing", limit=present)
     return folder
 
 
@@ -213,9 +213,8 @@ class Wanted:
             chunks = chunks_of(self.layer_list, self.pipeline)
         else:
             chunks = even_chunks(model.num_layers, self.pipeline, self.layers_per_chunk)
-        return MegatronLayout(
-            tensor=self.tensor, expert=self.expert, chunks=chunks, virtual=self.layers_per_chunk is not None
-        )
+        virtual = self.layers_per_chunk is not None
+        return MegatronLayout(tensor=self.tensor, expert=self.expert, chunks=chunks, virtual=virtual)
 
     def _stages(self, layers: int) -> Problems:
         virtual, size = "--num-layers-per-virtual-pipeline-stage", self.layers_per_chunk

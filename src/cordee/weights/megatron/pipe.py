@@ -23,18 +23,7 @@ from torch import Tensor
 
 from cordee.errors import Problem, ProblemError, raise_all
 from cordee.tensors.views import Index
-from cordee.weights.megatron.files import (
-    COPY_AGAIN,
-    ONE_CHECKPOINT,
-    Contents,
-    RankFile,
-    by_rank,
-    disagreements,
-    open_all,
-    open_file,
-    open_ranks,
-    size_of,
-)
+from cordee.weights.megatron import files as megatron
 from cordee.weights.megatron.layout import Rank, layer_files, rank_files
 from cordee.weights.megatron.legacy import MODEL
 from cordee.weights.torch_file import Keys
@@ -48,22 +37,22 @@ _EARLY = "attention."  # as AscendSpeed's first models of LLaMA's form called wh
 _NORM = re.compile(r"(?:final_layernorm\.)?(weight|bias)")
 
 
-def open_folder(folder: Path) -> dict[Rank, RankFile]:
+def open_folder(folder: Path) -> dict[Rank, megatron.RankFile]:
     """The file of every rank in a folder of ranks or of a pipeline, of which each tensor rank is one file.
 
     ProblemError with all that is wrong with them."""
     if layers := layer_files(folder):
         return _of_layers(folder, layers)
-    ranks = open_ranks(folder)
+    ranks = megatron.open_ranks(folder)
     if any(_NUMBERED.fullmatch(name) for file in ranks.values() for _, name in file.keys):
         return _of_stages(folder, ranks)
-    return by_rank(folder, ranks)
+    return megatron.by_rank(folder, ranks)
 
 
 class Gathered:
     """Several files as one: the first of a tensor's keys is the file. `content` is that of the one with settings."""
 
-    def __init__(self, content: Any, files: Mapping[str, Contents]):
+    def __init__(self, content: Any, files: Mapping[str, megatron.Contents]):
         self.content = content
         self.not_read = sorted({name for file in files.values() for name in file.not_read})
         self.tensors = {(at, *keys): region for at, file in files.items() for keys, region in file.tensors.items()}
@@ -73,36 +62,32 @@ class Gathered:
         return self._files[keys[0]].read(keys[1:], index)
 
 
-def _of_layers(folder: Path, paths: Mapping[tuple[int, int], Path]) -> dict[Rank, RankFile]:
-    layers = open_all(paths, open_file)
-    settings = open_all(rank_files(folder), lambda path: RankFile(open_file(path), {}))
-    raise_all(disagreements(folder, {Rank(*ranks): file for ranks, file in settings.items()}))
-    first = next(iter(settings.values()), RankFile(Gathered({}, {}), {}))
-    size = max(size_of(first.args, "tensor"), *(1 + rank for _, rank in layers))
+def _of_layers(folder: Path, paths: Mapping[tuple[int, int], Path]) -> dict[Rank, megatron.RankFile]:
+    layers = megatron.open_all(paths, megatron.open_file)
+    settings = megatron.open_all(rank_files(folder), lambda path: megatron.RankFile(megatron.open_file(path), {}))
+    raise_all(megatron.disagreements(folder, {Rank(*ranks): file for ranks, file in settings.items()}))
+    first = next(iter(settings.values()), megatron.RankFile(Gathered({}, {}), {}))
+    size = max(megatron.size_of(first.args, "tensor"), *(1 + rank for _, rank in layers))
     numbers = sorted({number for number, _ in layers})
     lost = (key for key in product(numbers, range(size)) if key not in layers)
-    raise_all(_missing(folder, (_file_name(number, rank) for number, rank in lost)))
+    raise_all(_missing(folder, (f"layer_{number:02d}-model_{rank:02d}-model_states.pt" for number, rank in lost)))
     modules = {number: {keys[0] for keys in layers[number, 0].tensors} for number in numbers}
     starts = _starts(folder, modules)
     found = {}
     for rank in range(size):
         held = Gathered(first.file.content, {str(number): layers[number, rank] for number in numbers})
-        found[Rank(rank)] = RankFile(
+        found[Rank(rank)] = megatron.RankFile(
             held, {(0, _named(starts[int(number)], ".".join(name))): (number, *name) for number, *name in held.tensors}
         )
-    raise_all(disagreements(folder, found))
+    raise_all(megatron.disagreements(folder, found))
     return found
 
 
-def _file_name(number: int, rank: int) -> str:
-    return f"layer_{number:02d}-model_{rank:02d}-model_states.pt"
-
-
-def _of_stages(folder: Path, ranks: Mapping[tuple[int, ...], RankFile]) -> dict[Rank, RankFile]:
+def _of_stages(folder: Path, ranks: Mapping[tuple[int, ...], megatron.RankFile]) -> dict[Rank, megatron.RankFile]:
     """Stage by stage, all tensor ranks of one after the other; those of the first hold tensors of the same names."""
     if wrong := next((numbers for numbers in sorted(ranks) if len(numbers) > 1), None):
         why = f"files of a pipeline have one number, but one of these has {len(wrong)}"
-        raise ProblemError([Problem(str(folder), None, why, COPY_AGAIN)])
+        raise ProblemError.of(str(folder), None, why, megatron.COPY_AGAIN)
     files = {number: file for (number,), file in sorted(ranks.items())}
     last = max(files)
     raise_all(_missing(folder, (f"mp_rank_{n:02d}_model_states.pt" for n in range(last) if n not in files)))
@@ -123,8 +108,8 @@ def _of_stages(folder: Path, ranks: Mapping[tuple[int, ...], RankFile]) -> dict[
             for (_, full), at in file.keys.items():
                 module, name = _module(full)
                 keys[0, _named(starts.get(module, f"{module}."), name)] = (str(number), *at)
-        found[Rank(rank)] = RankFile(held, keys)
-    raise_all(disagreements(folder, found))
+        found[Rank(rank)] = megatron.RankFile(held, keys)
+    raise_all(megatron.disagreements(folder, found))
     return found
 
 
@@ -133,7 +118,7 @@ def _repeated(folder: Path, names: list[str]) -> Iterator[Problem]:
     counts = Counter(name for name in names if "tied_modules." not in name)
     if twice := sorted(name for name, count in counts.items() if count > 1):
         why = f"some ranks of a stage hold tensors that others do not; several hold {', '.join(twice[:3])}"
-        yield Problem(str(folder), None, why, ONE_CHECKPOINT, "disagree", limit=twice)
+        yield Problem(str(folder), None, why, megatron.ONE_CHECKPOINT, "disagree", limit=twice)
 
 
 def _module(full: str) -> tuple[int, str]:
@@ -143,16 +128,14 @@ def _module(full: str) -> tuple[int, str]:
 
 
 def _starts(folder: Path, modules: Mapping[int, set[str]]) -> dict[int, str]:
-    """What AscendSpeed's names begin with in each module, by its number; `modules` are the names in it.
-
-    ProblemError if modules are missing."""
+    """What AscendSpeed's names begin with in each of `modules`, names by number. ProblemError if one lacks."""
     embeddings = [number for number, names in modules.items() if "word_embeddings.weight" in names]
     layers = sorted(number for number, names in modules.items() if "input_layernorm.weight" in names)
     norms = [number for number, names in modules.items() if names and all(map(_NORM.fullmatch, names))]
     sought = {"the embedding": embeddings, "layers": layers, "the final norm": norms}
     if absent := [what for what, numbers in sought.items() if not numbers]:
         why = f"no file holds {' or '.join(absent)}"
-        raise ProblemError([Problem(str(folder), None, why, COPY_AGAIN, "missing", limit=absent)])
+        raise ProblemError.of(str(folder), None, why, megatron.COPY_AGAIN, "missing", limit=absent)
     embedding, norm = min(embeddings), max(norms)
     gap = min(layers[0] - embedding, norm - layers[-1], max(GAPS))
     lost = (number for number in range(embedding + gap, norm - gap + 1) if number not in layers)
@@ -185,4 +168,4 @@ def _missing(folder: Path, files: Iterable[str], most: int = 20) -> Iterator[Pro
     if first := list(islice(files, most + 1)):
         more = " and more" if len(first) > most else ""
         why = f"files are missing: {', '.join(first[:most])}{more}"
-        yield Problem(str(folder), None, why, COPY_AGAIN, "missing", limit=first[:most])
+        yield Problem(str(folder), None, why, megatron.COPY_AGAIN, "missing", limit=first[:most])

@@ -240,9 +240,7 @@ class _Placer:
         split = self._split(self._layer(name)[1], shape[1:], axes[1:], len(names), layer)
         one = Chain((split.op(shape[1:], tensor), Rearrange("... -> 1 ...")))
         slots = tuple(
-            tuple(
-                Slot(Rank(rank, chunk.pipeline, home), chunk.virtual, foreign.replace("{e}", str(e))) for rank in ranks
-            )
+            tuple(Slot(Rank(r, chunk.pipeline, home), chunk.virtual, foreign.replace("{e}", str(e))) for r in ranks)
             for home, e in (divmod(expert, shape[0] // self.layout.expert) for expert in range(shape[0]))
             for ranks in split.owners(tensor)
             for foreign in names

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from cordee.errors import Problem, ProblemError
+from cordee.errors import ProblemError
 from cordee.families.registry import ModelSpec
 from cordee.tensors.views import Shape, View
 from cordee.weights.codec import PlannedFile
@@ -79,7 +79,7 @@ def plan(spec: ModelSpec, dtypes: Mapping[str, torch.dtype], target: Target) -> 
     """Lay a checkpoint out. ProblemError with everything about `target` that the model does not allow."""
     if target.form == "deepspeed" and target.wanted.pipeline > 1:
         option, why = "--target-pipeline-parallel-size", "DeepSpeed's files are of tensor ranks only"
-        raise ProblemError([Problem(option, target.wanted.pipeline, why, "take 1", "at most", limit=1)])
+        raise ProblemError.of(option, target.wanted.pipeline, why, "take 1", "at most", limit=1)
     layout = target.wanted.layout(spec.config)
     padded = padded_rows(spec.config.vocab_size, target.vocab_multiple * target.wanted.tensor)
     return MegatronPlan(target, spec, layout, padded, place(spec, layout, target.dialect, padded), dict(dtypes))

@@ -119,7 +119,7 @@ class MegatronSource(Source):
         for slot in others:
             if not torch.equal(expected, self._read(slot, whole(shape))):
                 why = f"{slot.name} of stage {slot.rank.pipeline} differs between {first.rank} and {slot.rank}"
-                raise ProblemError([Problem(str(self.path), None, why, ONE_CHECKPOINT, "disagree", limit=slot.name)])
+                raise ProblemError.of(str(self.path), None, why, ONE_CHECKPOINT, "disagree", limit=slot.name)
 
     def _padded_vocab(self) -> int:
         (name,) = self.dialect.model_names("embedding.weight") or ("",)
@@ -127,7 +127,7 @@ class MegatronSource(Source):
         shape = first.region(0, name).shape if (0, name) in first.keys else ()
         if not shape:
             why = f"its first rank has no embedding of several rows ({name})"
-            raise ProblemError([Problem(str(self.path), None, why, COPY_AGAIN, "missing", limit=name)])
+            raise ProblemError.of(str(self.path), None, why, COPY_AGAIN, "missing", limit=name)
         return shape[0] * self.layout.tensor
 
     def _spec(self, reading: Reading, config_at: Path | None, padded: int) -> ModelSpec:
@@ -199,7 +199,7 @@ def _recognise(folder: Path, files: dict[Rank, RankFile]) -> Dialect:
         if (dialect := codec.recognise(names)) is not None:
             return dialect
     why = f"its tensors have names of no known form, such as {', '.join(sorted(names)[:3]) or 'none at all'}"
-    raise ProblemError([Problem(str(folder), None, why, "give a checkpoint of a GPT model")])
+    raise ProblemError.of(str(folder), None, why, "give a checkpoint of a GPT model")
 
 
 def _listed(names: Iterable[str], most: int = 20) -> str:
