@@ -18,8 +18,8 @@ class BenchOptions:
     )
     load: str | None = option(
         None,
-        "generate, lora: model directory [a random Llama of 35 M parameters]; rl: one that writes English; sft: file of "
-        "Alpaca's records [made]",
+        "generate, lora: model directory [a random Llama of 35 M parameters]; rl: one that writes English; "
+        "sft: file of Alpaca's records [made]",
         metavar="PATH",
     )
     model: str | None = option(None, "convert: preset whose shapes the checkpoint has [llama2-13b]", metavar="PRESET")

@@ -45,7 +45,8 @@ class ObjectiveOptions:
     stage: str = option(
         "pretrain",
         "training objective: pretrain (next token of texts), sft (answers of dialogues), dpo, orpo or simpo (pairs of "
-        "a chosen and a rejected answer), kto (answers that are desirable or not), rm (a reward model, of pairs)",
+        "a chosen and a rejected answer), kto (answers that are desirable or not), rm (a reward model, of pairs), grpo "
+        "or ppo (rewards of what the model writes)",
         shorthands={"--is-instruction-dataset": "sft"},
     )
 
