@@ -24,7 +24,7 @@ from cordee import device
 from cordee.bench.contest import Baton, Contender, Results, Turn, apart, once
 from cordee.bench.options import BenchConfig
 from cordee.bench.report import Report
-from cordee.errors import Problem, ProblemError
+from cordee.errors import ProblemError
 
 if TYPE_CHECKING:
     from cordee.families.registry import ModelSpec
@@ -78,7 +78,7 @@ def _check_room(folder: str, total: int, discarding: bool) -> None:
     free = shutil.disk_usage(folder).free
     if free < 1.1 * total and not discarding:
         why = f"{total:,} bytes are written, and {free:,} are free in {folder}"
-        raise ProblemError([Problem("--scratch", folder, why, "make room, take a smaller --model, or add --discard")])
+        raise ProblemError.of("--scratch", folder, why, "make room, take a smaller --model, or add --discard")
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from cordee.bench.contest import Baton, Contender, Results, Shift, Turn, apart, 
 from cordee.bench.llama import save
 from cordee.bench.options import BenchConfig
 from cordee.bench.report import Report
-from cordee.errors import Problem, ProblemError
+from cordee.errors import ProblemError
 
 PEERS = ()
 STEPS = 3
@@ -81,7 +81,7 @@ def _play(baton: Baton, steps: int, write: Callable[[list[int]], Sequence[int]])
         written = write(prompt)
         if len(written) != NEW_TOKENS:
             why = f"it ends its text after {len(written)} tokens, and {NEW_TOKENS} are measured"
-            raise ProblemError([Problem("--load", None, why, "give a model that goes on, or leave it out")])
+            raise ProblemError.of("--load", None, why, "give a model that goes on, or leave it out")
         shift.piece_done(fingerprint=zlib.crc32(repr(list(written)).encode()))
 
 

@@ -17,7 +17,7 @@ from cordee.bench.contest import Turn
 from cordee.bench.options import BenchConfig
 from cordee.bench.report import Report
 from cordee.config.load import config_from_dict
-from cordee.errors import Problem, ProblemError
+from cordee.errors import ProblemError
 from cordee.train import job
 from cordee.train.options import TrainConfig
 
@@ -42,7 +42,7 @@ def run(config: BenchConfig, on_turn: Callable[[int, str, Turn], None]) -> Repor
     """Train by both for `config.steps` steps. ProblemError without a model."""
     if config.load is None:
         why, fix = "rewards are of words, which a random model does not write", "give a model of English text"
-        raise ProblemError([Problem("--load", None, why, fix, "missing")])
+        raise ProblemError.of("--load", None, why, fix, "missing")
     steps, rewards, seconds = config.steps or STEPS, {}, {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -57,7 +57,7 @@ def prepare(source: Source, path: Path, options: ConvertConfig) -> Prepared:
     target, kind = TARGETS[target_type(options)], target_type(options)
     if source.spec.config.score and kind not in ("hf", "dcp", "peft"):
         why, fix = "it has no place for the value head of a reward model", "give --save-model-type hf"
-        raise ProblemError([Problem("--save-model-type", kind, why, fix, "reward model", ("load_dir",))])
+        raise ProblemError.of("--save-model-type", kind, why, fix, "reward model", ("load_dir",))
     if target is not _prepare_megatron:
         raise_all(_misplaced(options))
     return target(source, output, dtypes, options)

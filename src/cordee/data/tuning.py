@@ -25,7 +25,7 @@ from cordee.data.options import DialogueOptions
 from cordee.data.readers.chunk import Chunk, Invalid
 from cordee.data.render import Renderer
 from cordee.data.templates import Template, chat_template, template_named
-from cordee.errors import Problem, ProblemError
+from cordee.errors import ProblemError
 from cordee.tokenizer import Tokenizer
 
 FIELDS = ("input_ids", "attention_mask", "labels")
@@ -81,17 +81,17 @@ def template_of(options: DialogueOptions, handler: Handler | None, directory: st
     if handler.own_template is not None:
         if options.hf_chat_template or options.prompt_type:
             why, fix = f"{handler.name} has a template of its own", "leave it out, or take another --handler-name"
-            raise ProblemError([Problem(flag, value, why, fix, "excludes", ("handler_name",))])
+            raise ProblemError.of(flag, value, why, fix, "excludes", ("handler_name",))
         return handler.own_template
     if options.hf_chat_template:
         if directory is None:
             why, fix = "the tokenizer is of no directory", "give --tokenizer-name-or-path, or a --prompt-type"
-            raise ProblemError([Problem(flag, value, why, fix, "requires", ("tokenizer_name_or_path",))])
+            raise ProblemError.of(flag, value, why, fix, "requires", ("tokenizer_name_or_path",))
         return chat_template(Path(directory))
     if options.prompt_type is None:
         why = f"the dialogues of {handler.name} need a template"
         fix = "give the one of the model, or the tokenizer's own: --hf-chat-template"
-        raise ProblemError([Problem("--prompt-type", None, why, fix, "missing", ("hf_chat_template",))])
+        raise ProblemError.of("--prompt-type", None, why, fix, "missing", ("hf_chat_template",))
     return template_named(options.prompt_type)
 
 

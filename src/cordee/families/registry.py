@@ -165,7 +165,7 @@ class ModelSpec:
         spec = spec_from_hf(stored["hf_config"], "stored model")
         if spec.family.name != stored["family"]:
             why = f"its configuration is of family {spec.family.name}"
-            raise ProblemError([Problem("stored model: family", stored["family"], why, "copy the checkpoint again")])
+            raise ProblemError.of("stored model: family", stored["family"], why, "copy the checkpoint again")
         low_rank = [LowRankConfig(**{**each, "targets": tuple(each["targets"])}) for each in stored.get("low_rank", ())]
         spec = replace(spec, base_prefix=stored["base_prefix"]).adapted(low_rank, stored.get("tuned", ()))
         config = spec.config
@@ -191,7 +191,7 @@ class ModelSpec:
         """A language model without the value head that it may have. ProblemError, of `option`, for a reward model."""
         if not self.config.lm_head:
             why, fix = "it is a reward model, which has no head over the vocabulary", "give a language model"
-            raise ProblemError([Problem(option, self.hf_config["architectures"][0], why, fix, "reward model")])
+            raise ProblemError.of(option, self.hf_config["architectures"][0], why, fix, "reward model")
         if self.config.score:
             notes.append("the value head of what is loaded is left out")
         return self.with_heads(score=False, lm_head=True)
@@ -262,7 +262,7 @@ def _family_of(hf: Mapping[str, Any], where: str) -> Family:
     if given := hf.get("architectures"):
         if not isinstance(given, list) or not isinstance(given[0], str):
             why = "it is no array of names"
-            raise ProblemError([Problem(f"{where}: architectures", given, why, "give the name in an array")])
+            raise ProblemError.of(f"{where}: architectures", given, why, "give the name in an array")
         if given[0] in architectures:
             return architectures[given[0]]
         why = f"no family for this architecture; {GUIDE}"
@@ -270,12 +270,12 @@ def _family_of(hf: Mapping[str, Any], where: str) -> Family:
     types = {name: family for family in families().values() for name in family.model_types}
     given = hf.get("model_type")
     if given is not None and not isinstance(given, str):
-        raise ProblemError([Problem(f"{where}: model_type", given, "it is no name", "give the name of a model type")])
+        raise ProblemError.of(f"{where}: model_type", given, "it is no name", "give the name of a model type")
     if given in types:
         return types[given]
     if given is None:
         why, fix = "neither architectures nor model_type is there", "take the config.json published with the weights"
-        raise ProblemError([Problem(f"{where}: model_type", given, why, fix, "missing")])
+        raise ProblemError.of(f"{where}: model_type", given, why, fix, "missing")
     raise ProblemError([unknown(f"{where}: model_type", given, types, f"no family for this model type; {GUIDE}")])
 
 
@@ -285,7 +285,7 @@ def spec_from_directory(path: str | Path) -> ModelSpec:
     if not file.is_file():
         what, limit = (f"{file.name} in it", file.name) if file.parent.is_dir() else ("such directory", None)
         fix = "give the directory that holds config.json and the weights"
-        raise ProblemError([Problem("model directory", path, f"there is no {what}", fix, "missing", limit=limit)])
+        raise ProblemError.of("model directory", path, f"there is no {what}", fix, "missing", limit=limit)
     return spec_from_hf(read_object(file), str(file))
 
 

@@ -142,7 +142,7 @@ def _plan(config: TrainConfig, layout: Layout) -> RunPlan:
         path = plan.initial.checkpoint.path
         if config.ckpt_step is not None or path.resolve() == location_of(given).resolve():
             fix = "choose another checkpoint by --ckpt-step"
-            raise ProblemError([Problem(option_of(config), str(path), why, fix, "corrupt")])
+            raise ProblemError.of(option_of(config), str(path), why, fix, "corrupt")
         avoid[plan.initial.checkpoint.manifest["iteration"]] = why
     for note in plan.notes:
         logger.info("%s", note)

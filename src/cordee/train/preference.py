@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypeAlias
 from cordee.checkpoint import formats
 from cordee.data.messages import IGNORED
 from cordee.data.tuning_dataset import Form
-from cordee.errors import Findings, Problem, ProblemError, raise_all
+from cordee.errors import Findings, ProblemError, raise_all
 from cordee.families.registry import spec_named
 from cordee.train.initial_weights import choose
 from cordee.train.objectives import POLICY, FurtherModel, Run
@@ -147,13 +147,13 @@ def opened(flag: str, path: str, run: Run, *, scores: bool = False) -> FurtherMo
     assert source is not None, "its problems are raised"
     if scores and not source.spec.config.score:
         why, fix = "it has no value head", "give a reward model, such as --stage rm trains"
-        raise ProblemError([Problem(flag, path, why, fix, "reward model")])
+        raise ProblemError.of(flag, path, why, fix, "reward model")
     heads = {"score": True, "lm_head": False}
     spec = source.spec.with_heads(**heads) if scores else source.spec.without_values(flag, [])
     rows = spec.config.vocab_size
     if run.vocab_size is not None and rows != run.vocab_size:
         why = f"it has {rows} tokens, the model that is trained has {run.vocab_size}"
-        raise ProblemError([Problem(flag, path, why, "give a model of the same tokenizer", "model")])
+        raise ProblemError.of(flag, path, why, "give a model of the same tokenizer", "model")
     if (
         run.spec is not None and spec.shapes() == run.spec.with_heads(score=False, lm_head=True).shapes()
     ):  # options that change the model change both
@@ -169,9 +169,9 @@ def _initial_weights(config: TrainConfig) -> str | None:
     if initial.peft is not None:
         why = "the initial weights are a model with adapters beside it, and the reference is one model"
         fix = "merge the two by `cordee convert --lora-load`, and give the result"
-        raise ProblemError([Problem("--ref-model", None, why, fix, "missing", ("lora_load",))])
+        raise ProblemError.of("--ref-model", None, why, fix, "missing", ("lora_load",))
     if initial.weights is not None and config.ckpt_step is not None:
         why = "the reference is read again where the run resumes, and then from the newest iteration"
         fix = "convert this one, and give the result as --load, or as --ref-model"
-        raise ProblemError([Problem("--ckpt-step", config.ckpt_step, why, fix, "excludes", ("stage",))])
+        raise ProblemError.of("--ckpt-step", config.ckpt_step, why, fix, "excludes", ("stage",))
     return None if initial.weights is None else str(initial.weights.resolve())

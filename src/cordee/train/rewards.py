@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cordee.errors import Problem, ProblemError
+from cordee.errors import ProblemError
 
 FLAG = "--reward-function"
 RewardFunction = Callable[..., Any]  # of lists of texts, by name; a sequence of numbers
@@ -24,9 +24,9 @@ def load(name: str) -> RewardFunction:
         found = getattr(_module(place), attribute)
     except Exception as error:  # a module of the user may fail with anything
         why = f"it cannot be imported: {type(error).__name__}: {error}"
-        raise ProblemError([Problem(FLAG, name, why, fix, "missing")]) from error
+        raise ProblemError.of(FLAG, name, why, fix, "missing") from error
     if not callable(found):
-        raise ProblemError([Problem(FLAG, name, "it is no function", fix, "missing")])
+        raise ProblemError.of(FLAG, name, "it is no function", fix, "missing")
     return found
 
 
@@ -55,5 +55,5 @@ def called(name: str, function: RewardFunction, texts: dict[str, list[str]]) -> 
             why = f"it returned {reward} for the completion {completion[:200]!r}"
     if why is not None:
         fix = "let it return one finite number a completion; what was trained before is saved"
-        raise ProblemError([Problem(FLAG, name, why, fix, "reward")])
+        raise ProblemError.of(FLAG, name, why, fix, "reward")
     return found

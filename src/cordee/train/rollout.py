@@ -16,7 +16,7 @@ import torch
 from cordee.data.batch import Batch
 from cordee.data.messages import IGNORED
 from cordee.data.tuning import prompt_length
-from cordee.errors import Problem, ProblemError
+from cordee.errors import ProblemError
 from cordee.files import write_durably
 from cordee.generate.engine import stream
 from cordee.generate.loading import stop_ids
@@ -173,7 +173,7 @@ def _write(path: Path, records: Sequence[dict[str, Any]]) -> None:
         write_durably(path, "".join(lines))
     except OSError as error:
         fix = "make room, or give another --rollout-dir"
-        raise ProblemError([Problem("--rollout-dir", str(path), f"it cannot be written: {error}", fix)]) from error
+        raise ProblemError.of("--rollout-dir", str(path), f"it cannot be written: {error}", fix) from error
 
 
 def directory(config: TrainConfig) -> Path | None:

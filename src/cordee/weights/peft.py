@@ -72,7 +72,7 @@ def read(given: Given, spec: ModelSpec) -> "PeftAdapter":
 def _read_config(path: Path) -> dict[str, Any]:
     config = opened(path / CONFIG, read_json)
     if not isinstance(config, dict):
-        raise ProblemError([Problem(str(path / CONFIG), None, "not a JSON object", COPY_AGAIN)])
+        raise ProblemError.of(str(path / CONFIG), None, "not a JSON object", COPY_AGAIN)
     return config
 
 
@@ -152,7 +152,7 @@ def _open(path: Path) -> TensorFile:
         if (path / name).is_file():
             return opened(path / name, kind)
     why = f"there is neither {' nor '.join(FILES)}"
-    raise ProblemError([Problem(str(path), None, why, "copy the file of the adapter too", "missing")])
+    raise ProblemError.of(str(path), None, why, "copy the file of the adapter too", "missing")
 
 
 class PeftAdapter:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from cordee.errors import Problem, ProblemError
+from cordee.errors import ProblemError
 from cordee.families.registry import ModelSpec
 from cordee.model.config import SLICES, LowRankConfig, ModelConfig, slice_of
 from cordee.tensors.rules import shapes_made
@@ -138,7 +138,7 @@ def from_peft(adapter: PeftAdapter, base: Source) -> LoadedAdapter:
     if left:
         why = f"in training these take no adapter, or not without others beside them: {', '.join(sorted(left)[:3])}"
         fix = "merge it into the base: cordee convert --lora-load"
-        raise ProblemError([Problem("--lora-load", str(adapter.path), why, fix, "unsupported", limit=sorted(left))])
+        raise ProblemError.of("--lora-load", str(adapter.path), why, fix, "unsupported", limit=sorted(left))
     known = [full for _, _, full in spec.config.projections()]
     low_rank = (LowRankConfig(targets=compressed(known, kinds[kind]), rank=kind[0], scale=kind[1]) for kind in kinds)
     return LoadedAdapter(base.spec.adapted(low_rank, compressed(modules_of(rules), modules)), base, views)
@@ -164,7 +164,7 @@ def to_peft(spec: ModelSpec, read: Read) -> tuple[dict[str, Tensor], dict[str, A
         refused.append("an embedding to which the head is tied")
     if refused:
         why = f"PEFT has no place for {refused[0]}"
-        raise ProblemError([Problem("--save-model-type", "peft", why, "merge: --save-model-type hf", "unsupported")])
+        raise ProblemError.of("--save-model-type", "peft", why, "merge: --save-model-type hf", "unsupported")
     tensors, forms = dict[str, Tensor](), dict[str, tuple[int, float]]()
     for place, found in pieces.items():
         scale = found[0][2]

@@ -233,7 +233,7 @@ def fingerprint_data(config: TrainConfig, pairs: Callable[[str], Sequence[str]] 
         except OSError as error:
             why, fix = f"it cannot be read: {error}", "give a prefix whose files can be read"
             missing = tuple(file.name for own in files.values() for file in own if not file.exists())
-            raise ProblemError([Problem("dataset", prefix, why, fix, "unreadable", limit=missing or prefix)]) from error
+            raise ProblemError.of("dataset", prefix, why, fix, "unreadable", limit=missing or prefix) from error
 
     found = {prefix: read(prefix) for prefix in dict.fromkeys(prefixes)}
     return tuple(found[prefix] for prefix in prefixes)
