@@ -60,7 +60,7 @@ def check_base(base: Source, found: CheckpointSource, option: str) -> Problems:
         yield Problem(option, str(found.path), why, f"give --load {path}", "base", ("load", "load_dir"), path)
 
 
-class TrainedAdapter:
+class TrainedAdapter(Adapter):
     """The adapters in a checkpoint, for their `base`. ProblemError if they were trained on another."""
 
     notes: tuple[str, ...] = ()
@@ -68,6 +68,7 @@ class TrainedAdapter:
     def __init__(self, found: CheckpointSource, base: Source):
         raise_all(check_base(base, found, "--lora-load"))
         self._source, self._shapes, self._own = found, found.spec.shapes(), set(found.names())
+        self.prefixes = {name: found.view(name) for name in found.names() if name.endswith(".prefix")}
         self._adapted = {f"{path}.weight" for path, _, _ in found.spec.config.adapted()}
         self._factors = cache(lambda name: list(factors(found.spec.config, name, self._shapes[name], found.tensor)))
 

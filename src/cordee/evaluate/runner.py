@@ -48,7 +48,7 @@ def run_tasks(
 def _run(
     task: Task, subject: Subject, engine: Engine, options: EvaluateOptions, progress: Callable[[float], None]
 ) -> Result:
-    window = options.seq_length or subject.model.config.max_position_embeddings
+    window = options.seq_length or subject.model.config.context_length
     encoder = Encoder(
         subject.tokenizer, window, vocab_size=subject.model.config.vocab_size, prepend_bos=options.prepend_bos
     )

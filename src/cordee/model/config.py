@@ -423,5 +423,15 @@ class ModelConfig:
     def num_layers(self) -> int:
         return len(self.layers)
 
+    @property
+    def context_length(self) -> int:
+        """How many tokens of a sequence have positions."""
+        return self.max_position_embeddings - self.num_prefix_tokens
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether there is something that is trained alone, over a base."""
+        return bool(self.low_rank or self.tuned or self.num_prefix_tokens)
+
     def with_vocab_size(self, vocab_size: int) -> "ModelConfig":
         return replace(self, vocab_size=vocab_size)

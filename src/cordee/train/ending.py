@@ -30,12 +30,17 @@ def describe_end(plan: RunPlan, iteration: int) -> Iterator[str]:
         yield f"{iteration} of {counted(plan.iterations, 'iteration')} are done; to resume, add --load {given}"
     yield "what to do with the model:"
     if plan.tokenizer is not None:
-        room = min(plan.spec.config.max_position_embeddings // 2, TOKENS)
+        room = min(plan.spec.config.context_length // 2, TOKENS)
         yield from _command(f"generate --load {given}", '--prompt "Once upon a time"', f"--max-new-tokens {room}")
     if (data := plan.objective.evaluated(plan.config)) is not None:
         texts = f"--task-data-path {shlex.quote(data)}"
         yield from _command(f"evaluate --load {given}", texts, f"--max-eval-samples {DOCUMENTS}")
-    yield from _command(f"convert --load-dir {given}", f"--save-dir {shlex.quote(f'{root.name}-hf')}")
+    form, model = "hf", plan.spec.config
+    if model.num_prefix_tokens:
+        form = None if model.low_rank or model.tuned else "peft"  # which has no place for both
+    if form is not None:
+        parts = [f"--save-dir {shlex.quote(f'{root.name}-{form}')}", *(["--save-model-type peft"] * (form == "peft"))]
+        yield from _command(f"convert --load-dir {given}", *parts)
 
 
 def _command(first: str, *parts: str) -> Iterator[str]:

@@ -165,7 +165,7 @@ def _adapted(spec: ModelSpec, config: TrainConfig, found: Findings) -> ModelSpec
 def _place(run: PlacedRun, tokenizer: Tokenizer | None, found: Findings) -> StagePartition | None:
     """How a pipeline shards a model; all that keeps the run from using it is added to `found`."""
     if run.model is not None:
-        longest = run.model.max_position_embeddings
+        longest = run.model.context_length
         positions = f"the {longest} positions that the model holds"
         involved = ("max_position_embeddings", "model", "load")
         found.problems += at_most("--seq-length", run.options.seq_length, longest, positions, *involved)
@@ -263,8 +263,7 @@ def _spec(
         return fresh.with_tokens(tokenizer.bos, tokenizer.eos) if tokenizer else fresh  # not those of a preset
     # What is loaded has its rows; options that count tokens, or say how rows were padded, only have to agree with them.
     shape = replace(config, vocab_size=None, make_vocab_size_divisible_by=None)
-    adapters = (loaded.config.low_rank, loaded.config.tuned)
-    wanted = (spec_named(config.model).adapted(*adapters) if config.model else loaded).with_options(shape)
+    wanted = (spec_named(config.model).adapted_as(loaded.config) if config.model else loaded).with_options(shape)
     problems = list(_vocabulary_problems(config, loaded.config.vocab_size))
     changed = differences(loaded.config, wanted.config)
     listed = ", ".join(f"{flag} {before} -> {after}" for flag, (before, after) in changed.items())

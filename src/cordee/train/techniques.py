@@ -3,6 +3,7 @@
 Owns what such a technique is, and their order, which is meaning. What they do is in files of their own."""
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, get_args
 
 from cordee.config.option import to_flag
@@ -35,24 +36,24 @@ class Technique:
         return ()
 
 
-class LoRA(Technique):
-    """Low-rank adapters, and modules that are trained as a whole beside them."""
+class Adapters(Technique):
+    """Low-rank adapters, modules that are trained as a whole beside them, and prefixes."""
 
     def adapt(self, spec: ModelSpec, options: TrainConfig) -> ModelConfig:
-        if not (options.lora_target_modules or spec.config.low_rank or spec.config.tuned):
+        if not (options.lora_target_modules or spec.config.has_adapters):
             why = "there are no adapters"
             given = [(to_flag(name), getattr(options, name)) for name in OF_ADAPTERS]
             raise_all(each for flag, value in given for each in requires(flag, value, "--lora-target-modules", why))
-            return spec.config
+            return replace(spec.config, num_prefix_tokens=options.num_prefix_tokens or 0)
         from cordee.tune import lora  # which brings torch
 
         return lora.adapted(spec, options)
 
     def trains(self, model: ModelConfig, options: TrainConfig) -> Collection[Origin]:
-        return ("tuned", "adapter") if model.low_rank or model.tuned else get_args(Origin)
+        return ("tuned", "adapter") if model.has_adapters else get_args(Origin)
 
 
-TECHNIQUES: tuple[Technique, ...] = (LoRA(),)  # in the order in which they are put on
+TECHNIQUES: tuple[Technique, ...] = (Adapters(),)  # in the order in which they are put on
 
 
 def trained(model: ModelConfig, options: TrainConfig) -> frozenset[Origin]:

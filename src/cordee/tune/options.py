@@ -39,7 +39,7 @@ class MergeOptions(AdapterOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAOptions(AdapterOptions):
-    """Training of LoRA adapters."""
+    """Training of adapters: LoRA, prefixes."""
 
     lora_dropout: float | None = option(
         None, "probability of dropout of an adapter's input [as stored, else 0]", at_least=0, below=1
@@ -51,6 +51,12 @@ class LoRAOptions(AdapterOptions):
     lora_plus_lr_ratio: float | None = option(
         None, "LoRA+: learning rate of B as a multiple of that of A [1]", aliases=("--loraplus-lr-ratio",), above=0
     )
+    num_prefix_tokens: int | None = option(
+        None,
+        "prefix tuning, P-tuning v2: so many learned keys and values before all others in every layer [as stored]",
+        aliases=("--num-virtual-tokens", "--prefix-token-num", "--pre-seq-len"),
+        above=0,
+    )
     lora_fusion: bool = option(False, "ignored: an adapter has no communication of its own")
     lora_register_forward_hook: tuple[str, ...] = option(
         ("word_embeddings", "input_layernorm"), "ignored: gradients pass frozen modules without a hook", metavar="NAME"
@@ -58,7 +64,7 @@ class LoRAOptions(AdapterOptions):
     lora_adapter_name: str = option("default", "ignored: a run has one adapter", metavar="NAME")
 
     laws = (
-        needs("lora_target_modules", "lora_load", load=GIVEN),
+        needs("lora_target_modules", "lora_load", "num_prefix_tokens", load=GIVEN),
         needs(*OF_ADAPTERS, lora_target_modules=GIVEN, load=GIVEN),  # which may have some
         ignored("lora_fusion", "lora_adapter_name", why="a run has one adapter, in the forward of its layers"),
         ignored("lora_register_forward_hook", why="gradients pass frozen modules without a hook"),

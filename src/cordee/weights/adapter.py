@@ -6,17 +6,19 @@ canonical parameter of such tensors brings it to its slices of ours. The files t
 """
 
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from cordee.errors import Problem, Problems
+from cordee.model.config import ModelConfig
 from cordee.tensors.views import Index, Leaf, Op, View
-from cordee.weights.codec import Source
+from cordee.weights.codec import Source, type_of
 
 Change = Callable[[View, torch.dtype], View]  # what an adapter makes of a tensor of the checkpoint, in that type
 
@@ -56,9 +58,10 @@ def fingerprint(source: Source) -> str:
 
 
 class Adapter(Protocol):
-    """notes: what reading left out or assumed, in words."""
+    """notes: what reading left out or assumed, in words. prefixes: parameters that it adds, by name."""
 
     notes: tuple[str, ...]
+    prefixes: Mapping[str, View] = MappingProxyType({})
 
     def changes(self, name: str) -> tuple[Op, Sequence[Change | None]] | None:
         """For a canonical parameter that changes: the operation that makes it, and the change of each tensor it takes,
@@ -89,8 +92,16 @@ class LowRank:
         return Leaf(view.shape, lambda index: self.read(index).add_(view.read(index)).to(dtype))
 
 
+def check_whole(model: ModelConfig) -> Problems:
+    """Whether weights alone are all of a model."""
+    if (count := model.num_prefix_tokens) > 0:
+        why = "keys and values before all others are no change of weights, so no format of models has a place for them"
+        fix = "generate and evaluate with it as it is, or write PEFT's: cordee convert --save-model-type peft"
+        yield Problem("num_prefix_tokens", count, why, fix, "unsupported")
+
+
 class Merged(Source):
-    """The weights of `base` with an adapter merged in."""
+    """The weights of `base` with an adapter merged in, and its prefixes, which are no weights, beside them."""
 
     exact = False
 
@@ -99,15 +110,22 @@ class Merged(Source):
         self.assets = base.assets
         self._base = base
         self._adapter = adapter
-        self.changed = [name for name in base.names() if adapter.changes(name) is not None]
+        self._shapes = {name: base.shape(name) for name in base.names()}
+        for name, prefix in adapter.prefixes.items():
+            self._shapes[name] = prefix.shape
+            self.spec = base.spec.adapted((), (), prefix.shape[-2])
+        self.changed = {name for name in base.spec.shapes() if adapter.changes(name) is not None}
         merged = f"an adapter was merged into {len(self.changed)} of {len(base.names())} tensors"
         self.notes = (*base.notes, *adapter.notes, merged)
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._base.dtype(name)
+        prefix = self._adapter.prefixes.get(name)
+        return self._base.dtype(name) if prefix is None else type_of(prefix)
 
     def view(self, name: str) -> View:
-        base, changes = self._base.view(name), self._adapter.changes(name)
+        if (prefix := self._adapter.prefixes.get(name)) is not None:
+            return prefix
+        base, changes = self._base.view(name), self._adapter.changes(name) if name in self.changed else None
         if changes is None:
             return base
         op, of_parts = changes

@@ -1,7 +1,7 @@
 """Adapters in the files of the PEFT library: `adapter_config.json` and `adapter_model.safetensors`.
 
-Owns what stands in them and which of it can be merged: LoRA of linear layers and embeddings, and whole tensors trained
-beside it. Names are those of Hugging Face's modules, so any base can take them, whatever its own format."""
+Owns what stands in them and which of it can be used: LoRA of linear layers and embeddings, whole tensors trained beside
+it, prefixes. Names are those of Hugging Face's modules, so any base can take them, whatever its own format."""
 
 import math
 import re
@@ -14,11 +14,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from cordee.errors import Problem, ProblemError, raise_all
+from cordee.errors import Problem, ProblemError, raise_all, requires
 from cordee.families.registry import ModelSpec
 from cordee.files import read_json
+from cordee.model.config import AttentionConfig
 from cordee.tensors.views import Leaf, Op, View, whole
-from cordee.weights.adapter import Change, Given, LowRank, is_factor
+from cordee.weights.adapter import Adapter, Change, Given, LowRank, is_factor
 from cordee.weights.files import COPY_AGAIN, BinFile, SafetensorsFile, TensorFile, opened, unfit
 from cordee.weights.ruled import foreign_tensors
 
@@ -28,6 +29,8 @@ FILES: Mapping[str, Callable[[Path], TensorFile]] = {
     "adapter_model.bin": BinFile,
 }
 PREFIX = "base_model.model."
+PREFIX_TUNING, PROMPT = "PREFIX_TUNING", "prompt_embeddings"  # the type, and its one tensor
+_TOKENS, _ATTENTION = "num_virtual_tokens", "layers.{}.attention"
 # Settings under which the merged weights are something else than W + scale * B A.
 UNMERGEABLE = (
     "alora_invocation_tokens",
@@ -62,9 +65,11 @@ class _Factors:
     names: dict[str, str] = field(default_factory=dict)
 
 
-def read(given: Given, spec: ModelSpec) -> "PeftAdapter":
+def read(given: Given, spec: ModelSpec) -> "PeftAdapter | PeftPrefix":
     """The adapter at `given.path`, for a base model `spec`. ProblemError with everything that is wrong with it."""
     config = _read_config(given.path)
+    if config.get("peft_type") == PREFIX_TUNING:
+        return PeftPrefix(given, config, spec)
     raise_all(_check_config(given, config))
     return PeftAdapter(given, config, spec, _open(given.path))
 
@@ -79,7 +84,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _check_config(given: Given, config: Mapping[str, Any]) -> Iterator[Problem]:
     where, fix = str(given.path / CONFIG), "merge it with PEFT's own merge_and_unload, and convert the result"
     if (kind := config.get("peft_type")) != "LORA":
-        yield Problem(f"{where}: peft_type", kind, "only LoRA can be merged into weights", fix, "unsupported")
+        yield Problem(f"{where}: peft_type", kind, "only LoRA and PREFIX_TUNING are known", fix, "unsupported")
     for key in UNMERGEABLE:
         if config.get(key):
             yield Problem(f"{where}: {key}", config[key], "such an adapter is no sum of matrices", fix, "unsupported")
@@ -155,7 +160,7 @@ def _open(path: Path) -> TensorFile:
     raise ProblemError([Problem(str(path), None, why, "copy the file of the adapter too", "missing")])
 
 
-class PeftAdapter:
+class PeftAdapter(Adapter):
     """LoRA in a file of PEFT, by the family's names of tensors."""
 
     def __init__(self, given: Given, config: Mapping[str, Any], spec: ModelSpec, file: TensorFile):
@@ -277,3 +282,55 @@ class PeftAdapter:
             return whole if low_rank is None else low_rank(whole, dtype)
 
         return change
+
+
+class PrefixForm:
+    """The prefix of a model as PEFT stores it, `[tokens, layers * (key, value) * kv_heads * head_dim]`: what is in
+    transformers' cache before the first token, so keys are already rotated and in the order of the family's files."""
+
+    def __init__(self, spec: ModelSpec, option: str, value: str):
+        """ProblemError, about `option`, if PEFT has no such prefix."""
+        attentions = [layer.attention for layer in spec.config.layers]
+        kinds = {(a.num_kv_heads, a.head_dim) for a in attentions if isinstance(a, AttentionConfig) and not a.alibi}
+        if len(kinds) > 1 or not all(isinstance(a, AttentionConfig) and not a.alibi for a in attentions):
+            why = "latent attention, ALiBi or heads that differ between layers are not of its form of a prefix"
+            raise ProblemError([Problem(option, value, why, "keep it in checkpoints of runs", "unsupported")])
+        ((self.heads, self.dim),) = kinds
+        self.num_layers = len(attentions)
+        name = f"{_ATTENTION.format(0)}.qkv.weight"
+        probe = torch.full((*spec.shapes()[name][:-1], 1), -1.0)
+        probe[0, -2, :, 0] = torch.arange(self.dim)  # dims of a key, to be found again
+        parts = torch.cat([part.flatten() for part in spec.rules()[name].inverse(probe)])
+        self._order = parts[parts >= 0].long()  # of the files
+
+    def shape(self, num_tokens: int) -> tuple[int, int]:
+        return num_tokens, self.num_layers * 2 * self.heads * self.dim
+
+    def write(self, read: Callable[[str], Tensor]) -> Tensor:
+        prefixes = torch.stack([read(f"{_ATTENTION.format(i)}.prefix").float() for i in range(self.num_layers)])
+        prefixes[:, :, 0] = prefixes[:, :, 0][..., self._order]
+        return prefixes.permute(3, 0, 2, 1, 4).flatten(1)
+
+    def read(self, prompt: Tensor) -> dict[str, View]:
+        prefixes = prompt.unflatten(1, (self.num_layers, 2, self.heads, self.dim)).permute(1, 3, 2, 0, 4).contiguous()
+        prefixes[:, :, 0] = prefixes[:, :, 0][..., self._order.argsort()]
+        named = {f"{_ATTENTION.format(i)}.prefix": prefix for i, prefix in enumerate(prefixes)}
+        return {name: Leaf(tuple(prefix.shape), prefix.__getitem__) for name, prefix in named.items()}
+
+
+class PeftPrefix(Adapter):
+    """Learned keys and values (prefix tuning), by the names of our parameters."""
+
+    def __init__(self, given: Given, config: Mapping[str, Any], spec: ModelSpec):
+        self.notes: tuple[str, ...] = ()
+        form, file, count = PrefixForm(spec, "--lora-load", str(given.path)), _open(given.path), config.get(_TOKENS)
+        if type(count) is not int or count < 1 or PROMPT not in file.tensors:
+            why = f"it must be a whole positive number, with {PROMPT} in the file"
+            raise ProblemError([Problem(f"{given.path / CONFIG}: {_TOKENS}", count, why, COPY_AGAIN)])
+        raise_all(unfit(file, PROMPT, form.shape(count), "take the prefix of this model"))
+        stated = {"--lora-r": given.r, "--lora-alpha": given.alpha, "--lora-target-modules": given.modules}
+        raise_all(p for each in stated.items() for p in requires(*each, "LoRA as --lora-load", "that is a prefix"))
+        self.prefixes = form.read(file.read(PROMPT, whole(file.tensors[PROMPT].shape)).float())
+
+    def changes(self, name: str) -> None:
+        return None

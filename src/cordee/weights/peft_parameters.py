@@ -18,8 +18,9 @@ from cordee.families.registry import ModelSpec
 from cordee.model.config import SLICES, LowRankConfig, ModelConfig, slice_of
 from cordee.tensors.rules import shapes_made
 from cordee.tensors.views import Index, Leaf, Shape, View
+from cordee.weights.adapter import Merged
 from cordee.weights.codec import Sink, Source, type_of
-from cordee.weights.peft import CONFIG, FILES, PREFIX, PeftAdapter
+from cordee.weights.peft import CONFIG, FILES, PREFIX, PREFIX_TUNING, PROMPT, PeftAdapter, PeftPrefix, PrefixForm
 from cordee.weights.staged_sink import Output
 from cordee.weights.staging import TOKENIZER, Staging
 
@@ -105,8 +106,10 @@ class LoadedAdapter(Source):
         return self._views.get(name) or self._base.view(name)
 
 
-def from_peft(adapter: PeftAdapter, base: Source) -> LoadedAdapter:
+def from_peft(adapter: PeftAdapter | PeftPrefix, base: Source) -> LoadedAdapter:
     """The model that an adapter makes of `base`, with parameters of its own. ProblemError if it makes none."""
+    if isinstance(adapter, PeftPrefix):
+        return LoadedAdapter(Merged(base, adapter).spec, base, adapter.prefixes)
     spec = replace(base.spec, base_prefix=True)  # PEFT names modules as they are in a model, whatever files have
     rules, shapes, views = spec.rules(), spec.shapes(), dict[str, View]()
     kinds, members = defaultdict[tuple[int, float], list[str]](list), defaultdict[tuple[str, str], list[Held]](list)
@@ -146,6 +149,8 @@ def from_peft(adapter: PeftAdapter, base: Source) -> LoadedAdapter:
 def to_peft(spec: ModelSpec, read: Read) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the settings of the adapters of `spec`, whose parameters `read` gives. Slices of a module become
     one adapter with the sum of their ranks. ProblemError if PEFT has no such ones."""
+    if spec.config.num_prefix_tokens:
+        return _prefix_to_peft(spec, read)
     spec = replace(spec, base_prefix=True)
     rules, shapes, places = spec.rules(), spec.shapes(), defaultdict[str, list[Held]](list)
     for place in held(spec):
@@ -187,6 +192,26 @@ def to_peft(spec: ModelSpec, read: Read) -> tuple[dict[str, Tensor], dict[str, A
         **_targets(forms, [place.foreign for several in places.values() for place in several]),
     }
     return {name: tensor.contiguous() for name, tensor in tensors.items()}, settings
+
+
+def _prefix_to_peft(spec: ModelSpec, read: Read) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """As `to_peft`."""
+    if spec.config.low_rank or spec.config.tuned:
+        why = "PEFT has no file of a prefix with LoRA beside it"
+        raise ProblemError([Problem("--save-model-type", "peft", why, "train them apart", "unsupported")])
+    form = PrefixForm(spec, "--save-model-type", "peft")
+    settings = {
+        "peft_type": PREFIX_TUNING,
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+        "num_virtual_tokens": spec.config.num_prefix_tokens,
+        "num_layers": form.num_layers,
+        "num_attention_heads": form.heads,
+        "token_dim": form.heads * form.dim,
+        "num_transformer_submodules": 1,
+        "prefix_projection": False,
+    }
+    return {PROMPT: form.write(read)}, settings
 
 
 def _targets(forms: Mapping[str, tuple[int, float]], modules: Iterable[str]) -> dict[str, Any]:
