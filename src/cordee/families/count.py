@@ -23,9 +23,12 @@ def canonical_shapes(config: ModelConfig) -> dict[str, Shape]:
     return shapes_of(config, "base", "tuned")
 
 
-def count_parameters(config: ModelConfig, origins: Collection[Origin] = ("base", "tuned", "adapter")) -> int:
-    """Number of parameters of these origins; those of a tied head count once."""
-    return sum(math.prod(spec.shape) for spec in model_specs(config).values() if spec.origin in origins)
+def count_parameters(
+    config: ModelConfig, origins: Collection[Origin] = ("base", "tuned", "adapter"), *, trained: bool = False
+) -> int:
+    """Number of parameters of these origins, or of their `trained` ones; those of a tied head count once."""
+    found = (spec for spec in model_specs(config).values() if spec.origin in origins and spec.trained >= trained)
+    return sum(math.prod(spec.shape) for spec in found)
 
 
 def matmul_parameters(config: ModelConfig) -> int:

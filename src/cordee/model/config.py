@@ -4,8 +4,11 @@ Owns the words in which a model is described. A family reads its `config.json` i
 from nothing else. Whatever differs between layers differs in their `LayerConfig`, so no model code asks for a family or
 a layer number."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from itertools import accumulate
 from typing import Literal, NamedTuple
 
 from cordee.errors import Problem, raise_all
@@ -336,6 +339,11 @@ class LayerConfig:
     residual_scale: float = 1.0
 
 
+def matches(pattern: str, parameter: str) -> bool:
+    """Whether a shell-style pattern matches the canonical name of a parameter, or of a module that it is in."""
+    return any(fnmatchcase(name, pattern) for name in accumulate(parameter.split("."), "{}.{}".format))
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A decoder. `norm_head`: logits are products with the L2-normalised rows of the head (Baichuan 2).
@@ -360,6 +368,9 @@ class ModelConfig:
     init_std: float = 0.02
     low_rank: tuple[LowRankConfig, ...] = ()  # the first one that names a projection counts there
     tuned: tuple[str, ...] = ()  # modules that are trained as a whole beside adapters, by the ends of their names
+    frozen: tuple[str, ...] = ()  # patterns of the names of parameters, or of modules, that are not trained
+    trained: tuple[str, ...] = ()  # the only ones that are; none: all
+    rates: tuple[tuple[str, float], ...] = ()  # by what the learning rate of some is multiplied, once for each pattern
     num_prefix_tokens: int = 0  # learned keys and values in every layer, which every query sees (Li & Liang 2021)
 
     def __post_init__(self) -> None:
@@ -389,6 +400,15 @@ class ModelConfig:
     def tunes(self, parameter: str) -> bool:
         """Whether a parameter of the base is trained beside adapters."""
         return any(f".{module}." in f".{parameter}." for module in self.tuned)
+
+    def trains(self, parameter: str) -> bool:
+        """Whether patterns leave a parameter trained."""
+        left = not self.trained or any(matches(pattern, parameter) for pattern in self.trained)
+        return left and not any(matches(pattern, parameter) for pattern in self.frozen)
+
+    def rate_of(self, parameter: str) -> float:
+        """What patterns multiply the learning rate of a parameter by."""
+        return math.prod(rate for pattern, rate in self.rates if matches(pattern, parameter))
 
     def projections(self) -> Iterator[tuple[str, str, str]]:
         """What can be adapted: canonical name of a module, of it or of a slice of it, and the latter's full name."""

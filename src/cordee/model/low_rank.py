@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from cordee.model.config import LowRankConfig, ModelConfig, slice_of
-from cordee.model.parameter import P, SpecifiedModule, local_shard
+from cordee.model.parameter import P, SpecifiedModule, local_shard, parameter_specs
 from cordee.model.placement import Placement
-from cordee.model.specs import ParameterSpec, Specs, low_rank, tuned
+from cordee.model.specs import ParameterSpec, Specs, low_rank, marked
 
 Multiply = Callable[[Tensor, Tensor], Tensor]  # x `[..., in]` and W `[(expert,) out, in]` to `[..., out]`
 
@@ -108,11 +108,13 @@ class Projection(SpecifiedModule[P], Generic[P]):
 
 def add_low_rank(model: nn.Module, config: ModelConfig, foreign: Collection[str], **factory) -> None:
     """Put the low-rank adapters of `config` on the projections that `model` has, those named in `foreign` left out, and
-    mark what is trained beside them."""
+    mark how the others are trained."""
     modules = dict(model.named_modules())
     for path, name, chosen in config.adapted():
         if path not in foreign and isinstance(module := modules.get(path), Projection):
             module.adapt(chosen, path, name, **factory)
-    for path, module in modules.items() if config.tuned else ():
+    for path, module in modules.items():
         if isinstance(module, SpecifiedModule):
-            module.specs = tuned(module.specs, config, path)
+            module.specs = marked(module.specs, config, path)
+    for name, spec in parameter_specs(model).items():
+        model.get_parameter(name).requires_grad_(spec.trained)

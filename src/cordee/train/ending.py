@@ -35,12 +35,8 @@ def describe_end(plan: RunPlan, iteration: int) -> Iterator[str]:
     if (data := plan.objective.evaluated(plan.config)) is not None:
         texts = f"--task-data-path {shlex.quote(data)}"
         yield from _command(f"evaluate --load {given}", texts, f"--max-eval-samples {DOCUMENTS}")
-    form, model = "hf", plan.spec.config
-    if model.num_prefix_tokens:
-        form = None if model.low_rank or model.tuned else "peft"  # which has no place for both
-    if form is not None:
-        parts = [f"--save-dir {shlex.quote(f'{root.name}-{form}')}", *(["--save-model-type peft"] * (form == "peft"))]
-        yield from _command(f"convert --load-dir {given}", *parts)
+    if not plan.spec.config.num_prefix_tokens:
+        yield from _command(f"convert --load-dir {given}", f"--save-dir {shlex.quote(f'{root.name}-hf')}")
 
 
 def _command(first: str, *parts: str) -> Iterator[str]:

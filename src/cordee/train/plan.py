@@ -127,6 +127,7 @@ def draft_run(
         # That the run had other options before matters only for options that agree with each other.
         resumed = resume.problems(config, schedule, data, checkpoint.manifest)
         found.problems += (problem for problem in resumed if not problem.names & contradictory)
+        found.notes += techniques.thawed(spec.config, config, checkpoint.manifest["config"]) if spec else ()
     else:
         found.notes += found.attempt(lambda: list(outputs.written_before(config))) or []
     return Draft(

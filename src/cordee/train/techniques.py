@@ -2,17 +2,21 @@
 
 Owns what such a technique is, and their order, which is meaning. What they do is in files of their own."""
 
-from collections.abc import Collection, Sequence
+import fnmatch
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, get_args
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, get_args
 
 from cordee.config.option import to_flag
-from cordee.errors import raise_all, requires
+from cordee.config.spelling import unknown
+from cordee.errors import Problem, ProblemError, raise_all, requires
 from cordee.families.count import count_parameters
 from cordee.families.registry import ModelSpec
 from cordee.log import counted
 from cordee.model.config import ModelConfig
-from cordee.model.specs import Origin
+from cordee.model.specs import Origin, model_specs
 from cordee.train.options import TrainConfig
 from cordee.tune.options import OF_ADAPTERS
 
@@ -53,7 +57,36 @@ class Adapters(Technique):
         return ("tuned", "adapter") if model.has_adapters else get_args(Origin)
 
 
-TECHNIQUES: tuple[Technique, ...] = (Adapters(),)  # in the order in which they are put on
+class Patterns(Technique):
+    """Parameters that are frozen, or have a learning rate of their own, by their names."""
+
+    def adapt(self, spec: ModelSpec, options: TrainConfig) -> ModelConfig:
+        rates = _factors(options.lr_scale)
+        patterns = {"--freeze": options.freeze, "--train-only": options.train_only, "--lr-scale": dict(rates)}
+        names = {part for name in model_specs(spec.config) for part in accumulate(name.split("."), "{}.{}".format)}
+        missing = [(flag, each) for flag in patterns for each in patterns[flag] if not fnmatch.filter(names, each)]
+        raise_all(unknown(*pair, names, "no parameter or module has such a name") for pair in missing)
+        model = replace(spec.config, frozen=options.freeze, trained=options.train_only, rates=rates)
+        if not count_parameters(model, trained(model, options), trained=True):
+            why, given = "it leaves nothing to be trained", " ".join(options.freeze or options.train_only)
+            flag = "--freeze" if options.freeze else "--train-only"
+            raise ProblemError([Problem(flag, given, why, "name less of it", "empty")])
+        return model
+
+
+def _factors(given: Collection[str]) -> tuple[tuple[str, float], ...]:
+    """Patterns and factors. ProblemError for what is not both."""
+    try:
+        found = tuple((text.rpartition("=")[0], float(text.rpartition("=")[2])) for text in given)
+    except ValueError:
+        found = (("", 0.0),)
+    if not all(0 < factor < math.inf for _, factor in found):
+        why, fix = "a factor is no positive number", "give NAME=FACTOR, or freeze what is not to be trained: --freeze"
+        raise ProblemError([Problem("--lr-scale", " ".join(given), why, fix, "form")])
+    return found
+
+
+TECHNIQUES: tuple[Technique, ...] = (Adapters(), Patterns())  # in the order in which they are put on
 
 
 def trained(model: ModelConfig, options: TrainConfig) -> frozenset[Origin]:
@@ -63,6 +96,18 @@ def trained(model: ModelConfig, options: TrainConfig) -> frozenset[Origin]:
 
 def describe_parameters(model: ModelConfig, options: TrainConfig) -> str:
     """How many parameters a model has, and how many of them are trained."""
-    total, own = count_parameters(model), count_parameters(model, trained(model, options))
+    total, own = count_parameters(model), count_parameters(model, trained(model, options), trained=True)
     share = f", of which {own:,} are trained ({own / total:.2%})" if own < total else ""
     return f"{counted(total, 'parameter')}{share}"
+
+
+def thawed(model: ModelConfig, options: TrainConfig, before: Mapping[str, Any]) -> Iterator[str]:
+    """A note, if such a run trains what was frozen by the options `before`, of the run that it resumes."""
+    frozen, only = (
+        tuple(map(str, found)) if isinstance(found := before.get(name), list) else ()
+        for name in ("freeze", "train_only")
+    )
+    old, origins = replace(model, frozen=frozen, trained=only), trained(model, options)
+    own = (name for name, spec in model_specs(model).items() if spec.trained and spec.origin in origins)
+    if new := [name for name in own if not old.trains(name)]:
+        yield f"{counted(len(new), 'tensor')} were frozen so far, such as {new[0]}: their optimizer state begins anew"

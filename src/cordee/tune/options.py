@@ -31,6 +31,21 @@ class AdapterOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PatternOptions:
+    """What is trained, and how fast, by names of parameters and modules."""
+
+    freeze: tuple[str, ...] = option(
+        (),
+        "parameters that are not trained, by patterns of their canonical names: embedding layers.0.*",
+        metavar="NAME",
+    )
+    train_only: tuple[str, ...] = option((), "the only parameters that are trained, by such patterns", metavar="NAME")
+    lr_scale: tuple[str, ...] = option(
+        (), "factors of the learning rate by such patterns: head=0.1 layers.*.attention=2", metavar="NAME=FACTOR"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class MergeOptions(AdapterOptions):
     """LoRA adapter to merge into the weights."""
 
