@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,14 @@ def test_no_other_format_has_a_prefix(alone: TrainConfig, tmp_path: Path):
     with pytest.raises(ProblemError) as caught:
         api.GPTModel.from_pretrained(str(alone.save)).save_pretrained(tmp_path / "out")
     assert facts(caught) == [("num_prefix_tokens", TOKENS, "unsupported")]
+    config = adapters.config(tmp_path, Path(str(alone.load)), num_prefix_tokens=2, train_iters=1)
+    job.run(config)
+    out = adapters.convert(config.save, tmp_path / "out", "--save-model-type", "peft")
+    with pytest.raises(ProblemError) as caught:  # over one that the model has
+        adapter.read(str(alone.save), GenerateConfig(load=str(alone.save), lora_load=str(out), lora_r=2))
+    assert {problem.kind for problem in caught.value.problems} == {"requires"} and len(caught.value.problems) == 2
+    shutil.rmtree(out)
+    shutil.rmtree(str(config.save))
     config = adapters.config(tmp_path, adapters.base(tmp_path, "bloom"), num_prefix_tokens=2, train_iters=1)
     job.run(config)
     with pytest.raises(ProblemError) as caught:

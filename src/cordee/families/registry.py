@@ -168,12 +168,9 @@ class ModelSpec:
         further = stored.get("tuned", ()), stored.get("num_prefix_tokens", 0)
         return replace(spec, base_prefix=stored["base_prefix"]).adapted(low_rank, *further)
 
-    def adapted(
-        self, low_rank: Iterable[LowRankConfig], tuned: Iterable[str], num_prefix_tokens: int = 0
-    ) -> "ModelSpec":
-        """The same model with these adapters, these modules trained beside them, and such a prefix. ProblemError if it
-        has none."""
-        config = replace(self.config, low_rank=tuple(low_rank), tuned=tuple(tuned), num_prefix_tokens=num_prefix_tokens)
+    def adapted(self, low_rank: Iterable[LowRankConfig], tuned: Iterable[str], prefix: int = 0) -> "ModelSpec":
+        """The same model with these adapters, tuned modules, and tokens of a prefix. ProblemError if it has none."""
+        config = replace(self.config, low_rank=tuple(low_rank), tuned=tuple(tuned), num_prefix_tokens=prefix)
         return replace(self, config=config)
 
     def adapted_as(self, other: ModelConfig) -> "ModelSpec":
@@ -182,13 +179,10 @@ class ModelSpec:
 
 
 _NAMES = sealed.listed(sealed.text())
+_LOW_RANK = sealed.of(LowRankConfig, added=("dora",), targets=_NAMES)
 STORED_SPEC = sealed.record(
     {"family": sealed.text(), "hf_config": sealed.record({}), "base_prefix": sealed.flag},
-    {
-        "low_rank": sealed.listed(sealed.of(LowRankConfig, targets=_NAMES)),
-        "tuned": _NAMES,
-        "num_prefix_tokens": sealed.count(),
-    },
+    {"low_rank": sealed.listed(_LOW_RANK), "tuned": _NAMES, "num_prefix_tokens": sealed.count()},
 )
 
 

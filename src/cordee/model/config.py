@@ -271,13 +271,14 @@ class LowRankConfig:
     every layer, "q", "experts.up", "out", "down", "kv_up", "head", "embedding" accordingly. A fused projection can be
     named whole ("qkv", "gate_up": its slices share an A) or by slices (q, k, v; gate, up). `scale` is alpha / rank, or
     alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023). `b_rate` multiplies the learning rate of B (LoRA+, Hayou et al.
-    2024)."""
+    2024). With `dora` the rows of W + scale * B A are brought to learned lengths (DoRA, Liu et al. 2024)."""
 
     targets: tuple[str, ...]
     rank: int
     scale: float
     dropout: float = 0.0
     b_rate: float = 1.0
+    dora: bool = False
 
     def names(self, projection: str) -> bool:
         return any(f".{projection}".endswith(f".{target}") for target in self.targets)
@@ -390,9 +391,11 @@ class ModelConfig:
                     fix = "give canonical names, such as q, k, v, out, gate, up, down"
                     yield Problem("low_rank: targets", target, "the model has no such projection", fix)
         for path, name, low_rank in self.adapted():
-            if low_rank.dropout and (path in ("head", "embedding") or ".experts." in path):
-                why = f"{path} takes no dropout: only projections of whole sequences inside a layer do"
-                yield Problem("low_rank: dropout", low_rank.dropout, why, f"adapt {name} without dropout")
+            outside = path in ("head", "embedding") or ".experts." in path
+            refused = {"dora": outside, "dropout": outside or low_rank.dora}
+            for field in (each for each in refused if refused[each] and getattr(low_rank, each)):
+                why = f"{path} takes none: only projections of whole sequences in a layer do, one of dropout and DoRA"
+                yield Problem(f"low_rank: {field}", getattr(low_rank, field), why, f"adapt {name} without it")
         if self.num_prefix_tokens < 0:
             why = "it is less than 0"
             yield Problem("num_prefix_tokens", self.num_prefix_tokens, why, "give a number of virtual tokens")

@@ -215,7 +215,8 @@ def norm(config: NormConfig, size: int, axis: str = "embed") -> Specs:
 
 
 def low_rank(config: LowRankConfig, weight: ParameterSpec, path: str, name: str) -> Specs:
-    """Factors a `[(expert,) rank, in_size]` and b `[(expert,) *shape of the slice, rank]` of an adapter.
+    """Factors a `[(expert,) rank, in_size]` and b `[(expert,) *shape of the slice, rank]` of an adapter; with DoRA the
+    lengths m `[*shape of the slice]`, which begin as those of the rows of the weight.
 
     It belongs to slice `name` of the projection `path` with this `weight`. They begin as PEFT's: a uniform within
     1 / sqrt(in_size), b zeros."""
@@ -232,7 +233,8 @@ def low_rank(config: LowRankConfig, weight: ParameterSpec, path: str, name: str)
         origin="adapter",
     )
     b = ParameterSpec((*sizes[:-1], config.rank), (*axes[:-1], "rank"), rate=config.b_rate, origin="adapter")
-    return {"a": a, "b": b}
+    m = ParameterSpec(b.shape[:-1], b.axes[:-1], decay=False, origin="adapter")
+    return {"a": a, "b": b} | ({"m": m} if config.dora else {})
 
 
 def _spec(dims: dict[str, int], **how: Any) -> ParameterSpec:

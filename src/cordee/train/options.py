@@ -14,7 +14,7 @@ from cordee.parallel.options import CompileOptions, LayoutOptions, ParallelOptio
 from cordee.tokenizer.options import TokenizerOptions
 from cordee.train.objectives import ObjectiveOptions
 from cordee.train.preference_options import PreferenceOptions
-from cordee.tune.options import LoRAOptions, PatternOptions
+from cordee.tune.options import LoRAOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,6 @@ class TrainConfig(
     TuningDataOptions,
     PreferenceOptions,
     LoRAOptions,
-    PatternOptions,
     OptimizerOptions,
     PrecisionOptions,
     ParallelOptions,

@@ -116,6 +116,7 @@ def draft_run(
         found.notes += experts.ignored(spec, config)
         trained = found.attempt(partial(experts.with_training, spec, config), involves=("num_experts", "model", "load"))
         spec = _adapted(trained or spec, config, found)
+        found.notes += techniques.wide(spec.config)
     counts = sorted({each // batches.slice_size for each in batches.batch_sizes()})
     placed = PlacedRun(model=spec.config if spec else None, degrees=shape, options=config, micro_batches=counts)
     partition = _place(placed, tokenizer, found)
@@ -127,7 +128,7 @@ def draft_run(
         # That the run had other options before matters only for options that agree with each other.
         resumed = resume.problems(config, schedule, data, checkpoint.manifest)
         found.problems += (problem for problem in resumed if not problem.names & contradictory)
-        found.notes += techniques.thawed(spec.config, config, checkpoint.manifest["config"]) if spec else ()
+        found.notes += techniques.thawed(config, checkpoint.manifest["config"])
     else:
         found.notes += found.attempt(lambda: list(outputs.written_before(config))) or []
     return Draft(

@@ -68,9 +68,8 @@ class Patterns(Technique):
         raise_all(unknown(*pair, names, "no parameter or module has such a name") for pair in missing)
         model = replace(spec.config, frozen=options.freeze, trained=options.train_only, rates=rates)
         if not count_parameters(model, trained(model, options), trained=True):
-            why, given = "it leaves nothing to be trained", " ".join(options.freeze or options.train_only)
-            flag = "--freeze" if options.freeze else "--train-only"
-            raise ProblemError([Problem(flag, given, why, "name less of it", "empty")])
+            flag, given = ("--freeze", options.freeze) if options.freeze else ("--train-only", options.train_only)
+            raise ProblemError([Problem(flag, " ".join(given), "it leaves nothing to train", "name less", "empty")])
         return model
 
 
@@ -101,13 +100,16 @@ def describe_parameters(model: ModelConfig, options: TrainConfig) -> str:
     return f"{counted(total, 'parameter')}{share}"
 
 
-def thawed(model: ModelConfig, options: TrainConfig, before: Mapping[str, Any]) -> Iterator[str]:
-    """A note, if such a run trains what was frozen by the options `before`, of the run that it resumes."""
-    frozen, only = (
-        tuple(map(str, found)) if isinstance(found := before.get(name), list) else ()
-        for name in ("freeze", "train_only")
-    )
-    old, origins = replace(model, frozen=frozen, trained=only), trained(model, options)
-    own = (name for name, spec in model_specs(model).items() if spec.trained and spec.origin in origins)
-    if new := [name for name in own if not old.trains(name)]:
-        yield f"{counted(len(new), 'tensor')} were frozen so far, such as {new[0]}: their optimizer state begins anew"
+def thawed(options: TrainConfig, before: Mapping[str, Any]) -> Iterator[str]:
+    """A note, if a run trains other parameters than by the options `before`, of the run that it resumes."""
+    if any([*getattr(options, name)] != before.get(name, []) for name in ("freeze", "train_only")):
+        yield "other parameters are trained than so far: the optimizer state of those that were frozen begins anew"
+
+
+def wide(model: ModelConfig) -> Iterator[str]:
+    """A note of adapters of a higher rank than the product of their factors can have."""
+    shapes = {name: spec.shape for name, spec in model_specs(model).items() if ".adapters." in name}
+    own = ((name, a, shapes[f"{name[:-1]}b"]) for name, a in shapes.items() if name.endswith(".a"))
+    if full := [name for name, a, b in own if a[-2] > min(a[-1], math.prod(b[len(a) - 2 : -1]))]:
+        matrices = counted(len(full), "matrix", "matrices")
+        yield f"--lora-r is above the sizes of {matrices}, as of {full[0]}: a lower one learns as much"

@@ -40,7 +40,7 @@ def adapted(spec: ModelSpec, options: LoRAOptions) -> ModelConfig:
             why = "rows of the head are normalised, so what is learned beside them is no change of them, to be merged"
             found.problems.append(Problem("--lora-target-modules", " ".join(names), why, "leave it out", "head"))
         scale = _scales(options.lora_alpha or ALPHA, rank)[options.use_rslora]
-        low_rank = (LowRankConfig(targets=targets, rank=rank, scale=scale),)
+        low_rank = (LowRankConfig(targets=targets, rank=rank, scale=scale, dora=options.use_dora),)
     raise_all(found.problems)
     of_training = {"dropout": options.lora_dropout, "b_rate": options.lora_plus_lr_ratio}  # which may change any time
     given = {name: value for name, value in of_training.items() if value is not None}
@@ -52,19 +52,21 @@ def adapted(spec: ModelSpec, options: LoRAOptions) -> ModelConfig:
 def check_stated(spec: ModelSpec, options: AdapterOptions) -> Problems:
     """Whether the adapters that `spec` has are what options say. ProblemError if these name what is no module."""
     found, tuned, prefix = spec.config.low_rank, spec.config.tuned, spec.config.num_prefix_tokens
+    alpha = options.lora_alpha or ALPHA
     laws: dict[str, Callable[[Any], bool]] = {
         "lora_r": lambda r: {each.rank for each in found} == {r},
         "lora_alpha": lambda alpha: found != () and all(each.scale in _scales(alpha, each.rank) for each in found),
         "lora_target_modules": lambda names: found != () and _parts(spec, targets_named(spec, names)) == _parts(spec),
         "lora_modules_to_save": lambda names: set(modules_named(spec, names)) == set(tuned),
         "num_prefix_tokens": lambda number: number == prefix,
+        "use_dora": lambda _: found != () and all(each.dora for each in found),
+        "use_rslora": lambda _: found != () and all(each.scale == _scales(alpha, each.rank)[1] for each in found),
     }
-    of_prefix = [f"a prefix of {prefix} tokens"] if prefix else []
     forms = [f"rank {each.rank}, alpha {each.scale * each.rank:g} of {' '.join(each.targets)}" for each in found]
+    forms += [f"a prefix of {prefix} tokens"] * bool(prefix)
     for name, fits in laws.items():
-        if (value := getattr(options, name, None)) is not None and not fits(value):
-            why = f"what is loaded keeps its form: {'; '.join([*forms, *tuned, *of_prefix])}"
-            fix = "leave it out"
+        if (value := getattr(options, name, None)) not in (None, False) and not fits(value):
+            why, fix = f"what is loaded keeps its form: {'; '.join([*forms, *tuned])}", "leave it out"
             yield Problem(to_flag(name), value, why, fix, "stated", limit=forms)
 
 

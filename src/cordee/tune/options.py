@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from cordee.config.laws import GIVEN, ignored, needs
 from cordee.config.option import option
 
-OF_ADAPTERS = ("lora_r", "lora_alpha", "use_rslora", "lora_modules_to_save", "lora_dropout", "lora_plus_lr_ratio")
+OF_ADAPTERS = "lora_r lora_alpha use_rslora use_dora lora_modules_to_save lora_dropout lora_plus_lr_ratio".split()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,21 +31,6 @@ class AdapterOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PatternOptions:
-    """What is trained, and how fast, by names of parameters and modules."""
-
-    freeze: tuple[str, ...] = option(
-        (),
-        "parameters that are not trained, by patterns of their canonical names: embedding layers.0.*",
-        metavar="NAME",
-    )
-    train_only: tuple[str, ...] = option((), "the only parameters that are trained, by such patterns", metavar="NAME")
-    lr_scale: tuple[str, ...] = option(
-        (), "factors of the learning rate by such patterns: head=0.1 layers.*.attention=2", metavar="NAME=FACTOR"
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
 class MergeOptions(AdapterOptions):
     """LoRA adapter to merge into the weights."""
 
@@ -54,7 +39,7 @@ class MergeOptions(AdapterOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAOptions(AdapterOptions):
-    """Training of adapters: LoRA, prefixes."""
+    """What is trained: adapters alone, or parameters by their names."""
 
     lora_dropout: float | None = option(
         None, "probability of dropout of an adapter's input [as stored, else 0]", at_least=0, below=1
@@ -63,6 +48,7 @@ class LoRAOptions(AdapterOptions):
         None, "modules that are trained as a whole beside the adapters, such as embed_tokens lm_head", metavar="NAME"
     )
     use_rslora: bool = option(False, "rsLoRA: scale updates by alpha / sqrt(r)", aliases=("--lora-use-rslora",))
+    use_dora: bool = option(False, "DoRA: adapters beside which the lengths of rows are learned")
     lora_plus_lr_ratio: float | None = option(
         None, "LoRA+: learning rate of B as a multiple of that of A [1]", aliases=("--loraplus-lr-ratio",), above=0
     )
@@ -72,6 +58,9 @@ class LoRAOptions(AdapterOptions):
         aliases=("--num-virtual-tokens", "--prefix-token-num", "--pre-seq-len"),
         above=0,
     )
+    freeze: tuple[str, ...] = option((), "parameters not to train, by patterns: embedding layers.0.*", metavar="NAME")
+    train_only: tuple[str, ...] = option((), "the only parameters that are trained, by such patterns", metavar="NAME")
+    lr_scale: tuple[str, ...] = option((), "factors of learning rates, by patterns: head=0.1", metavar="NAME=FACTOR")
     lora_fusion: bool = option(False, "ignored: an adapter has no communication of its own")
     lora_register_forward_hook: tuple[str, ...] = option(
         ("word_embeddings", "input_layernorm"), "ignored: gradients pass frozen modules without a hook", metavar="NAME"

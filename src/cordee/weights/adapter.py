@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from cordee.errors import Problem, Problems
+from cordee.errors import Problem, ProblemError, Problems
 from cordee.model.config import ModelConfig
 from cordee.tensors.views import Index, Leaf, Op, View
 from cordee.weights.codec import Source, type_of
@@ -66,20 +66,22 @@ class Adapter(Protocol):
     def changes(self, name: str) -> tuple[Op, Sequence[Change | None]] | None:
         """For a canonical parameter that changes: the operation that makes it, and the change of each tensor it takes,
         None for a tensor that stays."""
-        ...
+        return None
 
 
 @dataclass(frozen=True)
 class LowRank:
     """The product scale * B A, `[out, in]`, and transposed where the tensor it is added to is `[in, out]`.
 
-    a, b: slices of `[r, in]` and `[out, r]`, asked for by rows and columns."""
+    a, b: slices of `[r, in]` and `[out, r]`, asked for by rows and columns. m: of DoRA, the lengths `[out]` of the rows
+    of the sum."""
 
     a: Callable[[Index], Tensor]
     b: Callable[[Index], Tensor]
     r: int
     scale: float
     transposed: bool = False
+    m: Tensor | None = None
 
     def read(self, index: Index) -> Tensor:
         rows, columns = reversed(index) if self.transposed else index
@@ -89,7 +91,16 @@ class LowRank:
 
     def __call__(self, view: View, dtype: torch.dtype) -> View:
         """The sum of a tensor and this."""
-        return Leaf(view.shape, lambda index: self.read(index).add_(view.read(index)).to(dtype))
+        return Leaf(view.shape, lambda index: self._summed(view, index).to(dtype))
+
+    def _summed(self, view: View, index: Index) -> Tensor:
+        if self.m is None:
+            return self.read(index).add_(view.read(index))
+        inner = 0 if self.transposed else 1  # over all of which lengths are taken
+        wide = tuple(slice(0, view.shape[dim]) if dim == inner else cut for dim, cut in enumerate(index))
+        total = self.read(wide).add_(view.read(wide))
+        stretch = self.m[index[1 - inner]] / total.norm(dim=inner)
+        return (total * stretch.unsqueeze(inner))[(slice(None),) * inner + (index[inner],)]
 
 
 def check_whole(model: ModelConfig) -> Problems:
@@ -119,8 +130,7 @@ class Merged(Source):
         self.notes = (*base.notes, *adapter.notes, merged)
 
     def dtype(self, name: str) -> torch.dtype:
-        prefix = self._adapter.prefixes.get(name)
-        return self._base.dtype(name) if prefix is None else type_of(prefix)
+        return type_of(self.view(name)) if name in self._adapter.prefixes else self._base.dtype(name)
 
     def view(self, name: str) -> View:
         if (prefix := self._adapter.prefixes.get(name)) is not None:
@@ -131,4 +141,12 @@ class Merged(Source):
         op, of_parts = changes
         parts, dtype = zip(op.inverse.apply([base]), of_parts, strict=True), self.dtype(name)
         (view,) = op.apply([part if change is None else change(part, dtype) for part, change in parts])
-        return view
+        return Leaf(view.shape, lambda index: _finite(name, view.read(index)))
+
+
+def _finite(name: str, values: Tensor) -> Tensor:
+    """Those of a parameter, all of which must be numbers, which a damaged or diverged adapter has not."""
+    if not values.isfinite().all():
+        why, fix = f"with the adapter in it, as {values.dtype}, it has NaN or infinite values", "take another adapter"
+        raise ProblemError([Problem(name, None, why, fix, "finite")])
+    return values

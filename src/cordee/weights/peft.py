@@ -42,14 +42,14 @@ UNMERGEABLE = (
     "monteclora_config",
     "trainable_token_indices",
     "use_bdlora",
-    "use_dora",
     "use_qalora",
     "velora_config",
 )
 LONGEST = 200  # characters of a pattern
 MOST_PATTERNS, MOST_CHOICES = 10_000, 60  # of them, and of what can match in several ways in all of them
 T = TypeVar("T")
-_FACTOR = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?")
+LENGTHS = "lora_magnitude_vector"  # of rows, as DoRA has them
+_FACTOR = re.compile(r"(.+)\.lora_(embedding_)?([AB]|magnitude_vector)(?:\.weight)?")
 
 
 def is_adapter(path: Path) -> bool:
@@ -92,7 +92,7 @@ def _check_config(given: Given, config: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem(f"{where}: lora_alpha", config.get("lora_alpha"), "it must be a positive number", COPY_AGAIN)
     if not _is_rank(config.get("r")):
         yield Problem(f"{where}: r", config.get("r"), "it must be a whole positive number", COPY_AGAIN)
-    for key in ("fan_in_fan_out", "use_rslora"):
+    for key in ("fan_in_fan_out", "use_rslora", "use_dora"):
         if not isinstance(config.get(key) or False, bool):
             yield Problem(f"{where}: {key}", config[key], "it must be true or false", COPY_AGAIN)
     yield from _check_patterns(f"{where}: alpha_pattern", config.get("alpha_pattern"), _is_finite)
@@ -232,8 +232,9 @@ class PeftAdapter(Adapter):
             why = f"other tensors in it are of the same weights as {', '.join(sorted(self._twice)[:5])}"
             yield Problem(str(self.file.path), None, why, COPY_AGAIN, "repeated")
         for foreign, factors in self._factors.items():
-            if len(factors.names) < 2:
-                why = f"of {foreign} it has only {', '.join(factors.names.values())}"
+            dora = bool(self._config.get("use_dora"))
+            if factors.names.keys() != {"A", "B", *[LENGTHS[5:]] * dora}:
+                why = f"of {foreign} it has just {', '.join(factors.names.values())}, and use_dora is {dora}"
                 yield Problem(str(self.file.path), None, why, COPY_AGAIN, "missing", limit=foreign)
         if not self._factors and not self.whole and not unknown:
             yield Problem(str(self.file.path), None, "there is nothing in it", COPY_AGAIN, "empty")
@@ -247,6 +248,8 @@ class PeftAdapter(Adapter):
             outer, *inner = reversed(shape) if self._transposed(factors) else shape
             yield from unfit(self.file, factors.names["A"], (r, *inner), f"{fix}, of rank {r} as by its {CONFIG}")
             yield from unfit(self.file, factors.names["B"], (outer, r), f"{fix}, of rank {r} as by its {CONFIG}")
+            if (lengths := factors.names.get(LENGTHS[5:])) is not None:
+                yield from unfit(self.file, lengths, (outer,), fix)
 
     def _check_tied(self) -> Iterator[Problem]:
         """PEFT trains one end of a tied pair alone, which one tensor for both cannot express."""
@@ -265,7 +268,9 @@ class PeftAdapter(Adapter):
         r = self.file.tensors[factors.names["A"]].shape[0]
         alpha = self._configured(factors, self._alphas, "lora_alpha")
         scale = alpha / (math.sqrt(r) if self._config.get("use_rslora") else r)
-        return LowRank(a, b, r, scale, self._transposed(factors))
+        name = factors.names.get(LENGTHS[5:])
+        m = None if name is None else self.file.read(name, whole(self.file.tensors[name].shape)).float()
+        return LowRank(a, b, r, scale, self._transposed(factors), m)
 
     def _configured(self, factors: _Factors, patterns: Sequence[tuple[re.Pattern[str], T]], key: str) -> T:
         """What the configuration says of a module, by the first pattern that its name in the file matches, if any."""
@@ -303,9 +308,6 @@ class PrefixForm:
         parts = torch.cat([part.flatten() for part in spec.rules()[name].inverse(probe)])
         self._order = parts[parts >= 0].long()  # of the files
 
-    def shape(self, num_tokens: int) -> tuple[int, int]:
-        return num_tokens, self.num_layers * 2 * self.heads * self.dim
-
     def write(self, read: Callable[[str], Tensor]) -> Tensor:
         prefixes = torch.stack([read(f"{_ATTENTION.format(i)}.prefix").float() for i in range(self.num_layers)])
         prefixes[:, :, 0] = prefixes[:, :, 0][..., self._order]
@@ -327,10 +329,20 @@ class PeftPrefix(Adapter):
         if type(count) is not int or count < 1 or PROMPT not in file.tensors:
             why = f"it must be a whole positive number, with {PROMPT} in the file"
             raise ProblemError([Problem(f"{given.path / CONFIG}: {_TOKENS}", count, why, COPY_AGAIN)])
-        raise_all(unfit(file, PROMPT, form.shape(count), "take the prefix of this model"))
+        raise_all(unfit(file, PROMPT, (count, form.num_layers * 2 * form.heads * form.dim), "take that of this model"))
         stated = {"--lora-r": given.r, "--lora-alpha": given.alpha, "--lora-target-modules": given.modules}
+        stated["--load of a prefix"] = spec.config.num_prefix_tokens or None
         raise_all(p for each in stated.items() for p in requires(*each, "LoRA as --lora-load", "that is a prefix"))
         self.prefixes = form.read(file.read(PROMPT, whole(file.tensors[PROMPT].shape)).float())
 
-    def changes(self, name: str) -> None:
-        return None
+
+def prefix_to_peft(spec: ModelSpec, read: Callable[[str], Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """As `peft_parameters.to_peft`."""
+    if spec.config.low_rank or spec.config.tuned:
+        why = "PEFT has no file of a prefix with LoRA beside it"
+        raise ProblemError([Problem("--save-model-type", "peft", why, "train them apart", "unsupported")])
+    form = PrefixForm(spec, "--save-model-type", "peft")
+    kind = {"peft_type": PREFIX_TUNING, "task_type": "CAUSAL_LM", "inference_mode": True, "prefix_projection": False}
+    heads = {"num_attention_heads": form.heads, "token_dim": form.heads * form.dim, "num_transformer_submodules": 1}
+    sizes = {_TOKENS: spec.config.num_prefix_tokens, "num_layers": form.num_layers}
+    return {PROMPT: form.write(read)}, kind | heads | sizes
