@@ -25,6 +25,7 @@ from cordee.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
 from cordee.tokenizer.options import TokenizerOptions
 from cordee.train.start import train
 from cordee.weights import hf
+from cordee.weights.adapter import check_whole
 from cordee.weights.load import save_from
 
 __all__ = ["GPTModel", "train"]
@@ -63,6 +64,7 @@ class GPTModel(gpt.GPTModel):
         """Write the model in its family's Hugging Face format, with its assets.
 
         `overwrite` replaces an existing model, which else raises ProblemError."""
+        raise_all(check_whole(self.config))
         with hf.write(path, self.spec, assets=self.assets, overwrite=overwrite) as sink:
             save_from(self, sink, {"base", "head"})
 

@@ -144,14 +144,15 @@ def found_kinds(option: str, load: Path, save: Path, *flags: object) -> set[tupl
 @pytest.mark.parametrize(
     ("tensors", "config", "flags", "expected"),
     [
-        (GOOD, {"use_dora": True}, (), ("use_dora", "unsupported")),
+        (GOOD, {"use_bdlora": True}, (), ("use_bdlora", "unsupported")),
+        (GOOD, {"use_dora": True}, (), (FILE, "missing")),
         (GOOD, {"peft_type": "IA3"}, (), ("peft_type", "unsupported")),
         (GOOD, {"r": None}, (), (": r", "invalid")),
         (GOOD, {}, ("--lora-r", "3"), ("--lora-r", "stated")),
         (GOOD, {}, ("--lora-alpha", "3"), ("--lora-alpha", "stated")),
         (GOOD, {}, ("--lora-target-modules", "k_proj"), ("--lora-target-modules", "stated")),
         ({}, {}, (), (FILE, "empty")),
-        ({**GOOD, f"{Q}.lora_magnitude_vector": torch.ones(24)}, {}, (), (FILE, "unknown")),
+        ({**GOOD, f"{Q}.lora_magnitude_vector": torch.ones(24)}, {}, (), (FILE, "missing")),
         ({f"{Q}.lora_A.weight": torch.ones(2, 24)}, {}, (), (FILE, "missing")),
         ({**GOOD, f"{Q}.lora_B.weight": torch.ones(23, 2)}, {}, (), ("lora_B.weight", "shape")),
         ({**GOOD, f"{Q}.lora_B.weight": torch.ones(24, 3)}, {}, (), ("lora_B.weight", "shape")),
@@ -166,7 +167,7 @@ def found_kinds(option: str, load: Path, save: Path, *flags: object) -> set[tupl
         (GOOD, {"rank_pattern": {"q_proj": 3}}, (), ("lora_A.weight", "shape")),
         (GOOD, {"rank_pattern": {"q_proj": 2.5}}, (), ("rank_pattern: q_proj", "invalid")),
         (GOOD, {"r": True}, (), (": r", "invalid")),
-        *((GOOD, {key: "yes"}, (), (key, "invalid")) for key in ("fan_in_fan_out", "use_rslora")),
+        *((GOOD, {key: "yes"}, (), (key, "invalid")) for key in ("fan_in_fan_out", "use_rslora", "use_dora")),
         *(
             (GOOD, {"lora_alpha": alpha}, (), ("lora_alpha", "invalid"))
             for alpha in (float("nan"), float("inf"), 10**400, True, "4")

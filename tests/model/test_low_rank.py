@@ -277,7 +277,7 @@ def test_prefix_is_keys_and_values_before_all_others(name: str):
         prefix = model.get_parameter(f"layers.{layer.index}.attention.prefix")
         kv_up = layer.attention.kv_up.weight if isinstance(layer.attention, LatentAttention) else None
         layer.attention.placement.replace("core", "test", plain_core(prefix, kv_up))
-    loss, expected = loss_of(model), loss_of(base)
+    loss, expected = loss_of(model), loss_of(base, position_ids=torch.arange(3, 3 + ids().shape[1])[None])
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     given = list(prefixes.values())
     for grad, wanted in zip(torch.autograd.grad(loss, given), torch.autograd.grad(expected, given), strict=True):

@@ -30,6 +30,16 @@ MODELS: dict[str, dict[str, Any]] = {
         "sliding_window": 8,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     },
+    "glm": {
+        **models.MODELS["llama"],
+        "architectures": ["GlmForCausalLM"],
+        "model_type": "glm",
+        "num_hidden_layers": 2,
+        "head_dim": 8,
+        "partial_rotary_factor": 0.5,
+        "pad_token_id": 0,
+    },
+    "bloom": {**models.MODELS["bloom"], "n_layer": 2},
     "gpt2": {**models.MODELS["gpt2"], "n_layer": 2, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
 }
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -69,7 +79,8 @@ def peft_model(load: Path, lora: Any = None, adapter: Path | None = None) -> Any
 
     model = transformers.AutoModelForCausalLM.from_pretrained(load, dtype=torch.float32, attn_implementation="eager")
     if adapter is not None:
-        return peft.PeftModel.from_pretrained(model, adapter, is_trainable=True)
+        trains = not peft.PeftConfig.from_pretrained(adapter).is_prompt_learning  # which it only runs
+        return peft.PeftModel.from_pretrained(model, adapter, is_trainable=trains)
     return peft.get_peft_model(model, lora)
 
 

@@ -44,6 +44,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "whole modules": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "model.norm"]}),
     "packed": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, "use_rslora": True}),
     "attention": ("mixtral", {"target_modules": ["q_proj", "o_proj"]}),
+    "dora": ("llama", {"target_modules": list(LINEAR), "r": 4, "use_dora": True}),
+    "dora packed": ("gpt2", {"target_modules": ["c_attn", "mlp.c_proj"], "fan_in_fan_out": True, "use_dora": True}),
     "lora plus": ("llama", {"target_modules": ["v_proj", "down_proj"]}),
 }
 

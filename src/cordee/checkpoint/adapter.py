@@ -2,17 +2,19 @@
 
 Owns which base such a checkpoint belongs to, the sum of the two, and of which kind an adapter is."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cordee.checkpoint import formats, source
 from cordee.checkpoint.source import CheckpointSource
-from cordee.checkpoint.storage import location_of, reached
+from cordee.checkpoint.storage import Location, location_of, reached
 from cordee.errors import Problem, ProblemError, Problems, raise_all
+from cordee.families.registry import ModelSpec
 from cordee.tensors.rules import IDENTITY
 from cordee.tensors.views import Index, Leaf, Op, View
 from cordee.tune import lora
@@ -22,7 +24,7 @@ from cordee.weights.adapter import Adapter, Change, Given, Merged, fingerprint
 from cordee.weights.codec import Source
 from cordee.weights.megatron import adapter as megatron
 from cordee.weights.megatron.source import MegatronSource
-from cordee.weights.peft_parameters import factors
+from cordee.weights.peft_parameters import factors, lengths
 
 
 def read(load: str, options: AdapterOptions) -> Source:
@@ -52,23 +54,24 @@ def adapter_of(base: Source, path: str, options: AdapterOptions) -> Adapter:
     return megatron.read(given, base.spec, base.dialect)
 
 
-def check_base(base: Source, found: CheckpointSource, option: str) -> Problems:
+def check_base(base: Source, manifest: Mapping[str, Any], where: Location, option: str) -> Problems:
     """Whether the adapters of a checkpoint were trained on `base`."""
-    assert found.base is not None
-    ours, theirs = (each.spec.with_heads(score=False, lm_head=False).shapes() for each in (base, found))
-    if ours != theirs or fingerprint(base) != found.base["fingerprint"]:
-        why, path = "its adapters were trained on other weights than those of the base", found.base["path"]
-        yield Problem(option, str(found.path), why, f"give --load {path}", "base", ("load", "load_dir"), path)
+    trained, kept = ModelSpec.from_dict(manifest["model"]), manifest["base"]
+    ours, theirs = (each.with_heads(score=False, lm_head=False).shapes() for each in (base.spec, trained))
+    if ours != theirs or fingerprint(base) != kept["fingerprint"]:
+        why, path = "its adapters were trained on other weights than those of the base", kept["path"]
+        yield Problem(option, str(where), why, f"give --load {path}", "base", ("load", "load_dir"), path)
 
 
-class TrainedAdapter:
+class TrainedAdapter(Adapter):
     """The adapters in a checkpoint, for their `base`. ProblemError if they were trained on another."""
 
     notes: tuple[str, ...] = ()
 
     def __init__(self, found: CheckpointSource, base: Source):
-        raise_all(check_base(base, found, "--lora-load"))
+        raise_all(check_base(base, found.manifest, found.path, "--lora-load"))
         self._source, self._shapes, self._own, self.heads = found, found.spec.shapes(), set(found.names()), found
+        self.prefixes = {name: found.view(name) for name in found.names() if name.endswith(".prefix")}
         self._adapted = {f"{path}.weight" for path, _, _ in found.spec.config.adapted()}
         self._factors = cache(lambda name: list(factors(found.spec.config, name, self._shapes[name], found.tensor)))
 
@@ -84,9 +87,16 @@ class TrainedAdapter:
 
     def _sum(self, name: str, base: View, index: Index) -> Tensor:
         """A slice of a parameter with the adapters of it, in float32."""
-        stacked = ".experts." in name
+        stacked, columns, path = ".experts." in name, index[-1], name.removesuffix(".weight")
+        parts = list(self._factors(name))
+        if dora := any(config.dora for _, config, _, _ in parts):
+            index = (*index[:-1], slice(0, base.shape[-1]))  # lengths are of whole rows
         total = torch.empty([cut.stop - cut.start for cut in index]).copy_(base.read(index))
-        for _, config, a, b in self._factors(name):
+        for _, config, a, b in parts:
             a, b = a[(*index[:stacked], slice(None), index[-1])], b[index[:-1]]
             total += config.scale * (b.flatten(1 if stacked else 0, -2) @ a).view_as(total)
+        if dora:
+            stretch = lengths(self._source.spec.config, path, base.shape, self._source.tensor)[index[:-1]]
+            total *= torch.where(stretch.isnan(), 1.0, stretch / total.norm(dim=-1))[..., None]
+            total = total[..., columns]
         return total

@@ -71,10 +71,11 @@ def _read_checkpoint(location: Location, reading: Reading | None) -> Source:
     from cordee.weights.adapter import Merged
 
     base = location_of(found.base["path"], "base")
-    weights = None if base.local is None else source.read(base) if _is_checkpoint(base) else read(base)
+    there = base.local is not None and base.local.exists()
+    weights = None if not there else source.read(base) if _is_checkpoint(base) else read(base)
     if weights is None or (isinstance(weights, source.CheckpointSource) and weights.base is not None):
-        why, fix = "what a checkpoint names as its base is at a URL, or has a base itself", "give the base as --load"
-        raise ProblemError.of("base", str(base), why, fix, "base", ("load",))
+        why, fix = "the base it names is not there, at a URL, or has a base itself", "give the base itself to be loaded"
+        raise ProblemError.of("base", str(base), why, f"{fix}, and {location} as --lora-load", "base", ("load",))
     return Merged(weights, TrainedAdapter(found, weights))
 
 

@@ -18,6 +18,7 @@ from cordee.convert.check import not_default, target_type
 from cordee.convert.options import ConvertConfig
 from cordee.errors import Problem, ProblemError, Problems, excludes, raise_all, requires
 from cordee.weights import hf, mindformers, peft_parameters
+from cordee.weights.adapter import check_whole
 from cordee.weights.codec import PlannedFile, Sink, Source
 from cordee.weights.gguf import codec as gguf
 from cordee.weights.gguf.vocabulary import compare_tokenizers
@@ -58,6 +59,8 @@ def prepare(source: Source, path: Path, options: ConvertConfig) -> Prepared:
     if source.spec.config.score and kind not in ("hf", "dcp", "peft"):
         why, fix = "it has no place for the value head of a reward model", "give --save-model-type hf"
         raise ProblemError.of("--save-model-type", kind, why, fix, "reward model", ("load_dir",))
+    if target is not _prepare_peft:
+        raise_all(check_whole(source.spec.config))
     if target is not _prepare_megatron:
         raise_all(_misplaced(options))
     return target(source, output, dtypes, options)

@@ -49,7 +49,7 @@ def _run(
     task: Task, subject: Subject, engine: Engine, options: EvaluateOptions, progress: Callable[[float], None]
 ) -> Result:
     config = subject.model.config
-    window = options.seq_length or config.max_position_embeddings
+    window = options.seq_length or config.context_length
     encoder = Encoder(subject.tokenizer, window, vocab_size=config.vocab_size, prepend_bos=options.prepend_bos)
     result = task.score(engine.answers(_asked(task, subject, encoder, options), progress), options)
     if not encoder.truncated:

@@ -9,6 +9,7 @@ from cordee.model.config import LatentAttentionConfig, LayerConfig, ModelConfig,
 from cordee.model.specs import Origin, layer_specs, model_specs
 
 Shape = tuple[int, ...]
+OWN: tuple[Origin, ...] = ("base", "tuned", "adapter")
 
 FLOPS_FORMULA = "3 x (2 x matmul weights a token meets + 2 x layers x heads x (key + value dim) x sequence)"
 
@@ -23,9 +24,10 @@ def canonical_shapes(config: ModelConfig) -> dict[str, Shape]:
     return shapes_of(config, "base", "tuned", "head")
 
 
-def count_parameters(config: ModelConfig, origins: Collection[Origin] = ("base", "tuned", "adapter", "head")) -> int:
-    """Number of parameters of these origins; those of a tied head count once."""
-    return sum(math.prod(spec.shape) for spec in model_specs(config).values() if spec.origin in origins)
+def count_parameters(config: ModelConfig, origins: Collection[Origin] = OWN, *, trained: bool = False) -> int:
+    """Number of parameters of these origins, or of their `trained` ones; those of a tied head count once."""
+    found = (spec for spec in model_specs(config).values() if spec.origin in origins and spec.trained >= trained)
+    return sum(math.prod(spec.shape) for spec in found)
 
 
 def matmul_parameters(config: ModelConfig) -> int:

@@ -127,7 +127,7 @@ class ModelSpec:
             hf["rope_theta"] = rope.get("rope_theta")
             hf["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
         spec = spec_from_hf(changed(hf, values), "model options")
-        spec = replace(spec, base_prefix=self.base_prefix).adapted(self.config.low_rank, self.config.tuned)
+        spec = replace(spec, base_prefix=self.base_prefix).adapted_as(self.config)
         return spec.with_heads(score=self.config.score, lm_head=self.config.lm_head)
 
     def _with_fitting_tokens(self) -> "ModelSpec":
@@ -154,7 +154,8 @@ class ModelSpec:
     def to_dict(self) -> dict[str, Any]:
         """The model as JSON, for `from_dict`."""
         found = {"family": self.family.name, "hf_config": self.hf_config, "base_prefix": self.base_prefix}
-        adapters = {"low_rank": [asdict(each) for each in self.config.low_rank], "tuned": self.config.tuned}
+        adapters = {name: getattr(self.config, name) for name in ("low_rank", "tuned", "num_prefix_tokens")}
+        adapters["low_rank"] = [asdict(each) for each in adapters["low_rank"]]
         heads = {"score": self.config.score, "lm_head": self.config.lm_head}
         heads = {name: value for name, value in heads.items() if value != (name == "lm_head")}
         return found | heads | {name: value for name, value in adapters.items() if value}
@@ -167,13 +168,19 @@ class ModelSpec:
             why = f"its configuration is of family {spec.family.name}"
             raise ProblemError.of("stored model: family", stored["family"], why, "copy the checkpoint again")
         low_rank = [LowRankConfig(**{**each, "targets": tuple(each["targets"])}) for each in stored.get("low_rank", ())]
-        spec = replace(spec, base_prefix=stored["base_prefix"]).adapted(low_rank, stored.get("tuned", ()))
+        further = stored.get("tuned", ()), stored.get("num_prefix_tokens", 0)
+        spec = replace(spec, base_prefix=stored["base_prefix"]).adapted(low_rank, *further)
         config = spec.config
         return spec.with_heads(score=stored.get("score", config.score), lm_head=stored.get("lm_head", config.lm_head))
 
-    def adapted(self, low_rank: Iterable[LowRankConfig], tuned: Iterable[str]) -> "ModelSpec":
-        """The same model with these adapters, and these modules trained beside them. ProblemError if it has none."""
-        return replace(self, config=replace(self.config, low_rank=tuple(low_rank), tuned=tuple(tuned)))
+    def adapted(self, low_rank: Iterable[LowRankConfig], tuned: Iterable[str], prefix: int = 0) -> "ModelSpec":
+        """The same model with these adapters, tuned modules, and tokens of a prefix. ProblemError if it has none."""
+        config = replace(self.config, low_rank=tuple(low_rank), tuned=tuple(tuned), num_prefix_tokens=prefix)
+        return replace(self, config=config)
+
+    def adapted_as(self, other: ModelConfig) -> "ModelSpec":
+        """The same model with the adapters of another."""
+        return self.adapted(other.low_rank, other.tuned, other.num_prefix_tokens)
 
     def with_heads(self, *, score: bool, lm_head: bool) -> "ModelSpec":
         """The same model with or without a value head, and a head over the vocabulary.
@@ -198,13 +205,15 @@ class ModelSpec:
 
 
 _NAMES = sealed.listed(sealed.text())
+_LOW_RANK = sealed.of(LowRankConfig, added=("dora",), targets=_NAMES)
 STORED_SPEC = sealed.record(
     {"family": sealed.text(), "hf_config": sealed.record({}), "base_prefix": sealed.flag},
     {
         "score": sealed.flag,
         "lm_head": sealed.flag,
-        "low_rank": sealed.listed(sealed.of(LowRankConfig, targets=_NAMES)),
+        "low_rank": sealed.listed(_LOW_RANK),
         "tuned": _NAMES,
+        "num_prefix_tokens": sealed.count(),
     },
 )
 

@@ -124,7 +124,7 @@ def check(
     model: ModelConfig, prompts: Prompts, options: DecodingOptions, places: Iterable[str] | None = None
 ) -> list[Problem]:
     """What keeps a model from continuing these prompts. `places`: where each was given, "prompt 1" if not said."""
-    room, vocab_size = model.max_position_embeddings, model.vocab_size
+    room, vocab_size = model.context_length, model.vocab_size
     problems = []
     for option, prompt in zip(places or (f"prompt {number}" for number in count(1)), prompts, strict=False):
         if not prompt:

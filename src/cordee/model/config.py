@@ -4,8 +4,11 @@ Owns the words in which a model is described. A family reads its `config.json` i
 from nothing else. Whatever differs between layers differs in their `LayerConfig`, so no model code asks for a family or
 a layer number."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from itertools import accumulate
 from typing import Literal, NamedTuple
 
 from cordee.errors import Problem, raise_all
@@ -268,13 +271,14 @@ class LowRankConfig:
     every layer, "q", "experts.up", "out", "down", "kv_up", "head", "embedding" accordingly. A fused projection can be
     named whole ("qkv", "gate_up": its slices share an A) or by slices (q, k, v; gate, up). `scale` is alpha / rank, or
     alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023). `b_rate` multiplies the learning rate of B (LoRA+, Hayou et al.
-    2024)."""
+    2024). With `dora` the rows of W + scale * B A are brought to learned lengths (DoRA, Liu et al. 2024)."""
 
     targets: tuple[str, ...]
     rank: int
     scale: float
     dropout: float = 0.0
     b_rate: float = 1.0
+    dora: bool = False
 
     def names(self, projection: str) -> bool:
         return any(f".{projection}".endswith(f".{target}") for target in self.targets)
@@ -336,6 +340,11 @@ class LayerConfig:
     residual_scale: float = 1.0
 
 
+def matches(pattern: str, parameter: str) -> bool:
+    """Whether a shell-style pattern matches the canonical name of a parameter, or of a module that it is in."""
+    return any(fnmatchcase(name, pattern) for name in accumulate(parameter.split("."), "{}.{}".format))
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A decoder. `norm_head`: logits are products with the L2-normalised rows of the head (Baichuan 2). `score`: it
@@ -364,6 +373,9 @@ class ModelConfig:
     tuned: tuple[str, ...] = ()  # modules that are trained as a whole beside adapters, by the ends of their names
     score: bool = False
     lm_head: bool = True
+    frozen: tuple[str, ...] = ()  # patterns of the names of parameters, or of modules, that are not trained
+    trained: tuple[str, ...] = ()  # the only ones that are; none: all
+    rates: tuple[tuple[str, float], ...] = ()  # by what the learning rate of some is multiplied, once for each pattern
     num_prefix_tokens: int = 0  # learned keys and values in every layer, which every query sees (Li & Liang 2021)
 
     def __post_init__(self) -> None:
@@ -383,9 +395,11 @@ class ModelConfig:
                     fix = "give canonical names, such as q, k, v, out, gate, up, down"
                     yield Problem("low_rank: targets", target, "the model has no such projection", fix)
         for path, name, low_rank in self.adapted():
-            if low_rank.dropout and (path in ("head", "embedding") or ".experts." in path):
-                why = f"{path} takes no dropout: only projections of whole sequences inside a layer do"
-                yield Problem("low_rank: dropout", low_rank.dropout, why, f"adapt {name} without dropout")
+            outside = path in ("head", "embedding") or ".experts." in path
+            refused = {"dora": outside, "dropout": outside or low_rank.dora}
+            for field in (each for each in refused if refused[each] and getattr(low_rank, each)):
+                why = f"{path} takes none: only projections of whole sequences in a layer do, one of dropout and DoRA"
+                yield Problem(f"low_rank: {field}", getattr(low_rank, field), why, f"adapt {name} without it")
         if self.num_prefix_tokens < 0:
             why = "it is less than 0"
             yield Problem("num_prefix_tokens", self.num_prefix_tokens, why, "give a number of virtual tokens")
@@ -393,6 +407,15 @@ class ModelConfig:
     def tunes(self, parameter: str) -> bool:
         """Whether a parameter of the base is trained beside adapters."""
         return any(f".{module}." in f".{parameter}." for module in self.tuned)
+
+    def trains(self, parameter: str) -> bool:
+        """Whether patterns leave a parameter trained."""
+        left = not self.trained or any(matches(pattern, parameter) for pattern in self.trained)
+        return left and not any(matches(pattern, parameter) for pattern in self.frozen)
+
+    def rate_of(self, parameter: str) -> float:
+        """What patterns multiply the learning rate of a parameter by."""
+        return math.prod(rate for pattern, rate in self.rates if matches(pattern, parameter))
 
     def projections(self) -> Iterator[tuple[str, str, str]]:
         """What can be adapted: canonical name of a module, of it or of a slice of it, and the latter's full name."""
@@ -431,6 +454,16 @@ class ModelConfig:
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    @property
+    def context_length(self) -> int:
+        """How many tokens of a sequence have positions."""
+        return self.max_position_embeddings - self.num_prefix_tokens
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether there is something that is trained alone, over a base."""
+        return bool(self.low_rank or self.tuned or self.num_prefix_tokens)
 
     def with_vocab_size(self, vocab_size: int) -> "ModelConfig":
         return replace(self, vocab_size=vocab_size)

@@ -83,6 +83,7 @@ class Inputs:
 
     def __init__(self, config: ModelConfig):
         rates = (config.embedding_dropout, config.attention_dropout, config.hidden_dropout)
+        self._behind = config.num_prefix_tokens  # a prefix, as PEFT counts positions
         self._has_dropout = any(rates) or any(low_rank.dropout for low_rank in config.low_rank)
         self._changing_ropes = _changing_ropes(config)
         self._needs_positions = bool(self._changing_ropes) or any(
@@ -130,7 +131,7 @@ class Inputs:
             residual_indices = placement.outside_blocks(block_indices)
         else:
             dropout_rng = None
-        positions = Positions(position_ids, training, placement.longest)
+        positions = Positions(position_ids + self._behind, training, placement.longest)
         return inputs, Context(positions, mask, step, balance, dropout_rng, residual_indices, block_indices)
 
     def _with_cached(
@@ -168,7 +169,7 @@ class Inputs:
         return torch.cat((old_tokens, inputs), 1), real, positions, segments
 
     def _frequencies_differ(self, before: Tensor, after: Tensor) -> bool:
-        old, new = Positions(before), Positions(after)
+        old, new = Positions(before + self._behind), Positions(after + self._behind)
         return any(bool((old.frequencies(*rope) != new.frequencies(*rope)).any()) for rope in self._changing_ropes)
 
 

@@ -66,7 +66,8 @@ class LatentAttention(SpecifiedModule[AttentionPlacement]):
             return self._expanded(q, latent, k_rope, context.mask, scores, context.drop)
         stored = torch.cat((latent, k_rope), -1)[:, None]  # [batch, 1, seq, latent + rope]
         prefix = None if prefix is None else prefix[None, None]
-        if context.continues and altered(self.kv_up, honoured=("view_of_weight", "view_of_a", "view_of_b")) is None:
+        honoured = ("view_of_weight", "view_of_a", "view_of_b", "view_of_m")
+        if context.continues and altered(self.kv_up, honoured=honoured) is None:
             return self._absorbed(q, stored, prefix, context, scores)
         core = behind_prefix(partial(self._expanding, drop=context.drop), prefix)
         return context.attend(self.index, core, q, stored, None, scores)

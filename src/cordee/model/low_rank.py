@@ -5,15 +5,16 @@ Owns the factors A and B of a slice of a projection's output and what they add. 
 """
 
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Generic, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from cordee.model.config import LowRankConfig, ModelConfig, slice_of
-from cordee.model.parameter import P, SpecifiedModule, local_shard
-from cordee.model.placement import Placement
-from cordee.model.specs import ParameterSpec, Specs, low_rank, tuned
+from cordee.model.parameter import P, SpecifiedModule, local_shard, parameter_specs
+from cordee.model.placement import Placement, View, unchanged
+from cordee.model.specs import ParameterSpec, Specs, low_rank, marked
 
 Multiply = Callable[[Tensor, Tensor], Tensor]  # x `[..., in]` and W `[(expert,) out, in]` to `[..., out]`
 
@@ -24,21 +25,30 @@ class Drop(Protocol):
     def __call__(self, x: Tensor, rate: float, /, *site: str | int, first: int = 0) -> Tensor: ...
 
 
-class LowRank(SpecifiedModule[Placement]):
-    """scale * B A dropout(x) with A `[(expert,) rank, in_size]` and B `[(expert,) *shape of the slice, rank]`."""
+@dataclass(eq=False, kw_only=True)
+class LowRankPlacement(Placement):
+    """`sum_over_parts` adds what processes have found of the parts of a row."""
+
+    sum_over_parts: View = unchanged
+
+
+class LowRank(SpecifiedModule[LowRankPlacement]):
+    """scale * B A dropout(x) with A `[(expert,) rank, in_size]` and B `[(expert,) *shape of the slice, rank]`; of DoRA
+    also the lengths M of rows, `[*shape of the slice]`."""
 
     a: Tensor
     b: Tensor
+    m: Tensor | None
 
     def __init__(self, config: LowRankConfig, weight: ParameterSpec, path: str, name: str, **factory):
-        super().__init__(Placement())
+        super().__init__(LowRankPlacement())
         self.config = config
         self.site = f"{path}.{name}"
         self.stacked = weight.axes[0] == "expert"
         self.region = [slice(None)] * (len(weight.axes) - 1 - self.stacked)
         if (cut := slice_of(path, name)) is not None:
             self.region[cut.dim] = slice(cut.start, cut.stop)
-        self.declare(low_rank(config, weight, path, name), "a", "b", **factory)
+        self.declare(low_rank(config, weight, path, name), "a", "b", "m", **factory)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A `[(expert,) rank, in]` and B `[(expert,) out, rank]`, as this process computes with them."""
@@ -89,7 +99,11 @@ class Projection(SpecifiedModule[P], Generic[P]):
         for adapter in self.low_ranks():
             a, b = adapter.factors()
             adapter.add_to(whole, multiply(multiply(adapter.dropped(x, drop), a), b))
-        return y + delta
+        if not any(adapter.config.dora for adapter in self.low_ranks()):
+            return y + delta
+        bias = self.local("bias")
+        bias = 0.0 if bias is None else bias.flatten()
+        return (y + delta - bias) * self._stretch(self._sum(self.local("weight"))).flatten() + bias
 
     def extra_repr(self) -> str:
         spec = self.specs.get("weight")
@@ -100,20 +114,36 @@ class Projection(SpecifiedModule[P], Generic[P]):
         """`weight` `[*out_shape, in]` with the adapters in it, for what is no plain product; one without dropout."""
         if self.adapters is None:
             return weight
+        total = self._sum(weight)
+        return total * self._stretch(total)[..., None] if any(a.config.dora for a in self.low_ranks()) else total
+
+    def _sum(self, weight: Tensor) -> Tensor:
+        """`weight` with the products of the adapters added to it."""
         delta = torch.zeros_like(weight)
         for adapter in self.low_ranks():
             a, b = adapter.factors()
             adapter.add_to(delta.movedim(-1, 0), a.t() @ b.t())
         return weight + delta
 
+    def _stretch(self, total: Tensor) -> Tensor:
+        """What DoRA multiplies the rows of such a sum by, `[*out_shape]`; their own lengths have no gradient."""
+        squares, stretch = total.detach().square().sum(-1), total.new_ones(total.shape[:-1])
+        for adapter in self.low_ranks():
+            if (m := adapter.local("m")) is not None:
+                norm = adapter.placement.sum_over_parts(squares).sqrt()
+                stretch[tuple(adapter.region)] = m / norm[tuple(adapter.region)]
+        return stretch
+
 
 def add_low_rank(model: nn.Module, config: ModelConfig, foreign: Collection[str], **factory) -> None:
     """Put the low-rank adapters of `config` on the projections that `model` has, those named in `foreign` left out, and
-    mark what is trained beside them."""
+    mark how the others are trained."""
     modules = dict(model.named_modules())
     for path, name, chosen in config.adapted():
         if path not in foreign and isinstance(module := modules.get(path), Projection):
             module.adapt(chosen, path, name, **factory)
-    for path, module in modules.items() if config.tuned else ():
+    for path, module in modules.items():
         if isinstance(module, SpecifiedModule):
-            module.specs = tuned(module.specs, config, path)
+            module.specs = marked(module.specs, config, path)
+    for name, spec in parameter_specs(model).items():
+        model.get_parameter(name).requires_grad_(spec.trained)

@@ -81,15 +81,20 @@ def model_specs(config: ModelConfig) -> Specs:
     for path, name, chosen in config.adapted():
         weight = specs.get(f"{path}.weight", specs["embedding.weight"])  # a tied head shares it
         specs |= _parts(**{f"{path}.adapters.{name}": low_rank(chosen, weight, path, name)})
-    return tuned(specs, config) if config.tuned else specs
+    return marked(specs, config)
 
 
-def tuned(specs: Specs, config: ModelConfig, path: str = "") -> Specs:
-    """`specs` of the module `path`, those that `config` trains beside adapters marked."""
-    return {
-        name: replace(spec, origin="tuned") if spec.origin == "base" and config.tunes(f"{path}.{name}") else spec
-        for name, spec in specs.items()
-    }
+def marked(specs: Specs, config: ModelConfig, path: str = "") -> Specs:
+    """`specs` of the module `path` with how `config` trains them: beside adapters, not at all, at another rate."""
+    if not (config.tuned or config.frozen or config.trained or config.rates):
+        return specs
+    return {name: _marked(spec, config, f"{path}.{name}".removeprefix(".")) for name, spec in specs.items()}
+
+
+def _marked(spec: ParameterSpec, config: ModelConfig, name: str) -> ParameterSpec:
+    origin = "tuned" if spec.origin == "base" and config.tunes(name) else spec.origin
+    trained, rate = spec.trained and config.trains(name), spec.rate * config.rate_of(name)
+    return replace(spec, origin=origin, trained=trained, rate=rate)
 
 
 def layer_specs(layer: LayerConfig, model: ModelConfig) -> Specs:
@@ -218,7 +223,8 @@ def norm(config: NormConfig, size: int, axis: str = "embed") -> Specs:
 
 
 def low_rank(config: LowRankConfig, weight: ParameterSpec, path: str, name: str) -> Specs:
-    """Factors a `[(expert,) rank, in_size]` and b `[(expert,) *shape of the slice, rank]` of an adapter.
+    """Factors a `[(expert,) rank, in_size]` and b `[(expert,) *shape of the slice, rank]` of an adapter; with DoRA the
+    lengths m `[*shape of the slice]`, which begin as those of the rows of the weight.
 
     It belongs to slice `name` of the projection `path` with this `weight`. They begin as PEFT's: a uniform within
     1 / sqrt(in_size), b zeros."""
@@ -235,7 +241,8 @@ def low_rank(config: LowRankConfig, weight: ParameterSpec, path: str, name: str)
         origin="adapter",
     )
     b = ParameterSpec((*sizes[:-1], config.rank), (*axes[:-1], "rank"), rate=config.b_rate, origin="adapter")
-    return {"a": a, "b": b}
+    m = ParameterSpec(b.shape[:-1], b.axes[:-1], decay=False, origin="adapter")
+    return {"a": a, "b": b} | ({"m": m} if config.dora else {})
 
 
 def _spec(dims: dict[str, int], **how: Any) -> ParameterSpec:

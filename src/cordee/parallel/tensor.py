@@ -125,6 +125,10 @@ def _set_views(module: SpecifiedModule, axis: _Axis, summed: bool) -> None:
             module.placement.replace(view, NAME, replicated, instead_of=sharding.NAME, compiles=True)
             if spec.axes[0] == "kv_group":
                 module.placement.wrap(view, NAME, after(_group_slots(spec, axis)), compiles=True)
+    if isinstance(module, Linear) and _adds_parts(module):
+        for adapter in module.low_ranks():
+            total = partial(differentiable.all_reduce, group=axis.group)
+            adapter.placement.replace("sum_over_parts", NAME, total, compiles=True)
     if module.specs.get("bias") is not None and _adds_parts(module):
         first = 1.0 if axis.rank == 0 else 0.0  # the sum over ranks has the bias once
         module.placement.wrap("view_of_bias", NAME, after(lambda bias: bias * first), compiles=True)

@@ -30,12 +30,12 @@ def describe_end(plan: RunPlan, iteration: int) -> Iterator[str]:
         yield f"{iteration} of {counted(plan.iterations, 'iteration')} are done; to resume, add --load {given}"
     yield "what to do with the model:"
     if plan.tokenizer is not None and plan.spec.config.lm_head:
-        room = min(plan.spec.config.max_position_embeddings // 2, TOKENS)
+        room = min(plan.spec.config.context_length // 2, TOKENS)
         yield from _command(f"generate --load {given}", '--prompt "Once upon a time"', f"--max-new-tokens {room}")
     if (data := plan.objective.evaluated(plan.config)) is not None:
         texts = f"--task-data-path {shlex.quote(data)}"
         yield from _command(f"evaluate --load {given}", texts, f"--max-eval-samples {DOCUMENTS}")
-    if plan.spec.config.lm_head or plan.spec.family.classifier:
+    if (plan.spec.config.lm_head or plan.spec.family.classifier) and not plan.spec.config.num_prefix_tokens:
         yield from _command(f"convert --load-dir {given}", f"--save-dir {shlex.quote(f'{root.name}-hf')}")
 
 

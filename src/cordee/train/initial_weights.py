@@ -33,14 +33,13 @@ def opened(config: TrainConfig, initial: InitialWeights, found: Findings) -> Ini
         spec = found.attempt(lambda: spec_from_directory(str(path))) if (path / "config.json").is_file() else None
         return spec and replace(initial, spec=spec, assets=path.local)
     initial = replace(initial, source=source, spec=source.spec, assets=initial.assets or source.assets)
-    has_adapters = config.lora_target_modules or initial.peft or initial.checkpoint
+    has_adapters = config.lora_target_modules or config.num_prefix_tokens or initial.peft or initial.checkpoint
     return found.attempt(lambda: _with_adapter(config, initial)) if has_adapters else initial
 
 
 def _with_adapter(config: TrainConfig, initial: InitialWeights) -> InitialWeights:
     """The base of adapters, and those that are loaded. ProblemError if it is the base of others."""
     from cordee.checkpoint import adapter
-    from cordee.checkpoint.source import CheckpointSource
     from cordee.weights import peft, peft_parameters
     from cordee.weights.adapter import Given, fingerprint
 
@@ -48,7 +47,7 @@ def _with_adapter(config: TrainConfig, initial: InitialWeights) -> InitialWeight
     assert base is not None and initial.weights is not None
     initial = replace(initial, base={"path": str(initial.weights.resolve()), "fingerprint": fingerprint(base)})
     if (checkpoint := initial.checkpoint) is not None:
-        raise_all(adapter.check_base(base, CheckpointSource(checkpoint.path), option_of(config)))
+        raise_all(adapter.check_base(base, checkpoint.manifest, checkpoint.path, option_of(config)))
     if initial.peft is None:
         return initial
     loaded = peft_parameters.from_peft(peft.read(Given(path=initial.peft), base.spec), base)
@@ -83,7 +82,8 @@ def choose(config: TrainConfig, avoid: Mapping[int, str] | None, notes: list[str
             return InitialWeights(weights=base, peft=path.local)
         found = _choose(config, path, avoid, notes)
     adapters = found.checkpoint and found.weights
-    if not adapters and (found.weights or found.checkpoint or not config.lora_target_modules):
+    anew = config.lora_target_modules or config.num_prefix_tokens
+    if not adapters and (found.weights or found.checkpoint or not anew):
         why, fix = "it holds no adapters", "give a directory of PEFT, or checkpoints of a run that trains adapters"
         raise ProblemError.of(option, given, why, fix, "unknown")
     return replace(found, weights=base)
@@ -133,7 +133,7 @@ def _of_checkpoint(config: TrainConfig, path: Location) -> InitialWeights:
         fix = f"choose another by --ckpt-step; there are: {', '.join(map(str, present)) or 'none'}"
         raise _unfit(option_of(config), path, str(error), fix, "corrupt", present) from error
     base = manifest.get("base")
-    if base is None and config.lora_target_modules:  # which are trained on these weights
+    if base is None and (config.lora_target_modules or config.num_prefix_tokens):  # which are trained on these weights
         return InitialWeights(weights=path)
     weights = None if base is None else location_of(base["path"])
     checkpoint = Checkpoint(path, manifest, resume=not config.finetune)

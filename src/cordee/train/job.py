@@ -52,7 +52,7 @@ from cordee.train.reports import Reports, build_reports
 from cordee.train.run_plan import RunPlan, TrainState
 from cordee.train.techniques import Technique
 from cordee.train.trainer import Parts, Trainer
-from cordee.weights.load import load_into
+from cordee.weights.load import fill_lengths, load_into
 
 # Options that may differ between nodes.
 _OF_A_NODE = ("nproc_per_node", "num_workers", "peak_tflops", "exit_grace_seconds", "distributed_timeout_minutes")
@@ -174,7 +174,7 @@ def _identity(plan: RunPlan) -> dict[str, Any]:
         "--stage": config.stage,
         "--optimizer": config.optimizer,
         **found,
-        "model": str(plan.spec.to_dict()),
+        "model": f"{plan.spec.to_dict()}, {plan.spec.config}",
         "pipeline": str(plan.partition),
         "micro-batches": plan.batches.sizes,
         "data": str(plan.data.identity),
@@ -321,6 +321,8 @@ def _fill(plan: RunPlan, model: GPTModel, optimizer: torch.optim.Optimizer, layo
         origins = ORIGINS if initial.base is None else techniques.trained(plan.spec.config, plan.config)
         left &= restore(checkpoint.path, model, state, group=layout.background, origins=origins, optional=optional)
     initialise(model, plan.config.seed, left)
+    if "adapter" in left:
+        fill_lengths(model)
 
 
 def _save_assets(plan: RunPlan, root: Location) -> None:

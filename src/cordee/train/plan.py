@@ -116,6 +116,7 @@ def draft_run(
         found.notes += experts.ignored(spec, config)
         trained = found.attempt(partial(experts.with_training, spec, config), involves=("num_experts", "model", "load"))
         spec = _adapted(trained or spec, config, found)
+        found.notes += techniques.wide(spec.config)
     counts = sorted({each // batches.slice_size for each in batches.batch_sizes()})
     placed = PlacedRun(model=spec.config if spec else None, degrees=shape, options=config, micro_batches=counts)
     partition = _place(placed, tokenizer, found)
@@ -127,6 +128,7 @@ def draft_run(
         # That the run had other options before matters only for options that agree with each other.
         resumed = resume.problems(config, schedule, data, checkpoint.manifest)
         found.problems += (problem for problem in resumed if not problem.names & contradictory)
+        found.notes += techniques.thawed(config, checkpoint.manifest["config"])
     else:
         found.notes += found.attempt(lambda: list(outputs.written_before(config))) or []
     return Draft(
@@ -164,7 +166,7 @@ def _adapted(spec: ModelSpec, config: TrainConfig, found: Findings) -> ModelSpec
 def _place(run: PlacedRun, tokenizer: Tokenizer | None, found: Findings) -> StagePartition | None:
     """How a pipeline shards a model; all that keeps the run from using it is added to `found`."""
     if run.model is not None:
-        longest = run.model.max_position_embeddings
+        longest = run.model.context_length
         positions = f"the {longest} positions that the model holds"
         involved = ("max_position_embeddings", "model", "load")
         found.problems += at_most("--seq-length", run.options.seq_length, longest, positions, *involved)
@@ -256,10 +258,9 @@ def _spec(
         return fresh.with_tokens(tokenizer.bos, tokenizer.eos) if tokenizer else fresh  # not those of a preset
     # What is loaded has its rows; options that count tokens, or say how rows were padded, only have to agree with them.
     shape = replace(config, vocab_size=None, make_vocab_size_divisible_by=None)
-    adapters, heads = (loaded.config.low_rank, loaded.config.tuned), (loaded.config.score, loaded.config.lm_head)
-    wanted = loaded
+    wanted, heads = loaded, {"score": loaded.config.score, "lm_head": loaded.config.lm_head}
     if config.model:
-        wanted = spec_named(config.model).adapted(*adapters).with_heads(score=heads[0], lm_head=heads[1])
+        wanted = spec_named(config.model).adapted_as(loaded.config).with_heads(**heads)
     wanted = wanted.with_options(shape)
     problems = list(_vocabulary_problems(config, loaded.config.vocab_size))
     changed = differences(loaded.config, wanted.config)

@@ -27,7 +27,7 @@ def adapted(spec: ModelSpec, options: LoRAOptions) -> ModelConfig:
     """The model with the adapters that options ask for, or that `spec` has from where it was loaded. ProblemError if it
     has no such modules, or what is loaded is something else."""
     found, low_rank, tuned = Findings(), spec.config.low_rank, spec.config.tuned
-    if low_rank or tuned:
+    if spec.config.has_adapters:
         found.problems += found.attempt(lambda: list(check_stated(spec, options))) or []
     else:
         names, modules, rank = options.lora_target_modules or (), options.lora_modules_to_save, options.lora_r or RANK
@@ -40,25 +40,32 @@ def adapted(spec: ModelSpec, options: LoRAOptions) -> ModelConfig:
             why = "rows of the head are normalised, so what is learned beside them is no change of them, to be merged"
             found.problems.append(Problem("--lora-target-modules", " ".join(names), why, "leave it out", "head"))
         scale = _scales(options.lora_alpha or ALPHA, rank)[options.use_rslora]
-        low_rank = (LowRankConfig(targets=targets, rank=rank, scale=scale),)
+        low_rank = (LowRankConfig(targets=targets, rank=rank, scale=scale, dora=options.use_dora),)
     raise_all(found.problems)
     of_training = {"dropout": options.lora_dropout, "b_rate": options.lora_plus_lr_ratio}  # which may change any time
     given = {name: value for name, value in of_training.items() if value is not None}
-    return replace(spec.config, low_rank=tuple(replace(each, **given) for each in low_rank), tuned=tuned)
+    prefix = options.num_prefix_tokens or spec.config.num_prefix_tokens
+    low_rank = tuple(replace(each, **given) for each in low_rank)
+    return replace(spec.config, low_rank=low_rank, tuned=tuned, num_prefix_tokens=prefix)
 
 
 def check_stated(spec: ModelSpec, options: AdapterOptions) -> Problems:
     """Whether the adapters that `spec` has are what options say. ProblemError if these name what is no module."""
-    found, tuned = spec.config.low_rank, spec.config.tuned
+    found, tuned, prefix = spec.config.low_rank, spec.config.tuned, spec.config.num_prefix_tokens
+    alpha = options.lora_alpha or ALPHA
     laws: dict[str, Callable[[Any], bool]] = {
-        "lora_r": lambda r: all(each.rank == r for each in found),
-        "lora_alpha": lambda alpha: all(each.scale in _scales(alpha, each.rank) for each in found),
-        "lora_target_modules": lambda names: _parts(spec, targets_named(spec, names)) == _parts(spec),
+        "lora_r": lambda r: {each.rank for each in found} == {r},
+        "lora_alpha": lambda alpha: found != () and all(each.scale in _scales(alpha, each.rank) for each in found),
+        "lora_target_modules": lambda names: found != () and _parts(spec, targets_named(spec, names)) == _parts(spec),
         "lora_modules_to_save": lambda names: set(modules_named(spec, names)) == set(tuned),
+        "num_prefix_tokens": lambda number: number == prefix,
+        "use_dora": lambda _: found != () and all(each.dora for each in found),
+        "use_rslora": lambda _: found != () and all(each.scale == _scales(alpha, each.rank)[1] for each in found),
     }
     forms = [f"rank {each.rank}, alpha {each.scale * each.rank:g} of {' '.join(each.targets)}" for each in found]
+    forms += [f"a prefix of {prefix} tokens"] * bool(prefix)
     for name, fits in laws.items():
-        if (value := getattr(options, name, None)) is not None and not fits(value):
+        if (value := getattr(options, name, None)) not in (None, False) and not fits(value):
             why, fix = f"what is loaded keeps its form: {'; '.join([*forms, *tuned])}", "leave it out"
             yield Problem(to_flag(name), value, why, fix, "stated", limit=forms)
 

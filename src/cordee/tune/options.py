@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from cordee.config.laws import GIVEN, ignored, needs
 from cordee.config.option import option
 
-OF_ADAPTERS = ("lora_r", "lora_alpha", "use_rslora", "lora_modules_to_save", "lora_dropout", "lora_plus_lr_ratio")
+OF_ADAPTERS = "lora_r lora_alpha use_rslora use_dora lora_modules_to_save lora_dropout lora_plus_lr_ratio".split()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class MergeOptions(AdapterOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAOptions(AdapterOptions):
-    """Training of LoRA adapters."""
+    """What is trained: adapters alone, or parameters by their names."""
 
     lora_dropout: float | None = option(
         None, "probability of dropout of an adapter's input [as stored, else 0]", at_least=0, below=1
@@ -48,9 +48,19 @@ class LoRAOptions(AdapterOptions):
         None, "modules that are trained as a whole beside the adapters, such as embed_tokens lm_head", metavar="NAME"
     )
     use_rslora: bool = option(False, "rsLoRA: scale updates by alpha / sqrt(r)", aliases=("--lora-use-rslora",))
+    use_dora: bool = option(False, "DoRA: adapters beside which the lengths of rows are learned")
     lora_plus_lr_ratio: float | None = option(
         None, "LoRA+: learning rate of B as a multiple of that of A [1]", aliases=("--loraplus-lr-ratio",), above=0
     )
+    num_prefix_tokens: int | None = option(
+        None,
+        "prefix tuning, P-tuning v2: so many learned keys and values before all others in every layer [as stored]",
+        aliases=("--num-virtual-tokens", "--prefix-token-num", "--pre-seq-len"),
+        above=0,
+    )
+    freeze: tuple[str, ...] = option((), "parameters not to train, by patterns: embedding layers.0.*", metavar="NAME")
+    train_only: tuple[str, ...] = option((), "the only parameters that are trained, by such patterns", metavar="NAME")
+    lr_scale: tuple[str, ...] = option((), "factors of learning rates, by patterns: head=0.1", metavar="NAME=FACTOR")
     lora_fusion: bool = option(False, "ignored: an adapter has no communication of its own")
     lora_register_forward_hook: tuple[str, ...] = option(
         ("word_embeddings", "input_layernorm"), "ignored: gradients pass frozen modules without a hook", metavar="NAME"
@@ -58,7 +68,7 @@ class LoRAOptions(AdapterOptions):
     lora_adapter_name: str = option("default", "ignored: a run has one adapter", metavar="NAME")
 
     laws = (
-        needs("lora_target_modules", "lora_load", load=GIVEN),
+        needs("lora_target_modules", "lora_load", "num_prefix_tokens", load=GIVEN),
         needs(*OF_ADAPTERS, lora_target_modules=GIVEN, load=GIVEN),  # which may have some
         ignored("lora_fusion", "lora_adapter_name", why="a run has one adapter, in the forward of its layers"),
         ignored("lora_register_forward_hook", why="gradients pass frozen modules without a hook"),

@@ -6,17 +6,19 @@ canonical parameter of such tensors brings it to its slices of ours. The files t
 """
 
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from cordee.errors import Problem, Problems
+from cordee.errors import Problem, ProblemError, Problems
+from cordee.model.config import ModelConfig
 from cordee.tensors.views import Index, Leaf, Op, View
-from cordee.weights.codec import Source
+from cordee.weights.codec import Source, type_of
 
 SCORE = "score.weight"
 Change = Callable[[View, torch.dtype], View]  # what an adapter makes of a tensor of the checkpoint, in that type
@@ -56,31 +58,32 @@ def fingerprint(source: Source) -> str:
 
 
 class Adapter(Protocol):
-    """notes: what reading left out or assumed, in words.
+    """notes: what reading left out or assumed, in words. prefixes: parameters that it adds, by name.
     heads: the model whose heads were trained beside it, and the value head of that; None: the base keeps its own."""
 
     notes: tuple[str, ...]
-
-    @property
-    def heads(self) -> Source | None: ...
+    prefixes: Mapping[str, View] = MappingProxyType({})
+    heads: Source | None = None
 
     def changes(self, name: str) -> tuple[Op, Sequence[Change | None]] | None:
         """For a canonical parameter that changes: the operation that makes it, and the change of each tensor it takes,
         None for a tensor that stays."""
-        ...
+        return None
 
 
 @dataclass(frozen=True)
 class LowRank:
     """The product scale * B A, `[out, in]`, and transposed where the tensor it is added to is `[in, out]`.
 
-    a, b: slices of `[r, in]` and `[out, r]`, asked for by rows and columns."""
+    a, b: slices of `[r, in]` and `[out, r]`, asked for by rows and columns. m: of DoRA, the lengths `[out]` of the rows
+    of the sum."""
 
     a: Callable[[Index], Tensor]
     b: Callable[[Index], Tensor]
     r: int
     scale: float
     transposed: bool = False
+    m: Tensor | None = None
 
     def read(self, index: Index) -> Tensor:
         rows, columns = reversed(index) if self.transposed else index
@@ -90,11 +93,28 @@ class LowRank:
 
     def __call__(self, view: View, dtype: torch.dtype) -> View:
         """The sum of a tensor and this."""
-        return Leaf(view.shape, lambda index: self.read(index).add_(view.read(index)).to(dtype))
+        return Leaf(view.shape, lambda index: self._summed(view, index).to(dtype))
+
+    def _summed(self, view: View, index: Index) -> Tensor:
+        if self.m is None:
+            return self.read(index).add_(view.read(index))
+        inner = 0 if self.transposed else 1  # over all of which lengths are taken
+        wide = tuple(slice(0, view.shape[dim]) if dim == inner else cut for dim, cut in enumerate(index))
+        total = self.read(wide).add_(view.read(wide))
+        stretch = self.m[index[1 - inner]] / total.norm(dim=inner)
+        return (total * stretch.unsqueeze(inner))[(slice(None),) * inner + (index[inner],)]
+
+
+def check_whole(model: ModelConfig) -> Problems:
+    """Whether weights alone are all of a model."""
+    if (count := model.num_prefix_tokens) > 0:
+        why = "keys and values before all others are no change of weights, so no format of models has a place for them"
+        fix = "generate and evaluate with it as it is, or write PEFT's: cordee convert --save-model-type peft"
+        yield Problem("num_prefix_tokens", count, why, fix, "unsupported")
 
 
 class Merged(Source):
-    """The weights of `base` with an adapter merged in."""
+    """The weights of `base` with an adapter merged in, and its prefixes, which are no weights, beside them."""
 
     exact = False
 
@@ -106,20 +126,37 @@ class Merged(Source):
         self.assets = base.assets
         self._base = base
         self._adapter = adapter
-        self.changed = [name for name in self.names() if adapter.changes(name) is not None]
-        merged = f"an adapter was merged into {len(self.changed)} of {len(self.names())} tensors"
+        ours, whole = self.spec.shapes(), base.spec.shapes()
+        self._shapes = {name: base.shape(name) for name in base.names() if name in ours or name not in whole} | ours
+        for name, prefix in adapter.prefixes.items():
+            self._shapes[name] = prefix.shape
+            self.spec = self.spec.adapted((), (), prefix.shape[-2])
+        self.changed = {name for name in ours if adapter.changes(name) is not None}
+        merged = f"an adapter was merged into {len(self.changed)} of {len(ours)} tensors"
         self.notes = (*base.notes, *adapter.notes, merged)
 
     def dtype(self, name: str) -> torch.dtype:
+        if name in self._adapter.prefixes:
+            return type_of(self.view(name))
         return self._base.dtype("embedding.weight" if name == SCORE else name)
 
     def view(self, name: str) -> View:
+        if (prefix := self._adapter.prefixes.get(name)) is not None:
+            return prefix
         if name == SCORE and (heads := self._adapter.heads) is not None:
             return Leaf(self.shape(name), lambda index: heads.tensor(name, index).to(self.dtype(name)))
-        base, changes = self._base.view(name), self._adapter.changes(name)
+        base, changes = self._base.view(name), self._adapter.changes(name) if name in self.changed else None
         if changes is None:
             return base
         op, of_parts = changes
         parts, dtype = zip(op.inverse.apply([base]), of_parts, strict=True), self.dtype(name)
         (view,) = op.apply([part if change is None else change(part, dtype) for part, change in parts])
-        return view
+        return Leaf(view.shape, lambda index: _finite(name, view.read(index)))
+
+
+def _finite(name: str, values: Tensor) -> Tensor:
+    """Those of a parameter, all of which must be numbers, which a damaged or diverged adapter has not."""
+    if not values.isfinite().all():
+        why, fix = f"with the adapter in it, as {values.dtype}, it has NaN or infinite values", "take another adapter"
+        raise ProblemError.of(name, None, why, fix, "finite")
+    return values

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from cordee.errors import Problem, raise_all
 from cordee.log import counted
+from cordee.model.low_rank import Projection
 from cordee.model.parameter import ORIGINS, Origin, local_shard, of_origins
 from cordee.weights.codec import Sink, Source
 
@@ -93,6 +94,16 @@ def save_from(model: nn.Module, sink: Sink | None, origins: Collection[Origin] =
         tensor = full_tensor(parameter.detach())
         if sink is not None:
             sink.put(name, tensor)
+
+
+@torch.no_grad()
+def fill_lengths(model: nn.Module) -> None:
+    """Let the lengths of DoRA begin as those of the rows that they are of. All processes that shard them call it."""
+    for module in (each for each in model.modules() if isinstance(each, Projection)):
+        for adapter, m in ((each, each.m) for each in module.low_ranks() if each.m is not None):
+            norm, (local, first) = full_tensor(module.weight).norm(dim=-1), local_shard(m)
+            own = (slice(begin, begin + size) for begin, size in zip(first, local.shape, strict=True))
+            local.copy_(norm[tuple(adapter.region)][tuple(own)])
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

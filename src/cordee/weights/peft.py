@@ -1,7 +1,7 @@
 """Adapters in the files of the PEFT library: `adapter_config.json` and `adapter_model.safetensors`.
 
-Owns what stands in them and which of it can be merged: LoRA of linear layers and embeddings, and whole tensors trained
-beside it. Names are those of Hugging Face's modules, so any base can take them, whatever its own format."""
+Owns what stands in them and which of it can be used: LoRA of linear layers and embeddings, whole tensors trained beside
+it, prefixes. Names are those of Hugging Face's modules, so any base can take them, whatever its own format."""
 
 import math
 import re
@@ -14,11 +14,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from cordee.errors import Problem, ProblemError, raise_all
+from cordee.errors import Problem, ProblemError, raise_all, requires
 from cordee.families.registry import ModelSpec
 from cordee.files import read_json
+from cordee.model.config import AttentionConfig
 from cordee.tensors.views import Leaf, Op, View, whole
-from cordee.weights.adapter import Change, Given, LowRank, is_factor
+from cordee.weights.adapter import Adapter, Change, Given, LowRank, is_factor
 from cordee.weights.files import COPY_AGAIN, BinFile, SafetensorsFile, TensorFile, opened, unfit
 from cordee.weights.ruled import foreign_tensors
 
@@ -28,6 +29,8 @@ FILES: Mapping[str, Callable[[Path], TensorFile]] = {
     "adapter_model.bin": BinFile,
 }
 PREFIX = "base_model.model."
+PREFIX_TUNING, PROMPT = "PREFIX_TUNING", "prompt_embeddings"  # the type, and its one tensor
+_TOKENS, _ATTENTION = "num_virtual_tokens", "layers.{}.attention"
 # Settings under which the merged weights are something else than W + scale * B A.
 UNMERGEABLE = (
     "alora_invocation_tokens",
@@ -39,14 +42,14 @@ UNMERGEABLE = (
     "monteclora_config",
     "trainable_token_indices",
     "use_bdlora",
-    "use_dora",
     "use_qalora",
     "velora_config",
 )
 LONGEST = 200  # characters of a pattern
 MOST_PATTERNS, MOST_CHOICES = 10_000, 60  # of them, and of what can match in several ways in all of them
 T = TypeVar("T")
-_FACTOR = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?")
+LENGTHS = "lora_magnitude_vector"  # of rows, as DoRA has them
+_FACTOR = re.compile(r"(.+)\.lora_(embedding_)?([AB]|magnitude_vector)(?:\.weight)?")
 
 
 def is_adapter(path: Path) -> bool:
@@ -62,9 +65,11 @@ class _Factors:
     names: dict[str, str] = field(default_factory=dict)
 
 
-def read(given: Given, spec: ModelSpec) -> "PeftAdapter":
+def read(given: Given, spec: ModelSpec) -> "PeftAdapter | PeftPrefix":
     """The adapter at `given.path`, for a base model `spec`. ProblemError with everything that is wrong with it."""
     config = _read_config(given.path)
+    if config.get("peft_type") == PREFIX_TUNING:
+        return PeftPrefix(given, config, spec)
     raise_all(_check_config(given, config))
     return PeftAdapter(given, config, spec, _open(given.path))
 
@@ -79,7 +84,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _check_config(given: Given, config: Mapping[str, Any]) -> Iterator[Problem]:
     where, fix = str(given.path / CONFIG), "merge it with PEFT's own merge_and_unload, and convert the result"
     if (kind := config.get("peft_type")) != "LORA":
-        yield Problem(f"{where}: peft_type", kind, "only LoRA can be merged into weights", fix, "unsupported")
+        yield Problem(f"{where}: peft_type", kind, "only LoRA and PREFIX_TUNING are known", fix, "unsupported")
     for key in UNMERGEABLE:
         if config.get(key):
             yield Problem(f"{where}: {key}", config[key], "such an adapter is no sum of matrices", fix, "unsupported")
@@ -87,7 +92,7 @@ def _check_config(given: Given, config: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem(f"{where}: lora_alpha", config.get("lora_alpha"), "it must be a positive number", COPY_AGAIN)
     if not _is_rank(config.get("r")):
         yield Problem(f"{where}: r", config.get("r"), "it must be a whole positive number", COPY_AGAIN)
-    for key in ("fan_in_fan_out", "use_rslora"):
+    for key in ("fan_in_fan_out", "use_rslora", "use_dora"):
         if not isinstance(config.get(key) or False, bool):
             yield Problem(f"{where}: {key}", config[key], "it must be true or false", COPY_AGAIN)
     yield from _check_patterns(f"{where}: alpha_pattern", config.get("alpha_pattern"), _is_finite)
@@ -155,10 +160,8 @@ def _open(path: Path) -> TensorFile:
     raise ProblemError.of(str(path), None, why, "copy the file of the adapter too", "missing")
 
 
-class PeftAdapter:
+class PeftAdapter(Adapter):
     """LoRA in a file of PEFT, by the family's names of tensors."""
-
-    heads = None
 
     def __init__(self, given: Given, config: Mapping[str, Any], spec: ModelSpec, file: TensorFile):
         self.notes: tuple[str, ...] = ()
@@ -229,8 +232,9 @@ class PeftAdapter:
             why = f"other tensors in it are of the same weights as {', '.join(sorted(self._twice)[:5])}"
             yield Problem(str(self.file.path), None, why, COPY_AGAIN, "repeated")
         for foreign, factors in self._factors.items():
-            if len(factors.names) < 2:
-                why = f"of {foreign} it has only {', '.join(factors.names.values())}"
+            dora = bool(self._config.get("use_dora"))
+            if factors.names.keys() != {"A", "B", *[LENGTHS[5:]] * dora}:
+                why = f"of {foreign} it has just {', '.join(factors.names.values())}, and use_dora is {dora}"
                 yield Problem(str(self.file.path), None, why, COPY_AGAIN, "missing", limit=foreign)
         if not self._factors and not self.whole and not unknown:
             yield Problem(str(self.file.path), None, "there is nothing in it", COPY_AGAIN, "empty")
@@ -244,6 +248,8 @@ class PeftAdapter:
             outer, *inner = reversed(shape) if self._transposed(factors) else shape
             yield from unfit(self.file, factors.names["A"], (r, *inner), f"{fix}, of rank {r} as by its {CONFIG}")
             yield from unfit(self.file, factors.names["B"], (outer, r), f"{fix}, of rank {r} as by its {CONFIG}")
+            if (lengths := factors.names.get(LENGTHS[5:])) is not None:
+                yield from unfit(self.file, lengths, (outer,), fix)
 
     def _check_tied(self) -> Iterator[Problem]:
         """PEFT trains one end of a tied pair alone, which one tensor for both cannot express."""
@@ -262,7 +268,9 @@ class PeftAdapter:
         r = self.file.tensors[factors.names["A"]].shape[0]
         alpha = self._configured(factors, self._alphas, "lora_alpha")
         scale = alpha / (math.sqrt(r) if self._config.get("use_rslora") else r)
-        return LowRank(a, b, r, scale, self._transposed(factors))
+        name = factors.names.get(LENGTHS[5:])
+        m = None if name is None else self.file.read(name, whole(self.file.tensors[name].shape)).float()
+        return LowRank(a, b, r, scale, self._transposed(factors), m)
 
     def _configured(self, factors: _Factors, patterns: Sequence[tuple[re.Pattern[str], T]], key: str) -> T:
         """What the configuration says of a module, by the first pattern that its name in the file matches, if any."""
@@ -279,3 +287,62 @@ class PeftAdapter:
             return whole if low_rank is None else low_rank(whole, dtype)
 
         return change
+
+
+class PrefixForm:
+    """The prefix of a model as PEFT stores it, `[tokens, layers * (key, value) * kv_heads * head_dim]`: what is in
+    transformers' cache before the first token, so keys are already rotated and in the order of the family's files."""
+
+    def __init__(self, spec: ModelSpec, option: str, value: str):
+        """ProblemError, about `option`, if PEFT has no such prefix."""
+        attentions = [layer.attention for layer in spec.config.layers]
+        kinds = {(a.num_kv_heads, a.head_dim) for a in attentions if isinstance(a, AttentionConfig) and not a.alibi}
+        if len(kinds) > 1 or not all(isinstance(a, AttentionConfig) and not a.alibi for a in attentions):
+            why = "latent attention, ALiBi or heads that differ between layers are not of its form of a prefix"
+            raise ProblemError.of(option, value, why, "keep it in checkpoints of runs", "unsupported")
+        ((self.heads, self.dim),) = kinds
+        self.num_layers = len(attentions)
+        name = f"{_ATTENTION.format(0)}.qkv.weight"
+        probe = torch.full((*spec.shapes()[name][:-1], 1), -1.0)
+        probe[0, -2, :, 0] = torch.arange(self.dim)  # dims of a key, to be found again
+        parts = torch.cat([part.flatten() for part in spec.rules()[name].inverse(probe)])
+        self._order = parts[parts >= 0].long()  # of the files
+
+    def write(self, read: Callable[[str], Tensor]) -> Tensor:
+        prefixes = torch.stack([read(f"{_ATTENTION.format(i)}.prefix").float() for i in range(self.num_layers)])
+        prefixes[:, :, 0] = prefixes[:, :, 0][..., self._order]
+        return prefixes.permute(3, 0, 2, 1, 4).flatten(1)
+
+    def read(self, prompt: Tensor) -> dict[str, View]:
+        prefixes = prompt.unflatten(1, (self.num_layers, 2, self.heads, self.dim)).permute(1, 3, 2, 0, 4).contiguous()
+        prefixes[:, :, 0] = prefixes[:, :, 0][..., self._order.argsort()]
+        named = {f"{_ATTENTION.format(i)}.prefix": prefix for i, prefix in enumerate(prefixes)}
+        return {name: Leaf(tuple(prefix.shape), prefix.__getitem__) for name, prefix in named.items()}
+
+
+class PeftPrefix(Adapter):
+    """Learned keys and values (prefix tuning), by the names of our parameters."""
+
+    def __init__(self, given: Given, config: Mapping[str, Any], spec: ModelSpec):
+        self.notes: tuple[str, ...] = ()
+        form, file, count = PrefixForm(spec, "--lora-load", str(given.path)), _open(given.path), config.get(_TOKENS)
+        if type(count) is not int or count < 1 or PROMPT not in file.tensors:
+            why = f"it must be a whole positive number, with {PROMPT} in the file"
+            raise ProblemError.of(f"{given.path / CONFIG}: {_TOKENS}", count, why, COPY_AGAIN)
+        raise_all(unfit(file, PROMPT, (count, form.num_layers * 2 * form.heads * form.dim), "take that of this model"))
+        stated = {"--lora-r": given.r, "--lora-alpha": given.alpha, "--lora-target-modules": given.modules}
+        stated["--load of a prefix"] = spec.config.num_prefix_tokens or None
+        raise_all(p for each in stated.items() for p in requires(*each, "LoRA as --lora-load", "that is a prefix"))
+        self.prefixes = form.read(file.read(PROMPT, whole(file.tensors[PROMPT].shape)).float())
+
+
+def prefix_to_peft(spec: ModelSpec, read: Callable[[str], Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """As `peft_parameters.to_peft`."""
+    if spec.config.low_rank or spec.config.tuned:
+        why = "PEFT has no file of a prefix with LoRA beside it"
+        raise ProblemError.of("--save-model-type", "peft", why, "train them apart", "unsupported")
+    form = PrefixForm(spec, "--save-model-type", "peft")
+    kind = {"peft_type": PREFIX_TUNING, "task_type": "CAUSAL_LM", "inference_mode": True, "prefix_projection": False}
+    heads = {"num_attention_heads": form.heads, "token_dim": form.heads * form.dim, "num_transformer_submodules": 1}
+    sizes = {_TOKENS: spec.config.num_prefix_tokens, "num_layers": form.num_layers}
+    return {PROMPT: form.write(read)}, kind | heads | sizes

@@ -18,9 +18,9 @@ from cordee.families.registry import ModelSpec
 from cordee.model.config import SLICES, LowRankConfig, ModelConfig, slice_of
 from cordee.tensors.rules import shapes_made
 from cordee.tensors.views import Index, Leaf, Shape, View
-from cordee.weights.adapter import SCORE
+from cordee.weights.adapter import SCORE, Merged
 from cordee.weights.codec import Sink, Source, type_of
-from cordee.weights.peft import CONFIG, FILES, PREFIX, PeftAdapter
+from cordee.weights.peft import CONFIG, FILES, LENGTHS, PREFIX, PeftAdapter, PeftPrefix, prefix_to_peft
 from cordee.weights.staged_sink import Output
 from cordee.weights.staging import TOKENIZER, Staging
 
@@ -92,6 +92,14 @@ def factors(
         yield name, config, read(f"{path}.adapters.{name}.a"), b
 
 
+def lengths(model: ModelConfig, path: str, shape: Shape, read: Read) -> Tensor:
+    """Those of the rows of the weight of `path`, of this shape, that DoRA has; NaN for other rows."""
+    found = torch.full(shape[:-1], torch.nan)
+    for name in (name for of, name, config in model.adapted() if of == path and config.dora):
+        found[_region(path, name)] = read(f"{path}.adapters.{name}.m")
+    return found
+
+
 class LoadedAdapter(Source):
     """The model `spec`: `views` of adapters, and of what was trained as a whole beside them, and its `base`."""
 
@@ -106,21 +114,25 @@ class LoadedAdapter(Source):
         return self._views.get(name) or self._base.view(name)
 
 
-def from_peft(adapter: PeftAdapter, base: Source) -> LoadedAdapter:
+def from_peft(adapter: PeftAdapter | PeftPrefix, base: Source) -> LoadedAdapter:
     """The model that an adapter makes of `base`, with parameters of its own. ProblemError if it makes none."""
+    if isinstance(adapter, PeftPrefix):
+        return LoadedAdapter(Merged(base, adapter).spec, base, adapter.prefixes)
     spec = replace(base.spec, base_prefix=True)  # PEFT names modules as they are in a model, whatever files have
     rules, shapes, views = spec.rules(), spec.shapes(), dict[str, View]()
-    kinds, members = defaultdict[tuple[int, float], list[str]](list), defaultdict[tuple[str, str], list[Held]](list)
+    kinds = defaultdict[tuple[int, float, bool], list[str]](list)
+    members = defaultdict[tuple[str, str], list[Held]](list)
     for place in held(spec):
         members[place.path, place.name].append(place)
     left = set(adapter.low_ranks)  # those of no projection, or of an expert without the others
     for (path, name), places in members.items():
         weights = [f"{place.foreign}.weight" for place in places]
-        forms = {(each.r, each.scale) for weight in weights if (each := adapter.low_ranks.get(weight))}
+        found = [each for weight in weights if (each := adapter.low_ranks.get(weight))]
+        forms = {(each.r, each.scale, each.m is not None) for each in found}
         if len(forms) == 1 and left.issuperset(weights):
             left.difference_update(weights)
-            ((rank, scale),) = forms
-            kinds[rank, scale].append(places[0].full)
+            ((rank, scale, dora),) = forms
+            kinds[rank, scale, dora].append(places[0].full)
             rule, shape = rules[f"{path}.weight"], shapes[f"{path}.weight"]
             parts, inputs = [torch.zeros(part) for part in rule.foreign_shapes((*shape[:-1], rank))], []
             for place, weight in zip(places, weights, strict=True):
@@ -128,7 +140,14 @@ def from_peft(adapter: PeftAdapter, base: Source) -> LoadedAdapter:
                 inputs.append(a)
                 parts[place.number] = b.t() if place.transposed else b
             a = inputs[0] if places[0].expert is None else torch.stack(inputs)
-            for factor, value in (("a", a), ("b", rule.forward(parts)[_region(path, name)])):
+            named = {"a": a, "b": rule.forward(parts)[_region(path, name)]}
+            if dora:
+                parts = [torch.zeros(part) for part in rule.foreign_shapes((*shape[:-1], 1))]
+                for place, each in zip(places, found, strict=True):
+                    assert each.m is not None
+                    parts[place.number] = each.m[None] if place.transposed else each.m[:, None]
+                named["m"] = rule.forward(parts)[_region(path, name)][..., 0]
+            for factor, value in named.items():
                 views[f"{path}.adapters.{name}.{factor}"] = Leaf(tuple(value.shape), value.__getitem__)
     modules = set(modules_of(name for name, rule in rules.items() if adapter.whole.keys() & {*rule.foreign}))
     for name, rule in rules.items():
@@ -140,13 +159,17 @@ def from_peft(adapter: PeftAdapter, base: Source) -> LoadedAdapter:
         fix = "merge it into the base: cordee convert --lora-load"
         raise ProblemError.of("--lora-load", str(adapter.path), why, fix, "unsupported", limit=sorted(left))
     known = [full for _, _, full in spec.config.projections()]
-    low_rank = (LowRankConfig(targets=compressed(known, kinds[kind]), rank=kind[0], scale=kind[1]) for kind in kinds)
+    low_rank = (
+        LowRankConfig(targets=compressed(known, of), rank=r, scale=s, dora=d) for (r, s, d), of in kinds.items()
+    )
     return LoadedAdapter(base.spec.adapted(low_rank, compressed(modules_of(rules), modules)), base, views)
 
 
 def to_peft(spec: ModelSpec, read: Read) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the settings of the adapters of `spec`, whose parameters `read` gives. Slices of a module become
     one adapter with the sum of their ranks. ProblemError if PEFT has no such ones."""
+    if spec.config.num_prefix_tokens:
+        return prefix_to_peft(spec, read)
     spec = replace(spec, base_prefix=True)
     rules, shapes, places = spec.rules(), spec.shapes(), defaultdict[str, list[Held]](list)
     for place in held(spec):
@@ -159,13 +182,19 @@ def to_peft(spec: ModelSpec, read: Read) -> tuple[dict[str, Tensor], dict[str, A
             for place in (each for each in places[path] if name in (leaf, each.name) or each.name == leaf):
                 part = parts[place.number].t() if place.transposed else parts[place.number]
                 pieces[place].append((a if place.expert is None else a[place.expert], part, config.scale))
-    refused = [f"{place.foreign}, a stack of experts" for place, found in pieces.items() if found[0][0].ndim > 2]
+    of_rows = dict[str, Tensor]()
+    for place in pieces if any(each.dora for each in spec.config.low_rank) else ():
+        weight = f"{place.path}.weight"
+        rows = rules[weight].inverse(lengths(spec.config, place.path, shapes[weight], read)[..., None])[place.number]
+        of_rows[f"{PREFIX}{place.foreign}.{LENGTHS}"] = rows.flatten()
+    refused = [f"{name}, of some rows" for name, rows in of_rows.items() if rows.isnan().any()]
+    refused += [f"{place.foreign}, a stack of experts" for place, found in pieces.items() if found[0][0].ndim > 2]
     if spec.config.tied_head and spec.config.tunes("embedding.weight"):
         refused.append("an embedding to which the head is tied")
     if refused:
         why = f"PEFT has no place for {refused[0]}"
         raise ProblemError.of("--save-model-type", "peft", why, "merge: --save-model-type hf", "unsupported")
-    tensors, forms = dict[str, Tensor](), dict[str, tuple[int, float]]()
+    tensors, forms = of_rows, dict[str, tuple[int, float]]()
     for place, found in pieces.items():
         scale = found[0][2]
         a, b = torch.cat([a for a, _, _ in found]), torch.cat([b * (own / scale) for _, b, own in found], 1)
@@ -184,6 +213,7 @@ def to_peft(spec: ModelSpec, read: Read) -> tuple[dict[str, Tensor], dict[str, A
         "fan_in_fan_out": any(place.transposed for place in pieces),
         "lora_dropout": max((each.dropout for each in spec.config.low_rank), default=0.0),
         "modules_to_save": modules_of(name for rule in tuned for name in rule.foreign) or None,
+        "use_dora": any(each.dora for each in spec.config.low_rank),
         "inference_mode": True,
         **_targets(forms, [place.foreign for several in places.values() for place in several]),
     }

@@ -65,7 +65,7 @@ class Perplexity:
 
     def check(self, options: EvaluateOptions, model: ModelConfig | None) -> list[Problem]:
         of_paths = [problem for path in options.task_data_path for problem in check_path(path, options)]
-        return [*(_window_problems(options, model.max_position_embeddings) if model else ()), *of_paths]
+        return [*(_window_problems(options, model.context_length) if model else ()), *of_paths]
 
     def needs_tokenizer(self, options: EvaluateOptions) -> bool:
         return not all(is_indexed(path) for path in options.task_data_path)

@@ -14,7 +14,7 @@ from torch import Tensor
 from cordee.errors import Problem, ProblemError, raise_all
 from cordee.families.registry import ModelSpec
 from cordee.tensors.views import Index, Op
-from cordee.weights.adapter import Change, Given, LowRank, is_factor
+from cordee.weights.adapter import Adapter, Change, Given, LowRank, is_factor
 from cordee.weights.codec import is_of_weights
 from cordee.weights.megatron.dialect import Dialect
 from cordee.weights.megatron.files import COPY_AGAIN, RankFile, layout_of, open_checkpoint, shown
@@ -35,10 +35,8 @@ def read(given: Given, spec: ModelSpec, dialect: Dialect) -> "MegatronAdapter":
     return MegatronAdapter(given, folder, files, spec, dialect)
 
 
-class MegatronAdapter:
+class MegatronAdapter(Adapter):
     """LoRA in a checkpoint of Megatron. `files` are those of all its ranks."""
-
-    heads = None
 
     def __init__(self, given: Given, folder: Path, files: dict[Rank, RankFile], spec: ModelSpec, dialect: Dialect):
         self.notes: tuple[str, ...] = ()
