@@ -145,8 +145,7 @@ def of(kind: type, *, added: Collection[str] = (), **special: Form) -> Form:
     be absent: what was written before the dataclass had them stands for their defaults."""
     types = get_type_hints(kind)
     forms = {field.name: special.get(field.name) or _of_type(types[field.name]) for field in fields(kind)}
-    later = {name: forms.pop(name) for name in added}
-    return record(forms, later, exact=True)
+    return record(forms, {name: forms.pop(name) for name in added}, exact=True)
 
 
 def _of_type(kind: Any) -> Form:

@@ -137,8 +137,7 @@ class ShardedTokens:
             segments, positions = (None if x is None else self.join(x) for x in (mask.key_segments, mask.key_positions))
             both: dict[str, Any] = {"query_segments": segments, "query_positions": positions}
             both |= {"key_segments": segments, "key_positions": positions}
-            whole = AttentionMask(length, length, self.causal, **both)
-            self._masks[mask] = TiledMask(whole, on)
+            self._masks[mask] = TiledMask(AttentionMask(length, length, self.causal, **both), on)
         return self._masks[mask]
 
     def join(self, x: Tensor) -> Tensor:
@@ -162,8 +161,7 @@ class ShardedTokens:
             self.join(x.unflatten(0, (batch_size, -1))).flatten(0, 1) for x in (routing.experts, routing.weights)
         )
         # Of the logits only their number counts.
-        together = Routing(routing.logits[:1].expand(len(experts), -1), experts, weights)
-        limited = limit_to_capacity(together, capacity)
+        limited = limit_to_capacity(Routing(routing.logits[:1].expand(len(experts), -1), experts, weights), capacity)
         assert limited.kept is not None
         kept = limited.kept.unflatten(0, (batch_size, -1))
         own = self.positions(kept.shape[1] // self._degrees.cp, kept.device)

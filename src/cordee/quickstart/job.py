@@ -264,8 +264,7 @@ def _launch(job: Run, name: str, values: dict[str, Any]) -> int:
 
 
 def _train(job: Run, values: dict[str, Any]) -> int:
-    processes = job.config.nproc_per_node
-    where = counted(processes, "process", "processes")
+    where = counted(job.config.nproc_per_node, "process", "processes")
     with job.phase(f"pretrain on {where}, {counted(values['train_iters'], 'step')}"):
         return _launch(job, "train.yaml", values)
 

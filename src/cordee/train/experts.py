@@ -33,8 +33,7 @@ def with_training(spec: ModelSpec, options: TrainConfig) -> ModelSpec:
     def trained(moe: MoEConfig) -> MoEConfig:
         return replace(moe, balance=_balance(moe, options), capacity=_capacity(moe.capacity, options))
 
-    old = spec.config.layers
-    layers = (replace(x, mlp=trained(x.mlp)) if isinstance(x.mlp, MoEConfig) else x for x in old)
+    layers = (replace(x, mlp=trained(x.mlp)) if isinstance(x.mlp, MoEConfig) else x for x in spec.config.layers)
     return replace(spec, config=replace(spec.config, layers=tuple(layers)))
 
 

@@ -204,8 +204,7 @@ def _end_of(dataset: Any) -> int | None:
     for part in getattr(dataset, "datasets", [dataset]):
         for number in range(min(part.count, _LOOKED_AT)):
             labels = part.fields["labels"].get(part.first + number)
-            trained = labels[labels != IGNORED]
-            ends.add(int(trained[-1]))
+            ends.add(int(labels[labels != IGNORED][-1]))
     return ends.pop() if len(ends) == 1 else None
 
 

@@ -109,8 +109,7 @@ class Trainer:
         while ending is None:
             with collectives.contact(f"in step {self.state.iteration + 1}"):
                 consumed = self.state.consumed_samples
-                sizes = self.plan.batches.micro_batches(consumed)
-                step = self._fetch("train", consumed, self._batch_size, sizes)
+                step = self._fetch("train", consumed, self._batch_size, self.plan.batches.micro_batches(consumed))
                 result = None if step is None else self._step(self._collected(step, self.state.iteration + 1))
             if result is None:
                 ending = self.stop_requested
@@ -283,8 +282,7 @@ class Trainer:
         layout = self.parts.layout
         weight = step.weight or 1  # of nothing that counts all sums are 0
         own, weights = self._own_parts(step.batches), [self.parts.objective.weight(batch) for batch in step.batches]
-        work = StepBatches(batches=own, weights=weights, weight=weight, scale=scale)
-        sums = self.parts.executor.train(work)
+        sums = self.parts.executor.train(StepBatches(batches=own, weights=weights, weight=weight, scale=scale))
         local = torch.stack(list(sums.values()))
         overall = collectives.sum_over(local.clone(), layout).tolist()
         means = {name: value / weight for name, value in zip(sums, overall, strict=True)}

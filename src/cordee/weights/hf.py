@@ -257,6 +257,5 @@ class HFSink(RuledSink):
 
 def _most_names(sizes: dict[str, int], nbytes: int) -> list[str]:
     """Names that take at least as much room as those of any tensors that fit into `nbytes`, of a byte an element."""
-    starts = accumulate(sorted(sizes.values()), initial=0)
-    count = sum(start < nbytes for start in starts)
+    count = sum(start < nbytes for start in accumulate(sorted(sizes.values()), initial=0))
     return sorted(sizes, key=len, reverse=True)[: max(count, 1)]

@@ -129,8 +129,7 @@ class PipelineExecutor:
                 continue
             stage, micro_batch = self._stages[step.stage], step.micro_batch
             if step.kind == "F":
-                ids = batches[micro_batch].input_ids
-                x = ids if stage.span.embedding else mail.take("F", stage.index, micro_batch)
+                x = batches[micro_batch].input_ids if stage.span.embedding else mail.take("F", stage.index, micro_batch)
                 with self._recorder.action(step):
                     output = forward(stage, micro_batch, x)
                 mail.put("F", stage.index, micro_batch, output)

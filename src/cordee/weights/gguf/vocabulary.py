@@ -153,8 +153,7 @@ def _of_json(raw: Mapping[str, Any], words: Mapping[int, str], directory: Path) 
         ranks: dict[str, int] = {}
         for rank, (left, right) in enumerate(merges):
             ranks.setdefault(left + right, rank)
-        last = max(words, default=-1)
-        scores = [-float(ranks.get(words.get(i, ""), len(merges))) for i in range(last + 1)]
+        scores = [-float(ranks.get(words.get(i, ""), len(merges))) for i in range(max(words, default=-1) + 1)]
         return {"tokenizer.ggml.model": _PIECES, "tokenizer.ggml.pre": "default", "tokenizer.ggml.scores": scores}
     patterns = _patterns(pre_tokenizer)
     cut = next((cut for cut in CUTS if cut.patterns == patterns), None)
