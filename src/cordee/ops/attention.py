@@ -18,6 +18,7 @@ from cordee.ops.dropout import Dropout
 from cordee.ops.mask import AttentionMask
 
 _ALL = slice(None)
+_Drop = Callable[[Tensor], Tensor]
 BLOCK_BYTES = 1 << 26  # float32 scores of one block of queries in `blockwise_attention`
 
 
@@ -67,13 +68,7 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, sc
 
 
 def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    visible: Tensor,
-    bias: Tensor | None,
-    scores: Scores,
-    dropped: Callable[[Tensor], Tensor] | None,
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, bias: Tensor | None, scores: Scores, dropped: _Drop | None
 ) -> Tensor:
     """Products in the type of q, scores and softmax in float32."""
     repeat = q.shape[1] // k.shape[1]
@@ -93,7 +88,7 @@ def _attend(
 
 def _dropped(
     mask: AttentionMask, scores: Scores, device: torch.device, rows: slice = _ALL, columns: slice = _ALL
-) -> Callable[[Tensor], Tensor] | None:
+) -> _Drop | None:
     """What drops the weights of some queries and keys; None: nothing."""
     if scores.dropout is None:
         return None
