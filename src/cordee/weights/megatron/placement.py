@@ -261,11 +261,8 @@ class _Placer:
             rank_op = Chain((Rearrange("h x -> (h x)", {"h": shape[-1]}), Rearrange(f"(e h b f) -> {form}", sizes)))
         joined = Chain((Each((rank_op,) * tensor), Join(ffn, (shape[ffn] // tensor,) * tensor)))
         op = Chain((Each((joined,) * expert), Join(0, (local,) * expert)))
-        slots = tuple(
-            (Slot(Rank(rank, chunk.pipeline, home), chunk.virtual, foreign),)
-            for home in range(expert)
-            for rank in range(tensor)
-        )
+        ranks = [Rank(rank, chunk.pipeline, home) for home in range(expert) for rank in range(tensor)]
+        slots = tuple((Slot(rank, chunk.virtual, foreign),) for rank in ranks)
         return Placement(shape, op, slots)
 
 
