@@ -279,12 +279,7 @@ class _Tally:
         return f"Processed {counted(self.records, 'document')} ({rate:.1f} docs/s, {megabytes:.2f} MB/s)."
 
     def manifest(
-        self,
-        key: str,
-        builder: IndexedDatasetBuilder,
-        tokenizer: Tokenizer,
-        append_eod: bool,
-        sources: Sequence[Source],
+        self, key: str, builder: IndexedDatasetBuilder, tokenizer: Tokenizer, eod: bool, sources: Sequence[Source]
     ) -> Manifest:
         note = TokenizerNote(
             type=tokenizer.type, fingerprint=tokenizer.fingerprint(), vocab_size=tokenizer.vocab_size, eod=tokenizer.eod
@@ -294,7 +289,7 @@ class _Tally:
             tokens=builder.tokens,
             max_token=self._max_token[key],
             tokenizer=note,
-            append_eod=append_eod,
+            append_eod=eod,
             sources={source.name: source.size for source in sources},
             left_out=dict(self.left_out),
         )

@@ -200,15 +200,13 @@ class Trainer:
     def _is_time(self, interval: int | None) -> bool:
         return bool(interval) and self.state.iteration % interval == 0
 
-    def _fetch(
-        self, split: str, consumed: int, global_batch_size: int, micro_batch_size: int | Sequence[int]
-    ) -> Step | None:
+    def _fetch(self, split: str, consumed: int, size: int, micro_batch_size: int | Sequence[int]) -> Step | None:
         """Read micro-batches, and agree with all ranks on how to continue; None if a stop is requested.
 
         ProblemError on all ranks if one of them cannot read its samples or write its part of a checkpoint."""
         layout, store, found = self.parts.layout, self.parts.store, Findings()
         loader = self.parts.loaders[split]
-        batches = found.attempt(lambda: loader.next_step(consumed, global_batch_size, micro_batch_size)) or []
+        batches = found.attempt(lambda: loader.next_step(consumed, size, micro_batch_size)) or []
         counted = batches if layout.speaks_for_samples else []
         weight = sum(map(self.parts.objective.weight, counted))
         tokens = sum(batch.num_tokens for batch in counted)
@@ -260,6 +258,9 @@ class Trainer:
         parts.scaler.update(overflow)
         samples = self._batch_size
         state.advance(samples, step.tokens, skipped=overflow)
+        params_norm = None
+        if logged and self.config.log_params_norm:
+            params_norm = collectives.global_norm(self._own, parts.layout, parts.device)
         return StepResult(
             loss=losses.mean,
             metrics=losses.metrics,
@@ -270,11 +271,7 @@ class Trainer:
             tokens=step.tokens,
             skipped=overflow,
             zeros_in_grad=zeros,
-            params_norm=(
-                collectives.global_norm(self._own, parts.layout, parts.device)
-                if logged and self.config.log_params_norm
-                else None
-            ),
+            params_norm=params_norm,
         )
 
     def _backward(self, step: Step, scale: float) -> Losses:
