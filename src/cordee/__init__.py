@@ -13,18 +13,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["GPTModel", "IndexedDataset", "ProblemError", "__version__", "train"]
 
-_HOMES = {
-    "GPTModel": "cordee.api",
-    "IndexedDataset": "cordee.data.indexed",
-    "ProblemError": "cordee.errors",
-    "train": "cordee.api",
-}
+_HOMES = {"GPTModel": "api", "IndexedDataset": "data.indexed", "ProblemError": "errors", "train": "api"}
 
 
 def __getattr__(name: str):
     if name not in _HOMES:
         raise AttributeError(f"module 'cordee' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(f"cordee.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -95,7 +95,10 @@ def _dispatch(argv: list[str]) -> int:
     if loaded.print_config:
         print(render.to_yaml(loaded), end="")
         return 0
-    return (command.start or _run)(command, loaded, argv)
+    if command.start is not None:
+        return command.start(command, loaded, argv)
+    log.setup()
+    return _do(command, loaded)
 
 
 def problems(command: Command, loaded: Loaded[Any]) -> list[Problem]:
@@ -114,11 +117,6 @@ def further(command: Command, loaded: Loaded[Any]) -> list[Problem]:
     doubtful = frozenset[str]().union(*(problem.names for problem in loaded.problems))
     found = [problem for problem in problems(command, loaded) if not problem.names & doubtful]
     return render.with_origins(found, loaded)
-
-
-def _run(command: Command, loaded: Loaded[Any], argv: Sequence[str]) -> int:
-    log.setup()
-    return _do(command, loaded)
 
 
 def _do(command: Command, loaded: Loaded[Any]) -> int:

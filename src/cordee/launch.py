@@ -164,9 +164,8 @@ def _from_pmi(environ: Mapping[str, str]) -> RankInfo | None:
     return _from_mpi(environ, "MPI", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
 
 
-def _from_mpi(
-    environ: Mapping[str, str], launcher: str, rank: str, size: str, local_rank: str, local_size: str
-) -> RankInfo | None:
+def _from_mpi(environ: Mapping[str, str], launcher: str, *names: str) -> RankInfo | None:
+    rank, size, local_rank, local_size = names
     if rank not in environ or _integer(environ, size, 1) < 2:
         return None
     world_size = _integer(environ, size)

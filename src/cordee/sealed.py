@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
 from pathlib import Path
-from types import NoneType
+from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from cordee.files import read_json
@@ -63,20 +63,18 @@ def _checksum(content: dict[str, Any]) -> int:
 
 def count(least: int = 0) -> Form:
     """A whole number from `least` on that fits in 64 bits."""
-
-    def fault(value: Any) -> str | None:
-        fits = isinstance(value, int) and not isinstance(value, bool) and least <= value <= _LARGEST
-        return None if fits else f"{_shown(value)} is no whole number from {least} on"
-
-    return fault
+    return _from(least, int, "whole")
 
 
 def number(least: float = -_LARGEST) -> Form:
     """A finite number from `least` on."""
+    return _from(least, int | float, "finite")
 
+
+def _from(least: float, kind: type | UnionType, word: str) -> Form:
     def fault(value: Any) -> str | None:
-        fits = isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= _LARGEST
-        return None if fits else f"{_shown(value)} is no finite number from {least} on"
+        fits = isinstance(value, kind) and not isinstance(value, bool) and least <= value <= _LARGEST
+        return None if fits else f"{_shown(value)} is no {word} number from {least} on"
 
     return fault
 
@@ -145,8 +143,7 @@ def of(kind: type, *, added: Collection[str] = (), **special: Form) -> Form:
     be absent: what was written before the dataclass had them stands for their defaults."""
     types = get_type_hints(kind)
     forms = {field.name: special.get(field.name) or _of_type(types[field.name]) for field in fields(kind)}
-    later = {name: forms.pop(name) for name in added}
-    return record(forms, later, exact=True)
+    return record(forms, {name: forms.pop(name) for name in added}, exact=True)
 
 
 def _of_type(kind: Any) -> Form:

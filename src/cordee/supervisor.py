@@ -20,6 +20,7 @@ from cordee.launch import CORDEE, LOOPBACK, RankInfo
 
 _PIPE = "CORDEE_LAUNCHER_PIPE"  # file descriptor that reaches its end when the supervisor is gone
 _GRACE = "CORDEE_LAUNCHER_GRACE"  # seconds a process has to end after that
+_COMMAND = (sys.executable, "-m", "cordee")
 _POLL_SECONDS = 0.02
 _GRACE_AFTER_FAILURE = 30.0  # at most: the others may wait for the dead rank for ever
 # After a rank found problems, or lost the others, the rest will end, and say why, by themselves, so long at most: who
@@ -29,11 +30,7 @@ _KEPT_LINES = 50  # of the hidden output of a rank, to show if it fails
 
 
 def spawn_local(
-    argv: Sequence[str],
-    nproc: int,
-    *,
-    grace_seconds: float = 120.0,
-    command: Sequence[str] = (sys.executable, "-m", "cordee"),
+    argv: Sequence[str], nproc: int, *, grace_seconds: float = 120.0, command: Sequence[str] = _COMMAND
 ) -> int:
     """Run `command *argv` in `nproc` processes of this machine that form one run, and return its exit code.
 

@@ -104,17 +104,13 @@ def damage(directory: Location, *, contents: Collection[str] = ()) -> str | None
     """What is wrong with the checkpoint in `directory`, None if nothing is: a manifest that was changed, missing or
     short files, and changed bytes in the files named in `contents`, which are read for that."""
     try:
-        return _damage(directory, read_manifest(directory), contents)
+        manifest, named = read_manifest(directory), _named(directory.name)
+        if named is not None and manifest["iteration"] != named[0]:
+            return f"it is the checkpoint of iteration {manifest['iteration']}, which its name is not"
+        sizes = (_misfit(directory / name, expected) for name, expected in manifest["files"].items())
+        return next((why for why in sizes if why), None) or changed(directory, manifest, contents)
     except (OSError, ValueError) as error:
         return str(error)
-
-
-def _damage(directory: Location, manifest: dict[str, Any], contents: Collection[str]) -> str | None:
-    named = _named(directory.name)
-    if named is not None and manifest["iteration"] != named[0]:
-        return f"it is the checkpoint of iteration {manifest['iteration']}, which its name is not"
-    sizes = (_misfit(directory / name, expected) for name, expected in manifest["files"].items())
-    return next((why for why in sizes if why), None) or changed(directory, manifest, contents)
 
 
 def _misfit(path: Location, expected: dict[str, int]) -> str | None:

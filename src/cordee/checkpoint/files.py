@@ -206,10 +206,8 @@ def read_tensor(
     box = _box(tuple(kept.size), index)
     result = torch.empty([stop - start for start, stop in box], dtype=kept.properties.dtype)
     for chunk in kept.chunks if chunks is None else chunks:
-        overlap = [
-            (max(start, offset), min(stop, offset + size))
-            for (start, stop), offset, size in zip(box, chunk.offsets, chunk.sizes, strict=True)
-        ]
+        sides = zip(box, chunk.offsets, chunk.sizes, strict=True)
+        overlap = [(max(start, offset), min(stop, offset + size)) for (start, stop), offset, size in sides]
         if all(start < stop for start, stop in overlap):
             target = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(overlap, box, strict=True))
             part = tuple(slice(a - o, b - o) for (a, b), o in zip(overlap, chunk.offsets, strict=True))

@@ -195,8 +195,7 @@ class CheckpointStore:
         if (lack := missing_bytes(new, written)) is not None:
             raise OSError(f"what was written is not what was saved: {lack}")
         self._require_held()
-        manifest = {"format": directory.FORMAT, "iteration": iteration, "files": files, **state}
-        directory.publish(new, manifest)
+        directory.publish(new, {"format": directory.FORMAT, "iteration": iteration, "files": files, **state})
         if best is not None:
             directory.point_to_best(self.root, best)
         if self._keep_last is None:

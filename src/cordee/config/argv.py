@@ -148,8 +148,7 @@ def _help(option: Option) -> str:
         notes += [f"default {' '.join(option.default)}"] if option.default else []
     elif isinstance(option.default, str | float) or type(option.default) is int:
         notes.append(f"default {option.default}")
-    text = option.declared.help + (f" ({'; '.join(notes)})" if notes else "")
-    return text.replace("%", "%%")
+    return (option.declared.help + (f" ({'; '.join(notes)})" if notes else "")).replace("%", "%%")
 
 
 def _unknown(rest: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -4,7 +4,7 @@ Owns how values are written. Reads `Loaded` only."""
 
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, replace
 from itertools import groupby
 from typing import Any
@@ -20,7 +20,9 @@ _RESERVED = {"null", "true", "false", "yes", "no", "on", "off"}
 
 def to_yaml(loaded: Loaded[Any]) -> str:
     """All options by topic, each with the origin of its value; `--config` reads the text back to the same run."""
-    return "\n\n".join(f"# {title}\n{_block(loaded, names)}" for title, names in _topics(loaded)) + "\n"
+    topics = groupby(options_of(type(loaded.config)), key=lambda option: option.group)
+    blocks = (f"# {name.partition(': ')[0]}\n{_block(loaded, [each.name for each in group])}" for name, group in topics)
+    return "\n\n".join(blocks) + "\n"
 
 
 def changes(loaded: Loaded[Any]) -> str:
@@ -37,11 +39,6 @@ def with_origins(problems: Iterable[Problem], loaded: Loaded[Any]) -> list[Probl
 
 def _place(origin: str) -> str:
     return "" if origin.startswith("--") or origin in ("default", "python") else origin
-
-
-def _topics(loaded: Loaded[Any]) -> Iterator[tuple[str, list[str]]]:
-    for group, options in groupby(options_of(type(loaded.config)), key=lambda option: option.group):
-        yield group.partition(": ")[0], [option.name for option in options]
 
 
 def _block(loaded: Loaded[Any], names: Iterable[str]) -> str:

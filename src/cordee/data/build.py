@@ -9,8 +9,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from cordee.data.gpt_dataset import BlendedDataset, Dataset, GPTDataset
 from cordee.data.indexed import IndexedDataset
@@ -21,6 +22,9 @@ from cordee.errors import Problem, Problems, raise_all
 from cordee.log import counted, logger
 
 SPLITS = ("train", "valid", "test")
+Blocks = Sequence[tuple[int, bool]]  # of each dataset, as `plan_order` takes them
+Indexed = Sequence[IndexedDataset]
+SequenceKind: TypeAlias = type[TuningDataset] | None  # what reads samples that are whole sequences
 
 
 class Datasets(NamedTuple):
@@ -75,9 +79,9 @@ def build_datasets(
     train_samples: int,
     valid_samples: int,
     test_samples: int,
-    train_blocks: Sequence[tuple[int, bool]] | None = None,
+    train_blocks: Blocks | None = None,
     verified: bool = False,
-    sequences: type[TuningDataset] | None = None,
+    sequences: SequenceKind = None,
 ) -> Datasets:
     """Datasets of at least so many samples each; `sequences`: what reads samples that are whole sequences.
     `train_blocks`: as `plan_order` takes them. `verified`: another process of this machine has just verified or built
@@ -87,10 +91,8 @@ def build_datasets(
     for an order that is not in the cache and takes more memory to build than this machine has left."""
     parts = plan_parts(config)
     asked: dict[str, int] = dict(zip(SPLITS, (train_samples, valid_samples, test_samples), strict=True))
-    files = {
-        prefix: IndexedDataset(prefix)
-        for prefix in dict.fromkeys(p for name, part in parts.items() if asked[name] for p in part.blend.prefixes)
-    }
+    prefixes = dict.fromkeys(prefix for name, part in parts.items() if asked[name] for prefix in part.blend.prefixes)
+    files = {prefix: IndexedDataset(prefix) for prefix in prefixes}
     built: list[Dataset | None] = []
     for name in SPLITS:
         part, dataset = parts.get(name), None
@@ -104,7 +106,7 @@ def build_datasets(
 
 
 def build_validation_sets(
-    config: SampleOptions, samples: int, verified: bool = False, sequences: type[TuningDataset] | None = None
+    config: SampleOptions, samples: int, verified: bool = False, sequences: SequenceKind = None
 ) -> dict[str, Dataset]:
     """The datasets of the validation blend, of so many samples each, by their names; raises as `build_datasets`."""
     built = {}
@@ -128,11 +130,7 @@ def validation_sets(parts: Mapping[str, Part]) -> dict[str, Part]:
 
 
 def plan_order(
-    part: Part,
-    indexed: Sequence[IndexedDataset],
-    seq_length: int | None,
-    samples: int,
-    blocks: Sequence[tuple[int, bool]] | None = None,
+    part: Part, indexed: Indexed, seq_length: int | None, samples: int, blocks: Blocks | None = None
 ) -> PartOrder:
     """The order of `samples` samples of `seq_length` tokens, None: of whole sequences, of a part whose datasets are
     `indexed`.
@@ -141,9 +139,8 @@ def plan_order(
     one resumes. Its order continues in such blocks, whatever the length of the run is now. Raises `ProblemError`."""
     raise_all(problem for dataset in indexed for problem in part_problems(part, dataset))
     ranges = [part.sequences(dataset) for dataset in indexed]
-    counts = [
-        (end - start, data.tokens_between(start, end)) for data, (start, end) in zip(indexed, ranges, strict=True)
-    ]
+    both = zip(indexed, ranges, strict=True)
+    counts = [(end - start, data.tokens_between(start, end)) for data, (start, end) in both]
 
     def orders(sizes: Sequence[int]) -> list[Order]:
         if seq_length is None:
@@ -155,8 +152,7 @@ def plan_order(
     found = orders(sizes)
     period = size if weights is None else blend_period(size, found)
     if weights is not None and period < size:
-        sizes = periodic_sizes(weights, size, period)
-        found = orders(sizes)
+        found = orders(sizes := periodic_sizes(weights, size, period))
     if blocks is not None and seq_length is not None:
         kept = zip(counts, sizes, blocks, strict=True)
         found = [Order.of_blocks(*count, size, seq_length, *block) for count, size, block in kept]
@@ -253,22 +249,14 @@ def _parse_split(split: str, problems: list[Problem]) -> tuple[float, ...]:
         problems.append(Problem("--split", split, "it is not a list of parts", fix))
         return ()
     fractions = normalise(numbers + [0.0] * (len(SPLITS) - len(numbers))).tolist()
-    ends = [0.0]
-    for fraction in fractions:
-        ends.append(ends[-1] + fraction)
-    return tuple(ends[1:])
+    return tuple(accumulate(fractions))
 
 
 def _build_part(
-    part: Part,
-    indexed: Sequence[IndexedDataset],
-    config: SampleOptions,
-    order: PartOrder,
-    verified: bool,
-    sequences: type[TuningDataset] | None,
+    part: Part, indexed: Indexed, config: SampleOptions, order: PartOrder, verified: bool, sequences: SequenceKind
 ) -> Dataset:
-    build = partial(_build_sequences, sequences) if sequences else _build_one
-    datasets = [build(part, one, config, own, verified) for one, own in zip(indexed, order.datasets, strict=True)]
+    build = partial(_build_one, part, config=config, verified=verified, sequences=sequences)
+    datasets: list[Dataset] = [build(one, own) for one, own in zip(indexed, order.datasets, strict=True)]
     if part.blend.weights is None:
         return datasets[0]
     cache = cache_dir(config.data_cache_path, part.blend.prefixes[0])
@@ -282,8 +270,13 @@ def _build_part(
     return blend
 
 
-def _build_one(part: Part, indexed: IndexedDataset, config: SampleOptions, order: Order, verified: bool) -> GPTDataset:
+def _build_one(
+    part: Part, indexed: IndexedDataset, order: Order, config: SampleOptions, verified: bool, sequences: SequenceKind
+) -> TuningDataset | GPTDataset:
     first, last = part.sequences(indexed)
+    if sequences is not None:
+        logger.info("%s data %s: %s", part.name, indexed.prefix, counted(last - first, "sample"))
+        return sequences(indexed, first, last, order, config.seq_length, config.seed)
     cache = cache_dir(config.data_cache_path, indexed.prefix)
     dataset = GPTDataset(indexed, first, last, order, config.seq_length, config.seed, cache, verified)
     numbers = (counted(last - first, "sequence"), counted(len(dataset), "sample"), counted(order.epochs, "epoch"))
@@ -292,14 +285,6 @@ def _build_one(part: Part, indexed: IndexedDataset, config: SampleOptions, order
         text = "%s data %s: every %d epochs are shuffled on their own; Megatron shuffles all together, in %.1f GiB"
         logger.info(text, part.name, indexed.prefix, order.block.epochs, order.bytes_of_one_block / 2**30)
     return dataset
-
-
-def _build_sequences(
-    kind: type[TuningDataset], part: Part, indexed: IndexedDataset, config: SampleOptions, order: Order, verified: bool
-) -> TuningDataset:
-    first, last = part.sequences(indexed)
-    logger.info("%s data %s: %s", part.name, indexed.prefix, counted(last - first, "sample"))
-    return kind(indexed, first, last, order, config.seq_length, config.seed)
 
 
 def part_problems(part: Part, indexed: IndexedDataset) -> list[Problem]:

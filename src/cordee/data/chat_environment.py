@@ -30,8 +30,7 @@ class _Generation(Extension):
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        call = self.call_method("_enclosed", [nodes.ContextReference()])
-        return nodes.CallBlock(call, [], [], body).set_lineno(line)
+        return nodes.CallBlock(self.call_method("_enclosed", [nodes.ContextReference()]), [], [], body).set_lineno(line)
 
     def _enclosed(self, context: Context, caller: Callable[[], str]) -> str:
         before, behind = context["generation_marks"]

@@ -47,15 +47,13 @@ def check(
         problems += [problem.involving(*asked_by) if len(asked_by) == 1 else problem for problem in found]
     if "train" in needed and options.dataloader_type == "cyclic":
         with suppress(ProblemError):  # of a dataset, found above
-            length = None if sequences else options.seq_length
-            problems += _permutation_problems(needed["train"], length, train_samples)
+            problems += _permutation_problems(needed["train"], None if sequences else options.seq_length, train_samples)
     return problems
 
 
 def _permutation_problems(part: Part, seq_length: int | None, samples: int) -> Problems:
     """Why the samples of a part cannot be permuted: their order is in blocks, since all at once they are too many."""
-    indexed = [IndexedDataset(prefix) for prefix in part.blend.prefixes]
-    order = plan_order(part, indexed, seq_length, samples)
+    order = plan_order(part, [IndexedDataset(prefix) for prefix in part.blend.prefixes], seq_length, samples)
     if seq_length is not None and any(own.blocks > 1 for own in order.datasets):
         samples = order.size if part.blend.weights is not None else order.datasets[0].samples
         size = samples * _PERMUTATION_ENTRY / 2**30

@@ -117,11 +117,8 @@ class GPTDataset:
             return Indexes(**build())
         facts = {"first": first, "epochs": plan.epochs, "last_apart": plan.last_apart, "seq_length": self.seq_length}
         key = content_key(order="gpt", lengths=lengths[first:last], seed=seed, **facts)
-        shapes = {
-            "documents": (plan.epochs * (last - first),),
-            "samples": (plan.samples + 1, 2),
-            "shuffle": (plan.samples,),
-        }
+        documents, samples = plan.epochs * (last - first), plan.samples
+        shapes = {"documents": (documents,), "samples": (samples + 1, 2), "shuffle": (samples,)}
         return Indexes(**cached_arrays(self._cache_dir, key, shapes, build, self._verified))
 
 

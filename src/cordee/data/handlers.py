@@ -217,20 +217,14 @@ def _alpaca_pair(record: Record, columns: Columns) -> tuple[Dialogue, Dialogue]:
     return chosen, rejected
 
 
-_ROLES: Mapping[str, Role] = {
-    "user_tag": "user",
-    "assistant_tag": "assistant",
-    "observation_tag": "observation",
-    "function_tag": "function",
-    "system_tag": "system",
-}
+_SAID_BY: tuple[Role, ...] = ("user", "assistant", "observation", "function", "system")
 
 
 def _sharegpt_message(value: Any, tags: Columns) -> Message:
     if not isinstance(value, Mapping):
         raise BadRecord("a message is no object")
     said_by = value.get(tags["role_tag"])
-    role: Role | None = next((role for tag, role in _ROLES.items() if tags.get(tag) == said_by), None)
+    role: Role | None = next((role for role in _SAID_BY if tags.get(f"{role}_tag") == said_by), None)
     if role is None:
         raise BadRecord(f"a message is of {said_by!r}")
     return _message(_text(value, tags["content_tag"]), role)
@@ -319,6 +313,7 @@ def _wikitext(record: Record) -> str:
 
 _ALPACA = {"prompt": "instruction", "query": "input", "response": "output", "history": None, "system": None}
 _SHAREGPT = {"messages": "conversations", "system": "system", "tools": "tools"}
+_ALPACA_ASKED = {key: column for key, column in _ALPACA.items() if key != "response"}
 _PAIR = {"chosen": "chosen", "rejected": "rejected"}
 _FLAG = {"kto_tag": None}
 _TAGS = {
@@ -334,11 +329,7 @@ _TAGS = {
 _LAYOUTS: Mapping[str, tuple[Callable[..., Any], Mapping[str, str | None], tuple[str, ...]]] = {
     "AlpacaStyleInstructionHandler": (_alpaca, _ALPACA | _FLAG, ("prompt", "response")),
     "SharegptStyleInstructionHandler": (_sharegpt, _SHAREGPT | _FLAG, ("messages",)),
-    "AlpacaStylePairwiseHandler": (
-        _alpaca_pair,
-        {key: column for key, column in _ALPACA.items() if key != "response"} | _PAIR,
-        ("prompt", *_PAIR),
-    ),
+    "AlpacaStylePairwiseHandler": (_alpaca_pair, _ALPACA_ASKED | _PAIR, ("prompt", *_PAIR)),
     "SharegptStylePairwiseHandler": (_sharegpt_pair, _SHAREGPT | _PAIR, ("messages", *_PAIR)),
     "MessagesHandler": (_openai, {"messages": "messages", "tools": "tools"} | _FLAG, ("messages",)),
 }

@@ -111,8 +111,7 @@ def run(config: InspectConfig) -> int:
     for index in range(config.start, min(config.start + config.num, len(dataset))):
         batch = collate([dataset[index]])
         for row, side in enumerate(sides):
-            name = f"sample {index}{side and ', '}{side.rstrip('_')}"
-            output.print(_row(name, row, batch, tokenizer, marked))
+            output.print(_row(f"sample {index}{side and ', '}{side.rstrip('_')}", row, batch, tokenizer, marked))
     doctor = Doctor(tokenizer, ends, config.seq_length)
     for fields, side in ((each, side) for each in dataset.whole() for side in sides):
         mask = fields[f"{side}attention_mask"]

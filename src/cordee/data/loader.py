@@ -102,11 +102,8 @@ class Loader:
         for future in self._ahead.values():
             future.cancel()
         self._ahead.clear()
-        self._ahead = {
-            (begin, count): self._start(begin, count)
-            for begin, count in self._parts(consumed, sizes)
-            if self._order.holds(begin + count)
-        }
+        parts = (part for part in self._parts(consumed, sizes) if self._order.holds(sum(part)))
+        self._ahead = {part: self._start(*part) for part in parts}
 
 
 class _Single:

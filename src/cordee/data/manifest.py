@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from cordee import sealed
 from cordee.data.indexed import IndexedDataset
@@ -58,7 +57,9 @@ def read_manifest(dataset: IndexedDataset) -> Manifest | None:
     if not path.exists():
         return None
     try:
-        manifest = _from_fields(sealed.read(path, sealed.of(Manifest, max_token=sealed.count(-1)), FORMAT))
+        found = sealed.read(path, sealed.of(Manifest, max_token=sealed.count(-1)), FORMAT)
+        note = found.pop("tokenizer")
+        manifest = Manifest(tokenizer=None if note is None else TokenizerNote(**note), **found)
     except sealed.OlderFormat as error:
         logger.warning("ignored: %s: %s; preprocess again to have the data checked against it", path, error)
         return None
@@ -92,11 +93,6 @@ def merged(manifests: Sequence[Manifest]) -> Manifest:
         sources={name: size for manifest in manifests for name, size in manifest.sources.items()},
         left_out=dict(left_out),
     )
-
-
-def _from_fields(fields: dict[str, Any]) -> Manifest:
-    note = fields.pop("tokenizer")
-    return Manifest(tokenizer=None if note is None else TokenizerNote(**note), **fields)
 
 
 def _unusable(path: Path, why: str, limit: object = None) -> ProblemError:

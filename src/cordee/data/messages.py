@@ -52,25 +52,20 @@ def calls_of(content: str) -> list[dict[str, Any]]:
     for call in calls:
         if not (isinstance(call, dict) and isinstance(call.get("name"), str) and "arguments" in call):
             raise BadRecord("a tool call is no object with a name and arguments")
-    return [
-        call | {"arguments": _parsed(call["arguments"], "tool call")} if isinstance(call["arguments"], str) else call
-        for call in calls
-    ]
+        if isinstance(call["arguments"], str):
+            call["arguments"] = _parsed(call["arguments"], "tool call")
+    return calls
 
 
 def tools_of(tools: str) -> list[dict[str, Any]]:
     """The "function" objects of the tools of a dialogue."""
     value = _parsed(tools, "list of tools")
-    functions = [each.get("function", each) if isinstance(each, dict) else each for each in _listed(value)]
+    if not isinstance(value, list):
+        raise BadRecord("the tools are no list")
+    functions = [each.get("function", each) if isinstance(each, dict) else each for each in value]
     if not all(isinstance(each, dict) and isinstance(each.get("name"), str) for each in functions):
         raise BadRecord("a tool is no object with a name")
     return functions
-
-
-def _listed(value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise BadRecord("the tools are no list")
-    return value
 
 
 def _parsed(text: str, what: str) -> Any:

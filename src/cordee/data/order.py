@@ -67,8 +67,7 @@ class Order:
         if whole.epochs <= _MANY_EPOCHS or documents * whole.epochs + whole.samples <= _LARGE:
             return cls(documents, whole, 1)
         assert num_samples is not None
-        for_a_sample = -(-(seq_length + 1) // tokens)
-        epochs = max(for_a_sample, _BLOCK // (documents + tokens // seq_length))
+        epochs = max(-(-(seq_length + 1) // tokens), _BLOCK // (documents + tokens // seq_length))
         block = Epochs.plan(tokens, (epochs * tokens - 1) // seq_length, seq_length)
         return cls(documents, block, -(-num_samples // block.samples))
 

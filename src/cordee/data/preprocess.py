@@ -153,16 +153,16 @@ def tokenize(config: PreprocessConfig, tokenizer: Tokenizer | None = None, direc
 
 
 def _encode(
-    config: PreprocessConfig,
-    handler: Handler | None,
-    outputs: tuple[str, ...],
-    tokenizer: Tokenizer,
-    directory: str | None,
+    config: PreprocessConfig, handler: Handler | None, outputs: tuple[str, ...], tokenizer: Tokenizer, path: str | None
 ) -> Encode | EncodeDialogues:
-    eod, length = _eod(config, tokenizer), config.seq_length
+    if config.append_eod and tokenizer.eod is None:
+        why = "the tokenizer has no token that ends a document"
+        fix = "name one: --tokenizer-kwargs eos_token TOKEN"
+        raise ProblemError.of("--append-eod", True, why, fix, "requires", limit="eod")
+    eod, length = tokenizer.eod if config.append_eod else None, config.seq_length
     if handler is None or handler.is_text:
         return Encode(tokenizer=tokenizer, keys=outputs, handler=handler, eod=eod, seq_length=length)
-    renderer = renderer_of(config, handler, tokenizer, directory or config.tokenizer_name_or_path, config.kto)
+    renderer = renderer_of(config, handler, tokenizer, path or config.tokenizer_name_or_path, config.kto)
     given = {"eod": eod, "seq_length": length, "cut": config.cut_long, "kto": config.kto}
     return EncodeDialogues(handler=handler, renderer=renderer, **given)
 
@@ -216,14 +216,6 @@ def _sources(config: PreprocessConfig, keys: Sequence[str], handler: Handler | N
         return read_file(path, keys, whole=config.whole_files)
 
     return [Source(str(path), size, partial(read, path)) for path, size in zip(files, sizes, strict=True)]
-
-
-def _eod(config: PreprocessConfig, tokenizer: Tokenizer) -> int | None:
-    if config.append_eod and tokenizer.eod is None:
-        why = "the tokenizer has no token that ends a document"
-        fix = "name one: --tokenizer-kwargs eos_token TOKEN"
-        raise ProblemError.of("--append-eod", True, why, fix, "requires", limit="eod")
-    return tokenizer.eod if config.append_eod else None
 
 
 def _chunks(sources: Sequence[Source]) -> Iterator[Chunk]:
@@ -287,12 +279,7 @@ class _Tally:
         return f"Processed {counted(self.records, 'document')} ({rate:.1f} docs/s, {megabytes:.2f} MB/s)."
 
     def manifest(
-        self,
-        key: str,
-        builder: IndexedDatasetBuilder,
-        tokenizer: Tokenizer,
-        append_eod: bool,
-        sources: Sequence[Source],
+        self, key: str, builder: IndexedDatasetBuilder, tokenizer: Tokenizer, eod: bool, sources: Sequence[Source]
     ) -> Manifest:
         note = TokenizerNote(
             type=tokenizer.type, fingerprint=tokenizer.fingerprint(), vocab_size=tokenizer.vocab_size, eod=tokenizer.eod
@@ -302,7 +289,7 @@ class _Tally:
             tokens=builder.tokens,
             max_token=self._max_token[key],
             tokenizer=note,
-            append_eod=append_eod,
+            append_eod=eod,
             sources={source.name: source.size for source in sources},
             left_out=dict(self.left_out),
         )

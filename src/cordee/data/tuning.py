@@ -54,8 +54,7 @@ def inputs_of(options: DialogueOptions, path: str | None) -> list[tuple[str | No
         directory = Path(options.dataset_dir or "data")
         found = [from_dataset_info(directory, each.strip()) for each in (path or "").split(",")]
         return [(str(file), handler) for file, handler in found]
-    plain = name in (None, "GeneralPretrainHandler")
-    return [(path, None if plain else handler_named(name, options.map_keys))]
+    return [(path, None if name in (None, "GeneralPretrainHandler") else handler_named(name, options.map_keys))]
 
 
 def output_names(handler: Handler, kto: bool) -> tuple[str, ...]:
@@ -188,9 +187,7 @@ class EncodeDialogues:
                 if isinstance(kept, str):
                     left_out[kept] += 1
                     continue
-                in_part[_CUT] += any(
-                    len(fitting[0]) < len(ids) for fitting, (ids, _) in zip(kept, together, strict=True)
-                )
+                in_part[_CUT] += any(len(cut[0]) < len(ids) for cut, (ids, _) in zip(kept, together, strict=True))
                 samples.append((*chain.from_iterable(kept), *flags))
         columns = zip(*samples, strict=True) if samples else ((),) * len(self.outputs)
         return Encoded(

@@ -17,7 +17,6 @@ def read(hf: ConfigReader) -> ModelConfig:
 FAMILY = Family(
     name="aquila",
     architectures=("AquilaForCausalLM", "AquilaModel"),
-    model_types=("aquila",),
     read=read,
     ignored=common.FREQUENCIES,
     keys=keys("head_dim"),

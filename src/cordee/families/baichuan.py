@@ -47,7 +47,6 @@ def layer_weights(layer: LayerConfig) -> list[Rule]:
 FAMILY = Family(
     name="baichuan",
     architectures=("BaichuanForCausalLM", "BaiChuanForCausalLM", "BaichuanModel"),
-    model_types=("baichuan",),
     read=read,
     layer_weights=layer_weights,
     ignored=common.FREQUENCIES,

@@ -55,7 +55,6 @@ def layer_weights(layer: LayerConfig) -> list[Rule]:
 FAMILY = Family(
     name="bloom",
     architectures=("BloomForCausalLM", "BloomModel", "BloomForSequenceClassification"),
-    model_types=("bloom",),
     read=read,
     outer_weights=(
         *module("embedding", "transformer.word_embeddings"),

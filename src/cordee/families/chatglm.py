@@ -64,7 +64,6 @@ def layer_weights(layer: LayerConfig) -> list[Rule]:
 FAMILY = Family(
     name="chatglm",
     architectures=("ChatGLMModel", "ChatGLMForConditionalGeneration"),
-    model_types=("chatglm",),
     read=read,
     outer_weights=(
         *module("embedding", "transformer.embedding.word_embeddings"),

@@ -86,8 +86,7 @@ def read_windows(
     hf: ConfigReader, window: int | None, sliding: Callable[[int], bool] = lambda layer: True
 ) -> list[int | None]:
     """The window of every layer: `window` where `layer_types` is sliding or, without that key, in `sliding` layers."""
-    count = hf.integer("num_hidden_layers")
-    default = [SLIDING if window is not None and sliding(i) else FULL for i in range(count)]
+    default = [SLIDING if window is not None and sliding(i) else FULL for i in range(hf.integer("num_hidden_layers"))]
     types = read_of_layers(hf, "layer_types", (FULL, SLIDING), default)
     if SLIDING in types and window is None:
         hf.problem("layer_types", "there are sliding layers but no window", "give sliding_window, or only full layers")

@@ -43,7 +43,6 @@ def read_router(hf: ConfigReader) -> RouterConfig:
 FAMILY = Family(
     name="deepseek_v2",
     architectures=("DeepseekV2ForCausalLM", "DeepseekV2Model", "DeepseekV2ForSequenceClassification"),
-    model_types=("deepseek_v2",),
     read=read,
     layer_weights=deepseek.layer_weights,
     keys={

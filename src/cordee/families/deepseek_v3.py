@@ -47,7 +47,6 @@ def left_out(hf: HFConfig) -> LeftOut:
 FAMILY = Family(
     name="deepseek_v3",
     architectures=("DeepseekV3ForCausalLM", "DeepseekV3Model", "DeepseekV3ForSequenceClassification"),
-    model_types=("deepseek_v3",),
     read=read,
     layer_weights=deepseek.layer_weights,
     left_out=left_out,

@@ -48,13 +48,9 @@ def read_layer_numbers(hf: ConfigReader, key: str, default: list[int]) -> list[i
     return default
 
 
-def expert_keys(count: str) -> dict[str, str]:
-    """The usual keys of an MoE model; `count` is that of the number of experts."""
-    return {
-        count: "num_experts",
-        "num_experts_per_tok": "moe_router_topk",
-        "router_aux_loss_coef": "moe_aux_loss_coeff",
-    }
+def expert_keys(key: str) -> dict[str, str]:
+    """The usual keys of an MoE model; `key` is that of the number of experts."""
+    return {key: "num_experts", "num_experts_per_tok": "moe_router_topk", "router_aux_loss_coef": "moe_aux_loss_coeff"}
 
 
 # Keys where experts have their own FFN hidden size, and router weights may be normalised.

@@ -68,6 +68,7 @@ class Family:
 
     architectures: names in `config.json`; the first is written where a configuration has none, `classifier` is that of
         transformers' classifiers of sequences, which reward models are written as.
+    model_types: as `architectures`, the family's own `name` unless they are others.
     read: reads a `config.json`; problems are collected in the reader.
     layer_weights, layer_prefix: rules of the parameters of a layer, and what their names in a checkpoint begin with;
         `{i}` is the layer. By default LLaMA's, as are `outer_weights`, the rules of all other parameters.
@@ -80,7 +81,7 @@ class Family:
 
     name: str
     architectures: tuple[str, ...]
-    model_types: tuple[str, ...]
+    model_types: tuple[str, ...] = ()
     read: Callable[[ConfigReader], ModelConfig]
     layer_weights: Callable[[LayerConfig], list[Rule]] = common.layer_weights
     layer_prefix: str = "model.layers.{i}."
@@ -95,6 +96,9 @@ class Family:
     keys: Keys = field(default_factory=lambda: KEYS)
     plain: bool = False
     presets: Mapping[str, Preset] = field(default_factory=dict)
+
+    def __post_init__(self):
+        object.__setattr__(self, "model_types", self.model_types or (self.name,))
 
     @property
     def classifier(self) -> str | None:

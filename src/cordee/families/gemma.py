@@ -42,8 +42,5 @@ def read_model(hf: ConfigReader, layers: Iterable[LayerConfig], **more: Any) -> 
 
 
 FAMILY = Family(
-    name="gemma",
-    architectures=("GemmaForCausalLM", "GemmaModel", "GemmaForSequenceClassification"),
-    model_types=("gemma",),
-    read=read,
+    name="gemma", architectures=("GemmaForCausalLM", "GemmaModel", "GemmaForSequenceClassification"), read=read
 )

@@ -17,11 +17,11 @@ def read(hf: ConfigReader) -> ModelConfig:
     norm, mlp, rope = read_norm(hf), read_mlp(hf), read_rope(hf, heads["head_dim"])
     scale = hf.positive("query_pre_attn_scalar", 256) ** -0.5
     window = hf.integer(hf.alias("sliding_window", "sliding_window_size"), 4096)
-    softcap = read_cap(hf, "attn_logit_softcapping", 50.0)
+    cap = read_cap(hf, "attn_logit_softcapping", 50.0)
     layers = []
     for reach in common.read_windows(hf, window, lambda layer: layer % 2 == 0):
         attention = AttentionConfig(
-            **heads, qkv_bias=bias, out_bias=bias, rope=rope, scale=scale, window=reach, softcap=softcap
+            **heads, qkv_bias=bias, out_bias=bias, rope=rope, scale=scale, window=reach, softcap=cap
         )
         layers.append(LayerConfig(attention=attention, mlp=mlp, norm=norm, norm_placement="sandwich"))
     return read_model(hf, layers, logit_softcap=read_cap(hf, "final_logit_softcapping", 30.0))
@@ -46,7 +46,6 @@ def layer_weights(layer: LayerConfig) -> list[Rule]:
 FAMILY = Family(
     name="gemma2",
     architectures=("Gemma2ForCausalLM", "Gemma2Model", "Gemma2ForSequenceClassification"),
-    model_types=("gemma2",),
     read=read,
     layer_weights=layer_weights,
     keys=keys(

@@ -36,7 +36,6 @@ def layer_weights(layer: LayerConfig) -> list[Rule]:
 FAMILY = Family(
     name="glm",
     architectures=("GlmForCausalLM", "GlmModel", "GlmForSequenceClassification"),
-    model_types=("glm",),
     read=read,
     layer_weights=layer_weights,
     keys=keys(attention_bias="qkv_bias", partial_rotary_factor="rotary_percent"),

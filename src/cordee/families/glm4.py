@@ -25,7 +25,6 @@ def sandwich_weights(layer: LayerConfig) -> list[Rule]:
 FAMILY = Family(
     name="glm4",
     architectures=("Glm4ForCausalLM", "Glm4Model", "Glm4ForSequenceClassification"),
-    model_types=("glm4",),
     read=read,
     layer_weights=sandwich_weights,
     keys=keys(attention_bias="qkv_bias"),

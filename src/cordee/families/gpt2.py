@@ -90,7 +90,6 @@ def write_by_layer(words: Words) -> bool:
 FAMILY = Family(
     name="gpt2",
     architectures=("GPT2LMHeadModel", "GPT2Model", "GPT2ForSequenceClassification"),
-    model_types=("gpt2",),
     read=read,
     outer_weights=(
         *module("embedding", "transformer.wte"),

@@ -64,7 +64,6 @@ def layer_weights(layer: config.LayerConfig) -> list[Rule]:
 FAMILY = Family(
     name="gpt_moe",
     architectures=("GPTMoEForCausalLM", "GPTMoEModel"),
-    model_types=("gpt_moe",),
     read=read,
     layer_weights=layer_weights,
     keys=keys(

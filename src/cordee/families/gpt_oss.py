@@ -71,7 +71,6 @@ def layer_weights(layer: config.LayerConfig) -> list[Rule]:
 FAMILY = Family(
     name="gpt_oss",
     architectures=("GptOssForCausalLM", "GptOssModel", "GptOssForSequenceClassification"),
-    model_types=("gpt_oss",),
     read=read,
     layer_weights=layer_weights,
     keys=keys(sliding_window="interleave_sliding_window", **expert_keys("num_local_experts")),

@@ -15,12 +15,8 @@ from cordee.tensors.rules import Rule, module, separate_qkv
 
 def read(hf: ConfigReader) -> ModelConfig:
     heads, norm = common.read_heads(hf), common.read_norm(hf)
-    attention = AttentionConfig(
-        **heads,
-        rope=read_rope(hf, heads["head_dim"]),
-        scale=hf.positive("attn_output_multiplier"),
-        softcap=hf.positive("max_attn_value", 30.0),
-    )
+    rope, cap = read_rope(hf, heads["head_dim"]), hf.positive("max_attn_value", 30.0)
+    attention = AttentionConfig(**heads, rope=rope, scale=hf.positive("attn_output_multiplier"), softcap=cap)
     moe = MoEConfig(
         router=RouterConfig(**read_choice(hf, "num_experts")),
         expert=MLPConfig(ffn_hidden_size=hf.integer("intermediate_size"), activation="gelu_tanh", gated=True),

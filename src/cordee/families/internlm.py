@@ -20,10 +20,8 @@ def read_rotary(hf: ConfigReader) -> RopeConfig:
     section = ConfigReader(hf.section("rotary"), f"{hf.where}: rotary")
     theta = float(section.positive("base", 10000.0))
     kind = section.choice("type", {"dynamic": "dynamic", "origin": "origin"}, "dynamic")
-    scaling = DynamicNTKScaling(
-        factor=section.positive("scaling_factor", 1.0),
-        original_max_position_embeddings=hf.integer("max_position_embeddings"),
-    )
+    length = hf.integer("max_position_embeddings")
+    scaling = DynamicNTKScaling(factor=section.positive("scaling_factor", 1.0), original_max_position_embeddings=length)
     hf.problems += section.problems + section.not_understood()
     return RopeConfig(theta=theta, scaling=scaling if kind == "dynamic" else None)
 
@@ -31,7 +29,6 @@ def read_rotary(hf: ConfigReader) -> RopeConfig:
 FAMILY = Family(
     name="internlm",
     architectures=("InternLMForCausalLM", "InternLMModel"),
-    model_types=("internlm",),
     read=read,
     ignored=common.FREQUENCIES,
     keys=keys("head_dim num_key_value_heads rope_theta rope_scaling", bias="qkv_bias"),

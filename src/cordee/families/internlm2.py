@@ -29,7 +29,6 @@ def layer_weights(layer: LayerConfig) -> list[Rule]:
 FAMILY = Family(
     name="internlm2",
     architectures=("InternLM2ForCausalLM", "InternLM2Model"),
-    model_types=("internlm2",),
     read=read,
     outer_weights=(
         *module("embedding", "model.tok_embeddings"),

@@ -16,6 +16,4 @@ def read(hf: ConfigReader) -> ModelConfig:
     return common.read_model(hf, [layer] * hf.integer("num_hidden_layers"), norm)
 
 
-FAMILY = Family(
-    name="internlm3", architectures=("InternLM3ForCausalLM", "InternLM3Model"), model_types=("internlm3",), read=read
-)
+FAMILY = Family(name="internlm3", architectures=("InternLM3ForCausalLM", "InternLM3Model"), read=read)

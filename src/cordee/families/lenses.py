@@ -278,16 +278,13 @@ def _switch(get: Callable[[ModelConfig], bool], put: Callable[[Draft], Draft], *
     return Lens(get=get, put=lambda draft, on: put(draft) if on else draft, neutral=False, places=places)
 
 
+_POSITIONS = ("learned_positions", "layers.attention.alibi", "layers.attention.rope")
 _NORMS = ("layers.norm", "final_norm", "layers.attention.qk_norm.norm", "embedding_norm")
 
 # The sizes and the form of a model; every model has a value of each.
 FORM = {
     "vocab_size": at("vocab_size"),
-    "num_layers": Lens(
-        get=lambda config: config.num_layers,
-        put=lambda draft, count: draft | {"layers": draft["layers"] * count},
-        places=("num_layers",),
-    ),
+    "num_layers": replace(at("num_layers"), put=lambda draft, count: draft | {"layers": draft["layers"] * count}),
     "hidden_size": at("hidden_size"),
     "ffn_hidden_size": at("layers.mlp.ffn_hidden_size", "layers.mlp.expert.ffn_hidden_size"),
     "num_attention_heads": at("layers.attention.num_heads"),
@@ -296,11 +293,7 @@ FORM = {
     ),
     "kv_channels": at("layers.attention.head_dim", "layers.attention.key_dim"),
     "max_position_embeddings": at("max_position_embeddings"),
-    "position_embedding_type": Lens(
-        get=_position_type,
-        put=_put_position_type,
-        places=("learned_positions", "layers.attention.alibi", "layers.attention.rope"),
-    ),
+    "position_embedding_type": Lens(get=_position_type, put=_put_position_type, places=_POSITIONS),
     "rotary_base": at("layers.attention.rope.theta", neutral=10000.0),
     "rope_scaling": replace(at("layers.attention.rope.scaling"), get=lambda config: _scaling(config)[0]),
     "normalization": at(*(f"{norm}.kind" for norm in _NORMS), read={"rms": "RMSNorm", "layer": "LayerNorm"}),
@@ -486,8 +479,6 @@ def _shown(name: str, config: ModelConfig) -> Any:
 
 def _words_at(place: str) -> list[str]:
     """The words that set a place of a model, or one around it, the nearest first."""
-    around = {
-        name: max((len(at) for at in lens.places if f"{place}.".startswith(f"{at}.")), default=0)
-        for name, lens in LENSES.items()
-    }
+    places = {name: [at for at in lens.places if f"{place}.".startswith(f"{at}.")] for name, lens in LENSES.items()}
+    around = {name: max(map(len, found), default=0) for name, found in places.items()}
     return sorted((name for name, length in around.items() if length), key=lambda name: -around[name])

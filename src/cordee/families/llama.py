@@ -21,7 +21,6 @@ def read(hf: ConfigReader) -> ModelConfig:
 FAMILY = Family(
     name="llama",
     architectures=("LlamaForCausalLM", "LlamaModel", "LlamaForSequenceClassification"),
-    model_types=("llama",),
     read=read,
     ignored=common.FREQUENCIES,
     plain=True,

@@ -31,10 +31,8 @@ def read(hf: ConfigReader) -> ModelConfig:
     )
     step = hf.integer("interleave_moe_layer_step", 1)
     sparse = read_layer_numbers(hf, "moe_layers", list(range(step - 1, count, step)))
-    layers = [
-        LayerConfig(attention=attention, mlp=moe if i in sparse else dense, norm=norm)
-        for i, attention in enumerate(read_attention(hf))
-    ]
+    mlps = [moe if i in sparse else dense for i in range(count)]
+    layers = [LayerConfig(attention=own, mlp=mlp, norm=norm) for own, mlp in zip(read_attention(hf), mlps, strict=True)]
     return common.read_model(hf, layers, norm)
 
 
@@ -54,10 +52,8 @@ def read_attention(hf: ConfigReader) -> list[configs.AttentionConfig]:
     rotated = common.read_of_layers(hf, "no_rope_layers", (0, 1), rotated)  # 1 where there is rope, despite the name
     default = [CHUNKED if r else common.FULL for r in rotated]
     types = common.read_of_layers(hf, "layer_types", (CHUNKED, common.FULL), default)
-    return [
-        replace(with_rope if r else without_rope, chunk=chunk if kind == CHUNKED else None)
-        for r, kind in zip(rotated, types, strict=True)
-    ]
+    chunks = [chunk if kind == CHUNKED else None for kind in types]
+    return [replace(with_rope if r else without_rope, chunk=own) for r, own in zip(rotated, chunks, strict=True)]
 
 
 def layer_weights(layer: LayerConfig) -> list[Rule]:

@@ -56,7 +56,6 @@ def layer_weights(layer: config.LayerConfig) -> list[Rule]:
 FAMILY = Family(
     name="minicpm",
     architectures=("MiniCPMForCausalLM", "MiniCPMModel"),
-    model_types=("minicpm",),
     read=read,
     layer_weights=layer_weights,
     ignored=common.FREQUENCIES,

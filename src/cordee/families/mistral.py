@@ -17,7 +17,6 @@ def read(hf: ConfigReader) -> ModelConfig:
 FAMILY = Family(
     name="mistral",
     architectures=("MistralForCausalLM", "MistralModel", "MistralForSequenceClassification"),
-    model_types=("mistral",),
     read=read,
     ignored=common.FREQUENCIES,
     keys=keys(sliding_window="sliding_window"),

@@ -33,7 +33,6 @@ def layer_weights(layer: LayerConfig) -> list[Rule]:
 FAMILY = Family(
     name="mixtral",
     architectures=("MixtralForCausalLM", "MixtralModel", "MixtralForSequenceClassification"),
-    model_types=("mixtral",),
     read=read,
     layer_weights=layer_weights,
     ignored=common.FREQUENCIES,

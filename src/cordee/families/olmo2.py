@@ -28,7 +28,6 @@ def layer_weights(layer: LayerConfig) -> list[Rule]:
 FAMILY = Family(
     name="olmo2",
     architectures=("Olmo2ForCausalLM", "Olmo2Model", "Olmo2ForSequenceClassification"),
-    model_types=("olmo2",),
     read=read,
     layer_weights=layer_weights,
 )

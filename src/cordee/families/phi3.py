@@ -35,7 +35,6 @@ def layer_weights(layer: LayerConfig) -> list[Rule]:
 FAMILY = Family(
     name="phi3",
     architectures=("Phi3ForCausalLM", "Phi3Model", "Phi3ForSequenceClassification"),
-    model_types=("phi3",),
     read=read,
     layer_weights=layer_weights,
     keys=keys(partial_rotary_factor="rotary_percent", sliding_window="sliding_window"),

@@ -67,7 +67,6 @@ def layer_weights(layer: config.LayerConfig) -> list[Rule]:
 FAMILY = Family(
     name="qwen",
     architectures=("QWenLMHeadModel", "QWenModel"),
-    model_types=("qwen",),
     read=read,
     outer_weights=(
         *module("embedding", "transformer.wte"),

@@ -30,7 +30,6 @@ def read_windows(hf: ConfigReader) -> list[int | None]:
 FAMILY = Family(
     name="qwen2",
     architectures=("Qwen2ForCausalLM", "Qwen2Model", "Qwen2ForSequenceClassification"),
-    model_types=("qwen2",),
     read=read,
     ignored=common.FREQUENCIES,
     plain=True,

@@ -60,7 +60,6 @@ def layer_weights(layer: LayerConfig) -> list[Rule]:
 FAMILY = Family(
     name="qwen2_moe",
     architectures=("Qwen2MoeForCausalLM", "Qwen2MoeModel", "Qwen2MoeForSequenceClassification"),
-    model_types=("qwen2_moe",),
     read=read,
     layer_weights=layer_weights,
     keys=keys(

@@ -24,8 +24,5 @@ def read(hf: ConfigReader) -> ModelConfig:
 
 
 FAMILY = Family(
-    name="qwen3",
-    architectures=("Qwen3ForCausalLM", "Qwen3Model", "Qwen3ForSequenceClassification"),
-    model_types=("qwen3",),
-    read=read,
+    name="qwen3", architectures=("Qwen3ForCausalLM", "Qwen3Model", "Qwen3ForSequenceClassification"), read=read
 )

@@ -44,7 +44,6 @@ def layer_weights(layer: LayerConfig) -> list[Rule]:
 FAMILY = Family(
     name="qwen3_moe",
     architectures=("Qwen3MoeForCausalLM", "Qwen3MoeModel", "Qwen3MoeForSequenceClassification"),
-    model_types=("qwen3_moe",),
     read=read,
     layer_weights=layer_weights,
     keys=keys("intermediate_size", **experts.expert_keys("num_experts"), **experts.NARROW_EXPERTS),

@@ -83,11 +83,8 @@ def run(config: GenerateConfig) -> int:
     """Continue the prompts of `config` and show them. ProblemError with all that keeps it from starting."""
     prepared = _prepare(config)
     source, tokenizer, stop = prepared.source, prepared.tokenizer, prepared.stop
-    samples = [
-        _Sample(prompt, tokens, number)
-        for prompt, tokens in prepared.prompts
-        for number in range(config.num_return_sequences)
-    ]
+    numbers = range(config.num_return_sequences)
+    samples = [_Sample(prompt, tokens, number) for prompt, tokens in prepared.prompts for number in numbers]
     log.setup(launch.rank_info().rank)
     with ExitStack() as stack:
         model, stage = load_part(source, config, inference.degrees(config), stack, "while generating")

@@ -21,8 +21,7 @@ def choose(logits: Tensor, options: DecodingOptions, draws: Sequence[tuple[int, 
     together with the seed it decides the outcome, whatever rows are computed beside it."""
     if not options.do_sample:
         return logits.argmax(-1)
-    kept = filtered(logits, options.temperature, options.top_k, options.top_p)
-    chances = kept.double().softmax(-1).cumsum(-1)
+    chances = filtered(logits, options.temperature, options.top_k, options.top_p).double().softmax(-1).cumsum(-1)
     points = torch.tensor([[uniform(options.seed, *draw)] for draw in draws], dtype=torch.float64)
     points = points.to(chances.device) * chances[:, -1:]
     # right=True: a token without a chance has an empty interval, which no point falls in.
@@ -38,8 +37,7 @@ def filtered(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: fl
     float64: in float32 the sum over a large vocabulary is off by more than a token's share."""
     logits = logits.float() / temperature
     if 0 < top_k < logits.shape[-1]:
-        smallest = logits.topk(top_k).values[..., -1:]
-        logits = logits.masked_fill(logits < smallest, float("-inf"))
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], float("-inf"))
     if top_p < 1.0:
         ordered, order = logits.sort(descending=True, stable=True)
         reached = ordered.double().softmax(-1).cumsum(-1) >= top_p - TIE

@@ -76,8 +76,7 @@ class Attention(SpecifiedModule[GroupedPlacement]):
         placement = self.placement
         q, k, v = self._project(placement.enter(x), context)
         scores = placement.scores_of(context, self.dropout, self.index, self.local("sinks"))
-        core = behind_prefix(placement.core, self.local("prefix"))
-        y = context.attend(self.index, core, q, k, v, scores)
+        y = context.attend(self.index, behind_prefix(placement.core, self.local("prefix")), q, k, v, scores)
         y = y.transpose(1, 2).flatten(2)  # [batch, seq, heads * head_dim]
         return placement.exit(self.out(y, drop=context.drop))
 

@@ -73,7 +73,8 @@ class GPTModel(nn.Module):
                 self.head.weight = self.embedding.weight
         add_low_rank(self, config, {"embedding"} if self.copies_embedding else set(), **factory)
         self._inputs = Inputs(config)
-        _report_slow_attention(config)
+        if any(isinstance(a := layer.attention, AttentionConfig) and a.softcap is not None for layer in config.layers):
+            logger.info("attention scores have a softcap, which torch's fused attention lacks: a slower one does it")
 
     @property
     def has_embedding(self) -> bool:
@@ -178,8 +179,3 @@ class GPTModel(nn.Module):
         if self.config.embedding_norm is not None:
             hidden = self.embedding_norm(hidden)
         return context.drop(hidden, self.config.embedding_dropout, "embedding", residual=True)
-
-
-def _report_slow_attention(config: ModelConfig) -> None:
-    if any(isinstance(a := layer.attention, AttentionConfig) and a.softcap is not None for layer in config.layers):
-        logger.info("attention scores have a softcap, which torch's fused attention lacks: a slower one does it")

@@ -56,8 +56,7 @@ class Head(Projection[HeadPlacement]):
 
         hidden `[batch, seq, embed]`; labels int64 `[batch, seq]`: the token that follows each position, -100 where none
         counts. The logits of the whole batch never exist together."""
-        total = self._cross_entropy(hidden, labels, "sum")
-        return total, (labels != IGNORED).sum()
+        return self._cross_entropy(hidden, labels, "sum"), (labels != IGNORED).sum()
 
     def token_logprobs(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """log softmax(logits)[label] of every token, float32 `[batch, seq]`, 0 where the label is -100.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cordee.model.parameter import ORIGINS, local_shard, of_origins, parameter_specs
 from cordee.model.specs import Origin, ParameterSpec
 
+Shape = tuple[int, ...]
 BLOCK = 1 << 18  # elements filled at once: the int64 counters and what becomes of them stay in the caches, 2 MiB each
 
 
@@ -42,12 +43,7 @@ def fill(local: Tensor, spec: ParameterSpec, offset: tuple[int, ...], key: int) 
 
 
 def _fill_drawn(
-    local: Tensor,
-    shape: tuple[int, ...],
-    offset: tuple[int, ...],
-    std: float,
-    drawn: Callable[[Tensor], Tensor],
-    base: int = 0,
+    local: Tensor, shape: Shape, offset: Shape, std: float, drawn: Callable[[Tensor], Tensor], base: int = 0
 ) -> None:
     """Fill the part of a tensor of `shape` that begins at `offset`; `base` is the tensor's own first position."""
     stride = math.prod(shape[1:])
@@ -63,7 +59,7 @@ def _fill_drawn(
         block.copy_((drawn(outer[:, None] + inner) * std).view_as(block))
 
 
-def _positions(local: tuple[int, ...], shape: tuple[int, ...], offset: tuple[int, ...], device: torch.device) -> Tensor:
+def _positions(local: Shape, shape: Shape, offset: Shape, device: torch.device) -> Tensor:
     """Flat positions in a tensor of `shape` of its part of sizes `local` that begins at `offset`, in order."""
     positions = torch.zeros((), dtype=torch.int64, device=device)
     for dim, (start, size) in enumerate(zip(offset, local, strict=True)):

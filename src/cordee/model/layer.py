@@ -14,6 +14,8 @@ from cordee.model.moe import MoE
 from cordee.model.norm import Norm
 from cordee.model.placement import CallPlacement
 
+_Block = Callable[[Tensor, Context], Tensor]
+
 
 class Layer(nn.Module):
     def __init__(self, config: LayerConfig, model: ModelConfig, index: int, **factory):
@@ -44,15 +46,7 @@ class Layer(nn.Module):
         x = self._add(x, self.attention, self.attention_norm, self.attention_post_norm, "attention", context)
         return self._add(x, self._feed_forward, self.mlp_norm, self.mlp_post_norm, "mlp", context)
 
-    def _add(
-        self,
-        x: Tensor,
-        block: Callable[[Tensor, Context], Tensor],
-        norm: Norm,
-        post_norm: Norm | None,
-        site: str,
-        context: Context,
-    ) -> Tensor:
+    def _add(self, x: Tensor, block: _Block, norm: Norm, post_norm: Norm | None, site: str, context: Context) -> Tensor:
         """The residual x with the block's result added to it."""
         config = self.config
         inner = x if config.norm_placement == "post" else norm(x)

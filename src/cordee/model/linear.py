@@ -20,9 +20,7 @@ from cordee.ops.gemm import fixed_linear, fixed_linear_onto, linear
 class Product(Protocol):
     """As `cordee.ops.gemm.linear`."""
 
-    def __call__(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, *, before: Callable[[Tensor], Tensor] | None
-    ) -> Tensor: ...
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, before: View | None) -> Tensor: ...
 
 
 @dataclass(eq=False, kw_only=True)
@@ -38,9 +36,7 @@ class Linear(Projection[LinearPlacement]):
     def __init__(self, specs: Specs, **factory):
         super().__init__(LinearPlacement(), specs, **factory)
 
-    def forward(
-        self, x: Tensor, before: Callable[[Tensor], Tensor] | None = None, *, drop: Drop | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, before: View | None = None, *, drop: Drop | None = None) -> Tensor:
         """`[..., in_size]` to `[..., product of out_shape]`; with a cheap function `before`, of before(x).
 
         `drop` is the dropout of adapters, in training."""
@@ -51,7 +47,7 @@ class Linear(Projection[LinearPlacement]):
         y = self.placement.product(x, self.local("weight").flatten(0, -2), bias, before=before)
         return self.with_adapters(y, x, linear, drop)
 
-    def bind(self, binding: Binding) -> Callable[[Tensor], Tensor]:
+    def bind(self, binding: Binding) -> View:
         """x `[batch, in_size]` to `[batch, product of out_shape]`."""
         return fixed_linear(*self._bound_weights(), binding.rows)
 

@@ -225,10 +225,6 @@ class MoE(SpecifiedModule[MoEPlacement]):
             )
         y = placement.dispatch(tokens, routing, self.experts).view_as(x)
         if self.shared is not None:
-            y = y + self._shared(x, drop)
+            shared = self.shared(x, drop=drop)
+            y = y + (shared if self.shared_gate is None else self.shared_gate(x, drop=drop).sigmoid() * shared)
         return placement.exit(y)
-
-    def _shared(self, x: Tensor, drop: Drop | None) -> Tensor:
-        assert self.shared is not None
-        y = self.shared(x, drop=drop)
-        return y if self.shared_gate is None else self.shared_gate(x, drop=drop).sigmoid() * y

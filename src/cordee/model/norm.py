@@ -1,7 +1,6 @@
 """Norms over the last dim, computed in float32 whatever the dtype of the input."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,14 +12,14 @@ from cordee.model import specs
 from cordee.model.bound import BoundNorm, require_known, require_plain
 from cordee.model.config import NormConfig
 from cordee.model.parameter import SpecifiedModule
-from cordee.model.placement import Placement
+from cordee.model.placement import Placement, View
 
 
 @dataclass(eq=False, kw_only=True)
 class NormPlacement(Placement):
     """`sum_over_parts` adds up over the processes that hold the other parts of the last dim, where there are some."""
 
-    sum_over_parts: Callable[[Tensor], Tensor] | None = None
+    sum_over_parts: View | None = None
 
 
 class Norm(SpecifiedModule[NormPlacement]):
@@ -61,9 +60,7 @@ class Norm(SpecifiedModule[NormPlacement]):
             return F.layer_norm(x, (self.size,), weight, bias, self.config.eps)
         return F.rms_norm(x, (self.size,), weight, self.config.eps)
 
-    def _normalise_part(
-        self, x: Tensor, total: Callable[[Tensor], Tensor], weight: Tensor | None, bias: Tensor | None
-    ) -> Tensor:
+    def _normalise_part(self, x: Tensor, total: View, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """As `_normalise`, of the part of the last dim that is here; `total` adds sums over all parts up."""
         wide = x.float()
         if self.config.kind == "layer":

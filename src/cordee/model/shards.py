@@ -60,14 +60,12 @@ def expert_problems(option: str, size: int, model: ModelConfig, *involves: str) 
         yield from divides(option, size, number, "experts", *involves)
 
 
-def layer_list_problems(
-    option: str, counts: Sequence[int], num_stages: int, num_layers: int, *involves: str
-) -> Problems:
-    """A list of layers must have a number for each of `num_stages` and sum to `num_layers`."""
+def layer_list_problems(option: str, counts: Sequence[int], stages: int, num_layers: int, *involves: str) -> Problems:
+    """A list of layers must have a number for each of `stages` and sum to `num_layers`."""
     text = ",".join(map(str, counts))
-    if len(counts) != num_stages:
-        why = f"the list has {len(counts)} numbers, there are {num_stages} stages"
-        yield Problem(option, text, why, "give one number for each stage", "length", involves, num_stages)
+    if len(counts) != stages:
+        why = f"the list has {len(counts)} numbers, there are {stages} stages"
+        yield Problem(option, text, why, "give one number for each stage", "length", involves, stages)
     if sum(counts) != num_layers:
         why = f"the list sums to {sum(counts)}, the model has {num_layers} layers"
         yield Problem(option, text, why, f"let the numbers sum to {num_layers}", "sum", involves, num_layers)

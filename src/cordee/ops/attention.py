@@ -18,6 +18,7 @@ from cordee.ops.dropout import Dropout
 from cordee.ops.mask import AttentionMask
 
 _ALL = slice(None)
+_Drop = Callable[[Tensor], Tensor]
 BLOCK_BYTES = 1 << 26  # float32 scores of one block of queries in `blockwise_attention`
 
 
@@ -63,18 +64,11 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, sc
     """The plain definition, scores and softmax in float32."""
     visible = mask.dense(q.device, *scores.reach)
     bias = None if scores.slopes is None else mask.bias(scores.slopes, torch.float32, q.device, *scores.reach)
-    dropped = _dropped(mask, scores, q.device)
-    return _attend(q.float(), k.float(), v.float(), visible, bias, scores, dropped).to(q.dtype)
+    return _attend(q.float(), k.float(), v.float(), visible, bias, scores, _dropped(mask, scores, q.device)).to(q.dtype)
 
 
 def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    visible: Tensor,
-    bias: Tensor | None,
-    scores: Scores,
-    dropped: Callable[[Tensor], Tensor] | None,
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, bias: Tensor | None, scores: Scores, dropped: _Drop | None
 ) -> Tensor:
     """Products in the type of q, scores and softmax in float32."""
     repeat = q.shape[1] // k.shape[1]
@@ -94,7 +88,7 @@ def _attend(
 
 def _dropped(
     mask: AttentionMask, scores: Scores, device: torch.device, rows: slice = _ALL, columns: slice = _ALL
-) -> Callable[[Tensor], Tensor] | None:
+) -> _Drop | None:
     """What drops the weights of some queries and keys; None: nothing."""
     if scores.dropout is None:
         return None
@@ -199,8 +193,7 @@ def blockwise_attention(
     """As `reference_attention`, for `block_size` queries at a time, whose scores are made again in the backward.
 
     Keys that order or a window hides from a whole block are left out of it."""
-    per_query = 4 * q.shape[0] * q.shape[1] * k.shape[2]
-    block_size = block_size or max(1, BLOCK_BYTES // per_query)
+    block_size = block_size or max(1, BLOCK_BYTES // (4 * q.shape[0] * q.shape[1] * k.shape[2]))
     visible = mask.dense(q.device, *scores.reach)
     bias = None if scores.slopes is None else mask.bias(scores.slopes, torch.float32, q.device, *scores.reach)
     blocks = []
@@ -228,5 +221,4 @@ def _visible_keys(mask: AttentionMask, window: int | None, start: int, stop: int
     if not (mask.in_order and mask.causal):
         return _ALL
     before = mask.num_keys - mask.num_queries
-    first = 0 if window is None else max(0, before + start - window + 1)
-    return slice(first, before + stop)
+    return slice(0 if window is None else max(0, before + start - window + 1), before + stop)

@@ -224,8 +224,7 @@ def _of_part(logits: Tensor, target: Tensor, part: VocabularyPart) -> tuple[Tens
     own = own.clamp(0, logits.shape[-1] - 1)
     at_target = logits.gather(1, own).where(here, 0.0)
     exponential = logits.sub_(largest).exp_()
-    sums = part.total(torch.cat((exponential.sum(-1, keepdim=True), at_target), -1))
-    denominator, at_target = sums.split(1, -1)
+    denominator, at_target = part.total(torch.cat((exponential.sum(-1, keepdim=True), at_target), -1)).split(1, -1)
     losses = denominator.log() + largest - at_target
     grad = exponential.div_(denominator)
     return losses, grad.scatter_add_(1, own, -here.to(grad.dtype))

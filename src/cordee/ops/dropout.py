@@ -39,8 +39,7 @@ class Dropout:
 
     def _dropped(self, x: Tensor, counter: Tensor, keys: Tensor) -> Tensor:
         number = _mixed(_mixed(counter).bitwise_xor_(keys)) & 0x7FFFFFFF  # 31 bits
-        kept = number >= int(self.rate * 2.0**31)
-        return x * (kept / (1.0 - self.rate)).to(x.dtype)
+        return x * ((number >= int(self.rate * 2.0**31)) / (1.0 - self.rate)).to(x.dtype)
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,11 +18,10 @@ from cordee.log import logger
 
 WORTHWHILE = 1 << 20  # multiply-adds of a product below which the start of oneDNN's kernel costs more than it gains
 PART_BYTES = 1 << 24  # of a product that is added to a sum
+Before = Callable[[Tensor], Tensor]  # a cheap function of the input alone
 
 
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, before: Callable[[Tensor], Tensor] | None = None
-) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, before: Before | None = None) -> Tensor:
     """x W^T + b as F.linear: x `[..., in]`, weight `[out, in]`, bias `[out]`; in oneDNN differentiable once.
 
     With a cheap function `before` of x alone it is before(x) W^T + b, differentiable once; autograd then keeps x and
@@ -156,9 +155,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 class _Linear(Function):
     @staticmethod
-    def forward(
-        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, before: Callable[[Tensor], Tensor] | None
-    ) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, before: Before | None) -> Tensor:
         ctx.before = before
         ctx.save_for_backward(x, weight)
         return _product(x if before is None else before(x), weight, bias)

@@ -97,8 +97,7 @@ def plain_gradients(
     if scores.softcap is not None:
         grad_score = grad_score * (1 - (capped / scores.softcap) ** 2)
     grad_score = _of_groups(grad_score * scores.scale, k)
-    grad_q = (grad_score @ k.float()).view(q.shape)
-    return grad_q, grad_score.transpose(-1, -2) @ _of_groups(q.float(), k), grad_v
+    return (grad_score @ k.float()).view(q.shape), grad_score.transpose(-1, -2) @ _of_groups(q.float(), k), grad_v
 
 
 def _scores(q: Tensor, k: Tensor, mask: AttentionMask, scores: Scores) -> tuple[Tensor, Tensor]:

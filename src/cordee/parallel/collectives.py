@@ -118,17 +118,13 @@ def contact(phase: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not _is_lost_contact(error):
+        # gloo has no error type of its own, but names the file of its own in which it failed.
+        if not isinstance(error, dist.DistError) and "gloo/transport" not in str(error):
             raise
         rank = dist.get_rank() if dist.is_initialized() else launch.rank_info().rank
         why = f"it lost the other ranks {phase}: {_first_sentence(str(error))}"
         fix = "find the rank that failed first, which the launcher names; then resume from the last checkpoint: --load"
         raise RankLostError([Problem(f"rank {rank}", None, why, fix, "lost", limit=phase)]) from error
-
-
-def _is_lost_contact(error: RuntimeError) -> bool:
-    """gloo has no error type of its own, but names the file of its own in which it failed."""
-    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 def _first_sentence(text: str) -> str:

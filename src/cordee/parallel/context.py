@@ -137,8 +137,7 @@ class ShardedTokens:
             segments, positions = (None if x is None else self.join(x) for x in (mask.key_segments, mask.key_positions))
             both: dict[str, Any] = {"query_segments": segments, "query_positions": positions}
             both |= {"key_segments": segments, "key_positions": positions}
-            whole = AttentionMask(length, length, self.causal, **both)
-            self._masks[mask] = TiledMask(whole, on)
+            self._masks[mask] = TiledMask(AttentionMask(length, length, self.causal, **both), on)
         return self._masks[mask]
 
     def join(self, x: Tensor) -> Tensor:
@@ -158,16 +157,14 @@ class ShardedTokens:
     @torch.no_grad()
     def limit(self, routing: Routing, capacity: CapacityConfig, batch_size: int) -> Routing:
         """As `limit_to_capacity` of the tokens of all ranks together."""
-        experts, weights = (
-            self.join(x.unflatten(0, (batch_size, -1))).flatten(0, 1) for x in (routing.experts, routing.weights)
-        )
+        own = (x.unflatten(0, (batch_size, -1)) for x in (routing.experts, routing.weights))
+        experts, weights = (self.join(x).flatten(0, 1) for x in own)
         # Of the logits only their number counts.
-        together = Routing(routing.logits[:1].expand(len(experts), -1), experts, weights)
-        limited = limit_to_capacity(together, capacity)
+        limited = limit_to_capacity(Routing(routing.logits[:1].expand(len(experts), -1), experts, weights), capacity)
         assert limited.kept is not None
         kept = limited.kept.unflatten(0, (batch_size, -1))
-        own = self.positions(kept.shape[1] // self._degrees.cp, kept.device)
-        kept, rows = kept[:, own].flatten(0, 1), limited.rows_per_expert
+        here = self.positions(kept.shape[1] // self._degrees.cp, kept.device)
+        kept, rows = kept[:, here].flatten(0, 1), limited.rows_per_expert
         # This rank needs no more rows than it has tokens.
         return replace(routing, kept=kept, rows_per_expert=None if rows is None else min(rows, len(kept)))
 
@@ -202,14 +199,10 @@ class Ulysses:
 
     def scores(self, scores: Scores, heads: int) -> Scores:
         """Those of this rank's `heads` heads."""
-        slopes, sinks = (None if x is None else self._own(x) for x in (scores.slopes, scores.sinks))
-        dropout = scores.dropout
-        dropout = dropout and replace(dropout, first_head=dropout.first_head + self.rank * heads)
+        first, dropout = self.rank * heads, scores.dropout
+        slopes, sinks = (None if x is None else x[first : first + heads] for x in (scores.slopes, scores.sinks))
+        dropout = dropout and replace(dropout, first_head=dropout.first_head + first)
         return replace(scores, slopes=slopes, sinks=sinks, dropout=dropout)
-
-    def _own(self, of_heads):
-        size = len(of_heads) // self.size
-        return of_heads[self.rank * size : (self.rank + 1) * size]
 
 
 @dataclass(frozen=True, eq=False)

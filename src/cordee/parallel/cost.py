@@ -66,7 +66,9 @@ def cost(config: LayoutOptions, degrees: Degrees, count: ParameterCount) -> Memo
     Weights are those at rest and the copy that is computed with; of stage 3, which gathers layers one by one, only the
     copy of what is outside of layers is counted. Gradients are whole while they are summed over micro-batches at stages
     below 2, else at most one layer's are whole at a time, which is not counted."""
-    kept, trained = _MASTER * _shard(degrees, count), 1 - count.frozen / count.parameters
+    experts, trained = count.experts / count.parameters, 1 - count.frozen / count.parameters
+    kept = _MASTER * ((1 - experts) / degrees.storage[1] + experts / degrees.expert_storage[1])  # between steps
+    slots = 2 if config.optimizer != "sgd" else 1 if config.sgd_momentum else 0  # numbers of the optimizer a parameter
     compute, whole = 2 if config.bf16 or config.fp16 else 4, 0
     copied = count.outside / count.parameters if config.zero_stage == 3 else 1.0
     accumulates = (config.global_batch_size or 0) > config.micro_batch_size * degrees.data
@@ -76,7 +78,7 @@ def cost(config: LayoutOptions, degrees: Degrees, count: ParameterCount) -> Memo
         parameters=count.parameters,
         weights=kept + (compute * copied if needs_sharding(config, degrees.world_size) else 0),
         gradients=max(kept, whole) * trained,
-        optimizer=kept * _slots(config) * trained,
+        optimizer=kept * slots * trained,
     )
 
 
@@ -116,16 +118,3 @@ def _shard_size(spec: ParameterSpec, degrees: Degrees) -> int:
 def needs_sharding(options: PrecisionOptions, world_size: int) -> bool:
     """Whether FSDP2 wraps a model: in float32 on one rank it runs as it is."""
     return world_size > 1 or options.bf16 or options.fp16
-
-
-def _shard(degrees: Degrees, count: ParameterCount) -> float:
-    """The fraction of its parameters that a rank keeps between steps."""
-    experts = count.experts / count.parameters
-    return (1 - experts) / degrees.storage[1] + experts / degrees.expert_storage[1]
-
-
-def _slots(config: LayoutOptions) -> int:
-    """Numbers that the optimizer keeps for a parameter."""
-    if config.optimizer == "sgd":
-        return 1 if config.sgd_momentum else 0
-    return 2

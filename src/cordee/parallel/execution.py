@@ -114,8 +114,7 @@ class LocalExecutor:
             total, metrics = self._forward(here, balance, self._criterion.loss)
             (total * (step.scale / step.weight)).backward()
             weight = self._criterion.weight(batch)
-            balanced = {name: value * weight for name, value in balance.metrics().items()}
-            add(sums, {"": total, **metrics, **balanced})
+            add(sums, {"": total, **metrics, **{name: value * weight for name, value in balance.metrics().items()}})
         return sums
 
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:

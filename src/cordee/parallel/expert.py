@@ -65,18 +65,14 @@ class AllToAllDispatcher(_Dispatcher):
         sent, received = torch.stack((rows.counts.view(self.size, -1).sum(1), counts.sum(1))).tolist()
         both = (inputs, rows.weights)
         inputs, weights = differentiable.all_to_all_rows_fwd_bwd(both, self.group, sent, received, at_once=self.overlap)
-        order = _by_expert(counts, len(inputs))
+        # Rows come by rank, then by expert, and are sorted by expert.
+        expert = torch.arange(counts.shape[1], device=counts.device).repeat(counts.shape[0])
+        order = expert.repeat_interleave(counts.flatten(), output_size=len(inputs)).argsort(stable=True)
         y = experts(inputs.index_select(0, order), weights.index_select(0, order), counts.sum(0))
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         y = y.index_select(0, back)
         (y,) = differentiable.all_to_all_rows_fwd_bwd((y,), self.group, received, sent, at_once=self.overlap)
         return rows.unpermute(y, len(x))
-
-
-def _by_expert(counts: Tensor, rows: int) -> Tensor:
-    """The permutation that sorts `rows` rows by expert; they arrive by rank, then by expert: `[ranks, experts]`."""
-    experts = torch.arange(counts.shape[1], device=counts.device).repeat(counts.shape[0])
-    return experts.repeat_interleave(counts.flatten(), output_size=rows).argsort(stable=True)
 
 
 class AllGatherDispatcher(_Dispatcher):

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from cordee.errors import Findings, Problem, ProblemError
+from cordee.errors import Findings, ProblemError
 from cordee.families.registry import ModelSpec
 from cordee.model.gpt import GPTModel
 from cordee.model.parameter import local_shard
@@ -48,8 +48,7 @@ def _put(sink: Sink, name: str, tensor: Tensor) -> None:
     try:
         sink.put(name, tensor)
     except OSError as error:
-        problem = Problem("output", None, f"it cannot be written: {error}", "make room or allow it")
-        raise ProblemError([problem]) from error
+        raise ProblemError.of("output", None, f"it cannot be written: {error}", "make room or allow it") from error
 
 
 class LiveSource(Source):

@@ -88,10 +88,6 @@ class _Exchange:
         by_rank = whole.unflatten(1, (self.ranks, -1))
         return [part.flatten(1, 2) for part in by_rank.tensor_split(min(self.num_parts, by_rank.shape[2]), 2)]
 
-    def cut_own(self, own: Tensor) -> list[Tensor]:
-        """The parts of this rank's shard outside, `[batch, seq / ranks, ...]`."""
-        return list(own.tensor_split(min(self.num_parts, own.shape[1]), 1))
-
     def joined(self, parts: list[Tensor]) -> Tensor:
         """The inverse of `cut`."""
         if self.sequence:
@@ -101,7 +97,7 @@ class _Exchange:
     def gathered(self, own: Tensor) -> Iterator[Tensor]:
         """The parts of the whole, of each rank's `own`; the next is in flight while one is used."""
         pending = None
-        for part in [*self.cut_own(own), None]:
+        for part in [*own.tensor_split(min(self.num_parts, own.shape[1]), 1), None]:
             coming = None if part is None else _start_gather(part, self.group)
             if pending is not None:
                 buffer, work = pending

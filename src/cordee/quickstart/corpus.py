@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cordee.errors import Problem, ProblemError
+from cordee.errors import ProblemError
 
 TEXT_ENDINGS = (".py", ".txt", ".md", ".rst", ".html", ".c", ".h", ".cpp", ".js", ".ts", ".java", ".go", ".rs", ".tex")
 NOT_OWN = {"site-packages", "__pycache__"}
@@ -38,7 +38,9 @@ def collect(source: Path | None, folder: Path) -> Corpus:
     documents, num_skipped = _read(source)
     held_out = _held_out([name for name, _ in documents])
     if len(documents) < 2:
-        raise ProblemError([_too_little(source, len(documents))])
+        why = f"{len(documents)} documents: one to train on and one to hold out are the least"
+        fix = f"give a folder with more files ({', '.join(TEXT_ENDINGS[:4])}, ...) or a text file of a megabyte or more"
+        raise ProblemError.of("--input", source or "Python's standard library", why, fix)
     paths = {part: folder / f"{part}.jsonl" for part in ("train", "held_out")}
     with open(paths["train"], "w", encoding="utf-8") as train, open(paths["held_out"], "w", encoding="utf-8") as held:
         for name, text in documents:
@@ -88,9 +90,3 @@ def _text(path: Path) -> str | None:
 def _held_out(names: list[str]) -> set[str]:
     """One name in `HELD_OUT`, at least one, picked by what it is and not by where it stands."""
     return set(sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())[: max(1, len(names) // HELD_OUT)])
-
-
-def _too_little(source: Path | None, found: int) -> Problem:
-    why = f"{found} documents: one to train on and one to hold out are the least"
-    fix = f"give a folder with more files ({', '.join(TEXT_ENDINGS[:4])}, ...) or a text file of a megabyte or more"
-    return Problem("--input", source or "Python's standard library", why, fix)

@@ -110,7 +110,8 @@ def _phases(job: Run, source: Path | None) -> int:
     values = _train_values(job, size)
     if code := _fit(job, values) or _train(job, values):
         return code
-    _export(job)
+    with job.phase("export as a Hugging Face model"):
+        convert.run(ConvertConfig(load_dir=str(job.folder / "checkpoints"), save_dir=str(job.folder / "model")))
     samples = _generate(job)
     untrained, trained = scores = _evaluate(job, values)
     page = _report(job, values, text, samples, scores)
@@ -264,15 +265,9 @@ def _launch(job: Run, name: str, values: dict[str, Any]) -> int:
 
 
 def _train(job: Run, values: dict[str, Any]) -> int:
-    processes = job.config.nproc_per_node
-    where = counted(processes, "process", "processes")
+    where = counted(job.config.nproc_per_node, "process", "processes")
     with job.phase(f"pretrain on {where}, {counted(values['train_iters'], 'step')}"):
         return _launch(job, "train.yaml", values)
-
-
-def _export(job: Run) -> None:
-    with job.phase("export as a Hugging Face model"):
-        convert.run(ConvertConfig(load_dir=str(job.folder / "checkpoints"), save_dir=str(job.folder / "model")))
 
 
 def _generate(job: Run) -> list[report.Sample]:

@@ -126,8 +126,5 @@ def module(canonical: str, *foreign: str, op: Op = IDENTITY) -> list[Rule]:
 
 def each_layer(config: ModelConfig, rules: Callable[[LayerConfig], list[Rule]], prefix: str) -> list[Rule]:
     """The `rules` of every layer, named under `layers.{i}.` and the foreign `prefix`, such as `model.layers.{i}.`."""
-    return [
-        rule.named(f"layers.{i}.".__add__, prefix.format(i=i).__add__)
-        for i, layer in enumerate(config.layers)
-        for rule in rules(layer)
-    ]
+    found = [(i, rule) for i, layer in enumerate(config.layers) for rule in rules(layer)]
+    return [rule.named(f"layers.{i}.".__add__, prefix.format(i=i).__add__) for i, rule in found]

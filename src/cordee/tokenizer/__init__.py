@@ -14,16 +14,6 @@ from cordee.tokenizer.base import Tokenizer
 from cordee.tokenizer.null import NullTokenizer
 from cordee.tokenizer.options import TokenizerOptions
 
-__all__ = [
-    "VOCABULARIES",
-    "Tokenizer",
-    "check_tokenizer",
-    "holds_tokenizer",
-    "is_vocabulary",
-    "load_tokenizer",
-    "names_tokenizer",
-]
-
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")  # of which a directory has one
 # The files each type cannot do without; PretrainedFromHF has a directory instead.
 _NEEDED = {
@@ -66,11 +56,8 @@ def check_tokenizer(options: TokenizerOptions, directory: str | None = None) -> 
     if kind == "PretrainedFromHF":
         problems = list(_directory_problems(options, directory))
     else:
-        problems = [
-            Problem(to_flag(name), None, f"{kind} needs this file", "give it")
-            for name in _NEEDED[kind]
-            if getattr(options, name) is None
-        ]
+        lacking = [to_flag(name) for name in _NEEDED[kind] if getattr(options, name) is None]
+        problems = [Problem(flag, None, f"{kind} needs this file", "give it") for flag in lacking]
     for name in _FILES:
         if (path := getattr(options, name)) is not None and not Path(path).is_file():
             problems.append(Problem(to_flag(name), path, "there is no such file", "check the path"))
@@ -127,14 +114,10 @@ def _from_directory(directory: Path, options: TokenizerOptions) -> Tokenizer:
         return hf.from_tokenizer_json(directory, arguments)
     if model.is_file():
         # Two formats share the name: SentencePiece's is binary, tiktoken's is lines of text.
-        text = _is_text(model)
+        with open(model, "rb") as file:
+            start = file.read(64)
+        text = len(start.split(b"\n")[0].split()) == 2 and start.isascii()
         return tik.from_directory(directory, model, arguments) if text else spm.from_directory(directory, arguments)
     if files := sorted(path for path in directory.glob("*.tiktoken") if path.is_file()):
         return tik.from_directory(directory, files[0], arguments)
     return hf.from_transformers(directory, arguments)
-
-
-def _is_text(path: Path) -> bool:
-    with open(path, "rb") as file:
-        start = file.read(64)
-    return len(start.split(b"\n")[0].split()) == 2 and start.isascii()

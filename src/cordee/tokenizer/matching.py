@@ -103,8 +103,7 @@ class Matcher:
         # Most texts have no added token: one search tells, and is faster than the library unless it has to try many
         # tokens at every letter. The longest first is what a token hides behind.
         quick = 0 < len(matched) <= _FEW or len({content[:1] for content in matched}) == 1
-        pattern = "|".join(map(re.escape, sorted(matched, key=len, reverse=True)))
-        self._any = re.compile(pattern) if quick else None
+        self._any = re.compile("|".join(map(re.escape, sorted(matched, key=len, reverse=True)))) if quick else None
         # Without flags the longest token at a place is what the library finds too.
         flagged = any(getattr(token, name) for token in tokens.values() for name in MATCHING)
         self._by_content = None if flagged else {token.content: i for i, token in tokens.items()}

@@ -33,8 +33,7 @@ def with_training(spec: ModelSpec, options: TrainConfig) -> ModelSpec:
     def trained(moe: MoEConfig) -> MoEConfig:
         return replace(moe, balance=_balance(moe, options), capacity=_capacity(moe.capacity, options))
 
-    old = spec.config.layers
-    layers = (replace(x, mlp=trained(x.mlp)) if isinstance(x.mlp, MoEConfig) else x for x in old)
+    layers = (replace(x, mlp=trained(x.mlp)) if isinstance(x.mlp, MoEConfig) else x for x in spec.config.layers)
     return replace(spec, config=replace(spec.config, layers=tuple(layers)))
 
 
@@ -59,12 +58,6 @@ def _ignored(options: TrainConfig) -> tuple[str, ...]:
 
 def _has_loss(balance: BalanceConfig) -> bool:
     return bool(balance.expert or balance.device or balance.communication)
-
-
-def given_options(options: ExpertTrainingOptions) -> dict[str, Any]:
-    """The options of how experts are trained that are given, by name."""
-    values = {field.name: getattr(options, field.name) for field in fields(ExpertTrainingOptions)}
-    return {name: value for name, value in values.items() if value is not None}
 
 
 def check_resumed(options: TrainConfig, before: Mapping[str, Any]) -> Problems:
@@ -104,7 +97,8 @@ def _capacity(capacity: CapacityConfig | None, options: TrainConfig) -> Capacity
 
 
 def _problems(config: ModelConfig, options: TrainConfig) -> Problems:
-    given = given_options(options)
+    values = {field.name: getattr(options, field.name) for field in fields(ExpertTrainingOptions)}
+    given = {name: value for name, value in values.items() if value is not None}
 
     def without_effect(names: Iterable[str], why: str, fix: str) -> Problems:
         return (Problem(to_flag(name), given[name], why, fix, "requires") for name in names if name in given)

@@ -154,9 +154,8 @@ def opened(flag: str, path: str, run: Run, *, scores: bool = False) -> FurtherMo
     if run.vocab_size is not None and rows != run.vocab_size:
         why = f"it has {rows} tokens, the model that is trained has {run.vocab_size}"
         raise ProblemError.of(flag, path, why, "give a model of the same tokenizer", "model")
-    if (
-        run.spec is not None and spec.shapes() == run.spec.with_heads(score=False, lm_head=True).shapes()
-    ):  # options that change the model change both
+    same = run.spec is not None and spec.shapes() == run.spec.with_heads(score=False, lm_head=True).shapes()
+    if same:  # options that change the model change both
         spec = spec.with_options(replace(config, vocab_size=None, make_vocab_size_divisible_by=None))
     return FurtherModel(spec=spec, source=source)
 

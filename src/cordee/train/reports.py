@@ -25,9 +25,6 @@ class Report:
         self.sinks = list(sinks)
         self.patience = patience
 
-    def is_due(self, iteration: int) -> bool:
-        return iteration % self.interval == 0 or self.meter.seconds >= self.patience
-
     def write(self, state: TrainState) -> None:
         record = self.meter.read(
             iteration=state.iteration, consumed_samples=state.consumed_samples, consumed_tokens=state.consumed_tokens
@@ -54,7 +51,7 @@ class Reports:
         """Count a step, and write the reports that are due."""
         for report in self._reports:
             report.meter.add(result)
-            if report.is_due(state.iteration):
+            if state.iteration % report.interval == 0 or report.meter.seconds >= report.patience:
                 report.write(state)
 
     def validation(self, state: TrainState, losses: Mapping[str, float], seconds: float) -> None:

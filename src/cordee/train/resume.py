@@ -103,8 +103,7 @@ def join(plan: RunPlan) -> RunPlan:
         found.notes.append(f"{resumed.path} is of step {done} of {plan.iterations}: nothing is left to train")
     if plan.config.use_checkpoint_opt_param_scheduler:
         plan = replace(plan, schedule=Schedule(**manifest["schedule"]))
-    data = plan.data.resumed(manifest["data"], found)
-    return replace(plan, data=data, notes=tuple(found.notes))
+    return replace(plan, data=plan.data.resumed(manifest["data"], found), notes=tuple(found.notes))
 
 
 def _schedule_problems(config: TrainConfig, schedule: Schedule, then: Schedule) -> Problems:

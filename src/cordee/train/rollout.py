@@ -80,23 +80,19 @@ class Rollouts:
             materialise(model, device=on)
             return model, None
         shape = Degrees(pp=degrees.pp, replicate=degrees.token_ranks, tp=degrees.tp)
-        return inference.build(
-            config, Layout(shape, on.type, timedelta(minutes=plan.config.distributed_timeout_minutes)), dtype, on
-        )
+        timeout = timedelta(minutes=plan.config.distributed_timeout_minutes)
+        return inference.build(config, Layout(shape, on.type, timeout), dtype, on)
 
     def written(self, batches: Sequence[Batch], iteration: int | None) -> dict[int, Rollout]:
         """Completions of all samples of a step, on whatever rank, by their numbers."""
         layout = self._layout
         if self._source is not None:
             refill(self._model, self._source)
-        asked = [each for batch in batches for each in _prompts(batch, self._room)]
+        room = self._config.seq_length - self._config.max_completion_length
+        asked = [each for batch in batches for each in _prompts(batch, room)]
         mine = asked[layout.axis_rank("cp") :: layout.degrees.cp]
         scored = collectives.together(lambda: self._scored(self._complete(mine, iteration)), layout.control)
         return {each.sample: each for part in collectives.gather(scored, layout) for each in part}
-
-    @property
-    def _room(self) -> int:
-        return self._config.seq_length - self._config.max_completion_length
 
     def _complete(self, asked: Sequence[Rollout], iteration: int | None) -> list[Rollout]:
         config = self._config
@@ -204,8 +200,7 @@ def _end_of(dataset: Any) -> int | None:
     for part in getattr(dataset, "datasets", [dataset]):
         for number in range(min(part.count, _LOOKED_AT)):
             labels = part.fields["labels"].get(part.first + number)
-            trained = labels[labels != IGNORED]
-            ends.add(int(trained[-1]))
+            ends.add(int(labels[labels != IGNORED][-1]))
     return ends.pop() if len(ends) == 1 else None
 
 

@@ -109,8 +109,7 @@ class Trainer:
         while ending is None:
             with collectives.contact(f"in step {self.state.iteration + 1}"):
                 consumed = self.state.consumed_samples
-                sizes = self.plan.batches.micro_batches(consumed)
-                step = self._fetch("train", consumed, self._batch_size, sizes)
+                step = self._fetch("train", consumed, self._batch_size, self.plan.batches.micro_batches(consumed))
                 result = None if step is None else self._step(self._collected(step, self.state.iteration + 1))
             if result is None:
                 ending = self.stop_requested
@@ -201,15 +200,13 @@ class Trainer:
     def _is_time(self, interval: int | None) -> bool:
         return bool(interval) and self.state.iteration % interval == 0
 
-    def _fetch(
-        self, split: str, consumed: int, global_batch_size: int, micro_batch_size: int | Sequence[int]
-    ) -> Step | None:
+    def _fetch(self, split: str, consumed: int, size: int, micro_batch_size: int | Sequence[int]) -> Step | None:
         """Read micro-batches, and agree with all ranks on how to continue; None if a stop is requested.
 
         ProblemError on all ranks if one of them cannot read its samples or write its part of a checkpoint."""
         layout, store, found = self.parts.layout, self.parts.store, Findings()
         loader = self.parts.loaders[split]
-        batches = found.attempt(lambda: loader.next_step(consumed, global_batch_size, micro_batch_size)) or []
+        batches = found.attempt(lambda: loader.next_step(consumed, size, micro_batch_size)) or []
         counted = batches if layout.speaks_for_samples else []
         weight = sum(map(self.parts.objective.weight, counted))
         tokens = sum(batch.num_tokens for batch in counted)
@@ -261,6 +258,9 @@ class Trainer:
         parts.scaler.update(overflow)
         samples = self._batch_size
         state.advance(samples, step.tokens, skipped=overflow)
+        params_norm = None
+        if logged and self.config.log_params_norm:
+            params_norm = collectives.global_norm(self._own, parts.layout, parts.device)
         return StepResult(
             loss=losses.mean,
             metrics=losses.metrics,
@@ -271,11 +271,7 @@ class Trainer:
             tokens=step.tokens,
             skipped=overflow,
             zeros_in_grad=zeros,
-            params_norm=(
-                collectives.global_norm(self._own, parts.layout, parts.device)
-                if logged and self.config.log_params_norm
-                else None
-            ),
+            params_norm=params_norm,
         )
 
     def _backward(self, step: Step, scale: float) -> Losses:
@@ -283,8 +279,7 @@ class Trainer:
         layout = self.parts.layout
         weight = step.weight or 1  # of nothing that counts all sums are 0
         own, weights = self._own_parts(step.batches), [self.parts.objective.weight(batch) for batch in step.batches]
-        work = StepBatches(batches=own, weights=weights, weight=weight, scale=scale)
-        sums = self.parts.executor.train(work)
+        sums = self.parts.executor.train(StepBatches(batches=own, weights=weights, weight=weight, scale=scale))
         local = torch.stack(list(sums.values()))
         overall = collectives.sum_over(local.clone(), layout).tolist()
         means = {name: value / weight for name, value in zip(sums, overall, strict=True)}

@@ -25,8 +25,7 @@ def slices(shape: Shape, itemsize: int) -> Iterator[Index]:
     if not shape:
         yield ()
         return
-    row = itemsize * torch.Size(shape[1:]).numel()
-    rows = max(1, SLICE // max(1, row))
+    rows = max(1, SLICE // max(1, itemsize * torch.Size(shape[1:]).numel()))
     for start in range(0, shape[0], rows):
         yield (slice(start, min(start + rows, shape[0])), *whole(shape[1:]))
 

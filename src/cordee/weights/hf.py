@@ -27,8 +27,8 @@ from cordee.weights.staged_sink import Output
 _OTHER_CONFIG = "take the config.json that belongs to these weights"
 MAX_SHARD_SIZE = 5 * 10**9  # bytes; as transformers 4 has it, and small enough for any file system
 
-
 Rename = Callable[[str], str]
+Files = dict[str, TensorFile]  # by the names of the tensors in them
 
 
 def read(path: str | Path, rename: Rename = str) -> "HFSource":
@@ -46,19 +46,13 @@ class HFSource(RuledSource):
     """Weights in a Hugging Face directory. `files` maps each foreign name to the file that holds it; `notes` are of
     what is not read."""
 
-    def __init__(
-        self,
-        path: Path,
-        spec: ModelSpec,
-        files: dict[str, TensorFile],
-        rename: Rename = str,
-        notes: tuple[str, ...] = (),
-    ):
+    def __init__(self, path: Path, spec: ModelSpec, files: Files, rename: Rename = str, notes: tuple[str, ...] = ()):
         self.path = path
         self.assets = path
         self.files = files
         self.notes = notes
-        self.spec = _with_prefix_of(spec, files)
+        prefix = spec.family.base_prefix  # which the names in the files have or lack
+        self.spec = replace(spec, base_prefix=not prefix or any(name.startswith(prefix) for name in files))
         self._leave_out()
         self._rules = _renamed(self.spec.rules(), rename)
         if self.spec.config.tie_word_embeddings:
@@ -99,9 +93,8 @@ class HFSource(RuledSource):
             fix = "copy all files of the checkpoint, with the config.json that belongs to them"
             if missing == _head_names(self.spec):
                 fix = 'if its embedding serves as head, say "tie_word_embeddings": true in config.json'
-            yield Problem(
-                str(self.path), None, f"tensors are missing: {_listed(missing)}", fix, "missing", limit=missing
-            )
+            why = f"tensors are missing: {_listed(missing)}"
+            yield Problem(str(self.path), None, why, fix, "missing", limit=missing)
         if unknown:
             why = f"tensors that family {self.spec.family.name} does not know: {_listed(unknown)}"
             yield Problem(str(self.path), None, why, _OTHER_CONFIG, "unknown", limit=unknown)
@@ -126,13 +119,6 @@ class HFSource(RuledSource):
 
 def _renamed(rules: dict[str, Rule], rename: Rename) -> dict[str, Rule]:
     return {name: rule.named(str, rename) for name, rule in rules.items()}
-
-
-def _with_prefix_of(spec: ModelSpec, files: dict[str, TensorFile]) -> ModelSpec:
-    """`spec` with the base prefix that the names in the files have or lack."""
-    prefix = spec.family.base_prefix
-    bare = bool(prefix) and not any(name.startswith(prefix) for name in files)
-    return replace(spec, base_prefix=not bare)
 
 
 def _is_ignored(name: str, spec: ModelSpec) -> bool:
@@ -224,12 +210,9 @@ class HFSink(RuledSink):
 
     def _shard_for(self, nbytes: int, itemsize: int) -> SafetensorsWriter:
         """The shard that is being filled, or if it has no room for a tensor of `nbytes`, a new one."""
-        if (
-            self._shards
-            and self._shards[-1].nbytes + nbytes <= self._max_shard_size
-            and self._shards[-1].fits(itemsize)
-        ):
-            return self._shards[-1]
+        last = self._shards[-1] if self._shards else None
+        if last is not None and last.nbytes + nbytes <= self._max_shard_size and last.fits(itemsize):
+            return last
         room = room_for(_most_names(self._sizes, self._max_shard_size))
         self._shards.append(SafetensorsWriter(self._staging.scratch / f"shard-{len(self._shards)}", room))
         return self._shards[-1]
@@ -257,6 +240,5 @@ class HFSink(RuledSink):
 
 def _most_names(sizes: dict[str, int], nbytes: int) -> list[str]:
     """Names that take at least as much room as those of any tensors that fit into `nbytes`, of a byte an element."""
-    starts = accumulate(sorted(sizes.values()), initial=0)
-    count = sum(start < nbytes for start in starts)
+    count = sum(start < nbytes for start in accumulate(sorted(sizes.values()), initial=0))
     return sorted(sizes, key=len, reverse=True)[: max(count, 1)]

@@ -67,8 +67,7 @@ def recognises(path: Path) -> bool:
             with index.open(encoding="utf-8", errors="replace") as file:
                 return f'"{EMBEDDING}"' in file.read(_LARGEST)
         with single.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = file.read(min(length, _LARGEST))
+            header = file.read(min(int.from_bytes(file.read(8), "little"), _LARGEST))
         return EMBEDDING in dict(json.loads(header))
     except (OSError, ValueError, TypeError, RecursionError):
         return False

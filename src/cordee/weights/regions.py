@@ -101,8 +101,7 @@ class Destination:
 
 def contiguous(offset: int, shape: Shape, dtype: torch.dtype) -> Region:
     """A region whose elements stand without gaps."""
-    strides = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
-    return Region(offset, shape, dtype, strides)
+    return Region(offset, shape, dtype, tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape))))
 
 
 def write_at(descriptor: int, tensor: Tensor, offset: int) -> None:

@@ -52,8 +52,7 @@ class TorchFile:
     def __init__(self, path: Path):
         self.path = path
         with path.open("rb") as file:
-            read = _read_archive if zipfile.is_zipfile(file) else _read_stream
-            self.content, self.not_read = read(file)
+            self.content, self.not_read = (_read_archive if zipfile.is_zipfile(file) else _read_stream)(file)
         self.tensors = {keys: view.region() for keys, view in _views(self.content)}
 
     def read(self, keys: Keys, index: Index) -> Tensor:
@@ -113,8 +112,7 @@ class _View:
             raise ValueError(f"a tensor of shape {self.shape} ends behind its {self.storage.size} bytes")
 
     def region(self) -> Region:
-        offset = self.storage.start + self.first * self.dtype.itemsize
-        return Region(offset, self.shape, self.dtype, self.strides)
+        return Region(self.storage.start + self.first * self.dtype.itemsize, self.shape, self.dtype, self.strides)
 
 
 def _views(content: object) -> Iterator[tuple[Keys, _View]]:

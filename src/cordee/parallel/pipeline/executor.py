@@ -54,10 +54,8 @@ class PipelineExecutor:
         self._parts = layout.degrees.tp if options.sequence_parallel else 1  # of a sequence between two stages
         self._rank = layout.axis_rank("pp")
         run = compile.whole(model, options, self._run)
-        self._stages = {
-            stage: Stage(stage, partition.spans[stage], model, run, criterion.loss)
-            for stage in partition.stages_of(self._rank)
-        }
+        stages = partition.stages_of(self._rank)
+        self._stages = {i: Stage(i, partition.spans[i], model, run, criterion.loss) for i in stages}
         self._program = cache(self._make_program)
         self._num_reports: dict[str, int] | None = None
         self._recorder = Recorder(options.pipeline_timeline, layout)
@@ -129,8 +127,7 @@ class PipelineExecutor:
                 continue
             stage, micro_batch = self._stages[step.stage], step.micro_batch
             if step.kind == "F":
-                ids = batches[micro_batch].input_ids
-                x = ids if stage.span.embedding else mail.take("F", stage.index, micro_batch)
+                x = batches[micro_batch].input_ids if stage.span.embedding else mail.take("F", stage.index, micro_batch)
                 with self._recorder.action(step):
                     output = forward(stage, micro_batch, x)
                 mail.put("F", stage.index, micro_batch, output)

@@ -41,8 +41,7 @@ class Recorder:
         collectives.from_first(None, self._layout)
         self._since = time.perf_counter()
         yield
-        first = all(self._layout.axis_rank(axis) == 0 for axis in AXES if axis != "pp")
-        spans = self._spans if first else []
+        spans = self._spans if all(self._layout.axis_rank(axis) == 0 for axis in AXES if axis != "pp") else []
         self._spans = None
         found = [span for part in collectives.gather(spans, self._layout) for span in part]
         if self._layout.rank == 0:

@@ -94,10 +94,8 @@ def by_cost(model: ModelConfig, num_stages: int) -> tuple[Span, ...]:
 def _spans(ends: Sequence[int]) -> tuple[Span, ...]:
     """Of stages that end at these layers."""
     last = len(ends) - 1
-    return tuple(
-        Span(start, stop, embedding=stage == 0, head=stage == last)
-        for stage, (start, stop) in enumerate(pairwise([0, *ends]))
-    )
+    bounds = enumerate(pairwise([0, *ends]))
+    return tuple(Span(start, stop, embedding=i == 0, head=i == last) for i, (start, stop) in bounds)
 
 
 def _stages_per_rank(options: ParallelOptions, schedule: str, model: ModelConfig) -> int:

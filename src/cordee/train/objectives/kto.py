@@ -39,9 +39,8 @@ class KTO(Preference):
         from cordee.parallel import collectives
 
         batches, policy = super().prepare(batches, models), models[POLICY]
-        own, other = (
-            [batch.at("sequence", torch.arange(side, len(batch.input_ids), 2)) for batch in batches] for side in (0, 1)
-        )
+        rows = [torch.arange(len(batch.input_ids)) for batch in batches]
+        own, other = ([x.at("sequence", i[side::2]) for x, i in zip(batches, rows, strict=True)] for side in (0, 1))
         layout, flags = policy.layout, torch.cat([batch.desirable for batch in own])
         gains = [float(gain) for gain in policy.forward(other, self._gain) if gain is not None]
         counts = [len(flags), float(flags.sum())] if layout.speaks_for_samples else [0, 0]

@@ -12,19 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from cordee import sealed
 from cordee.config.option import to_flag
-from cordee.data import gpt_check
-from cordee.data.build import (
-    SPLITS,
-    Part,
-    build_datasets,
-    build_validation_sets,
-    part_problems,
-    plan_order,
-    plan_parts,
-    read_parts,
-    training_part,
-    validation_sets,
-)
+from cordee.data import build, gpt_check
 from cordee.data.indexed import IndexedDataset, bin_path, fingerprint, idx_path
 from cordee.data.order import normalise
 from cordee.data.tuning_dataset import TuningDataset, ids_of
@@ -48,16 +36,13 @@ PARTS = ("train", "validation", "test")  # as `SPLITS`, in the words of a run
 _OF_VALIDATION = ("eval_on_start", "save_best", "early_stopping_patience", "multiple_validation_sets")
 Fingerprints = tuple[dict[str, int], ...]  # of the .bin and .idx of every dataset to train on
 
+_SET = {**dict.fromkeys(("tokens", "first", "last", *CONTENTS), sealed.count()), "weight": sealed.number()}
 IDENTITY = sealed.record(
     {
         "seq_length": sealed.count(1),
         "seed": sealed.count(),
         "order": sealed.text(),
-        "sets": sealed.listed(
-            sealed.record(
-                {**dict.fromkeys(("tokens", "first", "last", *CONTENTS), sealed.count()), "weight": sealed.number()}
-            )
-        ),
+        "sets": sealed.listed(sealed.record(_SET)),
         "blocks": sealed.maybe(sealed.listed(sealed.row(sealed.count(1), sealed.flag))),
         "period": sealed.maybe(sealed.count(1)),
         "samples": sealed.maybe(sealed.count()),
@@ -96,13 +81,13 @@ class GPTData:
 
     def open(self, *, verified: bool) -> dict[str, Dataset]:
         """Sample orders that are kept in the cache are built if they are missing."""
-        counts = [self.samples[name] for name in SPLITS]
-        built = build_datasets(
+        counts = [self.samples[name] for name in build.SPLITS]
+        built = build.build_datasets(
             self.config, *counts, train_blocks=self.identity["blocks"], verified=verified, sequences=self.sequences
         )
         found = {name: dataset for name, dataset in zip(PARTS, built, strict=True) if dataset is not None}
         if self.config.multiple_validation_sets:
-            sets = build_validation_sets(self.config, self.samples["valid"], verified, self.sequences)
+            sets = build.build_validation_sets(self.config, self.samples["valid"], verified, self.sequences)
             found |= {f"validation-{name}": dataset for name, dataset in sets.items()}
         return found
 
@@ -146,13 +131,13 @@ class NextToken(Objective["Batch"]):
 
     def evaluated(self, config: TrainConfig) -> str:
         """The first dataset for tests, else for validation, else for training."""
-        parts = plan_parts(config)
-        return next(parts[name] for name in reversed(SPLITS) if name in parts).blend.prefixes[0]
+        parts = build.plan_parts(config)
+        return next(parts[name] for name in reversed(build.SPLITS) if name in parts).blend.prefixes[0]
 
     def size(self, config: TrainConfig) -> DataSize:
-        blend = (part := training_part(config)).blend
+        blend = (part := build.training_part(config)).blend
         opened = {prefix: ids_of(prefix) for prefix in blend.prefixes}
-        raise_all(problem for of in opened.values() for each in of for problem in part_problems(part, each))
+        raise_all(problem for of in opened.values() for each in of for problem in build.part_problems(part, each))
         tokens = {prefix: sum(x.tokens_between(*part.sequences(x)) for x in of) for prefix, of in opened.items()}
         shares = dict.fromkeys(tokens, 0.0)
         for prefix, share in zip(blend.prefixes, normalise(blend.weights or (1.0,)).tolist(), strict=True):
@@ -187,7 +172,7 @@ def _samples(config: TrainConfig, batches: BatchSchedule, iterations: int, notes
     held_out = config.eval_iters * batches.global_batch_size
     train = config.train_samples or iterations * batches.global_batch_size
     samples = {"train": 0 if config.skip_train else train, "valid": held_out, "test": held_out}
-    parts, _ = read_parts(config)  # what keeps them from being read is found by the check of the data
+    parts, _ = build.read_parts(config)  # what keeps them from being read is found by the check of the data
     for name in ("valid", "test"):
         if name not in parts:
             samples[name] = 0
@@ -199,17 +184,17 @@ def _samples(config: TrainConfig, batches: BatchSchedule, iterations: int, notes
 
 def _not_validated(config: TrainConfig, samples: dict[str, int], notes: list[str]) -> Problems:
     """Options of the validation, of a run that has no data for one."""
-    parts, unread = read_parts(config)
+    parts, unread = build.read_parts(config)
     if unread or not config.eval_iters:
         return
     for name in _OF_VALIDATION if not samples["valid"] else ():
         why, involved = "there is no data to validate on", ("split", "data_path", "valid_data_path")
         yield from requires(to_flag(name), getattr(config, name), "--valid-data-path", why, *involved)
-    if config.multiple_validation_sets and samples["valid"] and not validation_sets(parts):
+    if config.multiple_validation_sets and samples["valid"] and not build.validation_sets(parts):
         notes.append("ignored: --multiple-validation-sets (the validation data is one dataset)")
 
 
-def _has_sequences(part: Part) -> bool:
+def _has_sequences(part: build.Part) -> bool:
     """Whether --split leaves a part any sequence; files that cannot be read are found by the check of the data."""
     try:
         ranges = [part.sequences(IndexedDataset(prefix)) for prefix in part.blend.prefixes]
@@ -223,7 +208,7 @@ def fingerprint_data(config: TrainConfig, pairs: Callable[[str], Sequence[str]] 
     read.
 
     The more datasets, the less is read of each, so that no blend takes longer to start than another."""
-    prefixes = training_part(config).blend.prefixes
+    prefixes = build.training_part(config).blend.prefixes
     bound = READ_OF_DATA // len(set(prefixes))
 
     def read(prefix: str) -> dict[str, int]:
@@ -247,7 +232,7 @@ def _identity(
     config: TrainConfig, samples: dict[str, int], fingerprints: Fingerprints | None, sequences: bool
 ) -> dict[str, Any]:
     """Nothing about the order for a run that trains on no samples."""
-    part, count = training_part(config), samples.get("train")
+    part, count = build.training_part(config), samples.get("train")
     weights = part.blend.weights or (1.0,)
     opened = [IndexedDataset(prefix) for prefix in part.blend.prefixes]
     sets = []
@@ -256,7 +241,7 @@ def _identity(
         sets.append({"tokens": indexed.num_tokens, "first": first, "last": last, "weight": weight, **content})
     order, length = {"blocks": None, "period": None}, None if sequences else config.seq_length
     if count:
-        order = plan_order(part, opened, length, count).describe()
+        order = build.plan_order(part, opened, length, count).describe()
     whole = {"seq_length": config.seq_length, "seed": config.seed, "order": config.dataloader_type, "sets": sets}
     return whole | order | {"samples": count}
 
@@ -277,11 +262,10 @@ def _data_problems(data: GPTData, then: Mapping[str, Any]) -> Iterator[Problem]:
         fix = "give the same data, weights and --split, or start anew from the weights: --finetune"
         yield Problem(option, " ".join(config.data_path or config.train_data_path), why, fix)
         return
+    prefixes = build.plan_parts(config)["train"].blend.prefixes
     changed = {
         f"{prefix}.{kind}"
-        for prefix, before, after in zip(
-            plan_parts(config)["train"].blend.prefixes, then["sets"], now["sets"], strict=True
-        )
+        for prefix, before, after in zip(prefixes, then["sets"], now["sets"], strict=True)
         for kind in CONTENTS
         if kind in after and before[kind] != after[kind]  # a plan that is not trained may not have read it
     }

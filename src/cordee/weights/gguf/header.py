@@ -69,8 +69,7 @@ def read_header(path: Path, sizes: Sizes) -> Header:
         num_tensors, num_values = reader.count(_LEAST_ENTRY), reader.count(_LEAST_VALUE)
         values: dict[str, Any] = {}
         for _ in range(num_values):
-            key = reader.text()
-            _add(values, key, reader.value(reader.number("I")))
+            _add(values, reader.text(), reader.value(reader.number("I")))
         entries: dict[str, Entry] = {}
         for _ in range(num_tensors):
             _add(entries, reader.text(), reader.entry())
@@ -124,8 +123,7 @@ class _Reader:
         num_dims = self.number("I")
         if num_dims > MAX_DIMS:
             raise ValueError(f"a tensor has {num_dims:,} dims, more than {MAX_DIMS}")
-        shape = [self.number("Q") for _ in range(num_dims)]
-        return Entry(tuple(reversed(shape)), self.number("I"), self.number("Q"))
+        return Entry(tuple(reversed([self.number("Q") for _ in range(num_dims)])), self.number("I"), self.number("Q"))
 
 
 def _code(kind: int) -> str:

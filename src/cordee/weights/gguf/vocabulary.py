@@ -153,8 +153,7 @@ def _of_json(raw: Mapping[str, Any], words: Mapping[int, str], directory: Path) 
         ranks: dict[str, int] = {}
         for rank, (left, right) in enumerate(merges):
             ranks.setdefault(left + right, rank)
-        last = max(words, default=-1)
-        scores = [-float(ranks.get(words.get(i, ""), len(merges))) for i in range(last + 1)]
+        scores = [-float(ranks.get(words.get(i, ""), len(merges))) for i in range(max(words, default=-1) + 1)]
         return {"tokenizer.ggml.model": _PIECES, "tokenizer.ggml.pre": "default", "tokenizer.ggml.scores": scores}
     patterns = _patterns(pre_tokenizer)
     cut = next((cut for cut in CUTS if cut.patterns == patterns), None)
@@ -315,10 +314,8 @@ def _write(
     usual = {"bos": 1, "eos": 2} if pieces else {}  # what llama.cpp takes where a file is silent
     ids = {role: values.get(id_key(role), usual.get(role)) for role in ROLES}
     named = {f"{role}_token": tokens[i] for role, i in ids.items() if i is not None and i < len(tokens)}
-    flags = {
-        f"add_{role}_token": bool(values.get(f"tokenizer.ggml.add_{role}_token", pieces and role == "bos"))
-        for role in ("bos", "eos")
-    }
+    usually = {"add_bos_token": pieces, "add_eos_token": False}
+    flags = {name: bool(values.get(f"tokenizer.ggml.{name}", default)) for name, default in usually.items()}
     before, after = (named.get(f"{role}_token") if flags[f"add_{role}_token"] else None for role in ("bos", "eos"))
     if before or after:
         around = [(token, ids[role]) for role, token in (("bos", before), ("eos", after)) if token]

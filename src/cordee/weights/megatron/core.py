@@ -41,22 +41,17 @@ LAYER: Names = {
     "mlp.shared_gate.weight": "mlp.shared_experts.gate_weight",
     "mlp_post_norm": "post_mlp_layernorm.{part}",
 }
+
+
+def _experts(up: str, down: str) -> Names:
+    return {"mlp.experts.gate_up": up, "mlp.experts.up": up, "mlp.experts.down": down}
+
+
+_LOCAL = "mlp.experts.local_experts.{e}.linear_fc"
 EXPERTS: dict[Experts, Names] = {
-    "sequential": {
-        "mlp.experts.gate_up": "mlp.experts.local_experts.{e}.linear_fc1.{part}",
-        "mlp.experts.up": "mlp.experts.local_experts.{e}.linear_fc1.{part}",
-        "mlp.experts.down": "mlp.experts.local_experts.{e}.linear_fc2.{part}",
-    },
-    "grouped": {
-        "mlp.experts.gate_up": "mlp.experts.{part}1",
-        "mlp.experts.up": "mlp.experts.{part}1",
-        "mlp.experts.down": "mlp.experts.{part}2",
-    },
-    "numbered": {
-        "mlp.experts.gate_up": "mlp.experts.linear_fc1.{part}{e}",
-        "mlp.experts.up": "mlp.experts.linear_fc1.{part}{e}",
-        "mlp.experts.down": "mlp.experts.linear_fc2.{part}{e}",
-    },
+    "sequential": _experts(f"{_LOCAL}1.{{part}}", f"{_LOCAL}2.{{part}}"),
+    "grouped": _experts("mlp.experts.{part}1", "mlp.experts.{part}2"),
+    "numbered": _experts("mlp.experts.linear_fc1.{part}{e}", "mlp.experts.linear_fc2.{part}{e}"),
 }
 MINDSPEED: Names = {
     "attention.q": "self_attention.linear_qkv.{part}",

@@ -71,8 +71,7 @@ def _of_layers(folder: Path, paths: Mapping[tuple[int, int], Path]) -> dict[Rank
     numbers = sorted({number for number, _ in layers})
     lost = (key for key in product(numbers, range(size)) if key not in layers)
     raise_all(_missing(folder, (f"layer_{number:02d}-model_{rank:02d}-model_states.pt" for number, rank in lost)))
-    modules = {number: {keys[0] for keys in layers[number, 0].tensors} for number in numbers}
-    starts = _starts(folder, modules)
+    starts = _starts(folder, {number: {keys[0] for keys in layers[number, 0].tensors} for number in numbers})
     found = {}
     for rank in range(size):
         held = Gathered(first.file.content, {str(number): layers[number, rank] for number in numbers})

@@ -102,8 +102,7 @@ class _Split:
         if self.dim is None:
             return Chain((self.local, self.whole))
         (joined,) = shapes_made(self.whole.inverse, [shape])
-        size = joined[self.dim] // ranks
-        return Chain((Each((self.local,) * ranks), Join(self.dim, (size,) * ranks), self.whole))
+        return Chain((Each((self.local,) * ranks), Join(self.dim, (joined[self.dim] // ranks,) * ranks), self.whole))
 
 
 class _Placer:
@@ -193,8 +192,7 @@ class _Placer:
         if layer is not None and module == "attention.qkv":
             attention = layer.attention
             assert isinstance(attention, AttentionConfig)
-            whole = grouped_qkv(attention.num_kv_heads, attention.q_per_group, attention.head_dim)
-            return replace(split, whole=whole)
+            return replace(split, whole=grouped_qkv(attention.num_kv_heads, attention.q_per_group, attention.head_dim))
         return split
 
     def _split_latent(self, split: _Split, module: str, config: LatentAttentionConfig) -> _Split:
@@ -258,18 +256,13 @@ class _Placer:
         if foreign.endswith("weight2"):
             rank_op: Op = Rearrange("(e f) h -> e h f", {"e": local})
         else:
-            branches = math.prod(shape[1:-2])
-            sizes = {"e": local, "h": shape[-1], "b": branches}
+            sizes = {"e": local, "h": shape[-1], "b": math.prod(shape[1:-2])}
             form = "e b f h" if len(shape) == 4 else "e (b f) h"
-            as_stored = Rearrange("h x -> (h x)", {"h": shape[-1]})
-            rank_op = Chain((as_stored, Rearrange(f"(e h b f) -> {form}", sizes)))
+            rank_op = Chain((Rearrange("h x -> (h x)", {"h": shape[-1]}), Rearrange(f"(e h b f) -> {form}", sizes)))
         joined = Chain((Each((rank_op,) * tensor), Join(ffn, (shape[ffn] // tensor,) * tensor)))
         op = Chain((Each((joined,) * expert), Join(0, (local,) * expert)))
-        slots = tuple(
-            (Slot(Rank(rank, chunk.pipeline, home), chunk.virtual, foreign),)
-            for home in range(expert)
-            for rank in range(tensor)
-        )
+        ranks = [Rank(rank, chunk.pipeline, home) for home in range(expert) for rank in range(tensor)]
+        slots = tuple((Slot(rank, chunk.virtual, foreign),) for rank in ranks)
         return Placement(shape, op, slots)
 
 

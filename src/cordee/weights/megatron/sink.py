@@ -101,8 +101,7 @@ class MegatronSink(StagedSink):
             path.parent.mkdir(parents=True, exist_ok=True)
             found = create(path, self._content(tensors, args))
             for virtual, name in tensors:
-                keys = (self._key(virtual), *self.plan.target.dialect.keys(name))
-                self._regions[rank, virtual, name] = found[keys]
+                self._regions[rank, virtual, name] = found[self._key(virtual), *self.plan.target.dialect.keys(name)]
 
     def _key(self, virtual: int) -> str:
         if self.plan.target.form == "deepspeed":

@@ -102,8 +102,7 @@ class MegatronSource(Source):
 
     def _read(self, slot: Slot, index: Index) -> Tensor:
         if index and slot.row:
-            rows = slice(index[0].start + slot.row, index[0].stop + slot.row)
-            index = (rows, *index[1:])
+            index = (slice(index[0].start + slot.row, index[0].stop + slot.row), *index[1:])
         file = self.files[slot.rank]
         return file.file.read(file.keys[slot.virtual, slot.name], index)
 
