@@ -13,8 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import cordee
 from cordee.checkpoint import source
 from cordee.checkpoint.storage import location_of
+from cordee.convert import job as convert
+from cordee.convert.options import ConvertConfig
 from cordee.data.encode import column_of
 from cordee.data.messages import IGNORED
 from cordee.data.tuning import field_names, prompt_length
@@ -43,7 +46,20 @@ def bad(prompts, completions, answers):
     return [float("nan")] * len(completions)
 
 def few(prompts, completions, answers):
+    completions.clear()
     return [1.0]
+
+def ends(prompts, completions, answers):
+    raise SystemExit(0)
+
+def named(prompts, completions, answers):
+    return dict.fromkeys(range(len(completions)), 1.0)
+
+def none(prompts, completions, answers):
+    return [None for _ in completions]
+
+def wrong(completions):
+    return [1.0 for _ in completions]
 """
 SIZE, GROUP = 8, 4
 ENDS = {2, tiny.VOCAB - 1}  # of the model and of the tokenizer
@@ -239,6 +255,20 @@ def test_several_steps_on_the_same_rollouts(models, tmp_path: Path, kind: str): 
     assert figures(first)["loss"] == pytest.approx(found["loss"], rel=1e-6)
 
 
+def test_what_ppo_has_trained_is_a_language_model(alone, tmp_path: Path):
+    """Without the value head, with transformers' logits; the value head is no part of what is written."""
+    from transformers import AutoModelForCausalLM
+
+    config = alone("ppo")
+    convert.run(ConvertConfig(load_dir=config.save, save_dir=str(tmp_path / "hf"), save_model_type="hf"))
+    written, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        ours = cordee.GPTModel.from_pretrained(str(tmp_path / "hf"))(ids)
+        assert torch.allclose(ours, written(ids).logits, atol=1e-5)
+
+
 def test_a_validation_is_the_mean_reward(models, tmp_path: Path):  # noqa: F811
     config = given(tmp_path, models, stage="grpo", train_iters=1, eval_interval=1, lr=1e-30)
     data = {"train_data_path": config.data_path, "valid_data_path": config.data_path, "data_path": ()}
@@ -263,16 +293,28 @@ def test_truncated_completions_are_left_out(models, tmp_path: Path):  # noqa: F8
     assert found["loss"][0] == pytest.approx(-gained.ravel()[ended].sum() / SIZE, rel=1e-5)
 
 
-@pytest.mark.parametrize(("name", "why"), [("raises", "KeyError"), ("bad", "nan"), ("few", "1 rewards for 8")])
-def test_a_function_that_fails_loses_nothing(models, tmp_path: Path, name: str, why: str):  # noqa: F811
-    config = given(tmp_path, models, stage="grpo", train_iters=3, save_interval=3, exit_interval=1)
-    train(0, 1, config)
-    broken = f"{tmp_path / 'rewards.py'}:{name}"
-    more = {"reward_function": (broken,), "reward_weights": None}
+FAILURES = {"raises": "KeyError", "bad": "nan", "few": "1 rewards for 8", "ends": "SystemExit"}
+FAILURES |= {"named": "1 rewards for 8", "none": "None"}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_function_that_fails_loses_nothing(models, tmp_path: Path, name: str):  # noqa: F811
+    """The step before is saved, and the message says what went wrong."""
+    config = given(tmp_path, models, stage="grpo", train_iters=3, save_interval=3, eval_iters=0)
+    counting = f"""
+import rewards
+
+def after_the_first(prompts, completions, answers, calls=[]):
+    calls.append(1)
+    return [0.0 for _ in completions] if len(calls) == 1 else rewards.{name}(prompts, completions, answers)
+"""
+    (tmp_path / "counting.py").write_text(counting)
+    function = f"{tmp_path / 'counting.py'}:after_the_first"
     with pytest.raises(ProblemError) as caught:
-        train(0, 1, tiny.resumed(config, **more))
+        train(0, 1, replace(config, reward_function=(function,), reward_weights=None))
     (problem,) = caught.value.problems
-    assert problem.subject == "reward_function" and why in problem.why
+    assert problem.subject == "reward_function" and FAILURES[name] in problem.why
+    assert (Path(config.save or "") / "iter_0000001").is_dir()
 
 
 def test_what_is_wrong_is_found_before_anything_starts(models, tmp_path: Path):  # noqa: F811
@@ -280,7 +322,12 @@ def test_what_is_wrong_is_found_before_anything_starts(models, tmp_path: Path): 
     for options, subjects in (
         ({"reward_function": (), "reward_weights": None}, ["reward_function"]),
         ({"reward_function": ("no_such_module:name",), "reward_weights": None}, ["reward_function"]),
+        ({"reward_function": (f"{tmp_path}/rewards.py:wrong",), "reward_weights": None}, ["reward_function"]),
+        ({"reward_function": ("a.py:a", "b.py:b")}, ["reward_function", "reward_function"]),
         ({"reward_weights": (1.0,)}, ["reward_weights"]),
+        ({"train_on": "all"}, ["train_on"]),
+        ({"rollout_dir": "memory://bucket"}, ["rollout_dir"]),
+        ({"num_generations": 1}, ["num_generations"]),
         ({"global_batch_size": 6}, ["global_batch_size"]),
         ({"max_completion_length": 16}, ["max_completion_length"]),
         ({"dataloader_type": "cyclic"}, ["dataloader_type"]),
@@ -289,6 +336,9 @@ def test_what_is_wrong_is_found_before_anything_starts(models, tmp_path: Path): 
     ):
         config = given(tmp_path, models, stage="grpo", **options)
         assert sorted(problem.subject for problem in check_run(config)) == subjects, options
+    quiet = given(tmp_path, models, stage="grpo", save=None, save_interval=None, clip_range=0.3)
+    notes = " ".join(plan_run(ready(quiet), 1).notes)
+    assert all(each in notes for each in ("--ref-model", "--clip-range", "rollouts are not kept"))
     cut = given(tmp_path, models, stage="grpo", seq_length=9)
     assert "prompts cut to their last 3 tokens" in " ".join(plan_run(ready(cut), 1).notes)
 

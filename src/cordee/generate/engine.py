@@ -193,4 +193,4 @@ def _write(
 def _require_numbers(logits: Tensor) -> None:
     if not logits.sum(dtype=torch.float32).isfinite():
         why = "the model's outputs are not finite: its weights are damaged, or too large for this dtype"
-        raise ProblemError.of("--dtype", str(logits.dtype).removeprefix("torch."), why, "try --dtype float32")
+        raise ProblemError.of("--dtype", str(logits.dtype).removeprefix("torch."), why, "try float32", "not finite")

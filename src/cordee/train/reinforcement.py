@@ -8,11 +8,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
 from cordee import sealed
+from cordee.checkpoint.storage import local_path
 from cordee.config.option import to_flag
 from cordee.data.build import plan_parts
 from cordee.data.indexed import IndexedDataset
@@ -20,6 +22,7 @@ from cordee.data.messages import IGNORED
 from cordee.data.tuning import prompt_length
 from cordee.data.tuning_dataset import Form, PromptDataset, TuningDataset, ids_of, sibling
 from cordee.errors import Findings, Problem, Problems
+from cordee.files import unwritable
 from cordee.log import counted
 from cordee.train import rewards
 from cordee.train.objectives import POLICY, DataSize, FurtherModel, Run
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
     from cordee.train.run_plan import RunPlan
 
 REWARD_MODEL = "reward model"
+LOOKED_AT = 256  # samples of a dataset that tell what all are
 _SIZE = "global_batch_size"
 _FACTS = ("num_generations", "updates_per_rollout", _SIZE)
 
@@ -73,7 +77,7 @@ class PromptData(TuningData):
     def resumed(self, then: Mapping[str, Any], found: Findings) -> GPTData:
         for name in _FACTS:
             before, now = then["rollouts"][name], self.identity["rollouts"][name]
-            if before != now:
+            if before != now and (name != _SIZE or self.config.updates_per_rollout > 1):
                 why = f"the run had {before}, so its place in the data would mean other prompts"
                 fix = f"give {before}, or start anew from the weights: --finetune"
                 found.problems.append(Problem(to_flag(name), now, why, fix))
@@ -105,7 +109,7 @@ class Kept:
 
 
 class Reinforcement(Preference):
-    """`default_kl` and `default_level` stand for --kl-coefficient and --loss-level where they are not given.
+    """`defaults`: of options that are not given.
 
     Its weight is the number of rollouts. The loss of a validation is the mean reward, less than nothing."""
 
@@ -113,19 +117,20 @@ class Reinforcement(Preference):
     plan: ClassVar[type[GPTData]] = PromptData
     form: ClassVar[Form] = "dialogues"
     cuts: ClassVar[bool] = False
-    default_kl: ClassVar[float]
-    default_level: ClassVar[str]
+    defaults: ClassVar[Mapping[str, Any]]
     in_loss: ClassVar[bool] = True  # whether the divergence from the reference is part of the loss
     learning: RolloutOptions = RolloutOptions()
     kl: float = 0.0  # weight of the divergence from the reference
 
     def with_options(self, config: TrainConfig) -> Self:
-        objective, given = super().with_options(config), config.kl_coefficient
-        objective.learning, objective.kl = config, self.default_kl if given is None else given
+        objective = super().with_options(config)
+        objective.learning, objective.kl = config, config.kl_coefficient or 0.0
         objective.refers = objective.kl > 0
         return objective
 
     def ready(self, config: TrainConfig) -> TrainConfig:
+        given = {name: value for name, value in self.defaults.items() if getattr(config, name) is None}
+        config = replace(config, **given)
         return super(Reinforcement, self.with_options(config)).ready(config)
 
     def identity_form(self) -> sealed.Form:
@@ -137,8 +142,17 @@ class Reinforcement(Preference):
         found.problems += _problems(run)
         for name in run.config.reward_function:
             found.attempt(lambda name=name: rewards.load(name))
+        if run.config.ref_model is not None and not self.refers:
+            found.notes.append("ignored: --ref-model (--kl-coefficient is 0)")
+        if rewards.directory(run.config) is None:
+            found.notes.append("rollouts are not kept: give --rollout-dir, or --save on this machine")
         if (plan := super().data(run, found)) is None:
             return None
+        for prefix in dict.fromkeys(plan_parts(run.config)["train"].blend.prefixes):
+            masks = IndexedDataset(sibling(prefix, "attention_mask"))
+            if any((masks.get(row) > 1).any() for row in range(min(len(masks), LOOKED_AT))):
+                why, fix = "its rows are of several samples, and a prompt is of one", "preprocess without --neat-pack"
+                found.problems.append(Problem("dataset", prefix, why, fix, "packed"))
         facts = {name: getattr(run.config, name) for name in _FACTS} | {_SIZE: run.batches.global_batch_size}
         return replace(plan, identity={**plan.identity, "rollouts": facts})
 
@@ -156,6 +170,7 @@ class Reinforcement(Preference):
     def size(self, config: TrainConfig) -> DataSize | None:
         if (found := super().size(config)) is None:
             return None
+        assert config.num_generations is not None, "ready"
         times = config.num_generations * config.updates_per_rollout
         return replace(found, samples={name: count * times for name, count in found.samples.items()})
 
@@ -182,6 +197,7 @@ class Reinforcement(Preference):
         self._block = None if iteration is None else (iteration - 1) // self.learning.updates_per_rollout
         if iteration and self._kept is not None and self._kept.block == self._block:
             return self._kept.batches
+        self._kept = None if iteration else self._kept
         found, options = self._rollouts.written(batches, iteration), self.learning
         made = [self._batch([found[number] for number in batch.samples.tolist()]) for batch in batches]
         names = [*options.reward_function]
@@ -233,7 +249,7 @@ class Reinforcement(Preference):
         gained = totals if validates else self.credited(totals)
         masked = self.learning.mask_truncated_completions and not validates
         trained = sum(len(each.tokens) for each in found.values() if each.ended or not masked)
-        by_token = (self.learning.loss_level or self.default_level) == "token" and not validates
+        by_token = self.learning.loss_level == "token" and not validates
         for batch in batches:
             assert batch.samples is not None
             numbers = batch.samples.tolist()
@@ -286,7 +302,9 @@ class Reinforcement(Preference):
         rows = reduce(torch.stack([each.masked_fill(~mask, 0).sum(1) for each in (losses, *kept.values())]))
         metrics = {name: row.detach() * batch.share for name, row in zip(kept, rows[1:], strict=True)}
         metrics |= {"length": batch.lengths, "truncated": batch.truncated}
-        names = ("reward", *(f"reward/{name.rpartition(':')[2]}" for name in options.reward_function), "reward/model")
+        short = [name.rpartition(":")[2] for name in options.reward_function]
+        full = short if len({*short}) == len(short) else options.reward_function
+        names = ("reward", *(f"reward/{name}" for name in full), f"reward/{REWARD_MODEL}")
         metrics |= dict(zip(names, batch.rewards.T, strict=False))
         return (rows[0] * batch.share).sum(), {name: value.sum() for name, value in metrics.items()}
 
@@ -296,7 +314,7 @@ class Reinforcement(Preference):
 
 
 def _problems(run: Run) -> Problems:
-    config, group = run.config, run.config.num_generations
+    config, group = run.config, run.config.num_generations or 1
     if not config.reward_function and config.reward_model is None:
         why, fix = "nothing says how good what the policy writes is", "give it, or --reward-model"
         yield Problem("--reward-function", None, why, fix, "missing", ("reward_model",))
@@ -314,6 +332,15 @@ def _problems(run: Run) -> Problems:
     if (most := config.max_completion_length) >= config.seq_length:
         why, fix = f"it leaves no token of --seq-length {config.seq_length} for prompts", "give less"
         yield Problem("--max-completion-length", most, why, fix, "at most", ("seq_length",), config.seq_length - 1)
+    if config.train_on == "all":
+        why = "a prompt is what comes before the last run of trained tokens, which would be all"
+        yield Problem("--train-on", "all", why, "leave it out", "excludes", ("stage",))
+    if (folder := config.rollout_dir) is not None:
+        if local_path(folder) is None:
+            why, fix = "it is in a store, and files are made on this machine", "give a directory"
+            yield Problem("--rollout-dir", folder, why, fix, "store")
+        else:
+            yield from unwritable("--rollout-dir", folder, Path(folder))
     if config.dataloader_type != "single":
         why = "rollouts of a prompt follow each other, which only the order of the dataset keeps together"
         yield Problem("--dataloader-type", config.dataloader_type, why, "leave it out", "excludes", ("stage",))

@@ -4,56 +4,99 @@ Owns finding such functions and what they must return. They are the user's own c
 
 import importlib
 import importlib.util
+import inspect
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cordee.checkpoint.storage import local_path
 from cordee.errors import ProblemError
+from cordee.train.options import TrainConfig
 
 FLAG = "--reward-function"
-RewardFunction = Callable[..., Any]  # of lists of texts, by name; a sequence of numbers
+TEXTS = ("prompts", "completions", "answers")
+RewardFunction = Callable[..., Any]  # of lists of texts, by these names; a number for each completion
+MOST = 1e15  # of a reward: float32 holds its square
+_FAILURES = (Exception, SystemExit)  # a user's code may fail with anything, and must not end a run as if it were done
 
 
 def load(name: str) -> RewardFunction:
-    """The function of MODULE:NAME or FILE.py:NAME. ProblemError if there is none."""
+    """The function of MODULE:NAME or FILE.py:NAME, of a module in the current directory too. ProblemError if there is
+    none that takes what it is given."""
     place, _, attribute = name.rpartition(":")
-    fix = "give it as module:function or path/to/file.py:function"
+    fix = "give it as module:function or path/to/file.py:function, of the arguments prompts, completions and answers"
     try:
         found = getattr(_module(place), attribute)
-    except Exception as error:  # a module of the user may fail with anything
-        why = f"it cannot be imported: {type(error).__name__}: {error}"
-        raise ProblemError.of(FLAG, name, why, fix, "missing") from error
-    if not callable(found):
-        raise ProblemError.of(FLAG, name, "it is no function", fix, "missing")
+        inspect.signature(found).bind(**dict.fromkeys(TEXTS))
+    except _FAILURES as error:
+        why = f"it cannot be used: {type(error).__name__}: {error}"
+        raise ProblemError.of(FLAG, name, why, fix, "missing", limit=name) from error
     return found
 
 
 def _module(place: str) -> Any:
+    """It is executed once, however many of its functions are used."""
     if not place.endswith(".py"):
-        return importlib.import_module(place)
-    name = f"cordee_rewards_{Path(place).stem}"
-    spec = importlib.util.spec_from_file_location(name, place)
-    assert spec is not None and spec.loader is not None
+        with _imports_from(Path.cwd()):
+            return importlib.import_module(place)
+    path = Path(place).resolve()
+    if (name := f"cordee rewards {path}") in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None, "a .py has a loader"
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # which dataclasses and pickles of it look up
-    spec.loader.exec_module(module)
+    try:
+        with _imports_from(path.parent):
+            spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module
 
 
-def called(name: str, function: RewardFunction, texts: dict[str, list[str]]) -> list[float]:
-    """A reward for each completion. ProblemError if the function raises, or returns anything but finite numbers."""
-    count = len(texts["completions"])
+@contextmanager
+def _imports_from(folder: Path) -> Iterator[None]:
+    sys.path.insert(0, str(folder))
     try:
-        found = [float(reward) for reward in function(**texts)]
-        why = f"it returned {len(found)} rewards for {count} completions" if len(found) != count else None
-    except Exception as error:  # a function of the user may fail with anything
-        why, found = f"it raised {type(error).__name__}: {error}", []
-    for reward, completion in zip(found, texts["completions"], strict=False):
-        if not math.isfinite(reward):
-            why = f"it returned {reward} for the completion {completion[:200]!r}"
-    if why is not None:
-        fix = "let it return one finite number a completion; what was trained before is saved"
+        yield
+    finally:
+        sys.path.remove(str(folder))
+
+
+def directory(config: TrainConfig) -> Path | None:
+    """Where rollouts are kept; None: nowhere, as checkpoints are in a store or not kept."""
+    if config.rollout_dir is not None:
+        return Path(config.rollout_dir)
+    root = None if config.save is None else local_path(config.save)
+    return None if root is None else root / "rollouts"
+
+
+def called(name: str, function: RewardFunction, texts: Mapping[str, list[str]]) -> list[float]:
+    """A reward for each completion. ProblemError if the function raises, or returns anything but finite numbers."""
+    try:
+        given = function(**{each: [*found] for each, found in texts.items()})
+        given = [given] if isinstance(given, (str, Mapping)) else list(given)
+    except _FAILURES as error:
+        why, fix = f"it raised {type(error).__name__}: {error}", "let it return a list of numbers"
+        raise ProblemError.of(FLAG, name, why, fix, "reward") from error
+    if len(given) != (count := len(texts["completions"])):
+        why, fix = f"it returned {len(given)} rewards for {count} completions", "let it return one for each"
         raise ProblemError.of(FLAG, name, why, fix, "reward")
+    found = [_number(reward) for reward in given]
+    for reward, value, completion in zip(given, found, texts["completions"], strict=True):
+        if not abs(value) < MOST:
+            why = f"it returned {reward!r} for the completion {completion[:200]!r}"
+            raise ProblemError.of(FLAG, name, why, "let it return a finite number", "reward")
     return found
+
+
+def _number(reward: Any) -> float:
+    """NaN for what is none."""
+    try:
+        return float(reward)
+    except (TypeError, ValueError):
+        return math.nan

@@ -30,13 +30,13 @@ from cordee.parallel.execution import Frozen
 from cordee.parallel.inference import InferenceStage
 from cordee.parallel.layout import Layout
 from cordee.parallel.live import LiveSource, refill
+from cordee.tokenizer import Tokenizer
 from cordee.train import rewards
 from cordee.train.options import TrainConfig
 from cordee.train.preference import row_scores
+from cordee.train.reinforcement import LOOKED_AT
 from cordee.train.run_plan import RunPlan
 from cordee.weights.load import materialise
-
-_LOOKED_AT = 256  # answers of a dataset that tell how answers end
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Rollouts:
         self._tokenizer, self._layout, self._policy = plan.tokenizer, layout, policy
         self._functions = {name: rewards.load(name) for name in plan.config.reward_function}
         ends = stop_ids(plan.spec, plan.initial.assets, plan.tokenizer)
-        self._ends = ends | {end for dataset in datasets if (end := _end_of(dataset)) is not None}
+        self._ends = ends | {end for dataset in datasets if (end := _end_of(dataset, plan.tokenizer)) is not None}
         self._model, self._stage = self._writer(plan)
         self._source = None
         if self._model is not policy.model:
@@ -145,7 +145,7 @@ class Rollouts:
 
     def keep(self, iteration: int, found: Mapping[int, Rollout], names: Sequence[str]) -> None:
         """Write the file of a step, on rank 0. ProblemError on all ranks if it cannot be written."""
-        if (folder := directory(self._config)) is not None:
+        if (folder := rewards.directory(self._config)) is not None:
             first, path = self._layout.rank == 0, folder / f"step-{iteration:08d}.jsonl"
             lines = [self._record(found[number], names) for number in sorted(found)] if first else []
             collectives.together(lambda: _write(path, lines) if first else None, self._layout.control)
@@ -172,16 +172,6 @@ def _write(path: Path, records: Sequence[dict[str, Any]]) -> None:
         raise ProblemError.of("--rollout-dir", str(path), f"it cannot be written: {error}", fix) from error
 
 
-def directory(config: TrainConfig) -> Path | None:
-    """Where rollouts are kept; None: nowhere, as checkpoints are in a store or not kept."""
-    from cordee.checkpoint.storage import local_path
-
-    if config.rollout_dir is not None:
-        return Path(config.rollout_dir)
-    root = None if config.save is None else local_path(config.save)
-    return None if root is None else root / "rollouts"
-
-
 def _prompts(batch: Batch, room: int) -> list[Rollout]:
     """Of each row what comes before its last run of labels, of which the last `room` tokens, and the answer that these
     are, whose first label stands one place before it."""
@@ -194,14 +184,15 @@ def _prompts(batch: Batch, room: int) -> list[Rollout]:
     return found
 
 
-def _end_of(dataset: Any) -> int | None:
-    """The token that all answers of a dataset end with, as far as the first ones of each file tell; None without."""
+def _end_of(dataset: Any, tokenizer: Tokenizer) -> int | None:
+    """The special token that all answers of a dataset end with, as far as the first ones of each file tell."""
     ends = set()
     for part in getattr(dataset, "datasets", [dataset]):
-        for number in range(min(part.count, _LOOKED_AT)):
+        for number in range(min(part.count, LOOKED_AT)):
             labels = part.fields["labels"].get(part.first + number)
-            ends.add(int(labels[labels != IGNORED][-1]))
-    return ends.pop() if len(ends) == 1 else None
+            ends |= {*labels[labels != IGNORED][-1:].tolist()}
+    special = len(ends) == 1 and not tokenizer.decode(ends, skip_special_tokens=True)
+    return ends.pop() if special else None
 
 
 def totals(found: Mapping[int, Rollout], weights: Sequence[float] | None) -> dict[int, float]:

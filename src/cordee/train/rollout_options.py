@@ -5,7 +5,7 @@ Owns their names, types, defaults and help texts, and which stages they are of."
 from dataclasses import dataclass
 from typing import Literal
 
-from cordee.config.laws import Wanted, ignored, needs
+from cordee.config.laws import SEVERAL, Wanted, ignored, needs
 from cordee.config.option import option
 
 STAGES = ("grpo", "ppo")
@@ -22,7 +22,9 @@ class RolloutOptions:
     )
     reward_model: str | None = option(None, "reward model, such as --stage rm makes, in any format", metavar="DIR")
     reward_weights: tuple[float, ...] | None = option(None, "weights of the functions, then of the model [1 each]")
-    num_generations: int = option(8, "rollouts of a prompt; --global-batch-size counts rollouts", above=0)
+    num_generations: int | None = option(
+        None, "rollouts of a prompt, which --global-batch-size counts [grpo: 8, ppo: 1]", above=0
+    )
     max_completion_length: int = option(256, "maximum number of tokens of a rollout, of --seq-length", above=0)
     rollout_temperature: float = option(1.0, "softmax temperature of rollouts, and of the policy", above=0)
     rollout_top_k: int = option(0, "sample from the k most likely tokens; 0: no limit", at_least=0)
@@ -56,6 +58,7 @@ class RolloutOptions:
             stage=_LEARNING,
         ),
         ignored("scale_rewards", stage="grpo"),
+        ignored("clip_range", "clip_range_high", "value_clip_range", updates_per_rollout=SEVERAL),
         ignored("discount", "gae_lambda", "value_coefficient", "value_clip_range", stage="ppo"),
         needs("pack", "neat_pack", "reset_position_ids", "reset_attention_mask", "rampup_batch_size", stage=_OTHER),
     )

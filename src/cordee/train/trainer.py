@@ -225,8 +225,8 @@ class Trainer:
         """`step` as the objective makes it of its samples. If it cannot, what was trained before is saved first."""
         try:
             batches = self.parts.objective.collect(step.batches, self.parts.models, iteration)
-        except ProblemError:
-            if iteration is not None:
+        except ProblemError as error:
+            if all(problem.kind != "not finite" for problem in error.problems):
                 self.save()
             raise
         if batches is step.batches:

@@ -72,6 +72,11 @@ class Source(ABC):
         """Global shape of a parameter."""
         return self._shapes[name]
 
+    def drop_values(self, option: str, notes: list[str]) -> None:
+        """Be a language model without the value head that it may have. ProblemError, of `option`, if it is none."""
+        self.spec = self.spec.without_values(option, notes)
+        self._shapes = {name: shape for name, shape in self._shapes.items() if name != "score.weight"}
+
     @abstractmethod
     def dtype(self, name: str) -> torch.dtype:
         """Type in which a parameter is stored."""

@@ -4,19 +4,19 @@ The divergence from the reference model, where it is asked for, is part of the l
 in the paper, of all tokens of a step as DAPO (Yu et al. 2025) has it."""
 
 from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from cordee.train.reinforcement import Reinforcement
 
 
 class GRPO(Reinforcement):
     stage = "grpo"
-    default_kl = 0.0
-    default_level = "sequence"
+    defaults: ClassVar[Mapping[str, Any]] = {"num_generations": 8, "kl_coefficient": 0.0, "loss_level": "sequence"}
 
     def credited(self, totals: Mapping[int, float]) -> Mapping[int, float]:
         from cordee.train.rollout import advantages
 
-        return advantages(totals, self.learning.num_generations, self.learning.scale_rewards)
+        return advantages(totals, self.learning.num_generations or 1, self.learning.scale_rewards)
 
 
 OBJECTIVE = GRPO()

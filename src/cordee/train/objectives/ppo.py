@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from cordee.data.messages import IGNORED
 from cordee.families.registry import ModelSpec
@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 
 class PPO(Reinforcement):
     stage = "ppo"
-    default_kl = 0.05
-    default_level = "token"
+    defaults: ClassVar[Mapping[str, Any]] = {"num_generations": 1, "kl_coefficient": 0.05, "loss_level": "token"}
     in_loss = False
 
     def model(self, spec: ModelSpec, notes: list[str]) -> ModelSpec:
