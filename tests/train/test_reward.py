@@ -21,7 +21,7 @@ from cordee.data.tuning_collate import last_tokens
 from cordee.errors import ProblemError
 from cordee.evaluate import job as evaluate
 from cordee.evaluate.options import EvaluateConfig
-from cordee.families.registry import spec_from_directory
+from cordee.families.registry import spec_from_directory, spec_from_hf
 from cordee.generate import job as generate
 from cordee.generate.loading import load_model
 from cordee.generate.options import GenerateConfig
@@ -31,6 +31,7 @@ from cordee.train.plan import check_run, plan_run
 from tests.matrix import sampled
 from tests.train import tiny
 from tests.train.test_preference import LAYOUTS, figures, given, ready, train
+from tests.weights.tiny import LLAMA
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -285,3 +286,18 @@ def test_only_transformers_has_a_place_for_it(alone, tmp_path: Path):
     for target in ("mg", "gguf", "mindformers"):
         options = ConvertConfig(load_dir=alone("llama").save, save_dir=str(tmp_path / target), save_model_type=target)
         assert ("--save-model-type", "reward model") in kinds(convert.check_run(options))
+
+
+@pytest.mark.parametrize(
+    ("given", "padding"),
+    [
+        ({"eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 3}, 3),
+        ({"eos_token_id": [2, 3], "bos_token_id": 1, "pad_token_id": 3}, 1),
+        ({"eos_token_id": 60, "bos_token_id": 60}, 59),
+        ({"eos_token_id": 2, "bos_token_id": None}, 60),
+    ],
+)
+def test_padding_ends_no_text(given: dict[str, Any], padding: int):
+    """Else transformers takes the score at the token before the end."""
+    written = spec_from_hf({**LLAMA, **given}).with_heads(score=True, lm_head=False).hf_config
+    assert written["pad_token_id"] == padding

@@ -111,6 +111,18 @@ def test_layouts_change_nothing(pool, alone: TrainConfig, tmp_path: Path, layout
     assert kept == {name for name in before.names() if name.startswith(("embedding", "layers.0."))}
 
 
+def test_a_stage_may_have_nothing_to_train(pool, alone: TrainConfig, tmp_path: Path):
+    options = {"train_only": ("layers.0.*",), "train_iters": 2, "clip_grad": 1e-3}
+    for name in ("whole", "staged"):
+        (tmp_path / name).mkdir()
+    whole = steps(tmp_path / "whole", str(alone.load), **options)
+    staged = steps(tmp_path / "staged", str(alone.load), **options, pipeline_model_parallel_size=2)
+    job.run(whole)
+    pool.run(train, 2, staged)
+    for figure, values in figures(whole).items():
+        assert figures(staged)[figure] == pytest.approx(values, rel=1e-5), figure
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [

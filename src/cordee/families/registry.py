@@ -220,11 +220,9 @@ STORED_SPEC = sealed.record(
 
 def _padding(hf: Mapping[str, Any], vocab_size: int) -> int:
     """The padding of a classifier, which takes the score at the last token that is another: what ends no sequence."""
-    if isinstance(known := hf.get("pad_token_id"), int) and known >= 0:
-        return known
-    begin, ends = hf.get("bos_token_id"), hf.get("eos_token_id")
-    ends = ends if isinstance(ends, list) else [ends]
-    return begin if isinstance(begin, int) and begin not in ends else vocab_size - 1
+    ends = ends if isinstance(ends := hf.get("eos_token_id"), list) else [ends]
+    candidates = (hf.get("pad_token_id"), hf.get("bos_token_id"), *range(vocab_size - 1, 0, -1))
+    return next(each for each in candidates if isinstance(each, int) and each >= 0 and each not in ends)
 
 
 def _is_classifier(family: Family, hf: Mapping[str, Any]) -> bool:

@@ -394,15 +394,21 @@ class ModelConfig:
                 if not any(f".{name}".endswith(f".{target}") for name in known):
                     fix = "give canonical names, such as q, k, v, out, gate, up, down"
                     yield Problem("low_rank: targets", target, "the model has no such projection", fix)
+        first: dict[str, tuple[str, str, object]] = {}
         for path, name, low_rank in self.adapted():
             outside = path in ("head", "embedding") or ".experts." in path
             refused = {"dora": outside, "dropout": outside or low_rank.dora}
             for field in (each for each in refused if refused[each] and getattr(low_rank, each)):
-                why = f"{path} takes none: only projections of whole sequences in a layer do, one of dropout and DoRA"
-                yield Problem(f"low_rank: {field}", getattr(low_rank, field), why, f"adapt {name} without it")
+                first.setdefault(field, (path, name, getattr(low_rank, field)))
+        for field, (path, name, value) in first.items():
+            why = f"{path} takes none: only projections of whole sequences in a layer do, one of dropout and DoRA"
+            yield Problem(f"low_rank: {field}", value, why, f"adapt {name} without it")
         if self.num_prefix_tokens < 0:
             why = "it is less than 0"
             yield Problem("num_prefix_tokens", self.num_prefix_tokens, why, "give a number of virtual tokens")
+        if self.context_length < 1:
+            why = f"it leaves no token of the {self.max_position_embeddings} positions that the model holds"
+            yield Problem("num_prefix_tokens", self.num_prefix_tokens, why, "give less")
 
     def tunes(self, parameter: str) -> bool:
         """Whether a parameter of the base is trained beside adapters."""

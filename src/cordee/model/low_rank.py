@@ -127,11 +127,11 @@ class Projection(SpecifiedModule[P], Generic[P]):
 
     def _stretch(self, total: Tensor) -> Tensor:
         """What DoRA multiplies the rows of such a sum by, `[*out_shape]`; their own lengths have no gradient."""
-        squares, stretch = total.detach().square().sum(-1), total.new_ones(total.shape[:-1])
+        squares, stretch = total.detach().float().square().sum(-1), total.new_ones(total.shape[:-1])
         for adapter in self.low_ranks():
             if (m := adapter.local("m")) is not None:
-                norm = adapter.placement.sum_over_parts(squares).sqrt()
-                stretch[tuple(adapter.region)] = m / norm[tuple(adapter.region)]
+                norm = adapter.placement.sum_over_parts(squares).sqrt()[tuple(adapter.region)].to(m.dtype)
+                stretch[tuple(adapter.region)] = torch.where(norm > 0, m / norm.clamp(min=1e-30), 1)  # as m is rounded
         return stretch
 
 

@@ -31,8 +31,8 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def scale_(grads: Sequence[Tensor], factor: float) -> None:
-    """Multiply all `grads` by `factor` in place."""
-    if factor != 1.0:
+    """Multiply all `grads` by `factor` in place; a stage of which nothing is trained has none."""
+    if grads and factor != 1.0:
         torch._foreach_mul_([grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads], factor)
 
 

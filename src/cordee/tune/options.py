@@ -4,7 +4,7 @@ Owns their names, types, defaults and help texts, and what each needs of others.
 
 from dataclasses import dataclass
 
-from cordee.config.laws import GIVEN, ignored, needs
+from cordee.config.laws import GIVEN, Wanted, ignored, needs
 from cordee.config.option import option
 
 OF_ADAPTERS = "lora_r lora_alpha use_rslora use_dora lora_modules_to_save lora_dropout lora_plus_lr_ratio".split()
@@ -70,6 +70,7 @@ class LoRAOptions(AdapterOptions):
     laws = (
         needs("lora_target_modules", "lora_load", "num_prefix_tokens", load=GIVEN),
         needs(*OF_ADAPTERS, lora_target_modules=GIVEN, load=GIVEN),  # which may have some
+        needs("use_dora", lora_dropout=Wanted("0", lambda dropout: not dropout)),
         ignored("lora_fusion", "lora_adapter_name", why="a run has one adapter, in the forward of its layers"),
         ignored("lora_register_forward_hook", why="gradients pass frozen modules without a hook"),
     )

@@ -142,9 +142,9 @@ class Merged(Source):
 
     def view(self, name: str) -> View:
         if (prefix := self._adapter.prefixes.get(name)) is not None:
-            return prefix
+            return Leaf(prefix.shape, lambda index: _finite(name, prefix.read(index)))
         if name == SCORE and (heads := self._adapter.heads) is not None:
-            return Leaf(self.shape(name), lambda index: heads.tensor(name, index).to(self.dtype(name)))
+            return Leaf(self.shape(name), lambda index: _finite(name, heads.tensor(name, index).to(self.dtype(name))))
         base, changes = self._base.view(name), self._adapter.changes(name) if name in self.changed else None
         if changes is None:
             return base

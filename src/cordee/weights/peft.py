@@ -338,8 +338,8 @@ class PeftPrefix(Adapter):
 
 def prefix_to_peft(spec: ModelSpec, read: Callable[[str], Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """As `peft_parameters.to_peft`."""
-    if spec.config.low_rank or spec.config.tuned:
-        why = "PEFT has no file of a prefix with LoRA beside it"
+    if spec.config.low_rank or spec.config.tuned or not spec.config.lm_head:
+        why = "PEFT has no file of a prefix with LoRA, or a value head, beside it"
         raise ProblemError.of("--save-model-type", "peft", why, "train them apart", "unsupported")
     form = PrefixForm(spec, "--save-model-type", "peft")
     kind = {"peft_type": PREFIX_TUNING, "task_type": "CAUSAL_LM", "inference_mode": True, "prefix_projection": False}

@@ -203,7 +203,8 @@ def to_peft(spec: ModelSpec, read: Read) -> tuple[dict[str, Tensor], dict[str, A
             named = {"lora_embedding_A": b.t(), "lora_embedding_B": a.t()}
         tensors |= {f"{PREFIX}{place.foreign}.{factor}": value for factor, value in named.items()}
         forms[place.foreign] = len(a), scale * len(a)
-    tuned = [rule for name, rule in rules.items() if spec.config.tunes(name) or name == SCORE]
+    heads = set[str]() if spec.config.lm_head else {SCORE}  # the values of a policy are no part of a language model
+    tuned = [rule for name, rule in rules.items() if spec.config.tunes(name) or name in heads]
     for rule in tuned:
         parts = zip(rule.foreign, rule.inverse(read(rule.canonical)), strict=True)
         tensors |= {f"{PREFIX}{name}": part for name, part in parts}
