@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -67,22 +68,6 @@ def make_data(folder: Path) -> None:
             single[3].append([int(side == 0 or number % 5 == 0)])
     for name, names, columns in (("pairs", field_names(True), pairs), ("single", field_names(False, True), single)):
         write(folder / name, dict(zip(names, map(column_of, columns), strict=True)))
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> tuple[str, str]:
-    """Directories of a policy and of another model, whose likelihoods differ much."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    found = []
-    for seed in (0, 1):  # the second, which is surer, is wrong about most that the first is
-        torch.manual_seed(seed)
-        shape = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
-        shape |= {"intermediate_size": 48, "vocab_size": tiny.VOCAB, "max_position_embeddings": 32}
-        model = LlamaForCausalLM(LlamaConfig(**shape, initializer_range=0.15 + 0.1 * seed, tie_word_embeddings=False))
-        found.append(str(tmp_path_factory.mktemp(f"model{seed}")))
-        model.save_pretrained(found[-1])
-    return found[0], found[1]
 
 
 def given(folder: Path, models: tuple[str, str], **options: Any) -> TrainConfig:
@@ -196,18 +181,21 @@ def kto(config: TrainConfig, samples: list[tuple[Side, Side, bool]]) -> tuple[Te
 # ---- what is trained -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory, models) -> Callable[[str], TrainConfig]:
-    """A run of a kind in one process, one pair a micro-batch."""
-    done: dict[str, TrainConfig] = {}
+def once(given: Callable[[str], TrainConfig]) -> Callable[[str], TrainConfig]:
+    """Gives a run of a kind, trained in one process when it is first asked for."""
 
+    @functools.cache
     def run(kind: str) -> TrainConfig:
-        if kind not in done:
-            done[kind] = given(tmp_path_factory.mktemp("alone"), models, **KINDS[kind])
-            train(0, 1, done[kind])
-        return done[kind]
+        train(0, 1, config := given(kind))
+        return config
 
     return run
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, models) -> Callable[[str], TrainConfig]:
+    """Of one pair a micro-batch."""
+    return once(lambda kind: given(tmp_path_factory.mktemp("alone"), models, **KINDS[kind]))
 
 
 @pytest.mark.parametrize("kind", KINDS)

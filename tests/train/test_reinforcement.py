@@ -27,7 +27,7 @@ from cordee.train.plan import check_run, plan_run
 from tests.data.test_tuning import write
 from tests.matrix import sampled
 from tests.train import test_preference, tiny
-from tests.train.test_preference import LAYOUTS, figures, models, ready, train  # noqa: F401
+from tests.train.test_preference import LAYOUTS, figures, once, ready, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -70,7 +70,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def given(folder: Path, models: tuple[str, str], **options: Any) -> TrainConfig:  # noqa: F811
+def given(folder: Path, models: tuple[str, str], **options: Any) -> TrainConfig:
     folder.mkdir(exist_ok=True)
     (folder / "rewards.py").write_text(REWARDS)
     functions = tuple(f"{folder / 'rewards.py'}:{name}" for name in ("evens", "like"))
@@ -183,20 +183,12 @@ def score(config: TrainConfig) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory, models) -> Callable[[str], TrainConfig]:  # noqa: F811
-    done: dict[str, TrainConfig] = {}
-
-    def run(kind: str) -> TrainConfig:
-        if kind not in done:
-            done[kind] = given(tmp_path_factory.mktemp("alone"), models, **KINDS[kind])
-            train(0, 1, done[kind])
-        return done[kind]
-
-    return run
+def alone(tmp_path_factory, models) -> Callable[[str], TrainConfig]:
+    return once(lambda kind: given(tmp_path_factory.mktemp("alone"), models, **KINDS[kind]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_is_what_the_formula_gives(models, tmp_path: Path, kind: str):  # noqa: F811
+def test_is_what_the_formula_gives(models, tmp_path: Path, kind: str):
     config = given(tmp_path, models, **KINDS[kind], train_iters=1, save_interval=1, lr=1e-30, eval_iters=0)
     train(0, 1, config)
     found = figures(config)
@@ -205,7 +197,7 @@ def test_is_what_the_formula_gives(models, tmp_path: Path, kind: str):  # noqa: 
 
 
 @pytest.mark.parametrize(("layout", "kind"), sampled(LAYOUTS, KINDS))
-def test_one_loss_under_every_layout(pool, alone, models, tmp_path: Path, layout: str, kind: str):  # noqa: F811
+def test_one_loss_under_every_layout(pool, alone, models, tmp_path: Path, layout: str, kind: str):
     reference = alone(kind)
     ranks, options = LAYOUTS[layout]
     config = given(tmp_path, models, **KINDS[kind], **options)
@@ -219,7 +211,7 @@ def test_one_loss_under_every_layout(pool, alone, models, tmp_path: Path, layout
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_rewards_by_a_model_are_those_of_transformers(pool, models, tmp_path: Path, ranks: int):  # noqa: F811
+def test_rewards_by_a_model_are_those_of_transformers(pool, models, tmp_path: Path, ranks: int):
     """Beside those of a function; the policy has adapters."""
     from transformers import AutoModelForSequenceClassification
 
@@ -239,7 +231,7 @@ def test_rewards_by_a_model_are_those_of_transformers(pool, models, tmp_path: Pa
 
 
 @pytest.mark.parametrize("kind", ["grpo", "ppo"])
-def test_several_steps_on_the_same_rollouts(models, tmp_path: Path, kind: str):  # noqa: F811
+def test_several_steps_on_the_same_rollouts(models, tmp_path: Path, kind: str):
     """Are clipped against the policy that wrote them, and a run that resumes between blocks goes on as it would."""
     more = {**KINDS[kind], "updates_per_rollout": 2, "train_iters": 4, "lr": 3e-2, "lr_warmup_iters": 0}
     whole = given(tmp_path / "whole", models, **more)
@@ -269,7 +261,7 @@ def test_what_ppo_has_trained_is_a_language_model(alone, tmp_path: Path):
         assert torch.allclose(ours, written(ids).logits, atol=1e-5)
 
 
-def test_a_validation_is_the_mean_reward(models, tmp_path: Path):  # noqa: F811
+def test_a_validation_is_the_mean_reward(models, tmp_path: Path):
     config = given(tmp_path, models, stage="grpo", train_iters=1, eval_interval=1, lr=1e-30)
     data = {"train_data_path": config.data_path, "valid_data_path": config.data_path, "data_path": ()}
     train(0, 1, config := replace(config, **data))
@@ -277,7 +269,7 @@ def test_a_validation_is_the_mean_reward(models, tmp_path: Path):  # noqa: F811
     assert found["validation"] == pytest.approx([-reward for reward in found["reward"]], rel=1e-5)
 
 
-def test_truncated_completions_are_left_out(models, tmp_path: Path):  # noqa: F811
+def test_truncated_completions_are_left_out(models, tmp_path: Path):
     """Those that one token ends are not."""
     config = given(
         tmp_path, models, stage="grpo", mask_truncated_completions=True, train_iters=1, max_completion_length=1
@@ -298,7 +290,7 @@ FAILURES |= {"named": "1 rewards for 8", "none": "None"}
 
 
 @pytest.mark.parametrize("name", FAILURES)
-def test_a_function_that_fails_loses_nothing(models, tmp_path: Path, name: str):  # noqa: F811
+def test_a_function_that_fails_loses_nothing(models, tmp_path: Path, name: str):
     """The step before is saved, and the message says what went wrong."""
     config = given(tmp_path, models, stage="grpo", train_iters=3, save_interval=3, eval_iters=0)
     counting = f"""
@@ -317,7 +309,7 @@ def after_the_first(prompts, completions, answers, calls=[]):
     assert (Path(config.save or "") / "iter_0000001").is_dir()
 
 
-def test_what_is_wrong_is_found_before_anything_starts(models, tmp_path: Path):  # noqa: F811
+def test_what_is_wrong_is_found_before_anything_starts(models, tmp_path: Path):
     assert check_run(given(tmp_path, models, stage="grpo")) == []
     for options, subjects in (
         ({"reward_function": (), "reward_weights": None}, ["reward_function"]),

@@ -30,7 +30,7 @@ from cordee.train.options import TrainConfig
 from cordee.train.plan import check_run, plan_run
 from tests.matrix import sampled
 from tests.train import tiny
-from tests.train.test_preference import LAYOUTS, figures, given, ready, train
+from tests.train.test_preference import LAYOUTS, figures, given, once, ready, train
 from tests.weights.tiny import LLAMA
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -79,16 +79,8 @@ def rewarding(folder: Path, models: dict[str, str], kind: str, **options: Any) -
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, models) -> Callable[[str], TrainConfig]:
-    """A run of a kind in one process, one pair a micro-batch."""
-    done: dict[str, TrainConfig] = {}
-
-    def run(kind: str) -> TrainConfig:
-        if kind not in done:
-            done[kind] = rewarding(tmp_path_factory.mktemp("alone"), models, kind)
-            train(0, 1, done[kind])
-        return done[kind]
-
-    return run
+    """Of one pair a micro-batch."""
+    return once(lambda kind: rewarding(tmp_path_factory.mktemp("alone"), models, kind))
 
 
 def rows_of(config: TrainConfig) -> list[tuple[Tensor, Tensor]]:

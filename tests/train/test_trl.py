@@ -25,7 +25,7 @@ from cordee.train.options import TrainConfig
 from cordee.train.plan import plan_run
 from tests.data.test_tuning import write
 from tests.train import test_preference, test_reinforcement, test_reward, tiny
-from tests.train.test_preference import figures, models, ready, train  # noqa: F401
+from tests.train.test_preference import figures, ready, train
 from tests.train.test_reinforcement import GROUP, SIZE, ids, rollouts
 
 trl = pytest.importorskip("trl", minversion="1.16", reason="needs trl, of the extra `test`")
@@ -141,7 +141,7 @@ DPO: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {  # ours, TRL's, 
 
 
 @pytest.mark.parametrize("kind", DPO)
-def test_dpo(models, tmp_path: Path, kind: str):  # noqa: F811
+def test_dpo(models, tmp_path: Path, kind: str):
     """TRL's `sigmoid` has no label smoothing, and its `robust` is another loss (of Chowdhury et al. 2024): ours, which
     is cDPO, is that of `aot` where a batch is one pair, for there is nothing to sort. Its `sft` is a mean over the
     tokens of a batch, which of one pair is ours."""
@@ -155,7 +155,7 @@ def test_dpo(models, tmp_path: Path, kind: str):  # noqa: F811
     compare(config, trainer, [trainer.compute_loss(trainer.model, trainer.data_collator(each)) for each in batches])
 
 
-def test_orpo_of_answers(models, tmp_path: Path):  # noqa: F811
+def test_orpo_of_answers(models, tmp_path: Path):
     """The negative log-likelihood of TRL is of prompt and answer, and a mean over the tokens of a batch: that of the
     answer alone, the mean of each, which the paper's formula has, is made here of TRL's log-probabilities; the odds
     ratio is its own."""
@@ -167,7 +167,7 @@ def test_orpo_of_answers(models, tmp_path: Path):  # noqa: F811
     compare(config, trainer, [-chosen.mean() - trainer.odds_ratio_loss(chosen, rejected)[0].mean()])
 
 
-def test_orpo_of_prompts_of_a_token(models, tmp_path: Path):  # noqa: F811
+def test_orpo_of_prompts_of_a_token(models, tmp_path: Path):
     """The whole loss as TRL computes it, where a batch is one pair and nothing predicts the prompt."""
     write_short_pairs(tmp_path / "pairs")
     config = test_preference.given(tmp_path, models, stage="orpo", orpo_beta=0.3, **ONE)
@@ -179,7 +179,7 @@ def test_orpo_of_prompts_of_a_token(models, tmp_path: Path):  # noqa: F811
     compare(config, trainer, [trainer.compute_loss(trainer.model, batch) for batch in batches])
 
 
-def test_simpo(models, tmp_path: Path):  # noqa: F811
+def test_simpo(models, tmp_path: Path):
     """`simpo` of TRL's CPO, without the negative log-likelihood that it adds unless told not to."""
     config = test_preference.given(tmp_path, models, stage="simpo", simpo_beta=1.5, simpo_gamma=0.4, **ONE)
     train(0, 1, config)
@@ -189,7 +189,7 @@ def test_simpo(models, tmp_path: Path):  # noqa: F811
     compare(config, trainer, [trainer.compute_loss(trainer.model, batch)])
 
 
-def test_kto(models, tmp_path: Path):  # noqa: F811
+def test_kto(models, tmp_path: Path):
     """TRL makes mismatched answers by a rotation of each batch, ours are drawn over the data: it is given ours, and
     estimates the divergence of them."""
     weights = {"desirable_weight": 1.5, "undesirable_weight": 0.7, "beta": 0.2}
@@ -255,7 +255,7 @@ LEVELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # ours, TRL's
 }
 
 
-def grpo_of(config: TrainConfig, folder: Path, models: tuple[str, str], **options: Any) -> tuple[Any, Sample]:  # noqa: F811
+def grpo_of(config: TrainConfig, folder: Path, models: tuple[str, str], **options: Any) -> tuple[Any, Sample]:
     """A trainer of GRPO, and what it makes of our rollouts of the first step and their rewards: advantages,
     log-probabilities of the reference model, masks and padding are its own."""
     found = rollouts(config, 1)
@@ -281,7 +281,7 @@ def grpo_of(config: TrainConfig, folder: Path, models: tuple[str, str], **option
 
 
 @pytest.mark.parametrize("kind", LEVELS)
-def test_grpo(models, tmp_path: Path, kind: str):  # noqa: F811
+def test_grpo(models, tmp_path: Path, kind: str):
     """`bnpo` and `dapo` are both ours over tokens, where a step is one batch. TRL multiplies the divergence from the
     reference by the probability ratio unless told not to (`use_bias_correction_kl`, of DeepSeek-V3.2), which is another
     gradient of the same loss: the divergence of the paper, which is ours, is without."""
@@ -294,7 +294,7 @@ def test_grpo(models, tmp_path: Path, kind: str):  # noqa: F811
     compare(config, trainer, [trainer.compute_loss(trainer.model, inputs)])
 
 
-def test_grpo_is_clipped(models, tmp_path: Path):  # noqa: F811
+def test_grpo_is_clipped(models, tmp_path: Path):
     """The second step on the same rollouts: of our weights after the first one, whose log-probabilities before it are
     TRL's own."""
     ours = {"updates_per_rollout": 2, "kl_coefficient": 0.3, "clip_range": 0.1, "clip_range_high": 0.3, "lr": 3e-2}

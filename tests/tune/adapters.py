@@ -17,6 +17,11 @@ from tests.train import tiny
 from tests.weights import models
 from tests.weights import tiny as saved
 
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tp2": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+    "pp2": {"pipeline_model_parallel_size": 2},
+    "zero3": {"zero_stage": 3},
+}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {**models.MODELS["llama"], "num_hidden_layers": 2},
     "tied": {**models.MODELS["llama tied"], "num_hidden_layers": 2},

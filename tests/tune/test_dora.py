@@ -40,15 +40,7 @@ def alone(tmp_path_factory) -> TrainConfig:
     return config
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        {"tensor_model_parallel_size": 2, "sequence_parallel": True},
-        {"pipeline_model_parallel_size": 2},
-        {"zero_stage": 3},
-    ],
-    ids=["tp2", "pp2", "zero3"],
-)
+@pytest.mark.parametrize("layout", adapters.LAYOUTS.values(), ids=adapters.LAYOUTS)
 def test_one_loss_under_every_layout(pool, alone: TrainConfig, tmp_path: Path, layout: dict[str, Any]):
     """Rows that are sharded have one length; half of the steps on one rank, from the checkpoint of the layout."""
     config = run(tmp_path, alone.load, **layout)

@@ -92,15 +92,7 @@ def test_frozen_and_scaled_steps_are_those_of_torch(alone: TrainConfig):
     assert tiny.losses(alone) == pytest.approx(by_torch(alone), rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        {"tensor_model_parallel_size": 2, "sequence_parallel": True},
-        {"pipeline_model_parallel_size": 2},
-        {"zero_stage": 3},
-    ],
-    ids=["tp2", "pp2", "zero3"],
-)
+@pytest.mark.parametrize("layout", adapters.LAYOUTS.values(), ids=adapters.LAYOUTS)
 def test_layouts_change_nothing(pool, alone: TrainConfig, tmp_path: Path, layout: dict[str, Any]):
     config = steps(tmp_path, str(alone.load), **FROZEN, train_iters=3, **layout)
     pool.run(train, 2, config)

@@ -2,7 +2,7 @@
 
 Owns the comparison. A tiny dense model and a tiny MoE train the same few steps, through the whole of
 `cordee train`, on every layout; losses and gradient norms are compared with those of one process. What is saved on one
-layout and goes on on another is `resume.py`'s, the second part of the report."""
+layout and resumes on another is `resume.py`'s, the second part of the report."""
 
 import tempfile
 from collections import Counter

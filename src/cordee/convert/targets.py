@@ -17,7 +17,6 @@ from cordee.config.values import whole_numbers
 from cordee.convert.check import not_default, target_type
 from cordee.convert.options import ConvertConfig
 from cordee.errors import Problem, ProblemError, Problems, excludes, raise_all, requires
-from cordee.log import logger
 from cordee.weights import hf, mindformers, peft_parameters
 from cordee.weights.adapter import check_whole
 from cordee.weights.codec import PlannedFile, Sink, Source
@@ -53,11 +52,9 @@ Dtypes = dict[str, torch.dtype]  # of canonical parameters, as they are written
 def prepare(source: Source, path: Path, options: ConvertConfig) -> Prepared:
     """Lay the output out. ProblemError with everything that stands against it."""
     check_output(path.absolute(), overwrite=options.overwrite)
-    target, kind, notes = TARGETS[target_type(options)], target_type(options), list[str]()
+    target, kind = TARGETS[target_type(options)], target_type(options)
     if source.spec.config.lm_head and kind != "peft":
-        source.drop_values("--load-dir", notes)
-    for note in notes:
-        logger.info(note)
+        source.drop_values("--load-dir")
     wanted = getattr(torch, options.params_dtype) if options.params_dtype else None
     dtypes = {name: wanted or source.dtype(name) for name in source.names()}
     output = Output(path, source.assets, options.workers, options.overwrite)

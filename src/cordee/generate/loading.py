@@ -43,9 +43,7 @@ def load_part(
     """The model in `source`, or this process's part of it and where that is, in a group that lasts as long as `stack`.
 
     `phase` says in an error what the processes were doing when they lost each other ("while generating")."""
-    source.drop_values("--load", notes := [])
-    for note in notes:
-        logger.info(note)
+    source.drop_values("--load")
     if shape.world_size == 1:
         return load_model(source, config.dtype, config.device), None
     ranks = launch.rank_info()

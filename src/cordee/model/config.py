@@ -252,7 +252,7 @@ class MoEConfig:
     """Mixture of experts (MoE), each an MLP, beside `shared` experts that see every token.
 
     `weight_input`: the router's weight multiplies the expert's input instead of its output (Llama 4). `shared_gate`:
-    the shared output is multiplied by a learned sigmoid (Qwen2-MoE)."""
+    the shared output is multiplied by a learned sigmoid gate (Qwen2-MoE)."""
 
     router: RouterConfig
     expert: MLPConfig

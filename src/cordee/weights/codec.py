@@ -72,9 +72,10 @@ class Source(ABC):
         """Global shape of a parameter."""
         return self._shapes[name]
 
-    def drop_values(self, option: str, notes: list[str]) -> None:
+    def drop_values(self, option: str) -> None:
         """Be a language model without the value head that it may have. ProblemError, of `option`, if it is none."""
-        self.spec = self.spec.without_values(option, notes)
+        self.spec = self.spec.without_values(option, notes := [])
+        self.notes = (*self.notes, *notes)
         self._shapes = {name: shape for name, shape in self._shapes.items() if name != "score.weight"}
 
     @abstractmethod
