@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+import threading
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from cordee.data.batch import Batch
@@ -197,6 +199,26 @@ def test_with_data_parallelism(pool, schedule: str, stage: int):
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved"])
 def test_whole_backwards_go_with_sharded_parameters(pool, schedule: str):
     assert_same(pool, 4, shape(), pipeline(2, schedule, zero_stage=3))
+
+
+def reducing_threads(rank: int, world_size: int) -> tuple[set[str], set[str]]:
+    """Names of the threads that reduce gradients: the model's own, and those of layers."""
+    own, layers = set(), set()
+    model, layout, chosen, executor = build(world_size, shape(), pipeline(2, "fold_aiao", zero_stage=0))
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            names = own if module is model else layers
+            module.set_all_reduce_hook(lambda reduced, names=names: names.add(threading.current_thread().name))
+    batches = micro_batches(0, layout, chosen, LENGTH)
+    weights = [batch.num_trained for batch in batches]
+    executor.train(StepBatches(batches=batches, weights=weights, weight=weight_of(batches, layout), scale=1.0))
+    return own, layers
+
+
+@slow
+def test_a_thread_beside_reduces_only_what_no_other_backward_touches(pool):
+    """Else two threads reduce over one group, in an order that differs between ranks."""
+    assert pool.run(reducing_threads, 4) == [({"MainThread"}, {"reduction_0"})] * 4
 
 
 @slow

@@ -81,8 +81,10 @@ class PipelineExecutor:
         with self._recorder.step():
             engine.begin_step(self._model, reshard=self._zero_stage == 3)
             self._perform(self._program(len(batches), training=True), batches, forward)
-            while self._reductions:
-                self._reductions.pop().result()
+            if self._reducer is not None:
+                while self._reductions:
+                    self._reductions.pop().result()
+                engine.post_backward(engine.fsdp_modules([self._model]), reduce=True)
             engine.finish_step(self._model)
         self._all_reduce_tied_embedding()
         return self._mean_over_layers(metrics)
@@ -154,9 +156,12 @@ class PipelineExecutor:
             mail.put("B", stage.index, micro_batch, found)
 
     def _reduce(self, action: Action, stage: Stage) -> None:
+        # FSDP2 looks at the model's own group in the backward of every stage: it is reduced when all have ended.
+        modules = stage.sharded if self._reducer is None else [each for each in stage.sharded if each is not self._model]
+
         def reduce() -> None:
             with self._recorder.action(action):
-                engine.post_backward(stage.sharded, reduce=True)
+                engine.post_backward(modules, reduce=True)
 
         if self._reducer is None:
             reduce()
