@@ -37,7 +37,7 @@ class Datasets(NamedTuple):
 
 @dataclass(frozen=True)
 class Blend:
-    """Prefixes and their weights; one prefix without a weight is not a blend."""
+    """Prefixes and their weights; without, one prefix is no blend, and several weigh as many samples as they have."""
 
     option: str
     prefixes: tuple[str, ...]
@@ -57,13 +57,22 @@ class Part:
         """First sequence and the one behind the last, rounded as Megatron rounds."""
         return round(self.begin * float(len(indexed))), round(self.end * float(len(indexed)))
 
+    def weights(self, indexed: Indexed, whole: bool) -> tuple[float, ...] | None:
+        """Those of its datasets, of which samples are `whole` sequences; None if it is no blend."""
+        if self.blend.weights is not None or len(self.blend.prefixes) == 1:
+            return self.blend.weights
+        ranges = [self.sequences(each) for each in indexed]
+        counts = [data.tokens_between(*own) for data, own in zip(indexed, ranges, strict=True)]
+        return tuple(float(end - start) for start, end in ranges) if whole else tuple(map(float, counts))
+
 
 @dataclass(frozen=True)
 class PartOrder:
-    """How the samples of a part are ordered: of each of its datasets, and of the blend of them, which has `size`
-    samples and repeats its choice of datasets after `period`."""
+    """How the samples of a part are ordered: of each of its datasets, and of the blend of them by `weights`, which has
+    `size` samples and repeats its choice of datasets after `period`."""
 
     datasets: tuple[Order, ...]
+    weights: tuple[float, ...] | None
     size: int
     period: int
 
@@ -147,7 +156,7 @@ def plan_order(
             return [Order.of_sequences(count, size) for (count, _), size in zip(counts, sizes, strict=True)]
         return [Order.plan(*count, size, seq_length) for count, size in zip(counts, sizes, strict=True)]
 
-    weights = part.blend.weights
+    weights = part.weights(indexed, whole=seq_length is None)
     sizes, size = ([samples], samples) if weights is None else blend_sizes(weights, samples)
     found = orders(sizes)
     period = size if weights is None else blend_period(size, found)
@@ -156,7 +165,7 @@ def plan_order(
     if blocks is not None and seq_length is not None:
         kept = zip(counts, sizes, blocks, strict=True)
         found = [Order.of_blocks(*count, size, seq_length, *block) for count, size, block in kept]
-    return PartOrder(tuple(found), size, period)
+    return PartOrder(tuple(found), weights, size, period)
 
 
 def plan_parts(options: DataOptions) -> dict[str, Part]:
@@ -184,11 +193,11 @@ def read_parts(options: DataOptions) -> tuple[dict[str, Part], list[Problem]]:
         why = "there is nothing to train on"
         problems.append(Problem("--data-path", None, why, "give the prefix of a .bin/.idx pair, or --train-data-path"))
     parts, ends = {}, _parse_split(options.split, problems) or (1.0,)
-    if options.data_path and (blend := _parse_blend("--data-path", options.data_path, problems)):
+    if options.data_path and (blend := _parse_blend("--data-path", options.data_path, options, problems)):
         bounds = zip(SPLITS, (0.0, *ends), ends, strict=False)
         parts = {name: Part(name, blend, begin, end) for name, begin, end in bounds if end > begin}
     blends = {
-        name: _parse_blend(option, value, problems, equal=name == "valid" and options.multiple_validation_sets)
+        name: _parse_blend(option, value, options, problems, equal=name == "valid" and options.multiple_validation_sets)
         for name, (option, value) in given.items()
     }
     return parts | {name: Part(name, blend, 0.0, 1.0) for name, blend in blends.items() if blend}, problems
@@ -209,12 +218,22 @@ def share_problems(options: DataOptions) -> Problems:
         yield Problem("--split", options.split, "its first share, that of training, is zero", fix)
 
 
-def _parse_blend(option: str, values: Sequence[str], problems: list[Problem], equal: bool = False) -> Blend | None:
+def _parse_blend(
+    option: str, values: Sequence[str], options: DataOptions, problems: list[Problem], equal: bool = False
+) -> Blend | None:
     """None, and why in `problems`, if it is none. `equal`: it may be prefixes alone, which then weigh the same."""
     if len(values) == 1:
         return Blend(option, (values[0].strip(),), None)
-    if equal and all(_number(text) is None for text in values):
-        values = [part for prefix in values for part in ("1", prefix)]
+    mix, probs = options.mix_strategy, options.interleave_probs
+    if (mix or equal) and all(_number(text) is None for text in values):
+        if probs and len(probs) != len(values):
+            why, fix = f"{option} has {len(values)} datasets", "give as many, or write weights before the prefixes"
+            problems.append(Problem("--interleave-probs", probs, why, fix, limit=len(values)))
+        weights = None if mix == "concat" else probs or (1.0,) * len(values)
+        return Blend(option, tuple(map(str.strip, values)), weights)
+    if mix and any(_number(text) is not None for text in values[::2]):
+        why = f"it mixes datasets by a rule, and {option} has weights"
+        problems.append(Problem("--mix-strategy", mix, why, "leave it out, or give prefixes alone", "excludes"))
     weights, prefixes = [_number(text) for text in values[::2]], values[1::2]
     why = limit = None
     if len(values) % 2:
@@ -225,7 +244,7 @@ def _parse_blend(option: str, values: Sequence[str], problems: list[Problem], eq
     elif not all(0 < weight < float("inf") for weight in weights if weight is not None):
         limit, why = "positive", "a weight is not a positive number"
     if why:
-        fix = "write WEIGHT PREFIX WEIGHT PREFIX ..., for example 0.3 first 0.7 second"
+        fix = "write WEIGHT PREFIX WEIGHT PREFIX ..., for example 0.3 first 0.7 second, or add --mix-strategy concat"
         problems.append(Problem(option, " ".join(values), why, fix, limit=limit))
         return None
     known = tuple(weight for weight in weights if weight is not None)
@@ -257,10 +276,10 @@ def _build_part(
 ) -> Dataset:
     build = partial(_build_one, part, config=config, verified=verified, sequences=sequences)
     datasets: list[Dataset] = [build(one, own) for one, own in zip(indexed, order.datasets, strict=True)]
-    if part.blend.weights is None:
+    if order.weights is None:
         return datasets[0]
     cache = cache_dir(config.data_cache_path, part.blend.prefixes[0])
-    blend = BlendedDataset(datasets, part.blend.weights, order.size, cache, order.period, verified)
+    blend = BlendedDataset(datasets, order.weights, order.size, cache, order.period, verified)
     if order.period < order.size:
         text = "%s data: the blend of %s samples repeats its choice of datasets every %s, which Megatron's does not"
         logger.info(text, part.name, f"{order.size:,}", f"{order.period:,}")

@@ -55,7 +55,7 @@ def _permutation_problems(part: Part, seq_length: int | None, samples: int) -> P
     """Why the samples of a part cannot be permuted: their order is in blocks, since all at once they are too many."""
     order = plan_order(part, [IndexedDataset(prefix) for prefix in part.blend.prefixes], seq_length, samples)
     if seq_length is not None and any(own.blocks > 1 for own in order.datasets):
-        samples = order.size if part.blend.weights is not None else order.datasets[0].samples
+        samples = order.size if order.weights is not None else order.datasets[0].samples
         size = samples * _PERMUTATION_ENTRY / 2**30
         why = f"it permutes all {samples:,} samples at once, in {size:,.1f} GiB on every rank"
         fix = "take --dataloader-type single, whose order is shuffled too, or a shorter run"

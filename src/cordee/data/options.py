@@ -5,7 +5,7 @@ Owns their names, types, defaults and help texts, and what each needs of others.
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from cordee.config.laws import GIVEN, POSITIVE, but, excludes, ignored, needs, required_unless
+from cordee.config.laws import GIVEN, POSITIVE, Wanted, but, excludes, ignored, needs, required_unless
 from cordee.config.option import option, required
 from cordee.tokenizer.options import TokenizerOptions
 
@@ -58,6 +58,12 @@ class DataOptions:
     train_data_path: tuple[str, ...] = option((), "as --data-path, for training only; --split is then ignored")
     valid_data_path: tuple[str, ...] = option((), "as --data-path, for validation only")
     test_data_path: tuple[str, ...] = option((), "as --data-path, for the final test only")
+    mix_strategy: Literal["concat", "interleave_under", "interleave_over"] | None = option(
+        None,
+        "several prefixes without weights: each by its size, or alike (or by --interleave-probs), an epoch ending when "
+        "the first dataset, or the last, is exhausted",
+    )
+    interleave_probs: tuple[float, ...] = option((), "shares of the datasets that --mix-strategy interleaves", above=0)
     multiple_validation_sets: bool = option(
         False, "report the validation loss of each dataset of the blend too; --valid-data-path may then have no weights"
     )
@@ -73,7 +79,11 @@ class DataOptions:
     reset_position_ids: bool = option(False, "restart position ids at every document of a sample")
     reset_attention_mask: bool = option(False, "block-diagonal mask: documents of a sample do not see each other")
 
-    laws = (ignored("split", data_path=GIVEN), needs("multiple_validation_sets", eval_iters=POSITIVE))
+    laws = (
+        ignored("split", data_path=GIVEN),
+        needs("multiple_validation_sets", eval_iters=POSITIVE),
+        needs("interleave_probs", mix_strategy=Wanted("an interleaving one", lambda mix: mix not in (None, "concat"))),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

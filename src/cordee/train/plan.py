@@ -199,8 +199,7 @@ def _with_length(
         found.problems.append(Problem("--num-epochs", config.num_epochs, why, "give --train-iters", "length"))
     if size is None or config.train_iters or config.train_samples:
         return config
-    samples = config.num_epochs * sum(size.samples.values())
-    return replace(config, num_epochs=None, train_iters=batches.steps_of(samples))
+    return replace(config, num_epochs=None, train_iters=batches.steps_of(config.num_epochs * size.epoch))
 
 
 def _iterations(config: TrainConfig, batches: BatchSchedule, notes: list[str]) -> int:

@@ -140,13 +140,14 @@ class NextToken(Objective["Batch"]):
         raise_all(problem for of in opened.values() for each in of for problem in build.part_problems(part, each))
         tokens = {prefix: sum(x.tokens_between(*part.sequences(x)) for x in of) for prefix, of in opened.items()}
         shares = dict.fromkeys(tokens, 0.0)
-        for prefix, share in zip(blend.prefixes, normalise(blend.weights or (1.0,)).tolist(), strict=True):
+        weights = part.weights([opened[prefix][0] for prefix in blend.prefixes], bool(self.plan.sequences))
+        for prefix, share in zip(blend.prefixes, normalise(weights or (1.0,)).tolist(), strict=True):
             shares[prefix] += share  # a prefix may be there twice
         samples = {prefix: count / config.seq_length for prefix, count in tokens.items()}
         if self.plan.sequences:
             ranges = {prefix: part.sequences(of[0]) for prefix, of in opened.items()}
             samples = {prefix: last - first for prefix, (first, last) in ranges.items()}
-        return DataSize(tokens=tokens, samples=samples, shares=shares)
+        return DataSize(tokens=tokens, samples=samples, shares=shares, mix=config.mix_strategy)
 
     def weight(self, batch: Batch) -> int:
         """Number of trained tokens."""
@@ -185,6 +186,8 @@ def _samples(config: TrainConfig, batches: BatchSchedule, iterations: int, notes
 def _not_validated(config: TrainConfig, samples: dict[str, int], notes: list[str]) -> Problems:
     """Options of the validation, of a run that has no data for one."""
     parts, unread = build.read_parts(config)
+    if config.mix_strategy and not unread and all(len(part.blend.prefixes) == 1 for part in parts.values()):
+        notes.append("ignored: --mix-strategy (the data is one dataset)")
     if unread or not config.eval_iters:
         return
     for name in _OF_VALIDATION if not samples["valid"] else ():
@@ -233,8 +236,8 @@ def _identity(
 ) -> dict[str, Any]:
     """Nothing about the order for a run that trains on no samples."""
     part, count = build.training_part(config), samples.get("train")
-    weights = part.blend.weights or (1.0,)
     opened = [IndexedDataset(prefix) for prefix in part.blend.prefixes]
+    weights = part.weights(opened, sequences) or (1.0,)
     sets = []
     for indexed, weight, content in zip(opened, weights, fingerprints or ({},) * len(opened), strict=True):
         first, last = part.sequences(indexed)
