@@ -79,7 +79,7 @@ def tokenizer(path: Path) -> None:
 
 
 def merged(model: Path, adapter: Path) -> None:
-    raise_all(convert.check_run(ConvertConfig(load_dir=str(model), save_dir=f"{model} out", lora_load=str(adapter))))
+    raise_all(convert.check_run(ConvertConfig(load_dir=str(model), save_dir=f"{model} out", lora_load=(str(adapter),))))
 
 
 def records(path: Path) -> None:

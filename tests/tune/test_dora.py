@@ -61,7 +61,7 @@ def test_the_merged_model_is_the_one_that_was_trained(alone: TrainConfig, tmp_pa
     torch.testing.assert_close(of_model(alone), logits(model.eval()), rtol=1e-5, atol=1e-5)
     out = adapters.convert(alone.save, tmp_path / "out", "--save-model-type", "peft")
     merged = formats.read(str(alone.save))
-    beside = adapter.read(str(alone.load), GenerateConfig(load=str(alone.load), lora_load=str(out)))
+    beside = adapter.read(str(alone.load), GenerateConfig(load=str(alone.load)), str(out))
     torch.testing.assert_close(logits(load_model(beside)), of_model(alone), rtol=1e-5, atol=1e-5)
     for name in ("layers.0.attention.qkv.weight", "layers.1.mlp.down.weight"):
         whole = merged.tensor(name)

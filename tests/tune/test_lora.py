@@ -93,7 +93,7 @@ def test_ten_steps_are_those_of_peft(tmp_path: Path, case: str):
     theirs.save_pretrained(tmp_path / "start")
     ratio = PLUS if case == "lora plus" else None
     config = adapters.config(
-        tmp_path, load, lora_load=str(tmp_path / "start"), lora_plus_lr_ratio=ratio, lr=2e-3 if ratio else 1e-2
+        tmp_path, load, lora_load=(str(tmp_path / "start"),), lora_plus_lr_ratio=ratio, lr=2e-3 if ratio else 1e-2
     )
     job.run(config)
     losses, norms = trained_by_peft(theirs, config)
@@ -130,7 +130,7 @@ def test_experts_in_peft(tmp_path: Path):
     model = adapters.peft_model(load, adapter=out).eval()
     torch.testing.assert_close(of_model(config), logits(model), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(of_model(config), logits(load_model(formats.read(load))), atol=1e-3)
-    source = adapter.read(str(load), GenerateConfig(load=str(load), lora_load=str(out)))
+    source = adapter.read(str(load), GenerateConfig(load=str(load)), str(out))
     torch.testing.assert_close(logits(load_model(source)), of_model(config), rtol=1e-5, atol=1e-5)
 
 
@@ -242,16 +242,16 @@ def test_adapters_over_their_base_and_no_other(alone, tmp_path: Path, name: str)
     out = adapters.convert(run, tmp_path / "out", "--save-model-type", "peft")
     expected = of_model(config)
     for path in (run, str(out)):
-        source = adapter.read(load, GenerateConfig(load=load, lora_load=path))
+        source = adapter.read(load, GenerateConfig(load=load), path)
         torch.testing.assert_close(logits(load_model(source)), expected, rtol=1e-5, atol=1e-5)
     merged = adapters.convert(load, tmp_path / "merged", "--lora-load", run, "--verify")
     torch.testing.assert_close(logits(load_model(formats.read(merged))), expected, rtol=1e-5, atol=1e-5)
 
     other = str(adapters.base(tmp_path / "other", name, seed=1))
     with pytest.raises(ProblemError) as caught:
-        adapter.read(other, GenerateConfig(load=other, lora_load=run))
+        adapter.read(other, GenerateConfig(load=other), run)
     assert facts(caught) == [("--lora-load", f"{run}/iter_0000004", "base")]
-    resumed = replace(config, load=other, lora_load=run, save=None, save_interval=None)
+    resumed = replace(config, load=other, lora_load=(run,), save=None, save_interval=None)
     assert [(each.option, each.kind) for each in check_run(resumed)] == [("--lora-load", "base")]
 
 
@@ -289,15 +289,16 @@ def test_names_of_modules(tmp_path: Path, names: str, targets: str):
             ("--lora-modules-to-save", "q_proj"),
         ),
         ("llama", {"lora_target_modules": ("q",), "load": None}, ("--lora-target-modules", ("q",))),
-        ("llama", {"lora_load": "BASE"}, ("--lora-load", "BASE")),
-        ("llama", {"lora_load": "NOWHERE"}, ("--lora-load", "NOWHERE")),
+        ("llama", {"lora_load": ("BASE",)}, ("--lora-load", "BASE")),
+        ("llama", {"lora_load": ("NOWHERE",)}, ("--lora-load", "NOWHERE")),
         ("mixtral", {"lora_target_modules": ("w1",), "lora_dropout": 0.1}, ("low_rank: dropout", 0.1)),
     ],
 )
 def test_what_does_not_fit_is_a_problem_of_the_check(tmp_path: Path, name: str, options: dict[str, Any], expected):
     load = adapters.base(tmp_path, name)
     places = {"BASE": str(load), "NOWHERE": str(tmp_path / "nowhere")}
-    config = replace(adapters.config(tmp_path, load), **{k: places.get(str(v), v) for k, v in options.items()})
+    given = {k: tuple(places.get(each, each) for each in v) if k == "lora_load" else v for k, v in options.items()}
+    config = replace(adapters.config(tmp_path, load), **given)
     found = {(each.option, each.value) for each in check_run(config)}
     option, value = expected
     assert (option, places.get(str(value), value)) in found
@@ -319,7 +320,7 @@ def test_adapters_that_are_loaded_keep_their_form(alone):
 def test_what_peft_has_and_training_has_not(tmp_path: Path):
     load = adapters.base(tmp_path, "llama")
     adapters.peft_model(load, peft.LoraConfig(target_modules=["q_proj"], bias="all")).save_pretrained(tmp_path / "bias")
-    config = adapters.config(tmp_path, load, lora_load=str(tmp_path / "bias"))
+    config = adapters.config(tmp_path, load, lora_load=(str(tmp_path / "bias"),))
     assert [(each.option, each.kind) for each in check_run(config)] == [("--lora-load", "unsupported")]
 
 

@@ -45,10 +45,10 @@ def test_five_steps_are_those_of_peft(tmp_path: Path, name: str):
     torch.manual_seed(1)
     theirs = adapters.peft_model(load, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=TOKENS))
     theirs.save_pretrained(tmp_path / "start")
-    begun = adapter.read(str(load), GenerateConfig(load=str(load), lora_load=str(tmp_path / "start")))
+    begun = adapter.read(str(load), GenerateConfig(load=str(load)), str(tmp_path / "start"))
     torch.testing.assert_close(logits(load_model(begun)), logits(theirs), rtol=1e-5, atol=1e-5)
 
-    config = adapters.config(tmp_path, load, lora_load=str(tmp_path / "start"), train_iters=5)
+    config = adapters.config(tmp_path, load, lora_load=(str(tmp_path / "start"),), train_iters=5)
     job.run(config)
     losses, norms = trained_by_peft(theirs, config)
     assert figures(config) == {"loss": pytest.approx(losses, rel=1e-5), "grad_norm": pytest.approx(norms, rel=1e-4)}
@@ -108,7 +108,7 @@ def test_the_model_that_generates_is_the_one_that_was_trained(alone: TrainConfig
     load_into(model, source, origins={"adapter"})
     generating = load_model(formats.read(str(alone.save)))
     torch.testing.assert_close(logits(generating), logits(model.eval()), rtol=1e-5, atol=1e-5)
-    beside = adapter.read(str(alone.load), GenerateConfig(load=str(alone.load), lora_load=str(alone.save)))
+    beside = adapter.read(str(alone.load), GenerateConfig(load=str(alone.load)), str(alone.save))
     assert torch.equal(logits(load_model(beside)), logits(generating))
     assert not torch.allclose(logits(generating), logits(load_model(formats.read(str(alone.load)))), atol=1e-3)
     for decoder in (CachedDecoder(generating, 12), PlainDecoder(generating)):
@@ -134,7 +134,7 @@ def test_no_other_format_has_a_prefix(alone: TrainConfig, tmp_path: Path):
     job.run(config)
     out = adapters.convert(config.save, tmp_path / "out", "--save-model-type", "peft")
     with pytest.raises(ProblemError) as caught:  # over one that the model has
-        adapter.read(str(alone.save), GenerateConfig(load=str(alone.save), lora_load=str(out), lora_r=2))
+        adapter.read(str(alone.save), GenerateConfig(load=str(alone.save), lora_r=2), str(out))
     assert {problem.kind for problem in caught.value.problems} == {"requires"} and len(caught.value.problems) == 2
     shutil.rmtree(out)
     shutil.rmtree(str(config.save))

@@ -27,10 +27,10 @@ from cordee.weights.megatron.source import MegatronSource
 from cordee.weights.peft_parameters import factors, lengths
 
 
-def read(load: str, options: AdapterOptions) -> Source:
-    """The weights at `load`, the adapter that options name merged into them."""
+def read(load: str, options: AdapterOptions, path: str | None) -> Source:
+    """The weights at `load`, the adapter at `path`, of which options may say something, merged into them."""
     base = formats.read(load)
-    return base if options.lora_load is None else Merged(base, adapter_of(base, options.lora_load, options))
+    return base if path is None else Merged(base, adapter_of(base, path, options))
 
 
 def adapter_of(base: Source, path: str, options: AdapterOptions) -> Adapter:

@@ -90,13 +90,13 @@ def _source(form: Format, options: ConvertConfig) -> Source:
 
         return source.read(location_of(options.load_dir, "--load-dir"))
     source = _read(form, _model(form, options), options)
-    if options.lora_load is None:
+    if (path := options.only_adapter()) is None:
         return source
     from cordee.checkpoint import adapter
     from cordee.weights.adapter import Merged
 
     raise_all(check_model(source.spec, options))
-    return Merged(source, adapter.adapter_of(source, options.lora_load, options))
+    return Merged(source, adapter.adapter_of(source, path, options))
 
 
 def _output(form: Format, options: ConvertConfig) -> Path:

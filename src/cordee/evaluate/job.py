@@ -16,7 +16,7 @@ from cordee.evaluate.finished import Finished, fingerprint_files
 from cordee.evaluate.options import EvaluateConfig
 from cordee.evaluate.runner import run_tasks, show, tasks_of, write
 from cordee.evaluate.task import Subject, Task
-from cordee.generate.loading import check_part, load_part, stop_ids, tokenizer_of
+from cordee.generate.loading import check_part, join, load_part, stop_ids, tokenizer_of
 from cordee.generate.results import check_new
 from cordee.parallel import inference
 from cordee.parallel.degrees import RANKS, Degrees, model_processes
@@ -57,7 +57,8 @@ def run(config: EvaluateConfig) -> int:
     log.setup(launch.rank_info().rank)
     prepared = _prepare(config)
     with ExitStack() as stack:
-        model, stage = load_part(prepared.source, config, _degrees(config), stack, "while evaluating")
+        layout = join(config, _degrees(config), stack, "while evaluating")
+        model, stage = load_part(prepared.source, config, layout)
         subject = Subject(model, prepared.tokenizer, stage, prepared.stop)
         finished = _finished(config, subject)
         results = run_tasks(prepared.tasks, subject, config, finished)
@@ -75,7 +76,8 @@ def _finished(config: EvaluateConfig, subject: Subject) -> Finished:
         return Finished(None)
     dtype = next(subject.model.parameters()).dtype
     path = Path(config.output)
-    files = [fingerprint_files(location_of(each)) for each in (config.load, config.lora_load) if each is not None]
+    given = config.load, *config.adapters().values()
+    files = [fingerprint_files(location_of(each)) for each in given]
     return Finished(path.with_name(f"{path.name}.partial"), f"{' '.join(files)} {dtype}")
 
 
@@ -91,7 +93,7 @@ def _degrees(config: EvaluateConfig) -> Degrees:
 def _prepare(config: EvaluateConfig) -> _Prepared:
     found = Findings([*option_problems(config)])
     found.attempt(lambda: check_new(config.output))
-    source = found.attempt(lambda: adapter.read(config.load, config))
+    source = found.attempt(lambda: adapter.read(config.load, config, config.only_adapter()))
     found.problems += check_part(source, config, _degrees(config))
     tasks = found.attempt(lambda: tasks_of(config, source and source.spec.config))
     tokenizer = found.attempt(lambda: _tokenizer(config, tasks or [], source))

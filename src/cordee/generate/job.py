@@ -9,16 +9,19 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from cordee import launch, log
 from cordee.checkpoint import adapter
 from cordee.config import laws
+from cordee.config.spelling import unknown
 from cordee.data.readers import reading, text_files
 from cordee.data.readers.chunk import Invalid
 from cordee.errors import Findings, Problem, ProblemError, Problems, raise_all
 from cordee.generate.engine import check, stream
-from cordee.generate.loading import check_part, load_part, stop_ids, tokenizer_of
+from cordee.generate.loading import check_part, join, load_part, stop_ids, tokenizer_of
 from cordee.generate.options import GenerateConfig, GenerateOptions
 from cordee.generate.results import NewFile, check_new
 from cordee.generate.text import continuation, encode_prompts
@@ -30,15 +33,17 @@ from cordee.parallel.inference import InferenceStage
 from cordee.tokenizer import Tokenizer
 from cordee.weights.codec import Source
 
+BASE = "base"  # the name of the model without an adapter
 BOLD, PLAIN = "\033[1m", "\033[0m"
 
 
 @dataclass
 class _Sample:
-    """A continuation: which of its prompt's, and once it has ended its text and why it ended."""
+    """A continuation: which of its prompt's by an adapter, and once it has ended its text and why it ended."""
 
     prompt: str
     prompt_tokens: list[int]
+    adapter: str
     number: int
     tokens: list[int] = field(default_factory=list)
     text: str = ""
@@ -49,16 +54,16 @@ class _Sample:
         self.finish = "stop" if self.tokens[-1] in stop else "length"
 
     def record(self) -> dict[str, object]:
-        return {name: getattr(self, name) for name in ("prompt", "number", "text", "tokens", "finish")}
+        return {name: getattr(self, name) for name in ("prompt", "adapter", "number", "text", "tokens", "finish")}
 
 
 @dataclass(frozen=True)
 class _Prepared:
     """A generation that nothing is known to be wrong with."""
 
-    source: Source
+    sources: dict[str, Source]  # by the names of their adapters
     tokenizer: Tokenizer
-    prompts: list[tuple[str, list[int]]]  # texts and their tokens
+    prompts: list[tuple[str, list[int], str]]  # texts, their tokens, and which source continues them, one after another
     stop: frozenset[int]
 
 
@@ -82,24 +87,31 @@ def check_run(config: GenerateConfig) -> list[Problem]:
 def run(config: GenerateConfig) -> int:
     """Continue the prompts of `config` and show them. ProblemError with all that keeps it from starting."""
     prepared = _prepare(config)
-    source, tokenizer, stop = prepared.source, prepared.tokenizer, prepared.stop
     numbers = range(config.num_return_sequences)
-    samples = [_Sample(prompt, tokens, number) for prompt, tokens in prepared.prompts for number in numbers]
-    log.setup(launch.rank_info().rank)
+    samples = [_Sample(*prompt, number) for prompt in prepared.prompts for number in numbers]
+    rank, seconds = launch.rank_info().rank, 0.0
+    log.setup(rank)
     with ExitStack() as stack:
-        model, stage = load_part(source, config, inference.degrees(config), stack, "while generating")
-        start = time.perf_counter()
-        speaks = stage is None or stage.layout.rank == 0
-        file = stack.enter_context(closing(NewFile(config.output))) if config.output and speaks else None
-        # On a terminal the continuations themselves show how far it is.
-        shown = speaks and not sys.stdout.isatty()
+        shown = rank == 0 and not sys.stdout.isatty()  # on a terminal the continuations themselves show how far it is
         show = stack.enter_context(progress_bar("generating", len(samples) * config.max_new_tokens, shown=shown))
-        for number, sample in enumerate(_written(samples, model, stage, tokenizer, stop, config, show), 1):
-            if speaks:
-                _show(sample, f"--- {number} of {len(samples)}" if len(samples) > 1 else None)
-            if file is not None:
-                file.write(json.dumps(sample.record(), ensure_ascii=False))
-    logger.info(_summary(samples, time.perf_counter() - start))
+        layout, number = join(config, inference.degrees(config), stack, "while generating"), 0
+        file: NewFile | None = None
+        for name, source in prepared.sources.items():
+            own, before = [sample for sample in samples if sample.adapter == name], number * config.max_new_tokens
+            model, stage = load_part(source, config, layout)
+            if file is None and config.output and rank == 0:  # nothing keeps the job from starting any more
+                file = stack.enter_context(closing(NewFile(config.output)))
+            start = time.perf_counter()
+            for sample in _written(own, model, stage, prepared, config, lambda done, n=before: show(n + done)):
+                number += 1
+                if rank == 0:
+                    of = f" ({name})" if len(prepared.sources) > 1 else ""
+                    _show(sample, f"--- {number} of {len(samples)}{of}" if len(samples) > 1 else None)
+                if file is not None:
+                    file.write(json.dumps(sample.record(), ensure_ascii=False))
+            seconds += time.perf_counter() - start
+            del model  # before the next comes
+    logger.info(_summary(samples, seconds))
     return 0
 
 
@@ -107,18 +119,40 @@ def _prepare(config: GenerateConfig) -> _Prepared:
     found = Findings([*option_problems(config)])
     texts = found.attempt(lambda: _prompts(config)) or {}
     found.attempt(lambda: check_new(config.output))
-    source = found.attempt(lambda: adapter.read(config.load, config))
-    found.problems += check_part(source, config, inference.degrees(config))
-    tokenizer = found.attempt(lambda: tokenizer_of(config, source))
+    asked = found.attempt(lambda: _asked(config, len(texts))) or []
+    paths, read = config.adapters() if asked else {}, partial(adapter.read, config.load, config)
+    made = {name: found.attempt(partial(read, paths.get(name))) for name in dict.fromkeys(chain(*asked)) or ("",)}
+    for source in made.values():
+        found.problems += check_part(source, config, inference.degrees(config))
+    sources = {name: source for name, source in made.items() if source is not None}
+    first = next(iter(sources.values()), None)
+    tokenizer = found.attempt(lambda: tokenizer_of(config, first))
     prompts, stop = [], None
-    if source is not None and tokenizer is not None:
+    if first is not None and tokenizer is not None:
         ids = encode_prompts(tokenizer, list(texts.values()))
-        found.problems += check(source.spec.config, ids, config, texts)
-        prompts = list(zip(texts.values(), ids, strict=True))
-        stop = found.attempt(lambda: stop_ids(source.spec, source.assets, tokenizer))
+        found.problems += (each for of in sources.values() for each in check(of.spec.config, ids, config, texts))
+        both = list(zip(zip(texts.values(), ids, strict=True), asked, strict=False))
+        prompts = [(*prompt, name) for name in sources for prompt, names in both if name in names]
+        stop = found.attempt(lambda: stop_ids(first.spec, first.assets, tokenizer))
     raise_all(found.problems)
-    assert source is not None and tokenizer is not None and stop is not None
-    return _Prepared(source, tokenizer, prompts, stop)
+    assert tokenizer is not None and stop is not None
+    return _Prepared(sources, tokenizer, prompts, stop)
+
+
+def _asked(config: GenerateConfig, num_prompts: int) -> list[tuple[str, ...]]:
+    """The adapters that continue each prompt, by their names. ProblemError for names of none."""
+    names = tuple(config.adapters()) or (BASE if config.adapter else "",)
+    for name in config.adapter:
+        if name not in (*names, BASE):
+            raise_all([unknown("--adapter", name, [*names, BASE], "--lora-load has no such adapter")])
+    if len(config.adapter) not in (0, 1, num_prompts):
+        why = f"there are {counted(num_prompts, 'prompt')}"
+        raise ProblemError.of(
+            "--adapter", " ".join(config.adapter), why, "give one, or one a prompt", limit=num_prompts
+        )
+    if len(config.adapter) == num_prompts:
+        return [(name,) for name in config.adapter]
+    return [config.adapter or names] * num_prompts
 
 
 def _prompts(options: GenerateOptions) -> dict[str, str]:
@@ -148,13 +182,12 @@ def _written(
     samples: list[_Sample],
     model: GPTModel,
     stage: InferenceStage | None,
-    tokenizer: Tokenizer,
-    stop: frozenset[int],
+    prepared: _Prepared,
     options: GenerateOptions,
     progress: Callable[[int], None],
 ) -> Iterator[_Sample]:
     """The samples in order, once they and all before have ended; `progress` gets the tokens written or void."""
-    prompts = [sample.prompt_tokens for sample in samples]
+    prompts, tokenizer, stop = [sample.prompt_tokens for sample in samples], prepared.tokenizer, prepared.stop
     given = done = 0
     for token in stream(model, prompts, options, stop_ids=stop, vocab_size=tokenizer.vocab_size, stage=stage):
         sample = samples[token.sample]

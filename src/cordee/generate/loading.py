@@ -37,26 +37,34 @@ def load_model(source: Source, dtype: str | None = None, device: str | None = No
     return model
 
 
-def load_part(
-    source: Source, config: InferenceConfig, shape: Degrees, stack: ExitStack, phase: str
-) -> tuple[GPTModel, InferenceStage | None]:
-    """The model in `source`, or this process's part of it and where that is, in a group that lasts as long as `stack`.
+def join(config: InferenceConfig, shape: Degrees, stack: ExitStack, phase: str) -> Layout | None:
+    """The layout of several processes, in a group that lasts as long as `stack`; None for one alone.
 
     `phase` says in an error what the processes were doing when they lost each other ("while generating")."""
-    source.drop_values("--load")
     if shape.world_size == 1:
-        return load_model(source, config.dtype, config.device), None
-    ranks = launch.rank_info()
-    kind = devices.kind().name if config.device is None else device_of(config.device).type
-    on = devices.local_device(ranks.local_rank) if kind == devices.kind().name else torch.device(kind)
-    timeout = timedelta(minutes=config.distributed_timeout_minutes)
+        return None
+    kind, timeout = _own_device(config).type, timedelta(minutes=config.distributed_timeout_minutes)
     stack.enter_context(collectives.contact(phase))
     backend = devices.KINDS[kind].collective_backend(config.distributed_backend)
-    stack.enter_context(process_group(ranks, backend, timeout))
-    layout = Layout(shape, on.type, timeout)
-    model, stage = inference.build(source.spec.config, layout, dtype_of(config.dtype, source), on)
+    stack.enter_context(process_group(launch.rank_info(), backend, timeout))
+    return Layout(shape, kind, timeout)
+
+
+def load_part(source: Source, config: InferenceConfig, layout: Layout | None) -> tuple[GPTModel, InferenceStage | None]:
+    """The model in `source`, or this process's part of it in `layout` and where that is."""
+    source.drop_values("--load")
+    if layout is None:
+        return load_model(source, config.dtype, config.device), None
+    model, stage = inference.build(source.spec.config, layout, dtype_of(config.dtype, source), _own_device(config))
     fill(model, source)
     return model, stage
+
+
+def _own_device(config: InferenceConfig) -> torch.device:
+    """That of this process, one of several on this machine."""
+    kind = devices.kind().name if config.device is None else device_of(config.device).type
+    on_it = kind == devices.kind().name
+    return devices.local_device(launch.rank_info().local_rank) if on_it else torch.device(kind)
 
 
 def check_part(source: Source | None, config: InferenceConfig, shape: Degrees) -> list[Problem]:

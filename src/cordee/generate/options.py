@@ -54,6 +54,11 @@ class GenerateOptions(DecodingOptions):
 
     prompt: tuple[str, ...] = option((), "prompt text; several are one batch", aliases=("--prompts",), empty=True)
     prompts_file: str | None = option(None, "file with one prompt per line", metavar="FILE")
+    adapter: tuple[str, ...] = option(
+        (),
+        "names in --lora-load of the adapters that answer: one for all prompts, or one each; base: none [all to all]",
+        metavar="NAME",
+    )
     num_return_sequences: int = option(1, "sequences per prompt, with --do-sample", aliases=("--num-samples",), above=0)
     output: str | None = option(None, "also write one JSON line per generated sequence", metavar="FILE")
 

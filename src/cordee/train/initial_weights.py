@@ -64,7 +64,7 @@ def tokenizer_of(config: TrainConfig, initial: InitialWeights) -> Tokenizer | No
 
 def option_of(config: TrainConfig) -> str:
     """The option that names what a run resumes from."""
-    return "--load" if config.lora_load is None else "--lora-load"
+    return "--load" if not config.lora_load else "--lora-load"
 
 
 def choose(config: TrainConfig, avoid: Mapping[int, str] | None, notes: list[str]) -> InitialWeights:
@@ -73,7 +73,7 @@ def choose(config: TrainConfig, avoid: Mapping[int, str] | None, notes: list[str
     if config.load is None:
         return InitialWeights()
     with reached("--load", config.load):
-        if (given := config.lora_load) is None:
+        if (given := config.only_adapter()) is None:
             return _choose(config, location_of(config.load), avoid, notes)
     option, base = option_of(config), location_of(config.load)
     with reached(option, given):

@@ -131,7 +131,7 @@ def _plan(config: TrainConfig, layout: Layout) -> RunPlan:
     unread = Findings()
     fingerprint = _fingerprint(config, layout, unread)
     avoid: dict[int, str] = {}
-    given = config.lora_load or config.load or ""
+    given = config.only_adapter() or config.load or ""
     while True:
         plan = together(lambda: plan_run(config, layout.world_size, avoid, fingerprint), layout.control)
         collectives.raise_together(unread.problems, layout.control)  # after what planning finds of the same files

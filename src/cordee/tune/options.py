@@ -2,11 +2,15 @@
 
 Owns their names, types, defaults and help texts, and what each needs of others."""
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from cordee.config.laws import GIVEN, Wanted, ignored, needs
 from cordee.config.option import option
+from cordee.errors import ProblemError
 
+_NAMED = re.compile(r"([\w.-]+)=(.+)")
 OF_ADAPTERS = "lora_r lora_alpha use_rslora use_dora lora_modules_to_save lora_dropout lora_plus_lr_ratio".split()
 
 
@@ -14,11 +18,11 @@ OF_ADAPTERS = "lora_r lora_alpha use_rslora use_dora lora_modules_to_save lora_d
 class AdapterOptions:
     """LoRA adapters."""
 
-    lora_load: str | None = option(
-        None,
+    lora_load: tuple[str, ...] = option(
+        (),
         "LoRA adapter: directory of PEFT, or checkpoints of a run; training starts from it or, with checkpoints, "
-        "resumes, all else merges it, which a Megatron checkpoint of LoRA training can be, too",
-        metavar="DIR",
+        "resumes, all else merges it, which a Megatron checkpoint of LoRA training can be, too; generate takes several",
+        metavar="[NAME=]DIR",
     )
     lora_r: int | None = option(None, "LoRA rank [as stored, else 16]", above=0)
     lora_alpha: float | None = option(None, "LoRA alpha: updates are scaled by alpha / r [as stored, else 32]", above=0)
@@ -28,6 +32,24 @@ class AdapterOptions:
         "Hugging Face's (q_proj), Megatron's (linear_qkv, query_key_value), or all-linear; to merge: as stored",
         metavar="NAME",
     )
+
+    def adapters(self) -> dict[str, str]:
+        """Where adapters are by their names, of which a single one may have none (""). ProblemError for names that tell
+        several not apart."""
+        named = [(each, None if Path(each).exists() else _NAMED.fullmatch(each)) for each in self.lora_load]
+        found = {match[1] if match else "": match[2] if match else each for each, match in named}
+        if len(found) < len(named) or (len(named) > 1 and "" in found):
+            why, fix = "names do not tell these adapters apart", "write NAME=DIR NAME=DIR ..."
+            raise ProblemError.of("--lora-load", " ".join(self.lora_load), why, fix, "names")
+        return found
+
+    def only_adapter(self) -> str | None:
+        """Where the only adapter is, None without. ProblemError if there are several."""
+        found = self.adapters()
+        if len(found) > 1:
+            why, fix = "one adapter goes into a model", "give one; cordee generate takes several"
+            raise ProblemError.of("--lora-load", " ".join(self.lora_load), why, fix, "at most", limit=1)
+        return next(iter(found.values()), None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -84,9 +84,8 @@ class DataSize:
     def epoch(self) -> float:
         """Samples of an epoch: all of the datasets, or until one of the interleaved ones, or each, was passed over."""
         passes = [self.samples[name] / share for name, share in self.shares.items()]
-        return {"interleave_under": min(passes), "interleave_over": max(passes)}.get(
-            self.mix, sum(self.samples.values())
-        )
+        whole = sum(self.samples.values())
+        return {"interleave_under": min(passes), "interleave_over": max(passes)}.get(self.mix or "", whole)
 
     def epochs(self, name: str, samples: int) -> float:
         """How often a run of `samples` passes over a dataset."""
