@@ -1,8 +1,8 @@
 """Where added tokens stand in a text.
 
 Owns the cutting of a text at its added tokens, which the `tokenizers` library does, so that every flag means there what
-it means in a `tokenizer.json`, what is put around a text, and how such a tokenizer is written to files. Knows nothing of
-how the text between the tokens is cut."""
+it means in a `tokenizer.json`, what is put around a text, and how such tokenizers are written to files. Knows nothing
+of how the text between the tokens is cut."""
 
 import json
 import re
