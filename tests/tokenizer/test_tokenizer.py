@@ -148,7 +148,7 @@ def ranks(made) -> dict[bytes, int]:
 
 @pytest.fixture
 def tiktoken_file(tmp_path, ranks, monkeypatch) -> Path:
-    monkeypatch.setitem(tik._KINDS, len(ranks), tik._LLAMA3)
+    monkeypatch.setitem(tik._KINDS, len(ranks), tik.LLAMA3)
     path = tmp_path / "tokenizer.model"
     path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()))
     return path
@@ -278,8 +278,8 @@ def test_tiktoken_file(tiktoken_file, ranks):
 
     ours = load(tokenizer_type="TikTokenizer", tokenizer_model=str(tiktoken_file))
     size = len(ranks)
-    special = {name: size + i for i, name in enumerate(tik._LLAMA3.special)}
-    theirs = tiktoken.Encoding("x", pat_str=tik._LLAMA3.pattern, mergeable_ranks=ranks, special_tokens=special)
+    special = {name: size + i for i, name in enumerate(tik.LLAMA3.special)}
+    theirs = tiktoken.Encoding("x", pat_str=tik.LLAMA3.pattern, mergeable_ranks=ranks, special_tokens=special)
     assert (ours.vocab_size, ours.bos, ours.eod) == (size + 256, size, size + 1)
     assert ours.encode_batch(TEXTS + LEADING) == [theirs.encode(text) for text in TEXTS + LEADING]
     assert ours.encode("a<|eot_id|>") == [*theirs.encode("a"), special["<|eot_id|>"]]

@@ -388,7 +388,7 @@ def assert_law(name: str, tokenizer: Made, setting: Setting, texts: list[str], f
 @pytest.fixture
 def known_ranks(made, monkeypatch) -> None:
     """The small file of ranks is one of those whose pattern is known."""
-    monkeypatch.setitem(tik._KINDS, made["tiktoken"].size - 2, tik._LLAMA3)
+    monkeypatch.setitem(tik._KINDS, made["tiktoken"].size - 2, tik.LLAMA3)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -66,8 +66,6 @@ def check_base(base: Source, manifest: Mapping[str, Any], where: Location, optio
 class TrainedAdapter(Adapter):
     """The adapters in a checkpoint, for their `base`. ProblemError if they were trained on another."""
 
-    notes: tuple[str, ...] = ()
-
     def __init__(self, found: CheckpointSource, base: Source):
         raise_all(check_base(base, found.manifest, found.path, "--lora-load"))
         self._source, self._shapes, self._own, self.heads = found, found.spec.shapes(), set(found.names()), found

@@ -10,7 +10,6 @@ import math
 import os
 import pickle
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,17 +20,19 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from cordee.checkpoint.files import METADATA, metadata_in, read_tensor, tensors
 from cordee.checkpoint.storage import location_of
-from cordee.errors import ProblemError
+from cordee.errors import ProblemError, raise_all
 from cordee.families.registry import ModelSpec, spec_from_directory
-from cordee.tensors.views import Index, Leaf, Shape, View
+from cordee.tensors.rules import Rule
+from cordee.tensors.views import Index, Shape
 from cordee.weights.codec import PlannedFile, Source
-from cordee.weights.files import Stored
+from cordee.weights.files import Stored, unfit
 from cordee.weights.hf import HFSource
 from cordee.weights.regions import Destination
-from cordee.weights.ruled import RuledSink
+from cordee.weights.ruled import RuledSink, RuledSource
 from cordee.weights.staged_sink import Output
 from cordee.weights.torch_file import append
 
+BELONGING = "put the config.json that belongs to the weights beside them"
 PREFIXES = ("", "model.", "module.", "state_dict.", "state_dict.model.")  # under which programs save their model
 
 
@@ -66,30 +67,18 @@ def read(path: str | Path) -> Source:
             return HFSource(path, spec, dict.fromkeys(foreign, file))
     names = ", ".join(sorted(tensors(metadata))[:3]) or "none at all"
     why = f"its tensors have neither the names of family {spec.family.name} nor Cordée's; there are {names}"
-    fix = "put the config.json that belongs to the weights beside them"
-    raise ProblemError.of(str(path), None, why, fix, "unknown", limit=spec.family.name)
+    raise ProblemError.of(str(path), None, why, BELONGING, "unknown", limit=spec.family.name)
 
 
-class CanonicalSource(Source):
+class CanonicalSource(RuledSource):
     """Weights by their canonical names."""
 
     def __init__(self, path: Path, spec: ModelSpec, file: DistributedFile):
         self.spec = spec
         self.assets = path
-        self._file = file
-        for name, shape in self._shapes.items():
-            if (found := file.tensors[name].shape) != shape:
-                why = f"its shape is {list(found)}, but by config.json it is {list(shape)}"
-                fix = "put the config.json that belongs to the weights beside them"
-                raise ProblemError.of(f"{path}: {name}", None, why, fix)
-
-    def dtype(self, name: str) -> torch.dtype:
-        dtype = self._file.tensors[name].dtype
-        assert dtype is not None
-        return dtype
-
-    def view(self, name: str) -> View:
-        return Leaf(self.shape(name), partial(self._file.read, name))
+        self.files = dict.fromkeys(self._shapes, file)
+        self._rules = {name: Rule(name, (name,)) for name in self._shapes}
+        raise_all(p for name, shape in self._shapes.items() for p in unfit(file, name, shape, BELONGING))
 
 
 DATA = "__0_0.distcp"  # as torch names the first file of the first rank

@@ -20,6 +20,7 @@ from torch.futures import Future
 
 from cordee.checkpoint.storage import Location, location_of
 from cordee.errors import Problem, ProblemError
+from cordee.tensors.views import Shape, normalise
 from cordee.weights.pickled import Call, Name, load
 from cordee.weights.regions import Region
 from cordee.weights.torch_file import UNREADABLE, resolve, tensor_in
@@ -29,7 +30,6 @@ RANGE = 2**25  # bytes that one request to a store reads at most
 _CELLS = 2**22  # of the grid that a tensor's chunks make
 # Megatron's metadata, of core 0.15 alone: torch's with a further field.
 _OF_MEGATRON = Name("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata")
-Shape = tuple[int, ...]
 
 
 def metadata_in(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> Metadata:
@@ -203,7 +203,7 @@ def read_tensor(
     chunks: those of its own that the part is in; None: which these are is found.
     ProblemError if what a chunk's place holds is another tensor, or none. Memory: the result."""
     kept = _described(metadata, name)
-    box = _box(tuple(kept.size), index)
+    box = [(cut.start, cut.stop) for cut in normalise(index, tuple(kept.size))]
     result = torch.empty([stop - start for start, stop in box], dtype=kept.properties.dtype)
     for chunk in kept.chunks if chunks is None else chunks:
         sides = zip(box, chunk.offsets, chunk.sizes, strict=True)
@@ -213,13 +213,6 @@ def read_tensor(
             part = tuple(slice(a - o, b - o) for (a, b), o in zip(overlap, chunk.offsets, strict=True))
             result[target] = _read_chunk(directory, metadata, name, chunk, part)
     return result
-
-
-def _box(shape: tuple[int, ...], index: tuple[slice, ...] | None) -> list[tuple[int, int]]:
-    slices = (*(index or ()), *[slice(None)] * (len(shape) - len(index or ())))
-    bounds = [part.indices(size) for part, size in zip(slices, shape, strict=True)]
-    assert all(step == 1 for _, _, step in bounds), "a checkpoint is read by slices without steps"
-    return [(start, max(start, stop)) for start, stop, _ in bounds]
 
 
 def _read_chunk(

@@ -80,10 +80,6 @@ class _Part:
     dtype: torch.dtype
     chunks: Sequence[ChunkStorageMetadata]
 
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
 
 class _Whole:
     """Tensors by the names that a rank has for them. ValueError if one is there twice, or too many are stacked."""

@@ -21,22 +21,13 @@ if TYPE_CHECKING:
     from cordee.families.registry import ModelSpec
     from cordee.weights.megatron.source import MegatronSource
 
-FAMILIES = {  # of --model-type-hf
-    "aquila": {"aquila"},
-    "baichuan": {"baichuan"},
+_ALIKE = "aquila baichuan bloom gemma gemma2 grok internlm2 minicpm mixtral qwen".split()
+FAMILIES = {name: {name} for name in _ALIKE} | {  # of --model-type-hf
     "baichuan2": {"baichuan"},
-    "bloom": {"bloom"},
     "chatglm3": {"chatglm", "glm", "glm4"},
     "deepseek2": {"deepseek_v2"},
-    "gemma": {"gemma"},
-    "gemma2": {"gemma2"},
-    "grok": {"grok"},
-    "internlm2": {"internlm2"},
     "llama2": {"llama", "aquila", "internlm", "internlm3", "mistral", "qwen2"},
-    "minicpm": {"minicpm"},
     "minicpm-moe": {"minicpm"},
-    "mixtral": {"mixtral"},
-    "qwen": {"qwen"},
 }
 
 

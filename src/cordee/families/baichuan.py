@@ -17,12 +17,12 @@ FIRST_VOCAB, SECOND_VOCAB = 64000, 125696
 
 
 def read(hf: ConfigReader) -> ModelConfig:
-    heads, norm = common.read_plain_heads(hf, grouped=False), common.read_norm(hf)
+    heads = common.read_plain_heads(hf, grouped=False)
     rotary = hf.value("max_position_embeddings", None) is not None
     length = hf.integer("model_max_length", None) or hf.integer("max_position_embeddings")
     attention = AttentionConfig(**heads, rope=read_rope(hf, heads["head_dim"]) if rotary else None, alibi=not rotary)
-    layers = [LayerConfig(attention=attention, mlp=common.read_swiglu(hf), norm=norm)] * hf.integer("num_hidden_layers")
-    return common.read_model(hf, layers, norm, max_position_embeddings=length, norm_head=is_second(hf))
+    layers = common.read_layers(hf, attention)
+    return common.read_model(hf, layers, max_position_embeddings=length, norm_head=is_second(hf))
 
 
 def is_second(hf: ConfigReader) -> bool:
@@ -35,13 +35,8 @@ def is_second(hf: ConfigReader) -> bool:
 
 
 def layer_weights(layer: LayerConfig) -> list[Rule]:
-    return [
-        *module("attention_norm", "input_layernorm"),
-        *module("attention.qkv", "self_attn.W_pack", op=common.qkv_op(layer, packed_qkv)),
-        *module("attention.out", "self_attn.o_proj"),
-        *module("mlp_norm", "post_attention_layernorm"),
-        *common.mlp_weights(),
-    ]
+    qkv = module("attention.qkv", "self_attn.W_pack", op=common.qkv_op(layer, packed_qkv))
+    return common.layer_weights(layer, [*qkv, *module("attention.out", "self_attn.o_proj")])
 
 
 FAMILY = Family(

@@ -57,10 +57,8 @@ FAMILY = Family(
     architectures=("BloomForCausalLM", "BloomModel", "BloomForSequenceClassification"),
     read=read,
     outer_weights=(
-        *module("embedding", "transformer.word_embeddings"),
+        *common.outer_weights("transformer.word_embeddings", "transformer.ln_f"),
         *module("embedding_norm", "transformer.word_embeddings_layernorm"),
-        *module("final_norm", "transformer.ln_f"),
-        *module("head", "lm_head"),
     ),
     layer_prefix="transformer.h.{i}.",
     layer_weights=layer_weights,

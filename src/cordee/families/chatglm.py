@@ -65,10 +65,8 @@ FAMILY = Family(
     name="chatglm",
     architectures=("ChatGLMModel", "ChatGLMForConditionalGeneration"),
     read=read,
-    outer_weights=(
-        *module("embedding", "transformer.embedding.word_embeddings"),
-        *module("final_norm", "transformer.encoder.final_layernorm"),
-        *module("head", "transformer.output_layer"),
+    outer_weights=common.outer_weights(
+        "transformer.embedding.word_embeddings", "transformer.encoder.final_layernorm", "transformer.output_layer"
     ),
     layer_prefix="transformer.encoder.layers.{i}.",
     layer_weights=layer_weights,

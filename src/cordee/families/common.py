@@ -3,11 +3,23 @@
 Owns small functions, each for one part of a model, which families compose. Knows no family."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, TypedDict, TypeVar
 
 from cordee.families.reader import ConfigReader
-from cordee.model.config import Activation, AttentionConfig, LayerConfig, MLPConfig, ModelConfig, NormConfig
-from cordee.tensors.rules import IDENTITY, Rule, module, rotary_halves, separate_qkv, stack
+from cordee.families.rope import read_rope
+from cordee.model.config import (
+    Activation,
+    AttentionConfig,
+    LatentAttentionConfig,
+    LayerConfig,
+    MLPConfig,
+    ModelConfig,
+    MoEConfig,
+    NormConfig,
+    RopeConfig,
+)
+from cordee.tensors.rules import GATE_UP, IDENTITY, Rule, module, rotary_halves, separate_qkv, stack
 from cordee.tensors.views import Chain, Each, Op
 
 T = TypeVar("T")
@@ -61,6 +73,14 @@ def read_plain_heads(hf: ConfigReader, grouped: bool = True) -> Heads:
     return Heads(num_heads=heads, num_kv_heads=groups, head_dim=max(1, hidden // heads))
 
 
+def read_attention(
+    hf: ConfigReader, heads: Heads, bias: bool = False, rope: RopeConfig | None = None, **more: Any
+) -> AttentionConfig:
+    """Attention with rotary positions, and `bias` in all matrices; `more` are further fields, or replace these."""
+    rope = rope or read_rope(hf, heads["head_dim"])
+    return AttentionConfig(**heads, **{"qkv_bias": bias, "out_bias": bias, "rope": rope, **more})
+
+
 def read_norm(hf: ConfigReader) -> NormConfig:
     """RMSNorm."""
     return NormConfig(kind="rms", eps=hf.number("rms_norm_eps"))
@@ -102,14 +122,33 @@ def read_of_layers(hf: ConfigReader, key: str, known: tuple[T, ...], default: li
     return default
 
 
-def read_model(hf: ConfigReader, layers: Iterable[LayerConfig], norm: NormConfig, **more: Any) -> ModelConfig:
-    """A model of `layers`; `more` are further fields of `ModelConfig`, or replace those of the usual keys."""
+def read_layers(
+    hf: ConfigReader,
+    attention: AttentionConfig | LatentAttentionConfig,
+    mlp: MLPConfig | MoEConfig | None = None,
+    norm: NormConfig | None = None,
+    **more: Any,
+) -> list[LayerConfig]:
+    """Layers that are alike, by default with SwiGLU and RMSNorm; `more` are further fields of `LayerConfig`."""
+    layer = LayerConfig(attention=attention, mlp=mlp or read_swiglu(hf), norm=norm or read_norm(hf), **more)
+    return [layer] * hf.integer("num_hidden_layers")
+
+
+def windowed(layers: Iterable[LayerConfig], windows: Iterable[int | None]) -> list[LayerConfig]:
+    """`layers` with the window of each."""
+    pairs = zip(layers, windows, strict=True)
+    return [replace(layer, attention=replace(layer.attention, window=window)) for layer, window in pairs]
+
+
+def read_model(hf: ConfigReader, layers: list[LayerConfig], **more: Any) -> ModelConfig:
+    """A model of `layers`, which ends in a norm like theirs; `more` are further fields of `ModelConfig`, or replace
+    those of the usual keys."""
     dropout = hf.probability("hidden_dropout", 0.0)  # not a key of transformers, which ignores it
     values = {
         "vocab_size": hf.integer("vocab_size"),
         "hidden_size": hf.integer("hidden_size"),
         "layers": tuple(layers),
-        "final_norm": norm,
+        "final_norm": layers[0].norm,
         "embedding_dropout": dropout,
         "attention_dropout": hf.probability("attention_dropout", 0.0),
         "hidden_dropout": dropout,
@@ -122,13 +161,13 @@ def read_model(hf: ConfigReader, layers: Iterable[LayerConfig], norm: NormConfig
     return ModelConfig(**{**values, **more})
 
 
-def layer_weights(layer: LayerConfig) -> list[Rule]:
-    """Rules of a LLaMA layer."""
+def layer_weights(layer: LayerConfig, attention: list[Rule] | None = None, mlp: list[Rule] | None = None) -> list[Rule]:
+    """Rules of a LLaMA layer, or of one with other rules of `attention` or `mlp`."""
     return [
         *module("attention_norm", "input_layernorm"),
-        *attention_weights(layer),
+        *(attention or attention_weights(layer)),
         *module("mlp_norm", "post_attention_layernorm"),
-        *mlp_weights(),
+        *(mlp or mlp_weights()),
     ]
 
 
@@ -165,3 +204,13 @@ def mlp_weights(canonical: str = "mlp", foreign: str = "mlp") -> list[Rule]:
         *module(f"{canonical}.gate_up", f"{foreign}.gate_proj", f"{foreign}.up_proj", op=stack(2)),
         *module(f"{canonical}.down", f"{foreign}.down_proj"),
     ]
+
+
+def packed_mlp_weights() -> list[Rule]:
+    """Rules of a gated MLP with gate and up in one matrix."""
+    return [*module("mlp.gate_up", "mlp.gate_up_proj", op=GATE_UP), *module("mlp.down", "mlp.down_proj")]
+
+
+def outer_weights(embedding: str, norm: str, head: str = "lm_head") -> tuple[Rule, ...]:
+    """Rules of what is outside of layers, by its names."""
+    return (*module("embedding", embedding), *module("final_norm", norm), *module("head", head))

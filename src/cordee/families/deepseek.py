@@ -5,7 +5,7 @@ Owns the keys of their `config.json` and their layout in checkpoints. Routing di
 from dataclasses import replace
 
 from cordee.families import common
-from cordee.families.experts import Choice, expert_list_weights
+from cordee.families.experts import Choice, expert_list_weights, with_experts
 from cordee.families.family import HFConfig, keys
 from cordee.families.lenses import LATENT_EPS, Words, scaling_of
 from cordee.families.reader import ConfigReader
@@ -51,18 +51,14 @@ def read_model(
     and so many `dense_layers` are the family's, where the keys are missing."""
     for key in DERIVED:
         hf.value(key, None)
-    norm, dense = common.read_norm(hf), common.read_swiglu(hf)
     expert = common.read_swiglu(hf, key="moe_intermediate_size")
     width = (hf.nullable("n_shared_experts", shared) or 0) * expert.ffn_hidden_size
     shared_expert = replace(expert, ffn_hidden_size=width) if width else None
     moe = config.MoEConfig(router=router, expert=expert, shared=shared_expert, balance=balance)
-    attention = read_latent_attention(hf)
     first, every = hf.number("first_k_dense_replace", dense_layers), hf.integer("moe_layer_freq", 1)
-    layers = [
-        config.LayerConfig(attention=attention, mlp=moe if i >= first and i % every == 0 else dense, norm=norm)
-        for i in range(hf.integer("num_hidden_layers"))
-    ]
-    return common.read_model(hf, layers, norm)
+    layers = common.read_layers(hf, read_latent_attention(hf))
+    sparse = [i >= first and i % every == 0 for i in range(len(layers))]
+    return common.read_model(hf, with_experts(layers, moe, sparse))
 
 
 def read_groups(hf: ConfigReader, choice: Choice, groups: int = 1, top_groups: int = 1) -> tuple[int, int]:
@@ -102,13 +98,9 @@ def read_mscale(hf: ConfigReader, rope: config.RopeConfig) -> float:
 
 def layer_weights(layer: config.LayerConfig) -> list[Rule]:
     return [
-        *module("attention_norm", "input_layernorm"),
-        *latent_attention_weights(layer),
-        *module("mlp_norm", "post_attention_layernorm"),
-        *common.mlp_weights(),
-        *module("mlp.router", "mlp.gate"),
+        *common.layer_weights(layer, latent_attention_weights(layer)),
         Rule("mlp.router.correction_bias", ("mlp.gate.e_score_correction_bias",)),
-        *expert_list_weights(layer, "mlp.experts.{e}.", "gate_proj", "up_proj", "down_proj"),
+        *expert_list_weights(layer, "mlp", "gate_proj", "up_proj", "down_proj"),
         *common.mlp_weights("mlp.shared", "mlp.shared_experts"),
     ]
 

@@ -2,6 +2,7 @@
 
 Owns small functions, each for one part of an MoE layer, which families compose. Knows no family."""
 
+from dataclasses import replace
 from typing import TypedDict
 
 from cordee.families.reader import ConfigReader
@@ -57,15 +58,24 @@ def expert_keys(key: str) -> dict[str, str]:
 NARROW_EXPERTS = {"moe_intermediate_size": "moe_intermediate_size", "norm_topk_prob": "norm_topk_prob"}
 
 
-def expert_list_weights(layer: LayerConfig, prefix: str, gate: str | None, up: str, down: str) -> list[Rule]:
-    """Rules of experts with matrices of their own, named under `prefix`, in which `{e}` is the expert.
+def with_experts(layers: list[LayerConfig], moe: MoEConfig, sparse: list[bool]) -> list[LayerConfig]:
+    """`layers` with the experts `moe` in place of the MLP where they are `sparse`."""
+    return [replace(layer, mlp=moe) if has else layer for layer, has in zip(layers, sparse, strict=True)]
+
+
+def expert_list_weights(layer: LayerConfig, block: str, gate: str | None, up: str, down: str) -> list[Rule]:
+    """Rules of experts with matrices of their own, `{block}.experts.{number}.{gate, up or down}`, and of the router,
+    `{block}.gate`.
 
     `gate` None: experts are not gated. A layer without experts has no rules."""
     if not isinstance(layer.mlp, MoEConfig):
         return []
-    experts = [prefix.format(e=e) for e in range(layer.mlp.router.num_experts)]
+    experts = [f"{block}.experts.{e}." for e in range(layer.mlp.router.num_experts)]
     together = stack(len(experts))
-    rules = module("mlp.experts.down", *(e + down for e in experts), op=together)
+    rules = [
+        *module("mlp.router", f"{block}.gate"),
+        *module("mlp.experts.down", *(e + down for e in experts), op=together),
+    ]
     if gate is None:
         return [*module("mlp.experts.up", *(e + up for e in experts), op=together), *rules]
     pairs = Chain((Each((stack(2),) * len(experts)), together))

@@ -85,11 +85,7 @@ class Family:
     read: Callable[[ConfigReader], ModelConfig]
     layer_weights: Callable[[LayerConfig], list[Rule]] = common.layer_weights
     layer_prefix: str = "model.layers.{i}."
-    outer_weights: tuple[Rule, ...] = (
-        *module("embedding", "model.embed_tokens"),
-        *module("final_norm", "model.norm"),
-        *module("head", "lm_head"),
-    )
+    outer_weights: tuple[Rule, ...] = common.outer_weights("model.embed_tokens", "model.norm")
     base_prefix: str = "model."
     ignored: tuple[str, ...] = ()
     left_out: Callable[[HFConfig], LeftOut] | None = None

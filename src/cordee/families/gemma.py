@@ -4,14 +4,12 @@ Like LLaMA, with the tanh form of GELU in the gated MLP, a tied head, embeddings
 of a size of their own, and norm weights stored as the distance from one (Gemma Team 2024)."""
 
 import math
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 from cordee.families import common
 from cordee.families.family import Family
 from cordee.families.reader import ConfigReader
-from cordee.families.rope import read_rope
 from cordee.model.config import AttentionConfig, LayerConfig, MLPConfig, ModelConfig, NormConfig
 
 TANH = common.names_of("gelu_tanh")
@@ -19,9 +17,7 @@ TANH = common.names_of("gelu_tanh")
 
 def read(hf: ConfigReader) -> ModelConfig:
     heads, bias = common.read_heads(hf, head_dim=256, groups=16), hf.flag("attention_bias", False)
-    attention = AttentionConfig(**heads, qkv_bias=bias, out_bias=bias, rope=read_rope(hf, heads["head_dim"]))
-    layer = LayerConfig(attention=attention, mlp=read_mlp(hf), norm=read_norm(hf))
-    return read_model(hf, [layer] * hf.integer("num_hidden_layers"))
+    return read_model(hf, read_layers(hf, common.read_attention(hf, heads, bias)))
 
 
 def read_norm(hf: ConfigReader) -> NormConfig:
@@ -35,10 +31,14 @@ def read_mlp(hf: ConfigReader) -> MLPConfig:
     return MLPConfig(ffn_hidden_size=hf.integer("intermediate_size"), activation=activation, gated=True)
 
 
-def read_model(hf: ConfigReader, layers: Iterable[LayerConfig], **more: Any) -> ModelConfig:
+def read_layers(hf: ConfigReader, attention: AttentionConfig, **more: Any) -> list[LayerConfig]:
+    return common.read_layers(hf, attention, mlp=read_mlp(hf), norm=read_norm(hf), **more)
+
+
+def read_model(hf: ConfigReader, layers: list[LayerConfig], **more: Any) -> ModelConfig:
     scale = math.sqrt(hf.integer("hidden_size"))
     tied = hf.flag("tie_word_embeddings", True)
-    return common.read_model(hf, layers, read_norm(hf), embedding_scale=scale, tie_word_embeddings=tied, **more)
+    return common.read_model(hf, layers, embedding_scale=scale, tie_word_embeddings=tied, **more)
 
 
 FAMILY = Family(

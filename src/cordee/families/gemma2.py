@@ -5,25 +5,20 @@ other layer, and scores scaled by a number of its own (Gemma Team 2024, arXiv 24
 
 from cordee.families import common
 from cordee.families.family import Family, keys
-from cordee.families.gemma import read_mlp, read_model, read_norm
+from cordee.families.gemma import read_layers, read_model
 from cordee.families.reader import ConfigReader
-from cordee.families.rope import read_rope
-from cordee.model.config import AttentionConfig, LayerConfig, ModelConfig
+from cordee.model.config import LayerConfig, ModelConfig
 from cordee.tensors.rules import Rule, module
 
 
 def read(hf: ConfigReader) -> ModelConfig:
     heads, bias = common.read_heads(hf, head_dim=256, groups=4), hf.flag("attention_bias", False)
-    norm, mlp, rope = read_norm(hf), read_mlp(hf), read_rope(hf, heads["head_dim"])
     scale = hf.positive("query_pre_attn_scalar", 256) ** -0.5
     window = hf.integer(hf.alias("sliding_window", "sliding_window_size"), 4096)
     cap = read_cap(hf, "attn_logit_softcapping", 50.0)
-    layers = []
-    for reach in common.read_windows(hf, window, lambda layer: layer % 2 == 0):
-        attention = AttentionConfig(
-            **heads, qkv_bias=bias, out_bias=bias, rope=rope, scale=scale, window=reach, softcap=cap
-        )
-        layers.append(LayerConfig(attention=attention, mlp=mlp, norm=norm, norm_placement="sandwich"))
+    attention = common.read_attention(hf, heads, bias, scale=scale, softcap=cap)
+    layers = read_layers(hf, attention, norm_placement="sandwich")
+    layers = common.windowed(layers, common.read_windows(hf, window, lambda layer: layer % 2 == 0))
     return read_model(hf, layers, logit_softcap=read_cap(hf, "final_logit_softcapping", 30.0))
 
 

@@ -8,13 +8,11 @@ from cordee.families.family import Family, keys
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import read_rope
 from cordee.model.config import AttentionConfig, LayerConfig, ModelConfig
-from cordee.tensors.rules import GATE_UP, Rule, module
+from cordee.tensors.rules import Rule
 
 
 def read(hf: ConfigReader) -> ModelConfig:
-    norm = common.read_norm(hf)
-    layer = LayerConfig(attention=read_attention(hf), mlp=common.read_swiglu(hf), norm=norm)
-    return common.read_model(hf, [layer] * hf.integer("num_hidden_layers"), norm)
+    return common.read_model(hf, common.read_layers(hf, read_attention(hf)))
 
 
 def read_attention(hf: ConfigReader) -> AttentionConfig:
@@ -24,13 +22,8 @@ def read_attention(hf: ConfigReader) -> AttentionConfig:
 
 
 def layer_weights(layer: LayerConfig) -> list[Rule]:
-    return [
-        *module("attention_norm", "input_layernorm"),
-        *common.attention_weights(layer, common.paired_qkv(layer)),
-        *module("mlp_norm", "post_attention_layernorm"),
-        *module("mlp.gate_up", "mlp.gate_up_proj", op=GATE_UP),
-        *module("mlp.down", "mlp.down_proj"),
-    ]
+    attention = common.attention_weights(layer, common.paired_qkv(layer))
+    return common.layer_weights(layer, attention, common.packed_mlp_weights())
 
 
 FAMILY = Family(

@@ -9,9 +9,7 @@ from cordee.tensors.rules import Rule, module
 
 
 def read(hf: ConfigReader) -> ModelConfig:
-    norm = common.read_norm(hf)
-    layer = LayerConfig(attention=read_attention(hf), mlp=common.read_swiglu(hf), norm=norm, norm_placement="sandwich")
-    return common.read_model(hf, [layer] * hf.integer("num_hidden_layers"), norm)
+    return common.read_model(hf, common.read_layers(hf, read_attention(hf), norm_placement="sandwich"))
 
 
 def sandwich_weights(layer: LayerConfig) -> list[Rule]:

@@ -92,10 +92,8 @@ FAMILY = Family(
     architectures=("GPT2LMHeadModel", "GPT2Model", "GPT2ForSequenceClassification"),
     read=read,
     outer_weights=(
-        *module("embedding", "transformer.wte"),
+        *common.outer_weights("transformer.wte", "transformer.ln_f"),
         *module("position_embedding", "transformer.wpe"),
-        *module("final_norm", "transformer.ln_f"),
-        *module("head", "lm_head"),
     ),
     layer_prefix="transformer.h.{i}.",
     layer_weights=layer_weights,

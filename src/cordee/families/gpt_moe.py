@@ -17,15 +17,14 @@ from cordee.families.experts import expert_keys, expert_list_weights, read_balan
 from cordee.families.family import Family, keys
 from cordee.families.gpt2 import write_activation
 from cordee.families.reader import ConfigReader
-from cordee.families.rope import read_rope
 from cordee.model import config
-from cordee.tensors.rules import Rule, module
+from cordee.tensors.rules import Rule
 
 
 def read(hf: ConfigReader) -> config.ModelConfig:
     heads, bias = common.read_heads(hf), hf.flag("attention_bias", True)
     norm = config.NormConfig(kind="layer", eps=hf.number("layer_norm_eps"))
-    attention = config.AttentionConfig(**heads, qkv_bias=bias, out_bias=bias, rope=read_rope(hf, heads["head_dim"]))
+    attention = common.read_attention(hf, heads, bias)
     expert = config.MLPConfig(
         ffn_hidden_size=hf.integer("intermediate_size"),
         activation=hf.choice("hidden_act", common.ACTIVATIONS, "gelu"),
@@ -38,9 +37,8 @@ def read(hf: ConfigReader) -> config.ModelConfig:
         balance=read_balance(hf, 0.01),
         capacity=read_capacity(hf),
     )
-    layer = config.LayerConfig(attention=attention, mlp=moe, norm=norm)
-    tied = hf.flag("tie_word_embeddings", True)
-    return common.read_model(hf, [layer] * hf.integer("num_hidden_layers"), norm, tie_word_embeddings=tied)
+    layers, tied = common.read_layers(hf, attention, mlp=moe, norm=norm), hf.flag("tie_word_embeddings", True)
+    return common.read_model(hf, layers, tie_word_embeddings=tied)
 
 
 DROP_POLICIES: dict[str, Literal["probs", "position"]] = {"probs": "probs", "position": "position"}
@@ -54,11 +52,7 @@ def read_capacity(hf: ConfigReader) -> config.CapacityConfig | None:
 
 
 def layer_weights(layer: config.LayerConfig) -> list[Rule]:
-    return [
-        *common.layer_weights(layer),
-        *module("mlp.router", "mlp.gate"),
-        *expert_list_weights(layer, "mlp.experts.{e}.", None, "up_proj", "down_proj"),
-    ]
+    return [*common.layer_weights(layer), *expert_list_weights(layer, "mlp", None, "up_proj", "down_proj")]
 
 
 FAMILY = Family(

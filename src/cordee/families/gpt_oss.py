@@ -3,8 +3,6 @@
 A token's four experts are weighted by the softmax of their logits. Experts are stored as stacks `[expert, in, out]`,
 gate and up in turns along the last dim. The published files have them quantised."""
 
-from dataclasses import replace
-
 from cordee.families import common
 from cordee.families.experts import expert_keys, expert_stack_weights, read_balance, read_choice
 from cordee.families.family import Family, keys
@@ -21,10 +19,9 @@ def read(hf: ConfigReader) -> config.ModelConfig:
     hf.value("initial_context_length", None)  # said again among the rotary positions
     if hf.value("rope_parameters", None) is None:
         hf.value("rope_scaling")  # where neither is given, transformers stretches positions as the published models do
-    heads, norm = common.read_heads(hf, head_dim=64, groups=8), common.read_norm(hf)
-    bias = hf.flag("attention_bias", True)
+    heads, bias = common.read_heads(hf, head_dim=64, groups=8), hf.flag("attention_bias", True)
     rope = read_rope(hf, heads["head_dim"], theta=150000.0)
-    attention = config.AttentionConfig(**heads, qkv_bias=bias, out_bias=bias, rope=rope, sinks=True)
+    attention = common.read_attention(hf, heads, bias, rope=rope, sinks=True)
     choice = read_choice(hf, "num_local_experts", hf.alias("num_experts_per_tok", "experts_per_token"))
     balance = read_balance(hf)
     if not hf.flag("output_router_logits", False):
@@ -32,8 +29,7 @@ def read(hf: ConfigReader) -> config.ModelConfig:
     router = config.RouterConfig(**choice, score_when="after", bias=True)
     moe = config.MoEConfig(router=router, expert=read_expert(hf), balance=balance)
     windows = common.read_windows(hf, hf.integer("sliding_window", 128), lambda i: i % 2 == 0)
-    layers = [config.LayerConfig(attention=replace(attention, window=window), mlp=moe, norm=norm) for window in windows]
-    return common.read_model(hf, layers, norm)
+    return common.read_model(hf, common.windowed(common.read_layers(hf, attention, mlp=moe), windows))
 
 
 def refuse_quantised(hf: ConfigReader) -> None:

@@ -8,25 +8,21 @@ from cordee.families import common
 from cordee.families.experts import expert_keys, expert_list_weights, read_balance, read_choice
 from cordee.families.family import Family, keys
 from cordee.families.reader import ConfigReader
-from cordee.families.rope import read_rope
-from cordee.model.config import AttentionConfig, LayerConfig, MLPConfig, ModelConfig, MoEConfig, RouterConfig
+from cordee.model.config import LayerConfig, MLPConfig, ModelConfig, MoEConfig, RouterConfig
 from cordee.tensors.rules import Rule, module, separate_qkv
 
 
 def read(hf: ConfigReader) -> ModelConfig:
-    heads, norm = common.read_heads(hf), common.read_norm(hf)
-    rope, cap = read_rope(hf, heads["head_dim"]), hf.positive("max_attn_value", 30.0)
-    attention = AttentionConfig(**heads, rope=rope, scale=hf.positive("attn_output_multiplier"), softcap=cap)
+    scale, cap = hf.positive("attn_output_multiplier"), hf.positive("max_attn_value", 30.0)
+    attention = common.read_attention(hf, common.read_heads(hf), scale=scale, softcap=cap)
     moe = MoEConfig(
         router=RouterConfig(**read_choice(hf, "num_experts")),
         expert=MLPConfig(ffn_hidden_size=hf.integer("intermediate_size"), activation="gelu_tanh", gated=True),
         balance=read_balance(hf),
     )
-    layer = LayerConfig(attention=attention, mlp=moe, norm=norm, norm_placement="sandwich")
     return common.read_model(
         hf,
-        [layer] * hf.integer("num_hidden_layers"),
-        norm,
+        common.read_layers(hf, attention, mlp=moe, norm_placement="sandwich"),
         embedding_scale=hf.positive("embedding_multiplier_scale"),
         logit_scale=hf.positive("output_multiplier_scale"),
         tie_word_embeddings=hf.flag("tie_word_embeddings", True),
@@ -41,8 +37,7 @@ def layer_weights(layer: LayerConfig) -> list[Rule]:
         *module("attention.out", "attn.o_proj"),
         scale("attention_post_norm", "post_attn_norm"),
         scale("mlp_norm", "pre_moe_norm"),
-        *module("mlp.router", "moe_block.gate"),
-        *expert_list_weights(layer, "moe_block.experts.{e}.", "linear", "linear_v", "linear_1"),
+        *expert_list_weights(layer, "moe_block", "linear", "linear_v", "linear_1"),
         scale("mlp_post_norm", "post_moe_norm"),
     ]
 

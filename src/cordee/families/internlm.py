@@ -5,14 +5,13 @@ Past the length trained on, the base of the rotary positions grows with the text
 from cordee.families import common
 from cordee.families.family import Family, keys
 from cordee.families.reader import ConfigReader
-from cordee.model.config import AttentionConfig, DynamicNTKScaling, LayerConfig, ModelConfig, RopeConfig
+from cordee.model.config import DynamicNTKScaling, ModelConfig, RopeConfig
 
 
 def read(hf: ConfigReader) -> ModelConfig:
-    heads, norm, bias = common.read_plain_heads(hf, grouped=False), common.read_norm(hf), hf.flag("bias", True)
-    attention = AttentionConfig(**heads, qkv_bias=bias, out_bias=bias, rope=read_rotary(hf))
-    layer = LayerConfig(attention=attention, mlp=common.read_swiglu(hf), norm=norm)
-    return common.read_model(hf, [layer] * hf.integer("num_hidden_layers"), norm)
+    heads = common.read_plain_heads(hf, grouped=False)
+    attention = common.read_attention(hf, heads, hf.flag("bias", True), rope=read_rotary(hf))
+    return common.read_model(hf, common.read_layers(hf, attention))
 
 
 def read_rotary(hf: ConfigReader) -> RopeConfig:

@@ -3,16 +3,13 @@
 from cordee.families import common
 from cordee.families.family import Family, keys
 from cordee.families.reader import ConfigReader
-from cordee.families.rope import read_rope
-from cordee.model.config import AttentionConfig, LayerConfig, ModelConfig
+from cordee.model.config import LayerConfig, ModelConfig
 from cordee.tensors.rules import Rule, grouped_qkv, module, stack
 
 
 def read(hf: ConfigReader) -> ModelConfig:
-    heads, norm, bias = common.read_plain_heads(hf), common.read_norm(hf), hf.flag("bias", False)
-    attention = AttentionConfig(**heads, qkv_bias=bias, out_bias=bias, rope=read_rope(hf, heads["head_dim"]))
-    layer = LayerConfig(attention=attention, mlp=common.read_swiglu(hf), norm=norm)
-    return common.read_model(hf, [layer] * hf.integer("num_hidden_layers"), norm)
+    attention = common.read_attention(hf, common.read_plain_heads(hf), hf.flag("bias", False))
+    return common.read_model(hf, common.read_layers(hf, attention))
 
 
 def layer_weights(layer: LayerConfig) -> list[Rule]:
@@ -30,11 +27,7 @@ FAMILY = Family(
     name="internlm2",
     architectures=("InternLM2ForCausalLM", "InternLM2Model"),
     read=read,
-    outer_weights=(
-        *module("embedding", "model.tok_embeddings"),
-        *module("final_norm", "model.norm"),
-        *module("head", "output"),
-    ),
+    outer_weights=common.outer_weights("model.tok_embeddings", "model.norm", "output"),
     layer_weights=layer_weights,
     ignored=("model.layers.{i}.attention.rotary_emb.inv_freq",),
     keys=keys("head_dim"),

@@ -3,17 +3,14 @@
 from cordee.families import common
 from cordee.families.family import Family
 from cordee.families.reader import ConfigReader
-from cordee.families.rope import read_rope
-from cordee.model.config import AttentionConfig, LayerConfig, ModelConfig
+from cordee.model.config import ModelConfig
 
 
 def read(hf: ConfigReader) -> ModelConfig:
-    heads, norm = common.read_heads(hf, head_dim=128, groups=2), common.read_norm(hf)
     qkv_bias = hf.flag(hf.alias("qkv_bias", "attention_bias"), False)
     bias = hf.flag(hf.alias("bias", "mlp_bias"), False)  # of all other matrices
-    attention = AttentionConfig(**heads, qkv_bias=qkv_bias, out_bias=bias, rope=read_rope(hf, heads["head_dim"]))
-    layer = LayerConfig(attention=attention, mlp=common.read_swiglu(hf, bias), norm=norm)
-    return common.read_model(hf, [layer] * hf.integer("num_hidden_layers"), norm)
+    attention = common.read_attention(hf, common.read_heads(hf, head_dim=128, groups=2), bias, qkv_bias=qkv_bias)
+    return common.read_model(hf, common.read_layers(hf, attention, mlp=common.read_swiglu(hf, bias)))
 
 
 FAMILY = Family(name="internlm3", architectures=("InternLM3ForCausalLM", "InternLM3Model"), read=read)

@@ -6,16 +6,13 @@ RMS norm before each half of a layer, rotary positions, SwiGLU, query groups (To
 from cordee.families import common
 from cordee.families.family import Family, keys
 from cordee.families.reader import ConfigReader
-from cordee.families.rope import read_rope
-from cordee.model.config import AttentionConfig, LayerConfig, ModelConfig
+from cordee.model.config import ModelConfig
 
 
 def read(hf: ConfigReader) -> ModelConfig:
-    heads, norm = common.read_heads(hf), common.read_norm(hf)
-    bias = hf.flag("attention_bias", False)
-    attention = AttentionConfig(**heads, qkv_bias=bias, out_bias=bias, rope=read_rope(hf, heads["head_dim"]))
-    layer = LayerConfig(attention=attention, mlp=common.read_swiglu(hf, bias=hf.flag("mlp_bias", False)), norm=norm)
-    return common.read_model(hf, [layer] * hf.integer("num_hidden_layers"), norm)
+    attention = common.read_attention(hf, common.read_heads(hf), hf.flag("attention_bias", False))
+    mlp = common.read_swiglu(hf, bias=hf.flag("mlp_bias", False))
+    return common.read_model(hf, common.read_layers(hf, attention, mlp=mlp))
 
 
 FAMILY = Family(

@@ -33,7 +33,7 @@ def read(hf: ConfigReader) -> ModelConfig:
     sparse = read_layer_numbers(hf, "moe_layers", list(range(step - 1, count, step)))
     mlps = [moe if i in sparse else dense for i in range(count)]
     layers = [LayerConfig(attention=own, mlp=mlp, norm=norm) for own, mlp in zip(read_attention(hf), mlps, strict=True)]
-    return common.read_model(hf, layers, norm)
+    return common.read_model(hf, layers)
 
 
 def read_attention(hf: ConfigReader) -> list[configs.AttentionConfig]:
@@ -58,11 +58,9 @@ def read_attention(hf: ConfigReader) -> list[configs.AttentionConfig]:
 
 def layer_weights(layer: LayerConfig) -> list[Rule]:
     mlp = "feed_forward"
+    attention = common.attention_weights(layer, common.paired_qkv(layer))
     return [
-        *module("attention_norm", "input_layernorm"),
-        *common.attention_weights(layer, common.paired_qkv(layer)),
-        *module("mlp_norm", "post_attention_layernorm"),
-        *common.mlp_weights("mlp", mlp),
+        *common.layer_weights(layer, attention, common.mlp_weights("mlp", mlp)),
         *module("mlp.router", f"{mlp}.router"),
         *expert_stack_weights(f"{mlp}.experts", branches="two f"),
         *common.mlp_weights("mlp.shared", f"{mlp}.shared_expert"),

@@ -9,24 +9,17 @@ from cordee.families import common
 from cordee.families.experts import expert_keys, expert_list_weights, read_choice
 from cordee.families.family import Family, keys
 from cordee.families.reader import ConfigReader
-from cordee.families.rope import read_rope
 from cordee.model import config
-from cordee.tensors.rules import Rule, module
+from cordee.tensors.rules import Rule
 
 
 def read(hf: ConfigReader) -> config.ModelConfig:
-    heads, norm, bias = common.read_heads(hf), common.read_norm(hf), hf.flag("attention_bias", False)
+    attention = common.read_attention(hf, common.read_heads(hf), hf.flag("attention_bias", False))
     count, hidden = hf.integer("num_hidden_layers"), hf.integer("hidden_size")
-    layer = config.LayerConfig(
-        attention=config.AttentionConfig(**heads, qkv_bias=bias, out_bias=bias, rope=read_rope(hf, heads["head_dim"])),
-        mlp=read_mlp(hf),
-        norm=norm,
-        residual_scale=hf.positive("scale_depth", 1.0) / math.sqrt(count),
-    )
+    scale = hf.positive("scale_depth", 1.0) / math.sqrt(count)
     return common.read_model(
         hf,
-        [layer] * count,
-        norm,
+        common.read_layers(hf, attention, mlp=read_mlp(hf), residual_scale=scale),
         embedding_scale=hf.positive("scale_emb", 1.0),
         logit_scale=hf.positive("dim_model_base", 1.0) / hidden,
         tie_word_embeddings=hf.flag("tie_word_embeddings", True),
@@ -44,13 +37,7 @@ def read_mlp(hf: ConfigReader) -> config.MLPConfig | config.MoEConfig:
 
 
 def layer_weights(layer: config.LayerConfig) -> list[Rule]:
-    if isinstance(layer.mlp, config.MLPConfig):
-        return common.layer_weights(layer)
-    return [
-        *common.layer_weights(layer),
-        *module("mlp.router", "mlp.gate"),
-        *expert_list_weights(layer, "mlp.experts.{e}.", "w1", "w3", "w2"),
-    ]
+    return [*common.layer_weights(layer), *expert_list_weights(layer, "mlp", "w1", "w3", "w2")]
 
 
 FAMILY = Family(

@@ -8,26 +8,21 @@ from cordee.families.experts import expert_keys, expert_list_weights, read_balan
 from cordee.families.family import Family, keys
 from cordee.families.reader import ConfigReader
 from cordee.families.rope import read_rope
-from cordee.model.config import AttentionConfig, LayerConfig, ModelConfig, MoEConfig, RouterConfig
-from cordee.tensors.rules import Rule, module
+from cordee.model.config import LayerConfig, ModelConfig, MoEConfig, RouterConfig
+from cordee.tensors.rules import Rule
 
 
 def read(hf: ConfigReader) -> ModelConfig:
-    heads, norm = common.read_heads(hf, groups=8), common.read_norm(hf)
+    heads = common.read_heads(hf, groups=8)
     rope = read_rope(hf, heads["head_dim"], theta=1e6)
-    attention = AttentionConfig(**heads, rope=rope, window=hf.integer("sliding_window", None))
+    attention = common.read_attention(hf, heads, rope=rope, window=hf.integer("sliding_window", None))
     router = RouterConfig(**read_choice(hf, "num_local_experts"), normalise=True)
     moe = MoEConfig(router=router, expert=common.read_swiglu(hf), balance=read_balance(hf))
-    layer = LayerConfig(attention=attention, mlp=moe, norm=norm)
-    return common.read_model(hf, [layer] * hf.integer("num_hidden_layers"), norm)
+    return common.read_model(hf, common.read_layers(hf, attention, mlp=moe))
 
 
 def layer_weights(layer: LayerConfig) -> list[Rule]:
-    return [
-        *common.layer_weights(layer),
-        *module("mlp.router", "block_sparse_moe.gate"),
-        *expert_list_weights(layer, "block_sparse_moe.experts.{e}.", "w1", "w3", "w2"),
-    ]
+    return [*common.layer_weights(layer), *expert_list_weights(layer, "block_sparse_moe", "w1", "w3", "w2")]
 
 
 FAMILY = Family(

@@ -3,17 +3,14 @@
 from cordee.families import common
 from cordee.families.family import Family
 from cordee.families.reader import ConfigReader
-from cordee.families.rope import read_rope
-from cordee.model.config import AttentionConfig, LayerConfig, ModelConfig, QKNormConfig
+from cordee.model.config import LayerConfig, ModelConfig, QKNormConfig
 from cordee.tensors.rules import Rule, module
 
 
 def read(hf: ConfigReader) -> ModelConfig:
-    heads, norm, bias = common.read_heads(hf), common.read_norm(hf), hf.flag("attention_bias", False)
-    rope, qk_norm = read_rope(hf, heads["head_dim"]), QKNormConfig(norm=norm, over="all")
-    attention = AttentionConfig(**heads, qkv_bias=bias, out_bias=bias, rope=rope, qk_norm=qk_norm)
-    layer = LayerConfig(attention=attention, mlp=common.read_swiglu(hf), norm=norm, norm_placement="post")
-    return common.read_model(hf, [layer] * hf.integer("num_hidden_layers"), norm)
+    bias, qk_norm = hf.flag("attention_bias", False), QKNormConfig(norm=common.read_norm(hf), over="all")
+    attention = common.read_attention(hf, common.read_heads(hf), bias, qk_norm=qk_norm)
+    return common.read_model(hf, common.read_layers(hf, attention, norm_placement="post"))
 
 
 def layer_weights(layer: LayerConfig) -> list[Rule]:

@@ -16,15 +16,10 @@ def read(hf: ConfigReader) -> config.ModelConfig:
     norm = config.NormConfig(kind="rms", eps=hf.number("layer_norm_epsilon"))
     ffn = hf.integer("intermediate_size")
     hf.divides("intermediate_size", 2, "intermediate_size", ffn)
-    layer = config.LayerConfig(
-        attention=read_attention(hf, bias),
-        mlp=config.MLPConfig(ffn_hidden_size=max(1, ffn // 2), activation="silu", gated=True, bias=bias),
-        norm=norm,
-    )
+    mlp = config.MLPConfig(ffn_hidden_size=max(1, ffn // 2), activation="silu", gated=True, bias=bias)
     return common.read_model(
         hf,
-        [layer] * hf.integer("num_hidden_layers"),
-        norm,
+        common.read_layers(hf, read_attention(hf, bias), mlp=mlp, norm=norm),
         embedding_dropout=hf.number("emb_dropout_prob", 0.0),
         attention_dropout=hf.probability("attn_dropout_prob", 0.0),
     )
@@ -68,11 +63,7 @@ FAMILY = Family(
     name="qwen",
     architectures=("QWenLMHeadModel", "QWenModel"),
     read=read,
-    outer_weights=(
-        *module("embedding", "transformer.wte"),
-        *module("final_norm", "transformer.ln_f"),
-        *module("head", "lm_head"),
-    ),
+    outer_weights=common.outer_weights("transformer.wte", "transformer.ln_f"),
     layer_prefix="transformer.h.{i}.",
     layer_weights=layer_weights,
     base_prefix="transformer.",

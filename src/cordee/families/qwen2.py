@@ -3,20 +3,15 @@
 LLaMA's form with biases on queries, keys and values (Bai et al. 2023; Yang et al. 2024); the smaller ones tie the head.
 Longer texts than trained on are reached with YaRN."""
 
-from dataclasses import replace
-
 from cordee.families import common
 from cordee.families.family import Family
 from cordee.families.reader import ConfigReader
-from cordee.families.rope import read_rope
-from cordee.model.config import AttentionConfig, LayerConfig, ModelConfig
+from cordee.model.config import ModelConfig
 
 
 def read(hf: ConfigReader) -> ModelConfig:
-    heads, norm, mlp = common.read_heads(hf, groups=32), common.read_norm(hf), common.read_swiglu(hf)
-    attention = AttentionConfig(**heads, qkv_bias=True, rope=read_rope(hf, heads["head_dim"]))
-    layers = [LayerConfig(attention=replace(attention, window=w), mlp=mlp, norm=norm) for w in read_windows(hf)]
-    return common.read_model(hf, layers, norm)
+    attention = common.read_attention(hf, common.read_heads(hf, groups=32), qkv_bias=True)
+    return common.read_model(hf, common.windowed(common.read_layers(hf, attention), read_windows(hf)))
 
 
 def read_windows(hf: ConfigReader) -> list[int | None]:

@@ -7,14 +7,13 @@ from cordee.families import common, experts
 from cordee.families.family import Family, keys
 from cordee.families.lenses import MODEL, at
 from cordee.families.reader import ConfigReader
-from cordee.families.rope import read_rope
-from cordee.model.config import AttentionConfig, LayerConfig, ModelConfig, MoEConfig, RouterConfig
+from cordee.model.config import LayerConfig, ModelConfig, MoEConfig, RouterConfig
 from cordee.tensors.rules import Rule, module
 
 
 def read(hf: ConfigReader) -> ModelConfig:
-    heads, norm = common.read_heads(hf, groups=16), common.read_norm(hf)
-    bias, rope = hf.flag("qkv_bias", True), read_rope(hf, heads["head_dim"])
+    heads, bias = common.read_heads(hf, groups=16), hf.flag("qkv_bias", True)
+    attention = common.read_attention(hf, heads, qkv_bias=bias)
     moe = MoEConfig(
         router=RouterConfig(**experts.read_choice(hf, "num_experts"), normalise=hf.flag("norm_topk_prob", False)),
         expert=common.read_swiglu(hf, key="moe_intermediate_size"),
@@ -22,19 +21,8 @@ def read(hf: ConfigReader) -> ModelConfig:
         shared_gate=True,
         balance=experts.read_balance(hf),
     )
-    dense = common.read_swiglu(hf)
-    return common.read_model(
-        hf,
-        [
-            LayerConfig(
-                attention=AttentionConfig(**heads, qkv_bias=bias, rope=rope, window=window),
-                mlp=moe if sparse else dense,
-                norm=norm,
-            )
-            for window, sparse in zip(read_windows(hf), experts.read_sparse_layers(hf), strict=True)
-        ],
-        norm,
-    )
+    layers = common.windowed(common.read_layers(hf, attention), read_windows(hf))
+    return common.read_model(hf, experts.with_experts(layers, moe, experts.read_sparse_layers(hf)))
 
 
 def read_windows(hf: ConfigReader) -> list[int | None]:
@@ -50,8 +38,7 @@ def read_windows(hf: ConfigReader) -> list[int | None]:
 def layer_weights(layer: LayerConfig) -> list[Rule]:
     return [
         *common.layer_weights(layer),
-        *module("mlp.router", "mlp.gate"),
-        *experts.expert_list_weights(layer, "mlp.experts.{e}.", "gate_proj", "up_proj", "down_proj"),
+        *experts.expert_list_weights(layer, "mlp", "gate_proj", "up_proj", "down_proj"),
         *common.mlp_weights("mlp.shared", "mlp.shared_expert"),
         *module("mlp.shared_gate", "mlp.shared_expert_gate"),
     ]

@@ -1,26 +1,21 @@
 """Qwen3, dense: LLaMA's form with a norm of each head's queries and keys (Yang et al. 2025)."""
 
-from dataclasses import replace
-
 from cordee.families import common
 from cordee.families.family import Family
 from cordee.families.qwen2 import read_windows
 from cordee.families.reader import ConfigReader
-from cordee.families.rope import read_rope
-from cordee.model.config import AttentionConfig, LayerConfig, ModelConfig, QKNormConfig
+from cordee.model.config import AttentionConfig, ModelConfig, QKNormConfig
 
 
 def read_attention(hf: ConfigReader, **defaults: int) -> AttentionConfig:
     """Attention of Qwen3, with or without experts, windows left out; `defaults` as for `read_heads`."""
-    heads, bias = common.read_heads(hf, **defaults), hf.flag("attention_bias", False)
-    rope, qk_norm = read_rope(hf, heads["head_dim"]), QKNormConfig(norm=common.read_norm(hf))
-    return AttentionConfig(**heads, qkv_bias=bias, out_bias=bias, rope=rope, qk_norm=qk_norm)
+    bias, qk_norm = hf.flag("attention_bias", False), QKNormConfig(norm=common.read_norm(hf))
+    return common.read_attention(hf, common.read_heads(hf, **defaults), bias, qk_norm=qk_norm)
 
 
 def read(hf: ConfigReader) -> ModelConfig:
-    attention, norm, mlp = read_attention(hf, head_dim=128, groups=32), common.read_norm(hf), common.read_swiglu(hf)
-    layers = [LayerConfig(attention=replace(attention, window=w), mlp=mlp, norm=norm) for w in read_windows(hf)]
-    return common.read_model(hf, layers, norm)
+    attention = read_attention(hf, head_dim=128, groups=32)
+    return common.read_model(hf, common.windowed(common.read_layers(hf, attention), read_windows(hf)))
 
 
 FAMILY = Family(

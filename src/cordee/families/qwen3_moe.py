@@ -9,7 +9,7 @@ from cordee.families.family import Family, keys
 from cordee.families.qwen3 import read_attention
 from cordee.families.reader import ConfigReader
 from cordee.model.config import LayerConfig, ModelConfig, MoEConfig, RouterConfig
-from cordee.tensors.rules import Rule, module
+from cordee.tensors.rules import Rule
 
 
 def read(hf: ConfigReader) -> ModelConfig:
@@ -19,11 +19,8 @@ def read(hf: ConfigReader) -> ModelConfig:
         expert=common.read_swiglu(hf, key="moe_intermediate_size"),
         balance=experts.read_balance(hf),
     )
-    attention, norm, dense = read_attention(hf, groups=4), common.read_norm(hf), common.read_swiglu(hf)
-    attention = replace(attention, window=read_window(hf))
-    sparse = experts.read_sparse_layers(hf)
-    layers = [LayerConfig(attention=attention, mlp=moe if s else dense, norm=norm) for s in sparse]
-    return common.read_model(hf, layers, norm)
+    layers = common.read_layers(hf, replace(read_attention(hf, groups=4), window=read_window(hf)))
+    return common.read_model(hf, experts.with_experts(layers, moe, experts.read_sparse_layers(hf)))
 
 
 def read_window(hf: ConfigReader) -> int | None:
@@ -36,8 +33,7 @@ def read_window(hf: ConfigReader) -> int | None:
 def layer_weights(layer: LayerConfig) -> list[Rule]:
     return [
         *common.layer_weights(layer),
-        *module("mlp.router", "mlp.gate"),
-        *experts.expert_list_weights(layer, "mlp.experts.{e}.", "gate_proj", "up_proj", "down_proj"),
+        *experts.expert_list_weights(layer, "mlp", "gate_proj", "up_proj", "down_proj"),
     ]
 
 

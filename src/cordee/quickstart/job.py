@@ -9,7 +9,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,16 +148,17 @@ def _folder_problems(config: QuickstartConfig) -> Problems:
 def _own_folder(config: QuickstartConfig) -> Iterator[Path]:
     """The folder, made anew, for as long as no other quickstart may replace it. The lock is beside it."""
     folder = Path(config.output).absolute()
-    try:
-        own = lock.acquire(folder.with_name(f".{folder.name}.lock"))
-    except lock.HeldError as who:
-        why = f"another quickstart writes to it: {who}"
-        raise ProblemError.of("--output", folder, why, "wait for that one, or give another folder") from None
-    except OSError as error:
-        fix = "give a folder in a place that can be written to"
-        raise ProblemError.of("--output", folder, f"it cannot be made: {error}", fix) from error
-    with own:
-        yield _fresh_folder(config)
+    with ExitStack() as held:
+        try:
+            held.enter_context(lock.acquire(folder.with_name(f".{folder.name}.lock")))
+            fresh = _fresh_folder(config)
+        except lock.HeldError as who:
+            why = f"another quickstart writes to it: {who}"
+            raise ProblemError.of("--output", folder, why, "wait for that one, or give another folder") from None
+        except OSError as error:
+            fix = "give a folder in a place that can be written to"
+            raise ProblemError.of("--output", folder, f"it cannot be made: {error}", fix) from error
+        yield fresh
 
 
 def _fresh_folder(config: QuickstartConfig) -> Path:
@@ -165,12 +166,8 @@ def _fresh_folder(config: QuickstartConfig) -> Path:
     raise_all(_folder_problems(config))  # again: another quickstart may just have ended
     if folder.exists():
         shutil.rmtree(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / MARKER).write_text("made by `cordee quickstart`, which may replace this folder\n", encoding="utf-8")
-    except OSError as error:
-        fix = "give a folder in a place that can be written to"
-        raise ProblemError.of("--output", folder, f"it cannot be made: {error}", fix) from error
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARKER).write_text("made by `cordee quickstart`, which may replace this folder\n", encoding="utf-8")
     return folder
 
 

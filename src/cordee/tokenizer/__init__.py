@@ -2,28 +2,29 @@
 
 Owns which files make which tokenizer. Each kind has its own module; no model's code is ever run."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from cordee.config.laws import changed_options
 from cordee.config.option import options_of, to_flag
 from cordee.errors import Problem, raise_all
-from cordee.tokenizer import hf, special, spm, tik
+from cordee.tokenizer import hf, spm, tik
 from cordee.tokenizer.base import Tokenizer
 from cordee.tokenizer.null import NullTokenizer
 from cordee.tokenizer.options import TokenizerOptions
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")  # of which a directory has one
-# The files each type cannot do without; PretrainedFromHF has a directory instead.
-_NEEDED = {
-    "GPT2BPETokenizer": ("vocab_file", "merge_file"),
-    "SentencePieceTokenizer": ("tokenizer_model",),
-    "GPTSentencePieceTokenizer": ("tokenizer_model",),
-    "Llama2Tokenizer": ("tokenizer_model",),
-    "TikTokenizer": ("tokenizer_model",),
-    "NullTokenizer": (),
+_OF_MODEL: dict[str, Callable[[Path], Tokenizer]] = {  # types that one file is read for
+    "SentencePieceTokenizer": spm.sentencepiece,
+    "GPTSentencePieceTokenizer": partial(spm.as_it_is, type="GPTSentencePieceTokenizer"),
+    "Llama2Tokenizer": partial(spm.as_it_is, type="Llama2Tokenizer"),
+    "TikTokenizer": tik.from_file,
 }
+# The files each type cannot do without; PretrainedFromHF has a directory instead.
+_NEEDED = {"GPT2BPETokenizer": ("vocab_file", "merge_file"), "NullTokenizer": ()}
+_NEEDED |= dict.fromkeys(_OF_MODEL, ("tokenizer_model",))
 _FILES = ("vocab_file", "merge_file", "tokenizer_model")  # of which none may be missing, needed or not
 _DIRECTORY = "--tokenizer-name-or-path"
 T = TypeVar("T")
@@ -34,19 +35,12 @@ def load_tokenizer(options: TokenizerOptions, directory: str | None = None) -> T
 
     Raises `ProblemError` if files are missing or not what they should be."""
     raise_all(check_tokenizer(options, directory))
-    match _type(options):
-        case "NullTokenizer":
-            return NullTokenizer(_given(options.vocab_size))
-        case "GPT2BPETokenizer":
-            return hf.from_vocabulary_and_merges(Path(_given(options.vocab_file)), Path(_given(options.merge_file)))
-        case "SentencePieceTokenizer":
-            return spm.sentencepiece(Path(_given(options.tokenizer_model)))
-        case "GPTSentencePieceTokenizer":
-            return spm.gpt_sentencepiece(Path(_given(options.tokenizer_model)))
-        case "Llama2Tokenizer":
-            return spm.llama2(Path(_given(options.tokenizer_model)))
-        case "TikTokenizer":
-            return tik.from_file(Path(_given(options.tokenizer_model)))
+    if (kind := _type(options)) == "NullTokenizer":
+        return NullTokenizer(_given(options.vocab_size))
+    if kind == "GPT2BPETokenizer":
+        return hf.from_vocabulary_and_merges(Path(_given(options.vocab_file)), Path(_given(options.merge_file)))
+    if kind in _OF_MODEL:
+        return _OF_MODEL[kind](Path(_given(options.tokenizer_model)))
     return _from_directory(Path(options.tokenizer_name_or_path or _given(directory)), options)
 
 
@@ -108,7 +102,6 @@ def is_vocabulary(name: str) -> bool:
 def _from_directory(directory: Path, options: TokenizerOptions) -> Tokenizer:
     """The most exact reading of what is there: tokenizer.json, the libraries of others, `transformers`' conversion."""
     arguments = options.tokenizer_kwargs
-    special.raise_unknown(arguments)
     model = directory / "tokenizer.model"
     if (directory / "tokenizer.json").is_file() and options.tokenizer_use_fast:
         return hf.from_tokenizer_json(directory, arguments)

@@ -123,22 +123,23 @@ class HFTokenizer(Tokenizer):
 
     def _put_around(self) -> None:
         """Add bos before and eos after every text, or not, as the arguments set it and else as now."""
-        from tokenizers.processors import TemplateProcessing
-
-        added_now = self.encode("")
-        ids = []
-        around = []
+        added_now, around = self.encode(""), []
         for role, own in (("bos", self.bos), ("eos", self.eos)):
-            on = self._special.flags.get(f"add_{role}_token", own in added_now) and own is not None
-            token = self._backend.id_to_token(own) if on and own is not None else None
-            around.append(f"{token}:0" if token else "")
-            ids += [(token, own)] if token else []
-        before, after = around
-        template = f"{before} $A:0 {after}".strip()
-        self._backend.post_processor = TemplateProcessing(single=template, pair=f"{template} $B:1", special_tokens=ids)
+            on = own is not None and self._special.flags.get(f"add_{role}_token", own in added_now)
+            around.append(self._backend.id_to_token(own) if on and own is not None else None)
+        put_around(self._backend, *around)
 
     def __reduce__(self) -> tuple[type[HFTokenizer], tuple[object, ...]]:
         return type(self), (self._backend, self._special, self.type, self._directory)
+
+
+def put_around(backend: tokenizers.Tokenizer, before: str | None, after: str | None) -> None:
+    """Make `backend` add these tokens to every text, and no others."""
+    from tokenizers.processors import TemplateProcessing
+
+    single = [*[before] * bool(before), "$A", *[after] * bool(after)]
+    ids = [(token, backend.token_to_id(token)) for token in (before, after) if token]
+    backend.post_processor = TemplateProcessing(single=single, pair=[*single, "$B:1"], special_tokens=ids)
 
 
 def from_tokenizer_json(directory: Path, arguments: Arguments) -> HFTokenizer:

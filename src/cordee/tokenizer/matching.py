@@ -1,17 +1,18 @@
 """Where added tokens stand in a text.
 
 Owns the cutting of a text at its added tokens, which the `tokenizers` library does, so that every flag means there what
-it means in a `tokenizer.json`, and what is put around a text. Knows nothing of how the text between the tokens is cut.
-"""
+it means in a `tokenizer.json`, what is put around a text, and how such tokenizers are written to files. Knows nothing
+of how the text between the tokens is cut."""
 
+import json
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cordee.tokenizer.base import ESCAPE, Roles, Tokenizer
-from cordee.tokenizer.special import MATCHING, AddedToken, SpecialTokens
+from cordee.tokenizer.special import MATCHING, AddedToken, SpecialTokens, save_directory
 
 if TYPE_CHECKING:
     import tokenizers
@@ -82,12 +83,25 @@ class MatchingTokenizer(Tokenizer):
     def added_tokens(self) -> dict[str, bool]:
         return {token.content: token.special for token in self._added.values()}
 
+    def save(self, directory: str | Path) -> None:
+        target = Path(directory)
+        if self._directory is not None:
+            save_directory(self._directory, target, self._special.arguments)
+            return
+        target.mkdir(parents=True, exist_ok=True)
+        if (config := self._save_vocabulary(target)) is not None:
+            (target / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
     def encode_escaped(self, text: str) -> list[int]:
         return encode_pieces(self._matcher, text, self._encode_piece) if ESCAPE in text else self._encode(text)
 
     @abstractmethod
     def _encode_piece(self, text: str, first: bool) -> list[int]:
         """Ids of what stands between added tokens; `first`: the text begins with it."""
+
+    @abstractmethod
+    def _save_vocabulary(self, target: Path) -> dict[str, Any] | None:
+        """Write the vocabulary into `target`; the `tokenizer_config.json` that belongs to it, None if there is none."""
 
 
 class Matcher:

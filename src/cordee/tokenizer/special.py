@@ -329,8 +329,8 @@ def chat_sources(directory: Path) -> dict[str, str]:
     return found
 
 
-def copy_files(source: Path, target: Path, arguments: Arguments) -> None:
-    """Copy the tokenizer's files, with the user's arguments written into its config.
+def save_directory(source: Path, target: Path, arguments: Arguments) -> None:
+    """Copy the tokenizer's files with the user's arguments in the copy.
 
     ProblemError for files that must not be copied: without one of them the others are another tokenizer."""
     target.mkdir(parents=True, exist_ok=True)
@@ -338,18 +338,11 @@ def copy_files(source: Path, target: Path, arguments: Arguments) -> None:
     reasons = ((path, files.left_out(path)) for path in found)
     raise_all(Problem("tokenizer", path, why, "put the file in the link's place") for path, why in reasons if why)
     files.copy_files(found, target)
-    if arguments:
-        path = target / "tokenizer_config.json"
-        files.write_durably(path, json.dumps(read_json(path) | dict(arguments), indent=2, ensure_ascii=False) + "\n")
-
-
-def save_directory(source: Path, target: Path, arguments: Arguments) -> None:
-    """Copy the tokenizer's files with the user's arguments in the copy."""
-    copy_files(source, target, arguments)
-    older = target / "special_tokens_map.json"
-    named = {name: arguments[name] for name in NAMES if name in arguments}
-    if named and older.is_file():  # without added_tokens_decoder this file comes before the config
-        files.write_durably(older, json.dumps(read_json(older) | named, indent=2, ensure_ascii=False) + "\n")
+    changed = {"tokenizer_config.json": dict(arguments)}
+    if (target / "special_tokens_map.json").is_file():  # without added_tokens_decoder it comes before the config
+        changed["special_tokens_map.json"] = {name: arguments[name] for name in NAMES if name in arguments}
+    for path, values in ((target / name, values) for name, values in changed.items() if values):
+        files.write_durably(path, json.dumps(read_json(path) | values, indent=2, ensure_ascii=False) + "\n")
 
 
 def report_deviations(directory: Path, special: SpecialTokens, deviations: Iterable[str]) -> None:

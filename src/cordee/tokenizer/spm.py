@@ -5,11 +5,10 @@ differ in which special tokens exist and which of them text may contain."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from cordee.errors import Problem, ProblemError, raise_all
 from cordee.tokenizer.base import Roles
@@ -21,7 +20,6 @@ from cordee.tokenizer.special import (
     SpecialTokens,
     read_special_tokens,
     report_deviations,
-    save_directory,
     unique,
 )
 
@@ -93,17 +91,12 @@ class SentencePieceTokenizer(MatchingTokenizer):
         words = {i: model.id_to_piece(i) for i in range(model.vocab_size())}
         return words | {i: token.content for i, token in self._added.items()}
 
-    def save(self, directory: str | Path) -> None:
-        target = Path(directory)
-        if self._directory is not None:
-            save_directory(self._directory, target, self._special.arguments)
-            return
-        target.mkdir(parents=True, exist_ok=True)
+    def _save_vocabulary(self, target: Path) -> dict[str, Any]:
         (target / "tokenizer.model").write_bytes(self._model.serialized_model_proto())
         words = self.vocabulary()
         named = {"bos_token": self.bos, "eos_token": self.eos, "pad_token": self.roles.pad}
         added = {i: asdict(token) for i, token in self._added.items() if i >= self._model.vocab_size()}
-        config = {
+        return {
             "tokenizer_class": "LlamaTokenizer",
             "legacy": True,
             **{name: words[i] for name, i in named.items() if i is not None},
@@ -113,7 +106,6 @@ class SentencePieceTokenizer(MatchingTokenizer):
                 str(i): {key: value for key, value in token.items() if key != "id"} for i, token in added.items()
             },
         }
-        (target / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _model_of(proto: bytes) -> SentencePieceProcessor:
@@ -131,16 +123,11 @@ def read_model(path: Path, option: str) -> SentencePieceProcessor:
         raise ProblemError.of(option, path, why, "give the tokenizer.model of a SentencePiece tokenizer") from error
 
 
-def llama2(path: Path) -> SentencePieceTokenizer:
-    """Megatron's Llama2Tokenizer: bos before every text."""
+def as_it_is(path: Path, type: str) -> SentencePieceTokenizer:
+    """Megatron's GPTSentencePieceTokenizer: the model as it is, eos ends a document; and its Llama2Tokenizer, which
+    puts bos before every text."""
     model = read_model(path, "--tokenizer-model")
-    return SentencePieceTokenizer("Llama2Tokenizer", model, _own_roles(model), add_bos=True)
-
-
-def gpt_sentencepiece(path: Path) -> SentencePieceTokenizer:
-    """Megatron's GPTSentencePieceTokenizer: the model as it is, eos ends a document."""
-    model = read_model(path, "--tokenizer-model")
-    return SentencePieceTokenizer("GPTSentencePieceTokenizer", model, _own_roles(model))
+    return SentencePieceTokenizer(type, model, _own_roles(model), add_bos=type == "Llama2Tokenizer")
 
 
 def sentencepiece(path: Path) -> SentencePieceTokenizer:
@@ -162,18 +149,17 @@ def from_directory(directory: Path, arguments: Arguments) -> SentencePieceTokeni
     if nothing is set)."""
     special = read_special_tokens(directory, arguments)
     model = read_model(directory / "tokenizer.model", "--tokenizer-name-or-path")
-    own = _own_roles(model)
     _raise_contradictions(model, special)
     matched = _with_ids(model, [*special.tokens(), *_control_tokens(model, special)])
     report_deviations(directory, special, _deviations(model, special, matched))
     ids = {token.content: i for i, token in matched.items()}
-    roles = {"bos": own.bos, "eos": own.eos, "unk": own.unk}
-    own = {role: i for role, i in roles.items() if f"{role}_token" not in special.absent}
+    absent = {role: None for role in ("bos", "eos", "unk") if f"{role}_token" in special.absent}
+    own = replace(_own_roles(model), pad=None, **absent)
     legacy = special.switches.get("legacy", True)
     return SentencePieceTokenizer(
         "PretrainedFromHF",
         model,
-        special.roles_in(ids, Roles(**own)),
+        special.roles_in(ids, own),
         matched,
         special,
         directory,

@@ -5,10 +5,10 @@ what the files do not say: the pattern that cuts text into words, and the specia
 
 import base64
 import binascii
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from cordee.errors import Problem, ProblemError, raise_all
 from cordee.files import copy_file, read_json
@@ -22,13 +22,16 @@ from cordee.tokenizer.special import (
     SpecialTokens,
     read_special_tokens,
     report_deviations,
-    save_directory,
     unique,
 )
 
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+# How text is cut, in parts that the patterns of several vocabularies are made of.
+CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
+CASED = (rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+", rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*")
+CASED_REST = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 @dataclass(frozen=True)
@@ -45,39 +48,27 @@ class _Kind:
         return Roles(bos=ids.get(self.bos or ""), eos=ids.get(self.eos))
 
 
-_LLAMA3 = _Kind(
-    pattern=rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}",
+_RESERVED = [f"<|reserved_special_token_{i}|>" for i in range(251)]
+LLAMA3 = _Kind(
+    pattern=rf"{CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}",
     special=(
-        "<|begin_of_text|>",
-        "<|end_of_text|>",
-        "<|reserved_special_token_0|>",
-        "<|reserved_special_token_1|>",
-        "<|reserved_special_token_2|>",
-        "<|reserved_special_token_3|>",
-        "<|start_header_id|>",
-        "<|end_header_id|>",
-        "<|reserved_special_token_4|>",
-        "<|eot_id|>",
-        *(f"<|reserved_special_token_{i}|>" for i in range(5, 251)),
+        *("<|begin_of_text|>", "<|end_of_text|>", *_RESERVED[:4], "<|start_header_id|>", "<|end_header_id|>"),
+        *(_RESERVED[4], "<|eot_id|>", *_RESERVED[5:]),
     ),
     bos="<|begin_of_text|>",
     eos="<|end_of_text|>",
 )
-_QWEN = _Kind(
-    pattern=rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}",
+QWEN = _Kind(
+    pattern=rf"{CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}",
     special=("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205))),
     bos=None,
     eos="<|endoftext|>",
 )
-_KINDS = {128000: _LLAMA3, 151643: _QWEN}
+_KINDS = {128000: LLAMA3, 151643: QWEN}
 
 # Megatron's own tiktoken vocabularies: the special tokens come first, then as many ranks as the vocabulary has room
 # for. (Its pattern "v2"; the numbers are its defaults.)
-_MEGATRON_PATTERN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+MEGATRON_PATTERN = rf"{CASED[0]}|{CASED[1]}|\p{{N}}|{CASED_REST}"
 _MEGATRON_NAMED = ("<unk>", "<s>", "</s>", "<mask>", "<pad>", "<cls>", "<sep>")
 _MEGATRON_SPECIAL = 1000
 _MEGATRON_VOCAB_SIZE = 1 << 17
@@ -126,26 +117,20 @@ class TikTokenizer(MatchingTokenizer):
         ranked = {i: "".join(letters[byte] for byte in token) for token, i in self._ranks.items()}
         return ranked | {i: token.content for i, token in self._added.items()}
 
-    def save(self, directory: str | Path) -> None:
-        target = Path(directory)
-        if self._directory is not None:
-            save_directory(self._directory, target, self._special.arguments)
-            return
-        target.mkdir(parents=True, exist_ok=True)
+    def _save_vocabulary(self, target: Path) -> dict[str, Any] | None:
         if self._source.suffix == ".json":
             copy_file(self._source, target / self._source.name)
             logger.warning("Megatron's tiktoken vocabulary has no Hugging Face form; its own file was copied.")
-            return
+            return None
         copy_file(self._source, target / "tokenizer.model")
         words = {i: token.content for i, token in self._added.items()}
-        config = {
+        return {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "added_tokens_decoder": {
                 str(i): {"content": token, "special": True, "normalized": False} for i, token in sorted(words.items())
             },
             **{name: words[i] for name, i in (("bos_token", self.bos), ("eos_token", self.eos)) if i is not None},
         }
-        (target / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def from_file(path: Path) -> TikTokenizer:
@@ -202,7 +187,7 @@ def _deviations(kind: _Kind, config: SpecialTokens) -> Iterator[str]:
     """Where ids are not those of `transformers` 5, and which settings have no effect beside a file of ranks."""
     if not config.stated:
         yield "no file states its special tokens, so the known ones are taken; transformers 5 has none"
-    if kind is not _LLAMA3:
+    if kind is not LLAMA3:
         yield "text is cut as the model's own code cuts it; transformers 5 cuts every such file as Llama 3"
     if config.switches.get("add_prefix_space"):
         yield "add_prefix_space is ignored: such a tokenizer has none"
@@ -243,7 +228,7 @@ def _from_megatron(path: Path) -> TikTokenizer:
     ids = {token: i for i, token in enumerate(special)}
     roles = Roles(bos=ids["<s>"], eos=ids["</s>"], pad=ids["<pad>"])
     added = {i: AddedToken(token) for token, i in ids.items()}
-    return TikTokenizer("TikTokenizer", ranks, _MEGATRON_PATTERN, roles, added, path)
+    return TikTokenizer("TikTokenizer", ranks, MEGATRON_PATTERN, roles, added, path)
 
 
 def _byte_letters() -> list[str]:

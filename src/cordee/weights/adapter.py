@@ -61,7 +61,7 @@ class Adapter(Protocol):
     """notes: what reading left out or assumed, in words. prefixes: parameters that it adds, by name.
     heads: the model whose heads were trained beside it, and the value head of that; None: the base keeps its own."""
 
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
     prefixes: Mapping[str, View] = MappingProxyType({})
     heads: Source | None = None
 

@@ -164,7 +164,6 @@ class PeftAdapter(Adapter):
     """LoRA in a file of PEFT, by the family's names of tensors."""
 
     def __init__(self, given: Given, config: Mapping[str, Any], spec: ModelSpec, file: TensorFile):
-        self.notes: tuple[str, ...] = ()
         self.path = given.path
         self._config = config
         self.file = file
@@ -324,7 +323,6 @@ class PeftPrefix(Adapter):
     """Learned keys and values (prefix tuning), by the names of our parameters."""
 
     def __init__(self, given: Given, config: Mapping[str, Any], spec: ModelSpec):
-        self.notes: tuple[str, ...] = ()
         form, file, count = PrefixForm(spec, "--lora-load", str(given.path)), _open(given.path), config.get(_TOKENS)
         if type(count) is not int or count < 1 or PROMPT not in file.tensors:
             why = f"it must be a whole positive number, with {PROMPT} in the file"

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, Literal, Protocol
 import torch
 from torch import Tensor
 from torch.serialization import MAGIC_NUMBER, skip_data
+from torch.storage import _storage_type_to_dtype_map
 
 from cordee.files import RangeFile
 from cordee.tensors.views import Index
@@ -162,22 +163,8 @@ def _of_type(function: object, kind: object, args: Any, state: object) -> object
 
 
 _TYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
-_STORAGES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-    "ComplexFloatStorage": torch.complex64,
-    "ComplexDoubleStorage": torch.complex128,
-}
 _KNOWN: dict[str, object] = {
-    **{f"torch.{name}": dtype for name, dtype in (_TYPES | _STORAGES).items()},
+    **{f"torch.{name}": dtype for name, dtype in (_TYPES | _storage_type_to_dtype_map()).items()},
     "torch.storage.UntypedStorage": torch.uint8,
     "torch.Size": Builder(_sizes),
     "torch._utils._rebuild_tensor": Builder(_view),

@@ -14,7 +14,7 @@ import numpy as np
 
 from cordee.errors import Problem, ProblemError
 from cordee.families.count import canonical_shapes
-from cordee.families.family import HFConfig, Keys
+from cordee.families.family import KEYS, HFConfig, Keys
 from cordee.families.lenses import MODEL, Scaling, Words, at, differences, words_of
 from cordee.families.registry import ModelSpec, spec_from_hf
 from cordee.families.rope import SCALINGS
@@ -240,14 +240,8 @@ def _outside_tensors(words: Words) -> Scaling | None:
 
 # The keys of every file in their order, without the architecture's name before them, and the words of the model there.
 _WRITTEN: Keys = {
-    "context_length": "max_position_embeddings",
-    "block_count": "num_layers",
-    "embedding_length": "hidden_size",
-    "vocab_size": "vocab_size",
-    "attention.layer_norm_rms_epsilon": "norm_epsilon",
+    **{key: KEYS[name] for key, name in _KEYS.items()},
     "final_logit_softcapping": "output_logit_softcapping",
-    "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_query_groups",
     "attention.key_length": "kv_channels",
     "attention.value_length": "kv_channels",
     "attention.sliding_window": "interleave_sliding_window",
@@ -259,7 +253,6 @@ _WRITTEN: Keys = {
     "rope.scaling.original_context_length": lambda words: getattr(
         words["rope_scaling"], "original_max_position_embeddings", None
     ),
-    "feed_forward_length": "ffn_hidden_size",
     "expert_count": "num_experts",
     "expert_used_count": "moe_router_topk",
     "expert_feed_forward_length": "moe_intermediate_size",

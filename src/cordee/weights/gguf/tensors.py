@@ -4,16 +4,12 @@ Owns names and layouts, which all architectures share. Knows no keys, and never 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from cordee.families import common
 from cordee.families.count import canonical_shapes
 from cordee.model.config import AttentionConfig, LayerConfig, ModelConfig
 from cordee.tensors.rules import IDENTITY, Rule, each_layer, module, separate_qkv, stack
-from cordee.tensors.views import Chain, Each, Index, Join, Op, Rearrange, View
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from cordee.tensors.views import Chain, Each, Join, Leaf, Op, Rearrange, View
 
 
 def rules(config: ModelConfig, paired: bool) -> dict[str, Rule]:
@@ -73,16 +69,7 @@ class Shift:
 
     def apply(self, views: Sequence[View]) -> list[View]:
         (view,) = views
-        return [_Shifted(view, self.amount)]
-
-
-class _Shifted(View):
-    def __init__(self, view: View, amount: float):
-        self.view, self.amount = view, amount
-        self.shape = view.shape
-
-    def read(self, index: Index) -> "Tensor":
-        return self.view.read(index).float() + self.amount
+        return [Leaf(view.shape, lambda index: view.read(index).float() + self.amount)]
 
 
 def _norm(unit_offset: bool) -> Op:

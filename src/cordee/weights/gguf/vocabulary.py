@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from cordee.errors import ProblemError
 from cordee.files import left_out
 from cordee.log import logger
-from cordee.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
+from cordee.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer, tik
 from cordee.tokenizer.compare import added_tokens, differences
+from cordee.tokenizer.hf import SPACE, put_around
 from cordee.tokenizer.options import TokenizerOptions
 from cordee.tokenizer.special import SpecialTokens, chat_sources, read_json, read_special_tokens
 from cordee.weights.gguf.architecture import ROLES, Values, id_key
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 NONE = ("none", "no_vocab")  # what files without a tokenizer say
 _BYTE_LEVEL, _PIECES = "gpt2", "llama"
-SPACE = "\u2581"  # how SentencePiece writes a space
 SHOWN = 8  # tokens that are listed
 LONGEST = 4096  # characters of a token that is believed: what it is made of is searched at each of them
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
@@ -59,19 +59,14 @@ class Cut:
 
 _DIGIT = r"\p{N}"
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-_UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
-_CASED = (rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+", rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*")
-_CASED_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_GPT_4O = "|".join((*(f"{word}{tik.CONTRACTIONS}?" for word in tik.CASED), r"\p{N}{1,3}", tik.CASED_REST))
 CUTS = (
     Cut(("gpt-2",), (_GPT2,)),
     Cut(("smollm", "starcoder", "refact", "command-r"), (_DIGIT, _GPT2)),
-    Cut(("llama-bpe", "llama3", "llama-v3"), (rf"{_ENDING}|{_WORD}|\p{{N}}{{1,3}}{_REST}",), whole=True),
-    Cut(("qwen2", "deepseek-r1-qwen"), (rf"{_ENDING}|{_WORD}|\p{{N}}{_REST}",), nfc=True),
-    Cut(("tekken",), (rf"{_CASED[0]}|{_CASED[1]}|\p{{N}}{_CASED_REST}",), whole=True),
-    Cut(("gpt-4o",), (rf"{_CASED[0]}{_ENDING}?|{_CASED[1]}{_ENDING}?|\p{{N}}{{1,3}}{_CASED_REST}",)),
+    Cut(("llama-bpe", "llama3", "llama-v3"), (tik.LLAMA3.pattern,), whole=True),
+    Cut(("qwen2", "deepseek-r1-qwen"), (tik.QWEN.pattern,), nfc=True),
+    Cut(("tekken",), (tik.MEGATRON_PATTERN,), whole=True),
+    Cut(("gpt-4o",), (_GPT_4O,)),
 )
 
 
@@ -303,7 +298,6 @@ def _write(
 ) -> None:
     """The files, with the tokens that stand for themselves in a text, and what goes around it."""
     from tokenizers import AddedToken
-    from tokenizers.processors import TemplateProcessing
 
     for i, token in enumerate(tokens):
         if kinds[i] in (Kind.CONTROL, Kind.UNKNOWN):
@@ -318,9 +312,7 @@ def _write(
     flags = {name: bool(values.get(f"tokenizer.ggml.{name}", default)) for name, default in usually.items()}
     before, after = (named.get(f"{role}_token") if flags[f"add_{role}_token"] else None for role in ("bos", "eos"))
     if before or after:
-        around = [(token, ids[role]) for role, token in (("bos", before), ("eos", after)) if token]
-        single = [*[before] * bool(before), "$A", *[after] * bool(after)]
-        backend.post_processor = TemplateProcessing(single=single, pair=[*single, "$B"], special_tokens=around)
+        put_around(backend, before, after)
     backend.save(str(directory / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", **named, **flags, "clean_up_tokenization_spaces": False}
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -17,8 +17,8 @@ from cordee.tensors.views import Index, Op
 from cordee.weights.adapter import Adapter, Change, Given, LowRank, is_factor
 from cordee.weights.codec import is_of_weights
 from cordee.weights.megatron.dialect import Dialect
-from cordee.weights.megatron.files import COPY_AGAIN, RankFile, layout_of, open_checkpoint, shown
-from cordee.weights.megatron.layout import Rank
+from cordee.weights.megatron.files import COPY_AGAIN, RankFile, by_rank, layout_of, open_ranks, shown
+from cordee.weights.megatron.layout import Rank, folder_of
 from cordee.weights.megatron.padding import padded_rows
 from cordee.weights.megatron.placement import Key, Slot, place, tensors_of
 from cordee.weights.torch_file import Keys
@@ -31,15 +31,14 @@ _TRAINED_WHOLE = re.compile(r".*\.(modules_to_save|original_module)\..*")
 def read(given: Given, spec: ModelSpec, dialect: Dialect) -> "MegatronAdapter":
     """The adapter at `given.path`, for a base model `spec` with names of `dialect`. ProblemError with all that is
     wrong with it."""
-    folder, files = open_checkpoint(given.path)
-    return MegatronAdapter(given, folder, files, spec, dialect)
+    folder = folder_of(given.path)
+    return MegatronAdapter(given, folder, by_rank(folder, open_ranks(folder)), spec, dialect)
 
 
 class MegatronAdapter(Adapter):
     """LoRA in a checkpoint of Megatron. `files` are those of all its ranks."""
 
     def __init__(self, given: Given, folder: Path, files: dict[Rank, RankFile], spec: ModelSpec, dialect: Dialect):
-        self.notes: tuple[str, ...] = ()
         self._path = folder
         self._files = files
         layout = layout_of(folder, files, dialect, spec.config.num_layers)

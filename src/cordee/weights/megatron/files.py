@@ -19,7 +19,7 @@ from cordee.errors import Findings, Problem, ProblemError, raise_all
 from cordee.tensors.views import Index, Shape
 from cordee.weights.files import opened
 from cordee.weights.megatron.dialect import Dialect
-from cordee.weights.megatron.layout import MegatronLayout, Rank, chunks_of, folder_of, rank_files
+from cordee.weights.megatron.layout import MegatronLayout, Rank, chunks_of, rank_files
 from cordee.weights.torch_file import Keys, TorchFile
 
 K = TypeVar("K")
@@ -42,12 +42,6 @@ _AGREED = (  # what all ranks must say alike
 )
 
 
-def open_checkpoint(path: Path) -> "tuple[Path, dict[Rank, RankFile]]":
-    """The folder of ranks at `path` and the file of every rank. ProblemError with all that is wrong with them."""
-    folder = folder_of(path)
-    return folder, by_rank(folder, open_ranks(folder))
-
-
 class Held(Protocol):
     """What is known of a tensor before it is read."""
 
@@ -56,9 +50,6 @@ class Held(Protocol):
 
     @property
     def dtype(self) -> torch.dtype: ...
-
-    @property
-    def nbytes(self) -> int: ...
 
 
 class Contents(Protocol):

@@ -8,7 +8,7 @@ virtual stages several, its chunks; layers are numbered from 0 again in each chu
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, product, starmap
 from pathlib import Path
 
 from cordee.errors import Problem, ProblemError, Problems, divides, excludes, raise_all, requires
@@ -78,10 +78,7 @@ class MegatronLayout:
 
     def ranks(self) -> Iterator[Rank]:
         """All files."""
-        for tensor in range(self.tensor):
-            for pipeline in range(self.pipeline):
-                for expert in range(self.expert):
-                    yield Rank(tensor, pipeline, expert)
+        return starmap(Rank, product(range(self.tensor), range(self.pipeline), range(self.expert)))
 
     def folder(self, rank: Rank) -> str:
         """Name of a rank's folder."""
