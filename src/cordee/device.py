@@ -169,8 +169,7 @@ def memory() -> Memory:
 def resident_bytes() -> int:
     """Bytes of this process in RAM now (Linux; elsewhere the peak)."""
     try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return _field(Path("/proc/self/status"), "VmRSS")
     except FileNotFoundError:
         return peak_resident_bytes()
 

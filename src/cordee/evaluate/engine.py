@@ -7,6 +7,7 @@ answer depends on its request alone, within rounding. Knows no task."""
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain, groupby, islice
 from typing import Any, TypeVar
 
@@ -73,13 +74,9 @@ class Engine:
             own = batches[self._copy] if self._copy < len(batches) else []
             found = self._from_all(dict(zip([piece.key for piece in own], self._compute(own), strict=True)))
             _require_numbers(found.values(), self._subject)
-            self._keep(found)
+            kept = found if self._subject.speaks else {}  # in the file of one rank, which all ranks wait for
+            collectives.together(partial(self._finished.add, kept), self._layout and self._layout.control)
             yield found, number / len(rounds)
-
-    def _keep(self, found: dict[str, Any]) -> None:
-        """Keep results in the file of one rank; ProblemError on all ranks if it cannot be written."""
-        own = found if self._subject.speaks else {}
-        collectives.together(lambda: self._finished.add(own), self._layout and self._layout.control)
 
     def _from_all(self, own: dict[str, Any]) -> dict[str, Any]:
         if (layout := self._layout) is None:

@@ -22,6 +22,7 @@ from cordee.model.router import Router, Routing, count_by_expert, limit_to_capac
 from cordee.model.specs import Specs
 from cordee.ops.grouped import grouped_matmul
 
+
 class StackedLinear(Projection[Placement]):
     """A linear map for each expert: y = x W_e^T + b_e, with W `[expert, *out_shape, in_size]`."""
 

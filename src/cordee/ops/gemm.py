@@ -94,15 +94,13 @@ class TransposedSum:
         if len(parts) == 1 and not self._flipped:
             return parts[0].mul_(factor)
         dim = 1 if self._flipped else 0
-        total = torch.empty(self._shape(parts), dtype=torch.float32, device=parts[0].device)
+        rows, columns = sum(map(len, parts)), parts[0].shape[1]
+        shape = (columns, rows) if self._flipped else (rows, columns)
+        total = torch.empty(shape, dtype=torch.float32, device=parts[0].device)
         for slot in total.split([len(part) for part in parts], dim):
             part = parts.pop(0)
             torch.mul(part.t() if self._flipped else part, factor, out=slot)
         return total
-
-    def _shape(self, parts: list[Tensor]) -> tuple[int, int]:
-        rows, columns = sum(len(part) for part in parts), parts[0].shape[1]
-        return (columns, rows) if self._flipped else (rows, columns)
 
 
 def in_onednn(a: Tensor, b: Tensor, multiply_adds: int) -> bool:
