@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from cordee.errors import Problem, ProblemError
-from cordee.log import logger
+from cordee.log import info_once
 
 if TYPE_CHECKING:
     import torch
@@ -71,13 +71,8 @@ def kind() -> DeviceKind:
     if accelerator is None:
         return KINDS["cpu"]
     if accelerator.type not in KINDS:
-        _say_unknown(accelerator.type)
+        info_once("There is no support for accelerators of type %s: the CPU computes", accelerator.type)
     return KINDS.get(accelerator.type, KINDS["cpu"])
-
-
-@functools.cache
-def _say_unknown(accelerator: str) -> None:
-    logger.info("There is no support for accelerators of type %s: the CPU computes", accelerator)
 
 
 def local_device(local_rank: int) -> "torch.device":
@@ -174,8 +169,7 @@ def memory() -> Memory:
 def resident_bytes() -> int:
     """Bytes of this process in RAM now (Linux; elsewhere the peak)."""
     try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return _field(Path("/proc/self/status"), "VmRSS")
     except FileNotFoundError:
         return peak_resident_bytes()
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cordee.errors import Problem, ProblemError, Problems
+from cordee.errors import Problem, ProblemError, Problems, raise_all
 
 CORDEE = "cordee"  # the launcher of `supervisor.spawn_local`
 _LAUNCHER = "CORDEE_LAUNCHER"  # variable with its name
@@ -79,13 +79,11 @@ def rank_0_speaks() -> bool:
 
 def _checked(info: RankInfo) -> RankInfo:
     places = (("rank", info.rank, info.world_size), ("local rank", info.local_rank, info.local_world_size))
-    problems = [
+    raise_all(
         Problem(f"{name} of {info.launcher}", place, f"it must be below {size}, their number", "check the job")
         for name, place, size in places
         if not 0 <= place < size
-    ]
-    if problems:
-        raise ProblemError(problems)
+    )
     return info
 
 
@@ -96,8 +94,8 @@ def _integer(environ: Mapping[str, str], name: str, default: int | None = None) 
     try:
         return int(text or "")
     except ValueError:
-        problem = Problem(name, text, "the launcher should have set a whole number", "check how the job is started")
-        raise ProblemError([problem]) from None
+        why = "the launcher should have set a whole number"
+        raise ProblemError.of(name, text, why, "check how the job is started") from None
 
 
 def _from_torchrun(environ: Mapping[str, str]) -> RankInfo | None:

@@ -3,6 +3,7 @@
 Owns how the logger "cordee" prints, how numbers read, the console of tables, and progress bars. Knows nothing of ranks
 but the one given to `setup`."""
 
+import functools
 import logging
 import sys
 import time
@@ -31,6 +32,12 @@ def setup(rank: int = 0, level: int = logging.INFO) -> None:
     logger.propagate = False
     # It warns that norms over several mesh axes are reduced over one after the other: these are a few scalars.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+
+
+@functools.cache
+def info_once(text: str, *values: object) -> None:
+    """Log what a process has to say only once."""
+    logger.info(text, *values)
 
 
 def counted(number: int, what: str, several: str = "") -> str:

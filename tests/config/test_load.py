@@ -25,7 +25,7 @@ NEEDED = ["--seq-length", "8", "--lr", "1e-3"]
 
 def load(*argv, schema: Any = TrainConfig, files=(), **overrides):
     needed = NEEDED if schema is TrainConfig else []
-    return load_config(schema, [*needed, *argv], files=files, overrides=overrides)
+    return load_config(schema, [*needed, *(["--config", *files] if files else []), *argv], overrides=overrides)
 
 
 def problems(*argv, schema: Any = TrainConfig, files=(), **overrides):

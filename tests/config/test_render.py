@@ -17,7 +17,7 @@ ARGV = ["--seq-length", "8", "--lr", "1e-5", "--data-path", "0.3", "a b", "--tok
 def reload(loaded, tmp_path_factory):
     file = tmp_path_factory.mktemp("render") / "printed.yaml"
     file.write_text(to_yaml(loaded), encoding="utf-8")
-    return load_config(TrainConfig, files=[str(file)]).config
+    return load_config(TrainConfig, ["--config", str(file)]).config
 
 
 def test_printed_yaml_loads_to_the_same_run(tmp_path_factory):

@@ -40,7 +40,7 @@ def one(name: str, record: dict, map_keys: object = None) -> list[tuple[str, str
 
 def test_general_instructions_are_one_text_of_which_the_answer_is_trained():
     handler = handler_named("GeneralInstructionHandler")
-    assert not handler.templated and not handler.pairwise and handler.own_template is not None
+    assert not handler.pairwise and handler.own_template is not None
     (dialogue,) = handler.dialogues({"instruction": "a", "input": "", "output": "b"})
     renderer = Renderer(handler.own_template, LETTERS)
     turns = renderer.turns(dialogue)
@@ -106,7 +106,7 @@ def test_text_handlers():
     head = f"{HEAD}USER: Below is an instruction that describes a task. Write a response that appropriately completes "
     head += "the request.\n\n### Instruction:\nI\n\n###"
     handler = handler_named("AlpacaPretrainHandler")
-    assert handler.is_text and not handler.templated
+    assert handler.is_text and handler.own_template is None
     assert handler.text(record) == head + " Input:\nN\n\n### Response: ASSISTANT: O"
     assert handler.text(record | {"input": ""}) == head + "None\n\n### Response: ASSISTANT: O"
     record = {"title": "T", "question_body": "Q", "answer_body": "A"}
@@ -150,7 +150,7 @@ def test_alpaca_style_and_its_map():
     assert mapped == [("S", "S"), ("U", "q"), ("A", "a"), ("U", "I\nN"), ("A", "O")]
     assert one(name, {"q": "I", "output": "O"}, {"prompt": "q"}) == [("U", "I"), ("A", "O")]
     handler = handler_named(name, '{"prompt": "q", "system": "s"}')
-    assert handler.templated and set(handler.columns) == {"q", "input", "output", "s"}
+    assert handler.own_template is None and set(handler.columns) == {"q", "input", "output", "s"}
     assert set(handler.required) == {"q", "output", "s"}
     for bad in ({"instruction": 1}, {"output": None}, {"output": ""}):
         with pytest.raises(BadRecord):
@@ -197,7 +197,7 @@ def test_sharegpt_style_and_its_tags():
 def test_pairs():
     name = "AlpacaStylePairwiseHandler"
     handler = handler_named(name)
-    assert handler.pairwise and handler.templated
+    assert handler.pairwise and handler.own_template is None
     pair = handler.pairs({"instruction": "I", "input": "N", "chosen": "C", "rejected": "R"})
     assert [said(dialogue) for dialogue in pair] == [[("U", "I\nN"), ("A", "C")], [("U", "I\nN"), ("A", "R")]]
     handler = handler_named("SharegptStylePairwiseHandler")
@@ -281,7 +281,7 @@ def test_llama_factory(tmp_path):
     }
     (tmp_path / "dataset_info.json").write_text(json.dumps(info))
     path, handler = from_dataset_info(tmp_path, "plain")
-    assert path == tmp_path / "a.json" and handler.name == LLAMA_FACTORY and handler.templated
+    assert path == tmp_path / "a.json" and handler.name == LLAMA_FACTORY and handler.own_template is None
     assert said(handler.dialogues({"instruction": "I", "input": "N", "output": "O"})[0]) == [("U", "I\nN"), ("A", "O")]
     _, handler = from_dataset_info(tmp_path, "named")
     record = {"q": "Q", "a": "A", "h": [["q", "a"]], "input": "not a column"}

@@ -67,7 +67,7 @@ def score(model, documents, window, stride, batch_size, stage=None) -> Score:
     asked = ((document, [RollingLoglikelihood(document.tokens, window, stride)]) for document in documents)
     total = Score()
     for document, (logprob,) in engine.answers(asked):
-        total.count(document, logprob)
+        total += Score.of(document, logprob)
     return total
 
 

@@ -181,7 +181,8 @@ SEAMS = [
     (config, name, seam)
     for config in ("grouped", "biases", "learned positions")
     for name, placement in placements(tiny.model(COMMON[config])).items()
-    for seam in (*placement.hooks, *placement.facts)
+    for seam in vars(placement)
+    if seam != "applied"
 ]
 
 
@@ -194,12 +195,12 @@ def bent(inner):
 def test_whatever_is_done_at_a_seam_is_not_passed_over(config, name, seam):
     model = model_of(COMMON[config])
     placement = placements(model)[name]
-    if seam in placement.facts:
+    if seam not in placement.hooks:
         placement.set("test", **{seam: object()})
         assert unsupported_reason(model) is not None
         return
     placement.wrap(seam, "test", bent)
-    assert unsupported_reason(model) is not None and not placement.is_plain
+    assert unsupported_reason(model) is not None and placement.applied
     written = generate(model, [[1, 2, 3]], DecodingOptions(max_new_tokens=6))
     assert written == generate(model, [[1, 2, 3]], DecodingOptions(max_new_tokens=6, straight_decoding=False))
 

@@ -11,9 +11,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from cordee.model import init
-from cordee.model.init import fill, initialise, stream_key
+from cordee.model.init import fill, initialise
 from cordee.model.parameter import local_shard
 from cordee.model.specs import ParameterSpec
+from cordee.ops.dropout import stream_key
 from tests.model import tiny
 
 SHAPES = [(60, 24), (2, 30, 24), (3, 5, 8, 24), (97,), (1, 7, 5), (13, 1)]

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from cordee import device
+from cordee.log import info_once, logger
 from cordee.ops import gemm
 from cordee.ops.activation import gated
 
@@ -137,8 +138,8 @@ def test_small_products_are_left_to_torch():
 
 
 def test_the_library_is_said_once(library, caplog, monkeypatch):
-    monkeypatch.setattr(gemm.logger, "propagate", True)
-    gemm._log_onednn.cache_clear()
+    monkeypatch.setattr(logger, "propagate", True)
+    info_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="cordee"):
         for _ in range(2):
             gemm.linear(randn(64, 128), randn(256, 128))

@@ -16,8 +16,9 @@ from cordee.checkpoint.storage import location_of
 from cordee.checkpoint.store import CheckpointStore, restore
 from cordee.model.config import LowRankConfig, ModelConfig
 from cordee.model.gpt import GPTModel
-from cordee.model.init import fill, initialise, stream_key
+from cordee.model.init import fill, initialise
 from cordee.model.parameter import local_shard, of_origins, train_only
+from cordee.ops.dropout import stream_key
 from cordee.optim.build import build_optimizer, set_rates
 from cordee.parallel import apply, collectives, context, laws
 from cordee.parallel.degrees import degrees

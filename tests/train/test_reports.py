@@ -48,7 +48,7 @@ def record(*steps: StepResult, **changes):
     made = meter(**changes)
     for step in steps:
         made.add(step)
-    return made.read(iteration=7, consumed_samples=56, consumed_tokens=896)
+    return made.read(TrainState(iteration=7, consumed_samples=56, consumed_tokens=896))
 
 
 def test_log_line():
@@ -90,7 +90,7 @@ def test_figures_add_up():
     made.add(result(1.0))
     made.add(result(float("nan"), skipped=True))
     made.pause(0.01)
-    read = made.read(iteration=2, consumed_samples=16, consumed_tokens=256)
+    read = made.read(TrainState(iteration=2, consumed_samples=16, consumed_tokens=256))
     seconds = 2 * read.step_seconds
     assert seconds > 0.01
     assert read.tokens_per_second == pytest.approx(256 / seconds / 2)

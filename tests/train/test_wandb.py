@@ -132,7 +132,7 @@ def test_other_runs_of_wandb(tmp_path: Path, wandb, monkeypatch):
 def test_without_a_login_the_run_trains_and_says_so(tmp_path: Path, wandb, capsys):
     given = config(tmp_path)
     assert job.run(given) == 0
-    assert capsys.readouterr().err.count("W&B gets no more metrics") == 1
+    assert capsys.readouterr().err.count("W&B project climbs gets no more metrics") == 1
     assert len(tiny.losses(given)) == 4
 
 

@@ -44,14 +44,13 @@ def load_config(
     schema: type[T],
     argv: Sequence[str] = (),
     *,
-    files: Sequence[str] = (),
     overrides: Mapping[str, object] | None = None,
     teaching: Teaching | None = None,
 ) -> Loaded[T]:
-    """Build a `schema` from YAML `files`, then those of `--config`, then the flags in `argv`, then `overrides`.
+    """Build a `schema` from the YAML files of `--config`, then the flags in `argv`, then `overrides`.
 
     Raises `ProblemError` with every problem there is. `--help` in `argv` prints the help and raises SystemExit(0)."""
-    loaded = load_as_far_as_possible(schema, argv, files=files, overrides=overrides, teaching=teaching)
+    loaded = load_as_far_as_possible(schema, argv, overrides=overrides, teaching=teaching)
     raise_all(loaded.problems)
     return loaded
 
@@ -60,7 +59,6 @@ def load_as_far_as_possible(
     schema: type[T],
     argv: Sequence[str] = (),
     *,
-    files: Sequence[str] = (),
     overrides: Mapping[str, object] | None = None,
     teaching: Teaching | None = None,
 ) -> Loaded[T]:
@@ -69,7 +67,7 @@ def load_as_far_as_possible(
     Raises `ProblemError` where a source could not be read, or nothing can stand in for an option."""
     line = parse(schema, argv, teaching)
     collected = _Collected(schema)
-    for path in (*files, *line.files):
+    for path in line.files:
         collected.add_file(path)
     collected.add_command_line(line)
     for key, value in (overrides or {}).items():

@@ -5,7 +5,7 @@ Owns how values are written. Reads `Loaded` only."""
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, replace
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -27,9 +27,8 @@ def to_yaml(loaded: Loaded[Any]) -> str:
 
 def changes(loaded: Loaded[Any]) -> str:
     """The options that are not at their default, each with the origin of its value."""
-    options, changed = options_of(type(loaded.config)), changed_options(loaded.config)
-    said = [option.name for option in options if option.default is not MISSING or option.name in loaded.origins]
-    return _block(loaded, [name for name in said if name in changed])
+    changed = changed_options(loaded.config)
+    return _block(loaded, [each.name for each in options_of(type(loaded.config)) if each.name in changed])
 
 
 def with_origins(problems: Iterable[Problem], loaded: Loaded[Any]) -> list[Problem]:

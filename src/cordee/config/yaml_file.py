@@ -77,15 +77,9 @@ def _repeated(path: str, entries: list[Entry]) -> Iterator[Problem]:
     first: dict[str, int] = {}
     for entry in entries:
         if entry.key in first:
-            yield Problem(
-                entry.key,
-                None,
-                f"line {first[entry.key]} sets the same key",
-                "keep one of the lines",
-                "repeated",
-                limit=first[entry.key],
-                place=f"{path}:{entry.line}",
-            )
+            line, place = first[entry.key], f"{path}:{entry.line}"
+            why, fix = f"line {line} sets the same key", "keep one of the lines"
+            yield Problem(entry.key, None, why, fix, "repeated", limit=line, place=place)
         first.setdefault(entry.key, entry.line)
 
 

@@ -71,10 +71,6 @@ class Encode:
     eod: int | None = None
     seq_length: int | None = None
 
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        return self.keys
-
     def __call__(self, chunk: Chunk) -> Encoded:
         if self.handler is None:
             rows, invalid = chunk.rows(self.keys)

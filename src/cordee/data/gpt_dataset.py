@@ -24,6 +24,7 @@ from cordee.data.indexed import IndexedDataset
 from cordee.data.order import Epochs, Order, block_seed, normalise
 from cordee.data.order_cache import Arrays, cached_arrays, content_key
 from cordee.errors import Problem, ProblemError, raise_all
+from cordee.log import in_bytes
 
 Ints = npt.NDArray[np.int32]
 _CHUNK = 1 << 16  # numbers of an index that are worked out at a time
@@ -125,13 +126,9 @@ class GPTDataset:
 def _require_memory(option: str, value: str | None, what: str, needed: int) -> None:
     """ProblemError if building `what` takes more memory than there is: the system would kill the process instead."""
     if needed > (available := device.available_memory()):
-        why = f"{what} takes {_gib(needed)} of memory to build, and this machine has {_gib(available)} left"
+        why = f"{what} takes {in_bytes(needed)} of memory to build, and this machine has {in_bytes(available)} left"
         fix = "ask for fewer samples, take a larger --seq-length, or build it on a machine with more memory"
         raise ProblemError.of(option, value, why, fix)
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:,.1f} GiB"
 
 
 def _build_indexes(sequence_lengths: Ints, first: int, last: int, plan: Epochs, seq_length: int, seed: int) -> Arrays:

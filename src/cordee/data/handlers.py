@@ -64,7 +64,7 @@ class Handler:
     """A layout of records.
 
     columns: the fields of a record that it reads, of which no record may lack those `required`.
-    templated: it takes --prompt-type, or the tokenizer's template; else `own_template` is the one that it fixes.
+    own_template: the one that it fixes; None: it takes --prompt-type, or the tokenizer's, unless it is of text.
     pairwise: a record has a chosen and a rejected answer, read by `pairs`. is_text: it is plain text, read by `text`.
     flags: the fields of which one says whether an answer is desirable. Each reading raises `BadRecord`."""
 
@@ -76,10 +76,6 @@ class Handler:
     pairwise: bool = False
     is_text: bool = False
     flags: tuple[str, ...] = ("kto_tag", "label")
-
-    @property
-    def templated(self) -> bool:
-        return self.own_template is None and not self.is_text
 
     def dialogues(self, record: Record) -> list[Dialogue]:
         assert not (self.pairwise or self.is_text)

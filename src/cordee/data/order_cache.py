@@ -5,8 +5,6 @@ of what they mean."""
 
 import hashlib
 import json
-import os
-import secrets
 import time
 import zlib
 from collections.abc import Callable, Mapping
@@ -18,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cordee import lock
-from cordee.files import create_new, sync_directory
+from cordee.files import durable
 from cordee.log import logger
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -98,7 +96,6 @@ def _build(directory: Path, paths: Mapping[str, Path], shapes: Shapes, build: Ca
             if name not in whole:
                 _save(path, arrays[name])
                 whole[name] = _open(path, shapes[name], verified=True)
-        sync_directory(directory)
         return whole
     except _DAMAGE as error:
         logger.warning(_NOT_KEPT, directory, error)
@@ -128,14 +125,7 @@ def _seal(path: Path, content: npt.NDArray[np.uint8]) -> bytes:
 
 
 def _save(path: Path, array: npt.NDArray[Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        with create_new(temporary) as file:
-            np.save(file, array, allow_pickle=False)
-            file.flush()
-            file.write(_seal(path, np.memmap(temporary, np.uint8, "r")))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with durable(path) as file:
+        np.save(file, array, allow_pickle=False)
+        file.flush()
+        file.write(_seal(path, np.memmap(file, np.uint8, "r")))

@@ -46,22 +46,14 @@ class Source:
 def run(config: PreprocessConfig) -> int:
     """Do the job of `config` and return 0. Raises `ProblemError` for what the user can fix."""
     raise_all(laws.problems(config))
-    with _terminable(), _writing(config):
-        if config.merge_group_keys:
-            _merge(config)
-        else:
-            tokenize(config)
-    return 0
-
-
-@contextmanager
-def _writing(config: PreprocessConfig) -> Iterator[None]:
     try:
-        yield
+        with _terminable():
+            (_merge if config.merge_group_keys else tokenize)(config)
     except OSError as error:
         why = f"the output cannot be written: {error}"
         fix = "make room or give another place; nothing incomplete is left under the final names"
         raise ProblemError.of("--output-prefix", config.output_prefix, why, fix, "unwritable") from error
+    return 0
 
 
 def check_run(config: PreprocessConfig) -> list[Problem]:
@@ -72,18 +64,11 @@ def check_run(config: PreprocessConfig) -> list[Problem]:
     return found.problems
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Records of one kind, `handler` None for text, and where they come from."""
-
-    handler: Handler | None
-    sources: list[Source]
-
-
 def _prepare(
     config: PreprocessConfig, tokenizer: Tokenizer | None = None, directory: str | None = None
-) -> tuple[dict[str, str], list[_Part]]:
-    """The prefix of every output's pair, and what is read. ProblemError with all that is wrong."""
+) -> tuple[dict[str, str], list[tuple[Handler | None, list[Source]]]]:
+    """The prefix of every output's pair, and what is read: where records of one kind come from, with the handler of
+    these, None for text. ProblemError with all that is wrong."""
     keys = tuple(dict.fromkeys(config.json_keys))
     handled = Findings()
     handlers = handled.attempt(lambda: inputs_of(config, config.input)) or [(config.input, None)]
@@ -106,7 +91,7 @@ def _prepare(
         found.problems.append(Problem("--output-prefix", config.output_prefix, why, fix, "excludes", ("input",)))
     read = [found.attempt(partial(_sources, replace(config, input=path), keys, handler)) for path, handler in handlers]
     raise_all(found.problems)
-    return prefixes, [_Part(handler, sources or []) for (_, handler), sources in zip(handlers, read, strict=True)]
+    return prefixes, [(handler, sources or []) for (_, handler), sources in zip(handlers, read, strict=True)]
 
 
 def tokenize(config: PreprocessConfig, tokenizer: Tokenizer | None = None, directory: str | None = None) -> None:
@@ -120,8 +105,8 @@ def tokenize(config: PreprocessConfig, tokenizer: Tokenizer | None = None, direc
         packer = Packer(config.seq_length, tokenizer.pad or 0, numbered=config.neat_pack)
     with ExitStack() as outer:
         maps = []
-        for part in parts:
-            encode = _encode(config, part.handler, tuple(prefixes), tokenizer, directory)
+        for handler, _ in parts:
+            encode = _encode(config, handler, tuple(prefixes), tokenizer, directory)
             maps.append(outer.enter_context(process_map(encode, config.workers * config.n_subs)))
         outer.enter_context(_own(config, prefixes.values()))
         with ExitStack() as stack, _progress(tally, config.log_interval) as show:
@@ -131,8 +116,8 @@ def tokenize(config: PreprocessConfig, tokenizer: Tokenizer | None = None, direc
                 for key, column in columns.items():
                     builders[key].add_documents(column.tokens, column.lengths)
 
-            for part, encoded in zip(parts, maps, strict=True):
-                for result in encoded(_chunks(part.sources)):
+            for (_, own), encoded in zip(parts, maps, strict=True):
+                for result in encoded(_chunks(own)):
                     tally.add(result)
                     write(packer.add(result.columns) if packer else result.columns)
                     show()
@@ -140,7 +125,7 @@ def tokenize(config: PreprocessConfig, tokenizer: Tokenizer | None = None, direc
             tally.require_documents(builders)
             for prefix in prefixes.values():
                 manifest_path(prefix).unlink(missing_ok=True)  # of the pair that is replaced now
-        sources = [source for part in parts for source in part.sources]
+        sources = [source for _, own in parts for source in own]
         for key, prefix in prefixes.items():
             manifest = tally.manifest(key, builders[key], tokenizer, config.append_eod, sources)
             manifest.write(prefix)

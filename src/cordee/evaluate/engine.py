@@ -7,6 +7,7 @@ answer depends on its request alone, within rounding. Knows no task."""
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain, groupby, islice
 from typing import Any, TypeVar
 
@@ -41,11 +42,10 @@ class Engine:
         self._batch_size = batch_size
         self._finished = finished or Finished(None)
         self._device = next(subject.model.parameters()).device
-        layout = None if subject.stage is None else subject.stage.layout
+        self._layout = layout = None if subject.stage is None else subject.stage.layout
         self._copy, self._copies = (0, 1) if layout is None else (layout.data_rank, layout.data_size)
-        self._known = self._finished.results
-        if layout is not None:
-            self._known = collectives.from_first(self._known, layout)
+        known = self._finished.results
+        self._known = known if layout is None else collectives.from_first(known, layout)
 
     def answers(
         self, asked: Iterable[tuple[D, Sequence[Request]]], progress: Callable[[float], None] = lambda share: None
@@ -74,21 +74,13 @@ class Engine:
             own = batches[self._copy] if self._copy < len(batches) else []
             found = self._from_all(dict(zip([piece.key for piece in own], self._compute(own), strict=True)))
             _require_numbers(found.values(), self._subject)
-            self._keep(found)
+            kept = found if self._subject.speaks else {}  # in the file of one rank, which all ranks wait for
+            collectives.together(partial(self._finished.add, kept), self._layout and self._layout.control)
             yield found, number / len(rounds)
 
-    def _keep(self, found: dict[str, Any]) -> None:
-        """Keep results in the file of one rank; ProblemError on all ranks if it cannot be written."""
-        if (stage := self._subject.stage) is None:
-            self._finished.add(found)
-        else:
-            keep = self._finished.add if self._subject.speaks else lambda found: None
-            collectives.together(lambda: keep(found), stage.layout.control)
-
     def _from_all(self, own: dict[str, Any]) -> dict[str, Any]:
-        if self._subject.stage is None:
+        if (layout := self._layout) is None:
             return own
-        layout = self._subject.stage.layout
         parts = collectives.gather(own if layout.speaks_for_samples else {}, layout)
         return {key: result for part in parts for key, result in part.items()}
 

@@ -4,7 +4,6 @@ Owns which processes have which part of the model, and which of them speaks."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 from cordee import launch, log
@@ -22,16 +21,6 @@ from cordee.parallel import inference
 from cordee.parallel.degrees import RANKS, Degrees, model_processes
 from cordee.tokenizer import Tokenizer, holds_tokenizer, names_tokenizer
 from cordee.weights.codec import Source
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """An evaluation that nothing is known to be wrong with. Without `tokenizer` no task needs one."""
-
-    source: Source
-    tokenizer: Tokenizer | None
-    tasks: list[Task]
-    stop: frozenset[int]
 
 
 def option_problems(config: EvaluateConfig) -> Problems:
@@ -55,13 +44,13 @@ def run(config: EvaluateConfig) -> int:
 
     Processes that the degrees do not ask for hold further copies of the model and take their share of the work."""
     log.setup(launch.rank_info().rank)
-    prepared = _prepare(config)
+    source, tokenizer, tasks, stop = _prepare(config)
     with ExitStack() as stack:
         layout = join(config, _degrees(config), stack, "while evaluating")
-        model, stage = load_part(prepared.source, config, layout)
-        subject = Subject(model, prepared.tokenizer, stage, prepared.stop)
+        model, stage = load_part(source, config, layout)
+        subject = Subject(model, tokenizer, stage, stop)
         finished = _finished(config, subject)
-        results = run_tasks(prepared.tasks, subject, config, finished)
+        results = run_tasks(tasks, subject, config, finished)
     if subject.speaks:
         show(results)
         if config.output is not None:
@@ -90,7 +79,9 @@ def _degrees(config: EvaluateConfig) -> Degrees:
     return inference.degrees(config, max(1, _processes(config) // model_processes(config)))
 
 
-def _prepare(config: EvaluateConfig) -> _Prepared:
+def _prepare(config: EvaluateConfig) -> tuple[Source, Tokenizer | None, list[Task], frozenset[int]]:
+    """Weights, tokenizer (None: no task needs one), tasks and the tokens that end a text: nothing is known to be wrong
+    with them."""
     found = Findings([*option_problems(config)])
     found.attempt(lambda: check_new(config.output))
     source = found.attempt(lambda: adapter.read(config.load, config, config.only_adapter()))
@@ -102,7 +93,7 @@ def _prepare(config: EvaluateConfig) -> _Prepared:
         stop = found.attempt(lambda: stop_ids(source.spec, source.assets, tokenizer))
     raise_all(found.problems)
     assert source is not None and tasks is not None
-    return _Prepared(source, tokenizer, tasks, stop or frozenset())
+    return source, tokenizer, tasks, stop or frozenset()
 
 
 def _tokenizer(config: EvaluateConfig, tasks: Sequence[Task], source: Source | None) -> Tokenizer | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
-from cordee.model.config import AttentionConfig, BalanceConfig, LayerConfig, ModelConfig, MoEConfig
+from cordee.model.config import BalanceConfig, LayerConfig, ModelConfig, MoEConfig
 
 DIGITS = 12  # of scales: they are products and roots, which families take in another order
 OF_TRAINING = frozenset({"attention_dropout", "embedding_dropout", "hidden_dropout", "init_std", "balance", "capacity"})
@@ -26,10 +26,7 @@ def canonical(config: ModelConfig) -> ModelConfig:
 
 def _canonical_layer(layer: LayerConfig) -> LayerConfig:
     attention, mlp = layer.attention, layer.mlp
-    if isinstance(attention, AttentionConfig):
-        attention = replace(attention, scale=rounded(attention.scale or attention.head_dim**-0.5))
-    else:
-        attention = replace(attention, scale=rounded(attention.scale))
+    attention = replace(attention, scale=rounded(attention.scale or attention.key_dim**-0.5))
     if isinstance(mlp, MoEConfig):
         router = mlp.router
         if router.score == "softmax" and router.score_when == "after":  # is that over all experts, normalised

@@ -112,7 +112,8 @@ class GPTModel(nn.Module):
         In training `dropout_rng` seeds dropout (None: torch's random numbers do). A span without head returns
         hidden states. `span` is the one to run of those that were built, needed where there are several. Hidden states
         that are only a part of a sequence, as between tensor-parallel ranks, need its `position_ids`."""
-        span = span or self._only_span
+        if span is None:
+            (span,) = self.spans
         tokens, context = self._inputs.prepare(
             inputs, attention_mask, position_ids, segments, cache, balance, dropout_rng, self.training, self.placement
         )
@@ -159,11 +160,6 @@ class GPTModel(nn.Module):
     def own_layers(self) -> list[Layer]:
         """The layers that were built, in order."""
         return [layer for layer in self.layers.values() if isinstance(layer, Layer)]
-
-    @property
-    def _only_span(self) -> Span:
-        assert len(self.spans) == 1, "which of the spans is to run?"
-        return self.spans[0]
 
     def parameter_specs(self) -> Specs:
         """Spec of every parameter by canonical name."""

@@ -4,7 +4,6 @@ Owns the function: each value follows from (seed, canonical parameter name, glob
 without its neighbours and every layout starts from the same model. The source of randomness is a counter hashed by
 the finaliser of SplitMix64 (Steele, Lea & Flood 2014), turned normal by the Box-Muller transform."""
 
-import hashlib
 import math
 from collections.abc import Callable, Collection
 from functools import partial
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from cordee.model.parameter import ORIGINS, local_shard, of_origins, parameter_specs
 from cordee.model.specs import Origin, ParameterSpec
+from cordee.ops.dropout import stream_key
 
 Shape = tuple[int, ...]
 BLOCK = 1 << 18  # elements filled at once: the int64 counters and what becomes of them stay in the caches, 2 MiB each
@@ -26,11 +26,6 @@ def initialise(model: nn.Module, seed: int, origins: Collection[Origin] = ORIGIN
     for name, parameter in of_origins(model, origins).items():
         local, offset = local_shard(parameter)
         fill(local, specs[name], offset, stream_key(seed, name))
-
-
-def stream_key(seed: int, name: str) -> int:
-    """A 63-bit key of the random stream of one parameter."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little") >> 1
 
 
 def fill(local: Tensor, spec: ParameterSpec, offset: tuple[int, ...], key: int) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cordee.model.balance import Balance
 from cordee.model.cache import Cache, CacheStep
-from cordee.model.config import AttentionConfig, LatentAttentionConfig, ModelConfig, RopeConfig
+from cordee.model.config import AttentionConfig, ModelConfig, RopeConfig
 from cordee.model.placement import Placement, unchanged
 from cordee.model.rotary import Longest, Positions, depends_on_length
 from cordee.ops.attention import AttentionCore, Scores
@@ -182,11 +182,5 @@ def _next_positions(inputs: Tensor, real: Tensor | None) -> Tensor:
 
 def _changing_ropes(config: ModelConfig) -> set[tuple[RopeConfig, int]]:
     """The rotary positions whose frequencies depend on the length, each with its head_dim."""
-    found = set()
-    for layer in config.layers:
-        attention = layer.attention
-        rope = attention.rope
-        if rope is not None and depends_on_length(rope):
-            latent = isinstance(attention, LatentAttentionConfig)
-            found.add((rope, attention.rope_head_dim if latent else attention.head_dim))
-    return found
+    dims = {each.attention: getattr(each.attention, "rope_head_dim", each.attention.key_dim) for each in config.layers}
+    return {(a.rope, dim) for a, dim in dims.items() if a.rope is not None and depends_on_length(a.rope)}

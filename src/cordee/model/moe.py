@@ -22,8 +22,6 @@ from cordee.model.router import Router, Routing, count_by_expert, limit_to_capac
 from cordee.model.specs import Specs
 from cordee.ops.grouped import grouped_matmul
 
-RowMap = Callable[[Tensor], Tensor]
-
 
 class StackedLinear(Projection[Placement]):
     """A linear map for each expert: y = x W_e^T + b_e, with W `[expert, *out_shape, in_size]`."""
@@ -39,16 +37,6 @@ class StackedLinear(Projection[Placement]):
         if bias is None:
             return y
         return y + bias.flatten(1).repeat_interleave(counts, 0, output_size=len(rows))
-
-    def unbind(self) -> list[RowMap]:
-        """The map of each expert by itself."""
-        return [partial(self._alone, index=index) for index in range(len(self.local("weight")))]
-
-    def _alone(self, rows: Tensor, index: int) -> Tensor:
-        bias = self.local("bias")
-        weight = self.local("weight")[index].flatten(0, -2)
-        y = F.linear(rows, weight, None if bias is None else bias[index].flatten())
-        return self.with_adapters(y, rows, lambda x, matrices: F.linear(x, matrices[index]))
 
 
 class Experts(SpecifiedModule[Placement]):
@@ -67,21 +55,10 @@ class Experts(SpecifiedModule[Placement]):
 
     def forward(self, rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
         """`[rows, embed]` to the same; `weights` float32 `[rows]`, `counts` int64 `[experts]`: rows of each expert."""
-        return self._run(rows, weights, partial(self._up, counts=counts), partial(self.down, counts=counts))
-
-    def unbind(self) -> list[Callable[[Tensor, Tensor], Tensor]]:
-        """Each expert by itself: what maps its rows `[rows, embed]` and their weights `[rows]` to its results."""
-        pairs = zip(self._up.unbind(), self.down.unbind(), strict=True)
-        return [partial(self._run, up=up, down=down) for up, down in pairs]
-
-    @property
-    def _up(self) -> StackedLinear:
-        return self.gate_up if self.config.gated else self.up
-
-    def _run(self, rows: Tensor, weights: Tensor, up: RowMap, down: RowMap) -> Tensor:
         if self.weight_input:
             rows = _weighted(rows, weights)
-        y = down(activate(up(rows), self.config))
+        up = (self.gate_up if self.config.gated else self.up)(rows, counts)
+        y = self.down(activate(up, self.config), counts)
         return y if self.weight_input else _weighted(y, weights)
 
 
@@ -165,12 +142,12 @@ def local_dispatch(x: Tensor, routing: Routing, experts: Experts) -> Tensor:
 def loop_dispatch(x: Tensor, routing: Routing, experts: Experts) -> Tensor:
     """As `local_dispatch`, one expert after the other: the definition."""
     y = torch.zeros_like(x)
-    for index, expert in enumerate(experts.unbind()):
+    for index, alone in enumerate(torch.eye(routing.logits.shape[1], dtype=torch.int64, device=x.device)):
         chosen = routing.experts == index
         if routing.kept is not None:
             chosen = chosen & routing.kept
         token, slot = chosen.nonzero(as_tuple=True)
-        y = y.index_add(0, token, expert(x[token], routing.weights[token, slot]))
+        y = y.index_add(0, token, experts(x[token], routing.weights[token, slot], alone * len(token)))
     return y
 
 

@@ -75,19 +75,9 @@ class Placement:
         super().__setattr__(name, value)
 
     @property
-    def is_plain(self) -> bool:
-        """Whether everything is as in one process without techniques."""
-        return not self.applied
-
-    @property
     def hooks(self) -> list[str]:
         """The names of all hooks."""
         return [name for name, value in vars(self).items() if callable(value)]
-
-    @property
-    def facts(self) -> list[str]:
-        """The names of all facts."""
-        return [name for name, value in vars(self).items() if not callable(value) and name != "applied"]
 
     def wrap(self, hook: str, by: str, around: Callable[[Any], Any], *, compiles: bool = False) -> None:
         """Let the hook be `around(hook)`: the last technique to wrap is the outermost.

@@ -51,13 +51,8 @@ def alibi_slopes(num_heads: int) -> tuple[float, ...]:
 
     Where that is no power of two: those of the next smaller power, then every second one of the next larger."""
     power = 1 << (num_heads.bit_length() - 1)
-    more = 2 * (num_heads - power)
-    slopes = [_geometric_slope(power, n) for n in range(power)]
-    return tuple(slopes + [_geometric_slope(2 * power, n) for n in range(0, more, 2)])
-
-
-def _geometric_slope(num_heads: int, head: int) -> float:
-    return 2.0 ** (-8.0 * (head + 1) / num_heads)
+    slopes = [2.0 ** (-8.0 * n / power) for n in range(1, power + 1)]
+    return (*slopes, *(2.0 ** (-8.0 * n / (2 * power)) for n in range(1, 2 * (num_heads - power), 2)))
 
 
 def reference_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scores: Scores) -> Tensor:

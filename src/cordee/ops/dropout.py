@@ -58,14 +58,15 @@ class DropoutRNG:
 
     def dropout(self, rate: float, *site: str | int, first_head: int = 0) -> Dropout:
         """Dropout of `rate` at a site of the model, which no other site shares the name of."""
-        mixed = self.samples * 0x5851F42D4C957F2D + _stream(self.seed, *site)  # wraps; an odd factor keeps them apart
+        # The product wraps; an odd factor keeps samples apart.
+        mixed = self.samples * 0x5851F42D4C957F2D + stream_key(self.seed, *site)
         return Dropout(rate, ((mixed >> 31) ^ mixed).to(torch.int32), first_head)
 
 
 @torch.compiler.assume_constant_result
 @functools.cache
-def _stream(*names: str | int) -> int:
-    """A 63-bit number that only the same names have."""
+def stream_key(*names: str | int) -> int:
+    """The 63-bit key of a stream of random numbers, which only the same names have."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, names)).encode()).digest()[:8], "little") >> 1
 
 

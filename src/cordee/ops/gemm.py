@@ -4,7 +4,6 @@ torch gives float32 products on a CPU to MKL. oneDNN, which it carries for other
 on processors where MKL keeps to AVX2; `cordee.device` knows which those are. `linear` and `matmul` use it there, and
 are torch's own everywhere else or where `torch.backends.mkldnn.enabled` is off."""
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -14,7 +13,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from cordee.device import prefers_onednn
-from cordee.log import logger
+from cordee.log import info_once
 
 WORTHWHILE = 1 << 20  # multiply-adds of a product below which the start of oneDNN's kernel costs more than it gains
 PART_BYTES = 1 << 24  # of a product that is added to a sum
@@ -95,15 +94,13 @@ class TransposedSum:
         if len(parts) == 1 and not self._flipped:
             return parts[0].mul_(factor)
         dim = 1 if self._flipped else 0
-        total = torch.empty(self._shape(parts), dtype=torch.float32, device=parts[0].device)
+        rows, columns = sum(map(len, parts)), parts[0].shape[1]
+        shape = (columns, rows) if self._flipped else (rows, columns)
+        total = torch.empty(shape, dtype=torch.float32, device=parts[0].device)
         for slot in total.split([len(part) for part in parts], dim):
             part = parts.pop(0)
             torch.mul(part.t() if self._flipped else part, factor, out=slot)
         return total
-
-    def _shape(self, parts: list[Tensor]) -> tuple[int, int]:
-        rows, columns = sum(len(part) for part in parts), parts[0].shape[1]
-        return (columns, rows) if self._flipped else (rows, columns)
 
 
 def in_onednn(a: Tensor, b: Tensor, multiply_adds: int) -> bool:
@@ -120,7 +117,7 @@ def has_onednn(x: Tensor) -> bool:
 def _device_takes_onednn(device: torch.device) -> bool:
     if not (prefers_onednn(device) and torch.backends.mkldnn.enabled):
         return False
-    _log_onednn()
+    info_once("Float32 products run in oneDNN, which is faster than MKL on this processor")
     return True
 
 
@@ -176,8 +173,3 @@ class _Linear(Function):
         if need_x and ctx.before is not None:
             (x_grad,) = torch.autograd.grad(factor, x, x_grad)
         return x_grad, weight_grad, rows.sum(0) if need_bias else None, None
-
-
-@functools.cache
-def _log_onednn() -> None:
-    logger.info("Float32 products run in oneDNN, which is faster than MKL on this processor")

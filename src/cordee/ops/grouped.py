@@ -2,8 +2,6 @@
 
 Owns the grouped product and the loop that defines it. Knows nothing of routing: rows come sorted by group."""
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,7 +9,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from cordee.device import KINDS
-from cordee.log import logger
+from cordee.log import info_once
 
 ALIGNMENT = 16  # bytes: what grouped kernels ask of the distance between rows
 
@@ -30,7 +28,8 @@ def grouped_matmul(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return _uncompiled(rows, weight, counts)
     if not has_kernel(rows, weight):
-        _log_loop(_name(rows.dtype), tuple(weight.shape[1:]))
+        what = tuple(weight.shape[1:]), _name(rows.dtype)
+        info_once("No grouped kernel takes experts of %s in %s: they run one after the other", *what)
         return reference_grouped_matmul(rows, weight, counts)
     return _GroupedMatmul.apply(rows, weight, counts.cumsum(0).to(torch.int32))
 
@@ -66,8 +65,3 @@ class _GroupedMatmul(Function):
         rows_grad = F.grouped_mm(grad, weight, offs=ends) if need_rows else None
         weight_grad = F.grouped_mm(grad.t(), rows.contiguous(), offs=ends) if need_weight else None
         return rows_grad, weight_grad, None
-
-
-@functools.cache
-def _log_loop(dtype: str, shape: tuple[int, ...]) -> None:
-    logger.info("No grouped kernel takes experts of %s in %s: they run one after the other", shape, dtype)

@@ -72,8 +72,10 @@ def all_gather_together_fwd_reduce_scatter_bwd(
     """As `all_gather_fwd_reduce_scatter_bwd` along the first dim, of each x. Integers have no gradient.
 
     `at_once`: all of them are in flight together."""
-    options = {"group": group, "at_once": at_once}
-    return _Pairs.apply(partial(all_gather_together, **options), partial(reduce_scatter_together, **options), *xs)
+    size = dist.get_world_size(group)
+    gather = partial(dist.all_gather_single, group=group), lambda rows: rows * size
+    scatter = partial(dist.reduce_scatter_single, group=group), lambda rows: rows // size
+    return _Pairs.apply(partial(_each, *gather, at_once), partial(_each, *scatter, at_once), *xs)
 
 
 def all_to_all_rows_fwd_bwd(
@@ -81,9 +83,13 @@ def all_to_all_rows_fwd_bwd(
 ) -> tuple[Tensor, ...]:
     """Of each x the first `sent[0]` rows to rank 0 and so on; the result has `received[0]` rows from rank 0 and so on.
     Gradients go back likewise. `at_once`: all of them are in flight together."""
-    rows = partial(all_to_all_rows, group=group, at_once=at_once)
-    there, back = partial(rows, sent=sent, received=received), partial(rows, sent=received, received=sent)
-    return _Pairs.apply(there, back, *xs)
+
+    def exchange(sent: list[int], received: list[int]) -> Collectives:
+        splits = {"output_split_sizes": received, "input_split_sizes": sent}
+        collective = partial(dist.all_to_all_single, **splits, group=group)
+        return partial(_each, collective, lambda rows: sum(received), at_once)
+
+    return _Pairs.apply(exchange(sent, received), exchange(received, sent), *xs)
 
 
 def _view(x: Tensor) -> Tensor:
@@ -160,26 +166,6 @@ def reduce_scatter(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
     return part
 
 
-def all_gather_together(xs: Sequence[Tensor], group: ProcessGroup, *, at_once: bool) -> list[Tensor]:
-    """Of each x the parts of all ranks, of one shape, joined along the first dim."""
-    size = dist.get_world_size(group)
-    return _each(partial(dist.all_gather_single, group=group), xs, lambda rows: rows * size, at_once)
-
-
-def reduce_scatter_together(xs: Sequence[Tensor], group: ProcessGroup, *, at_once: bool) -> list[Tensor]:
-    """Of each x this rank's part along the first dim of the sum of all ranks' x."""
-    size = dist.get_world_size(group)
-    return _each(partial(dist.reduce_scatter_single, group=group), xs, lambda rows: rows // size, at_once)
-
-
-def all_to_all_rows(
-    xs: Sequence[Tensor], group: ProcessGroup, sent: list[int], received: list[int], *, at_once: bool
-) -> list[Tensor]:
-    """As `all_to_all_rows_fwd_bwd`."""
-    exchange = partial(dist.all_to_all_single, output_split_sizes=received, input_split_sizes=sent, group=group)
-    return _each(exchange, xs, lambda rows: sum(received), at_once)
-
-
 def begin_all_to_all(x: Tensor, group: ProcessGroup) -> tuple[Tensor, Callable[[], object]]:
     """Start an all-to-all of equal parts of x along the first dim; the result is valid after a call of the second."""
     x = x.contiguous()
@@ -190,7 +176,7 @@ def begin_all_to_all(x: Tensor, group: ProcessGroup) -> tuple[Tensor, Callable[[
 
 
 def _each(
-    collective: Callable[..., dist.Work | None], xs: Sequence[Tensor], rows: Callable[[int], int], at_once: bool
+    collective: Callable[..., dist.Work | None], rows: Callable[[int], int], at_once: bool, xs: Sequence[Tensor]
 ) -> list[Tensor]:
     """`collective(result, x)` of each x, one after the other or all in flight; `rows` are a result's, by those of x."""
     xs = [x.contiguous() for x in xs]

@@ -86,23 +86,15 @@ class InferenceStage:
         cache: Cache | None = None,
     ) -> Tensor:
         """As `model(ids, ..., output=output)` of a whole model, which is `like` this in shape and type."""
-        x = ids if self.span.embedding else self._receive(model, ids)
-        return self._from_last(model(x, attention_mask, cache=cache, output=output), like)
-
-    def _from_last(self, y: Tensor, like: Tensor) -> Tensor:
-        """Send the hidden states `y` of this stage on, and return the last stage's output, which is `like` this."""
-        group = self.layout.group("pp")
-        if group is None:
-            return y
-        rank, last = self.layout.axis_rank("pp"), self.layout.degrees.pp - 1
+        if (group := self.layout.group("pp")) is None:
+            return model(ids, attention_mask, cache=cache, output=output)
+        x, rank, last = ids, self.layout.axis_rank("pp"), self.layout.degrees.pp - 1
+        if rank > 0:
+            dtype = next(model.parameters()).dtype
+            x = torch.empty(*ids.shape, model.config.hidden_size, dtype=dtype, device=ids.device)
+            collectives.receive(x, rank - 1, group).wait()
+        y = model(x, attention_mask, cache=cache, output=output)
         if rank < last:
             collectives.send(y.contiguous(), rank + 1, group).wait()
             y = torch.empty_like(like, device=y.device)
         return collectives.broadcast(y, last, group)
-
-    def _receive(self, model: GPTModel, ids: Tensor) -> Tensor:
-        group = self.layout.group("pp")
-        assert group is not None
-        x = torch.empty(*ids.shape, model.config.hidden_size, dtype=next(model.parameters()).dtype, device=ids.device)
-        collectives.receive(x, self.layout.axis_rank("pp") - 1, group).wait()
-        return x

@@ -5,7 +5,6 @@ Owns the global batch, its ramp-up and its split into micro-batches. Knows neith
 import bisect
 import math
 from dataclasses import dataclass, replace
-from functools import partial
 
 from cordee.data.options import BatchOptions
 from cordee.errors import Problem, Problems, divisible
@@ -62,15 +61,11 @@ class BatchSchedule:
         while consumed + (size := self.batch_size(consumed)) <= samples:
             fit = (samples - consumed) // size
             if size < self.global_batch_size:  # as many as there are before the first that is larger
-                after = partial(self._batch_size_after, consumed, size)
-                fit = bisect.bisect_right(range(min(fit, 2**62)), size, key=after)  # no longer range has a length
+                positions = range(consumed, consumed + min(fit, 2**62) * size, size)  # no longer range has a length
+                fit = bisect.bisect_right(positions, size, key=self.batch_size)
             steps += fit
             consumed += fit * size
         return steps, consumed
-
-    def _batch_size_after(self, consumed: int, size: int, steps: int) -> int:
-        """That of the step after `steps` more of `size` samples."""
-        return self.batch_size(consumed + steps * size)
 
 
 def build_batch_schedule(options: BatchOptions, data_size: int, sizes: tuple[int, ...] | None = None) -> BatchSchedule:

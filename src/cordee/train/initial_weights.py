@@ -103,10 +103,10 @@ def _choose(config: TrainConfig, path: Location, avoid: Mapping[int, str] | None
     is_own = config.save is not None and location_of(config.save, "--save").resolve() == path.resolve()
     if path.is_file() or (path.is_dir() and not is_own):
         fix = "give a directory that --save has written, one with config.json and weights, or a GGUF file"
-        raise _unfit(option_of(config), path, "it holds neither a checkpoint nor a model", fix, "format")
+        raise ProblemError.of(option_of(config), str(path), "it holds neither a checkpoint nor a model", fix, "format")
     if config.exit_on_missing_checkpoint or not is_own:
         fix = "check the path; only the directory of --save may be empty, for a command that starts and resumes a run"
-        raise _unfit(option_of(config), path, "there is no checkpoint", fix, "missing")
+        raise ProblemError.of(option_of(config), str(path), "there is no checkpoint", fix, "missing")
     notes.append(f"{option_of(config)} {path}: nothing is there yet; the run starts from initial weights")
     return InitialWeights()
 
@@ -119,7 +119,8 @@ def _iteration(config: TrainConfig, root: Location, avoid: Mapping[int, str] | N
     notes += skipped
     if iteration is None:
         why = f"all its checkpoints are corrupt: {'; '.join(skipped)}"
-        raise _unfit(option_of(config), root, why, "restore one, or start anew with another --save", "corrupt")
+        fix = "restore one, or start anew with another --save"
+        raise ProblemError.of(option_of(config), str(root), why, fix, "corrupt")
     return iteration
 
 
@@ -131,14 +132,10 @@ def _of_checkpoint(config: TrainConfig, path: Location) -> InitialWeights:
     except ValueError as error:
         present = directory.iterations(path.parent)
         fix = f"choose another by --ckpt-step; there are: {', '.join(map(str, present)) or 'none'}"
-        raise _unfit(option_of(config), path, str(error), fix, "corrupt", present) from error
+        raise ProblemError.of(option_of(config), str(path), str(error), fix, "corrupt", limit=present) from error
     base = manifest.get("base")
     if base is None and (config.lora_target_modules or config.num_prefix_tokens):  # which are trained on these weights
         return InitialWeights(weights=path)
     weights = None if base is None else location_of(base["path"])
     checkpoint = Checkpoint(path, manifest, resume=not config.finetune)
     return InitialWeights(checkpoint, weights=weights, assets=assets.beside(path))
-
-
-def _unfit(option: str, path: Location, why: str, fix: str, kind: str, limit: object = None) -> ProblemError:
-    return ProblemError.of(option, str(path), why, fix, kind, limit=limit)

@@ -10,6 +10,7 @@ import torch
 
 from cordee import device
 from cordee.ops.gemm import matmul
+from cordee.train.run_plan import TrainState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +94,8 @@ class Meter:
         """Whether there are steps that no record covers."""
         return bool(self._steps)
 
-    def read(self, *, iteration: int, consumed_samples: int, consumed_tokens: int) -> Record:
-        """The record of all steps since the last call."""
+    def read(self, state: TrainState) -> Record:
+        """The record of all steps since the last call, with where the run is now."""
         steps = self._steps
         assert steps, "a record needs a step"
         now = time.perf_counter()
@@ -106,10 +107,10 @@ class Meter:
         memory = device.memory()
         last = steps[-1]
         return Record(
-            iteration=iteration,
+            iteration=state.iteration,
             train_iterations=self.train_iterations,
-            consumed_samples=consumed_samples,
-            consumed_tokens=consumed_tokens,
+            consumed_samples=state.consumed_samples,
+            consumed_tokens=state.consumed_tokens,
             loss=_mean([step.loss for step in good]),
             metrics={name: _mean([step.metrics[name] for step in good]) for name in (good[0].metrics if good else ())},
             learning_rate=last.learning_rate,
@@ -128,7 +129,7 @@ class Meter:
             peak_memory=max(memory.peak, memory.allocated),
             reserved_memory=memory.reserved,
             peak_reserved_memory=max(memory.peak_reserved, memory.reserved),
-            seconds_left=max(self.train_iterations - iteration, 0) * seconds / len(steps),
+            seconds_left=max(self.train_iterations - state.iteration, 0) * seconds / len(steps),
             time=time.time(),
         )
 

@@ -75,18 +75,16 @@ def _locks(config: TrainConfig) -> dict[Location, tuple[str, str]]:
 def metrics_path(config: TrainConfig) -> Path | None:
     """Where the records of a run go as lines of JSON: beside its checkpoints, if no other place is given and these are
     not in a store, where nothing can be appended to."""
-    if config.metrics_file is not None:
-        return Path(config.metrics_file)
+    return place(config, config.metrics_file, METRICS)
+
+
+def place(config: TrainConfig, given: str | None, beside: str = "") -> Path | None:
+    """The place that is `given` for what a run writes, else `beside` its checkpoints; None where these are in a store,
+    or not kept."""
+    if given:
+        return Path(given)
     root = None if config.save is None else local_path(config.save)
-    return None if root is None else root / METRICS
-
-
-def wandb_path(config: TrainConfig) -> Path | None:
-    """Where W&B keeps its files: with the checkpoints, if no other place is given and these are not in a store. None
-    leaves it to W&B."""
-    if config.wandb_save_dir:
-        return Path(config.wandb_save_dir)
-    return None if config.save is None else local_path(config.save)
+    return None if root is None else root / beside
 
 
 def left_out(config: TrainConfig) -> Iterator[str]:

@@ -5,6 +5,7 @@ Owns which sinks a run has and how often each gets a record. Records are `metric
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from cordee import device
@@ -16,29 +17,28 @@ from cordee.train.run_plan import TrainState
 from cordee.train.sinks import ConsoleSink, JsonSink, Sink, TensorBoardSink, TerminalSink, WandbSink
 
 
+@dataclass
 class Report:
-    """Sinks that get a record every `interval` steps, and after `patience` seconds, of the steps since the last."""
+    """Sinks by name that get a record every `interval` steps, and after `patience` seconds, of the steps since the last
+    one."""
 
-    def __init__(self, interval: int, meter: Meter, sinks: Sequence[Sink], patience: float = math.inf):
-        self.interval = interval
-        self.meter = meter
-        self.sinks = list(sinks)
-        self.patience = patience
+    interval: int
+    meter: Meter
+    sinks: dict[str, Sink]
+    patience: float = math.inf
 
     def write(self, state: TrainState) -> None:
-        record = self.meter.read(
-            iteration=state.iteration, consumed_samples=state.consumed_samples, consumed_tokens=state.consumed_tokens
-        )
+        record = self.meter.read(state)
         self.each(lambda sink: sink.step(record))
 
     def each(self, call: Callable[[Sink], None]) -> None:
         """Call every sink. One that fails, such as a file on a full disk, is left out: the run continues."""
-        for sink in list(self.sinks):
+        for name, sink in list(self.sinks.items()):
             try:
                 call(sink)
             except OSError as error:
-                self.sinks.remove(sink)
-                _left_out(str(sink), error)
+                del self.sinks[name]
+                _left_out(name, error)
 
 
 class Reports:
@@ -79,34 +79,35 @@ class Reports:
 
 def build_reports(config: TrainConfig, make_meter: Callable[[], Meter], loss_name: str, state: TrainState) -> Reports:
     """The reports of rank 0."""
-    reports, lines = [], list[Sink]()
+    reports, lines = [], dict[str, Sink]()
     if sys.stdout.isatty():
         meter = make_meter()
         terminal = TerminalSink(meter.num_devices, throughput=config.log_throughput)
-        reports.append(Report(config.log_interval, meter, [terminal], SILENCE))
+        reports.append(Report(config.log_interval, meter, {"the terminal": terminal}, SILENCE))
     else:
         unit = "device" if device.kind().name == "cpu" else "GPU"  # Megatron's word, for any accelerator
-        lines.append(ConsoleSink(loss_name, throughput=config.log_throughput, unit=unit))
+        lines["standard output"] = ConsoleSink(loss_name, throughput=config.log_throughput, unit=unit)
     if (path := outputs.metrics_path(config)) is not None:
-        lines += _opened(str(path), lambda: JsonSink(path, loss_name))
+        lines |= _opened(str(path), lambda: JsonSink(path, loss_name))
     reports.append(Report(config.log_interval, make_meter(), lines))
-    scalars: list[Sink] = []
+    scalars: dict[str, Sink] = {}
     if (folder := config.tensorboard_dir) is not None:
-        scalars += _opened(folder, lambda: TensorBoardSink(Path(folder), loss_name))
+        scalars |= _opened(folder, lambda: TensorBoardSink(Path(folder), loss_name))
     if config.wandb_project:
-        scalars += _opened("W&B", lambda: WandbSink(config, outputs.wandb_path(config), loss_name, state))
+        place = outputs.place(config, config.wandb_save_dir)
+        scalars |= _opened(f"W&B project {config.wandb_project}", lambda: WandbSink(config, place, loss_name, state))
     if scalars:
         reports.append(Report(config.tensorboard_log_interval, make_meter(), scalars))
     return Reports(reports)
 
 
-def _opened(name: str, open_sink: Callable[[], Sink]) -> list[Sink]:
-    """The sink; none if it cannot be written to from the start, which a run need not end for either."""
+def _opened(name: str, open_sink: Callable[[], Sink]) -> dict[str, Sink]:
+    """The sink by its name; none if it cannot be written to from the start, which a run need not end for either."""
     try:
-        return [open_sink()]
+        return {name: open_sink()}
     except OSError as error:
         _left_out(name, error)
-        return []
+        return {}
 
 
 def _left_out(name: str, error: OSError) -> None:

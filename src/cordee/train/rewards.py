@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cordee.checkpoint.storage import local_path
 from cordee.errors import ProblemError
+from cordee.train import outputs
 from cordee.train.options import TrainConfig
 
 FLAG = "--reward-function"
@@ -69,10 +69,7 @@ def _imports_from(folder: Path) -> Iterator[None]:
 
 def directory(config: TrainConfig) -> Path | None:
     """Where rollouts are kept; None: nowhere, as checkpoints are in a store or not kept."""
-    if config.rollout_dir is not None:
-        return Path(config.rollout_dir)
-    root = None if config.save is None else local_path(config.save)
-    return None if root is None else root / "rollouts"
+    return outputs.place(config, config.rollout_dir, "rollouts")
 
 
 def called(name: str, function: RewardFunction, texts: Mapping[str, list[str]]) -> list[float]:

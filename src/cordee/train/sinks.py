@@ -110,9 +110,7 @@ def usage_line(record: Record, throughput: bool = True) -> str:
 
 def rate(tflops: float) -> str:
     """With one decimal as Megatron writes it, or so many that a small model on a CPU shows three digits."""
-    digits = 1
-    while digits < 6 and abs(tflops) < 10 ** (2 - digits):
-        digits += 1
+    digits = next((digits for digits in range(1, 6) if abs(tflops) >= 10 ** (2 - digits)), 6)
     return f"{tflops:.{digits}f}"
 
 
@@ -159,7 +157,6 @@ class JsonSink(Sink):
 
     def __init__(self, path: Path, loss_name: str):
         self._loss_name = loss_name
-        self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_file():
             raise OSError(f"{path} is no regular file")  # opening a pipe would wait for its reader
@@ -174,9 +171,6 @@ class JsonSink(Sink):
 
     def close(self) -> None:
         self._file.close()
-
-    def __str__(self) -> str:
-        return str(self._path)
 
     def _write(self, values: dict) -> None:
         self._file.write(json.dumps(_finite(values)) + "\n")
@@ -229,7 +223,6 @@ class TensorBoardSink(ScalarSink):
         from torch.utils.tensorboard import SummaryWriter
 
         super().__init__(loss_name)
-        self._path = path
         self._writer = SummaryWriter(str(path))
 
     def write(self, values: Mapping[str, float], iteration: int) -> None:
@@ -239,9 +232,6 @@ class TensorBoardSink(ScalarSink):
     def close(self) -> None:
         self._writer.close()
 
-    def __str__(self) -> str:
-        return str(self._path)
-
 
 class WandbSink(ScalarSink):
     """A run of Weights & Biases, which has the options of this one. `state` keeps its id: a run that resumes continues
@@ -250,7 +240,6 @@ class WandbSink(ScalarSink):
 
     def __init__(self, config: TrainConfig, folder: Path | None, loss_name: str, state: TrainState):
         super().__init__(loss_name)
-        self._project = config.wandb_project
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)  # W&B takes a temporary one otherwise
         with _wandb() as wandb:
@@ -273,9 +262,6 @@ class WandbSink(ScalarSink):
     def close(self) -> None:
         with _wandb():
             self._run.finish()
-
-    def __str__(self) -> str:
-        return f"W&B project {self._project}"
 
 
 @contextmanager

@@ -51,9 +51,8 @@ def _arrow_rows(path: Path, keys: list[str]) -> Iterator[tuple[tuple[object, ...
         size = max(file.size(), 1)
         for batch in _record_batches(ipc, file, path, keys):
             done = file.tell() / size
-            (batch.select(keys) if keys else batch).validate(
-                full=True
-            )  # else places that lie outside of the file end the process
+            # Places that lie outside of the file would end the process.
+            (batch.select(keys) if keys else batch).validate(full=True)
             for start in range(0, batch.num_rows, _ROWS):
                 yield from ((row, done) for row in _rows(batch.slice(start, _ROWS), keys))
 

@@ -27,12 +27,12 @@ class Invalid:
     has: tuple[str, ...] | None = None
 
 
+@dataclass(frozen=True)
 class Broken:
     """In the place of a record: it could not be parsed."""
 
-    def __init__(self, why: str, has: tuple[str, ...] | None = None):
-        self.why = why
-        self.has = has
+    why: str
+    has: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

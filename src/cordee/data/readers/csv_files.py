@@ -30,19 +30,14 @@ class _Lines:
         self.first = self._number + 1
         self._characters = 0
 
-    def __iter__(self) -> "_Lines":
-        return self
-
-    def __next__(self) -> str:
-        line = self._text.readline(MAX_RECORD_BYTES + 1)
-        self._number += 1
-        self._characters += len(line)
-        if self._characters > MAX_RECORD_BYTES:
-            why, fix = chunk.too_large("the record"), "close its quote if that is missing, else cut its text"
-            raise ProblemError.of("--input", f"{self._path}:{self.first}", why, fix, "too large")
-        if not line:
-            raise StopIteration
-        return line
+    def __iter__(self) -> Iterator[str]:
+        while line := self._text.readline(MAX_RECORD_BYTES + 1):
+            self._number += 1
+            self._characters += len(line)
+            if self._characters > MAX_RECORD_BYTES:
+                why, fix = chunk.too_large("the record"), "close its quote if that is missing, else cut its text"
+                raise ProblemError.of("--input", f"{self._path}:{self.first}", why, fix, "too large")
+            yield line
 
 
 def read(path: Path, keys: Sequence[str]) -> Iterator[chunk.Chunk]:

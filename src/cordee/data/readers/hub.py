@@ -31,10 +31,8 @@ def read(params: dict[str, Any], keys: Sequence[str]) -> Iterator[Chunk]:
     try:
         import datasets
     except ImportError as error:
-        why = "it needs the library `datasets`, which is not installed"
-        raise ProblemError.of(
-            _OPTION, None, why, 'pip install "cordee[datasets]"', "missing", limit="datasets"
-        ) from error
+        why, fix = "it needs the library `datasets`, which is not installed", 'pip install "cordee[datasets]"'
+        raise ProblemError.of(_OPTION, None, why, fix, "missing", limit="datasets") from error
     try:
         loaded = datasets.load_dataset(**params)
     except Exception as error:  # its errors depend on the dataset

@@ -4,8 +4,9 @@ Owns the sums. Every token of a document but the first is predicted exactly once
 as the window gives; documents do not see each other."""
 
 import math
+import operator
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from itertools import chain, islice
 
 from cordee.errors import Problem, Problems, at_most, raise_all
@@ -17,7 +18,7 @@ from cordee.log import counted, logger
 from cordee.model.config import ModelConfig
 
 
-@dataclass
+@dataclass(frozen=True)
 class Score:
     """Sums over documents: `nats` is the total of -log(probability) of `tokens` tokens. `num_bytes` is the length of
     their text, None if it is not known of all. `unscored` counts documents without a token to predict."""
@@ -28,21 +29,17 @@ class Score:
     unscored: int = 0
     num_bytes: int | None = 0
 
-    def count(self, document: Document, logprob: float) -> None:
-        self.nats -= logprob
-        self.tokens += max(0, len(document.tokens) - 1)
-        self.documents += 1
-        self.unscored += len(document.tokens) < 2
-        self.num_bytes = _sum_known(self.num_bytes, document.num_bytes)
+    @classmethod
+    def of(cls, document: Document, logprob: float) -> "Score":
+        length = len(document.tokens)
+        return cls(-logprob, max(0, length - 1), 1, int(length < 2), document.num_bytes)
 
     def __add__(self, other: "Score") -> "Score":
-        return Score(
-            self.nats + other.nats,
-            self.tokens + other.tokens,
-            self.documents + other.documents,
-            self.unscored + other.unscored,
-            _sum_known(self.num_bytes, other.num_bytes),
-        )
+        *ours, num_bytes = astuple(self)
+        *theirs, more = astuple(other)
+        known = None if num_bytes is None or more is None else num_bytes + more
+        nats, tokens, documents, unscored = map(operator.add, ours, theirs)
+        return Score(nats, tokens, documents, unscored, known)
 
     def metrics(self) -> Metrics:
         """loss in nats per token, perplexity = exp(loss), and bits per byte where the text is known."""
@@ -52,10 +49,6 @@ class Score:
         if self.num_bytes:
             metrics["bits_per_byte"] = self.nats / math.log(2) / self.num_bytes
         return metrics
-
-
-def _sum_known(a: int | None, b: int | None) -> int | None:
-    return None if a is None or b is None else a + b
 
 
 class Perplexity:
@@ -83,7 +76,7 @@ class Perplexity:
     def score(self, answered: Iterable[tuple[Document, Sequence[float]]], options: EvaluateOptions) -> Result:
         scores = [Score() for _ in options.task_data_path]
         for document, (logprob,) in answered:
-            scores[document.part].count(document, logprob)
+            scores[document.part] += Score.of(document, logprob)
         raise_all(chain.from_iterable(map(_score_problems, scores, options.task_data_path)))
         parts = {path: score.metrics() for path, score in zip(options.task_data_path, scores, strict=True)}
         return Result(self.name, sum(scores, Score()).metrics(), parts)

@@ -157,9 +157,7 @@ class PipelineExecutor:
 
     def _reduce(self, action: Action, stage: Stage) -> None:
         # FSDP2 looks at the model's own group in the backward of every stage: it is reduced when all have ended.
-        modules = (
-            stage.sharded if self._reducer is None else [each for each in stage.sharded if each is not self._model]
-        )
+        modules = [each for each in stage.sharded if self._reducer is None or each is not self._model]
 
         def reduce() -> None:
             with self._recorder.action(action):

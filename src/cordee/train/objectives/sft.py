@@ -97,7 +97,15 @@ class SFT(NextToken):
 
     def notes(self, config: TrainConfig) -> Iterator[str]:
         """Samples that are cut, and pairs that teach nothing, of what is trained on."""
-        return _notes(config)
+        for prefix in dict.fromkeys(plan_parts(config)["train"].blend.prefixes):
+            sides = ids_of(prefix)
+            lengths = np.stack([each.sequence_lengths for each in sides])
+            samples = f"of the {counted(len(sides[0]), 'sample')} of {prefix}"
+            if long := int((lengths.max(0) > config.seq_length).sum()):
+                yield f"cut to --seq-length {config.seq_length}: {long:,} {samples}"
+            alike = np.flatnonzero((lengths[0] == lengths[-1]) & (len(sides) > 1)).tolist()
+            if same := sum(np.array_equal(sides[0].get(pair), sides[-1].get(pair)) for pair in alike):
+                yield f"chosen and rejected are the same: {same:,} {samples}"
 
 
 def _tokenizer(config: TrainConfig) -> tuple[Tokenizer, str | None] | None:
@@ -107,18 +115,6 @@ def _tokenizer(config: TrainConfig) -> tuple[Tokenizer, str | None] | None:
     if initial is None or (tokenizer := tokenizer_of(config, initial)) is None:
         return None
     return tokenizer, config.tokenizer_name_or_path or (str(initial.assets) if initial.assets else None)
-
-
-def _notes(config: TrainConfig) -> Iterator[str]:
-    for prefix in dict.fromkeys(plan_parts(config)["train"].blend.prefixes):
-        sides = ids_of(prefix)
-        lengths = np.stack([each.sequence_lengths for each in sides])
-        samples = f"of the {counted(len(sides[0]), 'sample')} of {prefix}"
-        if long := int((lengths.max(0) > config.seq_length).sum()):
-            yield f"cut to --seq-length {config.seq_length}: {long:,} {samples}"
-        alike = np.flatnonzero((lengths[0] == lengths[-1]) & (len(sides) > 1)).tolist()
-        if same := sum(np.array_equal(sides[0].get(pair), sides[-1].get(pair)) for pair in alike):
-            yield f"chosen and rejected are the same: {same:,} {samples}"
 
 
 OBJECTIVE = SFT()
