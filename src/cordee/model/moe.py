@@ -13,7 +13,7 @@ from torch import Tensor
 from cordee.model import specs
 from cordee.model.balance import Balance, Reduce, balanced
 from cordee.model.config import CapacityConfig, MLPConfig, ModelConfig, MoEConfig
-from cordee.model.linear import Linear
+from cordee.model.linear import Linear, LinearPlacement
 from cordee.model.low_rank import Drop, Projection
 from cordee.model.mlp import MLP, activate
 from cordee.model.parameter import SpecifiedModule
@@ -25,15 +25,15 @@ from cordee.ops.grouped import grouped_matmul
 RowMap = Callable[[Tensor], Tensor]
 
 
-class StackedLinear(Projection[Placement]):
+class StackedLinear(Projection[LinearPlacement]):
     """A linear map for each expert: y = x W_e^T + b_e, with W `[expert, *out_shape, in_size]`."""
 
     def __init__(self, specs: Specs, **factory):
-        super().__init__(Placement(), specs, **factory)
+        super().__init__(LinearPlacement(product=grouped_matmul), specs, **factory)
 
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
         """`[rows, in_size]`, counts[0] of them for the first expert and so on, to `[rows, product of out_shape]`."""
-        y = grouped_matmul(rows, self.local("weight").flatten(1, -2), counts)
+        y = self.placement.product(rows, self.local("weight").flatten(1, -2), counts=counts)
         y = self.with_adapters(y, rows, partial(grouped_matmul, counts=counts))
         bias = self.local("bias")
         if bias is None:
@@ -46,7 +46,7 @@ class StackedLinear(Projection[Placement]):
 
     def _alone(self, rows: Tensor, index: int) -> Tensor:
         bias = self.local("bias")
-        weight = self.local("weight")[index].flatten(0, -2)
+        weight = self.dequantised(rows.dtype)[index].flatten(0, -2)
         y = F.linear(rows, weight, None if bias is None else bias[index].flatten())
         return self.with_adapters(y, rows, lambda x, matrices: F.linear(x, matrices[index]))
 
