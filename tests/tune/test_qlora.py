@@ -19,8 +19,8 @@ from cordee.model.init import initialise
 from cordee.model.low_rank import quantised
 from cordee.model.parameter import parameter_specs, train_only
 from cordee.ops.quantise import Quantised
-from cordee.parallel import apply
-from cordee.parallel.degrees import degrees
+from cordee.parallel import apply, cost
+from cordee.parallel.degrees import Degrees, degrees
 from cordee.parallel.layout import Layout
 from cordee.parallel.live import LiveSource, refill
 from cordee.parallel.quantised import QuantisedBase
@@ -169,7 +169,7 @@ def test_forward_and_gradients_are_those_of_dequantised_weights(base, name: str,
 
 
 @pytest.mark.parametrize(("kind", "share"), [("nf4", 0.14), ("int8", 0.26)])
-def test_memory_is_that_of_the_codes(base, kind: str, share: float):
+def test_memory_is_that_of_the_codes(base, tmp_path: Path, kind: str, share: float):
     """All GEMMs of layers and no more are quantised, nothing of them is kept beside the codes, or for the backward."""
     model = adapted(base("wide"), kind)
     codes, specs = quantised(model), parameter_specs(model)
@@ -179,6 +179,10 @@ def test_memory_is_that_of_the_codes(base, kind: str, share: float):
     held = sum(size(module.quantised) for module in codes.values())
     assert held <= share * sum(4 * module.weight.numel() for module in codes.values())
     assert all(module.weight.is_meta for module in codes.values())
+    count = cost.count(model.config, Degrees(), trained=("adapter",))
+    foreseen = cost.cost(given(tmp_path, base("wide"), "wide"), Degrees(), count, kind)
+    rest = sum(4 * each.numel() for each in model.parameters() if not each.is_meta)
+    assert foreseen.weights * foreseen.parameters == pytest.approx(held + rest, rel=0.03)
 
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):

@@ -46,7 +46,7 @@ def load_into(
     materialise(model, dtype)
     parameters = of_origins(model, origins)
     raise_all(mismatches(parameters, source))
-    codes, device = quantised(model), next(each.device for each in model.parameters() if not each.is_meta)
+    codes, device = quantised(model), next((each.device for each in model.parameters() if not each.is_meta), None)
     for name in source.names():
         local, offset = local_shard(parameters[name].detach()) if name in parameters else (None, ())
         if local is None or not local.numel():
