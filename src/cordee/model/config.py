@@ -431,6 +431,10 @@ class ModelConfig:
             for name in (leaf, *SLICES.get(leaf, ())):
                 yield path, name, f"{parent}{dot}{name}"
 
+    def gemms(self) -> set[str]:
+        """The projections of layers, but for the gate of shared experts."""
+        return {path for path, _, _ in self.projections() if path.startswith("layers.") and path[-5:] != "_gate"}
+
     def adapted(self) -> Iterator[tuple[str, str, LowRankConfig]]:
         """The low-rank adapters: module, slice (or the module's own name), and what is asked for there."""
         if self.low_rank:

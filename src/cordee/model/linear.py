@@ -4,7 +4,7 @@ Owns the seams around these. Knows not what they are part of."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,17 +17,11 @@ from cordee.model.specs import Specs
 from cordee.ops.gemm import fixed_linear, fixed_linear_onto, linear
 
 
-class Product(Protocol):
-    """As `cordee.ops.gemm.linear`."""
-
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, before: View | None) -> Tensor: ...
-
-
 @dataclass(eq=False, kw_only=True)
 class LinearPlacement(Placement):
-    """`product` is the GEMM."""
+    """`product` is the GEMM, as `cordee.ops.gemm.linear`, of experts as `cordee.ops.grouped.grouped_matmul`."""
 
-    product: Product = linear
+    product: Callable[..., Tensor] = linear
 
 
 class Linear(Projection[LinearPlacement]):
@@ -40,7 +34,7 @@ class Linear(Projection[LinearPlacement]):
         """`[..., in_size]` to `[..., product of out_shape]`; with a cheap function `before`, of before(x).
 
         `drop` is the dropout of adapters, in training."""
-        if self.adapters is not None and before is not None:
+        if before is not None and not (self.adapters is None and self.quantised is None):
             x, before = before(x), None
         bias = self.local("bias")
         bias = None if bias is None else bias.flatten()

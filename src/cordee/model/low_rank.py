@@ -10,11 +10,13 @@ from typing import Generic, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from cordee.model.config import LowRankConfig, ModelConfig, slice_of
 from cordee.model.parameter import P, SpecifiedModule, local_shard, parameter_specs
 from cordee.model.placement import Placement, View, unchanged
 from cordee.model.specs import ParameterSpec, Specs, low_rank, marked
+from cordee.ops.quantise import Quantised
 
 Multiply = Callable[[Tensor, Tensor], Tensor]  # x `[..., in]` and W `[(expert,) out, in]` to `[..., out]`
 
@@ -74,10 +76,12 @@ class Projection(SpecifiedModule[P], Generic[P]):
 
     weight: Tensor
     bias: Tensor | None
+    quantised: Quantised | None = None  # what there is of `weight`, which then has no values
 
     def __init__(self, placement: P, specs: Specs, **factory):
         super().__init__(placement)
         self.declare(specs, "weight", "bias", **factory)
+        self.stacked = int("weight" in specs and specs["weight"].axes[0] == "expert")
         self.adapters: nn.ModuleDict | None = None  # LowRank by slice; a projection without has no module for it
 
     def adapt(self, config: LowRankConfig, path: str, name: str, **factory) -> None:
@@ -89,13 +93,25 @@ class Projection(SpecifiedModule[P], Generic[P]):
     def low_ranks(self) -> list[LowRank]:
         return [] if self.adapters is None else [each for each in self.adapters.values() if isinstance(each, LowRank)]
 
+    def kept(self) -> Tensor:
+        """The weight as this process keeps it, its values too if it is quantised."""
+        if self.quantised is None:
+            return self.weight
+        own, like = self.quantised.dequantised(), self.weight
+        if isinstance(like, DTensor):
+            own = DTensor.from_local(own, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+        return own
+
+    def dequantised(self, dtype: torch.dtype) -> Tensor:
+        """The weight that this process computes with."""
+        return self.placement.view("weight")(self.kept()).to(dtype)
+
     def with_adapters(self, y: Tensor, x: Tensor, multiply: Multiply, drop: Drop | None = None) -> Tensor:
         """y `[..., out]`, the product with x `[..., in]`, plus the adapters of x; `multiply` is by a matrix."""
         if self.adapters is None:
             return y
         delta = torch.zeros_like(y)
-        out = self.local("weight").shape[1 if self.specs["weight"].axes[0] == "expert" else 0 : -1]
-        whole = delta.unflatten(-1, out)
+        whole = delta.unflatten(-1, self.local("weight").shape[self.stacked : -1])
         for adapter in self.low_ranks():
             a, b = adapter.factors()
             adapter.add_to(whole, multiply(multiply(adapter.dropped(x, drop), a), b))
@@ -103,7 +119,7 @@ class Projection(SpecifiedModule[P], Generic[P]):
             return y + delta
         bias = self.local("bias")
         bias = 0.0 if bias is None else bias.flatten()
-        return (y + delta - bias) * self._stretch(self._sum(self.local("weight"))).flatten() + bias
+        return (y + delta - bias) * self._stretch(self._sum(self.dequantised(y.dtype))).flatten() + bias
 
     def extra_repr(self) -> str:
         spec = self.specs.get("weight")
@@ -133,6 +149,11 @@ class Projection(SpecifiedModule[P], Generic[P]):
                 norm = adapter.placement.sum_over_parts(squares).sqrt()[tuple(adapter.region)].to(m.dtype)
                 stretch[tuple(adapter.region)] = torch.where(norm > 0, m / norm.clamp(min=1e-30), 1)  # as m is rounded
         return stretch
+
+
+def quantised(model: nn.Module) -> dict[str, Projection]:
+    """The projections with quantised weights, by the names of these."""
+    return {f"{path}.weight": m for path, m in model.named_modules() if isinstance(m, Projection) and m.quantised}
 
 
 def add_low_rank(model: nn.Module, config: ModelConfig, foreign: Collection[str], **factory) -> None:

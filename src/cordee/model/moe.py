@@ -13,7 +13,7 @@ from torch import Tensor
 from cordee.model import specs
 from cordee.model.balance import Balance, Reduce, balanced
 from cordee.model.config import CapacityConfig, MLPConfig, ModelConfig, MoEConfig
-from cordee.model.linear import Linear
+from cordee.model.linear import Linear, LinearPlacement
 from cordee.model.low_rank import Drop, Projection
 from cordee.model.mlp import MLP, activate
 from cordee.model.parameter import SpecifiedModule
@@ -23,15 +23,15 @@ from cordee.model.specs import Specs
 from cordee.ops.grouped import grouped_matmul
 
 
-class StackedLinear(Projection[Placement]):
+class StackedLinear(Projection[LinearPlacement]):
     """A linear map for each expert: y = x W_e^T + b_e, with W `[expert, *out_shape, in_size]`."""
 
     def __init__(self, specs: Specs, **factory):
-        super().__init__(Placement(), specs, **factory)
+        super().__init__(LinearPlacement(product=grouped_matmul), specs, **factory)
 
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
         """`[rows, in_size]`, counts[0] of them for the first expert and so on, to `[rows, product of out_shape]`."""
-        y = grouped_matmul(rows, self.local("weight").flatten(1, -2), counts)
+        y = self.placement.product(rows, self.local("weight").flatten(1, -2), counts=counts)
         y = self.with_adapters(y, rows, partial(grouped_matmul, counts=counts))
         bias = self.local("bias")
         if bias is None:

@@ -17,17 +17,19 @@ from cordee.parallel.degrees import Degrees
 from cordee.parallel.options import LayoutOptions
 
 _MASTER = 4  # bytes of a float32, in which parameters, their gradients and optimizer state are kept
+_CODES: dict[str | None, float] = {"nf4": 4.127 / 8, "int8": 1.0}  # bytes of a weight, by --quantise-base
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterCount:
     """Parameters that one rank computes with, its shards of tensor- and expert-parallel ones: in all, those of sharded
-    `experts`, those `outside` of layers (embeddings, head, last norm), and those `frozen`."""
+    `experts`, those `outside` of layers (embeddings, head, last norm), those `frozen`, and of these `gemms`."""
 
     parameters: int
     experts: int = 0
     outside: int = 0
     frozen: int = 0
+    gemms: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +62,8 @@ class MemoryCost:
         return "\n".join(line.rstrip() for line in (whole, each, *parts))
 
 
-def cost(config: LayoutOptions, degrees: Degrees, count: ParameterCount) -> MemoryCost:
-    """What a rank needs for its `count` of a model's parameters.
+def cost(config: LayoutOptions, degrees: Degrees, count: ParameterCount, kind: str | None = None) -> MemoryCost:
+    """What a rank needs for its `count` of a model's parameters, `kind` that in which frozen GEMMs are quantised.
 
     Weights are those at rest and the copy that is computed with; of stage 3, which gathers layers one by one, only the
     copy of what is outside of layers is counted. Gradients are whole while they are summed over micro-batches at stages
@@ -74,9 +76,10 @@ def cost(config: LayoutOptions, degrees: Degrees, count: ParameterCount) -> Memo
     accumulates = (config.global_batch_size or 0) > config.micro_batch_size * degrees.data
     if accumulates and config.zero_stage < 2:
         whole = _MASTER if config.accumulate_allreduce_grads_in_fp32 else compute
+    weights = kept + (compute * copied if needs_sharding(config, degrees.world_size) else 0)
     return MemoryCost(
         parameters=count.parameters,
-        weights=kept + (compute * copied if needs_sharding(config, degrees.world_size) else 0),
+        weights=weights + (_CODES.get(kind, weights) - weights) * count.gemms / count.parameters,
         gradients=max(kept, whole) * trained,
         optimizer=kept * slots * trained,
     )
@@ -90,7 +93,8 @@ def count(
     spans = spans or (Span(0, model.num_layers),)
     layers = {layer for span in spans for layer in span.layers}
     ends = {"embedding": any(span.embedding for span in spans), "head": any(span.head for span in spans)}
-    total = experts = outside = frozen = 0
+    total = experts = outside = frozen = gemms = 0
+    names = model.gemms()
     for name, spec in model_specs(model).items():
         part, _, rest = name.partition(".")
         in_layer = part == "layers"
@@ -102,8 +106,9 @@ def count(
         total += size
         experts += size if degrees.ep > 1 and "expert" in spec.axes else 0
         outside += 0 if in_layer else size
-        frozen += 0 if spec.trained and spec.origin in trained else size
-    return ParameterCount(parameters=total, experts=experts, outside=outside, frozen=frozen)
+        still = 0 if spec.trained and spec.origin in trained else size
+        frozen, gemms = frozen + still, gemms + still * (name.removesuffix(".weight") in names)
+    return ParameterCount(parameters=total, experts=experts, outside=outside, frozen=frozen, gemms=gemms)
 
 
 def _shard_size(spec: ParameterSpec, degrees: Degrees) -> int:

@@ -30,6 +30,7 @@ from cordee.config.option import to_flag
 from cordee.device import KINDS
 from cordee.log import logger
 from cordee.model.gpt import GPTModel
+from cordee.model.low_rank import quantised
 from cordee.model.moe import Experts
 from cordee.optim.options import PrecisionOptions
 from cordee.parallel.cost import needs_sharding
@@ -92,10 +93,9 @@ def _overlap(model: nn.Module, layers: Sequence[nn.Module], options: ParallelOpt
 
 
 def _wrap(module: nn.Module, mesh: DeviceMesh, size: int, policy: MixedPrecisionPolicy, *, reshard: bool) -> None:
-    def placement(parameter: nn.Parameter) -> Shard:
-        return Shard(shard_dim(parameter, size))
-
-    fully_shard(module, mesh=mesh, reshard_after_forward=reshard, shard_placement_fn=placement, mp_policy=policy)
+    ignored = {each.weight for each in quantised(module).values()}
+    how = {"shard_placement_fn": lambda each: Shard(shard_dim(each, size)), "mp_policy": policy}
+    fully_shard(module, mesh=mesh, reshard_after_forward=reshard, ignored_params=ignored, **how)  # type: ignore[arg-type]
 
 
 def shard_dim(parameter: Tensor, size: int) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 from cordee.errors import Findings, ProblemError
 from cordee.families.registry import ModelSpec
 from cordee.model.gpt import GPTModel
+from cordee.model.low_rank import quantised
 from cordee.model.parameter import local_shard
 from cordee.model.specs import model_specs
 from cordee.parallel import collectives
@@ -66,7 +67,8 @@ class LiveSource(Source):
         self._shapes = {name: each.shape for name, each in model_specs(spec.config).items()}  # adapters too
         self.layout = layout
         self._parameters = dict(model.named_parameters())
-        self._device = next(model.parameters()).device
+        self._quantised = quantised(model)
+        self._device = next(parameter.device for parameter in model.parameters() if not parameter.is_meta)
         own = {name: (_box(parameter), dtype or parameter.dtype) for name, parameter in self._parameters.items()}
         self._holders: dict[str, dict[Box, int]] = {}
         self._dtypes: dict[str, torch.dtype] = {}
@@ -110,7 +112,7 @@ class LiveSource(Source):
                     _copy_common(out, wanted, sent, start)
 
     def _shard(self, name: str, box: Box) -> Tensor:
-        parameter = self._parameters[name]
+        parameter = self._quantised[name].kept() if name in self._quantised else self._parameters[name]
         assert _box(parameter) == box, f"{name} is not sharded as between two steps"
         return local_shard(parameter.detach())[0]
 

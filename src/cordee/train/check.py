@@ -105,6 +105,6 @@ def _memory(draft: Draft) -> Iterator[str]:
     spans = [()] if partition is None else [partition.spans_of(rank) for rank in range(partition.num_ranks)]
     trained = techniques.trained(draft.spec.config, config)
     counts = [cost.count(draft.spec.config, degrees, of_rank, trained) for of_rank in spans]
-    most = max((cost.cost(config, degrees, count) for count in counts), key=lambda each: each.total)
+    most = max((cost.cost(config, degrees, each, config.quantise_base) for each in counts), key=lambda each: each.total)
     several = "a rank" if len(spans) == 1 else "the rank with the most"
     yield most.describe("the process" if degrees.world_size == 1 else several)

@@ -298,7 +298,8 @@ def _further(
     """A further model of the objective, over the same ranks."""
     spec, source, config = further.spec, further.source, plan.config
     partition = None if plan.partition is None else partition_layers(config, spec.config, config.seq_length)
-    model, executor = _model(spec, partition, config, layout, on, criterion)
+    put_on = () if spec.config.score else (techniques.Adapters(),)  # the reference is quantised as the base
+    model, executor = _model(spec, partition, config, layout, on, criterion, put_on)
     if source is None:
         initialise(model, config.seed)
     else:
@@ -394,7 +395,7 @@ def _log_layout(plan: RunPlan, layout: Layout, model: GPTModel) -> None:
     logger.info("%s", describe_layout(layout.degrees, collectives.gather(sharding.kept(model), layout)))
     spans = () if plan.partition is None else plan.partition.spans_of(0)
     count = cost.count(plan.spec.config, layout.degrees, spans, techniques.trained(plan.spec.config, plan.config))
-    logger.info("%s", cost.cost(plan.config, layout.degrees, count).describe("rank 0"))
+    logger.info("%s", cost.cost(plan.config, layout.degrees, count, plan.config.quantise_base).describe("rank 0"))
 
 
 def _summary(plan: RunPlan) -> str:

@@ -23,7 +23,7 @@ from cordee.train.run_plan import RunPlan
 from cordee.weights.adapter import fingerprint as fingerprint_weights
 
 _READ = 1 << 28  # bytes of a file that tell whether it changed
-_SETTINGS = ("seq_length", "reset_position_ids", "reset_attention_mask", "cp_attention_mask_type", "bf16", "fp16")
+_SETTINGS = "seq_length reset_position_ids reset_attention_mask cp_attention_mask_type bf16 fp16 quantise_base".split()
 
 
 def attach(make: Callable[[], Frozen], plan: RunPlan, datasets: Mapping[str, Any], layout: Layout) -> None:

@@ -74,7 +74,8 @@ class Rollouts:
         degrees, config = self._layout.degrees, plan.spec.config
         if self._layout.mesh is None:
             return self._policy.model, None
-        on, dtype = next(self._policy.model.parameters()).device, data.compute_dtype(plan.config)
+        on = next(each.device for each in self._policy.model.parameters() if not each.is_meta)
+        dtype = data.compute_dtype(plan.config)
         if degrees.tp * degrees.pp == 1:
             model = GPTModel(config, device="meta", dtype=dtype)
             materialise(model, device=on)

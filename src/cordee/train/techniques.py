@@ -41,13 +41,13 @@ class Technique:
 
 
 class Adapters(Technique):
-    """Low-rank adapters, modules that are trained as a whole beside them, and prefixes."""
+    """Low-rank adapters, modules that are trained as a whole beside them, and prefixes; over a quantised base."""
 
     def adapt(self, spec: ModelSpec, options: TrainConfig) -> ModelConfig:
         if not (options.lora_target_modules or spec.config.has_adapters):
-            why = "there are no adapters"
-            given = [(to_flag(name), getattr(options, name)) for name in OF_ADAPTERS]
-            raise_all(each for flag, value in given for each in requires(flag, value, "--lora-target-modules", why))
+            needed, why = "--lora-target-modules", "there are no adapters"
+            names = OF_ADAPTERS if options.num_prefix_tokens else [*OF_ADAPTERS, "quantise_base"]
+            raise_all(p for name in names for p in requires(to_flag(name), getattr(options, name), needed, why))
             return replace(spec.config, num_prefix_tokens=options.num_prefix_tokens or 0)
         from cordee.tune import lora  # which brings torch
 
@@ -55,6 +55,11 @@ class Adapters(Technique):
 
     def trains(self, model: ModelConfig, options: TrainConfig) -> Collection[Origin]:
         return ("tuned", "adapter", "head") if model.has_adapters else get_args(Origin)
+
+    def wrappers(self, options: TrainConfig) -> "Sequence[Wrapper]":
+        from cordee.parallel.quantised import QuantisedBase  # which brings torch
+
+        return [QuantisedBase(kind=options.quantise_base)] if options.quantise_base else []
 
 
 class Patterns(Technique):

@@ -5,8 +5,9 @@ Owns their names, types, defaults and help texts, and what each needs of others.
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from cordee.config.laws import GIVEN, Wanted, ignored, needs
+from cordee.config.laws import GIVEN, Wanted, excludes, ignored, needs
 from cordee.config.option import option
 from cordee.errors import ProblemError
 
@@ -80,6 +81,7 @@ class LoRAOptions(AdapterOptions):
         aliases=("--num-virtual-tokens", "--prefix-token-num", "--pre-seq-len"),
         above=0,
     )
+    quantise_base: Literal["nf4", "int8"] | None = option(None, "QLoRA: keep frozen weights of layers in few bits")
     freeze: tuple[str, ...] = option((), "parameters not to train, by patterns: embedding layers.0.*", metavar="NAME")
     train_only: tuple[str, ...] = option((), "the only parameters that are trained, by such patterns", metavar="NAME")
     lr_scale: tuple[str, ...] = option((), "factors of learning rates, by patterns: head=0.1", metavar="NAME=FACTOR")
@@ -92,6 +94,7 @@ class LoRAOptions(AdapterOptions):
     laws = (
         needs("lora_target_modules", "lora_load", "num_prefix_tokens", load=GIVEN),
         needs(*OF_ADAPTERS, lora_target_modules=GIVEN, load=GIVEN),  # which may have some
+        excludes("quantise_base", "tp_comm_overlap"),  # whose GEMMs take whole weights
         needs("use_dora", lora_dropout=Wanted("0", lambda dropout: not dropout)),
         ignored("lora_fusion", "lora_adapter_name", why="a run has one adapter, in the forward of its layers"),
         ignored("lora_register_forward_hook", why="gradients pass frozen modules without a hook"),

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from cordee.errors import Problem, raise_all
 from cordee.log import counted
-from cordee.model.low_rank import Projection
+from cordee.model.low_rank import Projection, quantised
 from cordee.model.parameter import ORIGINS, Origin, local_shard, of_origins
 from cordee.weights.codec import Sink, Source
 
@@ -46,13 +46,18 @@ def load_into(
     materialise(model, dtype)
     parameters = of_origins(model, origins)
     raise_all(mismatches(parameters, source))
+    codes, device = quantised(model), next((each.device for each in model.parameters() if not each.is_meta), None)
     for name in source.names():
         local, offset = local_shard(parameters[name].detach()) if name in parameters else (None, ())
         if local is None or not local.numel():
             source.skip(name)
         else:
             index = tuple(slice(start, start + size) for start, size in zip(offset, local.shape, strict=True))
+            kept = codes[name].quantised if name in codes else None
+            local = local if kept is None else torch.empty_like(local, device=device)
             source.copy_into(local, name, index)
+            if kept is not None:
+                kept.fill(local)
     elements = sum(math.prod(parameter.shape) for parameter in parameters.values())
     return LoadReport(len(parameters), elements, source.notes)
 
@@ -72,13 +77,13 @@ def mismatches(parameters: Mapping[str, Tensor], source: Source) -> list[Problem
 
 
 def materialise(model: nn.Module, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> None:
-    """Give memory to the parameters of `model` that are on the meta device; shared parameters stay shared.
+    """Give memory to the parameters of `model` that are on the meta device, but for quantised ones; shared stay shared.
 
     `device`: where; None takes that of a sharded parameter's mesh, else the CPU."""
     made: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            if parameter.is_meta:
+            if parameter.is_meta and not (name == "weight" and getattr(module, "quantised", None)):
                 if parameter not in made:
                     own = parameter.device_mesh.device_type if isinstance(parameter, DTensor) else "cpu"
                     empty = torch.empty_like(parameter, device=device or own, dtype=dtype or parameter.dtype)
@@ -101,7 +106,7 @@ def fill_lengths(model: nn.Module) -> None:
     """Let the lengths of DoRA begin as those of the rows that they are of. All processes that shard them call it."""
     for module in (each for each in model.modules() if isinstance(each, Projection)):
         for adapter, m in ((each, each.m) for each in module.low_ranks() if each.m is not None):
-            norm, (local, first) = full_tensor(module.weight).norm(dim=-1), local_shard(m)
+            norm, (local, first) = full_tensor(module.kept()).norm(dim=-1), local_shard(m)
             own = (slice(begin, begin + size) for begin, size in zip(first, local.shape, strict=True))
             local.copy_(norm[tuple(adapter.region)][tuple(own)])
 
