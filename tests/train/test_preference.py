@@ -198,6 +198,14 @@ def alone(tmp_path_factory, models) -> Callable[[str], TrainConfig]:
     return once(lambda kind: given(tmp_path_factory.mktemp("alone"), models, **KINDS[kind]))
 
 
+def test_a_run_resumes_with_its_reference_alone(alone, models):
+    """Not with another, nor with other weights at its path; a copy elsewhere is the same."""
+    first = alone("hinge")
+    assert check_run(tiny.resumed(first)) == []
+    found = check_run(tiny.resumed(first, ref_model=models[0]))
+    assert [(each.option, each.kind) for each in found] == [("--ref-model", "differs")]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_is_what_the_formula_gives(alone, kind: str):
     config = alone(kind)

@@ -81,7 +81,8 @@ def test_memory_and_validation_lines():
     frame, line, _ = validation_lines(10, "validation", "lm loss", 2.0).splitlines()
     assert line == " validation loss at iteration 10 | lm loss value: 2.000000E+00 | lm loss PPL: 7.389056E+00 | "
     assert frame == "-" * len(line)
-    assert perplexity(1e9) == pytest.approx(torch.tensor(20.0).exp().item(), rel=1e-5)
+    assert perplexity("lm loss", 1e9) == [pytest.approx(torch.tensor(20.0).exp().item(), rel=1e-5)]
+    assert "PPL" not in validation_lines(10, "validation", "policy loss", -0.5)  # a mean reward
 
 
 def test_figures_add_up():
@@ -175,7 +176,7 @@ def test_reports_at_their_intervals(tmp_path: Path, capsys):
 def test_short_lines_fit_a_terminal_of_80_columns(capsys, length: int):
     read = record(result(12.0), train_iterations=length)
     days, left = (123, "123 days") if length > 100 else (0, "1:01:01")
-    sink = TerminalSink(num_devices=2)
+    sink = TerminalSink(2, "lm loss")
     for _ in range(2):
         sink.step(replace(read, iteration=length // 2, seconds_left=days * 86400.0 + 3661.0))
     sink.validation(7, "validation", 2.0)

@@ -18,6 +18,7 @@ from cordee.errors import Findings, ProblemError, raise_all
 from cordee.families.registry import spec_named
 from cordee.train.initial_weights import choose
 from cordee.train.objectives import POLICY, FurtherModel, Run
+from cordee.train.objectives.next_token import GPTData
 from cordee.train.objectives.sft import SFT
 from cordee.train.options import TrainConfig
 from cordee.train.preference_options import PreferenceOptions
@@ -72,6 +73,15 @@ class Preference(SFT):
         if (path := run.config.ref_model or _initial_weights(run.config)) is None:
             return {REFERENCE: FurtherModel(spec=run.spec)} if run.spec else {}
         return {REFERENCE: opened("--ref-model", path, run)}
+
+    def data(self, run: Run, found: Findings) -> GPTData | None:
+        """With what tells the weights of the reference from others that may be at its path when the run resumes."""
+        from cordee.weights.adapter import fingerprint
+
+        plan, models = super().data(run, found), found.attempt(lambda: self.models(run)) or {}
+        if plan is None or REFERENCE not in models or (source := models[REFERENCE].source) is None:
+            return plan
+        return replace(plan, identity=plan.identity | {REFERENCE: fingerprint(source)})
 
     def begin(self, make: Mapping[str, Callable[[], Frozen]], *start: Any) -> Mapping[str, Frozen]:
         if not (self.refers and self.options.precompute_reference):

@@ -82,7 +82,7 @@ def build_reports(config: TrainConfig, make_meter: Callable[[], Meter], loss_nam
     reports, lines = [], dict[str, Sink]()
     if sys.stdout.isatty():
         meter = make_meter()
-        terminal = TerminalSink(meter.num_devices, throughput=config.log_throughput)
+        terminal = TerminalSink(meter.num_devices, loss_name, throughput=config.log_throughput)
         reports.append(Report(config.log_interval, meter, {"the terminal": terminal}, SILENCE))
     else:
         unit = "device" if device.kind().name == "cpu" else "GPU"  # Megatron's word, for any accelerator

@@ -18,6 +18,7 @@ from typing import Any
 from cordee.files import end_last_line
 from cordee.log import counted, shortened
 from cordee.train.metrics import Record
+from cordee.train.objectives import LIKELIHOOD
 from cordee.train.options import TrainConfig
 from cordee.train.run_plan import TrainState
 
@@ -77,14 +78,15 @@ def memory_line(record: Record) -> str:
 
 def validation_lines(iteration: int, split: str, loss_name: str, loss: float) -> str:
     """Megatron's validation report."""
-    value = f"{loss_name} value: {loss:.6E} | {loss_name} PPL: {perplexity(loss):.6E}"
-    line = f" {split} loss at iteration {iteration} | {value} | "
+    value = f" {split} loss at iteration {iteration} | {loss_name} value: {loss:.6E} | "
+    line = value + "".join(f"{loss_name} PPL: {ppl:.6E} | " for ppl in perplexity(loss_name, loss))
     return "\n".join(("-" * len(line), line, "-" * len(line)))
 
 
-def perplexity(loss: float) -> float:
-    """exp of a mean loss; a hopeless one is capped as Megatron does, so that it can be printed."""
-    return math.exp(min(20.0, loss))
+def perplexity(loss_name: str, loss: float) -> list[float]:
+    """exp of a mean loss, if that is a likelihood's; a hopeless one is capped as Megatron does, so that it can be
+    printed."""
+    return [math.exp(min(20.0, loss))] if loss_name == LIKELIHOOD else []
 
 
 def short_line(record: Record, num_devices: int) -> str:
@@ -136,8 +138,9 @@ class ConsoleSink(Sink):
 class TerminalSink(Sink):
     """Short lines, for a terminal of 80 columns."""
 
-    def __init__(self, num_devices: int, *, throughput: bool = True):
+    def __init__(self, num_devices: int, loss_name: str, *, throughput: bool = True):
         self._num_devices = num_devices
+        self._loss_name = loss_name
         self._throughput = throughput
         self._usage_shown = False
 
@@ -148,7 +151,8 @@ class TerminalSink(Sink):
             self._usage_shown = True
 
     def validation(self, iteration: int, split: str, loss: float) -> None:
-        print(f"{split} after iteration {iteration}: loss {loss:.4f}, perplexity {perplexity(loss):.5g}", flush=True)
+        more = "".join(f", perplexity {ppl:.5g}" for ppl in perplexity(self._loss_name, loss))
+        print(f"{split} after iteration {iteration}: loss {loss:.4f}{more}", flush=True)
 
 
 class JsonSink(Sink):
@@ -213,7 +217,7 @@ class ScalarSink(Sink):
 
     def validation(self, iteration: int, split: str, loss: float) -> None:
         name = f"{self._loss_name} {split}"
-        self.write({name: loss, f"{name} ppl": perplexity(loss)}, iteration)
+        self.write({name: loss} | {f"{name} ppl": ppl for ppl in perplexity(self._loss_name, loss)}, iteration)
 
 
 class TensorBoardSink(ScalarSink):

@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # nothing else: the options of a run, which its help reads, h
 
 B = TypeVar("B", bound="Batch")
 POLICY = "policy"
+LIKELIHOOD = "lm loss"  # Megatron's name of a mean negative log-likelihood of tokens
 
 
 @dataclass(frozen=True, kw_only=True)

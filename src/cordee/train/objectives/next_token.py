@@ -18,7 +18,7 @@ from cordee.data.order import normalise
 from cordee.data.tuning_dataset import TuningDataset, ids_of
 from cordee.errors import Findings, Problem, ProblemError, Problems, raise_all, requires
 from cordee.train.batch_schedule import BatchSchedule
-from cordee.train.objectives import DataSize, Objective, Run
+from cordee.train.objectives import LIKELIHOOD, DataSize, Objective, Run
 from cordee.train.options import TrainConfig
 
 if TYPE_CHECKING:
@@ -46,7 +46,8 @@ IDENTITY = sealed.record(
         "blocks": sealed.maybe(sealed.listed(sealed.row(sealed.count(1), sealed.flag))),
         "period": sealed.maybe(sealed.count(1)),
         "samples": sealed.maybe(sealed.count()),
-    }
+    },
+    {"reference": sealed.text()},
 )
 
 
@@ -105,7 +106,7 @@ class GPTData:
 
 class NextToken(Objective["Batch"]):
     stage = "pretrain"
-    loss_name = "lm loss"
+    loss_name = LIKELIHOOD
     plan: ClassVar[type[GPTData]] = GPTData
 
     def fingerprint(self, config: TrainConfig) -> Fingerprints:
@@ -265,6 +266,9 @@ def _data_problems(data: GPTData, then: Mapping[str, Any]) -> Iterator[Problem]:
         fix = "give the same data, weights and --split, or start anew from the weights: --finetune"
         yield Problem(option, " ".join(config.data_path or config.train_data_path), why, fix)
         return
+    if then.get("reference", now.get("reference")) != now.get("reference", then.get("reference")):
+        why, fix = "the run had other weights as its reference", "give that model, or start anew: --finetune"
+        yield Problem("--ref-model", config.ref_model, why, fix, "differs")
     prefixes = build.plan_parts(config)["train"].blend.prefixes
     changed = {
         f"{prefix}.{kind}"
