@@ -14,10 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from cordee.checkpoint import formats
 from cordee.data.encode import column_of
 from cordee.data.messages import IGNORED
 from cordee.data.tuning import field_names
+from cordee.log import in_bytes
 from cordee.train import objectives
+from cordee.train.check import examine
 from cordee.train.objectives.orpo import OBJECTIVE as ORPO
 from cordee.train.options import TrainConfig
 from cordee.train.plan import check_run, plan_run
@@ -204,6 +207,11 @@ def test_a_run_resumes_with_its_reference_alone(alone, models):
     assert check_run(tiny.resumed(first)) == []
     found = check_run(tiny.resumed(first, ref_model=models[0]))
     assert [(each.option, each.kind) for each in found] == [("--ref-model", "differs")]
+
+
+def test_the_memory_of_the_reference_is_foreseen(alone, models):
+    elements = sum(map(math.prod, formats.read(models[1]).spec.shapes().values()))
+    assert f"{in_bytes(4 * elements)} more of weights: the reference model" in examine(alone("hinge"))[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -75,3 +75,7 @@ def test_a_base_that_has_moved(trained: TrainConfig, tmp_path: Path):
         formats.read(str(trained.save))
     assert facts(caught) == [("base", str(trained.load), "base")]
     assert f"{trained.save} as --lora-load" in str(caught.value)
+    resumed = replace(trained, load=trained.save, save=None, save_interval=None)
+    assert [(each.option, each.kind) for each in check_run(resumed)] == [("--load", "base")]
+    elsewhere = replace(resumed, load=str(tmp_path / "elsewhere"), lora_load=(str(trained.save),))
+    assert check_run(elsewhere) == []

@@ -3,12 +3,15 @@
 Owns what of a run is shown, as far as it is known: where data or weights are missing, the rest is shown all the same.
 Knows no torch."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from cordee.errors import Findings, Problem
-from cordee.log import counted
+from cordee.log import counted, in_bytes
+from cordee.model.config import ModelConfig
+from cordee.model.specs import Origin
 from cordee.parallel import cost
 from cordee.parallel.describe import describe_layout
+from cordee.parallel.pipeline.split import partition_layers
 from cordee.train import techniques
 from cordee.train.objectives import DataSize
 from cordee.train.options import TrainConfig
@@ -98,13 +101,23 @@ def _recipe(draft: Draft) -> Iterator[str]:
 
 
 def _memory(draft: Draft) -> Iterator[str]:
-    """Of the rank that needs the most."""
+    """Of the rank that needs the most, and of models beside the one that is trained."""
     if draft.spec is None:
         return
-    config, degrees, partition = draft.config, draft.degrees, draft.partition
+    config, model = draft.config, draft.spec.config
+    several = "a rank" if draft.partition is None else "the rank with the most"
+    most = _cost(draft, model, techniques.trained(model, config), config.quantise_base)
+    yield most.describe("the process" if draft.degrees.world_size == 1 else several)
+    for name, further in (draft.models or {}).items():
+        kind = None if further.spec.config.score else config.quantise_base
+        size = in_bytes(_cost(draft, further.spec.config, (), kind).total)
+        yield f"{size} more of weights: the {name.removesuffix(' model')} model"
+
+
+def _cost(draft: Draft, model: ModelConfig, trained: Collection[Origin], kind: str | None) -> cost.MemoryCost:
+    """Of the rank that needs the most for `model`."""
+    config, degrees = draft.config, draft.degrees
+    partition = None if draft.partition is None else partition_layers(config, model, config.seq_length)
     spans = [()] if partition is None else [partition.spans_of(rank) for rank in range(partition.num_ranks)]
-    trained = techniques.trained(draft.spec.config, config)
-    counts = [cost.count(draft.spec.config, degrees, of_rank, trained) for of_rank in spans]
-    most = max((cost.cost(config, degrees, each, config.quantise_base) for each in counts), key=lambda each: each.total)
-    several = "a rank" if len(spans) == 1 else "the rank with the most"
-    yield most.describe("the process" if degrees.world_size == 1 else several)
+    counts = [cost.count(model, degrees, of_rank, trained) for of_rank in spans]
+    return max((cost.cost(config, degrees, each, kind) for each in counts), key=lambda each: each.total)

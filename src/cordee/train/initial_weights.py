@@ -74,7 +74,12 @@ def choose(config: TrainConfig, avoid: Mapping[int, str] | None, notes: list[str
         return InitialWeights()
     with reached("--load", config.load):
         if (given := config.only_adapter()) is None:
-            return _choose(config, location_of(config.load), avoid, notes)
+            found = _choose(config, location_of(config.load), avoid, notes)
+            if found.checkpoint and found.weights and found.weights.local and not found.weights.local.exists():
+                why = f"it holds adapters of a base that is not there any more: {found.weights}"
+                fix = f"give the base as --load, and {config.load} as --lora-load"
+                raise ProblemError.of("--load", config.load, why, fix, "base", limit=str(found.weights))
+            return found
     option, base = option_of(config), location_of(config.load)
     with reached(option, given):
         path = location_of(given, option)

@@ -4,6 +4,7 @@ Owns what such a technique is, and their order, which is meaning. What they do i
 
 import fnmatch
 import math
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
@@ -70,7 +71,8 @@ class Patterns(Technique):
         patterns = {"--freeze": options.freeze, "--train-only": options.train_only, "--lr-scale": dict(rates)}
         names = {part for name in model_specs(spec.config) for part in accumulate(name.split("."), "{}.{}".format)}
         missing = [(flag, each) for flag in patterns for each in patterns[flag] if not fnmatch.filter(names, each)]
-        raise_all(unknown(*pair, names, "no parameter or module has such a name") for pair in missing)
+        shown = {re.sub(r"\d+", "*", name) for name in names}
+        raise_all(unknown(*pair, shown, "no parameter or module has such a name") for pair in missing)
         model = replace(spec.config, frozen=options.freeze, trained=options.train_only, rates=rates)
         if not count_parameters(model, trained(model, options), trained=True):
             flag, given = ("--freeze", options.freeze) if options.freeze else ("--train-only", options.train_only)
