@@ -52,7 +52,7 @@ class Letters(MatchingTokenizer):
     def vocabulary(self):
         return {i: token.content for i, token in self.words.items()}
 
-    def save(self, directory): ...
+    def _save_vocabulary(self, target): ...
 
     def __reduce__(self):
         return Letters, (self.roles,)

@@ -202,7 +202,7 @@ def test_five_steps_are_those_of_peft(base, tmp_path: Path, kind: str):
     theirs = adapters.peft_model(base("wide", kind), lora)
     theirs.save_pretrained(tmp_path / "start")
     start = str(tmp_path / "start")
-    config = adapters.config(tmp_path, base("wide"), lora_load=start, quantise_base=kind, lr=3e-3, train_iters=5)
+    config = adapters.config(tmp_path, base("wide"), lora_load=(start,), quantise_base=kind, lr=3e-3, train_iters=5)
     job.run(config)
     losses, norms = trained_by_peft(theirs, config)
     assert figures(config) == {"loss": pytest.approx(losses, rel=1e-5), "grad_norm": pytest.approx(norms, rel=1e-5)}
