@@ -66,11 +66,12 @@ HEADS = {
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("options", HEADS.values(), ids=HEADS)
 def test_head(options, tied):
-    """Logits written out; the loss, which never has them all, is theirs, and so are its gradients."""
+    """Logits written out; the loss, which never has them all, is theirs, and so are its gradients; it is 0 where no
+    token counts."""
     model = tiny.model(tiny.config(tie_word_embeddings=tied, **options))
     ids = torch.randint(0, VOCAB, (2, SEQ), generator=torch.Generator().manual_seed(0))
     labels = ids.roll(-1, 1)
-    labels[:, -1] = -100
+    labels[:, -1] = labels[0, 2:5] = -100
     hidden = model(ids, output=lambda head, hidden: hidden)
     rows = model.head.weight
     if options.get("norm_head"):
@@ -81,12 +82,15 @@ def test_head(options, tied):
     torch.testing.assert_close(model.head.logits(hidden), expected)
 
     total, count = model.head.loss(hidden, labels)
-    assert count == 2 * (SEQ - 1)
-    theirs = F.cross_entropy(expected.flatten(0, 1), labels.flatten(), reduction="sum")
+    assert count == 2 * (SEQ - 1) - 3
+    losses = F.cross_entropy(expected.flatten(0, 1), labels.flatten(), reduction="none")
+    torch.testing.assert_close(model.head.token_logprobs(hidden, labels), -losses.view_as(labels))
+    theirs = losses.sum()
     torch.testing.assert_close(total, theirs)
     parameters = list(model.parameters())
     grads = torch.autograd.grad(total, parameters, retain_graph=True)
     torch.testing.assert_close(grads, torch.autograd.grad(theirs, parameters), rtol=1e-4, atol=1e-5)
+    assert model.head.loss(hidden, torch.full_like(labels, -100)) == (0, 0)
 
 
 # ---- whole models ----------------------------------------------------------------------------------------------------

@@ -65,20 +65,31 @@ class Head(Projection[HeadPlacement]):
         return -self._cross_entropy(hidden, labels, "none").view_as(labels)
 
     def _cross_entropy(self, hidden: Tensor, labels: Tensor, reduction: Literal["sum", "none"]) -> Tensor:
-        return chunked_cross_entropy(
-            self.placement.enter(hidden).flatten(0, 1),
+        hidden, labels = self.placement.enter(hidden).flatten(0, 1), labels.flatten()
+        rows = _rows_that_count(labels)
+        found = chunked_cross_entropy(
+            hidden[rows],
             self._rows(),
-            labels.flatten(),
+            labels[rows],
             reduction=reduction,
             scale=self.scale,
             softcap=self.softcap,
             part=self.placement.vocabulary,
         )
+        if reduction == "sum" or isinstance(rows, slice):
+            return found
+        return found.new_zeros(labels.shape).index_put((rows,), found)
 
     def _rows(self) -> Tensor:
         weight = self.local("weight")
         assert weight is not None, "the model has no head over the vocabulary"
         return self.merged(F.normalize(weight, dim=-1) if self.normalised else weight)
+
+
+def _rows_that_count(labels: Tensor) -> Tensor | slice:
+    """The places of labels that count, or all where they have no choice or an accelerator would be waited for."""
+    rows = (labels != IGNORED).nonzero()[:, 0] if labels.device.type == "cpu" else labels
+    return rows if 0 < len(rows) < len(labels) else slice(None)
 
 
 @dataclass(eq=False, kw_only=True)
