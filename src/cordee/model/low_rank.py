@@ -10,6 +10,8 @@ from typing import Generic, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from cordee.model.config import LowRankConfig, ModelConfig, slice_of
@@ -71,6 +73,24 @@ class LowRank(SpecifiedModule[LowRankPlacement]):
         return f"rank={self.config.rank}, scale={self.config.scale}"
 
 
+class _Sum(Function):
+    """y `[..., out]` plus what an adapter finds `[..., out of the slice]`, in the memory of y: autograd's own sum with
+    a slice would copy all of the gradient for each."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, part: Tensor, adapter: LowRank, out: tuple[int, ...]) -> Tensor:
+        ctx.adapter, ctx.out = adapter, out
+        ctx.mark_dirty(y)
+        adapter.add_to(y.unflatten(-1, out), part)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        own = grad.unflatten(-1, ctx.out)[(..., *ctx.adapter.region)]
+        return grad, ctx.adapter.config.scale * own.flatten(grad.dim() - 1), None, None
+
+
 class Projection(SpecifiedModule[P], Generic[P]):
     """A weight, perhaps with a bias, whose slices may have low-rank adapters."""
 
@@ -110,16 +130,15 @@ class Projection(SpecifiedModule[P], Generic[P]):
         """y `[..., out]`, the product with x `[..., in]`, plus the adapters of x; `multiply` is by a matrix."""
         if self.adapters is None:
             return y
-        delta = torch.zeros_like(y)
-        whole = delta.unflatten(-1, self.local("weight").shape[self.stacked : -1])
+        out = self.local("weight").shape[self.stacked : -1]
         for adapter in self.low_ranks():
             a, b = adapter.factors()
-            adapter.add_to(whole, multiply(multiply(adapter.dropped(x, drop), a), b))
+            y = _Sum.apply(y, multiply(multiply(adapter.dropped(x, drop), a), b), adapter, out)
         if not any(adapter.config.dora for adapter in self.low_ranks()):
-            return y + delta
+            return y
         bias = self.local("bias")
         bias = 0.0 if bias is None else bias.flatten()
-        return (y + delta - bias) * self._stretch(self._sum(self.dequantised(y.dtype))).flatten() + bias
+        return (y - bias) * self._stretch(self._sum(self.dequantised(y.dtype))).flatten() + bias
 
     def extra_repr(self) -> str:
         spec = self.specs.get("weight")
