@@ -55,6 +55,14 @@ def test_a_concatenation_has_every_sample_once_an_epoch(prefixes):
     assert epoch(prefixes, mix_strategy="concat") == sum(SIZES)
 
 
+def test_a_dataset_that_is_given_twice_is_two(prefixes):
+    twice = (prefixes[0], *prefixes)
+    sizes = (SIZES[0], *SIZES)
+    assert epoch(twice, mix_strategy="concat") == sum(sizes)
+    assert epoch(twice, mix_strategy="interleave_under") == 4 * min(sizes)
+    assert epoch(twice, mix_strategy="interleave_over") == 4 * max(sizes)
+
+
 @pytest.mark.parametrize(("strategy", "stops"), [("under", "first_exhausted"), ("over", "all_exhausted")])
 def test_interleaved_datasets_take_turns_until_one_or_all_are_exhausted(prefixes, strategy: str, stops: str):
     library = pytest.importorskip("datasets")

@@ -82,6 +82,14 @@ def test_each_prompt_by_its_adapter(llama, given, tmp_path: Path, capsys, chosen
     assert len({name for name, _ in answers}) == 1 or all(f"({name})" in shown for name, _ in answers)
 
 
+def test_what_is_drawn_depends_on_no_other_adapter(llama, given, tmp_path: Path):
+    flags, _ = given
+    drawn = {"prompt": PROMPTS[:1] * 2, "lora_load": flags, "do_sample": True, "seed": 1, "num_return_sequences": 2}
+    alone = generate(llama, tmp_path / "alone", **drawn, adapter=["a"])
+    beside = generate(llama, tmp_path / "beside", **drawn, adapter=["b", "a"])
+    assert beside[2:] == alone[2:] and alone[0]["tokens"] != alone[2]["tokens"]
+
+
 @pytest.mark.slow
 def test_over_tensor_parallel_ranks(llama, given, tmp_path: Path):
     flags, expected = given
@@ -100,6 +108,7 @@ def test_what_does_not_fit(llama, given, tmp_path: Path):
         ({"adapter": ["c"]}, ("--adapter", "c", "unknown")),
         ({"adapter": ["a", "b", "a"]}, ("--adapter", "a b a", "invalid")),
         ({"lora_load": bare}, ("--lora-load", " ".join(bare), "names")),
+        ({"lora_load": [f"base={bare[0]}"]}, ("--lora-load", f"base={bare[0]}", "names")),
         ({"lora_load": [flags[0], flags[0]]}, ("--lora-load", f"{flags[0]} {flags[0]}", "names")),
     ]:
         with pytest.raises(ProblemError) as caught:

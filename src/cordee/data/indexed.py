@@ -180,7 +180,8 @@ def _missing(prefix: str) -> Iterator[Problem]:
     if len(absent) == 2:
         is_file = prefix.endswith((".bin", ".idx")) and Path(prefix).is_file()
         fix = f"give the prefix: {prefix[:-4]}" if is_file else "check the path; `cordee preprocess` writes such pairs"
-        why = f"there is neither {pair[0].name} nor {pair[1].name}"
+        also = "" if Path(prefix).exists() else "no such file, and "
+        why = f"there is {also}neither {pair[0].name} nor {pair[1].name}"
         yield Problem("dataset", prefix, why, fix, "unreadable", limit=tuple(path.name for path in absent))
     elif absent:
         why = f"{absent[0].name} of the pair is missing"

@@ -251,6 +251,8 @@ class _Tally:
         """Raises `ProblemError` if there are none: an empty dataset is of no use to anyone."""
         counts = f" ({found})" if (found := self._counts()) else ""
         records = f"the input has {counted(self.records, 'record')}{counts}"
+        if not self.records:
+            raise ProblemError.of("--input", None, records, "give a file with some", "empty", limit=0)
         fix = "give text, or other --json-keys"
         raise_all(
             Problem("--input", None, f"{records} and no text in {key!r}", fix, "empty", limit=self.records)

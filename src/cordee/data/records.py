@@ -125,6 +125,8 @@ def _layout(flag: str, file: Path) -> str:
     with reading(flag, file):
         chunk = next(iter(read_file(file, ())), None)
     values = next(iter(chunk.records(())), (None, ()))[1] if chunk else ()
+    if not values:
+        raise ProblemError.of(flag, file, "it has no records", "give a file with some", "empty")
     keys = tuple(values[0]) if isinstance(values, (list, tuple)) and values and isinstance(values[0], dict) else ()
     name = next((name for known, name in _LAYOUTS.items() if set(known) <= {*keys}), None)
     if name is None:

@@ -19,7 +19,7 @@ from cordee.config import laws
 from cordee.config.spelling import unknown
 from cordee.data.readers import reading, text_files
 from cordee.data.readers.chunk import Invalid
-from cordee.errors import Findings, Problem, ProblemError, Problems, raise_all
+from cordee.errors import Findings, Problem, ProblemError, Problems, raise_all, unique
 from cordee.generate.engine import check, stream
 from cordee.generate.loading import check_part, join, load_part, stop_ids, tokenizer_of
 from cordee.generate.options import GenerateConfig, GenerateOptions
@@ -31,9 +31,9 @@ from cordee.parallel import inference
 from cordee.parallel.degrees import DEGREES, model_processes
 from cordee.parallel.inference import InferenceStage
 from cordee.tokenizer import Tokenizer
+from cordee.tune.options import BASE
 from cordee.weights.codec import Source
 
-BASE = "base"  # the name of the model without an adapter
 BOLD, PLAIN = "\033[1m", "\033[0m"
 
 
@@ -41,6 +41,7 @@ BOLD, PLAIN = "\033[1m", "\033[0m"
 class _Sample:
     """A continuation: which of its prompt's by an adapter, and once it has ended its text and why it ended."""
 
+    place: int  # of its prompt among all
     prompt: str
     prompt_tokens: list[int]
     adapter: str
@@ -63,7 +64,7 @@ class _Prepared:
 
     sources: dict[str, Source]  # by the names of their adapters
     tokenizer: Tokenizer
-    prompts: list[tuple[str, list[int], str]]  # texts, their tokens, and which source continues them, one after another
+    prompts: list[tuple[int, str, list[int], str]]  # places, texts, tokens, and which source continues them
     stop: frozenset[int]
 
 
@@ -99,7 +100,7 @@ def run(config: GenerateConfig) -> int:
         for name, source in prepared.sources.items():
             own, before = [sample for sample in samples if sample.adapter == name], number * config.max_new_tokens
             model, stage = load_part(source, config, layout)
-            if file is None and config.output and rank == 0:  # nothing keeps the job from starting any more
+            if file is None and config.output and rank == 0:  # a model is there: the job starts
                 file = stack.enter_context(closing(NewFile(config.output)))
             start = time.perf_counter()
             for sample in _written(own, model, stage, prepared, config, lambda done, n=before: show(n + done)):
@@ -131,10 +132,10 @@ def _prepare(config: GenerateConfig) -> _Prepared:
     if first is not None and tokenizer is not None:
         ids = encode_prompts(tokenizer, list(texts.values()))
         found.problems += (each for of in sources.values() for each in check(of.spec.config, ids, config, texts))
-        both = list(zip(zip(texts.values(), ids, strict=True), asked, strict=False))
+        both = list(zip(zip(range(len(ids)), texts.values(), ids, strict=True), asked, strict=False))
         prompts = [(*prompt, name) for name in sources for prompt, names in both if name in names]
         stop = found.attempt(lambda: stop_ids(first.spec, first.assets, tokenizer))
-    raise_all(found.problems)
+    raise_all(unique(found.problems))
     assert tokenizer is not None and stop is not None
     return _Prepared(sources, tokenizer, prompts, stop)
 
@@ -188,8 +189,9 @@ def _written(
 ) -> Iterator[_Sample]:
     """The samples in order, once they and all before have ended; `progress` gets the tokens written or void."""
     prompts, tokenizer, stop = [sample.prompt_tokens for sample in samples], prepared.tokenizer, prepared.stop
-    given = done = 0
-    for token in stream(model, prompts, options, stop_ids=stop, vocab_size=tokenizer.vocab_size, stage=stage):
+    names = [sample.place * options.num_return_sequences + sample.number for sample in samples]
+    given, done, size = 0, 0, tokenizer.vocab_size
+    for token in stream(model, prompts, options, stop_ids=stop, vocab_size=size, stage=stage, names=names):
         sample = samples[token.sample]
         sample.tokens.append(token.id)
         done += 1 + (options.max_new_tokens - len(sample.tokens) if token.last else 0)

@@ -1,7 +1,8 @@
 """Frozen weights in few bits: 4-bit NormalFloat with double quantisation (QLoRA, Dettmers et al. 2023), or int8.
 
-Owns the codes and what they stand for, in torch's own operators. Knows no module. Blocks lie along rows, and what is
-quantised again down columns, so that shards of whole blocks have the codes of the whole."""
+Owns the codes and what they stand for, in torch's own operators. Knows no module. Blocks lie along rows, and logarithms
+of their absmaxes, which an outlier does not coarsen, are quantised again down columns: shards of whole blocks have the
+codes of the whole."""
 
 import functools
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK, GROUP = 64, 256  # weights of a row with one absmax; of these, one below the other, with one mean and one scale
+_RANGE = 2.0**16  # between absmaxes that are told apart
 _BELOW = "-1 -0.696192801 -0.525073051 -0.394917488 -0.284441382 -0.184773430 -0.0910500363 0"  # Appendix E
 _ABOVE = "0.0795802996 0.160930201 0.246112302 0.337915242 0.440709829 0.562617004 0.722956836 1"
 
@@ -36,21 +38,23 @@ class Quantised:
 
 
 def _to_nf4(rows: Tensor) -> tuple[Tensor, ...]:
-    """Codes, two a byte, of at most GROUP rows, int8 absmaxes `[rows, blocks]`, their scale and mean `[1, blocks]`."""
+    """Codes, two a byte, of GROUP rows at most; int8 log2 of absmax `[rows, blocks]`, scale and mean `[1, blocks]`."""
     blocks = F.pad(rows, (0, -rows.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
     absmax, levels = blocks.abs().amax(-1), _pairs(rows.device)[:16, 1]
     nearest = torch.bucketize(blocks / absmax.clamp(min=1e-37)[..., None], (levels[1:] + levels[:-1]) / 2)
     first, second = nearest.byte().flatten(1).unflatten(1, (-1, 2)).unbind(-1)
-    mean = absmax.mean(0, keepdim=True).bfloat16()
-    absmax, scale = _to_int8(absmax - mean, 0)
-    return first * 16 + second, absmax, scale, mean
+    largest = absmax.amax(0, keepdim=True)
+    logs = absmax.where(absmax > 0, largest).maximum(largest / _RANGE).clamp(min=1e-37).log2()
+    mean = logs.mean(0, keepdim=True).bfloat16()
+    logs, scale = _to_int8(logs - mean, 0)
+    return first * 16 + second, logs, scale, mean
 
 
-def _of_nf4(height: int, codes: Tensor, absmax: Tensor, scale: Tensor, mean: Tensor) -> Tensor:
+def _of_nf4(height: int, codes: Tensor, logs: Tensor, scale: Tensor, mean: Tensor) -> Tensor:
     groups = torch.arange(len(scale), device=scale.device).view(-1, -(-height // GROUP))
     group = groups.repeat_interleave(GROUP, 1)[:, :height].flatten()  # of each row, matrices of `height` of them
-    values = _pairs(codes.device)[codes.int()].view(*absmax.shape, BLOCK)
-    return (values * (absmax * scale.float()[group] + mean.float()[group])[..., None]).flatten(1)
+    values = _pairs(codes.device)[codes.int()].view(*logs.shape, BLOCK)
+    return (values * torch.exp2(logs * scale.float()[group] + mean.float()[group])[..., None]).flatten(1)
 
 
 @functools.cache
@@ -61,6 +65,6 @@ def _pairs(device: torch.device) -> Tensor:
 
 
 def _to_int8(x: Tensor, dim: int = 1) -> tuple[Tensor, Tensor]:
-    """Codes of a matrix, and what they are multiplied by: the absmax over a dim / 127, of absmaxes in bfloat16."""
+    """Codes of a matrix, and what they are multiplied by: the absmax over a dim / 127, of logarithms in bfloat16."""
     scale = (x.abs().amax(dim, keepdim=True) / 127).to(torch.bfloat16 if dim == 0 else torch.float32)
     return (x / scale.float().clamp(min=1e-37)).round().clamp(-127, 127).to(torch.int8), scale

@@ -53,7 +53,7 @@ class BatchSchedule:
 
     def steps_of(self, samples: float) -> int:
         """The fewest steps of the whole batch that take so many samples, one at least."""
-        return max(1, math.ceil(samples / self.global_batch_size))
+        return max(1, math.ceil(round(samples / self.global_batch_size, 6)))  # an epoch is a quotient, too
 
     def whole_steps(self, samples: int) -> tuple[int, int]:
         """How many whole steps fit in the first `samples` samples, and how many samples those are."""

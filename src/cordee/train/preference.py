@@ -81,7 +81,8 @@ class Preference(SFT):
         plan, models = super().data(run, found), found.attempt(lambda: self.models(run)) or {}
         if plan is None or REFERENCE not in models or (source := models[REFERENCE].source) is None:
             return plan
-        return replace(plan, identity=plan.identity | {REFERENCE: fingerprint(source)})
+        told = found.attempt(lambda: fingerprint(source))
+        return replace(plan, identity=plan.identity | {REFERENCE: told}) if told else None
 
     def begin(self, make: Mapping[str, Callable[[], Frozen]], *start: Any) -> Mapping[str, Frozen]:
         if not (self.refers and self.options.precompute_reference):

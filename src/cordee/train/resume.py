@@ -116,7 +116,7 @@ def _schedule_problems(config: TrainConfig, schedule: Schedule, then: Schedule) 
     if set(names) <= _LENGTHS:
         option, kind = "--train-samples" if config.train_samples else "--train-iters", "length"
         value = config.train_samples or config.train_iters
-        why = f"the learning rate of --load {config.load} decays over another length: {changed} samples"
+        why = f"the learning rate of the run that is resumed decays over another length: {changed} samples"
         fix = (
             "to decay over the new length, which may raise the learning rate again: --override-opt-param-scheduler; to "
             "keep the schedule, and its last value beyond it: --use-checkpoint-opt-param-scheduler"

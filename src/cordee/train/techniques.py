@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from cordee.config.option import to_flag
 from cordee.config.spelling import unknown
-from cordee.errors import ProblemError, raise_all, requires
+from cordee.errors import Findings, ProblemError, raise_all, requires
 from cordee.families.count import count_parameters
 from cordee.families.registry import ModelSpec
 from cordee.log import counted
@@ -67,12 +67,14 @@ class Patterns(Technique):
     """Parameters that are frozen, or have a learning rate of their own, by their names."""
 
     def adapt(self, spec: ModelSpec, options: TrainConfig) -> ModelConfig:
-        rates = _factors(options.lr_scale)
+        found = Findings()
+        rates = found.attempt(lambda: _factors(options.lr_scale)) or ()
         patterns = {"--freeze": options.freeze, "--train-only": options.train_only, "--lr-scale": dict(rates)}
         names = {part for name in model_specs(spec.config) for part in accumulate(name.split("."), "{}.{}".format)}
         missing = [(flag, each) for flag in patterns for each in patterns[flag] if not fnmatch.filter(names, each)]
         shown = {re.sub(r"\d+", "*", name) for name in names}
-        raise_all(unknown(*pair, shown, "no parameter or module has such a name") for pair in missing)
+        found.problems += (unknown(*pair, shown, "no parameter or module has such a name") for pair in missing)
+        raise_all(found.problems)
         model = replace(spec.config, frozen=options.freeze, trained=options.train_only, rates=rates)
         if not count_parameters(model, trained(model, options), trained=True):
             flag, given = ("--freeze", options.freeze) if options.freeze else ("--train-only", options.train_only)

@@ -11,6 +11,7 @@ from cordee.config.laws import GIVEN, Wanted, excludes, ignored, needs
 from cordee.config.option import option
 from cordee.errors import ProblemError
 
+BASE = "base"  # the name of the model without an adapter
 _NAMED = re.compile(r"([\w.-]+)=(.+)")
 OF_ADAPTERS = "lora_r lora_alpha use_rslora use_dora lora_modules_to_save lora_dropout lora_plus_lr_ratio".split()
 
@@ -39,8 +40,9 @@ class AdapterOptions:
         several not apart."""
         named = [(each, None if Path(each).exists() else _NAMED.fullmatch(each)) for each in self.lora_load]
         found = {match[1] if match else "": match[2] if match else each for each, match in named}
-        if len(found) < len(named) or (len(named) > 1 and "" in found):
-            why, fix = "names do not tell these adapters apart", "write NAME=DIR NAME=DIR ..."
+        if len(found) < len(named) or (len(named) > 1 and "" in found) or BASE in found:
+            why = f"names do not tell these adapters apart, or from the model without any, {BASE}"
+            fix = "write NAME=DIR NAME=DIR ..., in a YAML file as a list"
             raise ProblemError.of("--lora-load", " ".join(self.lora_load), why, fix, "names")
         return found
 

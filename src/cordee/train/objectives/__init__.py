@@ -74,19 +74,12 @@ class Run:
 @dataclass(frozen=True, kw_only=True)
 class DataSize:
     """What there is to train on: of each dataset, by its name, the tokens, the samples that have all of them once, and
-    its share of the samples of a run. `mix`: the strategy of mixing that says what an epoch is."""
+    its share of the samples of a run; and the samples of an epoch of all."""
 
     tokens: Mapping[str, int]
     samples: Mapping[str, float]
     shares: Mapping[str, float]
-    mix: str | None = None
-
-    @property
-    def epoch(self) -> float:
-        """Samples of an epoch: all of the datasets, or until one of the interleaved ones, or each, was passed over."""
-        passes = [self.samples[name] / share for name, share in self.shares.items()]
-        whole = sum(self.samples.values())
-        return {"interleave_under": min(passes), "interleave_over": max(passes)}.get(self.mix or "", whole)
+    epoch: float
 
     def epochs(self, name: str, samples: int) -> float:
         """How often a run of `samples` passes over a dataset."""

@@ -142,13 +142,18 @@ class NextToken(Objective["Batch"]):
         tokens = {prefix: sum(x.tokens_between(*part.sequences(x)) for x in of) for prefix, of in opened.items()}
         shares = dict.fromkeys(tokens, 0.0)
         weights = part.weights([opened[prefix][0] for prefix in blend.prefixes], bool(self.plan.sequences))
-        for prefix, share in zip(blend.prefixes, normalise(weights or (1.0,)).tolist(), strict=True):
+        each = list(zip(blend.prefixes, normalise(weights or (1.0,)).tolist(), strict=True))
+        for prefix, share in each:
             shares[prefix] += share  # a prefix may be there twice
         samples = {prefix: count / config.seq_length for prefix, count in tokens.items()}
         if self.plan.sequences:
             ranges = {prefix: part.sequences(of[0]) for prefix, of in opened.items()}
             samples = {prefix: last - first for prefix, (first, last) in ranges.items()}
-        return DataSize(tokens=tokens, samples=samples, shares=shares, mix=config.mix_strategy)
+        passes = [samples[prefix] / share for prefix, share in each]  # until this one was passed over
+        mixed = {"interleave_under": min(passes), "interleave_over": max(passes)}
+        mixed["concat"] = sum(samples[prefix] for prefix, _ in each)
+        epoch = mixed.get(config.mix_strategy or "", sum(samples.values()))
+        return DataSize(tokens=tokens, samples=samples, shares=shares, epoch=epoch)
 
     def weight(self, batch: Batch) -> int:
         """Number of trained tokens."""
@@ -188,7 +193,8 @@ def _not_validated(config: TrainConfig, samples: dict[str, int], notes: list[str
     """Options of the validation, of a run that has no data for one."""
     parts, unread = build.read_parts(config)
     if config.mix_strategy and not unread and all(len(part.blend.prefixes) == 1 for part in parts.values()):
-        notes.append("ignored: --mix-strategy (the data is one dataset)")
+        probabilities = " --interleave-probs" * bool(config.interleave_probs)
+        notes.append(f"ignored: --mix-strategy{probabilities} (the data is one dataset)")
     if unread or not config.eval_iters:
         return
     for name in _OF_VALIDATION if not samples["valid"] else ():
@@ -263,7 +269,7 @@ def _data_problems(data: GPTData, then: Mapping[str, Any]) -> Iterator[Problem]:
     option = "--data-path" if config.data_path else "--train-data-path"
     if [_selection(part) for part in then["sets"]] != [_selection(part) for part in now["sets"]]:
         why = "the run was on other data, or on other parts of it, so its place in the data would mean other samples"
-        fix = "give the same data, weights and --split, or start anew from the weights: --finetune"
+        fix = "give the same data, weights (--mix-strategy, --interleave-probs) and --split, or start anew: --finetune"
         yield Problem(option, " ".join(config.data_path or config.train_data_path), why, fix)
         return
     if then.get("reference", now.get("reference")) != now.get("reference", then.get("reference")):
