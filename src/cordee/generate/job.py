@@ -19,7 +19,7 @@ from cordee.config import laws
 from cordee.config.spelling import unknown
 from cordee.data.readers import reading, text_files
 from cordee.data.readers.chunk import Invalid
-from cordee.errors import Findings, Problem, ProblemError, Problems, raise_all, unique
+from cordee.errors import Findings, Problem, ProblemError, Problems, raise_all
 from cordee.generate.engine import check, stream
 from cordee.generate.loading import check_part, join, load_part, stop_ids, tokenizer_of
 from cordee.generate.options import GenerateConfig, GenerateOptions
@@ -135,7 +135,7 @@ def _prepare(config: GenerateConfig) -> _Prepared:
         both = list(zip(zip(range(len(ids)), texts.values(), ids, strict=True), asked, strict=False))
         prompts = [(*prompt, name) for name in sources for prompt, names in both if name in names]
         stop = found.attempt(lambda: stop_ids(first.spec, first.assets, tokenizer))
-    raise_all(unique(found.problems))
+    raise_all(each for place, each in enumerate(found.problems) if each not in found.problems[:place])
     assert tokenizer is not None and stop is not None
     return _Prepared(sources, tokenizer, prompts, stop)
 
