@@ -127,7 +127,7 @@ def _layout(flag: str, file: Path) -> str:
     values = next(iter(chunk.records(())), (None, ()))[1] if chunk else ()
     if not values:
         raise ProblemError.of(flag, file, "it has no records", "give a file with some", "empty")
-    keys = tuple(values[0]) if isinstance(values, (list, tuple)) and values and isinstance(values[0], dict) else ()
+    keys = tuple(values[0]) if isinstance(values, (list, tuple)) and isinstance(values[0], dict) else ()
     name = next((name for known, name in _LAYOUTS.items() if set(known) <= {*keys}), None)
     if name is None:
         why = f"what the records of {file} are cannot be told by their keys: {', '.join(keys) or 'none'}"

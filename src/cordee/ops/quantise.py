@@ -43,6 +43,7 @@ def _to_nf4(rows: Tensor) -> tuple[Tensor, ...]:
     absmax, levels = blocks.abs().amax(-1), _pairs(rows.device)[:16, 1]
     nearest = torch.bucketize(blocks / absmax.clamp(min=1e-37)[..., None], (levels[1:] + levels[:-1]) / 2)
     first, second = nearest.byte().flatten(1).unflatten(1, (-1, 2)).unbind(-1)
+    # A block of zeros asks nothing of its absmax; tiny ones are bounded, or their logarithms would coarsen all others.
     largest = absmax.amax(0, keepdim=True)
     logs = absmax.where(absmax > 0, largest).maximum(largest / _RANGE).clamp(min=1e-37).log2()
     mean = logs.mean(0, keepdim=True).bfloat16()

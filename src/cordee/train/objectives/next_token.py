@@ -149,9 +149,12 @@ class NextToken(Objective["Batch"]):
         if self.plan.sequences:
             ranges = {prefix: part.sequences(of[0]) for prefix, of in opened.items()}
             samples = {prefix: last - first for prefix, (first, last) in ranges.items()}
-        passes = [samples[prefix] / share for prefix, share in each]  # until this one was passed over
-        mixed = {"interleave_under": min(passes), "interleave_over": max(passes)}
-        mixed["concat"] = sum(samples[prefix] for prefix, _ in each)
+        exhausted = [samples[prefix] / share for prefix, share in each]  # samples of the blend until each dataset is
+        mixed = {
+            "concat": sum(samples[prefix] for prefix, _ in each),
+            "interleave_under": min(exhausted),
+            "interleave_over": max(exhausted),
+        }
         epoch = mixed.get(config.mix_strategy or "", sum(samples.values()))
         return DataSize(tokens=tokens, samples=samples, shares=shares, epoch=epoch)
 
